@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A server in the background whose failures reach whoever started it.
+//!
+//! The parent starts this program again with a pipe, and waits until the child says through it that
+//! the device can be used, or why not. Until then the child's standard error is the parent's; after
+//! that it is a log file.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::unistd::{chdir, dup2_stderr, dup2_stdout, pipe2, setsid};
+
+use super::{Failure, Outcome, Relaunch};
+use crate::device::Device;
+
+/// The hidden flag that makes a process the child.
+pub(super) const REPORT_FLAG: &str = "report-fd";
+
+/// Where logs go by default.
+const LOG_DIR: &str = "/run/ublk";
+
+/// Starts the child and waits for its word.
+pub(super) fn parent(arguments: &[OsString], relaunch: &Relaunch) -> Outcome {
+    let failed = |what: &str, e: &dyn std::fmt::Display| Failure::Text(format!("starting the server: {what}: {e}"));
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed("pipe", &e))?;
+    // The child finds the pipe by its number.
+    fcntl(&writer, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| failed("pipe", &e))?;
+    let Some((program, before)) = relaunch.program.split_first() else {
+        return Err(Failure::Text("starting the server: no program to start".into()));
+    };
+    let mut child = Command::new(program)
+        .args(before)
+        .args(arguments)
+        .arg(format!("--{REPORT_FLAG}"))
+        .arg(writer.as_raw_fd().to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .map_err(|e| failed(&program.to_string_lossy(), &e))?;
+    drop(writer);
+    let mut report = String::new();
+    File::from(reader).read_to_string(&mut report).map_err(|e| failed("reading its report", &e))?;
+    match report.split_once(' ') {
+        Some(("ok", path)) => super::print(&format!("{path}\n")),
+        Some(("error", message)) => {
+            // It has nothing left to do but to end; do not leave it to init to collect.
+            let _ = child.wait();
+            Err(Failure::Text(message.to_owned()))
+        }
+        _ => {
+            let status = child.wait().map_err(|e| failed("waiting for it", &e))?;
+            Err(Failure::Text(format!("the server ended before the device was ready ({})", describe(status))))
+        }
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit status {code}"),
+        (_, Some(signal)) => format!("killed by signal {signal}"),
+        _ => "unknown status".to_owned(),
+    }
+}
+
+/// The child's part: serve, and report.
+pub(super) fn child(
+    report: RawFd,
+    log: Option<&Path>,
+    serve: impl FnOnce(&mut dyn FnMut(&Device) -> Outcome) -> Outcome,
+) -> Outcome {
+    // SAFETY: the parent made this descriptor for us alone and told us its number; nothing else in
+    // this process knows it.
+    let mut pipe = Some(File::from(unsafe { OwnedFd::from_raw_fd(report) }));
+    if let Some(pipe) = &pipe {
+        // Programs that this one may start must not hold up the parent.
+        let _ = fcntl(pipe, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC));
+    }
+    // Ctrl-C at the parent's terminal is not for the server.
+    let _ = setsid();
+    let mut log_path = None;
+    let mut ready = |device: &Device| {
+        let path = log.map_or_else(|| default_log(device), Path::to_owned);
+        let file = open_log(&path)?;
+        log_path = Some(path);
+        let mut pipe = pipe.take().ok_or(Failure::Reported)?;
+        // Nobody waits any more: the device is not wanted.
+        pipe.write_all(format!("ok {}", device.path().display()).as_bytes()).map_err(|_| Failure::Reported)?;
+        drop(pipe);
+        // Last, so that everything above could still be seen by the caller.
+        let redirected = dup2_stdout(&file).and_then(|()| dup2_stderr(&file)).and_then(|()| chdir("/"));
+        redirected.map_err(|e| Failure::Text(format!("detaching: {e}")))
+    };
+    let outcome = serve(&mut ready);
+    let outcome = match (outcome, pipe) {
+        (Err(failure), Some(mut pipe)) => {
+            let message = match failure {
+                Failure::Error(error) => error.to_string(),
+                Failure::Text(text) => text,
+                Failure::Reported => return Err(Failure::Reported),
+            };
+            match pipe.write_all(format!("error {message}").as_bytes()) {
+                Ok(()) => Err(Failure::Reported),
+                Err(_) => Err(Failure::Text(message)),
+            }
+        }
+        (outcome, _) => outcome,
+    };
+    if let (Ok(()), Some(path)) = (&outcome, log_path)
+        && fs::metadata(&path).is_ok_and(|m| m.is_file() && m.len() == 0)
+    {
+        // A log without a line is only litter.
+        let _ = fs::remove_file(path);
+    }
+    outcome
+}
+
+fn default_log(device: &Device) -> PathBuf {
+    Path::new(LOG_DIR).join(format!("ublkb{}.log", device.id()))
+}
+
+fn open_log(path: &Path) -> Result<File, Failure> {
+    if let Some(parent) = path.parent().filter(|p| *p == Path::new(LOG_DIR)) {
+        fs::create_dir_all(parent).map_err(|e| Failure::Text(format!("making {}: {e}", parent.display())))?;
+    }
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map_err(|e| Failure::Text(format!("opening the log {}: {e}", path.display())))
+}

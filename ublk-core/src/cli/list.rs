@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `ublk list`.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::{Failure, Outcome};
+use crate::control::{Control, DeviceInfo};
+use crate::error::{Error, Result};
+use crate::params::{Operations, Params};
+use crate::units::DeviceId;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Number of a device to show; may be given several times [default: all]
+    #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
+    ids: Vec<u32>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A device as JSON.
+#[derive(Debug, Serialize)]
+struct Entry {
+    id: u32,
+    path: String,
+    state: &'static str,
+    pid: i32,
+    queues: u16,
+    depth: u16,
+    size: u64,
+    block_size: u32,
+    physical_block_size: u32,
+    max_io_bytes: u32,
+    read_only: bool,
+    write_cache: bool,
+    fua: bool,
+    discard: bool,
+    write_zeroes: bool,
+    rotational: bool,
+    flags: u64,
+    features: Vec<&'static str>,
+    owner_uid: u32,
+    owner_gid: u32,
+    queue_affinity: Vec<Vec<usize>>,
+}
+
+pub(super) fn run(args: &Args) -> Outcome {
+    let control = super::control()?;
+    let all = || control.driver().device_ids().map_err(|e| Error::file("list", "/sys/class/ublk-char", &e));
+    let asked = !args.ids.is_empty();
+    let ids = if asked { args.ids.iter().copied().map(DeviceId).collect() } else { all()? };
+    let mut entries = Vec::new();
+    for id in ids {
+        match entry(&control, id) {
+            Ok(entry) => entries.push(entry),
+            // It went away between the two looks.
+            Err(error) if !asked && error.errno() == nix::errno::Errno::ENODEV => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let text = if args.json {
+        let mut json =
+            serde_json::to_string_pretty(&entries).map_err(|e| Failure::Text(format!("making JSON: {e}")))?;
+        json.push('\n');
+        json
+    } else {
+        entries.iter().map(describe).collect()
+    };
+    super::print(&text)
+}
+
+fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
+    let info: DeviceInfo = control.info(id)?;
+    let params: Params = control.params(id)?.params;
+    let affinity =
+        (0..info.queues).map(|queue| control.queue_affinity(id, crate::QueueId(queue))).collect::<Result<Vec<_>>>()?;
+    let has = |operation| params.operations.contains(operation);
+    Ok(Entry {
+        id: id.0,
+        path: control.driver().block_path(id).display().to_string(),
+        state: info.state.name(),
+        pid: info.pid,
+        queues: info.queues,
+        depth: info.depth,
+        size: params.size,
+        block_size: params.logical_block_size,
+        physical_block_size: params.physical_block_size,
+        max_io_bytes: info.max_io_bytes,
+        read_only: params.read_only,
+        write_cache: has(Operations::FLUSH),
+        fua: has(Operations::FUA),
+        discard: has(Operations::DISCARD),
+        write_zeroes: has(Operations::WRITE_ZEROES),
+        rotational: params.rotational,
+        flags: info.features.bits(),
+        features: info.features.iter_names().map(|(name, _)| name).collect(),
+        owner_uid: info.owner_uid,
+        owner_gid: info.owner_gid,
+        queue_affinity: affinity,
+    })
+}
+
+/// A device as text. Scripts of blktests and of the kernel's selftests take the pid and the state from
+/// the second line by position: words 7 and 11.
+fn describe(entry: &Entry) -> String {
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = writeln!(
+        text,
+        "dev id {}: {} queues {} depth {} block size {} size {} ({})",
+        entry.id,
+        entry.path,
+        entry.queues,
+        entry.depth,
+        entry.block_size,
+        entry.size,
+        human(entry.size)
+    );
+    let _ = writeln!(
+        text,
+        "\tmax rq size {} daemon pid {} flags {:#x} state {}",
+        entry.max_io_bytes, entry.pid, entry.flags, entry.state
+    );
+    let abilities = [
+        (entry.read_only, "read-only"),
+        (entry.rotational, "rotational"),
+        (entry.write_cache, "write cache"),
+        (entry.fua, "FUA"),
+        (entry.discard, "discard"),
+        (entry.write_zeroes, "write zeroes"),
+    ];
+    let abilities: Vec<_> = abilities.iter().filter(|(has, _)| *has).map(|(_, name)| *name).collect();
+    if !abilities.is_empty() {
+        let _ = writeln!(text, "\t{}", abilities.join(", "));
+    }
+    for (queue, cpus) in entry.queue_affinity.iter().enumerate() {
+        let cpus: Vec<_> = cpus.iter().map(usize::to_string).collect();
+        let _ = writeln!(text, "\tqueue {queue}: CPUs {}", cpus.join(" "));
+    }
+    text
+}
+
+/// A size for people: at most one decimal, powers of 1024.
+fn human(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let unit = (bytes.max(1).ilog2() / 10) as usize;
+    let tenths = (u128::from(bytes) * 10) >> (10 * unit);
+    match (tenths / 10, tenths % 10) {
+        (whole, 0) => format!("{whole} {}", UNITS[unit]),
+        (whole, tenth) => format!("{whole}.{tenth} {}", UNITS[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Entry {
+        Entry {
+            id: 3,
+            path: "/dev/ublkb3".into(),
+            state: "LIVE",
+            pid: 4711,
+            queues: 2,
+            depth: 128,
+            size: 3 << 29,
+            block_size: 512,
+            physical_block_size: 4096,
+            max_io_bytes: 524288,
+            read_only: false,
+            write_cache: true,
+            fua: false,
+            discard: true,
+            write_zeroes: false,
+            rotational: false,
+            flags: 0x42,
+            features: vec![],
+            owner_uid: 0,
+            owner_gid: 0,
+            queue_affinity: vec![vec![0], vec![1]],
+        }
+    }
+
+    #[test]
+    fn scripts_find_pid_and_state_by_word() {
+        let text = describe(&sample());
+        let line = text.lines().find(|l| l.contains("state") && l.contains("pid")).unwrap();
+        let words: Vec<_> = line.split_whitespace().collect();
+        assert_eq!((words[6], words[10]), ("4711", "LIVE"));
+        assert_eq!(text.matches("state").count(), 1);
+        assert_eq!(text.matches("pid").count(), 1);
+    }
+
+    #[test]
+    fn sizes_are_short() {
+        for (bytes, text) in
+            [(0, "0 B"), (512, "512 B"), (1 << 20, "1 MiB"), (3 << 29, "1.5 GiB"), (u64::MAX, "15.9 EiB")]
+        {
+            assert_eq!(human(bytes), text);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The `ublk` command.
+//!
+//! It is a library function, so that the Python package's `ublk` is the same program.
+
+mod add;
+mod daemon;
+mod del;
+mod features;
+mod list;
+mod serve;
+mod size;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::control::Control;
+use crate::driver::kernel::KernelDriver;
+use crate::error::{Error, Result};
+
+/// Make, list and remove block devices that are served by user-space processes (Linux ublk).
+#[derive(Debug, Parser)]
+#[command(name = "ublk", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a device and serve it; prints its path when it can be used
+    Add(add::Args),
+    /// Stop and remove devices
+    Del(del::Args),
+    /// Show devices
+    List(list::Args),
+    /// Show what the driver can do
+    Features(features::Args),
+}
+
+/// How to start this very program again, to run a server in the background.
+#[derive(Clone, Debug)]
+pub struct Relaunch {
+    /// The program and the arguments that come before the command's own.
+    pub program: Vec<OsString>,
+}
+
+/// The whole program, on this process's arguments.
+pub fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_else(|| "ublk".into());
+    let program = std::env::current_exe().map_or(name, OsString::from);
+    let mut logger = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
+    logger.format(|out, record| writeln!(out, "ublk: {}: {}", record.level().as_str().to_lowercase(), record.args()));
+    logger.init();
+    ExitCode::from(run(arguments.collect(), Relaunch { program: vec![program] }))
+}
+
+/// Names of the commands that [`run`] knows.
+pub fn command_names() -> Vec<String> {
+    Cli::command().get_subcommands().map(|c| c.get_name().to_owned()).collect()
+}
+
+/// Runs the command with the given arguments (without a program name) and returns its exit status: 0,
+/// 1 for a failure, 2 for wrong usage.
+pub fn run(arguments: Vec<OsString>, relaunch: Relaunch) -> u8 {
+    let named = std::iter::once(OsString::from("ublk")).chain(arguments.iter().cloned());
+    let parsed = Cli::command().try_get_matches_from(named).and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are "errors" for standard output with status 0.
+            let _ = error.print();
+            return error.exit_code() as u8;
+        }
+    };
+    let result = match cli.command {
+        Command::Add(args) => add::run(&args, &arguments, &relaunch),
+        Command::Del(args) => del::run(&args),
+        Command::List(args) => list::run(&args),
+        Command::Features(args) => features::run(&args),
+    };
+    match result {
+        Ok(()) => 0,
+        Err(Failure::Reported) => 1,
+        Err(Failure::Error(error)) => {
+            eprintln!("ublk: {error}");
+            1
+        }
+        Err(Failure::Text(text)) => {
+            eprintln!("ublk: {text}");
+            1
+        }
+    }
+}
+
+/// Why a command failed.
+#[derive(Debug)]
+enum Failure {
+    /// Said already.
+    Reported,
+    Error(Error),
+    Text(String),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::Error(error)
+    }
+}
+
+type Outcome = std::result::Result<(), Failure>;
+
+/// The control plane of the running kernel.
+fn control() -> Result<Control> {
+    Ok(Control::new(Arc::new(KernelDriver::open()?)))
+}
+
+/// Writes to standard output; a reader that went away is no error worth a panic.
+fn print(text: &str) -> Outcome {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Text(format!("standard output: {e}"))),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_usage_is_status_2() {
+        let relaunch = Relaunch { program: vec![] };
+        assert_eq!(run(vec!["frobnicate".into()], relaunch.clone()), 2);
+        assert_eq!(run(vec!["del".into()], relaunch), 2);
+    }
+}

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The control plane: one method per command of `/dev/ublk-control`.
+//!
+//! Every command has a deadline. One that does not answer in time is asked to end and reported as
+//! [`Error::Timeout`] with what it waits for; the caller goes on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::driver::{ControlCommand, ControlFailure, Driver};
+use crate::error::{Error, Result};
+use crate::params::Params;
+use crate::uapi::{self, DeviceState, Features, ublk_params, ublksrv_ctrl_dev_info};
+use crate::units::{DeviceId, QueueId};
+
+/// How long a command may take that has no reason to wait.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a command may take that waits for requests or for a server to go.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Most queues and deepest queues that the driver admits.
+pub(crate) const MAX_QUEUES: u16 = uapi::UBLK_MAX_NR_QUEUES;
+pub(crate) const MAX_DEPTH: u16 = uapi::UBLK_MAX_QUEUE_DEPTH;
+
+/// What ADD_DEV is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct AddRequest {
+    /// The id, or `None` for the lowest free one.
+    pub id: Option<DeviceId>,
+    /// Hardware queues; the driver takes no more than there are CPUs.
+    pub queues: u16,
+    /// Requests per queue.
+    pub depth: u16,
+    /// Longest read or write in bytes.
+    pub max_io_bytes: u32,
+    /// What the device should use.
+    pub features: Features,
+}
+
+/// What the driver says about a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its id.
+    pub id: DeviceId,
+    /// Hardware queues.
+    pub queues: u16,
+    /// Requests per queue.
+    pub depth: u16,
+    /// Its state.
+    pub state: DeviceState,
+    /// Longest read or write in bytes.
+    pub max_io_bytes: u32,
+    /// The server's process, or -1 if there is none.
+    pub pid: i32,
+    /// Features in force, unknown bits included.
+    pub features: Features,
+    /// User that made it.
+    pub owner_uid: u32,
+    /// Group of that user.
+    pub owner_gid: u32,
+}
+
+/// Parameters as the driver holds them.
+#[derive(Clone, Copy, Debug)]
+pub struct StoredParams {
+    /// The disk's shape.
+    pub params: Params,
+    /// Major and minor number of the disk, once it exists; (0, 0) before.
+    pub disk_number: (u32, u32),
+}
+
+/// Typed access to the driver's control commands. Cheap to clone; usable from any thread.
+#[derive(Clone, Debug)]
+pub struct Control {
+    driver: Arc<dyn Driver>,
+}
+
+impl Control {
+    /// Control through the given driver.
+    pub fn new(driver: Arc<dyn Driver>) -> Self {
+        Control { driver }
+    }
+
+    /// The driver behind this.
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
+    }
+
+    /// GET_FEATURES: what the driver offers. Linux 6.5; older ones refuse it.
+    ///
+    /// # Errors
+    ///
+    /// As for every command here: [`Error::Control`] if the driver refuses, [`Error::Timeout`] if it
+    /// does not answer.
+    pub fn features(&self) -> Result<Features> {
+        let command = command("GET_FEATURES", uapi::UBLK_U_CMD_GET_FEATURES, None);
+        let payload = vec![0; usize::from(uapi::UBLK_FEATURES_LEN)];
+        let reply = self.run(ControlCommand { payload, ..command }, COMMAND_TIMEOUT)?;
+        let mask = u64::from_ne_bytes(reply[..8].try_into().expect("8 bytes were sent"));
+        Ok(Features::from_bits_retain(mask))
+    }
+
+    /// ADD_DEV: makes `/dev/ublkcN`. The driver may change what it was asked for: look at the result.
+    pub fn add(&self, request: &AddRequest) -> Result<DeviceInfo> {
+        let id = request.id.map_or(u32::MAX, |id| id.0);
+        let info = ublksrv_ctrl_dev_info {
+            nr_hw_queues: request.queues,
+            queue_depth: request.depth,
+            max_io_buf_bytes: request.max_io_bytes,
+            dev_id: id,
+            flags: request.features.bits(),
+            ..Default::default()
+        };
+        let payload = wire::encode_info(&info);
+        let command = ControlCommand { payload, ..command("ADD_DEV", uapi::UBLK_U_CMD_ADD_DEV, request.id) };
+        let reply = self.run(command, COMMAND_TIMEOUT)?;
+        Ok(decode_info(&wire::decode_info(&reply)))
+    }
+
+    /// SET_PARAMS: the disk's shape; possible while there is no disk.
+    pub fn set_params(&self, id: DeviceId, params: &Params) -> Result<()> {
+        let payload = wire::encode_params(&params.encode());
+        let command = ControlCommand { payload, ..command("SET_PARAMS", uapi::UBLK_U_CMD_SET_PARAMS, Some(id)) };
+        self.run(command, COMMAND_TIMEOUT).map(drop)
+    }
+
+    /// GET_PARAMS: the disk's shape and numbers.
+    pub fn params(&self, id: DeviceId) -> Result<StoredParams> {
+        let empty = ublk_params { len: size_of::<ublk_params>() as u32, ..Default::default() };
+        let payload = wire::encode_params(&empty);
+        let command = ControlCommand { payload, ..command("GET_PARAMS", uapi::UBLK_U_CMD_GET_PARAMS, Some(id)) };
+        let raw = wire::decode_params(&self.run(command, COMMAND_TIMEOUT)?);
+        Ok(StoredParams { params: Params::decode(&raw), disk_number: (raw.devt.disk_major, raw.devt.disk_minor) })
+    }
+
+    /// START_DEV: makes `/dev/ublkbN`. Waits until every tag of every queue has been fetched; while it
+    /// waits, `give_up` is asked now and then.
+    pub fn start(&self, id: DeviceId, pid: u32, give_up: &dyn Fn() -> bool) -> Result<()> {
+        let command =
+            ControlCommand { data: u64::from(pid), ..command("START_DEV", uapi::UBLK_U_CMD_START_DEV, Some(id)) };
+        self.run_unless(command, DRAIN_TIMEOUT, give_up).map(drop)
+    }
+
+    /// STOP_DEV: removes `/dev/ublkbN`. Waits for requests in flight, so their server must go on.
+    pub fn stop(&self, id: DeviceId) -> Result<()> {
+        self.run(command("STOP_DEV", uapi::UBLK_U_CMD_STOP_DEV, Some(id)), DRAIN_TIMEOUT).map(drop)
+    }
+
+    /// DEL_DEV: stops the device if need be, removes `/dev/ublkcN` and waits until its server has
+    /// closed it. A server must close it before it calls this for its own device.
+    pub fn delete(&self, id: DeviceId) -> Result<()> {
+        self.run(command("DEL_DEV", uapi::UBLK_U_CMD_DEL_DEV, Some(id)), DRAIN_TIMEOUT).map(drop)
+    }
+
+    /// DEL_DEV_ASYNC: as [`delete`](Control::delete) without the wait; the id is free later. Linux 6.9.
+    pub fn delete_async(&self, id: DeviceId) -> Result<()> {
+        let command = command("DEL_DEV_ASYNC", uapi::UBLK_U_CMD_DEL_DEV_ASYNC, Some(id));
+        self.run(command, DRAIN_TIMEOUT).map(drop)
+    }
+
+    /// GET_DEV_INFO2: what the driver knows about a device. Linux 6.3.
+    pub fn info(&self, id: DeviceId) -> Result<DeviceInfo> {
+        let path = format!("/dev/ublkc{id}\0");
+        let mut payload = path.clone().into_bytes();
+        payload.resize(path.len() + size_of::<ublksrv_ctrl_dev_info>(), 0);
+        let command = ControlCommand {
+            payload,
+            path_len: path.len() as u16,
+            ..command("GET_DEV_INFO2", uapi::UBLK_U_CMD_GET_DEV_INFO2, Some(id))
+        };
+        let reply = self.run(command, COMMAND_TIMEOUT)?;
+        Ok(decode_info(&wire::decode_info(&reply[path.len()..])))
+    }
+
+    /// GET_QUEUE_AFFINITY: the CPUs whose requests come through a queue.
+    pub fn queue_affinity(&self, id: DeviceId, queue: QueueId) -> Result<Vec<usize>> {
+        // Room for 8192 CPUs, the most that Linux is built for.
+        let command = ControlCommand {
+            data: u64::from(queue.0),
+            payload: vec![0; 1024],
+            ..command("GET_QUEUE_AFFINITY", uapi::UBLK_U_CMD_GET_QUEUE_AFFINITY, Some(id))
+        };
+        let mask = self.run(command, COMMAND_TIMEOUT)?;
+        let set = |cpu: &usize| mask[cpu / 8] & (1 << (cpu % 8)) != 0;
+        Ok((0..mask.len() * 8).filter(set).collect())
+    }
+
+    fn run(&self, command: ControlCommand, timeout: Duration) -> Result<Vec<u8>> {
+        self.run_unless(command, timeout, &|| false)
+    }
+
+    fn run_unless(&self, command: ControlCommand, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<Vec<u8>> {
+        let name = command.name;
+        let device = (command.dev_id != u32::MAX).then_some(DeviceId(command.dev_id));
+        log::debug!("{name} {device:?} data {}", command.data);
+        let refused = |errno: Errno, hint: &str| Error::Control { command: name, device, errno, hint: hint.to_owned() };
+        match self.driver.control(command, timeout, give_up) {
+            Ok((_, payload)) => Ok(payload),
+            Err(ControlFailure::Refused(errno)) => Err(refused(errno, hint(name, errno))),
+            Err(ControlFailure::GaveUp) => Err(refused(Errno::ECANCELED, "a queue of the device failed")),
+            Err(ControlFailure::Io(e)) => Err(refused(crate::error::errno_of(&e), "the command could not be sent")),
+            Err(ControlFailure::Timeout) => Err(Error::Timeout {
+                waiting_for: device.map_or(name.to_owned(), |id| format!("{name} on device {id}")),
+                waited: timeout,
+                hint: timeout_hint(name).to_owned(),
+            }),
+        }
+    }
+}
+
+fn command(name: &'static str, op: u32, id: Option<DeviceId>) -> ControlCommand {
+    ControlCommand { name, op, dev_id: id.map_or(u32::MAX, |id| id.0), data: 0, payload: Vec::new(), path_len: 0 }
+}
+
+/// The likely cause of a refusal.
+fn hint(command: &str, errno: Errno) -> &'static str {
+    match (command, errno) {
+        ("ADD_DEV", Errno::EEXIST) => "the id is in use (`ublk list` shows the devices)",
+        ("ADD_DEV", Errno::EPERM) => "root (CAP_SYS_ADMIN) is needed",
+        ("ADD_DEV", Errno::EACCES) => "the limit of unprivileged devices is reached (module parameter ublks_max)",
+        ("ADD_DEV", Errno::ENOMEM) => "not enough memory for that many queues and tags",
+        ("START_DEV", Errno::EEXIST) => "the device is started already, or its last disk is still held open",
+        ("START_DEV", Errno::EBUSY) => "the device was stopped while its server still had it open",
+        ("GET_FEATURES", Errno::EOPNOTSUPP | Errno::ENODEV | Errno::EINVAL | Errno::EPERM) => {
+            "the driver is older than Linux 6.5"
+        }
+        (_, Errno::EPERM | Errno::EACCES) => "root (CAP_SYS_ADMIN) is needed",
+        (_, Errno::ENODEV) => "there is no such device",
+        (_, Errno::EOPNOTSUPP) => "this driver does not know the command",
+        (_, Errno::EINTR) => "interrupted",
+        _ => "",
+    }
+}
+
+/// What a command that takes too long is waiting for.
+fn timeout_hint(command: &str) -> &'static str {
+    match command {
+        "START_DEV" => "the server has not fetched all tags, or does not answer the partition scan",
+        "STOP_DEV" => "requests are in flight that the server does not finish",
+        "DEL_DEV" => "requests are not finished, or somebody still has the ublkc node open or mapped",
+        _ => "the driver does not answer",
+    }
+}
+
+fn decode_info(raw: &ublksrv_ctrl_dev_info) -> DeviceInfo {
+    DeviceInfo {
+        id: DeviceId(raw.dev_id),
+        queues: raw.nr_hw_queues,
+        depth: raw.queue_depth,
+        state: DeviceState::decode(raw.state),
+        max_io_bytes: raw.max_io_buf_bytes,
+        pid: raw.ublksrv_pid,
+        features: Features::from_bits_retain(raw.flags),
+        owner_uid: raw.owner_uid,
+        owner_gid: raw.owner_gid,
+    }
+}
+
+/// Structures to bytes and back.
+///
+/// Invariant of the `unsafe` blocks: both structures are plain numbers (`repr(C)`, every bit pattern
+/// valid), and their padding is spelled out or zeroed, because they are made from `Default`.
+pub(crate) mod wire {
+    use super::{ublk_params, ublksrv_ctrl_dev_info};
+
+    fn encode<T: Copy>(value: &T) -> Vec<u8> {
+        let mut bytes = vec![0; size_of::<T>()];
+        // SAFETY: the vector has room for a `T`, and an unaligned write is asked for.
+        unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(*value) };
+        bytes
+    }
+
+    fn decode<T: Copy + Default>(bytes: &[u8]) -> T {
+        assert!(bytes.len() >= size_of::<T>(), "{} bytes for a structure of {}", bytes.len(), size_of::<T>());
+        // SAFETY: the slice is long enough (assertion), every bit pattern is a valid `T` (above), and
+        // an unaligned read is asked for.
+        unsafe { bytes.as_ptr().cast::<T>().read_unaligned() }
+    }
+
+    pub(crate) fn encode_info(info: &ublksrv_ctrl_dev_info) -> Vec<u8> {
+        encode(info)
+    }
+
+    pub(crate) fn decode_info(bytes: &[u8]) -> ublksrv_ctrl_dev_info {
+        decode(bytes)
+    }
+
+    pub(crate) fn encode_params(params: &ublk_params) -> Vec<u8> {
+        encode(params)
+    }
+
+    pub(crate) fn decode_params(bytes: &[u8]) -> ublk_params {
+        decode(bytes)
+    }
+}

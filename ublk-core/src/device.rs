@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The life of a device: add, start, serve, stop, delete. Every wait in it ends.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use crate::control::{AddRequest, Control, DRAIN_TIMEOUT, DeviceInfo, MAX_DEPTH, MAX_QUEUES};
+use crate::driver::kernel::KernelDriver;
+use crate::driver::{CharDevice, Driver};
+use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
+use crate::error::{Error, Result, errno_of};
+use crate::params::{Operations, Params};
+use crate::target::{QueueInfo, Target};
+use crate::uapi::Features;
+use crate::units::{DeviceId, QueueId};
+
+/// Longest read or write that a device may be made for.
+pub const MAX_IO_BYTES: u32 = 32 << 20;
+
+/// How long `/dev/ublkcN` and `/dev/ublkbN` may take to appear, and udev to let go of the former.
+const NODE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a thread may take to open a queue.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long queues may take to close before STOP_DEV is sent again.
+const STOP_AGAIN: Duration = Duration::from_secs(1);
+/// How long queues may take to close after they were given up.
+const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How a device is made.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceOptions {
+    /// The id, or `None` for the lowest free one.
+    pub id: Option<DeviceId>,
+    /// Hardware queues. The driver makes no more of them than there are CPUs.
+    pub queues: u16,
+    /// Requests per queue, 1 to 4096.
+    pub depth: u16,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        DeviceOptions { id: None, queues: 1, depth: 128 }
+    }
+}
+
+impl DeviceOptions {
+    fn validate(&self) -> Result<()> {
+        if !(1..=MAX_QUEUES).contains(&self.queues) {
+            return Err(Error::invalid("queues", self.queues, format!("1 to {MAX_QUEUES} are possible")));
+        }
+        if !(1..=MAX_DEPTH).contains(&self.depth) {
+            return Err(Error::invalid("queue depth", self.depth, format!("1 to {MAX_DEPTH} are possible")));
+        }
+        match self.id {
+            Some(id) if id > DeviceId::MAX => {
+                Err(Error::invalid("device id", id, format!("0 to {} are possible", DeviceId::MAX)))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Serves devices: a driver, and threads that their queues share.
+#[derive(Clone, Debug)]
+pub struct Server {
+    control: Control,
+    pool: Arc<ThreadPool>,
+}
+
+impl Server {
+    /// A server on the running kernel's driver, with as many threads as there are CPUs at most.
+    ///
+    /// # Errors
+    ///
+    /// See [`KernelDriver::open`].
+    pub fn new() -> Result<Self> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads))
+    }
+
+    /// A server on any driver, with its own way to make threads, and at most `threads` of them.
+    pub fn with(driver: Arc<dyn Driver>, spawn: Arc<dyn Spawn>, threads: usize) -> Self {
+        let pool = Arc::new(ThreadPool::new(driver.clone(), spawn, threads));
+        Server { control: Control::new(driver), pool }
+    }
+
+    /// The control plane of this server's driver.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// Makes a device, serves it and returns when its node can be used.
+    ///
+    /// # Errors
+    ///
+    /// Whatever goes wrong on the way is undone first: after an error there is no device.
+    pub fn start(&self, target: Arc<dyn Target>, options: &DeviceOptions) -> Result<Device> {
+        let params = target.params();
+        options.validate()?;
+        params.validate()?;
+        self.check_driver()?;
+        let info = self.control.add(&AddRequest {
+            id: options.id,
+            queues: options.queues,
+            depth: options.depth,
+            max_io_bytes: params.max_io_bytes,
+            features: Features::empty(),
+        })?;
+        let device = Device {
+            control: self.control.clone(),
+            pool: self.pool.clone(),
+            path: self.control.driver().block_path(info.id),
+            info,
+            params,
+            events: Arc::new(QueueEvents::new()?),
+            deleted: Mutex::new(false),
+        };
+        match device.start(&target) {
+            Ok(()) => Ok(device),
+            Err(error) => {
+                // The queue's own words say more than those of the command that it kept waiting.
+                let error = device.events.take_failure().unwrap_or(error);
+                if let Err(second) = device.stop() {
+                    log::error!("undoing the start of device {}: {second}", device.id());
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// ioctl-encoded commands and GET_FEATURES are what this crate speaks.
+    fn check_driver(&self) -> Result<()> {
+        let unsupported = || Error::Unsupported { feature: "UBLK_F_CMD_IOCTL_ENCODE with GET_FEATURES", since: "6.5" };
+        let features = self.control.features().map_err(|error| match error.errno() {
+            Errno::EOPNOTSUPP | Errno::ENODEV | Errno::EINVAL => unsupported(),
+            _ => error,
+        })?;
+        if features.contains(Features::CMD_IOCTL_ENCODE) { Ok(()) } else { Err(unsupported()) }
+    }
+}
+
+/// A running device. Dropping it stops and deletes it.
+#[derive(Debug)]
+pub struct Device {
+    control: Control,
+    pool: Arc<ThreadPool>,
+    path: PathBuf,
+    info: DeviceInfo,
+    params: Params,
+    events: Arc<QueueEvents>,
+    deleted: Mutex<bool>,
+}
+
+impl Device {
+    /// Its id.
+    pub fn id(&self) -> DeviceId {
+        self.info.id
+    }
+
+    /// The block device, `/dev/ublkbN`.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What the driver made of the request when the device was added.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// The disk's shape.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn start(&self, target: &Arc<dyn Target>) -> Result<()> {
+        let id = self.id();
+        let mut params = self.params;
+        params.read_only |= !params.operations.contains(Operations::WRITE);
+        self.control.set_params(id, &params)?;
+        let file = self.open_char()?;
+        for queue in (0..self.info.queues).map(QueueId) {
+            self.open_queue(queue, target, &file)?;
+        }
+        drop(file);
+        self.control.start(id, std::process::id(), &|| self.events.has_failed())?;
+        self.wait_for_node()
+    }
+
+    /// Opens `/dev/ublkcN`, which devtmpfs makes a moment after ADD_DEV, and which udev may hold open
+    /// for another.
+    fn open_char(&self) -> Result<Arc<dyn CharDevice>> {
+        let deadline = Instant::now() + NODE_TIMEOUT;
+        loop {
+            match self.control.driver().open_char(self.id()) {
+                Ok(file) => return Ok(file),
+                Err(e) if matches!(errno_of(&e), Errno::ENOENT | Errno::EBUSY | Errno::EACCES | Errno::ENXIO) => {
+                    if Instant::now() >= deadline {
+                        let path = format!("/dev/ublkc{}", self.id());
+                        return Err(Error::File {
+                            operation: "open",
+                            path: path.into(),
+                            errno: errno_of(&e),
+                            hint: format!("still so after {} s (is /dev a devtmpfs?)", NODE_TIMEOUT.as_secs()),
+                        });
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(e) => return Err(Error::file("open", format!("/dev/ublkc{}", self.id()), &e)),
+            }
+        }
+    }
+
+    fn open_queue(&self, queue: QueueId, target: &Arc<dyn Target>, file: &Arc<dyn CharDevice>) -> Result<()> {
+        let info = QueueInfo::new(self.id(), queue, self.info.depth, self.info.max_io_bytes);
+        let setup = QueueSetup { info, target: target.clone(), file: file.clone(), events: self.events.clone() };
+        self.events.opening();
+        let opened = self.pool.open(setup).map_err(|e| {
+            self.events.closed();
+            Error::Target { context: format!("starting a thread for queue {queue}"), source: e }
+        })?;
+        match opened.recv_timeout(OPEN_TIMEOUT) {
+            Ok(result) => result,
+            Err(_) => Err(Error::Timeout {
+                waiting_for: format!("opening queue {queue} of device {}", self.id()),
+                waited: OPEN_TIMEOUT,
+                hint: "its thread is busy with a handler, or has ended".into(),
+            }),
+        }
+    }
+
+    fn wait_for_node(&self) -> Result<()> {
+        let deadline = Instant::now() + NODE_TIMEOUT;
+        while !self.control.driver().block_node_exists(self.id()) {
+            if Instant::now() >= deadline {
+                return Err(Error::Timeout {
+                    waiting_for: format!("{} as a block device", self.path.display()),
+                    waited: NODE_TIMEOUT,
+                    hint: "the disk exists, but nothing made its node (is /dev a devtmpfs?)".into(),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Waits until the device begins to end: somebody stopped or deleted it, or a queue failed. False
+    /// if that did not happen within `timeout`.
+    pub fn wait(&self, timeout: Option<Duration>) -> bool {
+        self.events.wait_ending(timeout)
+    }
+
+    /// Whether the device has begun to end.
+    pub fn is_ending(&self) -> bool {
+        self.events.is_ending()
+    }
+
+    /// Stops and deletes the device. Requests in flight are finished first. Calling it again, from any
+    /// thread, is harmless.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Timeout`] if requests are not finished or the device is not let go in time; calling
+    /// again tries again. [`Error::Queue`] if a queue failed earlier; the device is gone then.
+    pub fn stop(&self) -> Result<()> {
+        let mut deleted = self.deleted.lock().unwrap_or_else(PoisonError::into_inner);
+        if *deleted {
+            return Ok(());
+        }
+        let id = self.id();
+        gone_is_fine(self.control.stop(id))?;
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        while !self.events.wait_all_closed(STOP_AGAIN) && Instant::now() < deadline {
+            // A tag that was lent again behind the first STOP_DEV is taken away by another.
+            gone_is_fine(self.control.stop(id))?;
+        }
+        if self.events.open_queues() != 0 {
+            self.pool.abandon(id);
+            if !self.events.wait_all_closed(ABANDON_TIMEOUT) {
+                return Err(Error::Timeout {
+                    waiting_for: format!("closing {} queues of device {id}", self.events.open_queues()),
+                    waited: DRAIN_TIMEOUT + ABANDON_TIMEOUT,
+                    hint: "a handler does not return".into(),
+                });
+            }
+        }
+        gone_is_fine(self.control.delete(id))?;
+        *deleted = true;
+        self.events.take_failure().map_or(Ok(()), Err)
+    }
+}
+
+/// Becomes readable when the device begins to end, for event loops.
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            log::error!("stopping device {}: {error}", self.id());
+        }
+    }
+}
+
+/// Somebody else may delete the device at any time.
+fn gone_is_fine(result: Result<()>) -> Result<()> {
+    match result {
+        Err(Error::Control { errno: Errno::ENODEV, .. }) => Ok(()),
+        other => other,
+    }
+}

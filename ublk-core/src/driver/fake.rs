@@ -1,0 +1,639 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A stand-in for the driver, in this process and without privileges.
+//!
+//! It keeps the rules that a server can break (who may fetch and commit which tag, and when), answers
+//! control commands from the same states, and plays the block layer's part: [`FakeDisk`] sends
+//! requests and waits for their end. What it does not have is everything around that: no nodes, no
+//! page cache, no partition scan.
+//!
+//! Invariant of the `unsafe` blocks: the address that a server passes with FETCH_REQ or
+//! COMMIT_AND_FETCH_REQ points to a buffer of the device's `max_io_buf_bytes`, which the server leaves
+//! alone until the command completes. That is the driver's own contract.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::{
+    CharDevice, Completion, ControlCommand, ControlFailure, Driver, FileSlot, MappedDescriptors, Operation, Ring,
+    Submission, Waker,
+};
+use crate::control::{MAX_DEPTH, wire};
+use crate::memory::{Descriptor, DescriptorMap, Region};
+use crate::uapi::{self, Features, ublk_params, ublksrv_ctrl_dev_info};
+use crate::units::{DeviceId, QueueId, Sectors, Tag};
+
+/// How long a disk's client waits for a request to end.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The driver.
+#[derive(Clone, Debug, Default)]
+pub struct FakeDriver {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    devices: BTreeMap<u32, FakeDevice>,
+    /// Rules that a server broke.
+    violations: Vec<String>,
+    /// Answers that clients have not looked at, by their request's ticket.
+    answers: HashMap<u64, Result<Vec<u8>, Errno>>,
+    tickets: u64,
+    /// Errnos to answer the next commands of a name with.
+    refusals: HashMap<&'static str, VecDeque<Errno>>,
+}
+
+#[derive(Debug)]
+struct FakeDevice {
+    info: ublksrv_ctrl_dev_info,
+    params: Option<ublk_params>,
+    queues: Vec<FakeQueue>,
+    char_open: bool,
+}
+
+#[derive(Debug)]
+struct FakeQueue {
+    descriptors: Arc<Region>,
+    tags: Vec<FakeTag>,
+}
+
+/// Who fetched a tag, and where the answer goes.
+#[derive(Clone, Debug)]
+struct Command {
+    ring: Arc<Completions>,
+    user_data: u64,
+    address: u64,
+    daemon: ThreadId,
+}
+
+#[derive(Clone, Debug)]
+enum FakeTag {
+    Idle,
+    Armed(Command),
+    /// The server has the request.
+    Served {
+        daemon: ThreadId,
+        len: usize,
+        ticket: u64,
+    },
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `check` gives something.
+    fn wait_for<T>(
+        &self,
+        timeout: Duration,
+        give_up: &dyn Fn() -> bool,
+        mut check: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<T, ControlFailure> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.state();
+        loop {
+            if let Some(value) = check(&mut state) {
+                return Ok(value);
+            }
+            if give_up() {
+                return Err(ControlFailure::GaveUp);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ControlFailure::Timeout);
+            }
+            let slice = left.min(Duration::from_millis(10));
+            state = self.changed.wait_timeout(state, slice).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl FakeDriver {
+    /// A driver without devices.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The disk of a device, as a client of the block layer sees it.
+    pub fn disk(&self, id: DeviceId) -> FakeDisk {
+        FakeDisk { shared: self.shared.clone(), id: id.0 }
+    }
+
+    /// Answers the next command of this name with an errno: a control command's name in the UAPI, or
+    /// `COMMIT_AND_FETCH_REQ` or `FETCH_REQ`.
+    pub fn refuse_next(&self, command: &'static str, errno: Errno) {
+        self.shared.state().refusals.entry(command).or_default().push_back(errno);
+    }
+
+    /// The rules that servers have broken so far.
+    pub fn violations(&self) -> Vec<String> {
+        self.shared.state().violations.clone()
+    }
+
+    fn execute(
+        &self,
+        command: &mut ControlCommand,
+        timeout: Duration,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<i32, ControlFailure> {
+        let refuse = |errno| Err(ControlFailure::Refused(errno));
+        if let Some(errno) = self.shared.state().refusals.get_mut(command.name).and_then(VecDeque::pop_front) {
+            return refuse(errno);
+        }
+        if command.op == uapi::UBLK_U_CMD_GET_FEATURES {
+            let features = Features::CMD_IOCTL_ENCODE | Features::URING_CMD_COMP_IN_TASK;
+            command.payload.copy_from_slice(&features.bits().to_ne_bytes());
+            return Ok(0);
+        }
+        if command.op == uapi::UBLK_U_CMD_ADD_DEV {
+            return self.shared.state().add(&mut command.payload).or_else(refuse);
+        }
+        let id = command.dev_id;
+        if !self.shared.state().devices.contains_key(&id) {
+            return refuse(Errno::ENODEV);
+        }
+        let gone = ControlFailure::Refused(Errno::ENODEV);
+        match command.op {
+            uapi::UBLK_U_CMD_SET_PARAMS => {
+                let mut state = self.shared.state();
+                let device = state.devices.get_mut(&id).ok_or(gone)?;
+                if device.info.state != uapi::UBLK_S_DEV_DEAD {
+                    return refuse(Errno::EACCES);
+                }
+                device.params = Some(wire::decode_params(&command.payload));
+                Ok(0)
+            }
+            uapi::UBLK_U_CMD_GET_PARAMS => {
+                let state = self.shared.state();
+                let params = state.devices.get(&id).ok_or(gone)?.params.unwrap_or_default();
+                command.payload = wire::encode_params(&params);
+                Ok(0)
+            }
+            uapi::UBLK_U_CMD_GET_DEV_INFO2 => {
+                let state = self.shared.state();
+                let info = state.devices.get(&id).ok_or(gone)?.info;
+                command.payload.truncate(usize::from(command.path_len));
+                command.payload.extend(wire::encode_info(&info));
+                Ok(0)
+            }
+            uapi::UBLK_U_CMD_GET_QUEUE_AFFINITY => {
+                command.payload.fill(0);
+                command.payload[0] = 1;
+                Ok(0)
+            }
+            uapi::UBLK_U_CMD_START_DEV => {
+                let pid = command.data as i32;
+                self.shared.wait_for(timeout, give_up, |state| match state.devices.get_mut(&id) {
+                    None => Some(Err(ControlFailure::Refused(Errno::ENODEV))),
+                    Some(device) => device.start(pid).map(|r| r.map_err(ControlFailure::Refused)),
+                })?
+            }
+            uapi::UBLK_U_CMD_STOP_DEV => self.stop(id, timeout, give_up),
+            uapi::UBLK_U_CMD_DEL_DEV | uapi::UBLK_U_CMD_DEL_DEV_ASYNC => {
+                self.stop(id, timeout, give_up)?;
+                self.shared.wait_for(timeout, give_up, |state| {
+                    let open = state.devices.get(&id).is_some_and(|d| d.char_open);
+                    (!open).then(|| state.devices.remove(&id)).map(|_| 0)
+                })
+            }
+            _ => refuse(Errno::EOPNOTSUPP),
+        }
+    }
+
+    /// Waits for requests in flight, then takes the tags back.
+    fn stop(&self, id: u32, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<i32, ControlFailure> {
+        self.shared.wait_for(timeout, give_up, |state| {
+            let Some(device) = state.devices.get_mut(&id) else { return Some(0) };
+            device.info.state = uapi::UBLK_S_DEV_DEAD;
+            if device.queues.iter().flat_map(|q| &q.tags).any(|t| matches!(t, FakeTag::Served { .. })) {
+                return None;
+            }
+            device.cancel();
+            Some(0)
+        })?;
+        self.shared.changed.notify_all();
+        Ok(0)
+    }
+}
+
+impl Driver for FakeDriver {
+    fn control(
+        &self,
+        mut command: ControlCommand,
+        timeout: Duration,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<(i32, Vec<u8>), ControlFailure> {
+        let result = self.execute(&mut command, timeout, give_up)?;
+        Ok((result, command.payload))
+    }
+
+    fn open_char(&self, id: DeviceId) -> io::Result<Arc<dyn CharDevice>> {
+        let mut state = self.shared.state();
+        let device = state.devices.get_mut(&id.0).ok_or(Errno::ENXIO)?;
+        if std::mem::replace(&mut device.char_open, true) {
+            return Err(Errno::EBUSY.into());
+        }
+        Ok(Arc::new(FakeChar { shared: self.shared.clone(), id: id.0 }))
+    }
+
+    fn new_ring(&self) -> io::Result<Box<dyn Ring>> {
+        Ok(Box::new(FakeRing {
+            shared: self.shared.clone(),
+            completions: Arc::default(),
+            files: Vec::new(),
+            queued: Vec::new(),
+        }))
+    }
+
+    fn block_path(&self, id: DeviceId) -> PathBuf {
+        format!("/nonexistent/ublkb{id}").into()
+    }
+
+    fn block_node_exists(&self, id: DeviceId) -> bool {
+        self.shared.state().devices.get(&id.0).is_some_and(|d| d.info.state == uapi::UBLK_S_DEV_LIVE)
+    }
+
+    fn device_ids(&self) -> io::Result<Vec<DeviceId>> {
+        Ok(self.shared.state().devices.keys().copied().map(DeviceId).collect())
+    }
+}
+
+impl State {
+    fn add(&mut self, payload: &mut Vec<u8>) -> Result<i32, Errno> {
+        let mut info = wire::decode_info(payload);
+        let depth = info.queue_depth;
+        if depth == 0 || depth > MAX_DEPTH || info.nr_hw_queues == 0 {
+            return Err(Errno::EINVAL);
+        }
+        if info.dev_id == u32::MAX {
+            info.dev_id = (0..).find(|id| !self.devices.contains_key(id)).ok_or(Errno::ENOSPC)?;
+        } else if self.devices.contains_key(&info.dev_id) {
+            return Err(Errno::EEXIST);
+        }
+        info.nr_hw_queues = info.nr_hw_queues.min(64);
+        info.state = uapi::UBLK_S_DEV_DEAD;
+        info.ublksrv_pid = -1;
+        info.flags |= (Features::CMD_IOCTL_ENCODE | Features::URING_CMD_COMP_IN_TASK).bits();
+        let queue = || {
+            let descriptors = Arc::new(Region::anonymous(DescriptorMap::len_for(depth)).map_err(|_| Errno::ENOMEM)?);
+            Ok(FakeQueue { descriptors, tags: vec![FakeTag::Idle; usize::from(depth)] })
+        };
+        let queues = (0..info.nr_hw_queues).map(|_| queue()).collect::<Result<_, Errno>>()?;
+        self.devices.insert(info.dev_id, FakeDevice { info, params: None, queues, char_open: false });
+        *payload = wire::encode_info(&info);
+        Ok(0)
+    }
+
+    /// FETCH_REQ and COMMIT_AND_FETCH_REQ; an error completes the command at once.
+    fn io_command(
+        &mut self,
+        id: u32,
+        queue: QueueId,
+        tag: Tag,
+        command: Command,
+        commit: Option<i32>,
+    ) -> Result<(), Errno> {
+        let name = if commit.is_some() { "COMMIT_AND_FETCH_REQ" } else { "FETCH_REQ" };
+        if let Some(errno) = self.refusals.get_mut(name).and_then(VecDeque::pop_front) {
+            return Err(errno);
+        }
+        let device = self.devices.get_mut(&id).ok_or(Errno::ENODEV)?;
+        let slot = device
+            .queues
+            .get_mut(usize::from(queue.0))
+            .and_then(|q| q.tags.get_mut(tag.index()))
+            .ok_or(Errno::EINVAL)?;
+        let broken = match (&*slot, commit) {
+            (FakeTag::Idle, None) => {
+                *slot = FakeTag::Armed(command);
+                return Ok(());
+            }
+            (FakeTag::Served { daemon, .. }, Some(_)) if *daemon != command.daemon => {
+                (Errno::EINVAL, "from a thread that did not fetch the tag")
+            }
+            (&FakeTag::Served { len, ticket, .. }, Some(result)) => {
+                let answer = usize::try_from(result).map_err(|_| Errno::from_raw(-result)).map(|read| {
+                    // SAFETY: the contract on top of this file: the command's address holds the data.
+                    unsafe { std::slice::from_raw_parts(command.address as *const u8, read.min(len)) }.to_vec()
+                });
+                self.answers.insert(ticket, answer);
+                *slot = FakeTag::Armed(command);
+                return Ok(());
+            }
+            (FakeTag::Armed(_), Some(_)) => (Errno::EBUSY, "of a tag that is not at the server"),
+            (FakeTag::Idle, Some(_)) => (Errno::EINVAL, "of a tag that was never fetched"),
+            (_, None) => (Errno::EINVAL, "of a tag that is fetched already"),
+        };
+        self.violations.push(format!("{name} {} (queue {queue}, tag {tag})", broken.1));
+        Err(broken.0)
+    }
+}
+
+impl FakeDevice {
+    /// START_DEV, once every tag is fetched.
+    fn start(&mut self, pid: i32) -> Option<Result<i32, Errno>> {
+        if pid <= 0 || self.params.is_none_or(|p| p.types & uapi::UBLK_PARAM_TYPE_BASIC == 0) {
+            return Some(Err(Errno::EINVAL));
+        }
+        if self.info.state == uapi::UBLK_S_DEV_LIVE {
+            return Some(Err(Errno::EEXIST));
+        }
+        let fetched = self.queues.iter().flat_map(|q| &q.tags).all(|t| !matches!(t, FakeTag::Idle));
+        fetched.then(|| {
+            self.info.state = uapi::UBLK_S_DEV_LIVE;
+            self.info.ublksrv_pid = pid;
+            Ok(0)
+        })
+    }
+
+    /// Ends all commands that wait for a request.
+    fn cancel(&mut self) {
+        for tag in self.queues.iter_mut().flat_map(|q| &mut q.tags) {
+            if let FakeTag::Armed(command) = std::mem::replace(tag, FakeTag::Idle) {
+                command.ring.push(command.user_data, uapi::UBLK_IO_RES_ABORT);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct FakeChar {
+    shared: Arc<Shared>,
+    id: u32,
+}
+
+impl CharDevice for FakeChar {
+    fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<MappedDescriptors> {
+        let state = self.shared.state();
+        let device = state.devices.get(&self.id).ok_or(Errno::ENODEV)?;
+        let queue = device.queues.get(usize::from(queue.0)).ok_or(Errno::EINVAL)?;
+        Ok(MappedDescriptors(DescriptorMap::shared(queue.descriptors.clone(), depth)))
+    }
+
+    fn raw_fd(&self) -> RawFd {
+        self.id as RawFd
+    }
+}
+
+/// The server is gone: without recovery, the disk goes too, and what it had fails.
+impl Drop for FakeChar {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        if let Some(device) = state.devices.get_mut(&self.id) {
+            device.char_open = false;
+            device.info.state = uapi::UBLK_S_DEV_DEAD;
+            device.info.ublksrv_pid = -1;
+            let tags = device.queues.iter_mut().flat_map(|q| &mut q.tags);
+            let ended: Vec<u64> = tags
+                .filter_map(|tag| match std::mem::replace(tag, FakeTag::Idle) {
+                    FakeTag::Served { ticket, .. } => Some(ticket),
+                    FakeTag::Idle | FakeTag::Armed(_) => None,
+                })
+                .collect();
+            state.answers.extend(ended.into_iter().map(|ticket| (ticket, Err(Errno::EIO))));
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+}
+
+#[derive(Debug, Default)]
+struct Completions {
+    state: Mutex<(Vec<Completion>, bool)>,
+    changed: Condvar,
+}
+
+impl Completions {
+    fn push(&self, user_data: u64, result: i32) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.0.push(Completion { user_data, result });
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+impl Waker for Completions {
+    fn wake(&self) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        self.changed.notify_all();
+    }
+}
+
+#[derive(Debug)]
+struct FakeRing {
+    shared: Arc<Shared>,
+    completions: Arc<Completions>,
+    files: Vec<Option<Arc<dyn CharDevice>>>,
+    queued: Vec<Submission>,
+}
+
+impl FakeRing {
+    fn io_command(&self, user_data: u64, file: FileSlot, queue: QueueId, tag: Tag, address: u64, commit: Option<i32>) {
+        let device = self.files[file.0 as usize].as_ref().map_or(-1, |f| f.raw_fd());
+        let daemon = std::thread::current().id();
+        let command = Command { ring: self.completions.clone(), user_data, address, daemon };
+        if let Err(errno) = self.shared.state().io_command(device as u32, queue, tag, command, commit) {
+            self.completions.push(user_data, -(errno as i32));
+        }
+    }
+}
+
+impl Ring for FakeRing {
+    fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot> {
+        let slot = self.files.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.files.push(None);
+            self.files.len() - 1
+        });
+        self.files[slot] = Some(file.clone());
+        Ok(FileSlot(slot as u32))
+    }
+
+    fn remove_file(&mut self, slot: FileSlot) -> io::Result<()> {
+        self.files[slot.0 as usize] = None;
+        Ok(())
+    }
+
+    fn push(&mut self, submission: Submission) -> io::Result<()> {
+        self.queued.push(submission);
+        Ok(())
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        for Submission { user_data, operation } in std::mem::take(&mut self.queued) {
+            match operation {
+                Operation::Fetch { file, queue, tag, address } => {
+                    self.io_command(user_data, file, queue, tag, address, None);
+                }
+                Operation::Commit { file, queue, tag, result, address } => {
+                    self.io_command(user_data, file, queue, tag, address, Some(result));
+                }
+                other => self.completions.push(user_data, file_operation(other)),
+            }
+        }
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        self.submit()?;
+        let mut state = self.completions.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.0.is_empty() && !state.1 {
+            state = self.completions.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.1 = false;
+        Ok(())
+    }
+
+    fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
+        into.append(&mut self.completions.state.lock().unwrap_or_else(PoisonError::into_inner).0);
+        Ok(())
+    }
+
+    fn waker(&self) -> Arc<dyn Waker> {
+        self.completions.clone()
+    }
+}
+
+/// Carries a file operation out at once.
+fn file_operation(operation: Operation) -> i32 {
+    // SAFETY: plain system calls; memory is that of the submission, which its sender keeps valid until
+    // the completion (see `Submission`).
+    let result = unsafe {
+        match operation {
+            Operation::Read { fd, address, len, offset } => {
+                libc::pread(fd, address as *mut libc::c_void, len as usize, offset as i64)
+            }
+            Operation::Write { fd, address, len, offset, .. } => {
+                libc::pwrite(fd, address as *const libc::c_void, len as usize, offset as i64)
+            }
+            Operation::SyncData { fd } => libc::fdatasync(fd) as isize,
+            Operation::Allocate { fd, mode, offset, len } => {
+                libc::fallocate(fd, mode, offset as i64, len as i64) as isize
+            }
+            Operation::Fetch { .. } | Operation::Commit { .. } => unreachable!("handled by the ring"),
+        }
+    };
+    if result < 0 { -(Errno::last_raw()) } else { result as i32 }
+}
+
+/// A client of a device's disk. Each call is one request and waits for its end.
+#[derive(Clone, Debug)]
+pub struct FakeDisk {
+    shared: Arc<Shared>,
+    id: u32,
+}
+
+/// A request that was sent and not yet waited for.
+#[derive(Debug)]
+#[must_use]
+pub struct Sent(u64);
+
+impl FakeDisk {
+    /// Reads `len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// The errno that the server failed the request with; `ENODEV` without a live device, `ETIMEDOUT`
+    /// if it does not answer. The same holds for all calls here.
+    pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
+        let sent = self.send(uapi::UBLK_IO_OP_READ.into(), offset, len, &[])?;
+        self.wait(sent)
+    }
+
+    /// Writes.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let sent = self.send(uapi::UBLK_IO_OP_WRITE.into(), offset, data.len(), data)?;
+        self.wait(sent).map(drop)
+    }
+
+    /// Writes with forced unit access.
+    pub fn write_durably(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let op = u32::from(uapi::UBLK_IO_OP_WRITE) | uapi::UBLK_IO_F_FUA;
+        let sent = self.send(op, offset, data.len(), data)?;
+        self.wait(sent).map(drop)
+    }
+
+    /// Flushes.
+    pub fn flush(&self) -> Result<(), Errno> {
+        let sent = self.send(uapi::UBLK_IO_OP_FLUSH.into(), 0, 0, &[])?;
+        self.wait(sent).map(drop)
+    }
+
+    /// Discards.
+    pub fn discard(&self, offset: u64, len: usize) -> Result<(), Errno> {
+        let sent = self.send(uapi::UBLK_IO_OP_DISCARD.into(), offset, len, &[])?;
+        self.wait(sent).map(drop)
+    }
+
+    /// Zeroes.
+    pub fn write_zeroes(&self, offset: u64, len: usize) -> Result<(), Errno> {
+        let sent = self.send(uapi::UBLK_IO_OP_WRITE_ZEROES.into(), offset, len, &[])?;
+        self.wait(sent).map(drop)
+    }
+
+    /// The most bytes that one read or write takes.
+    pub fn max_io_bytes(&self) -> Result<usize, Errno> {
+        self.shared.state().devices.get(&self.id).map(|d| d.info.max_io_buf_bytes as usize).ok_or(Errno::ENODEV)
+    }
+
+    /// Sends a request with a raw operation word and does not wait. `data` is what a write carries.
+    pub fn send(&self, op_flags: u32, offset: u64, len: usize, data: &[u8]) -> Result<Sent, Errno> {
+        let mut turn = offset as usize >> 12;
+        self.wait_for(|state| {
+            let device = match state.devices.get_mut(&self.id) {
+                Some(device) if device.info.state == uapi::UBLK_S_DEV_LIVE => device,
+                _ => return Some(Err(Errno::ENODEV)),
+            };
+            turn += 1;
+            let queue = turn % device.queues.len();
+            let FakeQueue { descriptors, tags } = &mut device.queues[queue];
+            let tag = Tag(tags.iter().position(|t| matches!(t, FakeTag::Armed(_)))? as u16);
+            let FakeTag::Armed(command) = tags[tag.index()].clone() else { unreachable!("found above") };
+            assert!(data.len() <= device.info.max_io_buf_bytes as usize, "longer than the device takes");
+            // SAFETY: the contract on top of this file: the buffer is ours while the command waits.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), command.address as *mut u8, data.len()) };
+            descriptors.write_descriptor(
+                tag,
+                Descriptor {
+                    op_flags,
+                    nr_sectors: (len as u64 / Sectors::SIZE) as u32,
+                    start_sector: Sectors::from_bytes(offset).0,
+                    address: command.address,
+                },
+            );
+            let is_read = op_flags as u8 == uapi::UBLK_IO_OP_READ;
+            let len = if is_read { len } else { 0 };
+            state.tickets += 1;
+            let ticket = state.tickets;
+            tags[tag.index()] = FakeTag::Served { daemon: command.daemon, len, ticket };
+            command.ring.push(command.user_data, uapi::UBLK_IO_RES_OK);
+            Some(Ok(Sent(ticket)))
+        })
+    }
+
+    /// Waits for a request's end and gives a read's data.
+    pub fn wait(&self, sent: Sent) -> Result<Vec<u8>, Errno> {
+        self.wait_for(|state| state.answers.remove(&sent.0))
+    }
+
+    fn wait_for<T>(&self, check: impl FnMut(&mut State) -> Option<Result<T, Errno>>) -> Result<T, Errno> {
+        let result = self.shared.wait_for(CLIENT_TIMEOUT, &|| false, check);
+        self.shared.changed.notify_all();
+        result.unwrap_or(Err(Errno::ETIMEDOUT))
+    }
+}

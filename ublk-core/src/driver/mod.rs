@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The seam between this crate and the ublk driver.
+//!
+//! Everything above (control plane, life cycle, engine) talks to a [`Driver`] and to the [`Ring`]s it
+//! makes. [`kernel`] is the real one, on io_uring; `fake` is an in-process stand-in that keeps the
+//! driver's rules, so that the rest is tested in milliseconds and without privileges.
+
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+pub mod kernel;
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::memory::DescriptorMap;
+use crate::units::{DeviceId, QueueId, Tag};
+
+/// A control command on its way to the driver.
+#[derive(Debug)]
+pub struct ControlCommand {
+    /// Name in the UAPI, for messages.
+    pub name: &'static str,
+    /// ioctl-encoded number, `UBLK_U_CMD_*`.
+    pub op: u32,
+    /// The device, or `u32::MAX` for "any free id" and for commands without a device.
+    pub dev_id: u32,
+    /// The inline argument, `data[0]`.
+    pub data: u64,
+    /// The buffer behind `addr` and `len`; the driver may fill it. Empty for none.
+    pub payload: Vec<u8>,
+    /// How many bytes at the payload's start are a path (unprivileged devices, `GET_DEV_INFO2`).
+    pub path_len: u16,
+}
+
+/// Why a control command brought no answer of success.
+#[derive(Debug)]
+pub enum ControlFailure {
+    /// The driver's errno.
+    Refused(Errno),
+    /// No answer within the time; the command was asked to end and its memory was left to the kernel.
+    Timeout,
+    /// The caller's check asked to give up; likewise.
+    GaveUp,
+    /// The command could not be sent.
+    Io(io::Error),
+}
+
+/// The ublk driver, or something that behaves like it.
+pub trait Driver: Send + Sync + Debug {
+    /// Sends a control command and waits for its result, at most `timeout`. `give_up` is asked now
+    /// and then; once it says true the wait ends.
+    ///
+    /// Returns the non-negative result and the payload as the driver left it.
+    fn control(
+        &self,
+        command: ControlCommand,
+        timeout: Duration,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<(i32, Vec<u8>), ControlFailure>;
+
+    /// Opens `/dev/ublkcN`. The driver admits one opener at a time.
+    fn open_char(&self, id: DeviceId) -> io::Result<Arc<dyn CharDevice>>;
+
+    /// Makes a ring. It belongs to the calling thread.
+    fn new_ring(&self) -> io::Result<Box<dyn Ring>>;
+
+    /// Where the block device appears.
+    fn block_path(&self, id: DeviceId) -> PathBuf;
+
+    /// Whether the block device's node is there.
+    fn block_node_exists(&self, id: DeviceId) -> bool;
+
+    /// Ids of all devices that exist, in rising order.
+    fn device_ids(&self) -> io::Result<Vec<DeviceId>>;
+}
+
+/// An open `/dev/ublkcN`. Dropping the last handle closes it, which the driver takes as the server's
+/// end.
+pub trait CharDevice: Send + Sync + Debug {
+    /// Maps the descriptors of a queue.
+    #[doc(hidden)]
+    fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<MappedDescriptors>;
+
+    /// The descriptor for the kernel's ring; stand-ins use it as a number of their own.
+    fn raw_fd(&self) -> RawFd;
+}
+
+/// A queue's mapped descriptors, opaque outside this crate.
+#[derive(Debug)]
+pub struct MappedDescriptors(pub(crate) DescriptorMap);
+
+/// A char device's place in a ring's table of files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileSlot(pub u32);
+
+/// One entry for a ring's submission queue.
+///
+/// `user_data` comes back with the completion. Addresses must stay valid until then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Submission {
+    /// Echoed in the completion.
+    pub user_data: u64,
+    /// What to do.
+    pub operation: Operation,
+}
+
+/// What a submission asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// `FETCH_REQ`: lend a tag and its buffer to the driver for the first time.
+    Fetch {
+        /// The char device.
+        file: FileSlot,
+        /// Queue.
+        queue: QueueId,
+        /// Tag.
+        tag: Tag,
+        /// The tag's buffer.
+        address: u64,
+    },
+    /// `COMMIT_AND_FETCH_REQ`: finish the request and lend the tag again.
+    Commit {
+        /// The char device.
+        file: FileSlot,
+        /// Queue.
+        queue: QueueId,
+        /// Tag.
+        tag: Tag,
+        /// Bytes done, 0 for operations without data, or a negative errno.
+        result: i32,
+        /// The tag's buffer: a read's data is taken from here, the next write's data goes here.
+        address: u64,
+    },
+    /// Read from a file into memory.
+    Read {
+        /// File.
+        fd: RawFd,
+        /// Where the data goes.
+        address: u64,
+        /// Bytes.
+        len: u32,
+        /// Position in the file.
+        offset: u64,
+    },
+    /// Write memory to a file.
+    Write {
+        /// File.
+        fd: RawFd,
+        /// Where the data is.
+        address: u64,
+        /// Bytes.
+        len: u32,
+        /// Position in the file.
+        offset: u64,
+        /// Whether the data must be durable when the write completes (`RWF_DSYNC`).
+        durable: bool,
+    },
+    /// `fdatasync`.
+    SyncData {
+        /// File.
+        fd: RawFd,
+    },
+    /// `fallocate`.
+    Allocate {
+        /// File.
+        fd: RawFd,
+        /// `FALLOC_FL_*`.
+        mode: i32,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+}
+
+/// One completed submission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// From the submission.
+    pub user_data: u64,
+    /// Result or negative errno.
+    pub result: i32,
+}
+
+/// Wakes a ring's thread out of [`Ring::wait`]; works from any thread.
+pub trait Waker: Send + Sync + Debug {
+    /// Makes the ring's current or next wait return.
+    fn wake(&self);
+}
+
+/// A submission queue and a completion queue. Belongs to the thread that made it.
+pub trait Ring: Debug {
+    /// Gives a char device a place in the ring.
+    fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot>;
+
+    /// Takes it out again, so that the ring does not keep it open.
+    fn remove_file(&mut self, slot: FileSlot) -> io::Result<()>;
+
+    /// Queues a submission; submits what is queued if there is no room.
+    fn push(&mut self, submission: Submission) -> io::Result<()>;
+
+    /// Submits what is queued, without waiting.
+    fn submit(&mut self) -> io::Result<()>;
+
+    /// Submits what is queued and waits until there is a completion or a wake-up.
+    fn wait(&mut self) -> io::Result<()>;
+
+    /// Moves all completions that are there to the end of `into`.
+    fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()>;
+
+    /// A handle that wakes this ring's thread.
+    fn waker(&self) -> Arc<dyn Waker>;
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What a device's queues tell whoever waits for the device.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::error::{Error, Result};
+
+/// Shared by a device and its queues.
+#[derive(Debug)]
+pub(crate) struct QueueEvents {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Readable from the moment the device begins to end, for event loops.
+    ending: EventFd,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    open: usize,
+    stopping: bool,
+    failure: Option<Error>,
+}
+
+impl QueueEvents {
+    pub(crate) fn new() -> Result<Self> {
+        let ending = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|errno| Error::Ring { errno, hint: "an eventfd could not be made".into() })?;
+        Ok(QueueEvents { state: Mutex::default(), changed: Condvar::new(), ending })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A queue is about to be opened.
+    pub(crate) fn opening(&self) {
+        self.state().open += 1;
+    }
+
+    /// A queue is closed, or was not opened after all.
+    pub(crate) fn closed(&self) {
+        let mut state = self.state();
+        state.open -= 1;
+        if state.open == 0 {
+            state.stopping = true;
+        }
+        self.notify(state);
+    }
+
+    /// The driver takes tags away: the device is being stopped.
+    pub(crate) fn stopping(&self) {
+        let mut state = self.state();
+        if !state.stopping {
+            state.stopping = true;
+            self.notify(state);
+        }
+    }
+
+    /// A queue cannot go on.
+    pub(crate) fn failed(&self, error: Error) {
+        let mut state = self.state();
+        state.failure.get_or_insert(error);
+        state.stopping = true;
+        self.notify(state);
+    }
+
+    fn notify(&self, state: MutexGuard<'_, State>) {
+        let ending = state.stopping;
+        drop(state);
+        self.changed.notify_all();
+        if ending && let Err(errno) = self.ending.write(1) {
+            log::error!("signalling the end of a device: {errno}");
+        }
+    }
+
+    /// Whether the device has begun to end.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.state().stopping
+    }
+
+    /// Whether a queue failed.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.state().failure.is_some()
+    }
+
+    /// The first failure, if there was one; later calls return nothing.
+    pub(crate) fn take_failure(&self) -> Option<Error> {
+        self.state().failure.take()
+    }
+
+    /// How many queues are open.
+    pub(crate) fn open_queues(&self) -> usize {
+        self.state().open
+    }
+
+    /// Waits until no queue is open; false if that took longer than `timeout`.
+    pub(crate) fn wait_all_closed(&self, timeout: Duration) -> bool {
+        self.wait(Some(timeout), |state| state.open == 0)
+    }
+
+    /// Waits until the device begins to end; false if that took longer than `timeout`.
+    pub(crate) fn wait_ending(&self, timeout: Option<Duration>) -> bool {
+        self.wait(timeout, |state| state.stopping)
+    }
+
+    fn wait(&self, timeout: Option<Duration>, done: impl Fn(&State) -> bool) -> bool {
+        let deadline = timeout.map(|t| Instant::now() + t);
+        let mut state = self.state();
+        while !done(&state) {
+            state = match deadline {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        true
+    }
+}
+
+impl AsFd for QueueEvents {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ending.as_fd()
+    }
+}

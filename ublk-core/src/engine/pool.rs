@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Which queue is served by which thread.
+//!
+//! A pool has a limit of threads. A queue goes to a thread of its own while the limit allows, and to
+//! the least loaded one after that; a thread ends when its last queue is closed. So one process can
+//! serve any number of devices on a handful of threads.
+
+use std::fmt::Debug;
+use std::io;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use super::queue::QueueSetup;
+use super::ring_thread;
+use crate::driver::{Driver, Waker};
+use crate::error::{Error, Result};
+use crate::units::DeviceId;
+
+/// Starts the threads that serve queues. A language binding uses this to make threads that its
+/// runtime knows.
+pub trait Spawn: Send + Sync + Debug {
+    /// Runs `body` on a new thread called `name`.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept the thread from starting; `body` must not have run then.
+    fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<()>;
+}
+
+/// Plain threads of the standard library.
+#[derive(Debug)]
+pub struct StdSpawn;
+
+impl Spawn for StdSpawn {
+    fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        std::thread::Builder::new().name(name).spawn(body).map(drop)
+    }
+}
+
+/// What a ring thread is asked to do.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// Begin to serve a queue.
+    Open { setup: Box<QueueSetup>, reply: Sender<Result<()>> },
+    /// Give up the queues of a device whose commands do not end.
+    Abandon { device: DeviceId },
+}
+
+/// Messages to one ring thread.
+#[derive(Debug, Default)]
+pub(super) struct Inbox {
+    state: Mutex<InboxState>,
+    waker: OnceLock<Arc<dyn Waker>>,
+}
+
+#[derive(Debug, Default)]
+struct InboxState {
+    messages: Vec<Message>,
+    /// Queues that the thread serves or was asked to.
+    load: usize,
+    /// The thread has ended or is about to.
+    closed: bool,
+}
+
+impl Inbox {
+    fn state(&self) -> MutexGuard<'_, InboxState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_waker(&self, waker: Arc<dyn Waker>) {
+        assert!(self.waker.set(waker).is_ok(), "a thread makes one ring");
+    }
+
+    /// Leaves a message; gives it back if the thread has ended.
+    fn post(&self, message: Message) -> Result<(), Message> {
+        let mut state = self.state();
+        if state.closed {
+            return Err(message);
+        }
+        if matches!(message, Message::Open { .. }) {
+            state.load += 1;
+        }
+        state.messages.push(message);
+        drop(state);
+        // A thread that has no waker yet reads its messages before it first waits.
+        if let Some(waker) = self.waker.get() {
+            waker.wake();
+        }
+        Ok(())
+    }
+
+    pub(super) fn take(&self) -> Vec<Message> {
+        std::mem::take(&mut self.state().messages)
+    }
+
+    /// A queue is closed.
+    pub(super) fn unload(&self) {
+        self.state().load -= 1;
+    }
+
+    /// Ends the inbox if nobody wants anything; true if it has ended.
+    pub(super) fn close_if_empty(&self) -> bool {
+        let mut state = self.state();
+        state.closed = state.messages.is_empty();
+        state.closed
+    }
+
+    /// Ends the inbox and refuses whatever is in it.
+    pub(super) fn refuse(&self, reason: &str) {
+        let messages = {
+            let mut state = self.state();
+            state.closed = true;
+            std::mem::take(&mut state.messages)
+        };
+        for message in messages {
+            if let Message::Open { setup, reply } = message {
+                let QueueSetup { info, events, file, .. } = *setup;
+                drop(file);
+                events.closed();
+                let _ =
+                    reply.send(Err(Error::Queue { device: info.device, queue: info.queue, reason: reason.to_owned() }));
+            }
+        }
+    }
+}
+
+/// The threads of one server.
+#[derive(Debug)]
+pub(crate) struct ThreadPool {
+    driver: Arc<dyn Driver>,
+    spawn: Arc<dyn Spawn>,
+    limit: usize,
+    threads: Mutex<Vec<Arc<Inbox>>>,
+}
+
+impl ThreadPool {
+    pub(crate) fn new(driver: Arc<dyn Driver>, spawn: Arc<dyn Spawn>, limit: usize) -> Self {
+        ThreadPool { driver, spawn, limit: limit.max(1), threads: Mutex::default() }
+    }
+
+    /// Finds a thread for the queue. The receiver tells whether the queue is open.
+    pub(crate) fn open(&self, setup: QueueSetup) -> io::Result<Receiver<Result<()>>> {
+        let (reply, opened) = channel();
+        let mut message = Message::Open { setup: Box::new(setup), reply };
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.retain(|inbox| !inbox.state().closed);
+        if threads.len() >= self.limit {
+            threads.sort_by_key(|inbox| inbox.state().load);
+            for inbox in threads.iter() {
+                match inbox.post(message) {
+                    Ok(()) => return Ok(opened),
+                    Err(back) => message = back,
+                }
+            }
+        }
+        let Message::Open { setup, .. } = &message else { unreachable!("made above") };
+        // The kernel keeps 15 characters of a thread's name.
+        let name = format!("ublk{}q{}", setup.info.device, setup.info.queue);
+        let inbox = Arc::new(Inbox::default());
+        if inbox.post(message).is_err() {
+            unreachable!("a new inbox is open");
+        }
+        let (driver, theirs) = (self.driver.clone(), inbox.clone());
+        self.spawn.spawn(name, Box::new(move || ring_thread::run(&*driver, &theirs)))?;
+        threads.push(inbox);
+        Ok(opened)
+    }
+
+    /// Tells all threads to give up a device's queues.
+    pub(crate) fn abandon(&self, device: DeviceId) {
+        for inbox in self.threads.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            // A thread that has ended has no queues.
+            let _ = inbox.post(Message::Abandon { device });
+        }
+    }
+}

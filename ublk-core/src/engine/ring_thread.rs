@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The loop around one ring: take messages and completions, let handlers work, submit and wait, with
+//! one system call per round.
+
+use std::cell::RefCell;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::pool::{Inbox, Message};
+use super::queue::{Cookie, Queue, SharedRing, panic_text, shared_zeros};
+use crate::driver::{Completion, Driver};
+use crate::memory::IoBuffer;
+
+/// Serves queues until the last one is closed.
+pub(super) fn run(driver: &dyn Driver, inbox: &Arc<Inbox>) {
+    become_io_flusher();
+    let mut thread = match RingThread::new(driver, inbox) {
+        Ok(thread) => thread,
+        Err(error) => return inbox.refuse(&format!("the thread's ring could not be made: {error}")),
+    };
+    let result = catch_unwind(AssertUnwindSafe(|| thread.serve()));
+    let reason = match result {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => format!("the ring failed: {error}"),
+        Err(panic) => format!("the ring thread panicked: {}", panic_text(&*panic)),
+    };
+    log::error!("{reason}");
+    thread.give_up(&reason);
+    inbox.refuse(&reason);
+}
+
+/// Tells the kernel that this thread is part of a write-out path: reclaim on its behalf then never
+/// waits for a disk, which might be the one served here. Linux 5.6; needs `CAP_SYS_RESOURCE`.
+fn become_io_flusher() {
+    /// From `linux/prctl.h`; the libc crate lacks it.
+    const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    // SAFETY: this prctl takes plain numbers and changes a flag of the calling thread only.
+    let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    if result != 0 {
+        log::debug!("PR_SET_IO_FLUSHER: {}", io::Error::last_os_error());
+    }
+}
+
+#[derive(Debug)]
+struct RingThread {
+    inbox: Arc<Inbox>,
+    /// The queues by place; the place is part of a submission's `user_data`.
+    queues: Vec<Option<Queue>>,
+    /// Places whose queue got a completion in this round.
+    touched: Vec<u32>,
+    completions: Vec<Completion>,
+    zeros: Rc<IoBuffer>,
+    // Last: closing it ends whatever the fields above still had in flight.
+    ring: SharedRing,
+}
+
+impl RingThread {
+    fn new(driver: &dyn Driver, inbox: &Arc<Inbox>) -> io::Result<Self> {
+        let ring = driver.new_ring()?;
+        inbox.set_waker(ring.waker());
+        Ok(RingThread {
+            inbox: inbox.clone(),
+            queues: Vec::new(),
+            touched: Vec::new(),
+            completions: Vec::new(),
+            zeros: shared_zeros()?,
+            ring: Rc::new(RefCell::new(ring)),
+        })
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            self.read_messages();
+            if self.queues.iter().all(Option::is_none) && self.inbox.close_if_empty() {
+                return Ok(());
+            }
+            self.ring.borrow_mut().wait()?;
+            self.ring.borrow_mut().take_completions(&mut self.completions)?;
+            self.dispatch();
+            self.serve_touched()?;
+        }
+    }
+
+    fn read_messages(&mut self) {
+        for message in self.inbox.take() {
+            match message {
+                Message::Open { setup, reply } => {
+                    let place = self.queues.iter().position(Option::is_none).unwrap_or(self.queues.len());
+                    let events = setup.events.clone();
+                    let result = Queue::open(*setup, place as u32, &self.ring, &self.zeros);
+                    let result = result.map(|queue| {
+                        if place == self.queues.len() {
+                            self.queues.push(Some(queue));
+                        } else {
+                            self.queues[place] = Some(queue);
+                        }
+                    });
+                    if result.is_err() {
+                        self.inbox.unload();
+                        events.closed();
+                    }
+                    // Nobody may be waiting any more; the outcome then shows in the device's events.
+                    let _ = reply.send(result);
+                }
+                Message::Abandon { device } => {
+                    for slot in &mut self.queues {
+                        if slot.as_ref().is_some_and(|q| q.device() == device)
+                            && let Some(queue) = slot.take()
+                        {
+                            queue.abandon();
+                            self.inbox.unload();
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn dispatch(&mut self) {
+        for completion in self.completions.drain(..) {
+            let cookie = Cookie::decode(completion.user_data);
+            let queue = cookie.and_then(|c| self.queues.get_mut(c.queue as usize)?.as_mut().map(|q| (c, q)));
+            let Some((cookie, queue)) = queue else {
+                log::error!("a completion for no queue: {completion:?}");
+                continue;
+            };
+            queue.completed(cookie, completion);
+            if self.touched.last() != Some(&cookie.queue) && !self.touched.contains(&cookie.queue) {
+                self.touched.push(cookie.queue);
+            }
+        }
+    }
+
+    fn serve_touched(&mut self) -> io::Result<()> {
+        for place in self.touched.drain(..) {
+            let slot = &mut self.queues[place as usize];
+            let Some(queue) = slot else { continue };
+            if queue.has_requests() {
+                queue.serve();
+            }
+            if let Some(error) = queue.take_ring_failure() {
+                return Err(error);
+            }
+            if queue.drained()
+                && let Some(queue) = slot.take()
+            {
+                queue.close();
+                self.inbox.unload();
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends all queues of a thread that cannot go on.
+    fn give_up(&mut self, reason: &str) {
+        for queue in self.queues.drain(..).flatten() {
+            queue.fail(reason.to_owned());
+            queue.abandon();
+        }
+    }
+}

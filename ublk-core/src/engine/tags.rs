@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The state machine of a queue's tags, without any I/O.
+//!
+//! ```text
+//!        fetch           completion 0          commit
+//! Idle ────────▶ Armed ───────────────▶ Owned ────────▶ Armed ...
+//!                  │ completion -ENODEV
+//!                  ▼
+//!                Gone
+//! ```
+//!
+//! `Armed` tags are the driver's, `Owned` ones the server's. A queue is drained once every tag is
+//! `Gone` (or was never fetched): only then may its memory go.
+
+use nix::errno::Errno;
+
+use crate::units::Tag;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Never fetched.
+    Idle,
+    /// A FETCH or COMMIT_AND_FETCH is with the driver. `rejections` counts refused commits of the
+    /// request that it would have finished.
+    Armed { rejections: u8 },
+    /// The server owns the request.
+    Owned { rejections: u8 },
+    /// The driver let go of the tag.
+    Gone,
+}
+
+/// What the completion of a tag's command means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// There is a request; the server owns the tag now.
+    Request,
+    /// The driver takes the tag away: the device stops.
+    Gone,
+    /// A commit was refused and the request is still the server's: it must be committed again, as a
+    /// failure.
+    CommitRefused(Errno),
+    /// The tag is lost: its FETCH was refused, or its commit was refused twice.
+    Lost(Errno),
+}
+
+/// All tags of one queue.
+#[derive(Debug)]
+pub(crate) struct TagTable {
+    states: Vec<State>,
+    armed: u16,
+    owned: u16,
+}
+
+impl TagTable {
+    pub(crate) fn new(depth: u16) -> Self {
+        TagTable { states: vec![State::Idle; usize::from(depth)], armed: 0, owned: 0 }
+    }
+
+    /// The tag is about to be fetched.
+    pub(crate) fn fetch(&mut self, tag: Tag) {
+        let state = &mut self.states[tag.index()];
+        assert_eq!(*state, State::Idle, "tag {tag} fetched twice");
+        *state = State::Armed { rejections: 0 };
+        self.armed += 1;
+    }
+
+    /// The request of the tag is about to be committed.
+    pub(crate) fn commit(&mut self, tag: Tag) {
+        let state = &mut self.states[tag.index()];
+        let State::Owned { rejections } = *state else { panic!("tag {tag} committed in state {state:?}") };
+        *state = State::Armed { rejections };
+        self.owned -= 1;
+        self.armed += 1;
+    }
+
+    /// The tag's command completed with `result`.
+    pub(crate) fn completed(&mut self, tag: Tag, result: i32, was_commit: bool) -> Event {
+        let state = &mut self.states[tag.index()];
+        let State::Armed { rejections } = *state else { panic!("tag {tag} completed in state {state:?}") };
+        self.armed -= 1;
+        if result >= 0 {
+            *state = State::Owned { rejections: 0 };
+            self.owned += 1;
+            return Event::Request;
+        }
+        let errno = Errno::from_raw(-result);
+        if errno == Errno::ENODEV {
+            *state = State::Gone;
+            Event::Gone
+        } else if was_commit && rejections == 0 {
+            *state = State::Owned { rejections: 1 };
+            self.owned += 1;
+            Event::CommitRefused(errno)
+        } else {
+            *state = State::Gone;
+            Event::Lost(errno)
+        }
+    }
+
+    /// How many tags the driver holds.
+    pub(crate) fn armed(&self) -> u16 {
+        self.armed
+    }
+
+    /// How many requests the server holds.
+    pub(crate) fn owned(&self) -> u16 {
+        self.owned
+    }
+
+    /// Whether neither side holds anything: nothing refers to the queue's memory any more.
+    pub(crate) fn drained(&self) -> bool {
+        self.armed == 0 && self.owned == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const ABORT: i32 = -(Errno::ENODEV as i32);
+
+    fn fetched(depth: u16) -> TagTable {
+        let mut table = TagTable::new(depth);
+        (0..depth).for_each(|t| table.fetch(Tag(t)));
+        table
+    }
+
+    #[test]
+    fn a_tag_goes_from_fetch_to_request_to_commit_and_round_again() {
+        let mut table = fetched(1);
+        for round in 0..3 {
+            assert_eq!(table.completed(Tag(0), 0, round > 0), Event::Request);
+            assert_eq!((table.armed(), table.owned()), (0, 1));
+            table.commit(Tag(0));
+            assert_eq!((table.armed(), table.owned()), (1, 0));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "committed in state")]
+    fn a_second_commit_is_a_bug() {
+        let mut table = fetched(1);
+        table.completed(Tag(0), 0, false);
+        table.commit(Tag(0));
+        table.commit(Tag(0));
+    }
+
+    #[test]
+    fn a_queue_is_drained_only_when_requests_are_finished_too() {
+        let mut table = fetched(2);
+        table.completed(Tag(0), 0, false);
+        assert_eq!(table.completed(Tag(1), ABORT, false), Event::Gone);
+        assert!(!table.drained());
+        table.commit(Tag(0));
+        assert!(!table.drained());
+        table.completed(Tag(0), ABORT, true);
+        assert!(table.drained());
+    }
+
+    #[test]
+    fn a_refused_commit_is_tried_once_more_and_then_given_up() {
+        let einval = -(Errno::EINVAL as i32);
+        let mut table = fetched(1);
+        table.completed(Tag(0), 0, false);
+        table.commit(Tag(0));
+        assert_eq!(table.completed(Tag(0), einval, true), Event::CommitRefused(Errno::EINVAL));
+        table.commit(Tag(0));
+        assert_eq!(table.completed(Tag(0), einval, true), Event::Lost(Errno::EINVAL));
+        assert!(table.drained());
+    }
+
+    #[test]
+    fn a_refused_fetch_loses_the_tag_without_a_request() {
+        let mut table = fetched(1);
+        assert_eq!(table.completed(Tag(0), -(Errno::EBUSY as i32), false), Event::Lost(Errno::EBUSY));
+        assert!(table.drained());
+    }
+
+    proptest! {
+        /// Whatever the driver answers, every tag is held by exactly one side, and the counts agree.
+        #[test]
+        fn counts_agree_with_states(depth in 1u16..40, steps in prop::collection::vec((0u16..40, 0u8..4), 0..400)) {
+            let mut table = fetched(depth);
+            let mut committed = vec![false; usize::from(depth)];
+            for (tag, choice) in steps {
+                let tag = Tag(tag % depth);
+                match table.states[tag.index()] {
+                    State::Armed { .. } => {
+                        let result = [0, 0, ABORT, -22][usize::from(choice)];
+                        table.completed(tag, result, committed[tag.index()]);
+                    }
+                    State::Owned { .. } => {
+                        table.commit(tag);
+                        committed[tag.index()] = true;
+                    }
+                    State::Idle | State::Gone => {}
+                }
+                let armed = table.states.iter().filter(|s| matches!(s, State::Armed { .. })).count();
+                let owned = table.states.iter().filter(|s| matches!(s, State::Owned { .. })).count();
+                prop_assert_eq!((armed, owned), (usize::from(table.armed()), usize::from(table.owned())));
+                prop_assert_eq!(table.drained(), armed + owned == 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What can go wrong, with the values and the likely cause in the message.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::units::{DeviceId, QueueId};
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Any failure of the control plane, the life cycle or a target's set-up. Failures of single
+/// requests are [`Errno`] values and go to the block layer instead.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A value was refused before the driver was asked.
+    #[error("{name} = {value}: {reason}")]
+    InvalidValue {
+        /// What was set, in the field's own words.
+        name: &'static str,
+        /// The value that was given.
+        value: String,
+        /// Which rule it breaks, with the limits.
+        reason: String,
+    },
+
+    /// `/dev/ublk-control` does not exist.
+    #[error(
+        "{} does not exist: the ublk driver is not loaded (try `modprobe ublk_drv`; Linux 6.0 or newer with \
+         CONFIG_BLK_DEV_UBLK has it)",
+        path.display()
+    )]
+    DriverMissing {
+        /// The node that was looked for.
+        path: PathBuf,
+    },
+
+    /// A file or node could not be opened or used.
+    #[error("{operation} {}: {}{}", path.display(), describe(*errno), hint_suffix(hint))]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The kernel's answer.
+        errno: Errno,
+        /// Likely cause, or empty.
+        hint: String,
+    },
+
+    /// An io_uring instance could not be made.
+    #[error("io_uring set-up: {}{}", describe(*errno), hint_suffix(hint))]
+    Ring {
+        /// The kernel's answer.
+        errno: Errno,
+        /// Likely cause, or empty.
+        hint: String,
+    },
+
+    /// The driver refused a control command.
+    #[error("{command}{}: {}{}", on_device(*device), describe(*errno), hint_suffix(hint))]
+    Control {
+        /// The command's name in the UAPI.
+        command: &'static str,
+        /// The device it was for, if one existed by then.
+        device: Option<DeviceId>,
+        /// The driver's answer.
+        errno: Errno,
+        /// Likely cause, or empty.
+        hint: String,
+    },
+
+    /// Something did not happen in time.
+    #[error("{waiting_for} did not happen within {:.1} s{}", waited.as_secs_f64(), hint_suffix(hint))]
+    Timeout {
+        /// What was waited for.
+        waiting_for: String,
+        /// How long.
+        waited: Duration,
+        /// Likely cause, or empty.
+        hint: String,
+    },
+
+    /// A queue stopped serving for a reason other than the device being stopped.
+    #[error("queue {queue} of device {device}: {reason}")]
+    Queue {
+        /// The device.
+        device: DeviceId,
+        /// The queue.
+        queue: QueueId,
+        /// Why.
+        reason: String,
+    },
+
+    /// The driver at hand lacks something that was asked for.
+    #[error("{feature} is not offered by this driver (Linux {since} or newer has it)")]
+    Unsupported {
+        /// The feature's name.
+        feature: &'static str,
+        /// First kernel with it.
+        since: &'static str,
+    },
+
+    /// The target itself could not be set up.
+    #[error("{context}: {source}")]
+    Target {
+        /// What the target was doing.
+        context: String,
+        /// Its reason.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// The errno that says the same: what a C program or a Python `OSError` would report.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Error::InvalidValue { .. } => Errno::EINVAL,
+            Error::DriverMissing { .. } => Errno::ENOENT,
+            Error::File { errno, .. } | Error::Ring { errno, .. } | Error::Control { errno, .. } => *errno,
+            Error::Timeout { .. } => Errno::ETIMEDOUT,
+            Error::Queue { .. } => Errno::EIO,
+            Error::Unsupported { .. } => Errno::EOPNOTSUPP,
+            Error::Target { source, .. } => source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+        }
+    }
+
+    pub(crate) fn invalid(name: &'static str, value: impl ToString, reason: impl Into<String>) -> Self {
+        Error::InvalidValue { name, value: value.to_string(), reason: reason.into() }
+    }
+
+    pub(crate) fn file(operation: &'static str, path: impl Into<PathBuf>, source: &io::Error) -> Self {
+        Error::File { operation, path: path.into(), errno: errno_of(source), hint: String::new() }
+    }
+}
+
+/// The errno inside an [`io::Error`], `EIO` if it has none.
+pub(crate) fn errno_of(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+/// An errno with its name: `Invalid argument (EINVAL)`.
+fn describe(errno: Errno) -> String {
+    format!("{} ({errno:?})", errno.desc())
+}
+
+fn hint_suffix(hint: &str) -> String {
+    if hint.is_empty() { String::new() } else { format!(": {hint}") }
+}
+
+fn on_device(device: Option<DeviceId>) -> String {
+    device.map_or_else(String::new, |id| format!(" on device {id}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_control_error_names_command_device_errno_and_cause() {
+        let error = Error::Control {
+            command: "ADD_DEV",
+            device: Some(DeviceId(7)),
+            errno: Errno::EEXIST,
+            hint: "the id is in use".into(),
+        };
+        assert_eq!(error.to_string(), "ADD_DEV on device 7: File exists (EEXIST): the id is in use");
+        assert_eq!(error.errno(), Errno::EEXIST);
+    }
+
+    #[test]
+    fn an_invalid_value_is_einval_and_names_the_value() {
+        let error = Error::invalid("queue depth", 0, "1 to 4096 are possible");
+        assert_eq!(error.errno(), Errno::EINVAL);
+        assert_eq!(error.to_string(), "queue depth = 0: 1 to 4096 are possible");
+    }
+}

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Block devices in user space, on Linux's ublk.
+//!
+//! A [`Target`] says what its disk looks like and makes a [`QueueHandler`] per queue; a [`Server`]
+//! makes the device and serves it on a few threads, each with one io_uring.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use ublk_core::targets::Mem;
+//! use ublk_core::{DeviceOptions, Server};
+//!
+//! # fn main() -> ublk_core::Result<()> {
+//! let server = Server::new()?;
+//! let device = server.start(Arc::new(Mem::new(1 << 30, 512)?), &DeviceOptions::default())?;
+//! println!("{}", device.path().display());
+//! device.wait(None);
+//! device.stop()
+//! # }
+//! ```
+//!
+//! The crate is laid out as arrows run: the command ([`cli`]) uses [`targets`], they implement
+//! [`Target`] and are run by [`Server`], that uses the engine, and everything ends at the
+//! [`driver`].
+
+#[cfg(feature = "cli")]
+pub mod cli;
+pub mod control;
+mod device;
+pub mod driver;
+mod engine;
+mod error;
+mod memory;
+mod params;
+mod request;
+mod target;
+pub mod targets;
+mod uapi;
+mod units;
+
+pub use device::{Device, DeviceOptions, MAX_IO_BYTES, Server};
+pub use engine::{Spawn, StdSpawn};
+pub use error::{Error, Result};
+pub use memory::IoBuffer;
+pub use nix::errno::Errno;
+pub use params::{DEFAULT_MAX_IO_BYTES, DiscardLimits, Operations, Params};
+pub use request::{FileRange, Op, Request, Requests};
+pub use target::{QueueHandler, QueueInfo, Target};
+pub use uapi::{DeviceState, Features};
+pub use units::{DeviceId, QueueId, Sectors, Tag};

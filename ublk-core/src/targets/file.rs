@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `file`: a disk in a regular file or on another block device. The engine moves the data on the
+//! queue's own ring.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FlockArg, fallocate};
+
+use crate::error::{Error, Result, errno_of};
+use crate::memory::{IoBuffer, PAGE_SIZE};
+use crate::params::{Operations, Params};
+use crate::request::{FileRange, Requests};
+use crate::target::{QueueHandler, QueueInfo, Target};
+
+/// Whether data passes through the page cache of the backing file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Io {
+    /// Direct if the file system can, else buffered.
+    #[default]
+    Auto,
+    /// `O_DIRECT`, or an error.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+}
+
+/// How the backing file is used.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FileOptions {
+    /// Direct or buffered.
+    pub io: Io,
+    /// Open the file for reading only and make a read-only disk.
+    pub read_only: bool,
+    /// Logical block size in bytes; by default the smallest that the file can serve.
+    pub logical_block_size: Option<u32>,
+}
+
+/// A disk backed by a file.
+#[derive(Debug)]
+pub struct File {
+    path: PathBuf,
+    file: Arc<fs::File>,
+    params: Params,
+    direct: bool,
+}
+
+impl File {
+    /// Opens the backing file or block device. The file is locked against a second server
+    /// (`flock`, or `O_EXCL` on a block device, which also refuses mounted ones).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] if it cannot be opened or is in use, [`Error::InvalidValue`] if its size or the
+    /// block size does not fit.
+    pub fn open(path: impl AsRef<Path>, options: &FileOptions) -> Result<Self> {
+        let path = path.as_ref();
+        let metadata = fs::metadata(path).map_err(|e| Error::file("open", path, &e))?;
+        let is_block = metadata.file_type().is_block_device();
+        if !is_block && !metadata.is_file() {
+            return Err(Error::File {
+                operation: "open",
+                path: path.to_owned(),
+                errno: Errno::EINVAL,
+                hint: "neither a regular file nor a block device".into(),
+            });
+        }
+        let (file, direct) = open(path, options, is_block)?;
+        lock(&file, path, options)?;
+        let size = if is_block { io::Seek::seek(&mut &file, io::SeekFrom::End(0)) } else { Ok(metadata.len()) }
+            .map_err(|e| Error::file("find the size of", path, &e))?;
+        let smallest = if direct { direct_alignment(&file, path, size)? } else { 512 };
+        let block = options.logical_block_size.unwrap_or(smallest);
+        if block < smallest {
+            return Err(Error::invalid(
+                "logical block size",
+                block,
+                format!("direct I/O on {} needs {smallest} bytes at least (or use buffered I/O)", path.display()),
+            ));
+        }
+        let mut params = Params::new(size, block);
+        params.physical_block_size = block.max(PAGE_SIZE as u32);
+        params.io_min = params.physical_block_size;
+        params.read_only = options.read_only;
+        params.operations = Operations::WRITE | Operations::FLUSH | Operations::FUA | Operations::WRITE_ZEROES;
+        params.operations.set(Operations::DISCARD, can_discard(&file, is_block, size, metadata.rdev()));
+        params.discard.granularity = block.max(u32::try_from(metadata.blksize()).unwrap_or(block));
+        if !params.discard.granularity.is_multiple_of(block) {
+            params.discard.granularity = block;
+        }
+        // One request must not keep the device busy for minutes.
+        params.discard.max_discard_sectors = 1 << (30 - 9);
+        params.discard.max_write_zeroes_sectors = 1 << (27 - 9);
+        params.validate()?;
+        Ok(File { path: path.to_owned(), file: Arc::new(file), params, direct })
+    }
+
+    /// Changes the disk's shape, within what the file can serve.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`] if the shape is impossible or larger than the file.
+    pub fn with_params(mut self, params: Params) -> Result<Self> {
+        params.validate()?;
+        if params.size > self.params.size {
+            return Err(Error::invalid("size", params.size, format!("the file has {} bytes", self.params.size)));
+        }
+        if params.logical_block_size < self.params.logical_block_size {
+            let least = self.params.logical_block_size;
+            return Err(Error::invalid("logical block size", params.logical_block_size, format!("at least {least}")));
+        }
+        self.params = params;
+        Ok(self)
+    }
+
+    /// Whether the page cache is bypassed.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// The backing file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn open(path: &Path, options: &FileOptions, is_block: bool) -> Result<(fs::File, bool)> {
+    let exclusive = if is_block && !options.read_only { libc::O_EXCL } else { 0 };
+    let open = |flags: i32| {
+        fs::OpenOptions::new()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags(exclusive | flags)
+            .open(path)
+            .map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+    };
+    let failed = |errno: Errno| Error::File {
+        operation: "open",
+        path: path.to_owned(),
+        errno,
+        hint: match errno {
+            Errno::EBUSY if is_block => "the block device is mounted or in use".into(),
+            Errno::EINVAL if options.io == Io::Direct => "its file system has no direct I/O".into(),
+            _ => String::new(),
+        },
+    };
+    if options.io != Io::Buffered {
+        match open(libc::O_DIRECT) {
+            Ok(file) => return Ok((file, true)),
+            Err(Errno::EINVAL) if options.io == Io::Auto => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+    open(0).map(|file| (file, false)).map_err(failed)
+}
+
+fn lock(file: &fs::File, path: &Path, options: &FileOptions) -> Result<()> {
+    let how = if options.read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
+    #[allow(deprecated, reason = "the replacement insists on owning the file")]
+    match nix::fcntl::flock(file.as_raw_fd(), how) {
+        Ok(()) => Ok(()),
+        Err(errno @ Errno::EWOULDBLOCK) => Err(Error::File {
+            operation: "lock",
+            path: path.to_owned(),
+            errno,
+            hint: "another server uses this file".into(),
+        }),
+        Err(errno) => {
+            log::warn!("{} cannot be locked against a second server: {errno}", path.display());
+            Ok(())
+        }
+    }
+}
+
+/// The smallest block that direct I/O on this file takes, found by trying.
+fn direct_alignment(file: &fs::File, path: &Path, size: u64) -> Result<u32> {
+    let buffer = IoBuffer::new(PAGE_SIZE).map_err(|e| Error::file("probe", path, &e))?;
+    let mut last = Errno::EINVAL;
+    for block in [512, 1024, 2048, 4096u32] {
+        // The last block too: a file may end in the middle of what its file system can address.
+        let offset = (size.saturating_sub(1)) / u64::from(block) * u64::from(block);
+        // SAFETY: memory.rs (3): nobody else knows this buffer.
+        let bytes = unsafe { buffer.bytes_mut(block as usize) };
+        match file.read_at(bytes, offset) {
+            Ok(_) => return Ok(block),
+            Err(e) => last = errno_of(&e),
+        }
+    }
+    Err(Error::File {
+        operation: "read directly from",
+        path: path.to_owned(),
+        errno: last,
+        hint: "direct I/O does not work with blocks of up to a page; use buffered I/O".into(),
+    })
+}
+
+/// Whether holes can be punched.
+fn can_discard(file: &fs::File, is_block: bool, size: u64, rdev: u64) -> bool {
+    if is_block {
+        let (major, minor) = (nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
+        // A partition's own directory has no queue; its disk's has.
+        return ["queue", "../queue"].iter().any(|queue| {
+            fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{queue}/discard_max_bytes"))
+                .is_ok_and(|bytes| bytes.trim() != "0")
+        });
+    }
+    // A hole behind the end changes nothing and shows whether the file system knows how.
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let behind = i64::try_from(size.next_multiple_of(PAGE_SIZE as u64)).unwrap_or(i64::MAX - PAGE_SIZE as i64);
+    fallocate(file, flags, behind, PAGE_SIZE as i64).is_ok()
+}
+
+impl Target for File {
+    fn kind(&self) -> &str {
+        "file"
+    }
+
+    fn params(&self) -> Params {
+        self.params
+    }
+
+    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(FileQueue(self.file.clone())))
+    }
+}
+
+/// Holds the file open for as long as the queue has transfers.
+struct FileQueue(Arc<fs::File>);
+
+impl QueueHandler for FileQueue {
+    fn handle(&mut self, requests: Requests<'_>) {
+        for request in requests {
+            let offset = request.offset();
+            request.forward(FileRange { fd: self.0.as_raw_fd(), offset });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backing(size: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(size).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_file_that_does_not_exist_is_named() {
+        let error = File::open("/nonexistent/disk.img", &FileOptions::default()).unwrap_err();
+        assert_eq!(error.errno(), Errno::ENOENT);
+        assert!(error.to_string().contains("/nonexistent/disk.img"), "{error}");
+    }
+
+    #[test]
+    fn a_directory_is_refused() {
+        let error = File::open("/", &FileOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("neither a regular file nor a block device"), "{error}");
+    }
+
+    #[test]
+    fn an_odd_size_is_refused() {
+        let file = backing(1000);
+        let options = FileOptions { io: Io::Buffered, ..FileOptions::default() };
+        let error = File::open(file.path(), &options).unwrap_err();
+        assert!(error.to_string().contains("multiple of the logical block size"), "{error}");
+    }
+
+    #[test]
+    fn a_file_is_served_by_one_writer_only() {
+        let file = backing(1 << 20);
+        let first = File::open(file.path(), &FileOptions::default()).unwrap();
+        let error = File::open(file.path(), &FileOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("another server uses this file"), "{error}");
+        drop(first);
+        File::open(file.path(), &FileOptions::default()).unwrap();
+    }
+
+    #[test]
+    fn readers_share_a_file() {
+        let file = backing(1 << 20);
+        let options = FileOptions { read_only: true, ..FileOptions::default() };
+        let first = File::open(file.path(), &options).unwrap();
+        let second = File::open(file.path(), &options).unwrap();
+        assert!(first.params().read_only && second.params().read_only);
+    }
+}

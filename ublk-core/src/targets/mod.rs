@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Targets that come with the crate.
+
+mod file;
+mod mem;
+mod null;
+
+pub use file::{File, FileOptions, Io};
+pub use mem::Mem;
+pub use null::Null;

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `null`: accepts everything and stores nothing. Reads return whatever the buffers hold.
+
+use crate::error::Result;
+use crate::params::{Operations, Params};
+use crate::request::Requests;
+use crate::target::{QueueHandler, QueueInfo, Target};
+
+/// A disk that does nothing, to measure the path to a disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Null {
+    params: Params,
+}
+
+impl Null {
+    /// A null disk of `size` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`](crate::Error::InvalidValue) for an impossible size or block size.
+    pub fn new(size: u64, logical_block_size: u32) -> Result<Self> {
+        let mut params = Params::new(size, logical_block_size);
+        params.operations = Operations::all();
+        Self::with_params(params)
+    }
+
+    /// A null disk of any shape.
+    ///
+    /// # Errors
+    ///
+    /// As [`Null::new`].
+    pub fn with_params(params: Params) -> Result<Self> {
+        params.validate()?;
+        Ok(Null { params })
+    }
+}
+
+impl Target for Null {
+    fn kind(&self) -> &str {
+        "null"
+    }
+
+    fn params(&self) -> Params {
+        self.params
+    }
+
+    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(NullQueue))
+    }
+}
+
+struct NullQueue;
+
+impl QueueHandler for NullQueue {
+    fn handle(&mut self, requests: Requests<'_>) {
+        requests.for_each(|request| request.complete());
+    }
+}

@@ -1,0 +1,481 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The engine and the life cycle on the stand-in driver: every way a request or a device can end.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use ublk_core::driver::fake::FakeDriver;
+use ublk_core::targets::{File, FileOptions, Io, Mem, Null};
+use ublk_core::{
+    Device, DeviceId, DeviceOptions, Errno, Error, Op, Operations, Params, QueueHandler, QueueInfo, Request, Requests,
+    Result, Server, Spawn, StdSpawn, Target,
+};
+
+const SIZE: u64 = 1 << 20;
+
+fn server(driver: &FakeDriver, threads: usize) -> Server {
+    Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), threads)
+}
+
+fn options(queues: u16, depth: u16) -> DeviceOptions {
+    DeviceOptions { id: None, queues, depth }
+}
+
+/// A target made of a closure that gets each request.
+struct Custom<F>(F, Operations);
+
+impl<F> std::fmt::Debug for Custom<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Custom")
+    }
+}
+
+impl<F: Fn(Request<'_>) + Clone + Send + Sync + 'static> Target for Custom<F> {
+    fn kind(&self) -> &str {
+        "custom"
+    }
+
+    fn params(&self) -> Params {
+        let mut params = Params::new(SIZE, 512);
+        params.operations = self.1;
+        params
+    }
+
+    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(CustomQueue(self.0.clone())))
+    }
+}
+
+struct CustomQueue<F>(F);
+
+impl<F: Fn(Request<'_>)> QueueHandler for CustomQueue<F> {
+    fn handle(&mut self, requests: Requests<'_>) {
+        requests.for_each(&self.0);
+    }
+}
+
+fn custom(handler: impl Fn(Request<'_>) + Clone + Send + Sync + 'static) -> Arc<dyn Target> {
+    Arc::new(Custom(handler, Operations::all()))
+}
+
+/// Stops the device and checks that nothing is left and no rule was broken.
+fn finish(driver: &FakeDriver, device: Device) {
+    device.stop().expect("the device stops");
+    drop(device);
+    use ublk_core::driver::Driver;
+    assert_eq!(driver.device_ids().unwrap(), []);
+    assert_eq!(driver.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_ram_disk_returns_what_was_written() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 2).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(2, 4)).unwrap();
+    let disk = driver.disk(device.id());
+    disk.write(4096, &[0xab; 8192]).unwrap();
+    assert_eq!(disk.read(4096, 8192).unwrap(), vec![0xab; 8192]);
+    assert_eq!(disk.read(0, 4096).unwrap(), vec![0; 4096]);
+    disk.write_zeroes(4096, 512).unwrap();
+    disk.discard(8192, 512).unwrap();
+    assert_eq!(disk.read(4096, 1024).unwrap(), [vec![0; 512], vec![0xab; 512]].concat());
+    finish(&driver, device);
+}
+
+#[test]
+fn a_null_disk_completes_every_operation() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(Arc::new(Null::new(SIZE, 512).unwrap()), &options(1, 1)).unwrap();
+    let disk = driver.disk(device.id());
+    disk.write_durably(0, &[1; 512]).unwrap();
+    disk.read(0, 512).unwrap();
+    disk.flush().unwrap();
+    disk.discard(0, 512).unwrap();
+    disk.write_zeroes(0, 512).unwrap();
+    finish(&driver, device);
+}
+
+#[test]
+fn a_file_disk_reads_and_writes_its_file() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    for io in [Io::Auto, Io::Buffered] {
+        let driver = FakeDriver::new();
+        let target = File::open(file.path(), &FileOptions { io, ..FileOptions::default() }).unwrap();
+        let block = target.params().logical_block_size as usize;
+        let device = server(&driver, 1).start(Arc::new(target), &options(1, 8)).unwrap();
+        let disk = driver.disk(device.id());
+        disk.write(4096, &vec![0x5a; 4096.max(block)]).unwrap();
+        disk.flush().unwrap();
+        assert_eq!(std::fs::read(file.path()).unwrap()[4096..8192], [0x5a; 4096]);
+        disk.write_zeroes(4096, 4096).unwrap();
+        assert_eq!(disk.read(4096, 4096).unwrap(), vec![0; 4096]);
+        finish(&driver, device);
+    }
+}
+
+#[test]
+fn a_file_that_shrinks_under_its_disk_is_an_error_and_not_zeros() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    let driver = FakeDriver::new();
+    let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+    let device = server(&driver, 1).start(Arc::new(target), &options(1, 2)).unwrap();
+    file.as_file().set_len(SIZE / 2).unwrap();
+    assert_eq!(driver.disk(device.id()).read(SIZE - 4096, 4096), Err(Errno::EIO));
+    finish(&driver, device);
+}
+
+#[test]
+fn a_dropped_request_fails_with_eio_and_the_device_lives_on() {
+    let driver = FakeDriver::new();
+    let target = custom(|request| match request.op() {
+        Op::Flush => drop(request),
+        _ => request.complete(),
+    });
+    let device = server(&driver, 1).start(target, &options(1, 2)).unwrap();
+    let disk = driver.disk(device.id());
+    assert_eq!(disk.flush(), Err(Errno::EIO));
+    disk.read(0, 512).unwrap();
+    finish(&driver, device);
+}
+
+#[test]
+fn a_panicking_handler_fails_its_request_and_the_device_lives_on() {
+    let driver = FakeDriver::new();
+    let target = custom(|request| match request.op() {
+        Op::Write => panic!("a bug in the target"),
+        _ => request.complete(),
+    });
+    let device = server(&driver, 1).start(target, &options(1, 4)).unwrap();
+    let disk = driver.disk(device.id());
+    for _ in 0..10 {
+        assert_eq!(disk.write(0, &[0; 512]), Err(Errno::EIO));
+        disk.read(0, 512).unwrap();
+    }
+    finish(&driver, device);
+}
+
+#[test]
+fn requests_that_a_handler_leaves_behind_fail_with_eio() {
+    #[derive(Debug)]
+    struct Lazy;
+    impl Target for Lazy {
+        fn kind(&self) -> &str {
+            "lazy"
+        }
+        fn params(&self) -> Params {
+            Params::new(SIZE, 512)
+        }
+        fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+            Ok(Box::new(Lazy))
+        }
+    }
+    impl QueueHandler for Lazy {
+        fn handle(&mut self, _: Requests<'_>) {}
+    }
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(Arc::new(Lazy), &options(1, 4)).unwrap();
+    assert_eq!(driver.disk(device.id()).read(0, 512), Err(Errno::EIO));
+    finish(&driver, device);
+}
+
+#[test]
+fn an_operation_that_nobody_knows_is_not_supported() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(custom(|r| r.complete()), &options(1, 1)).unwrap();
+    let disk = driver.disk(device.id());
+    let sent = disk.send(0x2a, 0, 0, &[]).unwrap();
+    assert_eq!(disk.wait(sent), Err(Errno::EOPNOTSUPP));
+    finish(&driver, device);
+}
+
+#[test]
+fn a_handlers_errno_reaches_the_client() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(custom(|r| r.fail(Errno::ENOSPC)), &options(1, 1)).unwrap();
+    assert_eq!(driver.disk(device.id()).write(0, &[0; 512]), Err(Errno::ENOSPC));
+    finish(&driver, device);
+}
+
+#[test]
+fn a_slow_request_does_not_hold_up_those_finished_before_it() {
+    let driver = FakeDriver::new();
+    let target = custom(|request| {
+        if request.op() == Op::Write {
+            std::thread::sleep(Duration::from_millis(300));
+        } else {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        request.complete();
+    });
+    let device = server(&driver, 1).start(target, &options(1, 8)).unwrap();
+    let disk = driver.disk(device.id());
+    // The first write keeps the thread busy until the other three are there and make one batch.
+    let first = disk.send(1, 0, 512, &[0; 512]).unwrap();
+    let read = disk.send(0, 0, 512, &[]).unwrap();
+    let slow = [disk.send(1, 0, 512, &[0; 512]).unwrap(), disk.send(1, 0, 512, &[0; 512]).unwrap()];
+    disk.wait(first).unwrap();
+    let begin = Instant::now();
+    disk.wait(read).unwrap();
+    let waited = begin.elapsed();
+    for sent in slow {
+        disk.wait(sent).unwrap();
+    }
+    assert!(waited < begin.elapsed() / 2, "the read waited for the whole batch: {waited:?}");
+    finish(&driver, device);
+}
+
+#[test]
+fn a_kept_buffer_is_never_reused() {
+    let kept = Arc::new(Mutex::new(Vec::new()));
+    let theirs = kept.clone();
+    let driver = FakeDriver::new();
+    let target = custom(move |mut request| {
+        if request.op() == Op::Read {
+            request.data_mut().fill(0x77);
+        }
+        theirs.lock().unwrap().push((request.buffer().clone(), request.data().to_vec()));
+        request.replace_buffer().unwrap();
+        request.complete();
+    });
+    let device = server(&driver, 1).start(target, &options(1, 1)).unwrap();
+    let disk = driver.disk(device.id());
+    for round in 0..4u8 {
+        disk.write(0, &[round; 4096]).unwrap();
+        assert_eq!(disk.read(0, 4096).unwrap(), vec![0x77; 4096], "the read's data moved along");
+    }
+    finish(&driver, device);
+    let kept = kept.lock().unwrap();
+    assert_eq!(kept.len(), 8);
+    for (buffer, bytes) in kept.iter() {
+        // SAFETY: the buffers were replaced in their requests and the device is gone: nobody writes.
+        let now = unsafe { std::slice::from_raw_parts(buffer.as_ptr(), bytes.len()) };
+        assert_eq!(now, bytes);
+    }
+}
+
+#[test]
+fn a_refused_commit_fails_the_request_once() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(custom(|r| r.complete()), &options(1, 1)).unwrap();
+    driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EINVAL);
+    let disk = driver.disk(device.id());
+    assert_eq!(disk.read(0, 512), Err(Errno::EIO));
+    disk.read(0, 512).unwrap();
+    finish(&driver, device);
+}
+
+#[test]
+fn a_start_that_fails_at_any_step_leaves_no_device() {
+    use ublk_core::driver::Driver;
+    for step in ["ADD_DEV", "SET_PARAMS", "FETCH_REQ", "START_DEV"] {
+        let driver = FakeDriver::new();
+        driver.refuse_next(step, Errno::EINVAL);
+        let error = server(&driver, 2).start(custom(|r| r.complete()), &options(2, 4)).unwrap_err();
+        assert!(error.to_string().contains(step), "{step}: {error}");
+        assert_eq!(driver.device_ids().unwrap(), [], "{step}");
+        assert_eq!(driver.violations(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_target_that_cannot_open_its_queue_leaves_no_device() {
+    use ublk_core::driver::Driver;
+    #[derive(Debug)]
+    struct Broken(bool);
+    impl Target for Broken {
+        fn kind(&self) -> &str {
+            "broken"
+        }
+        fn params(&self) -> Params {
+            Params::new(SIZE, 512)
+        }
+        fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+            assert!(!self.0, "no queue today");
+            Err(Error::Target {
+                context: format!("opening queue {}", queue.queue),
+                source: std::io::Error::from_raw_os_error(Errno::ENOMEM as i32),
+            })
+        }
+    }
+    for (panics, words) in [(false, "opening queue 0"), (true, "no queue today")] {
+        let driver = FakeDriver::new();
+        let error = server(&driver, 1).start(Arc::new(Broken(panics)), &options(2, 4)).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+        assert_eq!(driver.device_ids().unwrap(), []);
+    }
+}
+
+#[test]
+fn impossible_options_are_refused_before_the_driver_is_asked() {
+    let driver = FakeDriver::new();
+    let server = server(&driver, 1);
+    for (bad, words) in [
+        (options(0, 1), "queues = 0"),
+        (options(4097, 1), "queues = 4097"),
+        (options(1, 0), "queue depth = 0"),
+        (options(1, 4097), "queue depth = 4097"),
+        (DeviceOptions { id: Some(DeviceId(1 << 20)), ..options(1, 1) }, "device id = 1048576"),
+    ] {
+        // Would be seen if the driver were asked.
+        driver.refuse_next("ADD_DEV", Errno::ENOTTY);
+        let error = server.start(custom(|r| r.complete()), &bad).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+        assert_eq!(error.errno(), Errno::EINVAL);
+    }
+}
+
+#[test]
+fn an_id_in_use_is_named_and_the_first_device_lives_on() {
+    let driver = FakeDriver::new();
+    let server = server(&driver, 2);
+    let fixed = DeviceOptions { id: Some(DeviceId(5)), ..options(1, 1) };
+    let first = server.start(custom(|r| r.complete()), &fixed).unwrap();
+    let error = server.start(custom(|r| r.complete()), &fixed).unwrap_err();
+    assert!(error.to_string().contains("the id is in use"), "{error}");
+    driver.disk(first.id()).read(0, 512).unwrap();
+    finish(&driver, first);
+}
+
+#[test]
+fn a_device_stopped_from_outside_ends_its_wait() {
+    let driver = FakeDriver::new();
+    let server = server(&driver, 2);
+    let device = server.start(custom(|r| r.complete()), &options(2, 16)).unwrap();
+    assert!(!device.wait(Some(Duration::from_millis(20))), "a live device does not end");
+    server.control().delete(device.id()).unwrap();
+    assert!(device.wait(Some(Duration::from_secs(5))));
+    finish(&driver, device);
+}
+
+#[test]
+fn stopping_waits_for_the_request_in_the_handler() {
+    let driver = FakeDriver::new();
+    let target = custom(|request| {
+        std::thread::sleep(Duration::from_millis(200));
+        request.complete();
+    });
+    let device = server(&driver, 1).start(target, &options(1, 2)).unwrap();
+    let disk = driver.disk(device.id());
+    let sent = disk.send(0, 0, 512, &[]).unwrap();
+    let client = std::thread::spawn(move || disk.wait(sent));
+    std::thread::sleep(Duration::from_millis(50));
+    device.stop().unwrap();
+    drop(device);
+    // The answer was committed before the device went.
+    assert!(matches!(client.join().unwrap(), Ok(_) | Err(Errno::ENODEV)));
+    assert_eq!(driver.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn stopping_twice_and_from_many_threads_is_harmless() {
+    let driver = FakeDriver::new();
+    let device = Arc::new(server(&driver, 2).start(custom(|r| r.complete()), &options(2, 8)).unwrap());
+    let stoppers: Vec<_> = (0..4)
+        .map(|_| {
+            let device = device.clone();
+            std::thread::spawn(move || device.stop())
+        })
+        .collect();
+    stoppers.into_iter().for_each(|t| t.join().unwrap().unwrap());
+    device.stop().unwrap();
+}
+
+#[test]
+fn many_devices_share_few_threads_which_end_with_them() {
+    #[derive(Debug, Default)]
+    struct Counting {
+        made: AtomicUsize,
+        alive: Arc<AtomicUsize>,
+    }
+    impl Spawn for Counting {
+        fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> std::io::Result<()> {
+            self.made.fetch_add(1, Ordering::SeqCst);
+            self.alive.fetch_add(1, Ordering::SeqCst);
+            let alive = self.alive.clone();
+            let counted = move || {
+                body();
+                alive.fetch_sub(1, Ordering::SeqCst);
+            };
+            StdSpawn.spawn(name, Box::new(counted))
+        }
+    }
+    let driver = FakeDriver::new();
+    let spawn = Arc::new(Counting::default());
+    let server = Server::with(Arc::new(driver.clone()), spawn.clone(), 3);
+    let devices: Vec<Device> =
+        (0..50).map(|_| server.start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(2, 2)).unwrap()).collect();
+    assert_eq!(spawn.made.load(Ordering::SeqCst), 3);
+    for (i, device) in devices.iter().enumerate() {
+        driver.disk(device.id()).write(0, &[i as u8; 512]).unwrap();
+    }
+    for (i, device) in devices.iter().enumerate() {
+        assert_eq!(driver.disk(device.id()).read(0, 512).unwrap(), [i as u8; 512]);
+    }
+    drop(devices);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while spawn.alive.load(Ordering::SeqCst) != 0 {
+        assert!(Instant::now() < deadline, "threads without queues live on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(driver.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_thread_that_cannot_be_made_leaves_no_device() {
+    use ublk_core::driver::Driver;
+    #[derive(Debug)]
+    struct Refuse;
+    impl Spawn for Refuse {
+        fn spawn(&self, _: String, _: Box<dyn FnOnce() + Send>) -> std::io::Result<()> {
+            Err(std::io::Error::from_raw_os_error(Errno::EAGAIN as i32))
+        }
+    }
+    let driver = FakeDriver::new();
+    let server = Server::with(Arc::new(driver.clone()), Arc::new(Refuse), 1);
+    let error = server.start(custom(|r| r.complete()), &options(1, 1)).unwrap_err();
+    assert_eq!(error.errno(), Errno::EAGAIN, "{error}");
+    assert_eq!(driver.device_ids().unwrap(), []);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Any mix of operations over any number of queues agrees with a plain array.
+    #[test]
+    fn a_ram_disk_agrees_with_a_model(
+        queues in 1u16..4,
+        depth in 1u16..9,
+        steps in prop::collection::vec((0u64..2000, 1usize..40, 0u8..6, any::<u8>()), 1..60),
+    ) {
+        let driver = FakeDriver::new();
+        let device = server(&driver, 2).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(queues, depth)).unwrap();
+        let disk = driver.disk(device.id());
+        let mut model = vec![0u8; SIZE as usize];
+        for (block, blocks, op, value) in steps {
+            let offset = block * 512;
+            let len = blocks * 512;
+            let range = offset as usize..offset as usize + len;
+            match op {
+                0 | 1 => {
+                    disk.write(offset, &vec![value; len]).unwrap();
+                    model[range].fill(value);
+                }
+                2 => {
+                    disk.write_zeroes(offset, len).unwrap();
+                    model[range].fill(0);
+                }
+                3 => {
+                    disk.discard(offset, len).unwrap();
+                    model[range].fill(0);
+                }
+                _ => prop_assert_eq!(disk.read(offset, len).unwrap(), &model[range]),
+            }
+        }
+        device.stop().unwrap();
+        prop_assert_eq!(driver.violations(), Vec::<String>::new());
+    }
+}
