@@ -1,1 +1,35 @@
-//! x
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `ublk._ublk`: what the Python package needs of `ublk-core`, converted and nothing else. Policy lives
+//! in the Python files beside it.
+
+mod buffer;
+mod cli;
+mod device;
+mod error;
+mod fake;
+mod handler;
+mod logging;
+mod threads;
+
+use pyo3::prelude::*;
+
+/// The native half of the `ublk` package. Private: use `ublk`.
+#[pymodule(name = "_ublk", gil_used = true)]
+mod module {
+    #[pymodule_export]
+    use super::buffer::Buffer;
+    #[pymodule_export]
+    use super::cli::main;
+    #[pymodule_export]
+    use super::device::{NativeDevice, devices, features, start};
+    #[pymodule_export]
+    use super::fake::FakeDriver;
+
+    use super::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

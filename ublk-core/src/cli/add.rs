@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 
-use super::{Failure, Outcome, Relaunch, daemon, serve, size};
+use super::{Failure, Host, Outcome, daemon, serve, size};
 use crate::device::{DeviceOptions, Server};
 use crate::driver::kernel::KernelDriver;
 use crate::engine::StdSpawn;
@@ -92,14 +92,14 @@ pub(super) struct Args {
     report: Option<RawFd>,
 }
 
-pub(super) fn run(args: &Args, arguments: &[OsString], relaunch: &Relaunch) -> Outcome {
+pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     if let Some(report) = args.report {
         return daemon::child(report, args.log.as_deref(), |ready| serve(args, ready));
     }
     if args.foreground {
         return serve(args, |device| super::print(&format!("{}\n", device.path().display())));
     }
-    daemon::parent(arguments, relaunch)
+    daemon::parent(arguments, host)
 }
 
 /// Makes the device, calls `ready` when it can be used, and serves it to its end.

@@ -17,7 +17,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::unistd::{chdir, dup2_stderr, dup2_stdout, pipe2, setsid};
 
-use super::{Failure, Outcome, Relaunch};
+use super::{Failure, Host, Outcome};
 use crate::device::Device;
 
 /// The hidden flag that makes a process the child.
@@ -27,12 +27,12 @@ pub(super) const REPORT_FLAG: &str = "report-fd";
 const LOG_DIR: &str = "/run/ublk";
 
 /// Starts the child and waits for its word.
-pub(super) fn parent(arguments: &[OsString], relaunch: &Relaunch) -> Outcome {
+pub(super) fn parent(arguments: &[OsString], host: &Host) -> Outcome {
     let failed = |what: &str, e: &dyn std::fmt::Display| Failure::Text(format!("starting the server: {what}: {e}"));
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed("pipe", &e))?;
     // The child finds the pipe by its number.
     fcntl(&writer, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| failed("pipe", &e))?;
-    let Some((program, before)) = relaunch.program.split_first() else {
+    let Some((program, before)) = host.relaunch.split_first() else {
         return Err(Failure::Text("starting the server: no program to start".into()));
     };
     let mut child = Command::new(program)

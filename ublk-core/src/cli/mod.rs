@@ -43,11 +43,23 @@ enum Command {
     Features(features::Args),
 }
 
-/// How to start this very program again, to run a server in the background.
+/// The program that the command is part of.
+#[derive(Clone, Debug, Default)]
+pub struct Host {
+    /// How to start it again, to run a server in the background: the program and the arguments that
+    /// come before the command's own.
+    pub relaunch: Vec<OsString>,
+    /// Commands that it handles itself, for the help text.
+    pub extra: Vec<Extension>,
+}
+
+/// A command that is not this crate's.
 #[derive(Clone, Debug)]
-pub struct Relaunch {
-    /// The program and the arguments that come before the command's own.
-    pub program: Vec<OsString>,
+pub struct Extension {
+    /// Its name.
+    pub name: String,
+    /// What it does, in a line.
+    pub about: String,
 }
 
 /// The whole program, on this process's arguments.
@@ -58,19 +70,14 @@ pub fn main() -> ExitCode {
     let mut logger = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
     logger.format(|out, record| writeln!(out, "ublk: {}: {}", record.level().as_str().to_lowercase(), record.args()));
     logger.init();
-    ExitCode::from(run(arguments.collect(), Relaunch { program: vec![program] }))
-}
-
-/// Names of the commands that [`run`] knows.
-pub fn command_names() -> Vec<String> {
-    Cli::command().get_subcommands().map(|c| c.get_name().to_owned()).collect()
+    ExitCode::from(run(arguments.collect(), &Host { relaunch: vec![program], extra: vec![] }))
 }
 
 /// Runs the command with the given arguments (without a program name) and returns its exit status: 0,
 /// 1 for a failure, 2 for wrong usage.
-pub fn run(arguments: Vec<OsString>, relaunch: Relaunch) -> u8 {
+pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
     let named = std::iter::once(OsString::from("ublk")).chain(arguments.iter().cloned());
-    let parsed = Cli::command().try_get_matches_from(named).and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed = with_extra(host).try_get_matches_from(named).and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => {
@@ -80,7 +87,7 @@ pub fn run(arguments: Vec<OsString>, relaunch: Relaunch) -> u8 {
         }
     };
     let result = match cli.command {
-        Command::Add(args) => add::run(&args, &arguments, &relaunch),
+        Command::Add(args) => add::run(&args, &arguments, host),
         Command::Del(args) => del::run(&args),
         Command::List(args) => list::run(&args),
         Command::Features(args) => features::run(&args),
@@ -97,6 +104,13 @@ pub fn run(arguments: Vec<OsString>, relaunch: Relaunch) -> u8 {
             1
         }
     }
+}
+
+/// The command line, with the commands that the host handles.
+fn with_extra(host: &Host) -> clap::Command {
+    host.extra.iter().cloned().fold(Cli::command(), |command, Extension { name, about }| {
+        command.subcommand(clap::Command::new(name).about(about))
+    })
 }
 
 /// Why a command failed.
@@ -140,9 +154,17 @@ mod tests {
     }
 
     #[test]
+    fn the_hosts_own_commands_are_in_the_help() {
+        let mut command = with_extra(&Host {
+            relaunch: vec![],
+            extra: vec![Extension { name: "knit".into(), about: "Make a pullover".into() }],
+        });
+        assert!(command.render_help().to_string().contains("Make a pullover"));
+    }
+
+    #[test]
     fn wrong_usage_is_status_2() {
-        let relaunch = Relaunch { program: vec![] };
-        assert_eq!(run(vec!["frobnicate".into()], relaunch.clone()), 2);
-        assert_eq!(run(vec!["del".into()], relaunch), 2);
+        assert_eq!(run(vec!["frobnicate".into()], &Host::default()), 2);
+        assert_eq!(run(vec!["del".into()], &Host::default()), 2);
     }
 }

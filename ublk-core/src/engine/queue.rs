@@ -7,6 +7,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
@@ -77,8 +78,7 @@ pub(crate) struct QueueCore {
     buffers: RefCell<Vec<Option<Arc<IoBuffer>>>>,
     transfers: RefCell<Vec<Option<Transfer>>>,
     zeros: Rc<IoBuffer>,
-    /// When something was queued that is not submitted yet.
-    unsubmitted_since: Cell<Option<Tick>>,
+    pace: Pace,
     /// Set when the ring itself failed.
     broken: RefCell<Option<io::Error>>,
 }
@@ -89,13 +89,57 @@ impl std::fmt::Debug for QueueCore {
     }
 }
 
+/// Decides when the finished requests of a batch are submitted before its end.
+///
+/// Fast handlers get one system call per batch. Once a request took long, each one is submitted before
+/// the next is begun, for a while: the next might take long again.
+#[derive(Debug, Default)]
+struct Pace {
+    /// Something was queued since the last submission.
+    unsubmitted: Cell<bool>,
+    /// When the batch began or something of it was last submitted.
+    submitted: Cell<Tick>,
+    /// When the last request was handed out.
+    stepped: Cell<Tick>,
+    /// Until when each request is submitted on its own.
+    eager_until: Cell<Tick>,
+}
+
+impl Pace {
+    /// A request that took this long is slow.
+    const SLOW: Duration = Duration::from_millis(5);
+    /// How long a slow request is remembered.
+    const MEMORY: Duration = Duration::from_secs(10);
+
+    /// A batch begins; the last one was submitted.
+    fn begin(&self, now: Tick) {
+        self.unsubmitted.set(false);
+        self.submitted.set(now);
+        self.stepped.set(now);
+    }
+
+    /// The handler is done with a request; whether to submit now.
+    fn step(&self, now: Tick) -> bool {
+        if now.0.saturating_sub(self.stepped.get().0) >= Self::SLOW {
+            self.eager_until.set(Tick(now.0 + Self::MEMORY));
+        }
+        self.stepped.set(now);
+        let late = now < self.eager_until.get() || now != self.submitted.get();
+        if late && self.unsubmitted.replace(false) {
+            self.submitted.set(now);
+            return true;
+        }
+        false
+    }
+}
+
 /// The kernel's coarse clock: a few milliseconds exact, and nearly free to read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tick(i64, i64);
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd)]
+struct Tick(Duration);
 
 impl Tick {
     fn now() -> Self {
-        clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(Tick(0, 0), |t| Tick(t.tv_sec(), t.tv_nsec()))
+        Tick(clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(Duration::ZERO, Duration::from))
     }
 }
 
@@ -160,19 +204,15 @@ impl QueueCore {
         if let Err(error) = self.ring.borrow_mut().push(Submission { user_data, operation }) {
             self.broken.borrow_mut().get_or_insert(error);
         }
-        if self.unsubmitted_since.get().is_none() {
-            self.unsubmitted_since.set(Some(Tick::now()));
-        }
+        self.pace.unsubmitted.set(true);
     }
 
-    /// Submits finished requests if the handler of a batch is slow, so that nobody waits for the
-    /// whole batch.
+    /// Submits finished requests if the handler is slow, so that nobody waits for a whole batch.
     pub(crate) fn submit_if_late(&self) {
-        if self.unsubmitted_since.get().is_some_and(|since| since != Tick::now()) {
-            self.unsubmitted_since.set(None);
-            if let Err(error) = self.ring.borrow_mut().submit() {
-                self.broken.borrow_mut().get_or_insert(error);
-            }
+        if self.pace.step(Tick::now())
+            && let Err(error) = self.ring.borrow_mut().submit()
+        {
+            self.broken.borrow_mut().get_or_insert(error);
         }
     }
 }
@@ -223,7 +263,7 @@ impl Queue {
                 buffers: RefCell::new(buffers.into_iter().map(|b| Some(Arc::new(b))).collect()),
                 transfers: RefCell::new(vec![None; depth]),
                 zeros: zeros.clone(),
-                unsubmitted_since: Cell::new(None),
+                pace: Pace::default(),
                 broken: RefCell::new(None),
             },
             ready: Vec::with_capacity(depth),
@@ -301,7 +341,7 @@ impl Queue {
 
     /// Hands the requests that came to the handler.
     pub(crate) fn serve(&mut self) {
-        self.core.unsubmitted_since.set(None);
+        self.core.pace.begin(Tick::now());
         let Queue { handler, core, ready, .. } = self;
         let result = catch_unwind(AssertUnwindSafe(|| handler.handle(Requests::new(core, ready))));
         if let Err(panic) = result {
@@ -312,6 +352,8 @@ impl Queue {
                 panic_text(&*panic)
             );
         }
+        // The last request's time counts too; submitting is the ring thread's next step anyway.
+        self.core.pace.step(Tick::now());
     }
 
     /// Whether nothing refers to the queue any more and it can be closed.
@@ -386,6 +428,45 @@ pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn at(millis: u64) -> Tick {
+        Tick(Duration::from_millis(millis))
+    }
+
+    #[test]
+    fn a_fast_batch_is_not_submitted_in_pieces() {
+        let pace = Pace::default();
+        pace.begin(at(100));
+        for _ in 0..1000 {
+            assert!(!pace.step(at(100)));
+            pace.unsubmitted.set(true);
+        }
+    }
+
+    #[test]
+    fn a_batch_that_takes_long_is_submitted_with_every_tick() {
+        let pace = Pace::default();
+        pace.begin(at(100));
+        pace.unsubmitted.set(true);
+        assert!(!pace.step(at(100)));
+        assert!(pace.step(at(104)));
+        pace.unsubmitted.set(true);
+        assert!(!pace.step(at(104)));
+    }
+
+    #[test]
+    fn behind_a_slow_request_each_one_is_submitted_on_its_own() {
+        let pace = Pace::default();
+        pace.begin(at(100));
+        pace.unsubmitted.set(true);
+        assert!(pace.step(at(200)));
+        pace.begin(at(300));
+        pace.unsubmitted.set(true);
+        assert!(pace.step(at(300)));
+        pace.begin(at(20_000));
+        pace.unsubmitted.set(true);
+        assert!(!pace.step(at(20_000)), "it is forgotten in the end");
+    }
 
     #[test]
     fn a_cookie_survives_its_encoding() {

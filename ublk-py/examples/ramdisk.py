@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""A RAM disk: the smallest useful block device.
+
+Run it with ``ublk run ramdisk.py:RamDisk --size 1G``, or as a script.
+"""
+
+import ublk
+
+
+class RamDisk(ublk.BlockDevice):
+    """A disk in a bytearray."""
+
+    def __init__(self, size):
+        super().__init__(size=size, block_size=512)
+        self.data = bytearray(size)
+
+    def read(self, offset, buf):
+        buf[:] = self.data[offset : offset + len(buf)]
+
+    def write(self, offset, buf):
+        self.data[offset : offset + len(buf)] = buf
+
+
+if __name__ == "__main__":
+    ublk.run(RamDisk(1 << 30))

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Block devices written in Python, on Linux's ublk.
+
+Subclass `BlockDevice`, override `read` (and `write`, `flush`, `discard`, `write_zeroes` as far as the
+disk has them), and start it::
+
+    with MyDisk(size).start(queues=2) as dev:
+        print(dev.path)
+        dev.wait()
+
+The library logs under the logger ``ublk``.
+"""
+
+from ublk._block_device import BlockDevice
+from ublk._device import Device, DeviceInfo, devices, features, run
+from ublk._errors import UblkError
+from ublk._ublk import __version__
+
+__all__ = [
+    "BlockDevice",
+    "Device",
+    "DeviceInfo",
+    "UblkError",
+    "__version__",
+    "devices",
+    "features",
+    "run",
+]

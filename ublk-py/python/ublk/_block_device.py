@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""The class that users derive from."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ublk._device import Device
+    from ublk._ublk import FakeDriver
+
+
+class BlockDevice:
+    """A disk whose content is Python's business.
+
+    Override `read`, and of `write`, `flush`, `discard` and `write_zeroes` those that the disk has. Only
+    what a subclass overrides is advertised to the kernel.
+
+    The methods run on the threads that serve the queues: with ``queues=1`` one at a time, with more of
+    them on several threads at once. A request is acknowledged when its method returns. Exceptions:
+
+    * `OSError` fails the request with its errno;
+    * `NotImplementedError` with ``EOPNOTSUPP``, `TimeoutError` with ``ETIMEDOUT``, `MemoryError` with
+      ``ENOMEM``;
+    * any other exception is logged with its traceback under the logger ``ublk`` and becomes ``EIO``; the
+      device lives on;
+    * `SystemExit` and `KeyboardInterrupt` fail the request with ``EIO`` and stop the device; whoever
+      waits for it gets the exception.
+
+    Methods return ``None`` or, as ``readinto`` and ``preadv`` do, the number of bytes, which must be all
+    of them.
+
+    Parameters
+    ----------
+    size:
+        Capacity in bytes, a multiple of ``block_size``.
+    block_size:
+        Logical block size: the smallest unit of a request; a power of two from 512 to 4096.
+    physical_block_size:
+        The smallest unit that needs no read-modify-write; ``block_size`` by default.
+    max_io_bytes:
+        Longest read or write; a multiple of 4096 up to 32 MiB. Each of ``queues * depth`` requests has a
+        buffer of this size, whose pages are taken when they are first used.
+    discard_granularity:
+        Smallest unit of a discard; ``block_size`` by default.
+    rotational:
+        Report the disk as one with moving parts.
+    read_only:
+        Refuse writes even though `write` is there.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        block_size: int = 512,
+        physical_block_size: int | None = None,
+        max_io_bytes: int = 512 << 10,
+        discard_granularity: int | None = None,
+        rotational: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        self.size = size
+        self.block_size = block_size
+        self.physical_block_size = block_size if physical_block_size is None else physical_block_size
+        self.max_io_bytes = max_io_bytes
+        self.discard_granularity = block_size if discard_granularity is None else discard_granularity
+        self.rotational = rotational
+        self.read_only = read_only
+
+    def read(self, offset: int, buf: memoryview) -> int | None:
+        """Fill ``buf`` with the disk's bytes from ``offset`` on.
+
+        ``buf`` is the request's own memory, writable, and lent for the time of the call: used
+        afterwards it raises `ValueError`. Objects that hold on to it (a numpy array over it, a slice)
+        stay valid memory of their own and never see another request. Fill all of it: what is left
+        untouched holds bytes of earlier requests.
+        """
+        raise NotImplementedError
+
+    def write(self, offset: int, buf: memoryview) -> int | None:
+        """Store the bytes of ``buf`` at ``offset``.
+
+        ``buf`` is read-only and lent as in `read`. Without this method the disk is read-only.
+        """
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Make everything durable whose `write` has returned.
+
+        A disk with this method has a volatile write cache in the kernel's eyes: ``fsync`` ends here, and
+        writes that must be durable at once are followed by a flush. Without it, writes count as durable
+        when `write` returns.
+        """
+        raise NotImplementedError
+
+    def discard(self, offset: int, length: int) -> None:
+        """Forget a range; it may read as anything until it is written again."""
+        raise NotImplementedError
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Make a range read as zeros. Without this method the kernel writes pages of zeros."""
+        raise NotImplementedError
+
+    def start(
+        self,
+        *,
+        queues: int = 1,
+        depth: int = 128,
+        id: int | None = None,
+        _driver: FakeDriver | None = None,
+    ) -> Device:
+        """Make the device and serve it; return when its node can be used.
+
+        Leaving the returned `Device`'s ``with`` block, or its ``stop``, ends it.
+
+        ``queues`` is how many threads share the work (the driver makes no more queues than there are
+        CPUs), ``depth`` how many requests each queue holds, 1 to 4096, and ``id`` the number N of
+        ``/dev/ublkbN``, by default the lowest free one.
+
+        While devices run, ``SIGTERM`` and ``SIGHUP`` raise `SystemExit` in the main thread, unless the
+        program has handlers of its own, so that a killed program removes its devices.
+        """
+        from ublk._device import Device
+
+        return Device._start(self, queues=queues, depth=depth, id=id, driver=_driver)
+
+    def _overridden(self, name: str) -> Callable[..., Any] | None:
+        """Return the bound method if the class or the instance has one of its own."""
+        method = getattr(self, name, None)
+        if method is None or getattr(method, "__func__", None) is getattr(BlockDevice, name):
+            return None
+        if inspect.iscoroutinefunction(method):
+            raise TypeError(f"{type(self).__name__}.{name} is a coroutine function; write it as a plain method")
+        if not callable(method):
+            raise TypeError(f"{type(self).__name__}.{name} is not callable")
+        return method  # type: ignore[no-any-return]

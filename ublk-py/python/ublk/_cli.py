@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""The ``ublk`` command: all that the Rust one does, and ``ublk run``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ublk import _signals, _ublk
+from ublk._block_device import BlockDevice
+from ublk._errors import UblkError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import ModuleType
+
+    from ublk._device import Device
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTP]?)(?:I?B)?", re.IGNORECASE | re.ASCII)
+_SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
+_EXTRA = [("run", "Serve a block device written in Python, or run a command on it")]
+_COMMAND_GRACE = 10.0
+
+
+class _UsageError(Exception):
+    """The command line asks for something that cannot be."""
+
+
+def entry() -> None:
+    """Run the command with this process's arguments and exit."""
+    logging.basicConfig(format="ublk: %(levelname)s: %(message)s", level=os.environ.get("UBLK_LOG", "WARNING").upper())
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit status: 0, 1 for a failure, 2 for wrong usage."""
+    if arguments and arguments[0] == "run":
+        return _run(arguments[1:])
+    return _ublk.main(list(arguments), [sys.executable, "-m", "ublk"], _EXTRA)
+
+
+def parse_size(text: str) -> int:
+    """Parse ``4096``, ``64K``, ``512MiB``, ``1.5G``; suffixes are powers of 1024."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; examples: 4096, 64K, 512M, 1.5G")
+    value = Fraction(match[1]) * (1 << _SUFFIXES[match[2].upper()])
+    if value.denominator != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes")
+    return value.numerator
+
+
+def _parse_argument(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ublk run",
+        description="Serve a block device written in Python until Ctrl-C; or, with a command, run that with the "
+        "device's path, stop the device when it ends, and return its status.",
+        usage="ublk run [options] WHAT [-- COMMAND [ARG ...]]",
+    )
+    parser.add_argument("what", metavar="WHAT", help="FILE.py:CLASS or package.module:CLASS")
+    parser.add_argument("-s", "--size", type=parse_size, help="pass size=SIZE (4096, 64K, 1G ...) to the class")
+    parser.add_argument(
+        "-a",
+        "--arg",
+        metavar="NAME=VALUE",
+        type=_parse_argument,
+        action="append",
+        default=[],
+        help="pass another argument to the class: a Python literal, or else a string; may be repeated",
+    )
+    parser.add_argument("-n", "--number", "--id", dest="id", type=int, help="number of the device")
+    parser.add_argument("-q", "--queues", type=int, default=1, help="hardware queues (default: 1)")
+    parser.add_argument("-d", "--depth", type=int, default=128, help="requests per queue (default: 128)")
+    parser.epilog = "In COMMAND, {dev} stands for the device's path, which is also in its environment as UBLK_DEV."
+    return parser
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = list(arguments)
+    command: list[str] | None = None
+    if "--" in options:
+        at = options.index("--")
+        options, command = options[:at], options[at + 1 :]
+    parser = _parser()
+    try:
+        parsed = parser.parse_args(options)
+        if command is not None and not command:
+            parser.error("there is no command after --")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 2
+    try:
+        target = _make(parsed.what, parsed.size, parsed.arg)
+        with target.start(queues=parsed.queues, depth=parsed.depth, id=parsed.id) as device:
+            if command is None:
+                print(device.path, flush=True)
+                device.wait()
+                return 0
+            return _run_command(command, device)
+    except (_UsageError, UblkError, ValueError, TypeError) as error:
+        print(f"ublk: {_describe(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130 if command else 0
+    except _signals.Terminated as terminated:
+        return int(terminated.code or 0) if command else 0
+
+
+def _describe(error: Exception) -> str:
+    return str(error.strerror) if isinstance(error, UblkError) and error.strerror else str(error)
+
+
+def _make(what: str, size: int | None, arguments: Sequence[tuple[str, Any]]) -> BlockDevice:
+    """Import the class and make an instance."""
+    place, colon, name = what.rpartition(":")
+    if not colon or not place or not name:
+        raise _UsageError(f"{what!r} is neither FILE.py:CLASS nor package.module:CLASS")
+    module = _import(place)
+    try:
+        made = getattr(module, name)
+    except AttributeError:
+        raise _UsageError(f"there is no {name} in {place}") from None
+    if not (isinstance(made, type) and issubclass(made, BlockDevice)):
+        raise _UsageError(f"{what} is not a subclass of ublk.BlockDevice")
+    keywords = dict(arguments)
+    if size is not None:
+        keywords["size"] = size
+    try:
+        return made(**keywords)
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
+        hint = " (does it need --size or --arg?)" if isinstance(error, TypeError) else ""
+        raise _UsageError(f"{name}({given}): {type(error).__name__}: {error}{hint}") from error
+
+
+def _import(place: str) -> ModuleType:
+    if not place.endswith(".py"):
+        sys.path.insert(0, os.getcwd())
+        with _import_errors(place):
+            return importlib.import_module(place)
+    path = Path(place)
+    if not path.is_file():
+        raise _UsageError(f"there is no file {place}")
+    # As for a script: what lies beside it can be imported.
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise _UsageError(f"{place} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    with _import_errors(place):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _import_errors(place: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger("ublk").info("importing %s", place, exc_info=error)
+        raise _UsageError(f"importing {place}: {type(error).__name__}: {error}") from error
+
+
+def _run_command(command: Sequence[str], device: Device) -> int:
+    """Run a command on the device and return its status, as a shell would tell it."""
+    words = [word.replace("{dev}", device.path) for word in command]
+    environment = {**os.environ, "UBLK_DEV": device.path}
+    try:
+        child = subprocess.Popen(words, env=environment)
+    except OSError as error:
+        print(f"ublk: {words[0]}: {error.strerror}", file=sys.stderr)
+        return 127 if isinstance(error, FileNotFoundError) else 126
+    try:
+        status = child.wait()
+    except BaseException:
+        # Ctrl-C reaches the command by itself; other ends do not.
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(_COMMAND_GRACE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        raise
+    if not device.running:
+        print(f"ublk: {device.path} ended before the command did", file=sys.stderr)
+        return status or 1
+    return status if status >= 0 else 128 - status

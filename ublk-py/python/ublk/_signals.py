@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Signals that would kill the program without a chance to remove its devices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+_lock = threading.Lock()
+_devices = 0
+_replaced: dict[int, Any] = {}
+
+
+class Terminated(SystemExit):
+    """Raised in the main thread by SIGTERM or SIGHUP while devices run; exits with 128 + the signal."""
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    raise Terminated(128 + number)
+
+
+@contextlib.contextmanager
+def wakeup_fd() -> Iterator[int | None]:
+    """Give the main thread a descriptor that becomes readable with every signal.
+
+    The kernel may deliver a signal to any thread, and only the one that gets it is interrupted. Other
+    threads get ``None``: signals are none of their business.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield None
+        return
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        try:
+            yield reader
+        finally:
+            signal.set_wakeup_fd(previous)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def drain(descriptor: int) -> None:
+    """Empty the descriptor of `wakeup_fd`; the signals' handlers have run by then."""
+    with contextlib.suppress(BlockingIOError):
+        while os.read(descriptor, 64):
+            pass
+
+
+def device_started() -> None:
+    """Take over the signals whose default action is to kill, if the main thread starts the device."""
+    global _devices
+    with _lock:
+        _devices += 1
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _SIGNALS:
+            if number not in _replaced and signal.getsignal(number) == signal.SIG_DFL:
+                _replaced[number] = signal.signal(number, _terminate)
+
+
+def device_stopped() -> None:
+    """Give the signals back with the last device."""
+    global _devices
+    with _lock:
+        _devices -= 1
+        if _devices > 0 or threading.current_thread() is not threading.main_thread():
+            return
+        while _replaced:
+            number, previous = _replaced.popitem()
+            if signal.getsignal(number) is _terminate:
+                signal.signal(number, previous)

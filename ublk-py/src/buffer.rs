@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A request's memory as a Python object: a lease that ends with the request.
+//!
+//! Invariants that the `unsafe` blocks of this file refer to:
+//!
+//! 1. A `Buffer` holds an `Arc` of its memory, and every exported view holds the `Buffer`: the memory
+//!    outlives all views.
+//! 2. Views are exported only while a lease is active, that is while the request is the server's and
+//!    its handler runs. The engine reuses the memory only if no view is left when the lease ends; else
+//!    it takes fresh memory for the tag, and what was exported stays what it was.
+//! 3. Python code may race with itself on a view it shares between its threads, as with any writable
+//!    buffer; nothing in Rust holds a reference to the bytes meanwhile.
+
+use std::ffi::c_int;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use pyo3::exceptions::PyBufferError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::PyMemoryView;
+use ublk_core::IoBuffer;
+
+/// The memory of one tag.
+#[pyclass(frozen, module = "ublk._ublk")]
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    memory: Arc<IoBuffer>,
+    /// Bytes of the present request.
+    len: AtomicUsize,
+    readonly: AtomicBool,
+    active: AtomicBool,
+    exports: AtomicUsize,
+}
+
+#[pymethods]
+impl Buffer {
+    // SAFETY (of being called): Python passes a live `view` to fill.
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        let this = slf.get();
+        if !this.active.load(Ordering::Acquire) {
+            // SAFETY: `view` is valid for writes (caller); an exporter must clear `obj` when it refuses.
+            unsafe { (*view).obj = std::ptr::null_mut() };
+            return Err(PyBufferError::new_err("the request that this buffer belonged to is over"));
+        }
+        let len = this.len.load(Ordering::Relaxed) as ffi::Py_ssize_t;
+        let readonly = c_int::from(this.readonly.load(Ordering::Relaxed));
+        let address = this.memory.as_ptr().cast();
+        // SAFETY: (1) and (2): the memory has at least `len` bytes and lives as long as `slf`, which the
+        // view now holds. The call raises by itself if the flags ask for what it is not.
+        let result = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address, len, readonly, flags) };
+        if result != 0 {
+            return Err(PyErr::fetch(slf.py()));
+        }
+        this.exports.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    // SAFETY (of being called): Python passes a view that `__getbuffer__` filled, once.
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
+        self.exports.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// One tag's buffer object, made when it is first needed.
+#[derive(Debug, Default)]
+pub(crate) struct Slot(Option<Py<Buffer>>);
+
+impl Slot {
+    /// A view on the first `len` bytes of `memory`, for the time of one request.
+    pub(crate) fn lease<'py>(
+        &mut self,
+        py: Python<'py>,
+        memory: &Arc<IoBuffer>,
+        len: usize,
+        readonly: bool,
+    ) -> PyResult<Lease<'py>> {
+        assert!(len <= memory.len());
+        let reusable = self.0.take().filter(|buffer| Arc::ptr_eq(&buffer.get().memory, memory));
+        let buffer = match reusable {
+            Some(buffer) => buffer.into_bound(py),
+            None => Bound::new(
+                py,
+                Buffer {
+                    memory: memory.clone(),
+                    len: AtomicUsize::new(0),
+                    readonly: AtomicBool::new(true),
+                    active: AtomicBool::new(false),
+                    exports: AtomicUsize::new(0),
+                },
+            )?,
+        };
+        let state = buffer.get();
+        state.len.store(len, Ordering::Relaxed);
+        state.readonly.store(readonly, Ordering::Relaxed);
+        state.active.store(true, Ordering::Release);
+        let view = PyMemoryView::from(&buffer)?;
+        Ok(Lease { buffer, view })
+    }
+
+    /// Ends a lease. False if Python still holds a view: the memory is its own from now on.
+    pub(crate) fn end(&mut self, lease: Lease<'_>) -> bool {
+        let Lease { buffer, view } = lease;
+        buffer.get().active.store(false, Ordering::Release);
+        // SAFETY: `view` is a live object; reading its count needs no more than being attached.
+        if unsafe { ffi::Py_REFCNT(view.as_ptr()) } > 1 {
+            // Refused if something was made from the view itself, an array say; the count of exports
+            // tells then.
+            let _ = view.call_method0(pyo3::intern!(view.py(), "release"));
+        }
+        drop(view);
+        let free = buffer.get().exports.load(Ordering::Acquire) == 0;
+        if free {
+            self.0 = Some(buffer.unbind());
+        }
+        free
+    }
+}
+
+/// A view that is valid for one request.
+#[derive(Debug)]
+pub(crate) struct Lease<'py> {
+    buffer: Bound<'py, Buffer>,
+    view: Bound<'py, PyMemoryView>,
+}
+
+impl<'py> Lease<'py> {
+    /// The view for the handler.
+    pub(crate) fn view(&self) -> &Bound<'py, PyMemoryView> {
+        &self.view
+    }
+}

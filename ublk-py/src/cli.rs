@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The `ublk` command inside the Python package.
+
+use std::ffi::OsString;
+
+use pyo3::prelude::*;
+use ublk_core::cli::{Extension, Host};
+
+use crate::logging;
+
+/// Runs the command and returns its exit status. `relaunch` starts this program again, for servers in
+/// the background; `extra` are the names and descriptions of commands that the caller handles.
+#[pyfunction]
+pub(crate) fn main(
+    py: Python<'_>,
+    arguments: Vec<OsString>,
+    relaunch: Vec<OsString>,
+    extra: Vec<(String, String)>,
+) -> PyResult<u8> {
+    logging::follow(py)?;
+    let extra = extra.into_iter().map(|(name, about)| Extension { name, about }).collect();
+    Ok(py.detach(|| ublk_core::cli::run(arguments, &Host { relaunch, extra })))
+}

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Devices, made and seen from Python.
+
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use ublk_core::control::Control;
+use ublk_core::driver::kernel::KernelDriver;
+use ublk_core::{DeviceId, DeviceOptions, Features, Params, Server};
+
+use crate::error::to_python;
+use crate::fake::FakeDriver;
+use crate::handler::{Methods, PythonTarget};
+use crate::logging;
+use crate::threads::PythonSpawn;
+
+/// A running device.
+#[pyclass(frozen, module = "ublk._ublk")]
+#[derive(Debug)]
+pub(crate) struct NativeDevice {
+    device: ublk_core::Device,
+}
+
+#[pymethods]
+impl NativeDevice {
+    #[getter]
+    fn id(&self) -> u32 {
+        self.device.id().0
+    }
+
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.device.path().to_owned()
+    }
+
+    #[getter]
+    fn queues(&self) -> u16 {
+        self.device.info().queues
+    }
+
+    #[getter]
+    fn depth(&self) -> u16 {
+        self.device.info().depth
+    }
+
+    #[getter]
+    fn max_io_bytes(&self) -> u32 {
+        self.device.info().max_io_bytes
+    }
+
+    #[getter]
+    fn ending(&self) -> bool {
+        self.device.is_ending()
+    }
+
+    /// Readable once the device begins to end.
+    fn fileno(&self) -> RawFd {
+        self.device.as_fd().as_raw_fd()
+    }
+
+    /// Stops and deletes the device.
+    fn stop(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.device.stop()).map_err(|e| to_python(py, &e))
+    }
+}
+
+/// The shape of a disk as Python gives it.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Shape {
+    size: u64,
+    block_size: u32,
+    physical_block_size: u32,
+    max_io_bytes: u32,
+    rotational: bool,
+    read_only: bool,
+    discard_granularity: u32,
+}
+
+/// The methods of a block device as Python gives them.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Handlers {
+    read: Py<PyAny>,
+    write: Option<Py<PyAny>>,
+    flush: Option<Py<PyAny>>,
+    discard: Option<Py<PyAny>>,
+    write_zeroes: Option<Py<PyAny>>,
+    report: Py<PyAny>,
+}
+
+/// The process's server on the kernel's driver, made with the first device.
+fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
+    static SERVER: Mutex<Option<Server>> = Mutex::new(None);
+    let mut server = SERVER.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(server) = &*server {
+        return Ok(server.clone());
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let made = Server::with(Arc::new(KernelDriver::open()?), Arc::new(spawn), threads);
+    *server = Some(made.clone());
+    Ok(made)
+}
+
+/// Makes a device and serves it with the given methods.
+#[pyfunction]
+#[pyo3(signature = (kind, shape, handlers, queues, depth, id, spawn, driver))]
+#[allow(clippy::too_many_arguments, reason = "a private function with one caller, which passes all by name")]
+pub(crate) fn start(
+    py: Python<'_>,
+    kind: String,
+    shape: Shape,
+    handlers: Handlers,
+    queues: u16,
+    depth: u16,
+    id: Option<u32>,
+    spawn: Py<PyAny>,
+    driver: Option<&FakeDriver>,
+) -> PyResult<NativeDevice> {
+    logging::follow(py)?;
+    let methods = Methods {
+        read: handlers.read,
+        write: handlers.write,
+        flush: handlers.flush,
+        discard: handlers.discard,
+        write_zeroes: handlers.write_zeroes,
+        report: handlers.report,
+    };
+    let mut params = Params::new(shape.size, shape.block_size);
+    params.physical_block_size = shape.physical_block_size;
+    params.io_min = shape.physical_block_size;
+    params.max_io_bytes = shape.max_io_bytes;
+    params.rotational = shape.rotational;
+    params.read_only = shape.read_only;
+    params.discard.granularity = shape.discard_granularity;
+    params.operations = methods.operations();
+    let target = Arc::new(PythonTarget { kind, params, methods });
+    let options = DeviceOptions { id: id.map(DeviceId), queues, depth };
+    let spawn = PythonSpawn(spawn);
+    let fake = driver.map(FakeDriver::inner);
+    let device = py.detach(|| {
+        let server = match fake {
+            Some(fake) => Server::with(Arc::new(fake), Arc::new(spawn), usize::from(queues)),
+            None => kernel_server(spawn)?,
+        };
+        server.start(target, &options)
+    });
+    match device {
+        Ok(device) => Ok(NativeDevice { device }),
+        Err(error) => Err(to_python(py, &error)),
+    }
+}
+
+/// What the driver offers: a dict from feature name to bool.
+#[pyfunction]
+pub(crate) fn features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let features =
+        py.detach(|| Control::new(Arc::new(KernelDriver::open()?)).features()).map_err(|e| to_python(py, &e))?;
+    let dict = PyDict::new(py);
+    for flag in Features::all() {
+        dict.set_item(flag.name(), features.contains(flag))?;
+    }
+    Ok(dict)
+}
+
+/// What the driver knows about all devices: a list of dicts.
+#[pyfunction]
+pub(crate) fn devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
+    let found = py.detach(|| {
+        let control = Control::new(Arc::new(KernelDriver::open()?));
+        let ids = control
+            .driver()
+            .device_ids()
+            .map_err(|source| ublk_core::Error::Target { context: "listing the devices".into(), source })?;
+        let mut found = Vec::new();
+        for id in ids {
+            match control.info(id).and_then(|info| Ok((info, control.params(id)?.params))) {
+                Ok(both) => found.push((control.driver().block_path(id), both)),
+                // It went away between the two looks.
+                Err(error) if error.errno() == ublk_core::Errno::ENODEV => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    });
+    let found = found.map_err(|e: ublk_core::Error| to_python(py, &e))?;
+    found
+        .into_iter()
+        .map(|(path, (info, params))| {
+            let dict = PyDict::new(py);
+            dict.set_item("id", info.id.0)?;
+            dict.set_item("path", path.to_string_lossy().into_owned())?;
+            dict.set_item("state", info.state.name())?;
+            dict.set_item("pid", info.pid)?;
+            dict.set_item("queues", info.queues)?;
+            dict.set_item("depth", info.depth)?;
+            dict.set_item("size", params.size)?;
+            dict.set_item("block_size", params.logical_block_size)?;
+            dict.set_item("max_io_bytes", info.max_io_bytes)?;
+            dict.set_item("read_only", params.read_only)?;
+            Ok(dict)
+        })
+        .collect()
+}

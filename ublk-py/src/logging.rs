@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The core's log messages, sent to Python's logger `ublk`.
+
+use std::sync::OnceLock;
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use pyo3::prelude::*;
+
+struct ToPython(Py<PyAny>);
+
+/// Begins to forward, or follows a changed level of the logger.
+pub(crate) fn follow(py: Python<'_>) -> PyResult<()> {
+    static LOGGER: OnceLock<ToPython> = OnceLock::new();
+    let logger = py.import("logging")?.call_method1("getLogger", ("ublk",))?;
+    let level: i32 = logger.call_method0("getEffectiveLevel")?.extract()?;
+    let forward = LOGGER.get_or_init(|| ToPython(logger.unbind()));
+    // Refused if a logger is set already: ours, from an earlier call.
+    let _ = log::set_logger(forward);
+    log::set_max_level(match level {
+        ..=10 => LevelFilter::Debug,
+        11..=20 => LevelFilter::Info,
+        21..=30 => LevelFilter::Warn,
+        31..=50 => LevelFilter::Error,
+        _ => LevelFilter::Off,
+    });
+    Ok(())
+}
+
+fn number(level: Level) -> i32 {
+    match level {
+        Level::Error => 40,
+        Level::Warn => 30,
+        Level::Info => 20,
+        Level::Debug | Level::Trace => 10,
+    }
+}
+
+impl Log for ToPython {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let text = record.args().to_string();
+        let logged = Python::try_attach(|py| {
+            if let Err(error) = self.0.call_method1(py, "log", (number(record.level()), "%s", &text)) {
+                error.write_unraisable(py, None);
+            }
+        });
+        if logged.is_none() {
+            // The interpreter is gone or going; the message still should not be.
+            eprintln!("ublk: {text}");
+        }
+    }
+
+    fn flush(&self) {}
+}

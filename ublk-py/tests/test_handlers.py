@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""What a handler does, and what its request's client sees."""
+
+import errno
+import logging
+import threading
+import time
+
+import pytest
+import ublk
+
+SIZE = 1 << 20
+
+
+class Ram(ublk.BlockDevice):
+    """A RAM disk with every operation, which writes down its calls."""
+
+    def __init__(self, size=SIZE, **shape):
+        super().__init__(size=size, **shape)
+        self.data = bytearray(size)
+        self.calls = []
+
+    def read(self, offset, buf):
+        buf[:] = self.data[offset : offset + len(buf)]
+
+    def write(self, offset, buf):
+        self.data[offset : offset + len(buf)] = buf
+
+    def flush(self):
+        self.calls.append(("flush",))
+
+    def discard(self, offset, length):
+        self.calls.append(("discard", offset, length))
+
+    def write_zeroes(self, offset, length):
+        self.calls.append(("write_zeroes", offset, length))
+        self.data[offset : offset + length] = bytes(length)
+
+
+def reader(function):
+    """Make a disk whose `read` is the given function of (offset, buf)."""
+
+    class Reader(ublk.BlockDevice):
+        def read(self, offset, buf):
+            return function(offset, buf)
+
+        def write(self, offset, buf):
+            return function(offset, buf)
+
+    return Reader(size=SIZE)
+
+
+def test_reads_return_what_was_written(driver):
+    with Ram().start(queues=2, depth=4, _driver=driver) as dev:
+        driver.write(dev.id, 8192, b"x" * 12288)
+        assert driver.read(dev.id, 4096, 16384) == b"\0" * 4096 + b"x" * 12288
+
+
+def test_every_operation_reaches_its_method(driver):
+    disk = Ram()
+    with disk.start(_driver=driver) as dev:
+        driver.flush(dev.id)
+        driver.discard(dev.id, 4096, 8192)
+        driver.write_zeroes(dev.id, 512, 1024)
+    assert disk.calls == [("flush",), ("discard", 4096, 8192), ("write_zeroes", 512, 1024)]
+
+
+def test_a_read_buffer_is_writable_and_a_write_buffer_is_not(driver):
+    seen = []
+
+    class Disk(ublk.BlockDevice):
+        def read(self, offset, buf):
+            seen.append((buf.readonly, len(buf), buf.format, buf.contiguous))
+            buf[:] = bytes(len(buf))
+
+        def write(self, offset, buf):
+            seen.append((buf.readonly, len(buf), buf.format, buf.contiguous))
+            with pytest.raises(TypeError):
+                buf[0] = 1
+
+    with Disk(size=SIZE).start(_driver=driver) as dev:
+        driver.read(dev.id, 0, 512)
+        driver.write(dev.id, 0, bytes(4096))
+    assert seen == [(False, 512, "B", True), (True, 4096, "B", True)]
+
+
+@pytest.mark.parametrize(
+    ("exception", "expected"),
+    [
+        (OSError(errno.ENOSPC, "full"), errno.ENOSPC),
+        (PermissionError(errno.EPERM, "no"), errno.EPERM),
+        (NotImplementedError(), errno.EOPNOTSUPP),
+        (TimeoutError(), errno.ETIMEDOUT),
+        (MemoryError(), errno.ENOMEM),
+    ],
+)
+def test_an_exception_that_is_an_errno_becomes_that_errno(driver, caplog, exception, expected):
+    def fail(offset, buf):
+        raise exception
+
+    with reader(fail).start(_driver=driver) as dev, pytest.raises(OSError) as caught:
+        driver.read(dev.id, 0, 512)
+    assert caught.value.errno == expected
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("exception", [ValueError("odd"), OSError("without errno"), KeyError(1)])
+def test_any_other_exception_is_eio_with_its_traceback_in_the_log(driver, caplog, exception):
+    def fail(offset, buf):
+        if offset:
+            raise exception
+
+    with reader(fail).start(_driver=driver) as dev:
+        with pytest.raises(OSError) as caught:
+            driver.read(dev.id, 4096, 512)
+        assert caught.value.errno == errno.EIO
+        driver.read(dev.id, 0, 512)
+    [record] = [r for r in caplog.records if r.name == "ublk"]
+    assert record.levelno == logging.ERROR
+    assert record.exc_info[1] is exception
+    assert "Reader.read" in record.getMessage()
+
+
+@pytest.mark.parametrize("returned", [b"data", 511, 0, "x", 1.5])
+def test_a_wrong_return_value_is_eio_and_says_what_was_expected(driver, caplog, returned):
+    with reader(lambda offset, buf: returned).start(_driver=driver) as dev, pytest.raises(OSError) as caught:
+        driver.read(dev.id, 0, 512)
+    assert caught.value.errno == errno.EIO
+    assert "must return None" in caplog.text or "the request has 512 bytes" in caplog.text
+
+
+def test_the_number_of_bytes_may_be_returned(driver):
+    with reader(lambda offset, buf: len(buf)).start(_driver=driver) as dev:
+        driver.read(dev.id, 0, 4096)
+
+
+def test_a_kept_view_raises_afterwards(driver):
+    kept = []
+    with reader(lambda offset, buf: kept.append(buf)).start(_driver=driver) as dev:
+        driver.read(dev.id, 0, 512)
+        with pytest.raises(ValueError, match="released"):
+            kept[0][0]
+
+
+def test_the_object_behind_a_view_gives_no_new_views(driver):
+    kept = []
+    with reader(lambda offset, buf: kept.append(buf.obj)).start(_driver=driver) as dev:
+        driver.read(dev.id, 0, 512)
+        with pytest.raises(BufferError, match="is over"):
+            memoryview(kept[0])
+
+
+@pytest.mark.parametrize("keep", ["slice", "cast", "numpy"])
+def test_memory_that_is_kept_never_sees_another_request(driver, keep):
+    kept = []
+
+    def hold(offset, buf):
+        if keep == "slice":
+            kept.append(buf[16:32])
+        elif keep == "cast":
+            kept.append(buf.cast("Q"))
+        else:
+            numpy = pytest.importorskip("numpy")
+            kept.append(numpy.frombuffer(buf, dtype=numpy.uint8))
+
+    with reader(hold).start(depth=1, _driver=driver) as dev:
+        for value in range(8):
+            driver.write(dev.id, 0, bytes([value]) * 4096)
+    for value, view in enumerate(kept):
+        assert set(bytes(view)) == {value}
+
+
+def test_a_read_whose_buffer_is_kept_still_returns_its_data(driver):
+    kept = []
+
+    def hold(offset, buf):
+        buf[:] = bytes([offset // 4096]) * len(buf)
+        kept.append(buf[:1])
+
+    with reader(hold).start(depth=1, _driver=driver) as dev:
+        for block in range(5):
+            assert driver.read(dev.id, block * 4096, 4096) == bytes([block]) * 4096
+    assert [bytes(view) for view in kept] == [bytes([block]) for block in range(5)]
+
+
+def test_the_interpreter_ends_a_device_whose_handler_exits(driver):
+    def leave(offset, buf):
+        raise SystemExit(3)
+
+    with reader(leave).start(_driver=driver) as dev:
+        with pytest.raises(OSError):
+            driver.read(dev.id, 0, 512)
+        with pytest.raises(SystemExit) as caught:
+            dev.wait(10)
+        assert caught.value.code == 3
+
+
+def test_queues_are_served_by_threads_of_their_own(driver):
+    names = set()
+    together = threading.Barrier(2, timeout=10)
+
+    def meet(offset, buf):
+        names.add(threading.current_thread().name)
+        together.wait()
+
+    with reader(meet).start(queues=2, depth=1, _driver=driver) as dev:
+        clients = [threading.Thread(target=driver.read, args=(dev.id, n * 4096, 512)) for n in range(2)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(10)
+    assert names == {f"ublk{dev.id}q0", f"ublk{dev.id}q1"}
+
+
+def test_a_finished_request_does_not_wait_for_a_slow_one_behind_it(driver):
+    release = threading.Event()
+    started = threading.Event()
+
+    def slow(offset, buf):
+        if offset == 0:
+            started.set()
+            release.wait(10)
+        elif offset == 8192:
+            time.sleep(1)
+        else:
+            time.sleep(0.05)
+
+    with reader(slow).start(depth=8, _driver=driver) as dev:
+        ends = {}
+
+        def read(offset):
+            driver.read(dev.id, offset, 512)
+            ends[offset] = time.monotonic()
+
+        clients = [threading.Thread(target=read, args=(offset,)) for offset in (0, 4096, 8192)]
+        clients[0].start()
+        assert started.wait(10)
+        for client in clients[1:]:
+            client.start()
+            time.sleep(0.1)
+        release.set()
+        for client in clients:
+            client.join(10)
+    assert ends[8192] - ends[4096] > 0.5

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Starting and ending devices; values that cannot be."""
+
+import asyncio
+import signal
+import threading
+
+import pytest
+import ublk
+
+SIZE = 1 << 20
+
+
+class Disk(ublk.BlockDevice):
+    """A disk that can only be read."""
+
+    def read(self, offset, buf):
+        buf[:] = bytes(len(buf))
+
+
+def test_the_device_tells_what_it_is(driver):
+    with Disk(size=SIZE, block_size=4096, max_io_bytes=65536).start(queues=2, depth=7, id=5, _driver=driver) as dev:
+        assert (dev.id, dev.queues, dev.depth, dev.size, dev.block_size) == (5, 2, 7, SIZE, 4096)
+        assert dev.max_io_bytes == 65536
+        assert dev.path.endswith("ublkb5")
+        assert dev.running
+        assert "Disk" in repr(dev)
+    assert not dev.running
+
+
+def test_leaving_the_block_by_an_exception_ends_the_device(driver):
+    with pytest.raises(RuntimeError, match="mine"), Disk(size=SIZE).start(_driver=driver):
+        raise RuntimeError("mine")
+    assert driver.devices() == []
+
+
+def test_stop_may_be_called_again_and_from_any_thread(driver):
+    dev = Disk(size=SIZE).start(_driver=driver)
+    threads = [threading.Thread(target=dev.stop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    dev.stop()
+    assert not dev.running
+
+
+def test_wait_ends_with_the_device(driver):
+    dev = Disk(size=SIZE).start(_driver=driver)
+    assert dev.wait(0.05) is False
+    stopper = threading.Timer(0.1, dev.stop)
+    stopper.start()
+    assert dev.wait(10) is True
+    stopper.join()
+
+
+def test_a_failed_start_leaves_nothing(driver):
+    with Disk(size=SIZE).start(id=3, _driver=driver):
+        with pytest.raises(ublk.UblkError, match="the id is in use") as caught:
+            Disk(size=SIZE).start(id=3, _driver=driver)
+        assert isinstance(caught.value, FileExistsError | OSError)
+        assert caught.value.errno == 17
+        assert driver.devices() == [3]
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"size": 0}, "size = 0"),
+        ({"size": 1000}, "size = 1000"),
+        ({"size": -512}, "size = -512"),
+        ({"size": SIZE, "block_size": 1000}, "logical block size = 1000"),
+        ({"size": SIZE, "block_size": 0}, "logical block size = 0"),
+        ({"size": SIZE, "block_size": 8192}, "logical block size = 8192"),
+        ({"size": SIZE, "physical_block_size": 256}, "physical block size = 256"),
+        ({"size": SIZE, "max_io_bytes": 1000}, "longest request = 1000"),
+        ({"size": 1 << 64}, "size = 18446744073709551616"),
+    ],
+)
+def test_impossible_shapes_are_value_errors(driver, shape, words):
+    with pytest.raises(ValueError, match=words):
+        Disk(**shape).start(_driver=driver)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"queues": 0}, "queues = 0"),
+        ({"queues": 4097}, "queues = 4097"),
+        ({"depth": 0}, "depth = 0"),
+        ({"depth": 4097}, "depth = 4097"),
+        ({"depth": -1}, "depth = -1"),
+        ({"id": -1}, "id = -1"),
+        ({"id": 1 << 20}, "id = 1048576"),
+    ],
+)
+def test_impossible_options_are_value_errors(driver, options, words):
+    with pytest.raises(ValueError, match=words):
+        Disk(size=SIZE).start(_driver=driver, **options)
+
+
+def test_a_disk_that_cannot_be_read_is_a_type_error(driver):
+    class Blank(ublk.BlockDevice):
+        pass
+
+    with pytest.raises(TypeError, match=r"Blank has no read\(self, offset, buf\)"):
+        Blank(size=SIZE).start(_driver=driver)
+
+
+def test_a_forgotten_super_init_is_a_type_error(driver):
+    class Forgetful(Disk):
+        def __init__(self):
+            pass
+
+    with pytest.raises(TypeError, match=r"super\(\).__init__\(size=...\)"):
+        Forgetful().start(_driver=driver)
+
+
+def test_a_size_that_is_no_int_is_a_type_error(driver):
+    with pytest.raises(TypeError, match="size must be an int, not float"):
+        Disk(size=1e6).start(_driver=driver)
+
+
+def test_a_coroutine_method_is_a_type_error(driver):
+    class Later(ublk.BlockDevice):
+        async def read(self, offset, buf):
+            await asyncio.sleep(0)
+
+    with pytest.raises(TypeError, match="coroutine"):
+        Later(size=SIZE).start(_driver=driver)
+
+
+def test_sigterm_ends_a_block_and_is_given_back(driver):
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(SystemExit) as caught, Disk(size=SIZE).start(_driver=driver) as dev:
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
+        dev.wait(10)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert driver.devices() == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_programs_own_sigterm_handler_is_left_alone(driver):
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with Disk(size=SIZE).start(_driver=driver):
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_ctrl_c_interrupts_the_wait(driver):
+    with pytest.raises(KeyboardInterrupt), Disk(size=SIZE).start(_driver=driver) as dev:
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+        dev.wait(10)
+    assert driver.devices() == []
+
+
+def test_a_device_is_not_made_by_hand():
+    with pytest.raises(TypeError, match=r"BlockDevice\.start"):
+        ublk.Device()
