@@ -21,6 +21,9 @@ pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a command may take that waits for requests or for a server to go.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long a deleted device's id may take to become free before [`Control::remove`] leaves it at that.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// Most queues and deepest queues that the driver admits.
 pub(crate) const MAX_QUEUES: u16 = uapi::UBLK_MAX_NR_QUEUES;
 pub(crate) const MAX_DEPTH: u16 = uapi::UBLK_MAX_QUEUE_DEPTH;
@@ -61,6 +64,15 @@ pub struct DeviceInfo {
     pub owner_uid: u32,
     /// Group of that user.
     pub owner_gid: u32,
+}
+
+/// How far a removal came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// The device is gone and its id free.
+    Complete,
+    /// The disk is gone, but somebody still holds one of its nodes open; the id is free after that.
+    HeldOpen,
 }
 
 /// Parameters as the driver holds them.
@@ -149,10 +161,26 @@ impl Control {
         self.run(command("STOP_DEV", uapi::UBLK_U_CMD_STOP_DEV, Some(id)), DRAIN_TIMEOUT).map(drop)
     }
 
-    /// DEL_DEV: stops the device if need be, removes `/dev/ublkcN` and waits until its server has
-    /// closed it. A server must close it before it calls this for its own device.
-    pub fn delete(&self, id: DeviceId) -> Result<()> {
-        self.run(command("DEL_DEV", uapi::UBLK_U_CMD_DEL_DEV, Some(id)), DRAIN_TIMEOUT).map(drop)
+    /// DEL_DEV: stops the device if need be, removes `/dev/ublkcN` and waits, at most `timeout`, until
+    /// its id is free: until its server has closed `/dev/ublkcN` and everybody `/dev/ublkbN`. A time-out
+    /// ends only the wait; the device is deleted all the same.
+    pub fn delete(&self, id: DeviceId, timeout: Duration) -> Result<()> {
+        self.run(command("DEL_DEV", uapi::UBLK_U_CMD_DEL_DEV, Some(id)), timeout).map(drop)
+    }
+
+    /// Stops and deletes a device, by whomever it is served.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if there is no such device, [`Error::Timeout`] if requests in flight are not finished.
+    pub fn remove(&self, id: DeviceId) -> Result<Removal> {
+        self.stop(id)?;
+        match self.delete(id, RELEASE_TIMEOUT) {
+            // Its server may well have been quicker, as it sees the stop.
+            Err(Error::Control { errno: Errno::ENODEV, .. }) | Ok(()) => Ok(Removal::Complete),
+            Err(Error::Timeout { .. }) => Ok(Removal::HeldOpen),
+            Err(error) => Err(error),
+        }
     }
 
     /// DEL_DEV_ASYNC: as [`delete`](Control::delete) without the wait; the id is free later. Linux 6.9.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::control::{AddRequest, Control, DRAIN_TIMEOUT, DeviceInfo, MAX_DEPTH, MAX_QUEUES};
+use crate::control::{AddRequest, Control, DRAIN_TIMEOUT, DeviceInfo, MAX_DEPTH, MAX_QUEUES, Removal};
 use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
 use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
@@ -119,6 +119,7 @@ impl Server {
             params,
             events: Arc::new(QueueEvents::new()?),
             deleted: Mutex::new(false),
+            owner: std::process::id(),
         };
         match device.start(&target) {
             Ok(()) => Ok(device),
@@ -154,6 +155,9 @@ pub struct Device {
     params: Params,
     events: Arc<QueueEvents>,
     deleted: Mutex<bool>,
+    /// The process that serves the device. A forked child has a copy of this structure, but neither the
+    /// threads nor the right to end its parent's device.
+    owner: u32,
 }
 
 impl Device {
@@ -260,13 +264,18 @@ impl Device {
     }
 
     /// Stops and deletes the device. Requests in flight are finished first. Calling it again, from any
-    /// thread, is harmless.
+    /// thread, is harmless, and so it is in a forked child: the device is its parent's.
+    ///
+    /// A queue's handler must not call it: it would wait for itself until the time-out.
     ///
     /// # Errors
     ///
     /// [`Error::Timeout`] if requests are not finished or the device is not let go in time; calling
     /// again tries again. [`Error::Queue`] if a queue failed earlier; the device is gone then.
     pub fn stop(&self) -> Result<()> {
+        if self.owner != std::process::id() {
+            return Ok(());
+        }
         let mut deleted = self.deleted.lock().unwrap_or_else(PoisonError::into_inner);
         if *deleted {
             return Ok(());
@@ -288,7 +297,13 @@ impl Device {
                 });
             }
         }
-        gone_is_fine(self.control.delete(id))?;
+        match self.control.remove(id) {
+            Ok(Removal::Complete) | Err(Error::Control { errno: Errno::ENODEV, .. }) => {}
+            Ok(Removal::HeldOpen) => {
+                log::warn!("device {id} is deleted, but somebody still holds it open; its id is free after that");
+            }
+            Err(error) => return Err(error),
+        }
         *deleted = true;
         self.events.take_failure().map_or(Ok(()), Err)
     }

@@ -114,9 +114,12 @@ impl<'q> Request<'q> {
         self.op
     }
 
-    /// First byte on the disk.
+    /// First byte on the disk; 0 for a flush, whose position the kernel leaves undefined.
     pub fn offset(&self) -> u64 {
-        Sectors(self.descriptor.start_sector).bytes()
+        match self.op {
+            Op::Flush => 0,
+            _ => Sectors(self.descriptor.start_sector).bytes(),
+        }
     }
 
     /// Length in bytes; 0 for a flush.

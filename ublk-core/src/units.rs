@@ -55,9 +55,9 @@ impl Sectors {
     /// Bytes in a sector.
     pub const SIZE: u64 = 512;
 
-    /// The same length in bytes.
+    /// The same length in bytes; what 64 bits cannot hold becomes their maximum.
     pub fn bytes(self) -> u64 {
-        self.0 * Self::SIZE
+        self.0.saturating_mul(Self::SIZE)
     }
 
     /// Whole sectors in `bytes`; a remainder is dropped.

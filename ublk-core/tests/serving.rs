@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use ublk_core::control::{AddRequest, Removal};
 use ublk_core::driver::fake::FakeDriver;
 use ublk_core::targets::{File, FileOptions, Io, Mem, Null};
 use ublk_core::{
-    Device, DeviceId, DeviceOptions, Errno, Error, Op, Operations, Params, QueueHandler, QueueInfo, Request, Requests,
-    Result, Server, Spawn, StdSpawn, Target,
+    Device, DeviceId, DeviceOptions, Errno, Error, Features, Op, Operations, Params, QueueHandler, QueueInfo, Request,
+    Requests, Result, Server, Spawn, StdSpawn, Target,
 };
 
 const SIZE: u64 = 1 << 20;
@@ -126,6 +127,48 @@ fn a_file_that_shrinks_under_its_disk_is_an_error_and_not_zeros() {
     file.as_file().set_len(SIZE / 2).unwrap();
     assert_eq!(driver.disk(device.id()).read(SIZE - 4096, 4096), Err(Errno::EIO));
     finish(&driver, device);
+}
+
+#[test]
+fn a_flush_has_no_position_that_could_overflow() {
+    let driver = FakeDriver::new();
+    let target = custom(|request| {
+        assert_eq!((request.offset(), request.len(), request.is_empty()), (0, 0, true));
+        assert!(format!("{request:?}").contains("Flush"));
+        request.complete();
+    });
+    let device = server(&driver, 1).start(target, &options(1, 1)).unwrap();
+    driver.disk(device.id()).flush().unwrap();
+    finish(&driver, device);
+}
+
+#[test]
+fn a_device_that_somebody_else_removed_stops_well() {
+    let driver = FakeDriver::new();
+    let server = server(&driver, 1);
+    let device = server.start(custom(|r| r.complete()), &options(1, 4)).unwrap();
+    assert_eq!(server.control().remove(device.id()).unwrap(), Removal::Complete);
+    assert_eq!(server.control().remove(device.id()).unwrap_err().errno(), Errno::ENODEV);
+    assert!(device.wait(Some(Duration::from_secs(5))));
+    finish(&driver, device);
+}
+
+#[test]
+fn a_removal_does_not_wait_for_whoever_holds_the_device_open() {
+    use ublk_core::driver::Driver;
+    let driver = FakeDriver::new();
+    let server = server(&driver, 1);
+    let device = server.start(custom(|r| r.complete()), &options(1, 1)).unwrap();
+    let id = device.id();
+    device.stop().unwrap();
+    let info = server
+        .control()
+        .add(&AddRequest { id: Some(id), queues: 1, depth: 1, max_io_bytes: 4096, features: Features::empty() })
+        .unwrap();
+    let held = driver.open_char(info.id).unwrap();
+    assert_eq!(server.control().remove(id).unwrap(), Removal::HeldOpen);
+    drop(held);
+    assert_eq!(server.control().remove(id).unwrap(), Removal::Complete);
 }
 
 #[test]
@@ -346,7 +389,7 @@ fn a_device_stopped_from_outside_ends_its_wait() {
     let server = server(&driver, 2);
     let device = server.start(custom(|r| r.complete()), &options(2, 16)).unwrap();
     assert!(!device.wait(Some(Duration::from_millis(20))), "a live device does not end");
-    server.control().delete(device.id()).unwrap();
+    server.control().stop(device.id()).unwrap();
     assert!(device.wait(Some(Duration::from_secs(5))));
     finish(&driver, device);
 }

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 
+import numpy
 import pytest
 import ublk
 
@@ -161,7 +162,6 @@ def test_memory_that_is_kept_never_sees_another_request(driver, keep):
         elif keep == "cast":
             kept.append(buf.cast("Q"))
         else:
-            numpy = pytest.importorskip("numpy")
             kept.append(numpy.frombuffer(buf, dtype=numpy.uint8))
 
     with reader(hold).start(depth=1, _driver=driver) as dev:
@@ -243,3 +243,19 @@ def test_a_finished_request_does_not_wait_for_a_slow_one_behind_it(driver):
         for client in clients:
             client.join(10)
     assert ends[8192] - ends[4096] > 0.5
+
+
+def test_a_handler_cannot_wait_for_its_own_device(driver):
+    raised = []
+
+    class Suicidal(ublk.BlockDevice):
+        def read(self, offset, buf):
+            try:
+                self.dev.stop()
+            except RuntimeError as error:
+                raised.append(str(error))
+
+    disk = Suicidal(size=SIZE)
+    with disk.start(_driver=driver) as disk.dev:
+        driver.read(disk.dev.id, 0, 512)
+    assert "raise SystemExit instead" in raised[0]

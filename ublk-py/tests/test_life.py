@@ -3,6 +3,7 @@
 """Starting and ending devices; values that cannot be."""
 
 import asyncio
+import os
 import signal
 import threading
 
@@ -160,3 +161,16 @@ def test_ctrl_c_interrupts_the_wait(driver):
 def test_a_device_is_not_made_by_hand():
     with pytest.raises(TypeError, match=r"BlockDevice\.start"):
         ublk.Device()
+
+
+def test_a_forked_child_leaves_the_device_to_its_parent(driver):
+    with Disk(size=SIZE).start(_driver=driver) as dev:
+        child = os.fork()
+        if child == 0:
+            try:
+                dev.stop()
+                del dev
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert driver.read(dev.id, 0, 512) == bytes(512)

@@ -3,7 +3,7 @@
 //! `ublk del`.
 
 use super::{Failure, Outcome};
-use crate::control::Control;
+use crate::control::{Control, Removal};
 use crate::error::{Error, Result};
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
@@ -31,10 +31,16 @@ pub(super) fn run(args: &Args) -> Outcome {
     };
     let mut outcome = Ok(());
     for id in ids {
-        if let Err(error) = control.stop(id).and_then(|()| control.delete(id)) {
-            // The others are removed all the same.
-            eprintln!("ublk: {error}");
-            outcome = Err(Failure::Reported);
+        match control.remove(id) {
+            Ok(Removal::Complete) => {}
+            Ok(Removal::HeldOpen) => {
+                eprintln!("ublk: device {id} is deleted, but somebody still holds it open; its id is free after that");
+            }
+            Err(error) => {
+                // The others are removed all the same.
+                eprintln!("ublk: {error}");
+                outcome = Err(Failure::Reported);
+            }
         }
     }
     outcome

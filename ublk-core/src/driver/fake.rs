@@ -612,7 +612,12 @@ impl FakeDisk {
                 Descriptor {
                     op_flags,
                     nr_sectors: (len as u64 / Sectors::SIZE) as u32,
-                    start_sector: Sectors::from_bytes(offset).0,
+                    // A flush has no position; the block layer leaves all ones there.
+                    start_sector: if op_flags as u8 == uapi::UBLK_IO_OP_FLUSH {
+                        u64::MAX
+                    } else {
+                        Sectors::from_bytes(offset).0
+                    },
                     address: command.address,
                 },
             );

@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import select
 import threading
 import time
@@ -64,6 +65,7 @@ class Device:
     _size: int
     _block_size: int
     _exception: BaseException | None
+    _owner: int
 
     @classmethod
     def _start(
@@ -90,6 +92,7 @@ class Device:
         self._size = target.size
         self._block_size = target.block_size
         self._exception = None
+        self._owner = os.getpid()
         handlers["report"] = self._report
         shape = {
             "size": _number("size", target.size, 64),
@@ -173,8 +176,14 @@ class Device:
     def stop(self) -> None:
         """Stop and delete the device. Requests in flight are finished first; again is harmless.
 
-        Raises `UblkError` with ``ETIMEDOUT`` if a handler does not return within a minute.
+        Raises `UblkError` with ``ETIMEDOUT`` if a handler does not return within a minute, and
+        `RuntimeError` in a handler, which would wait for itself: raise `SystemExit` there. In a forked
+        child it does nothing: the device is its parent's.
         """
+        if self._owner != os.getpid():
+            return
+        if threading.current_thread() in _threads:
+            raise RuntimeError("a handler cannot wait for its own device to stop; raise SystemExit instead")
         try:
             self._native.stop()
         finally:
@@ -240,7 +249,7 @@ def _spawn(name: str, body: Callable[[], None]) -> None:
 def _stop_all() -> None:
     """Leave nothing behind when the interpreter exits."""
     with _running_lock:
-        devices = list(_running)
+        devices = [device for device in _running if device._owner == os.getpid()]
     for device in devices:
         logger.warning("%s was still running when the program ended", device.path)
         try:
