@@ -36,10 +36,10 @@ const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct DeviceOptions {
     /// The id, or `None` for the lowest free one.
     pub id: Option<DeviceId>,
-    /// Hardware queues. The driver makes no more of them than there are CPUs.
-    pub queues: u16,
+    /// Hardware queues, 1 to 4096. The driver makes no more of them than there are CPUs.
+    pub queues: u32,
     /// Requests per queue, 1 to 4096.
-    pub depth: u16,
+    pub depth: u32,
 }
 
 impl Default for DeviceOptions {
@@ -49,19 +49,16 @@ impl Default for DeviceOptions {
 }
 
 impl DeviceOptions {
-    fn validate(&self) -> Result<()> {
-        if !(1..=MAX_QUEUES).contains(&self.queues) {
-            return Err(Error::invalid("queues", self.queues, format!("1 to {MAX_QUEUES} are possible")));
+    /// Checks the limits and gives queues and depth in the driver's type.
+    fn checked(&self) -> Result<(u16, u16)> {
+        let limited = |name, value: u32, limit: u16| match u16::try_from(value) {
+            Ok(fits) if (1..=limit).contains(&fits) => Ok(fits),
+            _ => Err(Error::invalid(name, value, format!("1 to {limit} are possible"))),
+        };
+        if let Some(id) = self.id.filter(|id| *id > DeviceId::MAX) {
+            return Err(Error::invalid("device id", id, format!("0 to {} are possible", DeviceId::MAX)));
         }
-        if !(1..=MAX_DEPTH).contains(&self.depth) {
-            return Err(Error::invalid("queue depth", self.depth, format!("1 to {MAX_DEPTH} are possible")));
-        }
-        match self.id {
-            Some(id) if id > DeviceId::MAX => {
-                Err(Error::invalid("device id", id, format!("0 to {} are possible", DeviceId::MAX)))
-            }
-            _ => Ok(()),
-        }
+        Ok((limited("queues", self.queues, MAX_QUEUES)?, limited("queue depth", self.depth, MAX_DEPTH)?))
     }
 }
 
@@ -101,13 +98,13 @@ impl Server {
     /// Whatever goes wrong on the way is undone first: after an error there is no device.
     pub fn start(&self, target: Arc<dyn Target>, options: &DeviceOptions) -> Result<Device> {
         let params = target.params();
-        options.validate()?;
+        let (queues, depth) = options.checked()?;
         params.validate()?;
         self.check_driver()?;
         let info = self.control.add(&AddRequest {
             id: options.id,
-            queues: options.queues,
-            depth: options.depth,
+            queues,
+            depth,
             max_io_bytes: params.max_io_bytes,
             features: Features::empty(),
         })?;

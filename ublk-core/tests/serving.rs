@@ -21,7 +21,7 @@ fn server(driver: &FakeDriver, threads: usize) -> Server {
     Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), threads)
 }
 
-fn options(queues: u16, depth: u16) -> DeviceOptions {
+fn options(queues: u32, depth: u32) -> DeviceOptions {
     DeviceOptions { id: None, queues, depth }
 }
 
@@ -361,6 +361,7 @@ fn impossible_options_are_refused_before_the_driver_is_asked() {
         (options(4097, 1), "queues = 4097"),
         (options(1, 0), "queue depth = 0"),
         (options(1, 4097), "queue depth = 4097"),
+        (options(70_000, 1), "queues = 70000"),
         (DeviceOptions { id: Some(DeviceId(1 << 20)), ..options(1, 1) }, "device id = 1048576"),
     ] {
         // Would be seen if the driver were asked.
@@ -490,8 +491,8 @@ proptest! {
     /// Any mix of operations over any number of queues agrees with a plain array.
     #[test]
     fn a_ram_disk_agrees_with_a_model(
-        queues in 1u16..4,
-        depth in 1u16..9,
+        queues in 1u32..4,
+        depth in 1u32..9,
         steps in prop::collection::vec((0u64..2000, 1usize..40, 0u8..6, any::<u8>()), 1..60),
     ) {
         let driver = FakeDriver::new();

@@ -115,8 +115,8 @@ pub(crate) fn start(
     kind: String,
     shape: Shape,
     handlers: Handlers,
-    queues: u16,
-    depth: u16,
+    queues: u32,
+    depth: u32,
     id: Option<u32>,
     spawn: Py<PyAny>,
     driver: Option<&FakeDriver>,
@@ -144,7 +144,7 @@ pub(crate) fn start(
     let fake = driver.map(FakeDriver::inner);
     let device = py.detach(|| {
         let server = match fake {
-            Some(fake) => Server::with(Arc::new(fake), Arc::new(spawn), usize::from(queues)),
+            Some(fake) => Server::with(Arc::new(fake), Arc::new(spawn), queues as usize),
             None => kernel_server(spawn)?,
         };
         server.start(target, &options)

@@ -89,7 +89,7 @@ def test_impossible_shapes_are_value_errors(driver, shape, words):
     [
         ({"queues": 0}, "queues = 0"),
         ({"queues": 4097}, "queues = 4097"),
-        ({"depth": 0}, "depth = 0"),
+        ({"depth": 0}, "queue depth = 0"),
         ({"depth": 4097}, "depth = 4097"),
         ({"depth": -1}, "depth = -1"),
         ({"id": -1}, "id = -1"),

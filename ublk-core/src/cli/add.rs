@@ -53,10 +53,10 @@ pub(super) struct Args {
     id: Option<u32>,
     /// Hardware queues; the driver makes no more of them than there are CPUs
     #[arg(short, long, default_value_t = 1)]
-    queues: u16,
+    queues: u32,
     /// Requests per queue, 1 to 4096
     #[arg(short, long, default_value_t = 128)]
-    depth: u16,
+    depth: u32,
     /// Size, e.g. 512M [default: 250G for null, 1G for mem, all of the file for file]
     #[arg(short, long, value_parser = size::parse)]
     size: Option<u64>,

@@ -19,6 +19,7 @@ use nix::unistd::{chdir, dup2_stderr, dup2_stdout, pipe2, setsid};
 
 use super::{Failure, Host, Outcome};
 use crate::device::Device;
+use crate::units::DeviceId;
 
 /// The hidden flag that makes a process the child.
 pub(super) const REPORT_FLAG: &str = "report-fd";
@@ -48,7 +49,10 @@ pub(super) fn parent(arguments: &[OsString], host: &Host) -> Outcome {
     let mut report = String::new();
     File::from(reader).read_to_string(&mut report).map_err(|e| failed("reading its report", &e))?;
     match report.split_once(' ') {
-        Some(("ok", path)) => super::print(&format!("{path}\n")),
+        Some(("ok", device)) => {
+            let (id, path) = device.split_once(' ').unwrap_or_default();
+            super::print(&format!("{path}\n")).inspect_err(|_| remove(id))
+        }
         Some(("error", message)) => {
             // It has nothing left to do but to end; do not leave it to init to collect.
             let _ = child.wait();
@@ -58,6 +62,16 @@ pub(super) fn parent(arguments: &[OsString], host: &Host) -> Outcome {
             let status = child.wait().map_err(|e| failed("waiting for it", &e))?;
             Err(Failure::Text(format!("the server ended before the device was ready ({})", describe(status))))
         }
+    }
+}
+
+/// Removes a device whose path nobody could be told.
+fn remove(id: &str) {
+    let removed = id.parse().map_err(|_| format!("no device id: {id:?}")).and_then(|id| {
+        super::control().and_then(|control| control.remove(DeviceId(id))).map_err(|error| error.to_string())
+    });
+    if let Err(message) = removed {
+        eprintln!("ublk: removing the device: {message}");
     }
 }
 
@@ -91,7 +105,8 @@ pub(super) fn child(
         log_path = Some(path);
         let mut pipe = pipe.take().ok_or(Failure::Reported)?;
         // Nobody waits any more: the device is not wanted.
-        pipe.write_all(format!("ok {}", device.path().display()).as_bytes()).map_err(|_| Failure::Reported)?;
+        pipe.write_all(format!("ok {} {}", device.id(), device.path().display()).as_bytes())
+            .map_err(|_| Failure::Reported)?;
         drop(pipe);
         // Last, so that everything above could still be seen by the caller.
         let redirected = dup2_stdout(&file).and_then(|()| dup2_stderr(&file)).and_then(|()| chdir("/"));

@@ -97,7 +97,12 @@ impl File {
         // One request must not keep the device busy for minutes.
         params.discard.max_discard_sectors = 1 << (30 - 9);
         params.discard.max_write_zeroes_sectors = 1 << (27 - 9);
-        params.validate()?;
+        params.validate().map_err(|error| match error {
+            Error::InvalidValue { name, value, reason } => {
+                Error::InvalidValue { name, value, reason: format!("{reason} ({})", path.display()) }
+            }
+            other => other,
+        })?;
         Ok(File { path: path.to_owned(), file: Arc::new(file), params, direct })
     }
 
@@ -271,6 +276,7 @@ mod tests {
         let options = FileOptions { io: Io::Buffered, ..FileOptions::default() };
         let error = File::open(file.path(), &options).unwrap_err();
         assert!(error.to_string().contains("multiple of the logical block size"), "{error}");
+        assert!(error.to_string().contains(file.path().to_str().unwrap()), "{error}");
     }
 
     #[test]

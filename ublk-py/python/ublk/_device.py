@@ -74,14 +74,6 @@ class Device:
         name = type(target).__name__
         if not hasattr(target, "size"):
             raise TypeError(f"{name} has no size: its __init__ must call super().__init__(size=...)")
-        for what, value in (("queues", queues), ("depth", depth), ("id", id), ("size", target.size)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise TypeError(f"{what} must be an int, not {type(value).__name__}")
-        for what, value, limit in (("queues", queues, 4096), ("depth", depth, 4096)):
-            if not 1 <= value <= limit:
-                raise ValueError(f"{what} = {value}: 1 to {limit} are possible")
-        if id is not None and not 0 <= id < 1 << 20:
-            raise ValueError(f"id = {id}: 0 to {(1 << 20) - 1} are possible")
         handlers: dict[str, Any] = {
             method: target._overridden(method) for method in ("read", "write", "flush", "discard", "write_zeroes")
         }
@@ -103,6 +95,9 @@ class Device:
             "rotational": bool(target.rotational),
             "read_only": bool(target.read_only),
         }
+        queues = _number("queues", queues, 32)
+        depth = _number("depth", depth, 32)
+        id = None if id is None else _number("id", id, 20)
         self._native = _ublk.start(name, shape, handlers, queues, depth, id, _spawn, driver)
         with _running_lock:
             _running.add(self)

@@ -6,14 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+__all__ = [
+    "Buffer",
+    "FakeDriver",
+    "NativeDevice",
+    "__version__",
+    "devices",
+    "features",
+    "main",
+    "start",
+]
+
 __version__: str
 
 @final
 class Buffer:
-    """The memory of one tag."""
-
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+    """The memory of one tag; lent to handlers as a memoryview."""
 
 @final
 class NativeDevice:
