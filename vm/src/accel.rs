@@ -61,6 +61,7 @@ pub(crate) fn boots(cache: &Cache, kernel: &Kernel, accelerator: Accelerator, li
     let initrd = scratch.path().join("initrd");
     initramfs::write(&initrd, kernel, &[("probe", TOKEN.into())])?;
     let mut machine = Machine::new(accelerator, 1, 512, scratch.path());
+    machine.hush();
     machine.boot(&kernel.vmlinuz(), &initrd);
     let mut console = machine.console()?;
     let qemu = machine.start()?;

@@ -209,9 +209,17 @@ impl<'a> Apt<'a> {
         command
     }
 
-    /// Fetches the index.
+    /// Fetches the index beside the old one, which stays as it is if that fails.
     fn update(&self) -> Result<()> {
         note("fetching the package index");
+        let temporary = self.cache.temporary("index")?;
+        let fresh = Self { cache: self.cache, dir: temporary.path().join("fresh") };
+        fresh.fill()?;
+        publish(&self.dir, &temporary.path().join("old"))?;
+        publish(&fresh.dir, &self.dir)
+    }
+
+    fn fill(&self) -> Result<()> {
         for name in ["state/lists/partial", "cache/archives/partial", "none"] {
             let dir = self.dir.join(name);
             fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -227,7 +235,7 @@ impl<'a> Apt<'a> {
         }
         let sources = mirrors.sources(SUITES, "arch=amd64 target=Packages");
         write("sources.list", sources.join("\n") + "\n")?;
-        run_quietly(self.command("apt-get").args(["-q", "-o", "APT::Update::Error-Mode=any", "update"]))
+        run_quietly(self.command("apt-get").args(["-qq", "-o", "APT::Update::Error-Mode=any", "update"]))
             .context("cannot fetch the package index")?;
         let names = output(self.command("apt-cache").args(["pkgnames", "linux-"]))?;
         let images: Vec<&str> = names.lines().filter(|name| crate::kernel::release_of(name).is_some()).collect();
@@ -274,7 +282,7 @@ impl<'a> Apt<'a> {
         let download = || {
             run_quietly(
                 self.command("apt-get")
-                    .args(["-q", "-o", "Acquire::Retries=3", "download", &wanted])
+                    .args(["-qq", "-o", "Acquire::Retries=3", "download", &wanted])
                     .current_dir(temporary.path()),
             )
         };

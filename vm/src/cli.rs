@@ -56,7 +56,7 @@ impl Action {
 /// Fetches the newest version of a Debian package, from whatever release has it, and prints the
 /// directory that it is unpacked in.
 #[derive(Debug, Parser)]
-#[command(name = "vm/package")]
+#[command(name = "vm/package", bin_name = "vm/package")]
 pub(crate) struct Package {
     /// The package's name, such as linux-libc-dev.
     pub(crate) name: String,
@@ -65,7 +65,7 @@ pub(crate) struct Package {
 /// Boots a Debian kernel with ublk in a virtual machine, runs a command as root in there, and exits
 /// with its status.
 #[derive(Debug, Parser)]
-#[command(name = "vm/run", after_help = EXIT_CODES)]
+#[command(name = "vm/run", bin_name = "vm/run", after_help = EXIT_CODES)]
 pub(crate) struct Run {
     /// Linux version: the newest of a series that Debian offers (7.3), or an exact one (6.12.107).
     #[arg(long, default_value = "7.3", value_name = "VERSION")]

@@ -40,6 +40,10 @@ pub(crate) fn require(needs: &[Need]) -> Result<()> {
         // Images must belong to root whoever makes them.
         missing.push("fakeroot");
     }
+    if !is_root() && which("newuidmap").is_none() {
+        // mmdebstrap unpacks with user ids of a namespace's own.
+        missing.push("uidmap");
+    }
     missing.dedup();
     if missing.is_empty() {
         return Ok(());

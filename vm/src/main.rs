@@ -22,6 +22,7 @@ mod report;
 mod rootfs;
 mod run;
 mod terminal;
+mod tree;
 mod version;
 
 use std::process::ExitCode;

@@ -13,6 +13,7 @@ use crate::cache::{Cache, Fingerprint, prune, publish, touch};
 use crate::image;
 use crate::process::{output, run, run_quietly, which};
 use crate::report::note;
+use crate::tree::{copy_tree, is_litter};
 
 /// To be counted up when the layout of the image changes.
 const RECIPE: u32 = 1;
@@ -62,13 +63,6 @@ fn target_dir(repository: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR")
         .filter(|dir| !dir.is_empty())
         .map_or_else(|| repository.join("target"), PathBuf::from)
-}
-
-/// Things that appear beside sources and are none.
-fn is_litter(name: &str) -> bool {
-    matches!(name, "target" | "__pycache__" | ".git" | ".venv" | ".pytest_cache" | ".mypy_cache" | ".ruff_cache")
-        || name.ends_with(".so")
-        || name.ends_with(".egg-info")
 }
 
 /// The `ublk` command.
@@ -124,6 +118,10 @@ fn wheel(cache: &Cache, repository: &Path, target: &Path, build: bool) -> Result
                 Command::new(maturin(cache)?)
                     .args(["build", "--release", "--quiet", "--out"])
                     .arg(&dir)
+                    // A directory of its own: other builds of the same library, with other
+                    // features, would take turns with this one.
+                    .arg("--target-dir")
+                    .arg(target.join("vm/wheel-build"))
                     .current_dir(repository.join("ublk-py")),
             )
             .context("cannot build the wheel for the guest")?;
@@ -244,32 +242,6 @@ fn use_guest_python(scripts: &Path) -> Result<()> {
             && first.starts_with("#!")
         {
             fs::write(&path, format!("#!/usr/bin/python3\n{rest}")).with_context(describe)?;
-        }
-    }
-    Ok(())
-}
-
-fn copy_tree(from: &Path, to: &Path) -> Result<()> {
-    let Ok(entries) = fs::read_dir(from) else {
-        return Ok(());
-    };
-    fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
-    for entry in entries {
-        let entry = entry.with_context(|| format!("cannot read {}", from.display()))?;
-        let name = entry.file_name();
-        if is_litter(&name.to_string_lossy()) {
-            continue;
-        }
-        let (path, target) = (entry.path(), to.join(&name));
-        let describe = || format!("cannot copy {}", path.display());
-        let kind = entry.file_type().with_context(describe)?;
-        if kind.is_dir() {
-            copy_tree(&path, &target)?;
-        } else if kind.is_symlink() {
-            let link = fs::read_link(&path).with_context(describe)?;
-            std::os::unix::fs::symlink(link, &target).with_context(describe)?;
-        } else {
-            fs::copy(&path, &target).with_context(describe)?;
         }
     }
     Ok(())

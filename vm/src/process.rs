@@ -131,20 +131,24 @@ pub(crate) fn remove_tree(path: &Path) {
 }
 
 /// Takes SIGINT, SIGTERM and SIGHUP over: children end, temporary directories go, the terminal is
-/// put back, and the exit status is 128 + the signal's number, as a shell has it.
+/// put back, and the exit status is 128 + the signal's number, as a shell has it. SIGWINCH, the
+/// change of the terminal's size, goes to the shell in the guest.
 ///
 /// To be called before any other thread exists: threads inherit the signal mask.
 pub(crate) fn watch_signals() -> Result<()> {
     let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGWINCH] {
         signals.add(signal);
     }
     signals.thread_block().context("cannot block signals")?;
     thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
-            if let Ok(signal) = signals.wait() {
-                end_by(signal);
+            while let Ok(signal) = signals.wait() {
+                match signal {
+                    Signal::SIGWINCH => crate::terminal::size_changed(),
+                    _ => end_by(signal),
+                }
             }
         })
         .context("cannot start the signal thread")?;
@@ -228,7 +232,7 @@ fn show(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();
     for argument in command.get_args() {
         text.push(' ');
-        text.push_str(&argument.to_string_lossy());
+        text.push_str(&argument.to_string_lossy().replace('\n', " "));
     }
     if text.chars().count() > 300 {
         text = text.chars().take(300).collect();

@@ -70,9 +70,11 @@ impl Machine {
             "mitigations=off",
             "nowatchdog",
             "sysrq_always_enabled",
+            // Statistics that wake up a thread every few milliseconds.
+            "damon_stat.enabled=N",
             // Far beyond any wait that is meant, also where the host is busy with other things.
             "rcupdate.rcu_cpu_stall_timeout=120",
-            "sysctl.kernel.hung_task_timeout_secs=180",
+            "sysctl.kernel.hung_task_timeout_secs=120",
             "sysctl.kernel.hung_task_panic=1",
         ];
         let mut kernel_arguments: Vec<String> = arguments.iter().map(|&text| text.to_owned()).collect();
@@ -80,6 +82,11 @@ impl Machine {
             kernel_arguments.push("tsc=reliable".into());
         }
         Self { command, kernel_arguments, channels: Vec::new(), disks: 0 }
+    }
+
+    /// For trials that are expected to fail: what QEMU says is not shown.
+    pub(crate) fn hush(&mut self) {
+        self.command.stderr(Stdio::null());
     }
 
     /// The kernel and its first user space.

@@ -98,6 +98,7 @@ fn make(cache: &Cache, image: &std::path::Path) -> Result<()> {
     // for root where a user runs this, remembers them only as long as it runs.
     let script = format!(
         "set -e; tar -xpf \"$1\" -C \"$2\" --exclude='./dev/*'; rm -f \"$1\"; cd \"$2\"
+        chmod -R u+rX .
         mkdir -p opt/ublk results usr/lib/modules; rm -rf var/lib/apt/lists var/cache/apt
         echo ublk-vm >etc/hostname; echo '127.0.0.1 localhost ublk-vm' >etc/hosts
         PATH=$PATH:/usr/sbin:/sbin; exec mke2fs {} -L root -d \"$2\" \"$3\" {SIZE}M",

@@ -19,7 +19,7 @@ use crate::cache::{Cache, prune};
 use crate::cli::Run;
 use crate::kernel::Kernel;
 use crate::process::{kill_group, run_quietly};
-use crate::qemu::Machine;
+use crate::qemu::{Accelerator, Machine};
 use crate::report::note;
 use crate::{accel, console, host, initramfs, payload, rootfs, terminal};
 
@@ -33,6 +33,18 @@ const POWER_OFF: Duration = Duration::from_secs(15);
 
 /// Lines of the kernel's log that are shown when something is wrong.
 const TAIL: usize = 60;
+
+/// How often a machine is started whose kernel dies while it boots. Emulation with several CPUs is
+/// not exact where a kernel patches its own code, which it does a lot at that stage.
+const BOOT_TRIES: u32 = 3;
+
+/// What became of a machine.
+enum Outcome {
+    /// The exit status.
+    Status(u8),
+    /// The kernel failed before anything of this project had run.
+    DiedBooting,
+}
 
 enum Event {
     /// A line from the guest's init.
@@ -56,7 +68,7 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     host::require(host::MACHINE)?;
     let apt = Apt::open(cache)?;
     let kernel = Kernel::obtain(cache, &apt, &options.kernel)?;
-    let driver = options.driver.prepare(repository, &kernel)?;
+    let driver = options.driver.prepare(cache, repository, &kernel)?;
     let root = rootfs::obtain(cache)?;
     let payload = payload::obtain(cache, repository, driver, !options.no_build)?;
     let accelerator = match options.accel {
@@ -68,11 +80,6 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     let scratch = cache.temporary("run")?;
     let initrd = scratch.path().join("initrd");
     initramfs::write(&initrd, &kernel, &job(options, &kernel))?;
-    let mut machine = Machine::new(accelerator, options.cpus, options.memory, scratch.path());
-    machine.boot(&kernel.vmlinuz(), &initrd);
-    machine.disk(&root, "root");
-    machine.disk(&kernel.modules_image(), "modules");
-    machine.disk(&payload, "payload");
     note(format_args!(
         "Linux {} ({}), {} driver, {} CPUs, {} MiB",
         kernel.release,
@@ -81,7 +88,20 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
         options.cpus,
         options.memory
     ));
-    Session::start(machine, options, scratch.path())?.watch(cache, options)
+    let mut tries = if accelerator == Accelerator::Tcg && !options.shell { BOOT_TRIES } else { 1 };
+    loop {
+        let mut machine = Machine::new(accelerator, options.cpus, options.memory, scratch.path());
+        machine.boot(&kernel.vmlinuz(), &initrd);
+        machine.disk(&root, "root");
+        machine.disk(&kernel.modules_image(), "modules");
+        machine.disk(&payload, "payload");
+        tries -= 1;
+        let session = Session::start(machine, options, scratch.path(), tries > 0)?;
+        match session.watch(cache, options)? {
+            Outcome::Status(code) => return Ok(code),
+            Outcome::DiedBooting => {}
+        }
+    }
 }
 
 /// Files for the guest's init.
@@ -107,8 +127,8 @@ fn job(options: &Run, kernel: &Kernel) -> Vec<(&'static str, String)> {
     }
     if options.shell {
         job.push(("shell", String::new()));
-        if let Some((rows, columns)) = terminal::size() {
-            job.push(("size", format!("rows {rows} cols {columns}\n")));
+        if let Some(size) = terminal::size() {
+            job.push(("size", format!("{size}\n")));
         }
     } else {
         let words: Vec<String> = options.command.iter().map(|word| quote(word)).collect();
@@ -153,12 +173,16 @@ struct Session {
     control: UnixStream,
     log: PathBuf,
     archive: PathBuf,
+    /// A kernel that dies while it boots may be given another chance.
+    may_start_again: bool,
+    /// The guest's init has begun its work.
+    up: bool,
     /// Threads that end with QEMU, when all it wrote has been passed on.
     pumps: Vec<JoinHandle<()>>,
 }
 
 impl Session {
-    fn start(mut machine: Machine, options: &Run, scratch: &Path) -> Result<Self> {
+    fn start(mut machine: Machine, options: &Run, scratch: &Path, may_start_again: bool) -> Result<Self> {
         let console = machine.console()?;
         let monitor = machine.monitor()?;
         let terminal = options.shell.then(|| machine.terminal()).transpose()?;
@@ -185,17 +209,18 @@ impl Session {
         ];
         if let Some(terminal) = terminal {
             terminal::make_raw()?;
+            terminal::follow_size(control.try_clone()?);
             pump(terminal.try_clone()?, std::io::stdout(), None);
             pump(std::io::stdin(), terminal, None);
         }
         thread::spawn(move || {
             let _ = sender.send(Event::Ended(qemu.wait()));
         });
-        Ok(Self { pid, events, monitor, console, control, log, archive, pumps })
+        Ok(Self { pid, events, monitor, console, control, log, archive, may_start_again, up: false, pumps })
     }
 
     /// Waits for the verdict.
-    fn watch(mut self, cache: &Cache, options: &Run) -> Result<u8> {
+    fn watch(mut self, cache: &Cache, options: &Run) -> Result<Outcome> {
         let deadline = Instant::now() + options.timeout;
         let mut verdict = None;
         let mut trouble = None;
@@ -204,6 +229,7 @@ impl Session {
             let until = deadline.saturating_duration_since(Instant::now());
             match self.events.recv_timeout(until) {
                 Ok(Event::Said(line)) => {
+                    self.up = true;
                     if let Some(code) = line.strip_prefix("exit ") {
                         verdict = code.parse::<u8>().ok();
                         break;
@@ -245,6 +271,9 @@ impl Session {
             }
         }
         if output_gone || !self.until_end(POWER_OFF) {
+            if !output_gone {
+                note(format_args!("the machine did not power off within {} s: stopped", POWER_OFF.as_secs()));
+            }
             kill_group(self.pid);
             self.until_end(POWER_OFF);
         }
@@ -267,12 +296,13 @@ impl Session {
         }
     }
 
-    fn late_verdict(&self) -> Option<u8> {
+    fn late_verdict(&mut self) -> Option<u8> {
         while let Ok(event) = self.events.recv_timeout(Duration::from_millis(500)) {
-            if let Event::Said(line) = event
-                && let Some(code) = line.strip_prefix("exit ")
-            {
-                return code.parse().ok();
+            if let Event::Said(line) = event {
+                self.up = true;
+                if let Some(code) = line.strip_prefix("exit ") {
+                    return code.parse().ok();
+                }
             }
         }
         None
@@ -329,7 +359,7 @@ impl Session {
         verdict: Option<u8>,
         trouble: Option<String>,
         timed_out: bool,
-    ) -> Result<u8> {
+    ) -> Result<Outcome> {
         terminal::restore();
         // Our ends that are only written to; then the threads see the end of all the others.
         for channel in [&self.monitor, &self.control] {
@@ -346,8 +376,21 @@ impl Session {
             unpack(&self.archive, dir)?;
         }
         let fault = console::fault(&log);
+        if self.may_start_again
+            && !self.up
+            && verdict.is_none()
+            && !timed_out
+            && let Some(fault) = fault
+        {
+            note(format_args!(
+                "the kernel died while booting ({fault}), which emulation makes it do now and then; its \
+                 log: {}; starting again",
+                keep(cache, &log)?.display()
+            ));
+            return Ok(Outcome::DiedBooting);
+        }
         let code = match (verdict, &fault) {
-            (Some(code), None) => return Ok(code),
+            (Some(code), None) => return Ok(Outcome::Status(code)),
             _ if timed_out => TIMED_OUT,
             _ => GUEST_FAILED,
         };
@@ -376,7 +419,7 @@ impl Session {
                 (_, _, None) => note("the machine ended before the command did"),
             }
         }
-        Ok(code)
+        Ok(Outcome::Status(code))
     }
 }
 
