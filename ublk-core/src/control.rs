@@ -151,14 +151,18 @@ impl Control {
     /// START_DEV: makes `/dev/ublkbN`. Waits until every tag of every queue has been fetched; while it
     /// waits, `give_up` is asked now and then.
     pub fn start(&self, id: DeviceId, pid: u32, give_up: &dyn Fn() -> bool) -> Result<()> {
-        let command =
-            ControlCommand { data: u64::from(pid), ..command("START_DEV", uapi::UBLK_U_CMD_START_DEV, Some(id)) };
+        let command = ControlCommand {
+            data: u64::from(pid),
+            waits_for_requests: true,
+            ..command("START_DEV", uapi::UBLK_U_CMD_START_DEV, Some(id))
+        };
         self.run_unless(command, DRAIN_TIMEOUT, give_up).map(drop)
     }
 
     /// STOP_DEV: removes `/dev/ublkbN`. Waits for requests in flight, so their server must go on.
     pub fn stop(&self, id: DeviceId) -> Result<()> {
-        self.run(command("STOP_DEV", uapi::UBLK_U_CMD_STOP_DEV, Some(id)), DRAIN_TIMEOUT).map(drop)
+        let command = command("STOP_DEV", uapi::UBLK_U_CMD_STOP_DEV, Some(id));
+        self.run(ControlCommand { waits_for_requests: true, ..command }, DRAIN_TIMEOUT).map(drop)
     }
 
     /// DEL_DEV: stops the device if need be, removes `/dev/ublkcN` and waits, at most `timeout`, until
@@ -240,7 +244,15 @@ impl Control {
 }
 
 fn command(name: &'static str, op: u32, id: Option<DeviceId>) -> ControlCommand {
-    ControlCommand { name, op, dev_id: id.map_or(u32::MAX, |id| id.0), data: 0, payload: Vec::new(), path_len: 0 }
+    ControlCommand {
+        name,
+        op,
+        dev_id: id.map_or(u32::MAX, |id| id.0),
+        data: 0,
+        payload: Vec::new(),
+        path_len: 0,
+        waits_for_requests: false,
+    }
 }
 
 /// The likely cause of a refusal.

@@ -12,6 +12,8 @@
 //! 3. A ring is used by the thread that made it, as `IORING_SETUP_SINGLE_ISSUER` demands: [`Ring`] is
 //!    not `Send`.
 
+mod detached;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -105,7 +107,7 @@ impl KernelDriver {
 }
 
 fn control_ring() -> Result<IoUring<Entry128, cqueue::Entry>> {
-    IoUring::<Entry128, cqueue::Entry>::builder().build(4).map_err(|source| ring_error(&source))
+    IoUring::<Entry128, cqueue::Entry>::builder().dontfork().build(4).map_err(|source| ring_error(&source))
 }
 
 /// An io_uring set-up error with the reason that people meet in practice.
@@ -143,6 +145,12 @@ impl Driver for KernelDriver {
             dev_path_len: command.path_len,
             ..Default::default()
         };
+        if command.waits_for_requests {
+            assert!(payload.is_empty(), "{} has a payload", command.name);
+            let header = control_bytes(&header);
+            return detached::control(self.control.as_fd(), command.op, header, timeout, give_up)
+                .map(|result| (result, Vec::new()));
+        }
         let mut ring = self.take_ring().map_err(ControlFailure::Io)?;
         let entry = opcode::UringCmd80::new(types::Fd(self.control.as_raw_fd()), command.op)
             .cmd(control_bytes(&header))
@@ -297,7 +305,8 @@ impl std::fmt::Debug for KernelRing {
 impl KernelRing {
     fn new() -> io::Result<Self> {
         let mut builder = IoUring::<Entry, cqueue::Entry>::builder();
-        builder.setup_cqsize(COMPLETION_ENTRIES).setup_single_issuer();
+        // A forked child's mappings would keep the ring, and with it the char devices, open.
+        builder.dontfork().setup_cqsize(COMPLETION_ENTRIES).setup_single_issuer();
         let uring = match builder.clone().setup_defer_taskrun().build(SUBMISSION_ENTRIES) {
             // DEFER_TASKRUN came with Linux 6.1, SINGLE_ISSUER with 6.0.
             Err(e) if errno_of(&e) == Errno::EINVAL => {

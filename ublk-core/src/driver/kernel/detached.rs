@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Control commands that wait for requests, sent by a process of their own.
+//!
+//! STOP_DEV, and START_DEV with its partition scan, wait uninterruptibly for requests that the server
+//! has to finish. Sent by the server itself they are a trap: io_uring runs them in a worker of the
+//! sending task, and a task that dies waits for its workers before it closes its files. A server that
+//! is killed while a handler hangs would never close `/dev/ublkcN`, so the driver would never fail the
+//! hanging request, so the worker would never end: unkillable until a reboot. A helper process holds no
+//! `/dev/ublkcN`; when the server dies, the driver fails what it held and the helper's command ends.
+//!
+//! The helper is a fork, because a library knows no program to execute. Its parent may have threads, so
+//! it restricts itself to system calls and to memory allocation, which the C library keeps working in a
+//! forked child; it takes no locks of this program and never returns.
+//!
+//! Invariants that the `unsafe` blocks of this file refer to:
+//!
+//! 1. Between `fork` and `_exit` the child calls only async-signal-safe functions, io_uring's set-up
+//!    (system calls and `malloc`) and nothing that unwinds.
+//! 2. The command refers to no memory of ours: it has no payload.
+
+use std::io::{self, Read};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use io_uring::squeue::Entry128;
+use io_uring::{IoUring, cqueue, opcode, types};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, fork, pipe2};
+
+use super::super::ControlFailure;
+
+/// How often the waiting parent asks whether to give up.
+const SLICE: Duration = Duration::from_millis(100);
+/// Where the child keeps the control device and the pipe; it closes all other descriptors.
+const CONTROL: i32 = 0;
+const REPORT: i32 = 1;
+
+/// What the child writes: its pid when it begins, then how the command ended.
+const BEGUN: i32 = 0;
+const ENDED: i32 = 1;
+const FAILED: i32 = 2;
+const MESSAGE: usize = 8;
+
+/// Sends a command without payload from a process of its own; as
+/// [`Driver::control`](super::super::Driver::control) otherwise.
+pub(super) fn control(
+    device: BorrowedFd<'_>,
+    op: u32,
+    header: [u8; 80],
+    timeout: Duration,
+    give_up: &dyn Fn() -> bool,
+) -> Result<i32, ControlFailure> {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(to_io)?;
+    let (control, report) = (device.as_raw_fd(), writer.as_raw_fd());
+    // SAFETY: (1).
+    match unsafe { fork() }.map_err(to_io)? {
+        ForkResult::Child => {
+            // A second fork, so that nobody has to collect the helper, however long it takes.
+            // SAFETY: (1).
+            if let Ok(ForkResult::Child) = unsafe { fork() } {
+                // SAFETY: (1).
+                unsafe { helper(control, report, op, header) };
+            }
+            // SAFETY: (1); `_exit` runs no handlers of the parent's.
+            unsafe { libc::_exit(0) }
+        }
+        ForkResult::Parent { child } => {
+            drop(writer);
+            // Somebody else may have collected it; it is gone either way.
+            while waitpid(child, None) == Err(Errno::EINTR) {}
+            receive(reader.into(), timeout, give_up)
+        }
+    }
+}
+
+fn to_io(errno: Errno) -> ControlFailure {
+    ControlFailure::Io(errno.into())
+}
+
+/// The parent's part: waits for the helper's word.
+fn receive(mut pipe: std::fs::File, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<i32, ControlFailure> {
+    let deadline = Instant::now() + timeout;
+    let mut helper = None;
+    let end = |helper: Option<Pid>, failure| {
+        // A command that waits interruptibly ends with its process; any other ends by itself some day.
+        if let Some(pid) = helper {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        Err(failure)
+    };
+    loop {
+        let now = Instant::now();
+        let slice = deadline.saturating_duration_since(now).min(SLICE);
+        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        let slice = PollTimeout::try_from(slice).unwrap_or(PollTimeout::ZERO);
+        match poll(&mut fds, slice) {
+            Ok(0) | Err(Errno::EINTR) if give_up() => return end(helper, ControlFailure::GaveUp),
+            Ok(0) | Err(Errno::EINTR) if now >= deadline => return end(helper, ControlFailure::Timeout),
+            Ok(0) | Err(Errno::EINTR) => continue,
+            Ok(_) => {}
+            Err(errno) => return end(helper, to_io(errno)),
+        }
+        let mut message = [0; MESSAGE];
+        if let Err(error) = pipe.read_exact(&mut message) {
+            let error = match error.kind() {
+                io::ErrorKind::UnexpectedEof => io::Error::other("the helper process ended without an answer"),
+                _ => error,
+            };
+            return Err(ControlFailure::Io(error));
+        }
+        let [kind, value] = decode(message);
+        match kind {
+            BEGUN => helper = Some(Pid::from_raw(value)),
+            ENDED if value >= 0 => return Ok(value),
+            ENDED => return Err(ControlFailure::Refused(Errno::from_raw(-value))),
+            _ => return Err(to_io(Errno::from_raw(value))),
+        }
+    }
+}
+
+fn encode(kind: i32, value: i32) -> [u8; MESSAGE] {
+    let mut message = [0; MESSAGE];
+    message[..4].copy_from_slice(&kind.to_ne_bytes());
+    message[4..].copy_from_slice(&value.to_ne_bytes());
+    message
+}
+
+fn decode(message: [u8; MESSAGE]) -> [i32; 2] {
+    let [a, b, c, d, e, f, g, h] = message;
+    [i32::from_ne_bytes([a, b, c, d]), i32::from_ne_bytes([e, f, g, h])]
+}
+
+/// The child's part.
+///
+/// # Safety
+///
+/// Runs in a forked child (1).
+unsafe fn helper(control: i32, report: i32, op: u32, header: [u8; 80]) -> ! {
+    // SAFETY: (1): plain system calls on numbers. The two descriptors are moved away from the places
+    // that they shall have before those are overwritten. Above all, this closes our copies of
+    // `/dev/ublkcN` and of the rings.
+    let ready = unsafe {
+        libc::prctl(libc::PR_SET_NAME, c"ublk-control".as_ptr());
+        let mut all = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::sigprocmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
+        let control = libc::fcntl(control, libc::F_DUPFD, 8);
+        let report = libc::fcntl(report, libc::F_DUPFD, 8);
+        libc::dup2(control, CONTROL) == CONTROL
+            && libc::dup2(report, REPORT) == REPORT
+            && libc::syscall(libc::SYS_close_range, REPORT + 1, u32::MAX, 0) == 0
+    };
+    let tell = |kind: i32, value: i32| {
+        let message = encode(kind, value);
+        // SAFETY: (1), and the buffer is ours. Nobody may be listening any more, which is fine.
+        unsafe { libc::write(REPORT, message.as_ptr().cast(), MESSAGE) };
+    };
+    if ready {
+        // SAFETY: (1).
+        tell(BEGUN, unsafe { libc::getpid() });
+        match command(op, header) {
+            Ok(result) => tell(ENDED, result),
+            Err(error) => tell(FAILED, error.raw_os_error().unwrap_or(libc::EIO)),
+        }
+    } else {
+        tell(FAILED, Errno::last_raw());
+    }
+    // SAFETY: (1).
+    unsafe { libc::_exit(0) }
+}
+
+/// Sends the command and waits for it.
+fn command(op: u32, header: [u8; 80]) -> io::Result<i32> {
+    let ring = IoUring::<Entry128, cqueue::Entry>::builder().build(2)?;
+    // The process is about to end; dropping would only unmap.
+    let mut ring = ManuallyDrop::new(ring);
+    let entry = opcode::UringCmd80::new(types::Fd(CONTROL), op).cmd(header).build();
+    // SAFETY: (2).
+    unsafe { ring.submission().push(&entry) }.map_err(|_| io::Error::from_raw_os_error(libc::ENOSPC))?;
+    loop {
+        match ring.submit_and_wait(1) {
+            Ok(_) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+            Err(e) => return Err(e),
+        }
+        if let Some(completion) = ring.completion().next() {
+            return Ok(completion.result());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pipe() -> (std::fs::File, std::fs::File) {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        (reader.into(), writer.into())
+    }
+
+    #[test]
+    fn a_result_and_a_refusal_come_through() {
+        use std::io::Write;
+        for (value, expected) in [(7, Ok(7)), (-19, Err(Errno::ENODEV))] {
+            let (reader, mut writer) = pipe();
+            writer.write_all(&encode(ENDED, value)).unwrap();
+            let got = receive(reader, Duration::from_secs(5), &|| false);
+            let got = got.map_err(|failure| match failure {
+                ControlFailure::Refused(errno) => errno,
+                other => panic!("{other:?}"),
+            });
+            assert_eq!(got, expected);
+        }
+    }
+
+    #[test]
+    fn a_helper_that_says_nothing_is_a_time_out_and_one_that_dies_an_error() {
+        let (reader, writer) = pipe();
+        let got = receive(reader.try_clone().unwrap(), Duration::from_millis(20), &|| false);
+        assert!(matches!(got, Err(ControlFailure::Timeout)), "{got:?}");
+        let got = receive(reader.try_clone().unwrap(), Duration::from_secs(60), &|| true);
+        assert!(matches!(got, Err(ControlFailure::GaveUp)), "{got:?}");
+        drop(writer);
+        let got = receive(reader, Duration::from_secs(5), &|| false);
+        assert!(matches!(got, Err(ControlFailure::Io(_))), "{got:?}");
+    }
+
+    #[test]
+    fn a_helper_process_brings_the_kernels_answer() {
+        // A command that the null device does not know; what counts is that the answer is the kernel's.
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let got = control(null.as_fd(), 1, [0; 80], Duration::from_secs(20), &|| false);
+        match got {
+            // Without io_uring the set-up's error comes back instead.
+            Ok(_) | Err(ControlFailure::Refused(_) | ControlFailure::Io(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
