@@ -32,6 +32,8 @@ const PACKAGES: &[&str] = &[
     "fio",
     "jq",
     "kmod",
+    // Thousands of files for the demo to copy.
+    "libpython3.13-testsuite",
     "parted",
     "procps",
     "psmisc",
