@@ -14,6 +14,7 @@
 
 mod detached;
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -294,6 +295,8 @@ struct KernelRing {
     /// Whether the ring watches the waker's event.
     wake_armed: bool,
     free_slots: Vec<u32>,
+    /// Entries that found no room in the submission queue.
+    backlog: VecDeque<Entry>,
 }
 
 impl std::fmt::Debug for KernelRing {
@@ -321,16 +324,30 @@ impl KernelRing {
             waker: Arc::new(EventWaker(event)),
             wake_armed: false,
             free_slots: (0..FILE_SLOTS).rev().collect(),
+            backlog: VecDeque::new(),
         })
     }
 
-    fn push_entry(&mut self, entry: &Entry) -> io::Result<()> {
-        loop {
-            // SAFETY: (2): whatever the entry refers to outlives its completion.
-            if unsafe { self.uring.submission().push(entry) }.is_ok() {
-                return Ok(());
-            }
+    fn push_entry(&mut self, entry: Entry) -> io::Result<()> {
+        if !self.backlog.is_empty() || !self.queue(&entry) {
+            self.backlog.push_back(entry);
             self.submit()?;
+        }
+        Ok(())
+    }
+
+    /// Puts an entry into the submission queue; false if that is full.
+    fn queue(&mut self, entry: &Entry) -> bool {
+        // SAFETY: (2): whatever the entry refers to outlives its completion.
+        unsafe { self.uring.submission().push(entry) }.is_ok()
+    }
+
+    /// Submits once and waits for `want` completions; how many entries the kernel took.
+    fn enter(&mut self, want: usize) -> io::Result<usize> {
+        match self.uring.submit_and_wait(want) {
+            // Completions have to be taken first; the ring thread does that next.
+            Err(e) if matches!(errno_of(&e), Errno::EBUSY | Errno::EAGAIN | Errno::EINTR) => Ok(0),
+            other => other,
         }
     }
 }
@@ -381,15 +398,21 @@ impl Ring for KernelRing {
             }
         };
         debug_assert_ne!(submission.user_data, WAKE);
-        self.push_entry(&entry.user_data(submission.user_data))
+        self.push_entry(entry.user_data(submission.user_data))
     }
 
     fn submit(&mut self) -> io::Result<()> {
-        match self.uring.submit() {
-            Ok(_) => Ok(()),
-            // Completions have to be taken first; the caller does that next.
-            Err(e) if matches!(errno_of(&e), Errno::EBUSY | Errno::EAGAIN | Errno::EINTR) => Ok(()),
-            Err(e) => Err(e),
+        loop {
+            let taken = self.enter(0)?;
+            while let Some(entry) = self.backlog.pop_front() {
+                if !self.queue(&entry) {
+                    self.backlog.push_front(entry);
+                    break;
+                }
+            }
+            if taken == 0 || self.uring.submission().is_empty() {
+                return Ok(());
+            }
         }
     }
 
@@ -397,14 +420,14 @@ impl Ring for KernelRing {
         if !self.wake_armed {
             let fd = types::Fd(self.waker.0.as_fd().as_raw_fd());
             let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).build().user_data(WAKE);
-            self.push_entry(&entry)?;
+            self.push_entry(entry)?;
             self.wake_armed = true;
         }
-        match self.uring.submit_and_wait(1) {
-            Ok(_) => Ok(()),
-            Err(e) if matches!(errno_of(&e), Errno::EBUSY | Errno::EAGAIN | Errno::EINTR) => Ok(()),
-            Err(e) => Err(e),
+        if !self.backlog.is_empty() {
+            self.submit()?;
         }
+        // What the kernel does not take now it takes when completions were taken: no sleep before that.
+        self.enter(usize::from(self.backlog.is_empty())).map(drop)
     }
 
     fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
@@ -446,6 +469,40 @@ mod tests {
         let error = KernelDriver::open_in(empty.path()).unwrap_err();
         assert!(matches!(error, Error::DriverMissing { .. }), "{error:?}");
         assert!(error.to_string().contains("modprobe ublk_drv"), "{error}");
+    }
+
+    #[test]
+    fn more_submissions_than_the_queue_holds_all_complete() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
+        let count = u64::from(SUBMISSION_ENTRIES) * 5;
+        let fd = file.as_file().as_raw_fd();
+        for user_data in 0..count {
+            ring.push(Submission { user_data, operation: Operation::SyncData { fd } }).unwrap();
+        }
+        let mut completions = Vec::new();
+        while (completions.len() as u64) < count {
+            ring.wait().unwrap();
+            ring.take_completions(&mut completions).unwrap();
+        }
+        let mut seen: Vec<u64> = completions.iter().map(|c| c.user_data).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..count).collect::<Vec<_>>());
+        assert!(completions.iter().all(|c| c.result == 0));
+    }
+
+    #[test]
+    fn a_wake_up_from_another_thread_ends_a_wait() {
+        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
+        for _ in 0..3 {
+            let waker = ring.waker();
+            let other = std::thread::spawn(move || waker.wake());
+            let mut completions = Vec::new();
+            ring.wait().unwrap();
+            ring.take_completions(&mut completions).unwrap();
+            other.join().unwrap();
+            assert_eq!(completions, []);
+        }
     }
 
     #[test]
