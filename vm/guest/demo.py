@@ -54,6 +54,7 @@ def run(*argv: str, input: str | None = None) -> str:
 
 
 def wait_for(path: str, seconds: float = 20) -> None:
+    """Wait for a node to appear."""
     deadline = time.monotonic() + seconds
     while not os.path.exists(path):
         if time.monotonic() >= deadline:
@@ -62,6 +63,7 @@ def wait_for(path: str, seconds: float = 20) -> None:
 
 
 def mebibytes(count: float) -> str:
+    """Tell a number of bytes."""
     return f"{count / (1 << 20):,.1f} MiB"
 
 
@@ -73,6 +75,7 @@ class Served:
         self.path = ""
 
     def start(self) -> str:
+        """Start the server and wait for the disk."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ublk", "run", DISK, "--size", DISK_SIZE, "--queues", str(QUEUES)],
             stdin=subprocess.DEVNULL,
@@ -132,6 +135,7 @@ class Tree:
         self.size = 0
 
     def read(self) -> str:
+        """Read everything once."""
         self.digests, self.size = digests_of(self.source)
         if len(self.digests) < 1000:
             raise Failed(f"{self.source} has {len(self.digests)} files, not thousands")
@@ -163,9 +167,11 @@ class Demo:
 
     @property
     def partition(self) -> str:
+        """The partition's node."""
         return f"{self.disk.path}p1"
 
     def steps(self) -> list[tuple[str, Callable[[], str]]]:
+        """All that is done, in order."""
         steps = [
             ("serve the RAM disk", self.disk.start),
             ("partition it", self.make_partition),
@@ -179,6 +185,7 @@ class Demo:
         return steps
 
     def file_system(self, system: FileSystem) -> list[tuple[str, Callable[[], str]]]:
+        """The steps with one file system."""
         name = system.name
         return [
             (f"{name}: make", lambda: self.make(system)),
@@ -190,6 +197,7 @@ class Demo:
         ]
 
     def make_partition(self) -> str:
+        """Write a partition table with one partition."""
         run("sfdisk", "--quiet", self.disk.path, input="label: gpt\ntype=linux\n")
         run("udevadm", "settle")
         wait_for(self.partition)
@@ -197,6 +205,7 @@ class Demo:
         return f"{self.partition}, {mebibytes(size)}"
 
     def make(self, system: FileSystem) -> str:
+        """Make a file system on the partition."""
         run(*system.make, self.partition)
         kind = run("blkid", "-p", "-s", "TYPE", "-o", "value", self.partition).strip()
         if kind != system.name:
@@ -204,10 +213,12 @@ class Demo:
         return " ".join((*system.make, self.partition))
 
     def mount(self, *options: str) -> None:
+        """Mount the partition."""
         run("mount", *options, self.partition, str(self.mount_point))
         self.is_mounted = True
 
     def unmount(self) -> str:
+        """Unmount it and forget what was cached."""
         run("umount", str(self.mount_point))
         self.is_mounted = False
         # What is read next comes from the disk.
@@ -215,15 +226,18 @@ class Demo:
         return "everything written back"
 
     def copy(self) -> str:
+        """Mount the new file system and copy the tree into it."""
         self.mount()
         run("cp", "-a", f"{self.tree.source}/.", str(self.mount_point / "tree"))
         return f"{len(self.tree.digests):,} files, {mebibytes(self.tree.size)}"
 
     def check(self, system: FileSystem) -> str:
+        """Let the file system's own checker look at it."""
         lines = run(*system.check, self.partition).strip().splitlines()
         return lines[-1] if system is EXT4 else "no complaint"
 
     def compare(self) -> str:
+        """Mount it again and compare every file."""
         self.mount("-o", "ro")
         found, size = digests_of(self.mount_point / "tree")
         expected = self.tree.digests
@@ -237,6 +251,7 @@ class Demo:
         return f"{len(found):,} files, {mebibytes(size)}: every SHA-256 is the same"
 
     def fio(self) -> str:
+        """Write to the raw partition at random places and verify what was written."""
         output = run(
             "fio",
             "--name=demo",
@@ -289,6 +304,7 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
+    """Lay out the closing table."""
     head = Row("step", "result", "seconds", "")
     widths = [max(len(getattr(row, name)) for row in (head, *rows)) for name in ("step", "result", "seconds")]
     lines = []
@@ -300,6 +316,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def end_by_signal(number: int, _: object) -> None:
+    """Turn a signal into an exit that cleans up."""
     raise SystemExit(128 + number)
 
 
@@ -328,6 +345,7 @@ def perform(demo: Demo) -> tuple[list[Row], str]:
 
 
 def main() -> int:
+    """Run the demonstration and return its exit status."""
     signal.signal(signal.SIGTERM, end_by_signal)
     signal.signal(signal.SIGHUP, end_by_signal)
     kernel = os.uname()

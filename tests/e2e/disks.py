@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Block devices in Python for the tests: well-behaved ones, and ones with every bad habit."""
+
+import errno  # noqa: F401 (for the expressions that Failing evaluates)
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ublk
+
+SECTOR = 512
+
+
+def pattern(offset: int, length: int) -> bytes:
+    """Bytes that say where on the disk they belong: each sector is a digest of its number."""
+    first = offset // SECTOR
+    last = (offset + length + SECTOR - 1) // SECTOR
+    sectors = b"".join(hashlib.blake2b(index.to_bytes(8, "little")).digest() * 8 for index in range(first, last))
+    return sectors[offset - first * SECTOR :][:length]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> bool:
+    """Whether a condition comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def caught(action: Callable[[], Any]) -> str:
+    """The name of the exception that an action raises, or an empty string."""
+    try:
+        action()
+    except BaseException as error:
+        return type(error).__name__
+    return ""
+
+
+class ReadOnly(ublk.BlockDevice):
+    """Reads give the pattern; nothing else is there."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size=size, **shape)
+
+    def read(self, offset, buf):
+        buf[:] = pattern(offset, len(buf))
+
+
+class Ram(ublk.BlockDevice):
+    """A RAM disk that does everything and remembers what it was asked for."""
+
+    def __init__(self, size: int = 8 << 20, **shape: Any) -> None:
+        super().__init__(size=size, **shape)
+        self.data = bytearray(size)
+        self.log: list[tuple[str, int, int]] = []
+        self.threads: set[int] = set()
+        self.requests_of: dict[int, int] = {}
+
+    def note(self, name: str, offset: int = 0, length: int = 0) -> None:
+        thread = threading.get_native_id()
+        self.threads.add(thread)
+        self.requests_of[thread] = self.requests_of.get(thread, 0) + 1
+        self.log.append((name, offset, length))
+
+    def forget(self) -> None:
+        self.log.clear()
+        self.threads.clear()
+        self.requests_of.clear()
+
+    def logged(self, *names: str) -> list[tuple[str, int, int]]:
+        return [entry for entry in self.log if not names or entry[0] in names]
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    def read(self, offset, buf):
+        self.note("read", offset, len(buf))
+        buf[:] = self.data[offset : offset + len(buf)]
+
+    def write(self, offset, buf):
+        self.note("write", offset, len(buf))
+        self.data[offset : offset + len(buf)] = buf
+
+    def flush(self):
+        self.note("flush")
+
+    def discard(self, offset, length):
+        self.note("discard", offset, length)
+        self.data[offset : offset + length] = bytes(length)
+
+    def write_zeroes(self, offset, length):
+        self.note("write_zeroes", offset, length)
+        self.data[offset : offset + length] = bytes(length)
+
+
+class ReadWrite(ublk.BlockDevice):
+    """Reads and writes, nothing else."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size=size, **shape)
+        self.data = bytearray(size)
+
+    def read(self, offset, buf):
+        buf[:] = self.data[offset : offset + len(buf)]
+
+    def write(self, offset, buf):
+        self.data[offset : offset + len(buf)] = buf
+
+
+class WithFlush(ReadWrite):
+    def flush(self):
+        pass
+
+
+class WithDiscard(ReadWrite):
+    def discard(self, offset, length):
+        self.data[offset : offset + length] = bytes(length)
+
+
+class WithWriteZeroes(ReadWrite):
+    def write_zeroes(self, offset, length):
+        self.data[offset : offset + length] = bytes(length)
+
+
+class InheritedWrite(WithFlush):
+    """Overrides by inheritance count as much as those of the class itself."""
+
+
+class Exact(ReadWrite):
+    """Returns the number of bytes, which is allowed if it is all of them."""
+
+    def read(self, offset, buf):
+        super().read(offset, buf)
+        return len(buf)
+
+    def write(self, offset, buf):
+        super().write(offset, buf)
+        return len(buf)
+
+
+class NotReadable(ublk.BlockDevice):
+    """Forgot the one method that every disk needs."""
+
+    def __init__(self, size: int = 1 << 20) -> None:
+        super().__init__(size=size)
+
+    def write(self, offset, buf):
+        pass
+
+
+class Failing(ReadWrite):
+    """Fails as it is told, in one operation at a time."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size, **shape)
+        self.failing = ""
+        self.how: BaseException | None = None
+
+    def fail(self, operation: str, how: str) -> None:
+        self.how = eval(how)
+        self.failing = operation
+
+    def maybe(self, operation: str) -> None:
+        if operation == self.failing:
+            raise self.how
+
+    def read(self, offset, buf):
+        self.maybe("read")
+        super().read(offset, buf)
+
+    def write(self, offset, buf):
+        self.maybe("write")
+        super().write(offset, buf)
+
+    def flush(self):
+        self.maybe("flush")
+
+    def discard(self, offset, length):
+        self.maybe("discard")
+
+    def write_zeroes(self, offset, length):
+        self.maybe("write_zeroes")
+
+
+class Answering(ReadWrite):
+    """Returns from `read` and `write` what it is told to."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size, **shape)
+        self.value: Any = None
+
+    def answer(self, value: str) -> None:
+        self.value = eval(value)
+
+    def read(self, offset, buf):
+        super().read(offset, buf)
+        return self.value(buf) if callable(self.value) else self.value
+
+    def write(self, offset, buf):
+        super().write(offset, buf)
+        return self.value(buf) if callable(self.value) else self.value
+
+
+class Blocking(ReadWrite):
+    """Reads of the sector `gate` wait until the gate is opened, those of `slow` take two seconds."""
+
+    SECONDS = 2.0
+
+    def __init__(self, size: int = 1 << 20, gate: int = 1000, slow: int = 1200, **shape: Any) -> None:
+        super().__init__(size, **shape)
+        self.gate_sector = gate
+        self.slow_sector = slow
+        self.gate = threading.Event()
+        self.waiting = threading.Event()
+
+    def read(self, offset, buf):
+        super().read(offset, buf)
+        if offset // SECTOR == self.gate_sector:
+            self.waiting.set()
+            if not self.gate.wait(30):
+                raise TimeoutError("nobody opened the gate")
+        elif offset // SECTOR == self.slow_sector:
+            time.sleep(self.SECONDS)
+
+
+class KeepsViews(ReadWrite):
+    """Keeps the buffers of its requests, as they are."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size, **shape)
+        self.views: list[memoryview] = []
+
+    def read(self, offset, buf):
+        super().read(offset, buf)
+        self.views.append(buf)
+
+    def write(self, offset, buf):
+        super().write(offset, buf)
+        self.views.append(buf)
+
+    def touch(self) -> list[str]:
+        """What happens when the kept views are used: the exception's name, or `alive`."""
+        results = []
+        for view in self.views:
+            try:
+                view[0]
+                results.append("alive")
+            except Exception as error:
+                results.append(type(error).__name__)
+        return results
+
+
+class KeepsExports(ReadWrite):
+    """Keeps what it made of its buffers: numpy arrays, slices, casts. Remembers what was in them."""
+
+    def __init__(self, size: int = 1 << 20, how: str = "numpy", **shape: Any) -> None:
+        super().__init__(size, **shape)
+        if how == "numpy":
+            import numpy
+
+            self.make = lambda buf: numpy.frombuffer(buf, dtype=numpy.uint8)
+        elif how == "slice":
+            self.make = lambda buf: buf[: len(buf) // 2]
+        elif how == "cast":
+            self.make = lambda buf: buf.cast("Q")
+        else:
+            raise ValueError(how)
+        self.keeping = True
+        self.kept: list[tuple[Any, bytes]] = []
+
+    def keep(self, buf: memoryview) -> None:
+        if self.keeping:
+            export = self.make(buf)
+            self.kept.append((export, bytes(export)))
+
+    def read(self, offset, buf):
+        super().read(offset, buf)
+        self.keep(buf)
+
+    def write(self, offset, buf):
+        super().write(offset, buf)
+        self.keep(buf)
+
+    def changed(self) -> int:
+        """How many of the kept exports no longer hold what they held."""
+        return sum(bytes(export) != content for export, content in self.kept)
+
+    def writable(self) -> list[bool]:
+        return [not memoryview(export).readonly for export, _ in self.kept]
+
+    def scribble(self) -> int:
+        """Overwrites every kept export that may be written."""
+        count = 0
+        for index, (export, _content) in enumerate(self.kept):
+            view = memoryview(export)
+            if not view.readonly:
+                view.cast("B")[:] = b"\xee" * view.nbytes
+                self.kept[index] = (export, b"\xee" * view.nbytes)
+                count += 1
+        return count
+
+    def let_go(self) -> None:
+        self.kept.clear()
+
+
+class Meddling(ReadWrite):
+    """Does to its buffers what they do not allow."""
+
+    def __init__(self, size: int = 1 << 20, how: str = "", **shape: Any) -> None:
+        super().__init__(size, **shape)
+        self.how = how
+        self.seen = ""
+
+    def read(self, offset, buf):
+        if self.how == "wrong length":
+            buf[:] = bytes(len(buf) - 1)
+        if self.how == "released":
+            buf[:] = self.data[offset : offset + len(buf)]
+            buf.release()
+            return
+        super().read(offset, buf)
+
+    def write(self, offset, buf):
+        if self.how == "writes to what it was given to read":
+            buf[0] = 1
+        super().write(offset, buf)
+
+
+class Describes(ReadWrite):
+    """Remembers what kind of arguments it was called with."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size, **shape)
+        self.seen: dict[str, Any] = {}
+
+    @staticmethod
+    def describe(buf: memoryview) -> dict[str, Any]:
+        return {
+            "type": type(buf).__name__,
+            "readonly": buf.readonly,
+            "format": buf.format,
+            "itemsize": buf.itemsize,
+            "ndim": buf.ndim,
+            "contiguous": buf.c_contiguous,
+            "length": len(buf),
+        }
+
+    def read(self, offset, buf):
+        super().read(offset, buf)
+        self.seen["read"] = self.describe(buf) | {"offset": type(offset).__name__}
+
+    def write(self, offset, buf):
+        super().write(offset, buf)
+        self.seen["write"] = self.describe(buf) | {"offset": type(offset).__name__}
+
+
+class Prints(ReadWrite):
+    """Prints from its handlers, as people do when they look for a fault."""
+
+    def read(self, offset, buf):
+        print("reading", offset)
+        super().read(offset, buf)
+
+
+class ForRun(ReadWrite):
+    """For `ublk run`: takes its size as an integer and arguments as strings."""
+
+    def __init__(self, size: int = 1 << 20, label: str = "", fail: str = "") -> None:
+        super().__init__(size)
+        if fail:
+            raise RuntimeError(f"this disk fails: {fail}")
+        self.data[: len(label)] = label.encode()
+
+
+class Dies(ReadWrite):
+    """Leaves the process without any clean-up when its sector 1000 is read."""
+
+    def read(self, offset, buf):
+        if offset == 1000 * SECTOR:
+            os._exit(3)
+        super().read(offset, buf)
+
+
+class BusyBeside(ReadWrite):
+    """Has a companion thread that computes all the time."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size, **shape)
+        threading.Thread(target=self.compute, daemon=True).start()
+
+    def compute(self) -> None:
+        number = 0
+        while True:
+            number = (number * 1103515245 + 12345) & 0x7FFFFFFF

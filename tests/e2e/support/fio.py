@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""fio as a judge of data and as a source of load."""
+
+import json
+import subprocess
+from typing import Any
+
+from . import sysfs
+from .command import Result, run
+from .waiting import until
+
+
+def _argv(path: str, options: dict[str, Any]) -> list[str]:
+    words = ["fio", "--name=job", f"--filename={path}", "--ioengine=io_uring", "--direct=1", "--allow_file_create=0"]
+    return words + [f"--{name}={value}" for name, value in options.items()]
+
+
+def verify(path: str, **options: Any) -> dict[str, Any]:
+    """Writes with checksums and reads everything back; returns the job's results."""
+    wanted = {"rw": "randwrite", "verify": "crc32c", "verify_fatal": 1, "do_verify": 1} | options
+    result: Result = run([*_argv(path, wanted), "--output-format=json"], timeout=120)
+    job = json.loads(result.out[result.out.index("{") :])["jobs"][0]
+    assert job["error"] == 0, str(result)
+    return job
+
+
+class Load:
+    """fio in the background, until it is told to end or has nothing left to work on."""
+
+    def __init__(self, path: str, seconds: int = 60, **options: Any) -> None:
+        wanted = {"rw": "randrw", "bs": "4k", "iodepth": 16, "time_based": 1, "runtime": seconds} | options
+        self.path = path
+        self.process = subprocess.Popen(
+            _argv(path, wanted),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def wait_until_busy(self, requests: int = 200) -> None:
+        """Waits until so many requests have been finished."""
+
+        def enough() -> bool:
+            assert self.process.poll() is None, f"fio ended with status {self.process.returncode}"
+            fields = sysfs.attribute(self.path, "stat").split()
+            return int(fields[0]) + int(fields[4]) >= requests
+
+        until(enough, f"{requests} requests on {self.path}", 30)
+
+    def wait(self, seconds: float = 30.0) -> int:
+        """fio's status; it must end by itself in time."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"fio on {self.path} still runs after {seconds:g} s") from None
+
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(20)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Servers of the Rust program come and go, in good order and otherwise."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support import fio, sysfs
+from support.backends import image
+from support.blockio import Disk, together
+from support.command import run
+from support.face import device_id
+from support.processes import is_running
+from support.server import Child
+from support.waiting import until
+
+
+def gone(path: str) -> bool:
+    return not os.path.exists(path) and not os.path.exists(path.replace("ublkb", "ublkc"))
+
+
+@pytest.mark.short
+def test_add_returns_when_the_disk_can_be_used(native) -> None:
+    path = native.add("-t", "mem", "--size", "1M")
+    with Disk(path, direct=True) as disk:
+        assert disk.read(0, 4096) == bytes(4096)
+    native.run("del", "-n", str(device_id(path)))
+    assert gone(path)
+
+
+def test_the_daemon_leaves_its_caller_alone(native) -> None:
+    # `run` fails when the daemon keeps a pipe of its caller open. Its directory and session count too.
+    path = native.add("-t", "null", cwd="/tmp")
+    pid = native.info(path)["pid"]
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.getsid(pid) == pid
+    native.run("del", "-n", str(device_id(path)))
+    until(lambda: not is_running(pid), "the daemon's end")
+
+
+def test_foreground_serves_until_the_device_is_deleted(native) -> None:
+    with Child([*native.argv, "add", "-t", "null", "--foreground"]) as server:
+        path = server.line()
+        assert native.info(path)["pid"] == server.pid
+        native.run("del", "-n", str(device_id(path)))
+        assert server.wait() == 0, server.log
+        assert gone(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_foreground_ends_in_good_order_by(number: signal.Signals, native) -> None:
+    with Child([*native.argv, "add", "-t", "null", "--foreground"]) as server:
+        path = server.line()
+        server.signal(number)
+        assert server.wait() == 0, server.log
+        assert gone(path)
+
+
+@pytest.mark.io_errors
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize("kind", ["null", "mem", "file"])
+def test_a_signal_in_the_middle_of_io_removes_the_device(kind: str, number: int, native, scratch: Path) -> None:
+    more = {"null": [], "mem": ["--size", "64M"], "file": ["-f", image(scratch, 64 << 20)]}[kind]
+    path = native.add("-t", kind, "-q", "2", *more)
+    pid = native.info(path)["pid"]
+    with fio.Load(path, numjobs=2) as load:
+        load.wait_until_busy()
+        os.kill(pid, number)
+        until(lambda: not is_running(pid), "the daemon's end", 15)
+        assert gone(path)
+        load.wait()
+
+
+@pytest.mark.short
+@pytest.mark.io_errors
+@pytest.mark.parametrize("kind", ["null", "mem", "file"])
+def test_sigkill_in_the_middle_of_io_hangs_nobody(kind: str, native, scratch: Path) -> None:
+    more = {"null": [], "mem": ["--size", "64M"], "file": ["-f", image(scratch, 64 << 20)]}[kind]
+    path = native.add("-t", kind, "-q", "2", *more)
+    pid = native.info(path)["pid"]
+    with fio.Load(path, numjobs=2) as load:
+        load.wait_until_busy()
+        os.kill(pid, signal.SIGKILL)
+        assert load.wait(15) != 0, "fio did not notice that its disk is gone"
+    until(lambda: native.list()[0]["state"] == "DEAD", "the state DEAD")
+    native.run("del", "--dead")
+    assert native.list() == []
+    assert gone(path)
+
+
+def test_del_dead_spares_the_living(native) -> None:
+    alive, dead = native.add("-t", "null"), native.add("-t", "null")
+    os.kill(native.info(dead)["pid"], signal.SIGKILL)
+    until(lambda: native.info(dead)["state"] == "DEAD", "the state DEAD")
+    native.run("del", "--dead")
+    assert [device["path"] for device in native.list()] == [alive]
+    native.run("del", "-n", str(device_id(alive)))
+
+
+@pytest.mark.io_errors
+def test_del_while_busy(native) -> None:
+    path = native.add("-t", "mem", "--size", "64M")
+    with fio.Load(path) as load:
+        load.wait_until_busy()
+        started = time.monotonic()
+        native.run("del", "-n", str(device_id(path)))
+        assert time.monotonic() - started < 15
+        assert gone(path)
+        assert load.wait(15) != 0
+
+
+def test_del_while_the_disk_is_open(native) -> None:
+    path = native.add("-t", "mem", "--size", "1M")
+    with Disk(path, direct=True):
+        # An opener that does nothing must not hold up anybody without a word.
+        result = native.run("del", "-n", str(device_id(path)), check=False, timeout=20)
+        assert result.status == 0 or path in result.err or "open" in result.err, str(result)
+    if result.status != 0:
+        native.run("del", "-n", str(device_id(path)))
+    until(lambda: gone(path), "the nodes' end")
+
+
+def test_a_second_del_says_that_there_is_no_device(native) -> None:
+    path = native.add("-t", "null")
+    number = str(device_id(path))
+    native.run("del", "-n", number)
+    again = native.run("del", "-n", number, check=False)
+    assert again.status == 1, str(again)
+    assert again.err.startswith("ublk: "), str(again)
+    assert number in again.err, str(again)
+
+
+def test_del_by_several_at_the_same_time(native) -> None:
+    path = native.add("-t", "null")
+    statuses = []
+    number = str(device_id(path))
+    together([lambda: statuses.append(native.run("del", "-n", number, check=False).status)] * 4)
+    assert 0 in statuses
+    assert set(statuses) <= {0, 1}
+    assert gone(path)
+
+
+def test_del_of_several(native) -> None:
+    first, second, third = (native.add("-t", "null") for _ in range(3))
+    native.run("del", "-n", str(device_id(first)), "-n", str(device_id(third)))
+    assert [device["path"] for device in native.list()] == [second]
+    native.run("del", "-a")
+    assert native.list() == []
+
+
+@pytest.mark.io_errors
+def test_ids_are_used_again_at_once(native) -> None:
+    # Also while udev still reads from the device that ends.
+    for _ in range(5):
+        path = native.add("-t", "null", "-n", "7", settle=False)
+        assert path == "/dev/ublkb7"
+        native.run("del", "-n", "7")
+
+
+def test_devices_are_added_at_the_same_time(native) -> None:
+    paths = []
+    together([lambda: paths.append(native.add("-t", "null"))] * 4)
+    assert len(set(paths)) == 4
+    assert {device["path"] for device in native.list()} == set(paths)
+    native.run("del", "-a")
+
+
+def test_the_io_thread_count_can_be_limited(native) -> None:
+    path = native.add("-t", "null", "-q", "2", "--threads", "1")
+    queues = sysfs.queue_cpus(path)
+    with Disk(path, direct=True) as disk:
+        together([lambda: disk.read(0, 4096)] * 2, cpus=[min(cpus) for cpus in queues])
+    native.run("del", "-n", str(device_id(path)))
+
+
+def test_messages_of_the_daemon_go_to_the_log_that_was_named(native, tmp_path: Path) -> None:
+    log = tmp_path / "ublk.log"
+    path = native.add("-t", "null", "--log", log)
+    pid = native.info(path)["pid"]
+    assert os.readlink(f"/proc/{pid}/fd/2") == str(log)
+    native.run("del", "-n", str(device_id(path)))
+
+
+@pytest.mark.io_errors(r"EXT4-fs .*ublkb\d+\)", r"Aborting journal on device ublkb", r"JBD2: .* ublkb")
+def test_a_mounted_disk_whose_server_dies_can_be_cleaned_up(native, tmp_path: Path) -> None:
+    path = native.add("-t", "mem", "--size", "64M")
+    run(["mkfs.ext4", "-q", path])
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    run(["mount", path, mount])
+    os.kill(native.info(path)["pid"], signal.SIGKILL)
+    until(lambda: native.list()[0]["state"] == "DEAD", "the state DEAD")
+    run(["umount", mount])
+    native.run("del", "--dead")
+    assert gone(path)
