@@ -4,6 +4,8 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from support.command import NOBODY, run
@@ -16,68 +18,79 @@ import json, sys
 sys.path.insert(0, {here!r})
 import ublk
 from disks import *
-try:
-    {statement}
-except BaseException as error:
-    number = getattr(error, "errno", None)
-    print(json.dumps([type(error).__name__, isinstance(error, OSError), number, str(error)]))
-else:
-    print(json.dumps(["", False, None, ""]))
+for statement in {statements!r}:
+    try:
+        eval(statement)
+    except BaseException as error:
+        number = getattr(error, "errno", None)
+        print(json.dumps([type(error).__name__, isinstance(error, OSError), number, str(error)]))
+    else:
+        print(json.dumps(["", False, None, ""]))
 """
 
-
-def raised(statement: str, **options) -> tuple[str, bool, int | None, str]:
-    """The exception's class, whether it is an OSError, its errno and its text."""
-    result = run([sys.executable, "-c", PROGRAM.format(here=str(HERE), statement=statement)], **options)
-    return tuple(json.loads(result.out.splitlines()[-1]))
+Raised = tuple[str, bool, int | None, str]
 
 
-@pytest.mark.parametrize(
-    ("statement", "words"),
-    [
-        ("Ram(size=0).start()", ["size", "0"]),
-        ("Ram(size=1000).start()", ["size", "1000", "512"]),
-        ("Ram(size=1 << 20, block_size=513).start()", ["block size|block_size", "513"]),
-        ("Ram(size=1 << 20, block_size=256).start()", ["block size|block_size", "256"]),
-        ("Ram(size=1 << 20, block_size=8192).start()", ["block size|block_size", "8192"]),
-        ("Ram(size=1 << 20, block_size=0).start()", ["block size|block_size", "0"]),
-        ("Ram(size=1 << 20, physical_block_size=3000).start()", ["3000"]),
-        ("Ram(size=1 << 20, max_io_bytes=1000).start()", ["1000"]),
-        ("Ram(size=1 << 20, max_io_bytes=64 << 20).start()", [str(64 << 20)]),
-        ("Ram().start(depth=0)", ["depth", "0", "4096"]),
-        ("Ram().start(depth=4097)", ["depth", "4097", "4096"]),
-        ("Ram().start(queues=0)", ["queues", "0"]),
-        ("Ram().start(queues=5000)", ["queues", "5000"]),
-        ("Ram().start(id=-1)", ["id", "-1"]),
-        ("Ram().start(id=1 << 20)", ["id", "1048576"]),
-        ("ReadOnly(size=-512).start()", ["size", "-512"]),
-        ("ReadOnly(size=1 << 70).start()", ["size"]),
-    ],
-)
-def test_an_impossible_value_is_a_value_error(statement: str, words: list[str]) -> None:
-    kind, _, _, text = raised(statement)
-    assert kind == "ValueError", (kind, text)
-    for word in words:
-        assert any(part in text for part in word.split("|")), f"{word!r} is not in {text!r}"
+def raised_by(statements: Iterable[str], **options: Any) -> list[Raised]:
+    """What each statement raises: the class, whether it is an OSError, its errno and its text."""
+    program = PROGRAM.format(here=str(HERE), statements=list(statements))
+    result = run([sys.executable, "-c", program], **options)
+    return [tuple(json.loads(line)) for line in result.out.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("statement", "word"),
-    [
-        ("NotReadable().start()", "read"),
-        ("ReadOnly(size='1M').start()", "size"),
-        ("ReadOnly(size=1.5e6).start()", "size"),
-        ("Ram().start(depth='8')", "depth"),
-        ("Ram().start(queues=None)", "queues"),
-        ("Ram().start(id=1.5)", "id"),
-        ("Ram().start(colour='red')", "colour"),
-        ("ublk.Device()", "start"),
-    ],
-)
-def test_a_wrong_type_is_a_type_error(statement: str, word: str) -> None:
-    kind, _, _, text = raised(statement)
-    assert kind == "TypeError", (kind, text)
-    assert word in text, (kind, text)
+def raised(statement: str, **options: Any) -> Raised:
+    (only,) = raised_by([statement], **options)
+    return only
+
+
+IMPOSSIBLE = {
+    "Ram(size=0).start()": ["size", "0"],
+    "Ram(size=1000).start()": ["size", "1000", "512"],
+    "Ram(size=1 << 20, block_size=513).start()": ["block size|block_size", "513"],
+    "Ram(size=1 << 20, block_size=256).start()": ["block size|block_size", "256"],
+    "Ram(size=1 << 20, block_size=8192).start()": ["block size|block_size", "8192"],
+    "Ram(size=1 << 20, block_size=0).start()": ["block size|block_size", "0"],
+    "Ram(size=1 << 20, physical_block_size=3000).start()": ["3000"],
+    "Ram(size=1 << 20, max_io_bytes=1000).start()": ["1000"],
+    "Ram(size=1 << 20, max_io_bytes=64 << 20).start()": [str(64 << 20)],
+    "Ram().start(depth=0)": ["depth", "0", "4096"],
+    "Ram().start(depth=4097)": ["depth", "4097", "4096"],
+    "Ram().start(queues=0)": ["queues", "0"],
+    "Ram().start(queues=5000)": ["queues", "5000"],
+    "Ram().start(id=-1)": ["id", "-1"],
+    "Ram().start(id=1 << 20)": ["id", "1048576"],
+    "ReadOnly(size=-512).start()": ["size", "-512"],
+    "ReadOnly(size=1 << 70).start()": ["size"],
+}
+
+
+def test_an_impossible_value_is_a_value_error() -> None:
+    found = raised_by(IMPOSSIBLE)
+    assert {statement: kind for statement, (kind, *_) in zip(IMPOSSIBLE, found, strict=True)} == dict.fromkeys(
+        IMPOSSIBLE, "ValueError"
+    )
+    for (statement, words), (*_, text) in zip(IMPOSSIBLE.items(), found, strict=True):
+        for word in words:
+            assert any(part in text for part in word.split("|")), f"{statement}: {word!r} is not in {text!r}"
+
+
+WRONG_TYPE = {
+    "NotReadable().start()": "read",
+    "ReadOnly(size='1M').start()": "size",
+    "ReadOnly(size=1.5e6).start()": "size",
+    "Ram().start(depth='8')": "depth",
+    "Ram().start(queues=None)": "queues",
+    "Ram().start(id=1.5)": "id",
+    "Ram().start(colour='red')": "colour",
+    "ublk.Device()": "start",
+}
+
+
+def test_a_wrong_type_is_a_type_error() -> None:
+    found = raised_by(WRONG_TYPE)
+    for (statement, word), (kind, _, _, text) in zip(WRONG_TYPE.items(), found, strict=True):
+        assert kind == "TypeError", (statement, kind, text)
+        assert word in text, (statement, text)
 
 
 def test_a_class_that_forgets_its_super_init_is_told_so() -> None:

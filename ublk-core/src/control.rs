@@ -151,18 +151,15 @@ impl Control {
     /// START_DEV: makes `/dev/ublkbN`. Waits until every tag of every queue has been fetched; while it
     /// waits, `give_up` is asked now and then.
     pub fn start(&self, id: DeviceId, pid: u32, give_up: &dyn Fn() -> bool) -> Result<()> {
-        let command = ControlCommand {
-            data: u64::from(pid),
-            waits_for_requests: true,
-            ..command("START_DEV", uapi::UBLK_U_CMD_START_DEV, Some(id))
-        };
+        let command =
+            ControlCommand { data: u64::from(pid), ..command("START_DEV", uapi::UBLK_U_CMD_START_DEV, Some(id)) };
         self.run_unless(command, DRAIN_TIMEOUT, give_up).map(drop)
     }
 
     /// STOP_DEV: removes `/dev/ublkbN`. Waits for requests in flight, so their server must go on.
     pub fn stop(&self, id: DeviceId) -> Result<()> {
         let command = command("STOP_DEV", uapi::UBLK_U_CMD_STOP_DEV, Some(id));
-        self.run(ControlCommand { waits_for_requests: true, ..command }, DRAIN_TIMEOUT).map(drop)
+        self.run(command, DRAIN_TIMEOUT).map(drop)
     }
 
     /// DEL_DEV: stops the device if need be, removes `/dev/ublkcN` and waits, at most `timeout`, until
@@ -232,7 +229,9 @@ impl Control {
         match self.driver.control(command, timeout, give_up) {
             Ok((_, payload)) => Ok(payload),
             Err(ControlFailure::Refused(errno)) => Err(refused(errno, hint(name, errno))),
-            Err(ControlFailure::GaveUp) => Err(refused(Errno::ECANCELED, "a queue of the device failed")),
+            Err(ControlFailure::GaveUp) => {
+                Err(refused(Errno::ECANCELED, "a queue of the device failed, or somebody else stopped it"))
+            }
             Err(ControlFailure::Io(e)) => Err(refused(crate::error::errno_of(&e), "the command could not be sent")),
             Err(ControlFailure::Timeout) => Err(Error::Timeout {
                 waiting_for: device.map_or(name.to_owned(), |id| format!("{name} on device {id}")),
@@ -243,6 +242,17 @@ impl Control {
     }
 }
 
+/// Commands that wait for requests, or take a lock of the driver's that is held meanwhile.
+const MAY_BLOCK: [u32; 7] = [
+    uapi::UBLK_U_CMD_ADD_DEV,
+    uapi::UBLK_U_CMD_SET_PARAMS,
+    uapi::UBLK_U_CMD_GET_PARAMS,
+    uapi::UBLK_U_CMD_START_DEV,
+    uapi::UBLK_U_CMD_STOP_DEV,
+    uapi::UBLK_U_CMD_DEL_DEV,
+    uapi::UBLK_U_CMD_DEL_DEV_ASYNC,
+];
+
 fn command(name: &'static str, op: u32, id: Option<DeviceId>) -> ControlCommand {
     ControlCommand {
         name,
@@ -251,7 +261,7 @@ fn command(name: &'static str, op: u32, id: Option<DeviceId>) -> ControlCommand 
         data: 0,
         payload: Vec::new(),
         path_len: 0,
-        waits_for_requests: false,
+        may_block: MAY_BLOCK.contains(&op),
     }
 }
 

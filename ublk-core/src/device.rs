@@ -101,6 +101,7 @@ impl Server {
         let (queues, depth) = options.checked()?;
         params.validate()?;
         self.check_driver()?;
+        let events = Arc::new(QueueEvents::new()?);
         let info = self.control.add(&AddRequest {
             id: options.id,
             queues,
@@ -114,7 +115,7 @@ impl Server {
             path: self.control.driver().block_path(info.id),
             info,
             params,
-            events: Arc::new(QueueEvents::new()?),
+            events,
             deleted: Mutex::new(false),
             owner: std::process::id(),
         };
@@ -188,7 +189,7 @@ impl Device {
             self.open_queue(queue, target, &file)?;
         }
         drop(file);
-        self.control.start(id, std::process::id(), &|| self.events.has_failed())?;
+        self.control.start(id, std::process::id(), &|| self.events.is_ending())?;
         self.wait_for_node()
     }
 
@@ -220,10 +221,10 @@ impl Device {
         let info = QueueInfo::new(self.id(), queue, self.info.depth, self.info.max_io_bytes);
         let setup = QueueSetup { info, target: target.clone(), file: file.clone(), events: self.events.clone() };
         self.events.opening();
-        let opened = self.pool.open(setup).map_err(|e| {
-            self.events.closed();
-            Error::Target { context: format!("starting a thread for queue {queue}"), source: e }
-        })?;
+        let opened = self
+            .pool
+            .open(setup)
+            .map_err(|e| Error::Target { context: format!("starting a thread for queue {queue}"), source: e })?;
         match opened.recv_timeout(OPEN_TIMEOUT) {
             Ok(result) => result,
             Err(_) => Err(Error::Timeout {
@@ -237,6 +238,14 @@ impl Device {
     fn wait_for_node(&self) -> Result<()> {
         let deadline = Instant::now() + NODE_TIMEOUT;
         while !self.control.driver().block_node_exists(self.id()) {
+            if self.is_ending() {
+                return Err(Error::Control {
+                    command: "START_DEV",
+                    device: Some(self.id()),
+                    errno: Errno::ENODEV,
+                    hint: "somebody else stopped the device meanwhile".into(),
+                });
+            }
             if Instant::now() >= deadline {
                 return Err(Error::Timeout {
                     waiting_for: format!("{} as a block device", self.path.display()),
@@ -260,6 +269,11 @@ impl Device {
         self.events.is_ending()
     }
 
+    /// Whether [`stop`](Device::stop) has done its work. Does not wait for one that is at it.
+    pub fn is_stopped(&self) -> bool {
+        self.deleted.try_lock().is_ok_and(|deleted| *deleted)
+    }
+
     /// Stops and deletes the device. Requests in flight are finished first. Calling it again, from any
     /// thread, is harmless, and so it is in a forked child: the device is its parent's.
     ///
@@ -280,7 +294,9 @@ impl Device {
         let id = self.id();
         gone_is_fine(self.control.stop(id))?;
         let deadline = Instant::now() + DRAIN_TIMEOUT;
-        while !self.events.wait_all_closed(STOP_AGAIN) && Instant::now() < deadline {
+        let mut pause = STOP_AGAIN;
+        while !self.events.wait_all_closed(pause) && Instant::now() < deadline {
+            pause *= 2;
             // A tag that was lent again behind the first STOP_DEV is taken away by another.
             gone_is_fine(self.control.stop(id))?;
         }

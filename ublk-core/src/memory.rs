@@ -87,6 +87,39 @@ impl Drop for Region {
     }
 }
 
+/// Bytes that a forked child shares with its parent.
+#[derive(Debug)]
+pub(crate) struct SharedBytes {
+    region: Option<Region>,
+    len: usize,
+}
+
+impl SharedBytes {
+    /// A shared copy of `bytes`; no mapping for none.
+    pub(crate) fn new(bytes: &[u8]) -> io::Result<Self> {
+        let Some(size) = NonZeroUsize::new(bytes.len().next_multiple_of(PAGE_SIZE)) else {
+            return Ok(SharedBytes { region: None, len: 0 });
+        };
+        // SAFETY: as in `Region::anonymous`.
+        let start =
+            unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED) }?;
+        let region = Region { start: start.cast(), len: size.get() };
+        // SAFETY: (1) the mapping is new, ours and at least as long.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), region.address(), bytes.len()) };
+        Ok(SharedBytes { region: Some(region), len: bytes.len() })
+    }
+
+    /// The bytes. Whoever shares them must not write them while the slice is used: the caller looks
+    /// before the child runs, and after it said that it is done.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match &self.region {
+            None => &[],
+            // SAFETY: (1), and the length was checked against the mapping's when that was made.
+            Some(region) => unsafe { std::slice::from_raw_parts(region.address(), self.len) },
+        }
+    }
+}
+
 /// Page-aligned memory for the data of one request.
 ///
 /// The buffer stays valid for as long as anybody holds it, also after its device is gone. Its pages
@@ -147,6 +180,18 @@ impl IoBuffer {
         // SAFETY: (2) and the assertion: the range is mapped; (3) is the caller's promise. Anonymous
         // memory is initialised (zeroed) from the start.
         unsafe { std::slice::from_raw_parts_mut(self.as_ptr(), len) }
+    }
+
+    /// The first `len` bytes, to look at.
+    ///
+    /// # Safety
+    ///
+    /// Invariant 3: the server owns the tag of this buffer for the lifetime of the slice, and no
+    /// mutable reference to these bytes is alive.
+    pub(crate) unsafe fn bytes(&self, len: usize) -> &[u8] {
+        assert!(len <= self.len);
+        // SAFETY: as in `bytes_mut`.
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), len) }
     }
 
     /// Copies the first `len` bytes of `from` to the start of this buffer.

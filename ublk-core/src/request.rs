@@ -10,9 +10,9 @@
 //! the server's, and `&self`/`&mut self` order the accesses.
 
 use std::fmt;
-use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -168,7 +168,7 @@ impl<'q> Request<'q> {
     /// A write's data, or what a read's buffer holds so far. Empty for operations without data.
     pub fn data(&self) -> &[u8] {
         // SAFETY: memory.rs (3): this request owns the buffer; `&self` excludes `data_mut`.
-        unsafe { self.buffer().bytes_mut(self.data_len()) }
+        unsafe { self.buffer().bytes(self.data_len()) }
     }
 
     /// Where a read's data goes. The bytes left unwritten hold data of earlier requests of this
@@ -190,18 +190,33 @@ impl<'q> Request<'q> {
     /// Moves the tag to a fresh buffer and leaves the old one to whoever still holds it. A read's data
     /// is copied over first, because the driver takes it from the new buffer.
     ///
-    /// # Errors
-    ///
-    /// Out of memory; the request keeps its buffer then and should be failed, with the old buffer's
-    /// other holders knowing that its content changes.
-    pub fn replace_buffer(&mut self) -> io::Result<()> {
-        let fresh = IoBuffer::new(self.buffer().len())?;
+    /// There is no going back from here: others hold the old memory, and the driver needs an address for
+    /// the tag's next request. Without memory this waits for some, and after ten seconds it ends the
+    /// process, which the driver survives and silently mixed up data would not be.
+    pub fn replace_buffer(&mut self) {
+        let fresh = self.fresh_buffer();
         if self.op == Op::Read {
             // SAFETY: memory.rs (3): nobody else knows `fresh`, and the old buffer is this request's.
             unsafe { fresh.copy_from(self.buffer(), self.data_len()) };
         }
         self.buffer = Some(Arc::new(fresh));
-        Ok(())
+    }
+
+    fn fresh_buffer(&self) -> IoBuffer {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match IoBuffer::new(self.buffer().len()) {
+                Ok(fresh) => return fresh,
+                Err(error) if Instant::now() < deadline => {
+                    log::warn!("{self:?}: no memory for a fresh buffer: {error}; waiting");
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                Err(error) => {
+                    log::error!("{self:?}: no memory for a fresh buffer: {error}; ending the process");
+                    std::process::abort();
+                }
+            }
+        }
     }
 
     /// Ends the request as done, in full. Partial success does not exist here: the driver's handling

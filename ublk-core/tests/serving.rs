@@ -281,7 +281,7 @@ fn a_kept_buffer_is_never_reused() {
             request.data_mut().fill(0x77);
         }
         theirs.lock().unwrap().push((request.buffer().clone(), request.data().to_vec()));
-        request.replace_buffer().unwrap();
+        request.replace_buffer();
         request.complete();
     });
     let device = server(&driver, 1).start(target, &options(1, 1)).unwrap();
@@ -522,4 +522,33 @@ proptest! {
         device.stop().unwrap();
         prop_assert_eq!(driver.violations(), Vec::<String>::new());
     }
+}
+
+#[test]
+fn a_device_that_starts_behind_a_blocked_handler_waits_for_it() {
+    let (release, blocked) = std::sync::mpsc::channel::<()>();
+    let blocked = Arc::new(Mutex::new(blocked));
+    let driver = FakeDriver::new();
+    let server = server(&driver, 1);
+    let stuck = custom(move |request| {
+        let _ = blocked.lock().unwrap().recv_timeout(Duration::from_secs(5));
+        request.complete();
+    });
+    let first = server.start(stuck, &options(1, 4)).unwrap();
+    let disk = driver.disk(first.id());
+    let sent = disk.send(0, 0, 512, &[]).unwrap();
+    let client = std::thread::spawn(move || disk.wait(sent));
+    let other = {
+        let server = server.clone();
+        std::thread::spawn(move || server.start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(1, 4)))
+    };
+    std::thread::sleep(Duration::from_millis(100));
+    release.send(()).unwrap();
+    let second = other.join().unwrap().unwrap();
+    client.join().unwrap().unwrap();
+    driver.disk(second.id()).write(0, &[1; 512]).unwrap();
+    first.stop().unwrap();
+    driver.disk(second.id()).write(512, &[2; 512]).unwrap();
+    drop(first);
+    finish(&driver, second);
 }

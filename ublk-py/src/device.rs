@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyList};
 use ublk_core::control::Control;
 use ublk_core::driver::kernel::KernelDriver;
 use ublk_core::{DeviceId, DeviceOptions, Features, Params, Server};
@@ -22,49 +22,78 @@ use crate::threads::PythonSpawn;
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
 pub(crate) struct NativeDevice {
-    device: ublk_core::Device,
+    /// Taken out when this object goes.
+    device: Option<ublk_core::Device>,
+}
+
+impl NativeDevice {
+    fn device(&self) -> &ublk_core::Device {
+        self.device.as_ref().expect("a live object has its device")
+    }
+}
+
+/// Python may drop the object anywhere: attached, where waiting would keep the handlers from finishing
+/// the requests that are waited for, or on the very thread that serves the device. So the device, if it
+/// still runs, is stopped by a thread of its own.
+impl Drop for NativeDevice {
+    fn drop(&mut self) {
+        if let Some(device) = self.device.take()
+            && !device.is_stopped()
+        {
+            let body = move || drop(device);
+            if let Err(error) = std::thread::Builder::new().name("ublk-drop".into()).spawn(body) {
+                log::error!("a thread that stops a forgotten device: {error}");
+            }
+        }
+    }
 }
 
 #[pymethods]
 impl NativeDevice {
     #[getter]
     fn id(&self) -> u32 {
-        self.device.id().0
+        self.device().id().0
     }
 
     #[getter]
     fn path(&self) -> PathBuf {
-        self.device.path().to_owned()
+        self.device().path().to_owned()
     }
 
     #[getter]
     fn queues(&self) -> u16 {
-        self.device.info().queues
+        self.device().info().queues
     }
 
     #[getter]
     fn depth(&self) -> u16 {
-        self.device.info().depth
+        self.device().info().depth
     }
 
     #[getter]
     fn max_io_bytes(&self) -> u32 {
-        self.device.info().max_io_bytes
+        self.device().info().max_io_bytes
     }
 
     #[getter]
     fn ending(&self) -> bool {
-        self.device.is_ending()
+        self.device().is_ending()
+    }
+
+    #[getter]
+    fn stopped(&self) -> bool {
+        self.device().is_stopped()
     }
 
     /// Readable once the device begins to end.
     fn fileno(&self) -> RawFd {
-        self.device.as_fd().as_raw_fd()
+        self.device().as_fd().as_raw_fd()
     }
 
     /// Stops and deletes the device.
     fn stop(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.device.stop()).map_err(|e| to_python(py, &e))
+        let device = self.device();
+        py.detach(|| device.stop()).map_err(|e| to_python(py, &e))
     }
 }
 
@@ -95,20 +124,28 @@ pub(crate) struct Handlers {
 
 /// The process's server on the kernel's driver, made with the first device.
 fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
-    static SERVER: Mutex<Option<Server>> = Mutex::new(None);
+    static SERVER: Mutex<Option<(u32, Server)>> = Mutex::new(None);
     let mut server = SERVER.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(server) = &*server {
-        return Ok(server.clone());
+    let pid = std::process::id();
+    match server.take() {
+        Some((owner, made)) if owner == pid => {
+            *server = Some((owner, made.clone()));
+            return Ok(made);
+        }
+        // A forked child's copy: its threads are the parent's, and its rings are not mapped here.
+        Some(inherited) => std::mem::forget(inherited),
+        None => {}
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let made = Server::with(Arc::new(KernelDriver::open()?), Arc::new(spawn), threads);
-    *server = Some(made.clone());
+    *server = Some((pid, made.clone()));
     Ok(made)
 }
 
-/// Makes a device and serves it with the given methods.
+/// Makes a device, serves it with the given methods, and appends it to `made`: a returned object could be
+/// lost to a signal's exception before the caller has stored it.
 #[pyfunction]
-#[pyo3(signature = (kind, shape, handlers, queues, depth, id, spawn, driver))]
+#[pyo3(signature = (kind, shape, handlers, queues, depth, id, spawn, driver, made))]
 #[allow(clippy::too_many_arguments, reason = "a private function with one caller, which passes all by name")]
 pub(crate) fn start(
     py: Python<'_>,
@@ -120,7 +157,8 @@ pub(crate) fn start(
     id: Option<u32>,
     spawn: Py<PyAny>,
     driver: Option<&FakeDriver>,
-) -> PyResult<NativeDevice> {
+    made: &Bound<'_, PyList>,
+) -> PyResult<()> {
     logging::follow(py)?;
     let methods = Methods {
         read: handlers.read,
@@ -150,7 +188,7 @@ pub(crate) fn start(
         server.start(target, &options)
     });
     match device {
-        Ok(device) => Ok(NativeDevice { device }),
+        Ok(device) => made.append(NativeDevice { device: Some(device) }),
         Err(error) => Err(to_python(py, &error)),
     }
 }

@@ -11,6 +11,12 @@ use ublk_core::{Errno, Error};
 /// `ublk.UblkError` with the errno.
 pub(crate) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
     static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    // An exception that came through the core, from starting a thread say, is itself.
+    if let Error::Target { source, .. } = error
+        && let Some(exception) = source.get_ref().and_then(|inner| inner.downcast_ref::<PyErr>())
+    {
+        return exception.clone_ref(py);
+    }
     if matches!(error, Error::InvalidValue { .. }) {
         return PyValueError::new_err(error.to_string());
     }

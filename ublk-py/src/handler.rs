@@ -153,7 +153,7 @@ impl State {
         // the memory away, because `end` releases the view itself.
         if !slot.end(lease) {
             // A view is still alive: the memory stays with it, and the tag gets fresh memory.
-            request.replace_buffer()?;
+            request.replace_buffer();
         }
         returned.map(Some)
     }

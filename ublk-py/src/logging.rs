@@ -47,8 +47,13 @@ impl Log for ToPython {
         }
         let text = record.args().to_string();
         let logged = Python::try_attach(|py| {
+            // Messages may come while an exception is on its way, from an object that it drops.
+            let pending = PyErr::take(py);
             if let Err(error) = self.0.call_method1(py, "log", (number(record.level()), "%s", &text)) {
                 error.write_unraisable(py, None);
+            }
+            if let Some(pending) = pending {
+                pending.restore(py);
             }
         });
         if logged.is_none() {

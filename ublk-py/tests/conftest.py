@@ -3,6 +3,7 @@
 """Tests of the Python package on the stand-in driver: no kernel, no privileges."""
 
 import pytest
+
 from ublk._ublk import FakeDriver
 
 

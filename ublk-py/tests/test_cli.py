@@ -5,6 +5,7 @@
 import argparse
 
 import pytest
+
 from ublk import _cli
 
 

@@ -9,6 +9,7 @@ import time
 
 import numpy
 import pytest
+
 import ublk
 
 SIZE = 1 << 20

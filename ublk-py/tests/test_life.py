@@ -8,7 +8,9 @@ import signal
 import threading
 
 import pytest
+
 import ublk
+from ublk._ublk import FakeDriver
 
 SIZE = 1 << 20
 
@@ -174,3 +176,30 @@ def test_a_forked_child_leaves_the_device_to_its_parent(driver):
                 os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert driver.read(dev.id, 0, 512) == bytes(512)
+
+
+def test_ctrl_c_while_a_device_starts_leaves_nothing(driver):
+    interrupted = 0
+    for attempt in range(20):
+        ticker = threading.Timer(attempt / 4000, signal.raise_signal, [signal.SIGINT])
+        try:
+            ticker.start()
+            with Disk(size=SIZE).start(queues=2, _driver=driver):
+                ticker.join()
+        except KeyboardInterrupt:
+            interrupted += 1
+        assert driver.devices() == []
+    assert interrupted == 20
+
+
+def test_a_forked_child_can_make_a_device_of_its_own(driver):
+    with Disk(size=SIZE).start(_driver=driver):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with Disk(size=SIZE).start(_driver=FakeDriver()) as dev:
+                    status = 0 if dev.running else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -20,6 +20,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -61,6 +62,8 @@ pub struct KernelDriver {
     /// Control rings that are not in use. Each command takes one for itself, so that a long STOP_DEV
     /// holds up nobody.
     rings: Mutex<Vec<IoUring<Entry128, cqueue::Entry>>>,
+    /// This process has, or had, a char device open: commands that may block go through a helper.
+    serving: AtomicBool,
 }
 
 impl std::fmt::Debug for KernelDriver {
@@ -98,7 +101,12 @@ impl KernelDriver {
             })?;
         // One ring up front, so that a system without io_uring is found out here.
         let ring = control_ring()?;
-        Ok(KernelDriver { control, dev: dev.to_owned(), rings: Mutex::new(vec![ring]) })
+        Ok(KernelDriver {
+            control,
+            dev: dev.to_owned(),
+            rings: Mutex::new(vec![ring]),
+            serving: AtomicBool::new(false),
+        })
     }
 
     fn take_ring(&self) -> io::Result<IoUring<Entry128, cqueue::Entry>> {
@@ -136,25 +144,14 @@ impl Driver for KernelDriver {
         timeout: Duration,
         give_up: &dyn Fn() -> bool,
     ) -> Result<(i32, Vec<u8>), ControlFailure> {
-        let mut payload = command.payload.into_boxed_slice();
-        let header = ublksrv_ctrl_cmd {
-            dev_id: command.dev_id,
-            queue_id: u16::MAX,
-            len: u16::try_from(payload.len()).expect("control payloads are small"),
-            addr: if payload.is_empty() { 0 } else { payload.as_mut_ptr() as u64 },
-            data: [command.data],
-            dev_path_len: command.path_len,
-            ..Default::default()
-        };
-        if command.waits_for_requests {
-            assert!(payload.is_empty(), "{} has a payload", command.name);
-            let header = control_bytes(&header);
-            return detached::control(self.control.as_fd(), command.op, header, timeout, give_up)
-                .map(|result| (result, Vec::new()));
+        if command.may_block && self.serving.load(Ordering::Relaxed) {
+            return detached::control(self.control.as_fd(), &command, timeout, give_up);
         }
+        let bytes = control_bytes(&command, &command.payload);
+        let payload = command.payload.into_boxed_slice();
         let mut ring = self.take_ring().map_err(ControlFailure::Io)?;
         let entry = opcode::UringCmd80::new(types::Fd(self.control.as_raw_fd()), command.op)
-            .cmd(control_bytes(&header))
+            .cmd(bytes)
             .build()
             .user_data(COMMAND);
         // SAFETY: (1) the payload is a box that this function drops only after the completion.
@@ -191,6 +188,7 @@ impl Driver for KernelDriver {
     fn open_char(&self, id: DeviceId) -> io::Result<Arc<dyn CharDevice>> {
         let path = self.dev.join(format!("ublkc{id}"));
         let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path)?;
+        self.serving.store(true, Ordering::Relaxed);
         Ok(Arc::new(KernelCharDevice(file)))
     }
 
@@ -222,7 +220,17 @@ impl Driver for KernelDriver {
     }
 }
 
-fn control_bytes(header: &ublksrv_ctrl_cmd) -> [u8; 80] {
+/// The command as it stands in a submission, with its payload at the given place.
+fn control_bytes(command: &ControlCommand, payload: &[u8]) -> [u8; 80] {
+    let header = ublksrv_ctrl_cmd {
+        dev_id: command.dev_id,
+        queue_id: u16::MAX,
+        len: u16::try_from(payload.len()).expect("control payloads are small"),
+        addr: if payload.is_empty() { 0 } else { payload.as_ptr() as u64 },
+        data: [command.data],
+        dev_path_len: command.path_len,
+        ..Default::default()
+    };
     let mut bytes = [0; 80];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     put(std::mem::offset_of!(ublksrv_ctrl_cmd, dev_id), &header.dev_id.to_ne_bytes());
@@ -294,6 +302,8 @@ struct KernelRing {
     waker: Arc<EventWaker>,
     /// Whether the ring watches the waker's event.
     wake_armed: bool,
+    /// Char devices are in the ring's table; else a slot is their descriptor's number.
+    fixed_files: bool,
     free_slots: Vec<u32>,
     /// Entries that found no room in the submission queue.
     backlog: VecDeque<Entry>,
@@ -317,12 +327,16 @@ impl KernelRing {
             }
             other => other.map_err(|e| describe_ring_error(&e))?,
         };
-        uring.submitter().register_files_sparse(FILE_SLOTS)?;
+        let fixed_files = fixed_files_are_released();
+        if fixed_files {
+            uring.submitter().register_files_sparse(FILE_SLOTS)?;
+        }
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(KernelRing {
             uring,
             waker: Arc::new(EventWaker(event)),
             wake_armed: false,
+            fixed_files,
             free_slots: (0..FILE_SLOTS).rev().collect(),
             backlog: VecDeque::new(),
         })
@@ -359,6 +373,9 @@ fn describe_ring_error(source: &io::Error) -> io::Error {
 
 impl Ring for KernelRing {
     fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot> {
+        if !self.fixed_files {
+            return Ok(FileSlot(file.raw_fd() as u32));
+        }
         let slot = self.free_slots.pop().ok_or_else(|| {
             io::Error::other(format!("a ring thread serves at most {FILE_SLOTS} queues; use more threads"))
         })?;
@@ -372,6 +389,9 @@ impl Ring for KernelRing {
     }
 
     fn remove_file(&mut self, slot: FileSlot) -> io::Result<()> {
+        if !self.fixed_files {
+            return Ok(());
+        }
         self.uring.submitter().register_files_update(slot.0, &[-1])?;
         self.free_slots.push(slot.0);
         Ok(())
@@ -380,10 +400,10 @@ impl Ring for KernelRing {
     fn push(&mut self, submission: Submission) -> io::Result<()> {
         let entry = match submission.operation {
             Operation::Fetch { file, queue, tag, address } => {
-                io_command(file, uapi::UBLK_U_IO_FETCH_REQ, queue, tag, 0, address)
+                io_command(self.fixed_files, file, uapi::UBLK_U_IO_FETCH_REQ, queue, tag, 0, address)
             }
             Operation::Commit { file, queue, tag, result, address } => {
-                io_command(file, uapi::UBLK_U_IO_COMMIT_AND_FETCH_REQ, queue, tag, result, address)
+                io_command(self.fixed_files, file, uapi::UBLK_U_IO_COMMIT_AND_FETCH_REQ, queue, tag, result, address)
             }
             Operation::Read { fd, address, len, offset } => {
                 opcode::Read::new(types::Fd(fd), address as *mut u8, len).offset(offset).build()
@@ -449,14 +469,31 @@ impl Ring for KernelRing {
 }
 
 /// Builds an I/O command; its argument is a `struct ublksrv_io_cmd`.
-fn io_command(file: FileSlot, op: u32, queue: QueueId, tag: Tag, result: i32, address: u64) -> Entry {
+fn io_command(fixed: bool, file: FileSlot, op: u32, queue: QueueId, tag: Tag, result: i32, address: u64) -> Entry {
     let mut bytes = [0; size_of::<ublksrv_io_cmd>()];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     put(std::mem::offset_of!(ublksrv_io_cmd, q_id), &queue.0.to_ne_bytes());
     put(std::mem::offset_of!(ublksrv_io_cmd, tag), &tag.0.to_ne_bytes());
     put(std::mem::offset_of!(ublksrv_io_cmd, result), &result.to_ne_bytes());
     put(std::mem::offset_of!(ublksrv_io_cmd, anon_1), &address.to_ne_bytes());
-    opcode::UringCmd16::new(types::Fixed(file.0), op).cmd(bytes).build()
+    if fixed {
+        opcode::UringCmd16::new(types::Fixed(file.0), op).cmd(bytes).build()
+    } else {
+        opcode::UringCmd16::new(types::Fd(file.0 as RawFd), op).cmd(bytes).build()
+    }
+}
+
+/// Whether a file that was taken out of a ring's table is released although other commands of the ring
+/// are pending. Before Linux 6.13 it is not: a stopped device would stay open for as long as another
+/// one of its thread lives.
+fn fixed_files_are_released() -> bool {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").is_ok_and(|release| at_least(&release, (6, 13)))
+}
+
+/// Compares a kernel's release, `6.12.57+deb13-amd64` say, with a version.
+fn at_least(release: &str, version: (u32, u32)) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= version
 }
 
 #[cfg(test)]
@@ -506,19 +543,26 @@ mod tests {
     }
 
     #[test]
+    fn releases_are_compared_by_number() {
+        assert!(at_least("6.13.0", (6, 13)) && at_least("7.3.4+deb13-cloud-amd64", (6, 13)));
+        assert!(!at_least("6.12.117+deb13", (6, 13)) && !at_least("6.2", (6, 13)) && !at_least("", (6, 13)));
+    }
+
+    #[test]
     fn the_control_header_is_laid_out_as_the_uapi_says() {
-        let header = ublksrv_ctrl_cmd {
+        let payload = vec![0; 0x0605];
+        let command = ControlCommand {
+            name: "",
+            op: 0,
             dev_id: 0x0403_0201,
-            queue_id: 0xffff,
-            len: 0x0605,
-            addr: 0x1112_1314_1516_1718,
-            data: [0x2122_2324_2526_2728],
-            dev_path_len: 0x3132,
-            ..Default::default()
+            data: 0x2122_2324_2526_2728,
+            payload: vec![],
+            path_len: 0x3132,
+            may_block: false,
         };
-        let bytes = control_bytes(&header);
+        let bytes = control_bytes(&command, &payload);
         assert_eq!(&bytes[0..8], &[1, 2, 3, 4, 0xff, 0xff, 5, 6]);
-        assert_eq!(bytes[8..16], 0x1112_1314_1516_1718u64.to_ne_bytes());
+        assert_eq!(bytes[8..16], (payload.as_ptr() as u64).to_ne_bytes());
         assert_eq!(bytes[16..24], 0x2122_2324_2526_2728u64.to_ne_bytes());
         assert_eq!(bytes[24..26], 0x3132u16.to_ne_bytes());
         assert!(bytes[26..].iter().all(|b| *b == 0));

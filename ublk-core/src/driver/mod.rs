@@ -37,9 +37,9 @@ pub struct ControlCommand {
     pub payload: Vec<u8>,
     /// How many bytes at the payload's start are a path (unprivileged devices, `GET_DEV_INFO2`).
     pub path_len: u16,
-    /// Whether the command may wait for requests that this process serves: it must not keep this
-    /// process from dying then. Such a command has no payload.
-    pub waits_for_requests: bool,
+    /// Whether the command may wait for requests that this process serves, by itself or for a lock that
+    /// another such command holds: it must not keep this process from dying then.
+    pub may_block: bool,
 }
 
 /// Why a control command brought no answer of success.

@@ -45,7 +45,7 @@ impl QueueEvents {
     /// A queue is closed, or was not opened after all.
     pub(crate) fn closed(&self) {
         let mut state = self.state();
-        state.open -= 1;
+        state.open = state.open.saturating_sub(1);
         if state.open == 0 {
             state.stopping = true;
         }
@@ -81,11 +81,6 @@ impl QueueEvents {
     /// Whether the device has begun to end.
     pub(crate) fn is_ending(&self) -> bool {
         self.state().stopping
-    }
-
-    /// Whether a queue failed.
-    pub(crate) fn has_failed(&self) -> bool {
-        self.state().failure.is_some()
     }
 
     /// The first failure, if there was one; later calls return nothing.

@@ -24,7 +24,8 @@ pub trait Spawn: Send + Sync + Debug {
     ///
     /// # Errors
     ///
-    /// Whatever kept the thread from starting; `body` must not have run then.
+    /// Whatever kept the thread from starting. The device is not made then, also if the thread runs after
+    /// all.
     fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<()>;
 }
 
@@ -140,6 +141,8 @@ impl ThreadPool {
     }
 
     /// Finds a thread for the queue. The receiver tells whether the queue is open.
+    ///
+    /// After an error, the queue has told its device that it is closed, or will.
     pub(crate) fn open(&self, setup: QueueSetup) -> io::Result<Receiver<Result<()>>> {
         let (reply, opened) = channel();
         let mut message = Message::Open { setup: Box::new(setup), reply };
@@ -162,9 +165,14 @@ impl ThreadPool {
             unreachable!("a new inbox is open");
         }
         let (driver, theirs) = (self.driver.clone(), inbox.clone());
-        self.spawn.spawn(name, Box::new(move || ring_thread::run(&*driver, &theirs)))?;
-        threads.push(inbox);
-        Ok(opened)
+        let spawned = self.spawn.spawn(name, Box::new(move || ring_thread::run(&*driver, &theirs)));
+        match spawned {
+            Ok(()) => threads.push(inbox),
+            // If the thread runs in spite of the error, it has the message, and closes the queue when the
+            // device is stopped; else the message is still here.
+            Err(_) => inbox.refuse("its thread was not started"),
+        }
+        spawned.map(|()| opened)
     }
 
     /// Tells all threads to give up a device's queues.

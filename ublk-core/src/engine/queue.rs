@@ -95,6 +95,9 @@ impl std::fmt::Debug for QueueCore {
 /// the next is begun, for a while: the next might take long again.
 #[derive(Debug, Default)]
 struct Pace {
+    /// The handler has taken its first request. Before that it may wait for an interpreter, say, which
+    /// is not the requests' slowness.
+    begun: Cell<bool>,
     /// Something was queued since the last submission.
     unsubmitted: Cell<bool>,
     /// When the batch began or something of it was last submitted.
@@ -111,15 +114,19 @@ impl Pace {
     /// How long a slow request is remembered.
     const MEMORY: Duration = Duration::from_secs(10);
 
-    /// A batch begins; the last one was submitted.
-    fn begin(&self, now: Tick) {
+    /// A batch is there; the last one was submitted.
+    fn begin(&self) {
+        self.begun.set(false);
         self.unsubmitted.set(false);
-        self.submitted.set(now);
-        self.stepped.set(now);
     }
 
-    /// The handler is done with a request; whether to submit now.
+    /// The handler is done with a request and takes the next; whether to submit now.
     fn step(&self, now: Tick) -> bool {
+        if !self.begun.replace(true) {
+            self.submitted.set(now);
+            self.stepped.set(now);
+            return false;
+        }
         if now.0.saturating_sub(self.stepped.get().0) >= Self::SLOW {
             self.eager_until.set(Tick(now.0 + Self::MEMORY));
         }
@@ -341,7 +348,7 @@ impl Queue {
 
     /// Hands the requests that came to the handler.
     pub(crate) fn serve(&mut self) {
-        self.core.pace.begin(Tick::now());
+        self.core.pace.begin();
         let Queue { handler, core, ready, .. } = self;
         let result = catch_unwind(AssertUnwindSafe(|| handler.handle(Requests::new(core, ready))));
         if let Err(panic) = result {
@@ -402,6 +409,7 @@ impl Queue {
         self.fail(format!("given up with {armed} tags at the driver and {owned} requests unfinished"));
         let Queue { core, file, events, .. } = self;
         std::mem::forget(core.buffers.take());
+        std::mem::forget(core.zeros.clone());
         if let Err(error) = core.ring.borrow_mut().remove_file(core.slot) {
             log::error!("ublkb{}: taking the char device out of the ring: {error}", core.info.device);
         }
@@ -436,7 +444,7 @@ mod tests {
     #[test]
     fn a_fast_batch_is_not_submitted_in_pieces() {
         let pace = Pace::default();
-        pace.begin(at(100));
+        pace.begin();
         for _ in 0..1000 {
             assert!(!pace.step(at(100)));
             pace.unsubmitted.set(true);
@@ -446,7 +454,8 @@ mod tests {
     #[test]
     fn a_batch_that_takes_long_is_submitted_with_every_tick() {
         let pace = Pace::default();
-        pace.begin(at(100));
+        pace.begin();
+        assert!(!pace.step(at(100)));
         pace.unsubmitted.set(true);
         assert!(!pace.step(at(100)));
         assert!(pace.step(at(104)));
@@ -457,15 +466,26 @@ mod tests {
     #[test]
     fn behind_a_slow_request_each_one_is_submitted_on_its_own() {
         let pace = Pace::default();
-        pace.begin(at(100));
+        let one_request_each = |begin, end| {
+            pace.begin();
+            pace.step(at(begin));
+            pace.unsubmitted.set(true);
+            pace.step(at(end))
+        };
+        assert!(one_request_each(100, 200));
+        assert!(one_request_each(300, 300));
+        assert!(!one_request_each(20_000, 20_000), "it is forgotten in the end");
+    }
+
+    #[test]
+    fn waiting_before_the_first_request_is_not_slowness() {
+        let pace = Pace::default();
+        pace.begin();
+        assert!(!pace.step(at(100)));
+        pace.begin();
+        assert!(!pace.step(at(900)));
         pace.unsubmitted.set(true);
-        assert!(pace.step(at(200)));
-        pace.begin(at(300));
-        pace.unsubmitted.set(true);
-        assert!(pace.step(at(300)));
-        pace.begin(at(20_000));
-        pace.unsubmitted.set(true);
-        assert!(!pace.step(at(20_000)), "it is forgotten in the end");
+        assert!(!pace.step(at(900)));
     }
 
     #[test]

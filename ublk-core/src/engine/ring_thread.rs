@@ -49,6 +49,9 @@ struct RingThread {
     inbox: Arc<Inbox>,
     /// The queues by place; the place is part of a submission's `user_data`.
     queues: Vec<Option<Queue>>,
+    /// Places of queues that were given up: completions may still come for them, so nobody else may
+    /// have them.
+    retired: Vec<usize>,
     /// Places whose queue got a completion in this round.
     touched: Vec<u32>,
     completions: Vec<Completion>,
@@ -64,6 +67,7 @@ impl RingThread {
         Ok(RingThread {
             inbox: inbox.clone(),
             queues: Vec::new(),
+            retired: Vec::new(),
             touched: Vec::new(),
             completions: Vec::new(),
             zeros: shared_zeros()?,
@@ -88,7 +92,8 @@ impl RingThread {
         for message in self.inbox.take() {
             match message {
                 Message::Open { setup, reply } => {
-                    let place = self.queues.iter().position(Option::is_none).unwrap_or(self.queues.len());
+                    let free = |place: &usize| self.queues[*place].is_none() && !self.retired.contains(place);
+                    let place = (0..self.queues.len()).find(free).unwrap_or(self.queues.len());
                     let events = setup.events.clone();
                     let result = Queue::open(*setup, place as u32, &self.ring, &self.zeros);
                     let result = result.map(|queue| {
@@ -106,11 +111,12 @@ impl RingThread {
                     let _ = reply.send(result);
                 }
                 Message::Abandon { device } => {
-                    for slot in &mut self.queues {
+                    for (place, slot) in self.queues.iter_mut().enumerate() {
                         if slot.as_ref().is_some_and(|q| q.device() == device)
                             && let Some(queue) = slot.take()
                         {
                             queue.abandon();
+                            self.retired.push(place);
                             self.inbox.unload();
                         }
                     }
@@ -124,7 +130,7 @@ impl RingThread {
             let cookie = Cookie::decode(completion.user_data);
             let queue = cookie.and_then(|c| self.queues.get_mut(c.queue as usize)?.as_mut().map(|q| (c, q)));
             let Some((cookie, queue)) = queue else {
-                log::error!("a completion for no queue: {completion:?}");
+                log::debug!("a completion of a queue that was given up: {completion:?}");
                 continue;
             };
             queue.completed(cookie, completion);

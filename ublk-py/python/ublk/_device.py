@@ -66,6 +66,8 @@ class Device:
     _block_size: int
     _exception: BaseException | None
     _owner: int
+    _start_over: threading.Event
+    _stopping: threading.Lock
 
     @classmethod
     def _start(
@@ -84,6 +86,8 @@ class Device:
         self._size = target.size
         self._block_size = target.block_size
         self._exception = None
+        self._start_over = threading.Event()
+        self._stopping = threading.Lock()
         self._owner = os.getpid()
         handlers["report"] = self._report
         shape = {
@@ -98,10 +102,22 @@ class Device:
         queues = _number("queues", queues, 32)
         depth = _number("depth", depth, 32)
         id = None if id is None else _number("id", id, 20)
-        self._native = _ublk.start(name, shape, handlers, queues, depth, id, _spawn, driver)
-        with _running_lock:
-            _running.add(self)
-        _signals.device_started()
+        made: list[_ublk.NativeDevice] = []
+        try:
+            _ublk.start(name, shape, handlers, queues, depth, id, _spawn, driver, made)
+            self._native = made[0]
+            with _running_lock:
+                _running.add(self)
+            _signals.device_started()
+        except BaseException:
+            # A signal's exception, Ctrl-C say, may come between any two lines above.
+            for native in made:
+                native.stop()
+            with _running_lock:
+                _running.discard(self)
+            raise
+        finally:
+            self._start_over.set()
         return self
 
     @property
@@ -182,13 +198,13 @@ class Device:
         try:
             self._native.stop()
         finally:
-            if not self._native.ending:
-                logger.error("%s could not be stopped", self.path)
-            with _running_lock:
-                known = self in _running
-                _running.discard(self)
-            if known:
-                _signals.device_stopped()
+            # After a time-out it still runs, and may be stopped again.
+            if self._native.stopped:
+                with _running_lock:
+                    known = self in _running
+                    _running.discard(self)
+                if known:
+                    _signals.device_stopped()
 
     def __enter__(self) -> Self:
         return self
@@ -209,16 +225,18 @@ class Device:
             logger.error("%s failed; the request gets EIO", name, exc_info=exception)
             return
         logger.error("%s raised %s; the device stops", name, type(exception).__name__)
+        if not self._stopping.acquire(blocking=False):
+            return
         self._exception = exception
         # The thread that runs this has to go on serving until the device is stopped.
         threading.Thread(target=self._stop_quietly, name="ublk-stop", daemon=True).start()
 
     def _stop_quietly(self) -> None:
-        # A handler may end the device before `start` has finished with it.
-        while not hasattr(self, "_native"):
-            time.sleep(0.01)
+        # A handler may end the device before `start` has finished with it, or given it up.
+        self._start_over.wait()
         try:
-            self.stop()
+            if hasattr(self, "_native"):
+                self.stop()
         except UblkError as error:
             logger.error("stopping %s: %s", self.path, error)
 

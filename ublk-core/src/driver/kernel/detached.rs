@@ -17,7 +17,8 @@
 //!
 //! 1. Between `fork` and `_exit` the child calls only async-signal-safe functions, io_uring's set-up
 //!    (system calls and `malloc`) and nothing that unwinds.
-//! 2. The command refers to no memory of ours: it has no payload.
+//! 2. The command's payload is shared memory, mapped at the same place in the helper, which keeps its
+//!    mapping until the command has ended, whatever the parent does with its own.
 
 use std::io::{self, Read};
 use std::mem::ManuallyDrop;
@@ -33,7 +34,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, pipe2};
 
-use super::super::ControlFailure;
+use super::super::{ControlCommand, ControlFailure};
+use crate::memory::SharedBytes;
 
 /// How often the waiting parent asks whether to give up.
 const SLICE: Duration = Duration::from_millis(100);
@@ -47,15 +49,16 @@ const ENDED: i32 = 1;
 const FAILED: i32 = 2;
 const MESSAGE: usize = 8;
 
-/// Sends a command without payload from a process of its own; as
-/// [`Driver::control`](super::super::Driver::control) otherwise.
+/// Sends a command from a process of its own; as [`Driver::control`](super::super::Driver::control)
+/// otherwise.
 pub(super) fn control(
     device: BorrowedFd<'_>,
-    op: u32,
-    header: [u8; 80],
+    command: &ControlCommand,
     timeout: Duration,
     give_up: &dyn Fn() -> bool,
-) -> Result<i32, ControlFailure> {
+) -> Result<(i32, Vec<u8>), ControlFailure> {
+    let payload = SharedBytes::new(&command.payload).map_err(ControlFailure::Io)?;
+    let (op, header) = (command.op, super::control_bytes(command, payload.bytes()));
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(to_io)?;
     let (control, report) = (device.as_raw_fd(), writer.as_raw_fd());
     // SAFETY: (1).
@@ -74,7 +77,8 @@ pub(super) fn control(
             drop(writer);
             // Somebody else may have collected it; it is gone either way.
             while waitpid(child, None) == Err(Errno::EINTR) {}
-            receive(reader.into(), timeout, give_up)
+            let result = receive(reader.into(), timeout, give_up)?;
+            Ok((result, payload.bytes().to_vec()))
         }
     }
 }
@@ -235,7 +239,16 @@ mod tests {
     fn a_helper_process_brings_the_kernels_answer() {
         // A command that the null device does not know; what counts is that the answer is the kernel's.
         let null = std::fs::File::open("/dev/null").unwrap();
-        let got = control(null.as_fd(), 1, [0; 80], Duration::from_secs(20), &|| false);
+        let command = ControlCommand {
+            name: "NOTHING",
+            op: 1,
+            dev_id: 0,
+            data: 0,
+            payload: vec![1, 2, 3],
+            path_len: 0,
+            may_block: true,
+        };
+        let got = control(null.as_fd(), &command, Duration::from_secs(20), &|| false);
         match got {
             // Without io_uring the set-up's error comes back instead.
             Ok(_) | Err(ControlFailure::Refused(_) | ControlFailure::Io(_)) => {}
