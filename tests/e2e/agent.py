@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import disks as classes
+
 import ublk
 
 
