@@ -179,7 +179,8 @@ def test_a_new_ram_disk_is_full_of_zeros(native_disk) -> None:
 
 
 def test_a_ram_disk_gives_discarded_memory_back(native_disk, native) -> None:
-    path = native_disk("-t", "mem", "--size", "64M")
+    # A shallow queue, because its buffers count as well.
+    path = native_disk("-t", "mem", "--size", "64M", "-d", "2")
     pid = native.info(path)["pid"]
 
     def resident() -> int:

@@ -20,6 +20,13 @@ def gone(path: str) -> bool:
     return not os.path.exists(path) and not os.path.exists(path.replace("ublkb", "ublkc"))
 
 
+def remove_the_dead(native: Face) -> None:
+    """Deletes what a server that was killed left, once the driver has noticed its end."""
+    until(lambda: {device["state"] for device in native.list()} <= {"DEAD"}, "the state DEAD")
+    native.run("del", "--dead")
+    assert native.list() == []
+
+
 def program(text: str, **options) -> Result:
     """A Python program that can import the disks of the tests."""
     return run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + text], **options)
@@ -78,9 +85,7 @@ def test_the_interpreter_s_exit_in_the_middle_of_io_removes_the_device() -> None
 def test_a_process_that_ends_without_clean_up_leaves_a_dead_device(native: Face) -> None:
     result = program("import os\nfrom disks import Ram\ndev = Ram().start()\nos._exit(0)\n")
     assert result.status == 0
-    until(lambda: [device["state"] for device in native.list()] == ["DEAD"], "the state DEAD")
-    native.run("del", "--dead")
-    assert native.list() == []
+    remove_the_dead(native)
 
 
 @pytest.mark.io_errors
@@ -90,8 +95,7 @@ def test_a_handler_that_kills_its_process_hangs_nobody(native: Face) -> None:
         with Disk(server.path, direct=True) as disk:
             assert error_of(lambda: disk.read(1000 * 512, 512)) != 0
         assert server.wait() == 3
-    until(lambda: [device["state"] for device in native.list()] == ["DEAD"], "the state DEAD")
-    native.run("del", "--dead")
+    remove_the_dead(native)
 
 
 @pytest.mark.io_errors
@@ -112,8 +116,7 @@ def test_sigkill_in_the_middle_of_io_hangs_nobody(native: Face) -> None:
         load.wait_until_busy()
         assert server.kill() == -signal.SIGKILL
         assert load.wait(15) != 0, "fio did not notice that its disk is gone"
-    until(lambda: [device["state"] for device in native.list()] == ["DEAD"], "the state DEAD")
-    native.run("del", "--dead")
+    remove_the_dead(native)
     assert gone(server.path)
 
 
@@ -128,7 +131,7 @@ def test_sigkill_while_a_handler_never_returns_hangs_nobody(native: Face) -> Non
         tasks.join(15)
         assert errors
         assert errors[0] != 0
-    native.run("del", "--dead")
+    remove_the_dead(native)
 
 
 @pytest.mark.io_errors
@@ -144,7 +147,7 @@ def test_sigkill_after_a_stop_that_waits_for_a_handler_hangs_nobody(native: Face
         server.kill()
         tasks.join(15)
         until(lambda: not is_running(server.pid), "the server's end", 15)
-    native.run("del", "--dead")
+    remove_the_dead(native)
 
 
 @pytest.mark.io_errors
