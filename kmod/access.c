@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Who may control a device. A privileged one: who has CAP_SYS_ADMIN. An
+ * unprivileged one: who may use its char device, which the caller shows with a
+ * path; so the owner and mode of the node decide, root included.
+ */
+#include <linux/capability.h>
+#include <linux/fs.h>
+#include <linux/mount.h>
+#include <linux/namei.h>
+#include <linux/slab.h>
+#include <linux/string.h>
+
+#include "ublk.h"
+
+/* The right to the char device that a command needs. */
+static int ublk_command_mask(u32 cmd_op)
+{
+	switch (_IOC_NR(cmd_op)) {
+	case UBLK_CMD_GET_QUEUE_AFFINITY:
+	case UBLK_CMD_GET_DEV_INFO:
+	case UBLK_CMD_GET_DEV_INFO2:
+	case UBLK_CMD_GET_PARAMS:
+		return MAY_READ;
+	case UBLK_CMD_DEL_DEV:
+	case UBLK_CMD_START_DEV:
+	case UBLK_CMD_STOP_DEV:
+	case UBLK_CMD_SET_PARAMS:
+	case UBLK_CMD_START_USER_RECOVERY:
+	case UBLK_CMD_END_USER_RECOVERY:
+	case _IOC_NR(UBLK_U_CMD_DEL_DEV_ASYNC):
+	case _IOC_NR(UBLK_U_CMD_UPDATE_SIZE):
+	case _IOC_NR(UBLK_U_CMD_QUIESCE_DEV):
+	case _IOC_NR(UBLK_U_CMD_TRY_STOP_DEV):
+	case _IOC_NR(UBLK_U_CMD_REG_BUF):
+	case _IOC_NR(UBLK_U_CMD_UNREG_BUF):
+		return MAY_READ | MAY_WRITE;
+	default:
+		return -EINVAL;
+	}
+}
+
+/*
+ * Device nodes count only where they could be opened. Elsewhere anybody may
+ * make one up: a file system served by the user, say.
+ */
+static bool ublk_nodes_count(const struct path *path)
+{
+	return !(path->mnt->mnt_flags & MNT_NODEV) &&
+	       !(path->mnt->mnt_sb->s_iflags & SB_I_NODEV);
+}
+
+static int ublk_check_path(const struct ublk_device *ub, const char *name,
+			   int mask)
+{
+	const struct inode *inode;
+	struct path path;
+	int ret;
+
+	ret = kern_path(name, LOOKUP_FOLLOW, &path);
+	if (ret)
+		return ret;
+	inode = d_backing_inode(path.dentry);
+	if (!S_ISCHR(inode->i_mode) || inode->i_rdev != ub->dev.devt ||
+	    !ublk_nodes_count(&path))
+		ret = -EPERM;
+	else
+		ret = path_permission(&path, mask);
+	path_put(&path);
+	return ret;
+}
+
+/*
+ * Checks the path in front of the payload of @header and leaves the payload
+ * there.
+ */
+static int ublk_take_path(const struct ublk_device *ub, u32 cmd_op,
+			  struct ublksrv_ctrl_cmd *header)
+{
+	int mask = ublk_command_mask(cmd_op);
+	u16 path_len = header->dev_path_len;
+	char *name;
+	int ret;
+
+	if (mask < 0)
+		return mask;
+	if (!header->addr || !path_len || path_len > PATH_MAX ||
+	    path_len > header->len)
+		return -EINVAL;
+	name = memdup_user_nul(u64_to_user_ptr(header->addr), path_len);
+	if (IS_ERR(name))
+		return PTR_ERR(name);
+	ret = ublk_check_path(ub, name, mask);
+	kfree(name);
+	if (ret)
+		return ret;
+	header->addr += path_len;
+	header->len -= path_len;
+	return 0;
+}
+
+int ublk_check_access(struct ublk_device *ub, u32 cmd_op,
+		      struct ublksrv_ctrl_cmd *header)
+{
+	if (!(ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV)) {
+		if (!capable(CAP_SYS_ADMIN))
+			return -EPERM;
+		if (_IOC_NR(cmd_op) != UBLK_CMD_GET_DEV_INFO2)
+			return 0;
+	}
+	return ublk_take_path(ub, cmd_op, header);
+}

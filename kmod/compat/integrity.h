@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Integrity metadata. Before 6.11 a driver brings its own code for checksums
+ * along, and the block layer does not know where in the metadata they are: not
+ * offered there.
+ */
+#ifndef UBLK_COMPAT_INTEGRITY_H
+#define UBLK_COMPAT_INTEGRITY_H
+
+#ifndef UBLK_HAVE_LIMITS_FEATURES
+#define UBLK_COMPAT_NO_INTEGRITY
+#endif
+
+/*
+ * Until 7.0 or so: every device was thought not to take intervals in pieces,
+ * and gets none.
+ */
+#ifndef UBLK_HAVE_SPLIT_INTERVAL
+#define BLK_SPLIT_INTERVAL_CAPABLE	0
+#endif
+
+/* User API of block devices since 6.17, and of ublk, which borrows it. */
+#ifndef UBLK_HAVE_LBMD
+#define LBMD_PI_CAP_INTEGRITY		(1 << 0)
+#define LBMD_PI_CAP_REFTAG		(1 << 1)
+
+#define LBMD_PI_CSUM_NONE		0
+#define LBMD_PI_CSUM_IP			1
+#define LBMD_PI_CSUM_CRC16_T10DIF	2
+#define LBMD_PI_CSUM_CRC64_NVME		4
+#endif
+
+#endif /* UBLK_COMPAT_INTEGRITY_H */

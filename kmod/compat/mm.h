@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Memory.
+ */
+#ifndef UBLK_COMPAT_MM_H
+#define UBLK_COMPAT_MM_H
+
+/* Until 6.2; some stable releases have it. */
+#ifndef UBLK_HAVE_VM_FLAGS_CLEAR
+#include <linux/mm.h>
+
+static inline void vm_flags_clear(struct vm_area_struct *vma,
+				  unsigned long flags)
+{
+	vma->vm_flags &= ~flags;
+}
+#endif
+
+/* Until 6.19 */
+#ifndef UBLK_HAVE_KZALLOC_OBJ
+#include <linux/slab.h>
+
+#define kzalloc_obj(var_or_type) \
+	((typeof(var_or_type) *)kzalloc(sizeof(var_or_type), GFP_KERNEL))
+#endif
+
+/* Until 6.5 */
+#ifndef __counted_by
+#define __counted_by(member)
+#endif
+
+#endif /* UBLK_COMPAT_MM_H */

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The driver moves data between requests and the memory of a server: by itself
+ * at dispatch and commit, or when the server reads and writes the char device.
+ */
+#include <linux/blk-integrity.h>
+#include <linux/fs.h>
+#include <linux/highmem.h>
+#include <linux/nospec.h>
+#include <linux/uio.h>
+
+#include "ublk.h"
+
+struct ublk_copy {
+	struct iov_iter	*iter;
+	size_t		skip;	/* bytes before the first one wanted */
+	size_t		done;
+	bool		to_server;
+};
+
+/* Copies the part of a page that is wanted. False: that was the last one. */
+static bool ublk_copy_page(struct ublk_copy *copy, const struct bio_vec *bv)
+{
+	size_t offset = bv->bv_offset + copy->skip;
+	size_t len, n;
+
+	if (copy->skip >= bv->bv_len) {
+		copy->skip -= bv->bv_len;
+		return true;
+	}
+	len = bv->bv_len - copy->skip;
+	if (copy->to_server) {
+		n = copy_page_to_iter(bv->bv_page, offset, len, copy->iter);
+	} else {
+		n = copy_page_from_iter(bv->bv_page, offset, len, copy->iter);
+		flush_dcache_page(bv->bv_page);
+	}
+	copy->skip = 0;
+	copy->done += n;
+	return n == len && iov_iter_count(copy->iter);
+}
+
+/*
+ * Copies between the data of a request, from @offset on, and @iter. Less than
+ * both have room for if the server's memory faults.
+ */
+size_t ublk_copy_data(struct request *req, size_t offset, struct iov_iter *iter,
+		      bool to_server)
+{
+	struct ublk_copy copy = {
+		.iter = iter,
+		.skip = offset,
+		.to_server = to_server,
+	};
+	struct req_iterator pos;
+	struct bio_vec bv;
+
+	rq_for_each_segment(bv, req, pos)
+		if (!ublk_copy_page(&copy, &bv))
+			return copy.done;
+	return copy.done;
+}
+
+#ifdef UBLK_CAN_INTEGRITY
+/* Bytes of metadata that go with a request; 0 if it carries none. */
+size_t ublk_integrity_bytes(const struct request *req)
+{
+	if (!(req->cmd_flags & REQ_INTEGRITY))
+		return 0;
+	return bio_integrity_bytes(&req->q->limits.integrity,
+				   blk_rq_sectors(req));
+}
+
+/* The same as ublk_copy_data() for the metadata of a request. */
+size_t ublk_copy_integrity(struct request *req, size_t offset,
+			   struct iov_iter *iter, bool to_server)
+{
+	struct ublk_copy copy = {
+		.iter = iter,
+		.skip = offset,
+		.to_server = to_server,
+	};
+	struct bio *bio;
+
+	__rq_for_each_bio(bio, req) {
+		struct bio_integrity_payload *bip = bio_integrity(bio);
+		struct bvec_iter pos;
+		struct bio_vec bv;
+
+		if (!bip)
+			continue;
+		bip_for_each_vec(bv, bip, pos)
+			if (!ublk_copy_page(&copy, &bv))
+				return copy.done;
+	}
+	return copy.done;
+}
+#else
+size_t ublk_integrity_bytes(const struct request *req)
+{
+	return 0;
+}
+
+size_t ublk_copy_integrity(struct request *req, size_t offset,
+			   struct iov_iter *iter, bool to_server)
+{
+	return 0;
+}
+#endif
+
+/*
+ * A buffer in current->mm. import_ubuf() would cut it at MAX_RW_COUNT, which a
+ * request may exceed.
+ */
+static bool ublk_server_buffer(u64 addr, size_t bytes, unsigned int direction,
+			       struct iov_iter *iter)
+{
+	void __user *buf = u64_to_user_ptr(addr);
+
+	if (!access_ok(buf, bytes))
+		return false;
+	iov_iter_ubuf(iter, direction, buf, bytes);
+	return true;
+}
+
+/* Copies all the data of a request to the server whose task this is. */
+bool ublk_copy_to_server(struct request *req, u64 addr)
+{
+	size_t bytes = blk_rq_bytes(req);
+	struct iov_iter iter;
+
+	if (!ublk_server_buffer(addr, bytes, ITER_DEST, &iter))
+		return false;
+	return ublk_copy_data(req, 0, &iter, true) == bytes;
+}
+
+/* Takes the first @bytes from the server; returns how many could be had. */
+size_t ublk_copy_from_server(struct request *req, u64 addr, size_t bytes)
+{
+	struct iov_iter iter;
+
+	bytes = min_t(size_t, bytes, blk_rq_bytes(req));
+	if (!ublk_server_buffer(addr, bytes, ITER_SOURCE, &iter))
+		return 0;
+	return ublk_copy_data(req, 0, &iter, false);
+}
+
+/* The slot that a position in the char device is about, or NULL. */
+static struct ublk_io *ublk_pos_to_io(struct ublk_device *ub, u64 pos)
+{
+	struct ublk_queue *q;
+	unsigned int q_id, tag;
+
+	if (pos < UBLKSRV_IO_BUF_OFFSET)
+		return NULL;
+	pos -= UBLKSRV_IO_BUF_OFFSET;
+	if (pos >= UBLKSRV_IO_BUF_TOTAL_SIZE)
+		return NULL;
+	q_id = (pos >> UBLK_QID_OFF) & UBLK_QID_BITS_MASK;
+	tag = (pos >> UBLK_TAG_OFF) & UBLK_TAG_BITS_MASK;
+	if (q_id >= ub->dev_info.nr_hw_queues)
+		return NULL;
+	q = ub->queues[array_index_nospec(q_id, ub->dev_info.nr_hw_queues)];
+	if (tag >= q->depth)
+		return NULL;
+	return &q->ios[array_index_nospec(tag, q->depth)];
+}
+
+/* Copies from or to the request of a slot that the caller keeps. */
+static ssize_t ublk_user_copy_rq(struct request *req, size_t offset,
+				 struct iov_iter *iter, bool integrity,
+				 bool to_server)
+{
+	size_t bytes, done;
+
+	if (!ublk_rq_has_data(req))
+		return -EINVAL;
+	bytes = integrity ? ublk_integrity_bytes(req) : blk_rq_bytes(req);
+	if (!bytes || offset > bytes)
+		return -EINVAL;
+	if (to_server == ublk_rq_from_server(req))
+		return -EACCES;
+	if (offset == bytes || !iov_iter_count(iter))
+		return 0;
+	if (integrity)
+		done = ublk_copy_integrity(req, offset, iter, to_server);
+	else
+		done = ublk_copy_data(req, offset, iter, to_server);
+	return done ?: -EFAULT;
+}
+
+/*
+ * read() and write() on the char device. The position says which request, and
+ * where in its data; see UBLKSRV_IO_BUF_OFFSET.
+ */
+ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
+		       bool to_server)
+{
+	struct ublk_device *ub = iocb->ki_filp->private_data;
+	bool integrity = iocb->ki_pos & UBLKSRV_IO_INTEGRITY_FLAG;
+	u64 pos = iocb->ki_pos & ~UBLKSRV_IO_INTEGRITY_FLAG;
+	u64 flags = ub->dev_info.flags;
+	struct ublk_io *io;
+	size_t offset;
+	ssize_t ret;
+
+	if (!user_backed_iter(iter))
+		return -EACCES;
+	if (!(flags & UBLK_F_USER_COPY))
+		return -EACCES;
+	if (integrity && !(flags & UBLK_F_INTEGRITY))
+		return -EINVAL;
+
+	/* There are requests before the device is LIVE: zones are reported. */
+	io = ublk_pos_to_io(ub, pos);
+	if (!io || !ublk_io_get(io))
+		return READ_ONCE(ub->dev_info.state) == UBLK_S_DEV_DEAD ?
+		       -EACCES : -EINVAL;
+	offset = (pos - UBLKSRV_IO_BUF_OFFSET) & UBLK_IO_BUF_BITS_MASK;
+	ret = ublk_user_copy_rq(io->req, offset, iter, integrity, to_server);
+	ublk_io_put(io);
+	if (ret > 0)
+		iocb->ki_pos += ret;
+	return ret;
+}

@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * From ADD_DEV to DEL_DEV: the numbers, the char device, the queues.
+ *
+ * The structure belongs to its struct device. It, and the number, are free
+ * when the last holder of the char device and of the disk is gone.
+ */
+#include <linux/cred.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/slab.h>
+#include <linux/uidgid.h>
+#include <linux/xarray.h>
+
+#include "ublk.h"
+
+/* Devices by number; a number without a device is reserved. */
+static DEFINE_XARRAY_ALLOC(ublk_devs);
+static DECLARE_WAIT_QUEUE_HEAD(ublk_devs_wait);
+/* Both under the array's lock. */
+static unsigned int ublk_nr_unprivileged;
+static u64 ublk_last_serial;
+
+/* Bytes of a queue's descriptors, for so many tags, as they are mapped. */
+unsigned long ublk_desc_area(const struct ublk_device *ub, u32 depth)
+{
+	return PAGE_ALIGN((unsigned long)depth * ub->dev_info.io_desc_size);
+}
+
+static void ublk_free_queue(struct ublk_queue *q)
+{
+	ublk_batch_exit(q);
+	if (q->descs)
+		free_pages((unsigned long)q->descs,
+			   get_order(ublk_desc_area(q->ub, q->depth)));
+	kvfree(q);
+}
+
+static struct ublk_queue *ublk_alloc_queue(struct ublk_device *ub, u16 q_id)
+{
+	u16 depth = ub->dev_info.queue_depth;
+	struct ublk_queue *q;
+	struct page *pages;
+	unsigned int tag;
+
+	q = kvzalloc(struct_size(q, ios, depth), GFP_KERNEL);
+	if (!q)
+		return ERR_PTR(-ENOMEM);
+	q->ub = ub;
+	q->q_id = q_id;
+	q->depth = depth;
+	q->gate = UBLK_GATE_FAIL;
+	q->flags = ub->dev_info.flags;
+	q->desc_size = ub->dev_info.io_desc_size;
+	for (tag = 0; tag < depth; tag++)
+		q->ios[tag].tag = tag;
+
+	pages = alloc_pages(GFP_KERNEL | __GFP_ZERO,
+			    get_order(ublk_desc_area(ub, depth)));
+	if (!pages) {
+		kvfree(q);
+		return ERR_PTR(-ENOMEM);
+	}
+	q->descs = page_address(pages);
+	if (ublk_is_batch(q)) {
+		int ret = ublk_batch_init(q);
+
+		if (ret) {
+			ublk_free_queue(q);
+			return ERR_PTR(ret);
+		}
+	}
+	return q;
+}
+
+static void ublk_free_queues(struct ublk_device *ub)
+{
+	unsigned int i;
+
+	for (i = 0; ub->queues && i < ub->dev_info.nr_hw_queues; i++)
+		if (ub->queues[i])
+			ublk_free_queue(ub->queues[i]);
+	kfree(ub->queues);
+}
+
+static int ublk_alloc_queues(struct ublk_device *ub)
+{
+	unsigned int i;
+
+	ub->queues = kcalloc(ub->dev_info.nr_hw_queues, sizeof(*ub->queues),
+			     GFP_KERNEL);
+	if (!ub->queues)
+		return -ENOMEM;
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
+		struct ublk_queue *q = ublk_alloc_queue(ub, i);
+
+		if (IS_ERR(q))
+			return PTR_ERR(q);
+		ub->queues[i] = q;
+	}
+	return 0;
+}
+
+static int ublk_alloc_tag_set(struct ublk_device *ub)
+{
+	ub->tag_set.ops = &ublk_mq_ops;
+	ub->tag_set.nr_hw_queues = ub->dev_info.nr_hw_queues;
+	ub->tag_set.queue_depth = ub->dev_info.queue_depth;
+	ub->tag_set.numa_node = NUMA_NO_NODE;
+	ub->tag_set.cmd_size = sizeof(struct ublk_rq);
+	ub->tag_set.driver_data = ub;
+	return blk_mq_alloc_tag_set(&ub->tag_set);
+}
+
+/*
+ * Takes the number that is wished for, or the lowest free one. Nobody finds
+ * the device before ublk_publish().
+ */
+static int ublk_claim_number(struct ublk_device *ub)
+{
+	bool unprivileged = ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV;
+	u32 dev_id = ub->dev_info.dev_id;
+	int ret;
+
+	xa_lock(&ublk_devs);
+	if (unprivileged && ublk_nr_unprivileged >= READ_ONCE(ublks_max)) {
+		xa_unlock(&ublk_devs);
+		return -EACCES;
+	}
+	/* The lock may be dropped for memory. */
+	ublk_nr_unprivileged += unprivileged;
+	if (dev_id == U32_MAX) {
+		ret = __xa_alloc(&ublk_devs, &dev_id, NULL,
+				 XA_LIMIT(0, UBLK_MINORS - 1), GFP_KERNEL);
+		if (ret == -EBUSY)
+			ret = -ENOSPC;
+	} else {
+		ret = __xa_insert(&ublk_devs, dev_id, NULL, GFP_KERNEL);
+		if (ret == -EBUSY)
+			ret = -EEXIST;
+	}
+	if (ret) {
+		ublk_nr_unprivileged -= unprivileged;
+	} else {
+		ub->dev_info.dev_id = dev_id;
+		ub->serial = ++ublk_last_serial;
+	}
+	xa_unlock(&ublk_devs);
+	return ret;
+}
+
+/* The number's place in the array exists: this takes no memory. */
+static void ublk_publish(struct ublk_device *ub)
+{
+	xa_store(&ublk_devs, ub->dev_info.dev_id, ub, GFP_KERNEL);
+}
+
+static void ublk_release_number(struct ublk_device *ub)
+{
+	xa_lock(&ublk_devs);
+	__xa_erase(&ublk_devs, ub->dev_info.dev_id);
+	if (ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV)
+		ublk_nr_unprivileged--;
+	wake_up_all(&ublk_devs_wait);
+	xa_unlock(&ublk_devs);
+}
+
+/* Frees the device, whole or as far as it has come, and then its number. */
+static void ublk_free_dev(struct ublk_device *ub)
+{
+	if (ub->tag_set.tags)
+		blk_mq_free_tag_set(&ub->tag_set);
+	ublk_free_queues(ub);
+	ublk_shmem_exit(ub);
+	mutex_destroy(&ub->mutex);
+	/* Whoever waits for this finds all else done. */
+	ublk_release_number(ub);
+	kfree(ub);
+}
+
+static void ublk_dev_release(struct device *dev)
+{
+	struct ublk_device *ub = container_of(dev, struct ublk_device, dev);
+
+	ublk_free_dev(ub);
+}
+
+/*
+ * ADD_DEV: makes a device out of what is wished for, and rewrites that into
+ * what was granted. The caller has checked limits and rights, and gets a
+ * reference.
+ */
+struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
+{
+	struct ublk_device *ub;
+	kuid_t uid;
+	kgid_t gid;
+	int ret;
+
+	ub = kzalloc_obj(*ub);
+	if (!ub)
+		return ERR_PTR(-ENOMEM);
+	ub->dev_info = *info;
+	mutex_init(&ub->mutex);
+	spin_lock_init(&ub->lock);
+	init_waitqueue_head(&ub->wait);
+	INIT_WORK(&ub->release_work, ublk_release_work);
+	INIT_WORK(&ub->scan_work, ublk_scan_work);
+
+	ret = ublk_claim_number(ub);
+	if (ret) {
+		kfree(ub);
+		return ERR_PTR(ret);
+	}
+	ublk_settle_flags(&ub->dev_info);
+	ret = ublk_check_zoned(&ub->dev_info);
+	if (ret)
+		goto out_free;
+	current_uid_gid(&uid, &gid);
+	ub->dev_info.owner_uid = from_kuid(&init_user_ns, uid);
+	ub->dev_info.owner_gid = from_kgid(&init_user_ns, gid);
+
+	ret = ublk_alloc_queues(ub);
+	if (ret)
+		goto out_free;
+	ret = ublk_alloc_tag_set(ub);
+	if (ret)
+		goto out_free;
+	if (ub->dev_info.flags & UBLK_F_SHMEM_ZC) {
+		ret = ublk_shmem_init(ub);
+		if (ret)
+			goto out_free;
+	}
+
+	/* From here on ublk_dev_release() frees it. */
+	device_initialize(&ub->dev);
+	ub->dev.parent = ublk_misc.this_device;
+	ub->dev.devt = MKDEV(MAJOR(ublk_chr_devt), ub->dev_info.dev_id);
+	ub->dev.class = &ublk_chr_class;
+	ub->dev.release = ublk_dev_release;
+	ret = dev_set_name(&ub->dev, "ublkc%u", ub->dev_info.dev_id);
+	if (ret)
+		goto out_put;
+	cdev_init(&ub->cdev, &ublk_ch_fops);
+	*info = ub->dev_info;
+	ret = cdev_device_add(&ub->cdev, &ub->dev);
+	if (ret)
+		goto out_put;
+	get_device(&ub->dev);
+	ublk_publish(ub);
+	return ub;
+
+out_put:
+	put_device(&ub->dev);
+	return ERR_PTR(ret);
+out_free:
+	ublk_free_dev(ub);
+	return ERR_PTR(ret);
+}
+
+/* A reference to the device of that number, or NULL. */
+struct ublk_device *ublk_find_dev(u32 dev_id)
+{
+	struct ublk_device *ub;
+
+	xa_lock(&ublk_devs);
+	ub = xa_load(&ublk_devs, dev_id);
+	if (ub && !kobject_get_unless_zero(&ub->dev.kobj))
+		ub = NULL;
+	xa_unlock(&ublk_devs);
+	return ub;
+}
+
+void ublk_put_dev(struct ublk_device *ub)
+{
+	put_device(&ub->dev);
+}
+
+/*
+ * DEL_DEV: what is left afterwards goes when the last holder lets go. Done
+ * twice, the second time does nothing.
+ */
+void ublk_remove_dev(struct ublk_device *ub)
+{
+	ublk_stop_dev(ub);
+	if (test_and_set_bit(UBLK_DEV_DELETED, &ub->bits))
+		return;
+	/* START_DEV and END_USER_RECOVERY may be waiting. */
+	wake_up_all(&ub->wait);
+	cdev_device_del(&ub->cdev, &ub->dev);
+	put_device(&ub->dev);
+}
+
+static bool ublk_is_freed(u32 dev_id, u64 serial)
+{
+	struct ublk_device *ub;
+	bool ret;
+
+	xa_lock(&ublk_devs);
+	ub = xa_load(&ublk_devs, dev_id);
+	ret = !ub || ub->serial != serial;
+	xa_unlock(&ublk_devs);
+	return ret;
+}
+
+/* Until the number is free, which takes all holders of the device. */
+int ublk_wait_freed(u32 dev_id, u64 serial)
+{
+	if (wait_event_interruptible(ublk_devs_wait,
+				     ublk_is_freed(dev_id, serial)))
+		return -EINTR;
+	return 0;
+}
+
+/* The module goes: nobody holds a char device or a disk any more. */
+void ublk_remove_all(void)
+{
+	struct ublk_device *ub;
+	unsigned long dev_id;
+
+	xa_for_each(&ublk_devs, dev_id, ub) {
+		/* Some may be on their way out already. */
+		ub = ublk_find_dev(dev_id);
+		if (!ub)
+			continue;
+		ublk_remove_dev(ub);
+		ublk_put_dev(ub);
+	}
+	wait_event(ublk_devs_wait, xa_empty(&ublk_devs));
+}

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * /dev/ublkbN: the disk of a started device.
+ */
+#include <linux/blk-integrity.h>
+#include <linux/cred.h>
+#include <linux/uidgid.h>
+
+#include "ublk.h"
+
+/* The disk of an unprivileged device is for its owner, and for the administrator. */
+static bool ublk_may_open(const struct ublk_device *ub)
+{
+	kuid_t uid;
+	kgid_t gid;
+
+	if (!(ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV))
+		return true;
+	if (capable(CAP_SYS_ADMIN))
+		return true;
+	current_uid_gid(&uid, &gid);
+	return from_kuid(&init_user_ns, uid) == ub->dev_info.owner_uid &&
+	       from_kgid(&init_user_ns, gid) == ub->dev_info.owner_gid;
+}
+
+static int ublk_open(struct gendisk *disk, blk_mode_t mode)
+{
+	struct ublk_device *ub = disk->private_data;
+
+	if (!ublk_may_open(ub))
+		return -EPERM;
+	/* TRY_STOP_DEV has found nobody here, and that must stay so. */
+	if (test_bit(UBLK_DEV_NO_OPEN, &ub->bits))
+		return -ENXIO;
+	return 0;
+}
+
+static void ublk_free_disk(struct gendisk *disk)
+{
+	struct ublk_device *ub = disk->private_data;
+
+	clear_bit(UBLK_DEV_USED, &ub->bits);
+	put_device(&ub->dev);
+}
+
+static const struct block_device_operations ublk_fops = {
+	.owner		= THIS_MODULE,
+	.open		= ublk_open,
+	.free_disk	= ublk_free_disk,
+	.report_zones	= ublk_report_zones,
+};
+
+/* The disk as the parameters want it, not added yet; ub->mutex is held. */
+struct gendisk *ublk_alloc_disk(struct ublk_device *ub)
+{
+	struct queue_limits lim = { };
+	struct gendisk *disk;
+
+	lockdep_assert_held(&ub->mutex);
+	ublk_params_to_limits(ub, &lim);
+	disk = blk_mq_alloc_disk(&ub->tag_set, &lim, NULL);
+	if (IS_ERR(disk))
+		return disk;
+	snprintf(disk->disk_name, sizeof(disk->disk_name), "ublkb%u",
+		 ub->dev_info.dev_id);
+	disk->fops = &ublk_fops;
+	disk->private_data = ub;
+	/* Both are undone by ublk_free_disk(), or ublk_discard_disk(). */
+	get_device(&ub->dev);
+	set_bit(UBLK_DEV_USED, &ub->bits);
+
+	set_capacity(disk, ub->params.basic.dev_sectors);
+	if (ub->params.basic.attrs & UBLK_ATTR_READ_ONLY)
+		set_disk_ro(disk, true);
+	/* Reading partitions would keep START_DEV waiting for the server. */
+	set_bit(GD_SUPPRESS_PART_SCAN, &disk->state);
+	return disk;
+}
+
+/* Undoes ublk_alloc_disk() where add_disk() has failed: free_disk is not called. */
+void ublk_discard_disk(struct ublk_device *ub, struct gendisk *disk)
+{
+	put_disk(disk);
+	clear_bit(UBLK_DEV_USED, &ub->bits);
+	put_device(&ub->dev);
+}
+
+/* A reference to the disk, or NULL. Without ub->mutex. */
+struct gendisk *ublk_get_disk(struct ublk_device *ub)
+{
+	struct gendisk *disk;
+
+	spin_lock(&ub->lock);
+	disk = ub->disk;
+	if (disk)
+		get_device(disk_to_dev(disk));
+	spin_unlock(&ub->lock);
+	return disk;
+}
+
+/*
+ * Reads the partition table of a new disk. The server may take its time, or
+ * die: then this waits for the next one, while the rest of the life cycle goes
+ * on.
+ */
+void ublk_scan_work(struct work_struct *work)
+{
+	struct ublk_device *ub =
+		container_of(work, struct ublk_device, scan_work);
+	struct gendisk *disk = ublk_get_disk(ub);
+
+	if (!disk)
+		return;
+	clear_bit(GD_SUPPRESS_PART_SCAN, &disk->state);
+	mutex_lock(&disk->open_mutex);
+	bdev_disk_changed(disk, false);
+	mutex_unlock(&disk->open_mutex);
+	put_disk(disk);
+}
+
+int ublk_update_size(struct ublk_device *ub, u64 sectors)
+{
+	struct ublk_param_basic *basic = &ub->params.basic;
+	int ret = 0;
+
+	mutex_lock(&ub->mutex);
+	if (!ub->disk)
+		ret = -ENODEV;
+	else if (sectors & ((1U << (basic->logical_bs_shift - SECTOR_SHIFT)) - 1))
+		ret = -EINVAL;
+	else if (ub->dev_info.flags & UBLK_F_ZONED)
+		/* What lies in the zones is known to the block layer. */
+		ret = -EOPNOTSUPP;
+	if (!ret) {
+		basic->dev_sectors = sectors;
+		set_capacity_and_notify(ub->disk, sectors);
+	}
+	mutex_unlock(&ub->mutex);
+	return ret;
+}

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * UBLK_F_*: what this build can do, what may be asked for together, and what
+ * is made of it.
+ */
+#include <linux/cpumask.h>
+#include <linux/kernel.h>
+
+#include "ublk.h"
+
+#define UBLK_MAX_IO_DESC_SIZE	256
+
+/* In force whether they are asked for or not. */
+#define UBLK_F_ALWAYS		(UBLK_F_URING_CMD_COMP_IN_TASK | \
+				 UBLK_F_CMD_IOCTL_ENCODE | \
+				 UBLK_F_PER_IO_DAEMON | \
+				 UBLK_F_SAFE_STOP_DEV)
+
+/* Data that is out of reach for the servers of unprivileged devices. */
+#define UBLK_F_PRIVILEGED_DATA	(UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY | \
+				 UBLK_F_AUTO_BUF_REG)
+
+u64 ublk_features(void)
+{
+	u64 features = UBLK_F_ALWAYS |
+		       UBLK_F_NEED_GET_DATA |
+		       UBLK_F_ANY_RECOVERY |
+		       UBLK_F_UNPRIVILEGED_DEV |
+		       UBLK_F_USER_COPY |
+		       UBLK_F_UPDATE_SIZE |
+		       UBLK_F_QUIESCE |
+		       UBLK_F_NO_AUTO_PART_SCAN |
+		       UBLK_F_SHMEM_ZC |
+		       UBLK_F_IO_DESC_SIZE;
+
+#ifdef UBLK_CAN_REGISTER_BUFFERS
+	features |= UBLK_F_SUPPORT_ZERO_COPY |
+		    UBLK_F_AUTO_BUF_REG |
+		    UBLK_F_BUF_REG_OFF_DAEMON;
+#endif
+#ifdef UBLK_CAN_BATCH
+	features |= UBLK_F_BATCH_IO;
+#endif
+#ifdef UBLK_CAN_INTEGRITY
+	features |= UBLK_F_INTEGRITY;
+#endif
+	if (IS_ENABLED(CONFIG_BLK_DEV_ZONED))
+		features |= UBLK_F_ZONED;
+	return features;
+}
+
+static bool ublk_recovery_flags_valid(u64 flags)
+{
+	switch (flags & UBLK_F_ANY_RECOVERY) {
+	case 0:
+	case UBLK_F_USER_RECOVERY:
+	case UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE:
+	case UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/*
+ * Whether ADD_DEV asks for things that go together. UNPRIVILEGED_DEV has been
+ * removed already if the caller is privileged.
+ */
+int ublk_check_flags(const struct ublksrv_ctrl_dev_info *info)
+{
+	u64 flags = info->flags;
+
+	if (!ublk_recovery_flags_valid(flags))
+		return -EINVAL;
+	if ((flags & UBLK_F_QUIESCE) && !(flags & UBLK_F_USER_RECOVERY))
+		return -EINVAL;
+	if ((flags & UBLK_F_UNPRIVILEGED_DEV) &&
+	    (flags & UBLK_F_PRIVILEGED_DATA))
+		return -EINVAL;
+	if ((flags & UBLK_F_INTEGRITY) && !(flags & UBLK_F_USER_COPY))
+		return -EINVAL;
+	if ((flags & UBLK_F_IO_DESC_SIZE) &&
+	    (info->io_desc_size < sizeof(struct ublksrv_io_desc) ||
+	     info->io_desc_size > UBLK_MAX_IO_DESC_SIZE ||
+	     info->io_desc_size % sizeof(u64)))
+		return -EINVAL;
+	return 0;
+}
+
+/*
+ * A zoned disk needs the kernel's support, and zones to be reported and
+ * appended to without a buffer of the server's, whose place in the commands is
+ * taken by the sector of an append. For flags that have been settled.
+ */
+int ublk_check_zoned(const struct ublksrv_ctrl_dev_info *info)
+{
+	if (!(info->flags & UBLK_F_ZONED))
+		return 0;
+	if (!IS_ENABLED(CONFIG_BLK_DEV_ZONED))
+		return -EINVAL;
+	if (!(info->flags & (UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)))
+		return -EINVAL;
+	return 0;
+}
+
+static u64 ublk_settled_flags(u64 flags)
+{
+	/* ublk_check_zoned() refuses ZONED where there is no support. */
+	flags &= ublk_features() | UBLK_F_ZONED;
+
+	flags |= UBLK_F_ALWAYS;
+#ifdef UBLK_CAN_REGISTER_BUFFERS
+	flags |= UBLK_F_BUF_REG_OFF_DAEMON;
+#endif
+	if (flags & UBLK_F_BATCH_IO)
+		flags &= ~UBLK_F_PER_IO_DAEMON;
+	if (flags & (UBLK_F_NO_COPY | UBLK_F_BATCH_IO))
+		flags &= ~UBLK_F_NEED_GET_DATA;
+	if (flags & UBLK_F_UNPRIVILEGED_DEV)
+		flags &= ~(UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE);
+	return flags;
+}
+
+/* Turns what ADD_DEV asks for into what the device will have. */
+void ublk_settle_flags(struct ublksrv_ctrl_dev_info *info)
+{
+	info->flags = ublk_settled_flags(info->flags);
+	info->nr_hw_queues = min_t(unsigned int, info->nr_hw_queues,
+				   nr_cpu_ids);
+	info->max_io_buf_bytes = round_down(info->max_io_buf_bytes, PAGE_SIZE);
+	if (!(info->flags & UBLK_F_IO_DESC_SIZE))
+		info->io_desc_size = sizeof(struct ublksrv_io_desc);
+	info->state = UBLK_S_DEV_DEAD;
+	info->ublksrv_pid = -1;
+}

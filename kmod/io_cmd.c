@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Commands on single tags: FETCH_REQ, COMMIT_AND_FETCH_REQ, NEED_GET_DATA,
+ * REGISTER_IO_BUF, UNREGISTER_IO_BUF.
+ */
+#include <linux/errno.h>
+#include <linux/nospec.h>
+#include <linux/sched/task.h>
+
+#include "ublk.h"
+
+/* What a command carries, read once: its memory may be shared with user space. */
+struct ublk_io_args {
+	u16 q_id;
+	u16 tag;
+	int result;
+	u64 addr;
+	u64 auto_reg;
+};
+
+static void ublk_read_args(struct io_uring_cmd *cmd, struct ublk_io_args *args)
+{
+	const struct ublksrv_io_cmd *src =
+		ublk_sqe_cmd(cmd, struct ublksrv_io_cmd);
+
+	args->q_id = READ_ONCE(src->q_id);
+	args->tag = READ_ONCE(src->tag);
+	args->result = READ_ONCE(src->result);
+	args->addr = READ_ONCE(src->addr);
+	args->auto_reg = ublk_sqe_addr(cmd);
+}
+
+/*
+ * Where data goes is said at FETCH and COMMIT, in the way of the device's mode.
+ * @unneeded: this command may leave it out in copy mode.
+ */
+static int ublk_check_buf(const struct ublk_queue *q,
+			  const struct ublk_io_args *args, bool unneeded)
+{
+	struct ublk_auto_buf_reg reg;
+
+	if (q->flags & UBLK_F_AUTO_BUF_REG) {
+		int ret = ublk_parse_auto_reg(args->auto_reg, &reg);
+
+		if (ret)
+			return ret;
+	}
+	if (ublk_no_copy(q))
+		return args->addr ? -EINVAL : 0;
+	return args->addr || unneeded ? 0 : -EINVAL;
+}
+
+/* Parks a command in its slot, which is BUSY. */
+static void ublk_park(struct ublk_queue *q, struct ublk_io *io,
+		      struct io_uring_cmd *cmd, const struct ublk_io_args *args,
+		      unsigned int issue_flags)
+{
+	if (q->flags & UBLK_F_AUTO_BUF_REG)
+		ublk_parse_auto_reg(args->auto_reg, &io->auto_reg);
+	else
+		io->buf_addr = ublk_no_copy(q) ? 0 : args->addr;
+	io->cmd = cmd;
+	io_uring_cmd_to_pdu(cmd, struct ublk_cmd_pdu)->io = io;
+	io_uring_cmd_mark_cancelable(cmd, issue_flags);
+}
+
+static int ublk_fetch(struct ublk_queue *q, struct ublk_io *io,
+		      struct io_uring_cmd *cmd, const struct ublk_io_args *args,
+		      unsigned int issue_flags)
+{
+	int ret;
+
+	ret = ublk_check_buf(q, args, q->flags & UBLK_F_NEED_GET_DATA);
+	if (ret)
+		return ret;
+	ret = ublk_slot_reserve(q, io);
+	if (ret)
+		return ret;
+	WRITE_ONCE(io->daemon, get_task_struct(current));
+	ublk_park(q, io, cmd, args, issue_flags);
+	ublk_slot_fetched(q, io, issue_flags);
+	return -EIOCBQUEUED;
+}
+
+/* The errno of a command that does not fit the state of its slot. */
+static int ublk_wrong_state(int state)
+{
+	switch (state) {
+	case UBLK_IO_ARMED:
+	case UBLK_IO_DISPATCH:
+	case UBLK_IO_BUSY:
+		return -EBUSY;
+	case UBLK_IO_CANCELED:
+		return -ENODEV;
+	default:
+		return -EINVAL;
+	}
+}
+
+static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
+		       struct io_uring_cmd *cmd, struct ublk_io_args *args,
+		       unsigned int issue_flags)
+{
+	int state = atomic_read(&io->state);
+	struct request *req = io->req;
+	bool unneeded;
+	int ret, result;
+
+	if (state != UBLK_IO_SERVED)
+		return ublk_wrong_state(state);
+
+	if (req_op(req) == REQ_OP_ZONE_APPEND) {
+		/* Takes the place of the address, which no zoned device has. */
+		req->__sector = args->addr;
+		args->addr = 0;
+	}
+	unneeded = (q->flags & UBLK_F_NEED_GET_DATA) &&
+		   req_op(req) != REQ_OP_READ;
+	ret = ublk_check_buf(q, args, unneeded);
+	if (ret)
+		return ret;
+
+	atomic_set(&io->state, UBLK_IO_BUSY);
+	result = ublk_take_result(q, io, args->addr, args->result);
+	ublk_auto_unregister(io, cmd, issue_flags);
+	ublk_park(q, io, cmd, args, issue_flags);
+	/* The tag stays the request's until it has ended: nothing can use the slot. */
+	ublk_slot_arm(q, io, issue_flags);
+	ublk_finish(q, io, result);
+	return -EIOCBQUEUED;
+}
+
+/* The answer to UBLK_IO_RES_NEED_GET_DATA: a buffer for the data of a write. */
+static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
+			 struct io_uring_cmd *cmd,
+			 const struct ublk_io_args *args,
+			 unsigned int issue_flags)
+{
+	if (atomic_read(&io->state) != UBLK_IO_ASKED || !args->addr)
+		return -EINVAL;
+	io->buf_addr = args->addr;
+	ublk_desc(q, io->tag)->addr = args->addr;
+	if (likely(ublk_copy_to_server(io->req, args->addr))) {
+		atomic_set_release(&io->state, UBLK_IO_SERVED);
+		return UBLK_IO_RES_OK;
+	}
+	/* The request has failed, and the command waits for the next one. */
+	ublk_park(q, io, cmd, args, issue_flags);
+	ublk_slot_arm(q, io, issue_flags);
+	ublk_finish(q, io, -EIO);
+	return -EIOCBQUEUED;
+}
+
+int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
+		      unsigned int issue_flags)
+{
+	unsigned int nr = _IOC_NR(cmd->cmd_op);
+	unsigned int type = _IOC_TYPE(cmd->cmd_op);
+	struct ublk_io_args args;
+	struct ublk_queue *q;
+	struct ublk_io *io;
+
+	/* Bare numbers are the oldest form, their type is 0. */
+	if (type != 'u' && type != 0)
+		return -EOPNOTSUPP;
+
+	ublk_read_args(cmd, &args);
+	/* Names no request: the buffer may be that of any tag. */
+	if (nr == _IOC_NR(UBLK_U_IO_UNREGISTER_IO_BUF))
+		return ublk_unregister_buf(ub, cmd, args.addr, issue_flags);
+
+	if (args.q_id >= ub->dev_info.nr_hw_queues)
+		return -EINVAL;
+	q = ub->queues[array_index_nospec(args.q_id, ub->dev_info.nr_hw_queues)];
+	if (args.tag >= q->depth)
+		return -EINVAL;
+	io = &q->ios[array_index_nospec(args.tag, q->depth)];
+
+	switch (nr) {
+	case _IOC_NR(UBLK_U_IO_FETCH_REQ):
+		return ublk_fetch(q, io, cmd, &args, issue_flags);
+	case _IOC_NR(UBLK_U_IO_REGISTER_IO_BUF):
+		return ublk_register_buf(q, io, cmd, args.addr, issue_flags);
+	case _IOC_NR(UBLK_U_IO_COMMIT_AND_FETCH_REQ):
+		if (READ_ONCE(io->daemon) != current)
+			return -EINVAL;
+		return ublk_commit(q, io, cmd, &args, issue_flags);
+	case _IOC_NR(UBLK_U_IO_NEED_GET_DATA):
+		if (READ_ONCE(io->daemon) != current)
+			return -EINVAL;
+		return ublk_get_data(q, io, cmd, &args, issue_flags);
+	default:
+		return -EINVAL;
+	}
+}
+
+static int ublk_dispatch_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
+{
+	struct ublk_device *ub = cmd->file->private_data;
+
+	if (ub->dev_info.flags & UBLK_F_BATCH_IO)
+		return ublk_batch_uring_cmd(ub, cmd, issue_flags);
+	return ublk_io_uring_cmd(ub, cmd, issue_flags);
+}
+
+static void ublk_reissue_tw(struct io_tw_req tw_req, io_tw_token_t tw)
+{
+	struct io_uring_cmd *cmd = io_uring_cmd_from_tw(tw_req);
+	unsigned int issue_flags = IO_URING_CMD_TASK_WORK_ISSUE_FLAGS;
+	int ret = -ECANCELED;
+
+	if (!tw.cancel)
+		ret = ublk_dispatch_cmd(cmd, issue_flags);
+	if (ret != -EIOCBQUEUED)
+		io_uring_cmd_done(cmd, ret, issue_flags);
+}
+
+/*
+ * The ring of the command is torn down, or its thread ends. The rest of the
+ * server is of no use without it: the device takes no more requests until the
+ * char device has been closed.
+ */
+static void ublk_cancel_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
+{
+	struct ublk_device *ub = cmd->file->private_data;
+	struct ublk_cmd_pdu *pdu = io_uring_cmd_to_pdu(cmd, struct ublk_cmd_pdu);
+
+	ublk_server_leaves(ub);
+	if (ub->dev_info.flags & UBLK_F_BATCH_IO)
+		ublk_batch_cancel_fetch(pdu->fetch, issue_flags);
+	else
+		ublk_slot_cancel(pdu->io, issue_flags);
+}
+
+int ublk_ch_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
+{
+	if (unlikely(issue_flags & IO_URING_F_CANCEL)) {
+		ublk_cancel_cmd(cmd, issue_flags);
+		return 0;
+	}
+	/* A worker thread cannot be the owner of a tag: back to the submitter. */
+	if (unlikely(issue_flags & IO_URING_F_UNLOCKED)) {
+		io_uring_cmd_complete_in_task(cmd, ublk_reissue_tw);
+		return -EIOCBQUEUED;
+	}
+	return ublk_dispatch_cmd(cmd, issue_flags);
+}

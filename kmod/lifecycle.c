@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * From START_DEV to STOP_DEV, recovery, and the end of a server.
+ *
+ * ub->mutex is held while a disk is added and while one is removed. Both wait
+ * for requests, which are served, or failed after the death of the server, by
+ * code that does without the mutex. For that they must not be held for a
+ * later server meanwhile: "recoverable" is set only when the disk stands, and
+ * "stopping" before it goes.
+ */
+#include <linux/pid.h>
+#include <linux/rcupdate.h>
+#include <linux/sched/mm.h>
+
+#include "ublk.h"
+
+static bool ublk_is_gone(const struct ublk_device *ub)
+{
+	return test_bit(UBLK_DEV_DELETED, &ub->bits);
+}
+
+/* Until the server has fetched all tags, or the device is deleted. */
+static int ublk_wait_fetched(struct ublk_device *ub)
+{
+	if (wait_event_interruptible(ub->wait, ublk_all_fetched(ub) ||
+				     ublk_is_gone(ub)))
+		return -EINTR;
+	return ublk_all_fetched(ub) ? 0 : -ENODEV;
+}
+
+/* Whether @nr, as the caller counts processes, is who opened the char device. */
+static bool ublk_is_opener(struct ublk_device *ub, pid_t nr)
+{
+	bool ret;
+
+	rcu_read_lock();
+	ret = test_bit(UBLK_DEV_OPEN, &ub->bits) && ub->opener &&
+	      find_vpid(nr) == ub->opener;
+	rcu_read_unlock();
+	return ret;
+}
+
+/* ub->mutex is held. @server: counted for this, or NULL. */
+static void ublk_set_state(struct ublk_device *ub, u16 state, struct pid *server)
+{
+	struct pid *old;
+
+	spin_lock(&ub->lock);
+	old = ub->server;
+	ub->server = server;
+	WRITE_ONCE(ub->dev_info.state, state);
+	spin_unlock(&ub->lock);
+	put_pid(old);
+}
+
+int ublk_start_dev(struct ublk_device *ub, u64 data)
+{
+	pid_t nr = (int)data;
+	struct gendisk *disk;
+	int ret;
+
+	if (nr <= 0)
+		return -EINVAL;
+	if (!(READ_ONCE(ub->params.types) & UBLK_PARAM_TYPE_BASIC))
+		return -EINVAL;
+	ret = ublk_wait_fetched(ub);
+	if (ret)
+		return ret;
+
+	mutex_lock(&ub->mutex);
+	ret = -EEXIST;
+	if (ub->disk || test_bit(UBLK_DEV_USED, &ub->bits))
+		goto out;
+	ret = -EBUSY;
+	if (ub->closing)
+		goto out;
+	ret = -ENODEV;
+	if (ub->canceling || !ublk_all_fetched(ub) || ublk_is_gone(ub))
+		goto out;
+	ret = -EINVAL;
+	if (!ublk_is_opener(ub, nr))
+		goto out;
+	if (!(ub->params.types & UBLK_PARAM_TYPE_BASIC))
+		goto out;
+
+	disk = ublk_alloc_disk(ub);
+	if (IS_ERR(disk)) {
+		ret = PTR_ERR(disk);
+		goto out;
+	}
+	clear_bit(UBLK_DEV_NO_OPEN, &ub->bits);
+	spin_lock(&ub->lock);
+	ub->disk = disk;
+	ublk_gates_open(ub);
+	spin_unlock(&ub->lock);
+	ublk_set_state(ub, UBLK_S_DEV_DEAD, get_pid(ub->opener));
+
+	ret = 0;
+	if (ub->dev_info.flags & UBLK_F_ZONED)
+		ret = ublk_revalidate_zones(disk);
+	if (!ret)
+		ret = add_disk(disk);
+	if (ret) {
+		spin_lock(&ub->lock);
+		ub->disk = NULL;
+		spin_unlock(&ub->lock);
+		ublk_set_state(ub, UBLK_S_DEV_DEAD, NULL);
+		ublk_discard_disk(ub, disk);
+		goto out;
+	}
+	spin_lock(&ub->lock);
+	ub->recoverable = ub->dev_info.flags & UBLK_F_USER_RECOVERY;
+	WRITE_ONCE(ub->dev_info.state, UBLK_S_DEV_LIVE);
+	spin_unlock(&ub->lock);
+	/* What a user's server says about partitions is not to be trusted. */
+	if (!ub->untrusted && !(ub->dev_info.flags & UBLK_F_NO_AUTO_PART_SCAN))
+		queue_work(ublk_wq, &ub->scan_work);
+out:
+	mutex_unlock(&ub->mutex);
+	return ret;
+}
+
+/*
+ * Removes the disk. A living server goes on serving until that is done;
+ * without one, what was held and what comes fails.
+ */
+static void ublk_remove_disk(struct ublk_device *ub)
+{
+	struct gendisk *disk = ub->disk;
+	unsigned int i;
+
+	lockdep_assert_held(&ub->mutex);
+	if (!disk)
+		return;
+	spin_lock(&ub->lock);
+	ub->stopping = true;
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++)
+		if (ub->queues[i]->gate != UBLK_GATE_OPEN)
+			WRITE_ONCE(ub->queues[i]->gate, UBLK_GATE_FAIL);
+	spin_unlock(&ub->lock);
+	blk_mq_kick_requeue_list(disk->queue);
+
+	cancel_work_sync(&ub->scan_work);
+	del_gendisk(disk);
+
+	spin_lock(&ub->lock);
+	ub->disk = NULL;
+	ub->recoverable = false;
+	ub->stopping = false;
+	spin_unlock(&ub->lock);
+	ublk_set_state(ub, UBLK_S_DEV_DEAD, NULL);
+	put_disk(disk);
+}
+
+void ublk_stop_dev(struct ublk_device *ub)
+{
+	mutex_lock(&ub->mutex);
+	ublk_remove_disk(ub);
+	/*
+	 * Whoever has the char device open now cannot serve a new disk. The
+	 * mutex keeps ublk_release_work() from letting the next one in before
+	 * the last slot is canceled.
+	 */
+	if (test_bit(UBLK_DEV_OPEN, &ub->bits)) {
+		spin_lock(&ub->lock);
+		ub->closing = true;
+		spin_unlock(&ub->lock);
+		ublk_server_leaves(ub);
+		ublk_cancel_slots(ub);
+	}
+	mutex_unlock(&ub->mutex);
+}
+
+int ublk_try_stop_dev(struct ublk_device *ub)
+{
+	struct gendisk *disk = ublk_get_disk(ub);
+	int ret = 0;
+
+	if (!disk)
+		return -ENODEV;
+	mutex_lock(&disk->open_mutex);
+	if (disk_openers(disk) > 0)
+		ret = -EBUSY;
+	else
+		set_bit(UBLK_DEV_NO_OPEN, &ub->bits);
+	mutex_unlock(&disk->open_mutex);
+	put_disk(disk);
+	if (!ret)
+		ublk_stop_dev(ub);
+	return ret;
+}
+
+static bool ublk_waits_for_server(const struct ublk_device *ub)
+{
+	return ub->dev_info.state == UBLK_S_DEV_QUIESCED ||
+	       ub->dev_info.state == UBLK_S_DEV_FAIL_IO;
+}
+
+/* Nothing is left to do: the last server has been cleaned up after. */
+int ublk_start_recovery(struct ublk_device *ub)
+{
+	int ret = 0;
+
+	if (!(ub->dev_info.flags & UBLK_F_USER_RECOVERY))
+		return -EINVAL;
+	mutex_lock(&ub->mutex);
+	if (test_bit(UBLK_DEV_OPEN, &ub->bits) || !ublk_waits_for_server(ub))
+		ret = -EBUSY;
+	mutex_unlock(&ub->mutex);
+	return ret;
+}
+
+int ublk_end_recovery(struct ublk_device *ub, u64 data)
+{
+	pid_t nr = (int)data;
+	int ret;
+
+	if (!(ub->dev_info.flags & UBLK_F_USER_RECOVERY))
+		return -EINVAL;
+	if (nr <= 0)
+		return -EINVAL;
+	ret = ublk_wait_fetched(ub);
+	if (ret)
+		return ret;
+
+	mutex_lock(&ub->mutex);
+	ret = -EBUSY;
+	if (!ublk_waits_for_server(ub))
+		goto out;
+	ret = -EINVAL;
+	if (!ublk_is_opener(ub, nr))
+		goto out;
+	ret = -ENODEV;
+	if (ub->canceling || !ublk_all_fetched(ub))
+		goto out;
+	ublk_set_state(ub, UBLK_S_DEV_LIVE, get_pid(ub->opener));
+	spin_lock(&ub->lock);
+	ublk_gates_open(ub);
+	spin_unlock(&ub->lock);
+	blk_mq_kick_requeue_list(ub->disk->queue);
+	ret = 0;
+out:
+	mutex_unlock(&ub->mutex);
+	return ret;
+}
+
+static bool ublk_leaving(const struct ublk_device *ub)
+{
+	return ublk_server_told(ub) ||
+	       READ_ONCE(ub->dev_info.state) != UBLK_S_DEV_LIVE;
+}
+
+/*
+ * Asks the server to leave: new requests are held, and every tag that is idle
+ * or becomes idle is given back with UBLK_IO_RES_ABORT. Waits until each queue
+ * has had one of those, so that the server knows. -EBUSY if that takes longer
+ * than @timeout_ms; the server will be told even then.
+ */
+int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms)
+{
+	unsigned long timeout = MAX_SCHEDULE_TIMEOUT;
+	long left;
+	int ret = 0;
+
+	if (!(ub->dev_info.flags & UBLK_F_QUIESCE))
+		return -EOPNOTSUPP;
+	mutex_lock(&ub->mutex);
+	if (!ub->disk || ub->dev_info.state == UBLK_S_DEV_DEAD)
+		ret = -ENODEV;
+	else if (ub->dev_info.state != UBLK_S_DEV_LIVE)
+		ret = 1;
+	if (!ret) {
+		/* Under the mutex for the reason given in ublk_stop_dev(). */
+		ublk_server_leaves(ub);
+		ublk_cancel_slots(ub);
+	}
+	mutex_unlock(&ub->mutex);
+	if (ret)
+		return min(ret, 0);
+
+	if (timeout_ms && timeout_ms < UINT_MAX)
+		timeout = msecs_to_jiffies(timeout_ms);
+	left = wait_event_interruptible_timeout(ub->wait, ublk_leaving(ub),
+						timeout);
+	if (left < 0)
+		return -EINTR;
+	return left ? 0 : -EBUSY;
+}
+
+/* The char device has been closed by its last holder. */
+void ublk_release_work(struct work_struct *work)
+{
+	struct ublk_device *ub =
+		container_of(work, struct ublk_device, release_work);
+	struct mm_struct *mm;
+	struct pid *opener;
+	u16 state;
+
+	ublk_server_leaves(ub);
+	/*
+	 * A queue_rq that saw an open gate has come to its end after this: the
+	 * tag set does not block, so it runs under RCU. So has a put that did
+	 * not see "canceling" and thus wakes nobody.
+	 */
+	synchronize_rcu();
+	ublk_abort_slots(ub);
+	/* Buffers in the tables of rings. Idle: that is up to user space. */
+	wait_event_idle(ub->wait, ublk_refs_gone(ub));
+	/* See ublk_io_put(). */
+	synchronize_rcu();
+
+	mutex_lock(&ub->mutex);
+	if (ub->recoverable) {
+		state = ub->dev_info.flags & UBLK_F_USER_RECOVERY_FAIL_IO ?
+			UBLK_S_DEV_FAIL_IO : UBLK_S_DEV_QUIESCED;
+		ublk_set_state(ub, state, NULL);
+	} else {
+		ublk_remove_disk(ub);
+	}
+	ublk_reset_slots(ub);
+	spin_lock(&ub->lock);
+	mm = ub->mm;
+	ub->mm = NULL;
+	opener = ub->opener;
+	ub->opener = NULL;
+	spin_unlock(&ub->lock);
+	clear_bit_unlock(UBLK_DEV_OPEN, &ub->bits);
+	mutex_unlock(&ub->mutex);
+
+	if (mm)
+		mmdrop(mm);
+	put_pid(opener);
+	wake_up_all(&ub->wait);
+	put_device(&ub->dev);
+}

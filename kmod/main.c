@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * ublk_drv: the module. /dev/ublk-control, the class and the numbers of the
+ * char devices.
+ */
+#include <linux/fs.h>
+#include <linux/miscdevice.h>
+#include <linux/module.h>
+
+#include "ublk.h"
+
+#define UBLK_MAX_UNPRIVILEGED	UBLK_MINORS
+
+unsigned int ublks_max = 64;
+dev_t ublk_chr_devt;
+struct workqueue_struct *ublk_wq;
+
+const struct class ublk_chr_class = {
+	.name = "ublk-char",
+};
+
+static const struct file_operations ublk_ctrl_fops = {
+	.owner		= THIS_MODULE,
+	.open		= nonseekable_open,
+	.uring_cmd	= ublk_ctrl_uring_cmd,
+};
+
+struct miscdevice ublk_misc = {
+	.minor		= MISC_DYNAMIC_MINOR,
+	.name		= "ublk-control",
+	.fops		= &ublk_ctrl_fops,
+};
+
+static int ublks_max_set(const char *val, const struct kernel_param *kp)
+{
+	return param_set_uint_minmax(val, kp, 0, UBLK_MAX_UNPRIVILEGED);
+}
+
+static const struct kernel_param_ops ublks_max_ops = {
+	.set = ublks_max_set,
+	.get = param_get_uint,
+};
+
+module_param_cb(ublks_max, &ublks_max_ops, &ublks_max, 0644);
+MODULE_PARM_DESC(ublks_max,
+		 "how many unprivileged devices may exist (default 64)");
+
+static int __init ublk_init(void)
+{
+	int ret;
+
+	BUILD_BUG_ON(sizeof(struct ublksrv_ctrl_cmd) != 32);
+	BUILD_BUG_ON(sizeof(struct ublksrv_ctrl_dev_info) != 64);
+	BUILD_BUG_ON(sizeof(struct ublksrv_io_desc) != 24);
+	BUILD_BUG_ON(sizeof(struct ublksrv_io_cmd) != 16);
+	BUILD_BUG_ON(sizeof(struct ublk_params) != 152);
+	BUILD_BUG_ON((u64)UBLKSRV_IO_BUF_OFFSET + UBLKSRV_IO_BUF_TOTAL_SIZE <=
+		     UBLKSRV_IO_BUF_OFFSET);
+
+	ret = ublk_compat_init();
+	if (ret)
+		return ret;
+	ret = -ENOMEM;
+	ublk_wq = alloc_workqueue("ublk", WQ_UNBOUND | WQ_MEM_RECLAIM, 0);
+	if (!ublk_wq)
+		goto out_compat;
+	ret = alloc_chrdev_region(&ublk_chr_devt, 0, UBLK_MINORS, "ublk-char");
+	if (ret)
+		goto out_wq;
+	ret = class_register(&ublk_chr_class);
+	if (ret)
+		goto out_region;
+	ret = misc_register(&ublk_misc);
+	if (ret)
+		goto out_class;
+	return 0;
+
+out_class:
+	class_unregister(&ublk_chr_class);
+out_region:
+	unregister_chrdev_region(ublk_chr_devt, UBLK_MINORS);
+out_wq:
+	destroy_workqueue(ublk_wq);
+out_compat:
+	ublk_compat_exit();
+	return ret;
+}
+
+static void __exit ublk_exit(void)
+{
+	misc_deregister(&ublk_misc);
+	ublk_remove_all();
+	destroy_workqueue(ublk_wq);
+	class_unregister(&ublk_chr_class);
+	unregister_chrdev_region(ublk_chr_devt, UBLK_MINORS);
+	ublk_compat_exit();
+}
+
+module_init(ublk_init);
+module_exit(ublk_exit);
+
+MODULE_DESCRIPTION("Block devices served by user space");
+MODULE_LICENSE("GPL");

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Requests on their way from the block layer to the server.
+ *
+ * queue_rq wins the slot of the request's tag and leaves the rest to task work
+ * in the thread that owns the slot: there the server's memory can be written,
+ * and completions of one wake-up are posted together.
+ */
+#include <linux/pid.h>
+#include <linux/sched/signal.h>
+
+#include "ublk.h"
+
+#define UBLK_RETRY_MS	3
+
+static blk_status_t ublk_gate_status(enum ublk_gate gate)
+{
+	return gate == UBLK_GATE_FAIL_IO ? BLK_STS_TARGET : BLK_STS_IOERR;
+}
+
+/*
+ * A request that no server has seen, or that is to be seen again, meets a
+ * closed gate. The lock orders this against whoever changes the gate and then
+ * kicks the requeue list: no request is held that should not be.
+ */
+void ublk_no_server(struct ublk_queue *q, struct request *req)
+{
+	enum ublk_gate gate;
+
+	spin_lock(&q->ub->lock);
+	gate = q->gate;
+	if (gate >= UBLK_GATE_HOLD) {
+		struct request_queue *rq_queue = req->q;
+
+		blk_mq_requeue_request(req, false);
+		/* The gate was opened or is about to close: soon again. */
+		if (gate == UBLK_GATE_OPEN)
+			blk_mq_delay_kick_requeue_list(rq_queue, UBLK_RETRY_MS);
+	}
+	spin_unlock(&q->ub->lock);
+	if (gate < UBLK_GATE_HOLD)
+		blk_mq_end_request(req, ublk_gate_status(gate));
+}
+
+/*
+ * Makes the slot of the request's tag the request's. BLK_STS_AGAIN if the slot
+ * is not armed.
+ */
+static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
+{
+	struct ublk_io *io = &q->ios[req->tag];
+	blk_status_t status;
+
+	status = ublk_fill_desc(q, req);
+	if (unlikely(status))
+		return status;
+	blk_mq_start_request(req);
+	io->req = req;
+	io->next = NULL;
+	if (unlikely(!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_DISPATCH)))
+		return BLK_STS_AGAIN;
+	return BLK_STS_OK;
+}
+
+/*
+ * Gets the data of a request, or the pages, to where the server expects them.
+ * Returns what its command is to be completed with, or a negative errno: then
+ * the request cannot be delivered.
+ */
+int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
+			  struct io_uring_cmd *cmd, unsigned int issue_flags)
+{
+	struct request *req = io->req;
+
+	/* A batch may have failed to deliver this before. */
+	if (ublk_no_copy(q) && !refcount_read(&io->ref))
+		refcount_set(&io->ref, 1);
+	if (!ublk_rq_has_data(req) ||
+	    ublk_desc(q, io->tag)->op_flags & UBLK_IO_F_SHMEM_ZC)
+		return UBLK_IO_RES_OK;
+	if (q->flags & UBLK_F_AUTO_BUF_REG)
+		return ublk_auto_register(q, io, cmd, issue_flags);
+	if (ublk_no_copy(q) || ublk_rq_from_server(req))
+		return UBLK_IO_RES_OK;
+	if (q->flags & UBLK_F_NEED_GET_DATA)
+		return UBLK_IO_RES_NEED_GET_DATA;
+	return ublk_copy_to_server(req, io->buf_addr) ? UBLK_IO_RES_OK : -EFAULT;
+}
+
+/* Ends a request that ublk_prepare_delivery() refused, and arms its slot again. */
+void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
+			unsigned int issue_flags)
+{
+	pr_err_ratelimited("ublk%u: tag %u of queue %u: the request's data cannot be given to the server\n",
+			   q->ub->dev_info.dev_id, io->tag, q->q_id);
+	ublk_slot_arm(q, io, issue_flags);
+	ublk_finish(q, io, -EIO);
+}
+
+static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flags)
+{
+	struct ublk_queue *q = ublk_io_queue(io);
+	struct io_uring_cmd *cmd = io->cmd;
+	int res;
+
+	if (unlikely(dying)) {
+		struct request *req = io->req;
+
+		ublk_server_leaves(q->ub);
+		io->cmd = NULL;
+		atomic_set(&io->state, UBLK_IO_CANCELED);
+		ublk_no_server(q, req);
+		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
+		return;
+	}
+	res = ublk_prepare_delivery(q, io, cmd, issue_flags);
+	if (unlikely(res < 0)) {
+		ublk_undeliverable(q, io, issue_flags);
+		return;
+	}
+	io->cmd = NULL;
+	atomic_set_release(&io->state, res == UBLK_IO_RES_OK ?
+			   UBLK_IO_SERVED : UBLK_IO_ASKED);
+	io_uring_cmd_done(cmd, res, issue_flags);
+}
+
+static void ublk_deliver_tw(struct io_tw_req tw_req, io_tw_token_t tw)
+{
+	struct io_uring_cmd *cmd = io_uring_cmd_from_tw(tw_req);
+	struct ublk_io *io, *next;
+
+	for (io = io_uring_cmd_to_pdu(cmd, struct ublk_cmd_pdu)->io; io; io = next) {
+		next = io->next;
+		ublk_deliver(io, tw.cancel, IO_URING_CMD_TASK_WORK_ISSUE_FLAGS);
+	}
+}
+
+static void ublk_send(struct ublk_io *first)
+{
+	io_uring_cmd_complete_in_task(first->cmd, ublk_deliver_tw);
+}
+
+static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx,
+				  const struct blk_mq_queue_data *bd)
+{
+	struct ublk_queue *q = hctx->driver_data;
+	enum ublk_gate gate = READ_ONCE(q->gate);
+	struct request *req = bd->rq;
+	blk_status_t status;
+
+	if (unlikely(gate < UBLK_GATE_HOLD))
+		return ublk_gate_status(gate);
+	if (unlikely(gate == UBLK_GATE_HOLD))
+		status = BLK_STS_AGAIN;
+	else
+		status = ublk_win_slot(q, req);
+	if (likely(status == BLK_STS_OK)) {
+		if (ublk_is_batch(q))
+			ublk_batch_send(q, req->tag);
+		else
+			ublk_send(&q->ios[req->tag]);
+		return BLK_STS_OK;
+	}
+	if (status != BLK_STS_AGAIN)
+		return status;
+	ublk_no_server(q, req);
+	return BLK_STS_OK;
+}
+
+/* Whether one task work can deliver both. */
+static bool ublk_same_ring(const struct ublk_io *a, const struct ublk_io *b)
+{
+	return a->daemon == b->daemon &&
+	       io_uring_cmd_ctx_handle(a->cmd) == io_uring_cmd_ctx_handle(b->cmd);
+}
+
+/*
+ * Requests of one plug. What is left on the list, in order, goes through
+ * ublk_queue_rq() one by one.
+ */
+static void ublk_queue_rqs(struct rq_list *rqlist)
+{
+	struct ublk_io *first = NULL, *last = NULL;
+	struct rq_list left = { };
+	struct request *req;
+
+	while ((req = rq_list_pop(rqlist))) {
+		struct ublk_queue *q = req->mq_hctx->driver_data;
+		struct ublk_io *io = &q->ios[req->tag];
+		blk_status_t status;
+
+		if (READ_ONCE(q->gate) != UBLK_GATE_OPEN) {
+			rq_list_add_tail(&left, req);
+			continue;
+		}
+		status = ublk_win_slot(q, req);
+		if (unlikely(status == BLK_STS_AGAIN)) {
+			ublk_no_server(q, req);
+			continue;
+		}
+		if (unlikely(status)) {
+			blk_mq_end_request(req, status);
+			continue;
+		}
+		if (ublk_is_batch(q)) {
+			ublk_batch_send(q, req->tag);
+			continue;
+		}
+		if (last && ublk_same_ring(first, io)) {
+			last->next = io;
+		} else {
+			if (first)
+				ublk_send(first);
+			first = io;
+		}
+		last = io;
+	}
+	if (first)
+		ublk_send(first);
+	*rqlist = left;
+}
+
+static int ublk_init_hctx(struct blk_mq_hw_ctx *hctx, void *data, unsigned int index)
+{
+	struct ublk_device *ub = data;
+
+	hctx->driver_data = ub->queues[hctx->queue_num];
+	return 0;
+}
+
+/*
+ * A server may take its time, unless it is a user's: the user's disk must not
+ * be able to block whoever opens it for longer.
+ */
+static enum blk_eh_timer_return ublk_timeout(struct request *req)
+{
+	struct ublk_queue *q = req->mq_hctx->driver_data;
+	struct ublk_device *ub = q->ub;
+	struct task_struct *task;
+
+	if (ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV) {
+		spin_lock(&ub->lock);
+		rcu_read_lock();
+		task = pid_task(ub->server, PIDTYPE_TGID);
+		if (task)
+			send_sig(SIGKILL, task, 0);
+		rcu_read_unlock();
+		spin_unlock(&ub->lock);
+	}
+	return BLK_EH_RESET_TIMER;
+}
+
+const struct blk_mq_ops ublk_mq_ops = {
+	.queue_rq	= ublk_queue_rq,
+	.queue_rqs	= ublk_queue_rqs,
+	.init_hctx	= ublk_init_hctx,
+	.timeout	= ublk_timeout,
+};

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The life of a slot: fetched by a server, armed, canceled, cleaned up after
+ * the server. See ublk.h for the states.
+ *
+ * Two flags of the device act on all its slots. A gate says what becomes of
+ * requests for which nothing is armed; it is closed before the first slot is
+ * canceled, so that a request which finds its slot gone also finds the reason.
+ * "canceling" makes every slot that is armed from then on be canceled at once.
+ */
+#include <linux/capability.h>
+#include <linux/sched/task.h>
+
+#include "ublk.h"
+
+static enum ublk_gate ublk_closed_gate(const struct ublk_device *ub)
+{
+	if (!ub->recoverable || ub->stopping)
+		return UBLK_GATE_FAIL;
+	if (ub->dev_info.flags & UBLK_F_USER_RECOVERY_FAIL_IO)
+		return UBLK_GATE_FAIL_IO;
+	return UBLK_GATE_HOLD;
+}
+
+/* Sends requests where the state of the device wants them; ub->lock is held. */
+void ublk_gates_close(struct ublk_device *ub)
+{
+	enum ublk_gate gate = ublk_closed_gate(ub);
+	unsigned int i;
+
+	lockdep_assert_held(&ub->lock);
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++)
+		WRITE_ONCE(ub->queues[i]->gate, gate);
+}
+
+/* Opens what is fetched and not being canceled; ub->lock is held. */
+void ublk_gates_open(struct ublk_device *ub)
+{
+	unsigned int i;
+
+	lockdep_assert_held(&ub->lock);
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
+		struct ublk_queue *q = ub->queues[i];
+
+		if (!ub->canceling && q->nr_fetched == q->depth)
+			WRITE_ONCE(q->gate, UBLK_GATE_OPEN);
+	}
+}
+
+bool ublk_all_fetched(const struct ublk_device *ub)
+{
+	return READ_ONCE(ub->nr_ready) == ub->dev_info.nr_hw_queues;
+}
+
+/* Claims an empty slot for the command that fetches it. */
+int ublk_slot_reserve(struct ublk_queue *q, struct ublk_io *io)
+{
+	struct ublk_device *ub = q->ub;
+	int ret = 0;
+
+	spin_lock(&ub->lock);
+	if (ub->closing)
+		ret = -ENODEV;
+	else if (ublk_all_fetched(ub))
+		ret = -EBUSY;
+	else if (!ublk_io_moves(io, UBLK_IO_EMPTY, UBLK_IO_BUSY))
+		ret = -EINVAL;
+	spin_unlock(&ub->lock);
+	return ret;
+}
+
+void ublk_slot_unreserve(struct ublk_io *io)
+{
+	atomic_set(&io->state, UBLK_IO_EMPTY);
+}
+
+/*
+ * Makes a slot wait for a request, its command being marked cancelable. The
+ * full barrier orders this against ublk_server_leaves(): either that sees the
+ * armed slot, or the slot is canceled here.
+ */
+void ublk_slot_arm(struct ublk_queue *q, struct ublk_io *io,
+		   unsigned int issue_flags)
+{
+	atomic_xchg(&io->state, UBLK_IO_ARMED);
+	if (unlikely(READ_ONCE(q->ub->canceling)))
+		ublk_slot_cancel(io, issue_flags);
+}
+
+/*
+ * A reserved slot is complete: counts and arms it. The last one of a queue
+ * lets requests in. With FAIL_IO they go on failing until the recovery ends.
+ */
+void ublk_slot_fetched(struct ublk_queue *q, struct ublk_io *io,
+		       unsigned int issue_flags)
+{
+	struct ublk_device *ub = q->ub;
+	bool trusted = capable(CAP_SYS_ADMIN);
+	bool cancel;
+
+	spin_lock(&ub->lock);
+	if (!trusted)
+		ub->untrusted = true;
+	/* Armed before the gate opens. */
+	atomic_set_release(&io->state, UBLK_IO_ARMED);
+	cancel = ub->canceling;
+	if (++q->nr_fetched == q->depth) {
+		WRITE_ONCE(ub->nr_ready, ub->nr_ready + 1);
+		if (!cancel && !ub->stopping && q->gate != UBLK_GATE_FAIL_IO)
+			WRITE_ONCE(q->gate, UBLK_GATE_OPEN);
+	}
+	spin_unlock(&ub->lock);
+	if (cancel)
+		ublk_slot_cancel(io, issue_flags);
+	wake_up_all(&ub->wait);
+}
+
+/*
+ * Takes back an armed slot and tells the server so. False if there is nothing
+ * to take back, or a request was quicker.
+ */
+bool ublk_slot_cancel(struct ublk_io *io, unsigned int issue_flags)
+{
+	struct io_uring_cmd *cmd;
+
+	if (!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_CANCELED))
+		return false;
+	cmd = io->cmd;
+	io->cmd = NULL;
+	if (cmd)
+		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
+	/* QUIESCE_DEV waits until the server has been told. */
+	wake_up_all(&ublk_io_queue(io)->ub->wait);
+	return true;
+}
+
+/* The server goes, or is asked to: no request reaches it unless it is on the way. */
+void ublk_server_leaves(struct ublk_device *ub)
+{
+	spin_lock(&ub->lock);
+	if (!ub->canceling) {
+		WRITE_ONCE(ub->canceling, true);
+		ublk_gates_close(ub);
+	}
+	spin_unlock(&ub->lock);
+	/* Pairs with the exchange in ublk_slot_arm(). */
+	smp_mb();
+}
+
+/* Cancels all that waits, from outside of the rings. */
+void ublk_cancel_slots(struct ublk_device *ub)
+{
+	unsigned int i, tag;
+
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
+		struct ublk_queue *q = ub->queues[i];
+
+		for (tag = 0; tag < q->depth; tag++)
+			ublk_slot_cancel(&q->ios[tag], IO_URING_F_UNLOCKED);
+		ublk_batch_cancel_fetches(q);
+	}
+}
+
+/*
+ * Whether the server knows of every queue that it is to leave. A queue of a
+ * BATCH_IO device always knows: its fetch commands have been canceled, and no
+ * new one is accepted.
+ */
+bool ublk_server_told(const struct ublk_device *ub)
+{
+	unsigned int i, tag;
+
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
+		const struct ublk_queue *q = ub->queues[i];
+
+		if (ublk_is_batch(q))
+			continue;
+		for (tag = 0; tag < q->depth; tag++)
+			if (atomic_read(&q->ios[tag].state) == UBLK_IO_CANCELED)
+				break;
+		if (tag == q->depth)
+			return false;
+	}
+	return true;
+}
+
+static void ublk_abort_slot(struct ublk_queue *q, struct ublk_io *io)
+{
+	switch (atomic_read(&io->state)) {
+	case UBLK_IO_ASKED:
+	case UBLK_IO_SERVED:
+		atomic_set(&io->state, UBLK_IO_CANCELED);
+		ublk_finish(q, io, UBLK_RES_ABORTED);
+		break;
+	case UBLK_IO_DISPATCH:
+		/* Batch: never fetched. Otherwise its command would be pending. */
+		atomic_set(&io->state, UBLK_IO_CANCELED);
+		refcount_set(&io->ref, 0);
+		ublk_no_server(q, io->req);
+		break;
+	}
+}
+
+/*
+ * Ends what the server held, in the manner of the recovery that was asked for.
+ * The char device has no holder any more, hence no command is pending.
+ */
+void ublk_abort_slots(struct ublk_device *ub)
+{
+	unsigned int i, tag;
+
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
+		struct ublk_queue *q = ub->queues[i];
+
+		for (tag = 0; tag < q->depth; tag++)
+			ublk_abort_slot(q, &q->ios[tag]);
+	}
+}
+
+/* Whether nothing refers to the data of a request any more. */
+bool ublk_refs_gone(const struct ublk_device *ub)
+{
+	unsigned int i, tag;
+
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
+		const struct ublk_queue *q = ub->queues[i];
+
+		if (!ublk_no_copy(q))
+			continue;
+		for (tag = 0; tag < q->depth; tag++)
+			if (refcount_read(&q->ios[tag].ref))
+				return false;
+	}
+	return true;
+}
+
+/* Makes the slots ready for the next server; ub->mutex is held. */
+void ublk_reset_slots(struct ublk_device *ub)
+{
+	unsigned int i, tag;
+
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
+		struct ublk_queue *q = ub->queues[i];
+
+		for (tag = 0; tag < q->depth; tag++) {
+			struct ublk_io *io = &q->ios[tag];
+
+			if (io->daemon)
+				put_task_struct(io->daemon);
+			io->daemon = NULL;
+			io->cmd = NULL;
+			io->req = NULL;
+			io->reg_ring = NULL;
+			io->buf_addr = 0;
+			atomic_set(&io->state, UBLK_IO_EMPTY);
+		}
+		ublk_batch_reset(q);
+	}
+	spin_lock(&ub->lock);
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++)
+		ub->queues[i]->nr_fetched = 0;
+	WRITE_ONCE(ub->nr_ready, 0);
+	ub->untrusted = false;
+	ub->closing = false;
+	WRITE_ONCE(ub->canceling, false);
+	ublk_gates_close(ub);
+	spin_unlock(&ub->lock);
+}
