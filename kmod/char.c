@@ -21,7 +21,7 @@ static int ublk_ch_open(struct inode *inode, struct file *filp)
 	get_device(&ub->dev);
 	ub->opener = get_pid(task_tgid(current));
 	filp->private_data = ub;
-	return nonseekable_open(inode, filp);
+	return 0;
 }
 
 /*

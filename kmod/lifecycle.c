@@ -93,7 +93,8 @@ int ublk_start_dev(struct ublk_device *ub, u64 data)
 	ub->disk = disk;
 	ublk_gates_open(ub);
 	spin_unlock(&ub->lock);
-	ublk_set_state(ub, UBLK_S_DEV_DEAD, get_pid(ub->opener));
+	/* Zones are reported before the disk stands, and so is data moved. */
+	ublk_set_state(ub, UBLK_S_DEV_LIVE, get_pid(ub->opener));
 
 	ret = 0;
 	if (ub->dev_info.flags & UBLK_F_ZONED)
@@ -110,7 +111,6 @@ int ublk_start_dev(struct ublk_device *ub, u64 data)
 	}
 	spin_lock(&ub->lock);
 	ub->recoverable = ub->dev_info.flags & UBLK_F_USER_RECOVERY;
-	WRITE_ONCE(ub->dev_info.state, UBLK_S_DEV_LIVE);
 	spin_unlock(&ub->lock);
 	/* What a user's server says about partitions is not to be trusted. */
 	if (!ub->untrusted && !(ub->dev_info.flags & UBLK_F_NO_AUTO_PART_SCAN))

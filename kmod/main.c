@@ -15,7 +15,7 @@ unsigned int ublks_max = 64;
 dev_t ublk_chr_devt;
 struct workqueue_struct *ublk_wq;
 
-const struct class ublk_chr_class = {
+struct class ublk_chr_class = {
 	.name = "ublk-char",
 };
 

@@ -64,7 +64,7 @@ int ublk_shmem_init(struct ublk_device *ub)
 {
 	struct ublk_shmem *shmem;
 
-	shmem = kzalloc(sizeof(*shmem), GFP_KERNEL);
+	shmem = kzalloc_obj(*shmem);
 	if (!shmem)
 		return -ENOMEM;
 	mt_init_flags(&shmem->ranges, MT_FLAGS_USE_RCU);

@@ -229,7 +229,7 @@ static inline bool ublk_rq_from_server(const struct request *req)
 }
 
 /* main.c */
-extern const struct class ublk_chr_class;
+extern struct class ublk_chr_class;
 extern dev_t ublk_chr_devt;
 extern struct miscdevice ublk_misc;
 extern unsigned int ublks_max;

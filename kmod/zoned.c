@@ -17,16 +17,17 @@
  * Memory for @nr_zones or, in want of it, fewer. It is one piece and small
  * enough for any limits of the queue, so that a request can be made of it.
  */
-static struct blk_zone *ublk_alloc_report(const struct queue_limits *lim,
+static struct blk_zone *ublk_alloc_report(struct request_queue *q,
 					  unsigned int nr_zones, size_t *bytes)
 {
-	size_t size = nr_zones * sizeof(struct blk_zone);
+	size_t size = min_t(size_t, nr_zones,
+			    UBLK_REPORT_BYTES / sizeof(struct blk_zone));
 
-	size = min_t(size_t, ALIGN(size, SECTOR_SIZE), UBLK_REPORT_BYTES);
-	size = min_t(size_t, size, (u64)lim->max_hw_sectors << SECTOR_SHIFT);
+	size = ALIGN(size * sizeof(struct blk_zone), SECTOR_SIZE);
+	size = min_t(u64, size, (u64)queue_max_hw_sectors(q) << SECTOR_SHIFT);
 	/* However the memory is cut up, this many segments are allowed. */
 	size = min_t(size_t, size,
-		     (size_t)lim->max_segments * UBLK_MIN_SEGMENT_SIZE);
+		     (size_t)queue_max_segments(q) * UBLK_MIN_SEGMENT_SIZE);
 	for (;;) {
 		struct blk_zone *zones;
 
@@ -72,8 +73,8 @@ static int ublk_ask_for_zones(struct gendisk *disk, sector_t sector,
 int ublk_report_zones(struct gendisk *disk, sector_t sector,
 		      unsigned int nr_zones, struct blk_report_zones_args *args)
 {
-	const struct queue_limits *lim = &disk->queue->limits;
-	sector_t zone_sectors = lim->chunk_sectors;
+	struct request_queue *q = disk->queue;
+	sector_t zone_sectors = q->limits.chunk_sectors;
 	sector_t capacity = get_capacity(disk);
 	unsigned int reported = 0, asked, i;
 	struct blk_zone *zones;
@@ -87,7 +88,7 @@ int ublk_report_zones(struct gendisk *disk, sector_t sector,
 			 (capacity - sector + zone_sectors - 1) >>
 			 ilog2(zone_sectors));
 
-	zones = ublk_alloc_report(lim, nr_zones, &bytes);
+	zones = ublk_alloc_report(q, nr_zones, &bytes);
 	if (!zones)
 		return -ENOMEM;
 	while (reported < nr_zones) {
