@@ -84,8 +84,7 @@ static int ublk_take_path(const struct ublk_device *ub, u32 cmd_op,
 
 	if (mask < 0)
 		return mask;
-	if (!header->addr || !path_len || path_len > PATH_MAX ||
-	    path_len > header->len)
+	if (!path_len || path_len > PATH_MAX || path_len > header->len)
 		return -EINVAL;
 	name = memdup_user_nul(u64_to_user_ptr(header->addr), path_len);
 	if (IS_ERR(name))

@@ -29,6 +29,7 @@ struct ublk_fetch {
 	struct ublk_queue	*q;
 	struct io_uring_cmd	*cmd;
 	u16			buf_group;
+	bool			retired;	/* somebody is completing it */
 };
 
 struct ublk_batch {
@@ -241,6 +242,7 @@ static void ublk_batch_end_active(struct ublk_fetch *fetch, int ret,
 	struct ublk_fetch *next;
 
 	spin_lock(&b->lock);
+	fetch->retired = true;
 	list_del(&fetch->node);
 	b->active = NULL;
 	next = ublk_batch_activate(b);
@@ -274,9 +276,10 @@ static void ublk_batch_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 /* Takes an idle command off the queue; b->lock is held. */
 static bool ublk_batch_retire(struct ublk_batch *b, struct ublk_fetch *fetch)
 {
-	if (b->active == fetch || list_empty(&fetch->node))
+	if (b->active == fetch || fetch->retired)
 		return false;
-	list_del_init(&fetch->node);
+	fetch->retired = true;
+	list_del(&fetch->node);
 	return true;
 }
 
@@ -345,6 +348,7 @@ static int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	cancel = READ_ONCE(q->ub->canceling);
 	if (!cancel)
 		list_add_tail(&fetch->node, &b->fetches);
+	fetch->retired = cancel;
 	active = ublk_batch_activate(b);
 	spin_unlock(&b->lock);
 	ublk_batch_kick(active);
@@ -474,7 +478,6 @@ static int ublk_commit_elem(struct ublk_queue *q, struct io_uring_cmd *cmd,
 {
 	struct ublk_elem elem;
 	struct ublk_io *io;
-	struct request *req;
 	int ret;
 
 	ret = ublk_parse_elem(q, args, p, &elem);
@@ -483,10 +486,8 @@ static int ublk_commit_elem(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	io = &q->ios[elem.tag];
 	if (!ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_BUSY))
 		return -EBUSY;
-	req = io->req;
-	if (req_op(req) == REQ_OP_ZONE_APPEND)
-		req->__sector = elem.zone_lba;
-	ret = ublk_take_result(q, io, elem.buf_addr, elem.result);
+	ret = ublk_take_result(q, io, elem.buf_addr, elem.result,
+			       elem.zone_lba);
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_elem_set_buf(q, args, &elem, io);
 	ublk_slot_arm(q, io, issue_flags);
@@ -528,6 +529,19 @@ static int ublk_batch_commit(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	return done ? done * args->elem_bytes : ret;
 }
 
+/* A command on a single tag: first of all that has to exist. */
+static int ublk_batch_refuse(const struct ublk_device *ub,
+			     struct io_uring_cmd *cmd)
+{
+	const struct ublksrv_io_cmd *src =
+		ublk_sqe_cmd(cmd, struct ublksrv_io_cmd);
+
+	if (READ_ONCE(src->q_id) >= ub->dev_info.nr_hw_queues ||
+	    READ_ONCE(src->tag) >= ub->dev_info.queue_depth)
+		return -EINVAL;
+	return -EOPNOTSUPP;
+}
+
 int ublk_batch_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 			 unsigned int issue_flags)
 {
@@ -550,7 +564,7 @@ int ublk_batch_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 	case UBLK_U_IO_FETCH_IO_CMDS:
 		break;
 	default:
-		return -EOPNOTSUPP;
+		return ublk_batch_refuse(ub, cmd);
 	}
 	if (args.q_id >= ub->dev_info.nr_hw_queues)
 		return -EINVAL;

@@ -5,6 +5,7 @@
 #include <linux/cred.h>
 #include <linux/fs.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/pid.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
@@ -18,6 +19,8 @@ static int ublk_ch_open(struct inode *inode, struct file *filp)
 
 	if (test_and_set_bit(UBLK_DEV_OPEN, &ub->bits))
 		return -EBUSY;
+	/* Both go with ublk_release_work(). */
+	__module_get(THIS_MODULE);
 	get_device(&ub->dev);
 	ub->opener = get_pid(task_tgid(current));
 	filp->private_data = ub;

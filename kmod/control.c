@@ -57,7 +57,7 @@ static int ublk_ctrl_add_dev(const struct ublksrv_ctrl_cmd *header)
 		return PTR_ERR(ub);
 	if (copy_to_user(ublk_arg(header), &info, sizeof(info))) {
 		/* Nobody would know of the device. */
-		ublk_remove_dev(ub);
+		ublk_drop_dev(ub);
 		ret = -EFAULT;
 	}
 	ublk_put_dev(ub);
@@ -128,8 +128,10 @@ static int ublk_ctrl_del_dev(struct ublk_device **pub, bool wait)
 {
 	u32 dev_id = (*pub)->dev_info.dev_id;
 	u64 serial = (*pub)->serial;
+	int ret = ublk_remove_dev(*pub);
 
-	ublk_remove_dev(*pub);
+	if (ret)
+		return ret;
 	/* Ours may be the last reference, for which the wait would be. */
 	ublk_put_dev(*pub);
 	*pub = NULL;
@@ -155,8 +157,7 @@ static int ublk_ctrl_dev_cmd(struct ublk_device **pub, unsigned int nr,
 	case _IOC_NR(UBLK_U_CMD_START_DEV):
 		return ublk_start_dev(ub, data);
 	case _IOC_NR(UBLK_U_CMD_STOP_DEV):
-		ublk_stop_dev(ub);
-		return 0;
+		return ublk_stop_dev(ub);
 	case _IOC_NR(UBLK_U_CMD_TRY_STOP_DEV):
 		return ublk_try_stop_dev(ub);
 	case _IOC_NR(UBLK_U_CMD_DEL_DEV):

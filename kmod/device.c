@@ -277,18 +277,33 @@ void ublk_put_dev(struct ublk_device *ub)
 }
 
 /*
- * DEL_DEV: what is left afterwards goes when the last holder lets go. Done
- * twice, the second time does nothing.
+ * What is left afterwards goes when the last holder lets go. Done twice, the
+ * second time does nothing.
  */
-void ublk_remove_dev(struct ublk_device *ub)
+static int ublk_do_remove(struct ublk_device *ub, struct pid *unused)
 {
-	ublk_stop_dev(ub);
-	if (test_and_set_bit(UBLK_DEV_DELETED, &ub->bits))
-		return;
-	/* START_DEV and END_USER_RECOVERY may be waiting. */
+	/* Keeps START_DEV out. It and END_USER_RECOVERY may be waiting. */
+	bool first = !test_and_set_bit(UBLK_DEV_DELETED, &ub->bits);
+
 	wake_up_all(&ub->wait);
-	cdev_device_del(&ub->cdev, &ub->dev);
-	put_device(&ub->dev);
+	ublk_do_stop(ub, NULL);
+	if (first) {
+		cdev_device_del(&ub->cdev, &ub->dev);
+		put_device(&ub->dev);
+	}
+	return 0;
+}
+
+/* DEL_DEV */
+int ublk_remove_dev(struct ublk_device *ub)
+{
+	return ublk_run_job(ub, ublk_do_remove, NULL);
+}
+
+/* The same where no failure can be reported, and no server is waited for. */
+void ublk_drop_dev(struct ublk_device *ub)
+{
+	ublk_do_remove(ub, NULL);
 }
 
 static bool ublk_is_freed(u32 dev_id, u64 serial)
@@ -323,7 +338,7 @@ void ublk_remove_all(void)
 		ub = ublk_find_dev(dev_id);
 		if (!ub)
 			continue;
-		ublk_remove_dev(ub);
+		ublk_drop_dev(ub);
 		ublk_put_dev(ub);
 	}
 	wait_event(ublk_devs_wait, xa_empty(&ublk_devs));

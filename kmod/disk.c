@@ -98,6 +98,12 @@ struct gendisk *ublk_get_disk(struct ublk_device *ub)
 	return disk;
 }
 
+/* Partitions may be read from here on, if only when somebody asks for it. */
+void ublk_allow_scan(struct gendisk *disk)
+{
+	clear_bit(GD_SUPPRESS_PART_SCAN, &disk->state);
+}
+
 /*
  * Reads the partition table of a new disk. The server may take its time, or
  * die: then this waits for the next one, while the rest of the life cycle goes
@@ -111,7 +117,7 @@ void ublk_scan_work(struct work_struct *work)
 
 	if (!disk)
 		return;
-	clear_bit(GD_SUPPRESS_PART_SCAN, &disk->state);
+	ublk_allow_scan(disk);
 	mutex_lock(&disk->open_mutex);
 	bdev_disk_changed(disk, false);
 	mutex_unlock(&disk->open_mutex);
@@ -123,10 +129,12 @@ int ublk_update_size(struct ublk_device *ub, u64 sectors)
 	struct ublk_param_basic *basic = &ub->params.basic;
 	int ret = 0;
 
-	mutex_lock(&ub->mutex);
+	if (mutex_lock_killable(&ub->mutex))
+		return -EINTR;
 	if (!ub->disk)
 		ret = -ENODEV;
-	else if (sectors & ((1U << (basic->logical_bs_shift - SECTOR_SHIFT)) - 1))
+	else if (sectors > UBLK_MAX_SECTORS ||
+		 sectors & ((1U << (basic->logical_bs_shift - SECTOR_SHIFT)) - 1))
 		ret = -EINVAL;
 	else if (ub->dev_info.flags & UBLK_F_ZONED)
 		/* What lies in the zones is known to the block layer. */

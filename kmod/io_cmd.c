@@ -82,18 +82,16 @@ static int ublk_fetch(struct ublk_queue *q, struct ublk_io *io,
 	return -EIOCBQUEUED;
 }
 
-/* The errno of a command that does not fit the state of its slot. */
-static int ublk_wrong_state(int state)
+/* Whether the server has given the slot back, and a request may be on its way. */
+static bool ublk_slot_waits(const struct ublk_io *io)
 {
-	switch (state) {
+	switch (atomic_read(&io->state)) {
+	case UBLK_IO_BUSY:
 	case UBLK_IO_ARMED:
 	case UBLK_IO_DISPATCH:
-	case UBLK_IO_BUSY:
-		return -EBUSY;
-	case UBLK_IO_CANCELED:
-		return -ENODEV;
+		return true;
 	default:
-		return -EINVAL;
+		return false;
 	}
 }
 
@@ -105,15 +103,14 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 	struct request *req = io->req;
 	bool unneeded;
 	int ret, result;
+	u64 lba = 0;
 
 	if (state != UBLK_IO_SERVED)
-		return ublk_wrong_state(state);
+		return state == UBLK_IO_CANCELED ? -ENODEV : -EINVAL;
 
-	if (req_op(req) == REQ_OP_ZONE_APPEND) {
-		/* Takes the place of the address, which no zoned device has. */
-		req->__sector = args->addr;
-		args->addr = 0;
-	}
+	/* Takes the place of the address, which no zoned device has. */
+	if (req_op(req) == REQ_OP_ZONE_APPEND)
+		swap(lba, args->addr);
 	unneeded = (q->flags & UBLK_F_NEED_GET_DATA) &&
 		   req_op(req) != REQ_OP_READ;
 	ret = ublk_check_buf(q, args, unneeded);
@@ -121,7 +118,7 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 		return ret;
 
 	atomic_set(&io->state, UBLK_IO_BUSY);
-	result = ublk_take_result(q, io, args->addr, args->result);
+	result = ublk_take_result(q, io, args->addr, args->result, lba);
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_park(q, io, cmd, args, issue_flags);
 	/* The tag stays the request's until it has ended: nothing can use the slot. */
@@ -159,6 +156,7 @@ int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 	struct ublk_io_args args;
 	struct ublk_queue *q;
 	struct ublk_io *io;
+	bool owner;
 
 	/* Bare numbers are the oldest form, their type is 0. */
 	if (type != 'u' && type != 0)
@@ -176,18 +174,21 @@ int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 		return -EINVAL;
 	io = &q->ios[array_index_nospec(args.tag, q->depth)];
 
-	switch (nr) {
-	case _IOC_NR(UBLK_U_IO_FETCH_REQ):
+	if (nr == _IOC_NR(UBLK_U_IO_FETCH_REQ))
 		return ublk_fetch(q, io, cmd, &args, issue_flags);
-	case _IOC_NR(UBLK_U_IO_REGISTER_IO_BUF):
+
+	/* What comes now is about a request that the server holds. */
+	owner = READ_ONCE(io->daemon) == current;
+	if (owner && ublk_slot_waits(io))
+		return -EBUSY;
+	if (nr == _IOC_NR(UBLK_U_IO_REGISTER_IO_BUF))
 		return ublk_register_buf(q, io, cmd, args.addr, issue_flags);
+	if (!owner)
+		return -EINVAL;
+	switch (nr) {
 	case _IOC_NR(UBLK_U_IO_COMMIT_AND_FETCH_REQ):
-		if (READ_ONCE(io->daemon) != current)
-			return -EINVAL;
 		return ublk_commit(q, io, cmd, &args, issue_flags);
 	case _IOC_NR(UBLK_U_IO_NEED_GET_DATA):
-		if (READ_ONCE(io->daemon) != current)
-			return -EINVAL;
 		return ublk_get_data(q, io, cmd, &args, issue_flags);
 	default:
 		return -EINVAL;

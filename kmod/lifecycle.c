@@ -8,6 +8,7 @@
  * later server meanwhile: "recoverable" is set only when the disk stands, and
  * "stopping" before it goes.
  */
+#include <linux/module.h>
 #include <linux/pid.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
@@ -28,16 +29,10 @@ static int ublk_wait_fetched(struct ublk_device *ub)
 	return ublk_all_fetched(ub) ? 0 : -ENODEV;
 }
 
-/* Whether @nr, as the caller counts processes, is who opened the char device. */
-static bool ublk_is_opener(struct ublk_device *ub, pid_t nr)
+/* Whether @pid, or none, has opened the char device; ub->mutex is held. */
+static bool ublk_is_opener(struct ublk_device *ub, struct pid *pid)
 {
-	bool ret;
-
-	rcu_read_lock();
-	ret = test_bit(UBLK_DEV_OPEN, &ub->bits) && ub->opener &&
-	      find_vpid(nr) == ub->opener;
-	rcu_read_unlock();
-	return ret;
+	return pid && test_bit(UBLK_DEV_OPEN, &ub->bits) && pid == ub->opener;
 }
 
 /* ub->mutex is held. @server: counted for this, or NULL. */
@@ -53,19 +48,10 @@ static void ublk_set_state(struct ublk_device *ub, u16 state, struct pid *server
 	put_pid(old);
 }
 
-int ublk_start_dev(struct ublk_device *ub, u64 data)
+static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 {
-	pid_t nr = (int)data;
 	struct gendisk *disk;
 	int ret;
-
-	if (nr <= 0)
-		return -EINVAL;
-	if (!(READ_ONCE(ub->params.types) & UBLK_PARAM_TYPE_BASIC))
-		return -EINVAL;
-	ret = ublk_wait_fetched(ub);
-	if (ret)
-		return ret;
 
 	mutex_lock(&ub->mutex);
 	ret = -EEXIST;
@@ -78,9 +64,8 @@ int ublk_start_dev(struct ublk_device *ub, u64 data)
 	if (ub->canceling || !ublk_all_fetched(ub) || ublk_is_gone(ub))
 		goto out;
 	ret = -EINVAL;
-	if (!ublk_is_opener(ub, nr))
-		goto out;
-	if (!(ub->params.types & UBLK_PARAM_TYPE_BASIC))
+	if (!ublk_is_opener(ub, pid) ||
+	    !(ub->params.types & UBLK_PARAM_TYPE_BASIC))
 		goto out;
 
 	disk = ublk_alloc_disk(ub);
@@ -113,11 +98,31 @@ int ublk_start_dev(struct ublk_device *ub, u64 data)
 	ub->recoverable = ub->dev_info.flags & UBLK_F_USER_RECOVERY;
 	spin_unlock(&ub->lock);
 	/* What a user's server says about partitions is not to be trusted. */
-	if (!ub->untrusted && !(ub->dev_info.flags & UBLK_F_NO_AUTO_PART_SCAN))
-		queue_work(ublk_wq, &ub->scan_work);
+	if (ub->untrusted)
+		goto out;
+	if (ub->dev_info.flags & UBLK_F_NO_AUTO_PART_SCAN)
+		ublk_allow_scan(disk);
+	else
+		queue_work(ublk_scan_wq, &ub->scan_work);
 out:
 	mutex_unlock(&ub->mutex);
 	return ret;
+}
+
+int ublk_start_dev(struct ublk_device *ub, u64 data)
+{
+	pid_t nr = (int)data;
+	int ret;
+
+	if (nr <= 0)
+		return -EINVAL;
+	if (!(READ_ONCE(ub->params.types) & UBLK_PARAM_TYPE_BASIC))
+		return -EINVAL;
+	ret = ublk_wait_fetched(ub);
+	if (ret)
+		return ret;
+	/* As the caller counts processes. */
+	return ublk_run_job(ub, ublk_do_start, find_get_pid(nr));
 }
 
 /*
@@ -152,7 +157,8 @@ static void ublk_remove_disk(struct ublk_device *ub)
 	put_disk(disk);
 }
 
-void ublk_stop_dev(struct ublk_device *ub)
+/* As a job, or where nothing can wait for the caller. */
+int ublk_do_stop(struct ublk_device *ub, struct pid *unused)
 {
 	mutex_lock(&ub->mutex);
 	ublk_remove_disk(ub);
@@ -169,6 +175,12 @@ void ublk_stop_dev(struct ublk_device *ub)
 		ublk_cancel_slots(ub);
 	}
 	mutex_unlock(&ub->mutex);
+	return 0;
+}
+
+int ublk_stop_dev(struct ublk_device *ub)
+{
+	return ublk_run_job(ub, ublk_do_stop, NULL);
 }
 
 int ublk_try_stop_dev(struct ublk_device *ub)
@@ -178,15 +190,20 @@ int ublk_try_stop_dev(struct ublk_device *ub)
 
 	if (!disk)
 		return -ENODEV;
-	mutex_lock(&disk->open_mutex);
+	/* Whoever reads partitions may hold this for as long as no server is there. */
+	if (mutex_lock_killable(&disk->open_mutex)) {
+		put_disk(disk);
+		return -EINTR;
+	}
 	if (disk_openers(disk) > 0)
 		ret = -EBUSY;
 	else
 		set_bit(UBLK_DEV_NO_OPEN, &ub->bits);
 	mutex_unlock(&disk->open_mutex);
-	put_disk(disk);
+	/* As long as this disk is referred to, there cannot be another one. */
 	if (!ret)
-		ublk_stop_dev(ub);
+		ret = ublk_stop_dev(ub);
+	put_disk(disk);
 	return ret;
 }
 
@@ -203,7 +220,8 @@ int ublk_start_recovery(struct ublk_device *ub)
 
 	if (!(ub->dev_info.flags & UBLK_F_USER_RECOVERY))
 		return -EINVAL;
-	mutex_lock(&ub->mutex);
+	if (mutex_lock_killable(&ub->mutex))
+		return -EINTR;
 	if (test_bit(UBLK_DEV_OPEN, &ub->bits) || !ublk_waits_for_server(ub))
 		ret = -EBUSY;
 	mutex_unlock(&ub->mutex);
@@ -213,6 +231,7 @@ int ublk_start_recovery(struct ublk_device *ub)
 int ublk_end_recovery(struct ublk_device *ub, u64 data)
 {
 	pid_t nr = (int)data;
+	struct pid *pid;
 	int ret;
 
 	if (!(ub->dev_info.flags & UBLK_F_USER_RECOVERY))
@@ -223,12 +242,14 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data)
 	if (ret)
 		return ret;
 
-	mutex_lock(&ub->mutex);
+	if (mutex_lock_killable(&ub->mutex))
+		return -EINTR;
+	pid = find_get_pid(nr);
 	ret = -EBUSY;
 	if (!ublk_waits_for_server(ub))
 		goto out;
 	ret = -EINVAL;
-	if (!ublk_is_opener(ub, nr))
+	if (!ublk_is_opener(ub, pid))
 		goto out;
 	ret = -ENODEV;
 	if (ub->canceling || !ublk_all_fetched(ub))
@@ -241,6 +262,7 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data)
 	ret = 0;
 out:
 	mutex_unlock(&ub->mutex);
+	put_pid(pid);
 	return ret;
 }
 
@@ -264,13 +286,14 @@ int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms)
 
 	if (!(ub->dev_info.flags & UBLK_F_QUIESCE))
 		return -EOPNOTSUPP;
-	mutex_lock(&ub->mutex);
+	if (mutex_lock_killable(&ub->mutex))
+		return -EINTR;
 	if (!ub->disk || ub->dev_info.state == UBLK_S_DEV_DEAD)
 		ret = -ENODEV;
 	else if (ub->dev_info.state != UBLK_S_DEV_LIVE)
 		ret = 1;
 	if (!ret) {
-		/* Under the mutex for the reason given in ublk_stop_dev(). */
+		/* Under the mutex for the reason given in ublk_do_stop(). */
 		ublk_server_leaves(ub);
 		ublk_cancel_slots(ub);
 	}
@@ -332,4 +355,6 @@ void ublk_release_work(struct work_struct *work)
 	put_pid(opener);
 	wake_up_all(&ub->wait);
 	put_device(&ub->dev);
+	/* Unloading the module waits for the end of this function. */
+	module_put(THIS_MODULE);
 }

@@ -14,6 +14,8 @@
 unsigned int ublks_max = 64;
 dev_t ublk_chr_devt;
 struct workqueue_struct *ublk_wq;
+struct workqueue_struct *ublk_job_wq;
+struct workqueue_struct *ublk_scan_wq;
 
 struct class ublk_chr_class = {
 	.name = "ublk-char",
@@ -45,6 +47,32 @@ module_param_cb(ublks_max, &ublks_max_ops, &ublks_max, 0644);
 MODULE_PARM_DESC(ublks_max,
 		 "how many unprivileged devices may exist (default 64)");
 
+static void ublk_destroy_workqueues(void)
+{
+	if (ublk_scan_wq)
+		destroy_workqueue(ublk_scan_wq);
+	if (ublk_job_wq)
+		destroy_workqueue(ublk_job_wq);
+	if (ublk_wq)
+		destroy_workqueue(ublk_wq);
+}
+
+/*
+ * Three of them, since each may be full of work that waits for work in the one
+ * before.
+ */
+static int ublk_alloc_workqueues(void)
+{
+	ublk_wq = alloc_workqueue("ublk", WQ_UNBOUND | WQ_MEM_RECLAIM,
+				  WQ_MAX_ACTIVE);
+	ublk_job_wq = alloc_workqueue("ublk-job", WQ_UNBOUND, WQ_MAX_ACTIVE);
+	ublk_scan_wq = alloc_workqueue("ublk-scan", WQ_UNBOUND, WQ_MAX_ACTIVE);
+	if (ublk_wq && ublk_job_wq && ublk_scan_wq)
+		return 0;
+	ublk_destroy_workqueues();
+	return -ENOMEM;
+}
+
 static int __init ublk_init(void)
 {
 	int ret;
@@ -60,9 +88,8 @@ static int __init ublk_init(void)
 	ret = ublk_compat_init();
 	if (ret)
 		return ret;
-	ret = -ENOMEM;
-	ublk_wq = alloc_workqueue("ublk", WQ_UNBOUND | WQ_MEM_RECLAIM, 0);
-	if (!ublk_wq)
+	ret = ublk_alloc_workqueues();
+	if (ret)
 		goto out_compat;
 	ret = alloc_chrdev_region(&ublk_chr_devt, 0, UBLK_MINORS, "ublk-char");
 	if (ret)
@@ -80,7 +107,7 @@ out_class:
 out_region:
 	unregister_chrdev_region(ublk_chr_devt, UBLK_MINORS);
 out_wq:
-	destroy_workqueue(ublk_wq);
+	ublk_destroy_workqueues();
 out_compat:
 	ublk_compat_exit();
 	return ret;
@@ -88,9 +115,10 @@ out_compat:
 
 static void __exit ublk_exit(void)
 {
-	misc_deregister(&ublk_misc);
+	/* The devices are children of the control device. */
 	ublk_remove_all();
-	destroy_workqueue(ublk_wq);
+	misc_deregister(&ublk_misc);
+	ublk_destroy_workqueues();
 	class_unregister(&ublk_chr_class);
 	unregister_chrdev_region(ublk_chr_devt, UBLK_MINORS);
 	ublk_compat_exit();

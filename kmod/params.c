@@ -55,6 +55,8 @@ static int ublk_check_basic(const struct ublk_device *ub,
 		return -EINVAL;
 	if (p->max_sectors > max_sectors || p->max_sectors < PAGE_SECTORS)
 		return -EINVAL;
+	if (p->dev_sectors > UBLK_MAX_SECTORS)
+		return -EINVAL;
 	/* No block could be transferred in such a chunk. */
 	if (p->chunk_sectors &
 	    ((1U << (p->logical_bs_shift - SECTOR_SHIFT)) - 1))
@@ -265,7 +267,8 @@ int ublk_set_params(struct ublk_device *ub,
 	/* What was checked counts, whatever has become of it since. */
 	memcpy(&params, &head, min(size, sizeof(head)));
 
-	mutex_lock(&ub->mutex);
+	if (mutex_lock_killable(&ub->mutex))
+		return -EINTR;
 	if (test_bit(UBLK_DEV_USED, &ub->bits)) {
 		ret = -EACCES;
 		goto out;
@@ -292,7 +295,8 @@ int ublk_get_params(struct ublk_device *ub, struct ublk_params __user *arg,
 	if (ret)
 		return ret;
 
-	mutex_lock(&ub->mutex);
+	if (mutex_lock_killable(&ub->mutex))
+		return -EINTR;
 	params = ub->params;
 	if (ub->disk)
 		disk = disk_devt(ub->disk);

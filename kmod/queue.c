@@ -228,26 +228,44 @@ static int ublk_init_hctx(struct blk_mq_hw_ctx *hctx, void *data, unsigned int i
 	return 0;
 }
 
+/* The opener may have left the device to a child. */
+static void ublk_kill_server(struct ublk_device *ub, struct task_struct *daemon)
+{
+	struct task_struct *task;
+
+	lockdep_assert_held(&ub->lock);
+	rcu_read_lock();
+	task = pid_task(ub->server, PIDTYPE_TGID);
+	if (task)
+		send_sig(SIGKILL, task, 0);
+	rcu_read_unlock();
+	if (daemon)
+		send_sig(SIGKILL, daemon, 0);
+}
+
 /*
  * A server may take its time, unless it is a user's: the user's disk must not
- * be able to block whoever opens it for longer.
+ * be able to block whoever opens it for longer. But a thread that is dead will
+ * not answer, whoever else still holds the char device.
  */
 static enum blk_eh_timer_return ublk_timeout(struct request *req)
 {
 	struct ublk_queue *q = req->mq_hctx->driver_data;
+	struct ublk_io *io = ublk_rq_io(req);
 	struct ublk_device *ub = q->ub;
-	struct task_struct *task;
+	struct task_struct *daemon;
+	bool dead;
 
-	if (ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV) {
-		spin_lock(&ub->lock);
-		rcu_read_lock();
-		task = pid_task(ub->server, PIDTYPE_TGID);
-		if (task)
-			send_sig(SIGKILL, task, 0);
-		rcu_read_unlock();
-		spin_unlock(&ub->lock);
-	}
-	return BLK_EH_RESET_TIMER;
+	spin_lock(&ub->lock);
+	daemon = io->daemon;
+	dead = daemon && READ_ONCE(daemon->exit_state);
+	if (!dead && (ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV))
+		ublk_kill_server(ub, daemon);
+	spin_unlock(&ub->lock);
+	if (!dead)
+		return BLK_EH_RESET_TIMER;
+	ublk_server_leaves(ub);
+	return ublk_abort_slot(q, io) ? BLK_EH_DONE : BLK_EH_RESET_TIMER;
 }
 
 const struct blk_mq_ops ublk_mq_ops = {

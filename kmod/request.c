@@ -3,6 +3,7 @@
  * What a request looks like to the server, and how it ends.
  */
 #include <linux/blk-integrity.h>
+#include <linux/err.h>
 #include <linux/rcupdate.h>
 
 #include "ublk.h"
@@ -95,16 +96,21 @@ blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req)
 
 /*
  * What the server says in a commit, by its thread. In copy mode the data of a
- * read comes with it, out of the buffer that the commit names.
+ * read comes with it, out of the buffer that the commit names. @lba is where
+ * an append has landed.
  */
 int ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
-		     int result)
+		     int result, u64 lba)
 {
-	if (unlikely(result == UBLK_RES_ABORTED))
+	struct request *req = io->req;
+
+	if (unlikely(result < -MAX_ERRNO))
 		return -EIO;
-	if (result > 0 && !ublk_no_copy(q) && ublk_rq_from_server(io->req) &&
+	if (req_op(req) == REQ_OP_ZONE_APPEND && result >= 0)
+		req->__sector = lba;
+	if (result > 0 && !ublk_no_copy(q) && ublk_rq_from_server(req) &&
 	    !(ublk_desc(q, io->tag)->op_flags & UBLK_IO_F_SHMEM_ZC))
-		return ublk_copy_from_server(io->req, addr, result);
+		return ublk_copy_from_server(req, addr, result);
 	return result;
 }
 
@@ -132,6 +138,10 @@ static void ublk_end_part(struct request *req, unsigned int done)
 
 static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
 {
+	if (unlikely(result == UBLK_RES_UNSEEN)) {
+		ublk_no_server(q, req);
+		return;
+	}
 	if (unlikely(result == UBLK_RES_ABORTED)) {
 		if (q->flags & UBLK_F_USER_RECOVERY_REISSUE)
 			ublk_no_server(q, req);

@@ -184,27 +184,35 @@ bool ublk_server_told(const struct ublk_device *ub)
 	return true;
 }
 
-static void ublk_abort_slot(struct ublk_queue *q, struct ublk_io *io)
+/*
+ * Ends the request that the owner of a slot holds, who is dead, in the manner
+ * of the recovery that was asked for. False if there is none.
+ */
+bool ublk_abort_slot(struct ublk_queue *q, struct ublk_io *io)
 {
-	switch (atomic_read(&io->state)) {
-	case UBLK_IO_ASKED:
-	case UBLK_IO_SERVED:
-		atomic_set(&io->state, UBLK_IO_CANCELED);
-		ublk_finish(q, io, UBLK_RES_ABORTED);
-		break;
-	case UBLK_IO_DISPATCH:
-		/* Batch: never fetched. Otherwise its command would be pending. */
-		atomic_set(&io->state, UBLK_IO_CANCELED);
-		refcount_set(&io->ref, 0);
-		ublk_no_server(q, io->req);
-		break;
-	}
+	if (!ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_CANCELED) &&
+	    !ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_CANCELED))
+		return false;
+	ublk_finish(q, io, UBLK_RES_ABORTED);
+	return true;
 }
 
 /*
- * Ends what the server held, in the manner of the recovery that was asked for.
- * The char device has no holder any more, hence no command is pending.
+ * A request of a batch that no server has got to know. Elsewhere the command
+ * that would deliver it keeps the char device open.
  */
+static void ublk_abort_undelivered(struct ublk_queue *q, struct ublk_io *io)
+{
+	if (!ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_CANCELED))
+		return;
+	/* A delivery that was tried may have left references. */
+	if (ublk_no_copy(q) && refcount_read(&io->ref))
+		ublk_finish(q, io, UBLK_RES_UNSEEN);
+	else
+		ublk_no_server(q, io->req);
+}
+
+/* The char device has no holder any more, hence no command is pending. */
 void ublk_abort_slots(struct ublk_device *ub)
 {
 	unsigned int i, tag;
@@ -212,8 +220,10 @@ void ublk_abort_slots(struct ublk_device *ub)
 	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
 		struct ublk_queue *q = ub->queues[i];
 
-		for (tag = 0; tag < q->depth; tag++)
+		for (tag = 0; tag < q->depth; tag++) {
 			ublk_abort_slot(q, &q->ios[tag]);
+			ublk_abort_undelivered(q, &q->ios[tag]);
+		}
 	}
 }
 
@@ -244,10 +254,14 @@ void ublk_reset_slots(struct ublk_device *ub)
 
 		for (tag = 0; tag < q->depth; tag++) {
 			struct ublk_io *io = &q->ios[tag];
+			struct task_struct *daemon = io->daemon;
 
-			if (io->daemon)
-				put_task_struct(io->daemon);
-			io->daemon = NULL;
+			/* ublk_timeout() may be looking at it. */
+			spin_lock(&ub->lock);
+			WRITE_ONCE(io->daemon, NULL);
+			spin_unlock(&ub->lock);
+			if (daemon)
+				put_task_struct(daemon);
 			io->cmd = NULL;
 			io->req = NULL;
 			io->reg_ring = NULL;

@@ -24,7 +24,8 @@
  *				the disk is added or removed, so also while
  *				requests are served. Nothing that a server needs
  *				for serving, or its death for failing requests,
- *				may take it.
+ *				may take it, and commands must wait for it in a
+ *				way that can be killed: see job.c.
  *	ublk_device.lock	readiness of slots, gates, flags. Held shortly.
  */
 #ifndef UBLK_DRV_H
@@ -51,6 +52,9 @@
 #include "caps.h"
 
 #define UBLK_MINORS		BIT(MINORBITS)
+
+/* What a file offset can reach. */
+#define UBLK_MAX_SECTORS	(LLONG_MAX >> SECTOR_SHIFT)
 
 /* Any one of these: the driver does not copy at dispatch and commit. */
 #define UBLK_F_NO_COPY		(UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY | \
@@ -233,7 +237,9 @@ extern struct class ublk_chr_class;
 extern dev_t ublk_chr_devt;
 extern struct miscdevice ublk_misc;
 extern unsigned int ublks_max;
-extern struct workqueue_struct *ublk_wq;
+extern struct workqueue_struct *ublk_wq;	/* cleans up after servers */
+extern struct workqueue_struct *ublk_job_wq;	/* waits for servers */
+extern struct workqueue_struct *ublk_scan_wq;	/* reads what servers serve */
 
 /* features.c */
 u64 ublk_features(void);
@@ -252,24 +258,31 @@ int ublk_check_access(struct ublk_device *ub, u32 cmd_op,
 struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info);
 struct ublk_device *ublk_find_dev(u32 dev_id);
 void ublk_put_dev(struct ublk_device *ub);
-void ublk_remove_dev(struct ublk_device *ub);
+int ublk_remove_dev(struct ublk_device *ub);
+void ublk_drop_dev(struct ublk_device *ub);
 int ublk_wait_freed(u32 dev_id, u64 serial);
 void ublk_remove_all(void);
 unsigned long ublk_desc_area(const struct ublk_device *ub, u32 depth);
 
 /* lifecycle.c: start, stop, recovery, the end of a server */
 int ublk_start_dev(struct ublk_device *ub, u64 pid);
-void ublk_stop_dev(struct ublk_device *ub);
+int ublk_stop_dev(struct ublk_device *ub);
+int ublk_do_stop(struct ublk_device *ub, struct pid *unused);
 int ublk_try_stop_dev(struct ublk_device *ub);
 int ublk_start_recovery(struct ublk_device *ub);
 int ublk_end_recovery(struct ublk_device *ub, u64 pid);
 int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms);
 void ublk_release_work(struct work_struct *work);
 
+/* job.c: commands that wait for requests */
+typedef int (ublk_job_fn)(struct ublk_device *ub, struct pid *pid);
+int ublk_run_job(struct ublk_device *ub, ublk_job_fn *fn, struct pid *pid);
+
 /* disk.c: /dev/ublkbN */
 struct gendisk *ublk_alloc_disk(struct ublk_device *ub);
 void ublk_discard_disk(struct ublk_device *ub, struct gendisk *disk);
 struct gendisk *ublk_get_disk(struct ublk_device *ub);
+void ublk_allow_scan(struct gendisk *disk);
 int ublk_update_size(struct ublk_device *ub, u64 sectors);
 void ublk_scan_work(struct work_struct *work);
 
@@ -303,6 +316,7 @@ void ublk_gates_open(struct ublk_device *ub);
 void ublk_server_leaves(struct ublk_device *ub);
 void ublk_cancel_slots(struct ublk_device *ub);
 bool ublk_server_told(const struct ublk_device *ub);
+bool ublk_abort_slot(struct ublk_queue *q, struct ublk_io *io);
 void ublk_abort_slots(struct ublk_device *ub);
 void ublk_reset_slots(struct ublk_device *ub);
 bool ublk_refs_gone(const struct ublk_device *ub);
@@ -316,11 +330,13 @@ void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
 			unsigned int issue_flags);
 
 /* request.c: what a request looks like to the server, and how it ends */
-#define UBLK_RES_ABORTED	INT_MIN	/* the server is gone; no server says this */
+/* Results that no server gives. */
+#define UBLK_RES_ABORTED	INT_MIN		/* the server is gone */
+#define UBLK_RES_UNSEEN		(INT_MIN + 1)	/* and has never had the request */
 
 blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req);
 int ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
-		     int result);
+		     int result, u64 lba);
 void ublk_finish(struct ublk_queue *q, struct ublk_io *io, int result);
 bool ublk_io_get(struct ublk_io *io);
 void ublk_io_put(struct ublk_io *io);

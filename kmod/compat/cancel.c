@@ -35,7 +35,7 @@
  * that threads which serve rings of their own seldom meet.
  */
 struct ublk_cancel_shard {
-	spinlock_t		lock;
+	spinlock_t		lock;		/* all below, and the flag */
 	struct hlist_head	parked;
 	struct hlist_head	unseen;		/* by the monitor, in this round */
 

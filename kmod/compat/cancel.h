@@ -21,9 +21,11 @@ static inline void ublk_compat_exit(void)
 
 #include "io_uring.h"
 
-/* A bit that these kernels use neither here nor in a command's flags. */
-#define IO_URING_F_CANCEL		(1U << 11)
-#define IORING_URING_CMD_CANCELABLE	(1U << 30)
+/* Bits that these kernels do not use, among issue flags and flags of commands. */
+enum {
+	IO_URING_F_CANCEL		= 1 << 11,
+	IORING_URING_CMD_CANCELABLE	= 1 << 30,
+};
 
 int ublk_compat_init(void);
 void ublk_compat_exit(void);

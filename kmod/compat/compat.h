@@ -8,9 +8,12 @@
 
 #include <linux/version.h>
 
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0) || \
-	LINUX_VERSION_CODE >= KERNEL_VERSION(7, 4, 0)
-#error "this driver is for Linux 6.1 to 7.3, the headers are of another release"
+/* Nothing is known of 6.2 to 6.11: the interfaces were changing a lot. */
+#if KERNEL_VERSION(6, 1, 0) > LINUX_VERSION_CODE || \
+	(KERNEL_VERSION(6, 2, 0) <= LINUX_VERSION_CODE && \
+	 KERNEL_VERSION(6, 12, 0) > LINUX_VERSION_CODE) || \
+	KERNEL_VERSION(7, 4, 0) <= LINUX_VERSION_CODE
+#error "ublk_drv is for Linux 6.1 and 6.12 to 7.3; these headers are of another"
 #endif
 
 /* The headers below print; they have to know the driver's prefix. */
@@ -21,7 +24,7 @@
 #include "limits.h"
 #include "integrity.h"
 #include "blk_mq.h"
-#include "disk_ops.h"
+#include "zoned.h"
 #include "mm.h"
 
 #endif /* UBLK_COMPAT_H */

@@ -21,8 +21,8 @@
 
 /* User API of block devices since 6.17, and of ublk, which borrows it. */
 #ifndef UBLK_HAVE_LBMD
-#define LBMD_PI_CAP_INTEGRITY		(1 << 0)
-#define LBMD_PI_CAP_REFTAG		(1 << 1)
+#define LBMD_PI_CAP_INTEGRITY		1
+#define LBMD_PI_CAP_REFTAG		2
 
 #define LBMD_PI_CSUM_NONE		0
 #define LBMD_PI_CSUM_IP			1

@@ -9,29 +9,31 @@
 #include <linux/io_uring/cmd.h>
 #endif
 
-/*
- * The payload of a command, the one thing in which the driver keeps to names
- * of its own: before 6.7 (or so) the SQE is hidden from drivers.
- */
-#if !defined(UBLK_HAVE_SQE)
+/* Before 6.7 (or so) a driver gets the payload, and not the SQE around it. */
+#ifndef UBLK_HAVE_SQE
 #define UBLK_COMPAT_NO_SQE
-#define ublk_sqe_cmd(cmd, type)		((const type *)(cmd)->cmd)
-#define ublk_sqe128_cmd(cmd, type)	((const type *)(cmd)->cmd)
-#else
-#if defined(UBLK_HAVE_SQE_CMD_TYPE)
+#endif
+
+/*
+ * The payload of a command: the one thing for which the driver has names of
+ * compat/, as no macro can do without cmd->sqe.
+ */
+#ifdef UBLK_HAVE_SQE_CMD_TYPE
 #define ublk_sqe_cmd(cmd, type)		io_uring_sqe_cmd((cmd)->sqe, type)
 #define ublk_sqe128_cmd(cmd, type)	io_uring_sqe128_cmd((cmd)->sqe, type)
 #else
-/* The compiler takes the array in the SQE for all that there is. */
-static inline const void *ublk_compat_sqe_cmd(const struct io_uring_sqe *sqe)
+static inline const void *ublk_compat_payload(const struct io_uring_cmd *cmd)
 {
-	return (const void *)sqe + offsetof(struct io_uring_sqe, cmd);
+#ifdef UBLK_HAVE_SQE
+	/* The compiler takes the array in an SQE for all that there is. */
+	return (const void *)cmd->sqe + offsetof(struct io_uring_sqe, cmd);
+#else
+	return cmd->cmd;
+#endif
 }
 
-#define ublk_sqe_cmd(cmd, type)	\
-	((const type *)ublk_compat_sqe_cmd((cmd)->sqe))
-#define ublk_sqe128_cmd(cmd, type)	ublk_sqe_cmd(cmd, type)
-#endif
+#define ublk_sqe_cmd(cmd, type)		((const type *)ublk_compat_payload(cmd))
+#define ublk_sqe128_cmd(cmd, type)	((const type *)ublk_compat_payload(cmd))
 #endif
 
 #ifndef UBLK_HAVE_CMD_GET_TASK
@@ -52,7 +54,7 @@ static inline void *io_uring_cmd_ctx_handle(struct io_uring_cmd *cmd)
 #ifndef UBLK_HAVE_CMD_TO_PDU
 #define io_uring_cmd_to_pdu(cmd, pdu_type) ({				\
 	BUILD_BUG_ON(sizeof(pdu_type) > sizeof((cmd)->pdu));		\
-	(pdu_type *)&(cmd)->pdu;					\
+	(typeof(pdu_type) *)&(cmd)->pdu;				\
 })
 #endif
 

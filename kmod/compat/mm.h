@@ -20,8 +20,11 @@ static inline void vm_flags_clear(struct vm_area_struct *vma,
 #ifndef UBLK_HAVE_KZALLOC_OBJ
 #include <linux/slab.h>
 
-#define kzalloc_obj(var_or_type) \
-	((typeof(var_or_type) *)kzalloc(sizeof(var_or_type), GFP_KERNEL))
+#define kzalloc_obj(var_or_type) ({					\
+	typeof(var_or_type) *__obj = kzalloc(sizeof(*__obj), GFP_KERNEL); \
+									\
+	__obj;								\
+})
 #endif
 
 /* Until 6.5 */
