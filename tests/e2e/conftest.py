@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import udev
+from support import kmemleak, udev
 from support.face import NATIVE, PYTHON, Face, device_id
 from support.kernel_log import KernelLog
+from support.pace import patience
 from support.processes import blocked_stacks
 from support.residue import Snapshot
 
@@ -23,7 +24,7 @@ _report = pytest.StashKey[dict[str, pytest.TestReport]]()
 
 def _load_loop_devices() -> None:
     # Nothing loads this by itself where no node of it exists.
-    subprocess.run(["modprobe", "loop"], check=True, timeout=30)
+    subprocess.run(["modprobe", "loop"], check=True, timeout=patience(30))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -34,8 +35,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         )
     _load_loop_devices()
     udev.look_only_at_new_disks()
+    # What was lost before is not the tests' doing.
+    kmemleak.forget()
     # Whoever starts this in the background may have SIGINT ignored, which servers would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Stable: the others stay in their order.
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -49,10 +57,10 @@ class Watchdog:
     """Ends a test that hangs: with its servers dead, its I/O fails and it goes on."""
 
     def __init__(self, before: Snapshot, seconds: float) -> None:
-        self.seconds = seconds
+        self.seconds = patience(seconds)
         self.stacks = ""
         self._before = before
-        self._timer = threading.Timer(seconds, self._bite)
+        self._timer = threading.Timer(self.seconds, self._bite)
         self._timer.daemon = True
         self._timer.start()
 
@@ -98,6 +106,17 @@ def machine(request: pytest.FixtureRequest) -> Iterator[None]:
             print("\n".join(filter(None, problems)))
         return
     assert not problems, "\n".join(filter(None, problems))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernel has lost no memory when the tests of a module are over. Looking for that takes long; that
+    is why it is not done after each of them."""
+    yield
+    lost = kmemleak.lost()
+    # They resemble each other.
+    shown = "\n".join(lost[:5])
+    assert not lost, f"the kernel lost {len(lost)} pieces of memory during {request.node.name}, such as:\n{shown}"
 
 
 @pytest.fixture(params=[NATIVE, PYTHON], ids=repr)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import udev
+from support import driver, kernel
 from support.command import NOBODY, Result, run
 from support.face import Face, device_id
 from support.waiting import until
@@ -175,15 +175,9 @@ def test_no_permission(face: Face, words: list[str]) -> None:
 @pytest.fixture
 def no_driver() -> Iterator[None]:
     """A machine whose driver is not loaded."""
-    own = Path("/opt/ublk/driver/ublk_drv.ko")
-    bundled = os.environ.get("UBLK_DRIVER") == "bundled"
-    assert bundled == own.exists(), f"UBLK_DRIVER is {os.environ.get('UBLK_DRIVER')}, {own} says otherwise"
-    run(["rmmod", "ublk_drv"])
-    until(lambda: not os.path.exists("/dev/ublk-control"), "the end of /dev/ublk-control")
+    driver.unload()
     yield
-    run(["insmod", own] if bundled else ["modprobe", "ublk_drv"])
-    until(lambda: os.path.exists("/dev/ublk-control"), "/dev/ublk-control")
-    udev.settle()
+    driver.load()
 
 
 @pytest.mark.short
@@ -202,6 +196,7 @@ def test_the_driver_can_be_unloaded_after_use(face: Face) -> None:
     until(lambda: holders.read_text().strip() == "0", "the driver's reference count to be 0")
 
 
+@pytest.mark.skipif(kernel.VERSION < (6, 6), reason="Linux 6.6 brought the switch")
 def test_io_uring_forbidden(face: Face) -> None:
     switch = Path("/proc/sys/kernel/io_uring_disabled")
     before = switch.read_text()

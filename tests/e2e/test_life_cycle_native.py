@@ -12,6 +12,7 @@ from support.backends import image
 from support.blockio import Disk, together
 from support.command import run
 from support.face import device_id
+from support.pace import patience
 from support.processes import is_running
 from support.server import Child
 from support.waiting import until
@@ -106,7 +107,7 @@ def test_del_while_busy(native) -> None:
         load.wait_until_busy()
         started = time.monotonic()
         native.run("del", "-n", str(device_id(path)))
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < patience(15)
         assert gone(path)
         assert load.wait(15) != 0
 

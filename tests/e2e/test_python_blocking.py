@@ -6,6 +6,7 @@ import time
 import pytest
 from support import sysfs
 from support.blockio import SECTOR, Disk, Tasks
+from support.pace import patience
 from support.server import Server
 from support.waiting import until
 
@@ -17,12 +18,12 @@ def test_a_handler_may_block_for_two_seconds() -> None:
         disk.write(SLOW, b"\x10" * SECTOR)
         started = time.monotonic()
         assert disk.read(SLOW, SECTOR) == b"\x10" * SECTOR
-        assert 1.9 <= time.monotonic() - started < 6
+        assert 1.9 <= time.monotonic() - started < patience(6)
         # The others go on afterwards.
         started = time.monotonic()
         for sector in range(8):
             disk.read(sector * SECTOR, SECTOR)
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < patience(1.5)
 
 
 @pytest.mark.short
@@ -46,7 +47,7 @@ def test_what_was_finished_before_a_slow_handler_in_the_same_batch_is_not_held_u
         server.ask("disk.gate.set()")
         tasks.join()
         assert ended[SLOW] - opened >= 1.9
-        assert ended[0] - opened < 1.0, "a finished request waited for its slow neighbour"
+        assert ended[SLOW] - ended[0] >= 1.0, "a finished request waited for its slow neighbour"
 
 
 def test_a_blocked_queue_does_not_hold_up_the_other() -> None:
@@ -87,7 +88,7 @@ def test_stop_waits_for_the_handler_that_runs() -> None:
             until(lambda: sysfs.in_flight(server.path) == 1, "a request in flight")
             started = time.monotonic()
             server.ask("dev.stop()")
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < patience(10)
             tasks.join()
         assert results == [b"\x44" * SECTOR], "the request that ran was not finished"
 
@@ -98,4 +99,4 @@ def test_busy_threads_beside_the_handlers_do_not_starve_them() -> None:
         for index in range(50):
             disk.read(index * 4096, 4096)
         taken = time.monotonic() - started
-        assert taken < 10, f"50 reads took {taken:.1f} s"
+        assert taken < patience(10), f"50 reads took {taken:.1f} s"

@@ -26,6 +26,8 @@ QUEUES = 2
 FIO_SECONDS = 30
 # Emulated machines are slow; a step that takes longer than this hangs.
 STEP_SECONDS = 240
+# Of what a failed program said.
+SHOWN_LINES = 12
 
 
 class Failed(Exception):
@@ -33,7 +35,7 @@ class Failed(Exception):
 
 
 def run(*argv: str, input: str | None = None) -> str:
-    """Runs a program to its end and returns its output; raises with all of it if it fails."""
+    """Runs a program to its end and returns its output; raises with the beginning of it if it fails."""
     try:
         ended = subprocess.run(
             argv,
@@ -49,7 +51,10 @@ def run(*argv: str, input: str | None = None) -> str:
     except subprocess.TimeoutExpired:
         raise Failed(f"{' '.join(argv)} still ran after {STEP_SECONDS} s") from None
     if ended.returncode != 0:
-        raise Failed(f"{' '.join(argv)} ended with status {ended.returncode}:\n{ended.stdout.rstrip()}")
+        said = ended.stdout.strip().splitlines()
+        if len(said) > SHOWN_LINES:
+            said = [*said[:SHOWN_LINES], f"... and {len(said) - SHOWN_LINES} more lines"]
+        raise Failed("\n".join([f"{' '.join(argv)} ended with status {ended.returncode}:", *said]))
     return ended.stdout
 
 
@@ -105,10 +110,12 @@ class Served:
             process.kill()
             process.wait(20)
             raise Failed(f"the server of {self.path} did not end within 60 s after SIGTERM and was killed") from None
-        if status != 0:
-            raise Failed(f"the server of {self.path} ended with status {status}")
-        if os.path.exists(self.path):
-            raise Failed(f"{self.path} is there although its server has ended")
+        left = [node for node in (self.path, self.path.replace("ublkb", "ublkc")) if os.path.exists(node)]
+        if self.path and left:
+            run(sys.executable, "-m", "ublk", "del", "-n", self.path.removeprefix("/dev/ublkb"))
+        if status != 0 or left:
+            removed = f"; it left {' and '.join(left)}, now removed" if left else ""
+            raise Failed(f"the server of {self.path or 'the disk'} ended with status {status}{removed}")
         return "server ended with status 0, nothing left"
 
 
@@ -338,6 +345,9 @@ def perform(demo: Demo) -> tuple[list[Row], str]:
             detail = step()
         except Exception as error:
             failure = f"{name}: {error if isinstance(error, Failed) else f'{type(error).__name__}: {error}'}"
+        except BaseException:
+            print("interrupted")
+            raise
         taken = time.monotonic() - started
         print(f"{'FAILED' if failure else 'ok':<6} {taken:6.1f} s  {'' if failure else detail}".rstrip())
         rows.append(Row(name, "FAILED" if failure else "ok", f"{taken:.1f}", "" if failure else detail))

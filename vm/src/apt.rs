@@ -251,15 +251,21 @@ impl<'a> Apt<'a> {
         output(self.command("apt-cache").args(["show", "--all-versions"]).args(names).stderr(Stdio::piped()))
     }
 
+    fn read(&self, name: &str) -> Result<String> {
+        let path = self.dir.join(name);
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    }
+
     /// The kernel images in the index that are whole.
     pub(crate) fn kernels(&self) -> Result<Vec<Package>> {
-        let read = |name: &str| {
-            let path = self.dir.join(name);
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
-        };
-        let names = read("names")?;
+        let names = self.read("names")?;
         let names: HashSet<&str> = names.lines().collect();
-        Ok(whole(parse(&read("kernels")?), &names))
+        Ok(whole(parse(&self.read("kernels")?), &names))
+    }
+
+    /// Whether the index has any version of a package whose name starts with `linux-`.
+    pub(crate) fn has(&self, name: &str) -> Result<bool> {
+        Ok(self.read("names")?.lines().any(|line| line == name))
     }
 
     /// The newest version of a package over all releases.

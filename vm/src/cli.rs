@@ -35,6 +35,8 @@ pub(crate) enum Action {
     Run(Run),
     /// `vm/package`
     Package(Package),
+    /// `vm/kmod`
+    Kmod(Kmod),
 }
 
 impl Action {
@@ -44,11 +46,15 @@ impl Action {
         let name = arguments.next().unwrap_or_default();
         if name == "package" {
             Package::try_parse_from(once("vm/package".into()).chain(arguments)).map(Self::Package)
+        } else if name == "kmod" {
+            Kmod::try_parse_from(once("vm/kmod".into()).chain(arguments)).map(Self::Kmod)
         } else if name == "run" {
             Run::try_parse_from(once("vm/run".into()).chain(arguments)).map(Self::Run)
         } else {
-            Err(Run::command()
-                .error(clap::error::ErrorKind::InvalidSubcommand, "this program is started by vm/run and vm/package"))
+            Err(Run::command().error(
+                clap::error::ErrorKind::InvalidSubcommand,
+                "this program is started by vm/run, vm/kmod and vm/package",
+            ))
         }
     }
 }
@@ -62,12 +68,28 @@ pub(crate) struct Package {
     pub(crate) name: String,
 }
 
+/// Builds the driver in kmod/ for one kernel after the other as strictly as the kernel's build can
+/// (W=1, sparse, each warning a failure) and has checkpatch look at its style.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vm/kmod",
+    bin_name = "vm/kmod",
+    after_help = "\
+Exit status: 0: no complaint; 1: complaints, which are shown; 125: the testbed itself failed"
+)]
+pub(crate) struct Kmod {
+    /// Linux version, as for vm/run; may be given again [default: each series whose headers Debian has].
+    #[arg(long = "kernel", value_name = "VERSION")]
+    pub(crate) kernels: Vec<String>,
+}
+
 /// Boots a Debian kernel with ublk in a virtual machine, runs a command as root in there, and exits
 /// with its status.
 #[derive(Debug, Parser)]
 #[command(name = "vm/run", bin_name = "vm/run", after_help = EXIT_CODES)]
 pub(crate) struct Run {
-    /// Linux version: the newest of a series that Debian offers (7.3), or an exact one (6.12.107).
+    /// Linux version: the newest of a series that Debian offers (7.3), or an exact one (6.12.107);
+    /// or `debug`: the newest, built here with checks of memory, locking and more.
     #[arg(long, default_value = "7.3", value_name = "VERSION")]
     pub(crate) kernel: String,
     /// Whose ublk_drv is loaded.
@@ -76,15 +98,18 @@ pub(crate) struct Run {
     /// Processors of the machine.
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
     pub(crate) cpus: u32,
-    /// Memory of the machine: a number with M or G.
-    #[arg(long, default_value = "3G", value_name = "SIZE", value_parser = parse_memory)]
-    pub(crate) memory: u64,
+    /// Memory of the machine: a number with M or G [default: 3G, 4G for the debug kernel].
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    pub(crate) memory: Option<u64>,
     /// Seconds from the start of the machine after which it is stopped.
     #[arg(long, default_value = "1200", value_name = "SECONDS", value_parser = parse_timeout)]
     pub(crate) timeout: Duration,
     /// Directory of the host that receives what the guest leaves in /results, and its console log.
     #[arg(long, value_name = "DIR")]
     pub(crate) results: Option<PathBuf>,
+    /// Directory of the host whose content the guest has in /opt/ublk/extra.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) extra: Option<PathBuf>,
     /// Environment variable for the command.
     #[arg(long = "env", value_name = "NAME=VALUE", value_parser = parse_variable)]
     pub(crate) variables: Vec<(String, String)>,
@@ -142,7 +167,7 @@ mod tests {
         let all = ["ublk-vm", "run"].iter().chain(arguments);
         match Action::parse(all.map(OsString::from))? {
             Action::Run(run) => Ok(run),
-            Action::Package(_) => unreachable!("the first argument is 'run'"),
+            Action::Package(_) | Action::Kmod(_) => unreachable!("the first argument is 'run'"),
         }
     }
 
@@ -150,6 +175,8 @@ mod tests {
     fn the_script_decides_what_is_done() {
         let parse = |words: &[&str]| Action::parse(words.iter().map(OsString::from));
         assert!(matches!(parse(&["x", "package", "p"]), Ok(Action::Package(package)) if package.name == "p"));
+        assert!(matches!(parse(&["x", "kmod", "--kernel", "a", "--kernel", "b"]),
+            Ok(Action::Kmod(kmod)) if kmod.kernels == ["a", "b"]));
         assert!(parse(&["x", "package"]).is_err());
         assert!(parse(&["x", "other"]).is_err());
         assert!(parse(&["x"]).is_err());
@@ -159,6 +186,7 @@ mod tests {
     fn the_definition_is_sound() {
         Run::command().debug_assert();
         Package::command().debug_assert();
+        Kmod::command().debug_assert();
     }
 
     #[test]
@@ -166,7 +194,7 @@ mod tests {
         let run = run(&["--", "true"])?;
         assert_eq!(run.kernel, "7.3");
         assert_eq!(run.driver, Driver::Intree);
-        assert_eq!((run.cpus, run.memory), (2, 3072));
+        assert_eq!((run.cpus, run.memory), (2, None));
         assert_eq!(run.timeout, Duration::from_secs(1200));
         assert_eq!(run.command, ["true"]);
         Ok(())

@@ -59,6 +59,9 @@ fn is_fault(text: &str) -> bool {
         "kernel BUG at ",
         "Kernel panic - not syncing",
         "------------[ cut here ]",
+        "KASAN: ",
+        "ODEBUG: ",
+        "INFO: trying to register non-static key",
     ];
     const PARTS: &[&str] = &[
         "Kernel panic - not syncing",
@@ -67,6 +70,13 @@ fn is_fault(text: &str) -> bool {
         "BUG: soft lockup",
         "BUG: unable to handle",
         "blocked for more than",
+        "BUG: KASAN",
+        "BUG: sleeping function",
+        "possible circular locking dependency",
+        "possible recursive locking",
+        "inconsistent lock state",
+        "suspicious RCU usage",
+        "new suspected memory leaks",
     ];
     STARTS.iter().any(|start| text.starts_with(start)) || PARTS.iter().any(|part| text.contains(part))
 }
@@ -91,6 +101,15 @@ mod tests {
             "[  200.1] watchdog: BUG: soft lockup - CPU#1 stuck for 26s! [ublk:1]",
             "[  200.1] rcu: INFO: rcu_preempt self-detected stall on CPU",
             "[  200.1] ------------[ cut here ]------------",
+            "[   60.0] BUG: KASAN: slab-use-after-free in f+0x1/0x2 [ublk_drv]",
+            "[   60.0] WARNING: possible circular locking dependency detected",
+            "[   60.0] WARNING: possible recursive locking detected",
+            "[   60.0] WARNING: inconsistent lock state",
+            "[   60.0] WARNING: suspicious RCU usage",
+            "[   60.0] INFO: trying to register non-static key.",
+            "[   60.0] BUG: sleeping function called from invalid context at mm/x.c:1",
+            "[   60.0] ODEBUG: free active (active state 0) object: f hint: g",
+            "[   60.0] kmemleak: 3 new suspected memory leaks (see /sys/kernel/debug/kmemleak)",
             "[  200.1] UBSAN: array-index-out-of-bounds in drivers/block/ublk_drv.c:1:2",
         ] {
             assert_eq!(fault(line), Some(line));
@@ -103,6 +122,9 @@ mod tests {
             "",
             "[    1.0] Linux version 7.3.4",
             "[    1.0] rcu: Hierarchical RCU implementation.",
+            "[    1.0] kmemleak: Kernel memory leak detector initialized (mem pool available: 59431)",
+            "[    1.0] rcu: \tRCU lockdep checking is enabled.",
+            "[    1.0] kasan: KernelAddressSanitizer initialized (generic)",
             "[    1.0] NMI watchdog: Perf NMI watchdog permanently disabled",
             "[    1.0] watchdog: Delayed init of the lockup detector failed",
             "[    1.0] blk_print_req_error: I/O error, dev ublkb0, sector 0 op 0x0:(READ)",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Debian's cloud kernels: which one a request means, and the files that booting it takes.
+//! Kernels: which one a request means, and the files that booting it takes. They are Debian's cloud
+//! kernels, and the debug kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,7 +11,9 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::apt::{Apt, Package};
+use crate::build_tree::BuildTree;
 use crate::cache::{Cache, publish};
+use crate::debug_kernel;
 use crate::image;
 use crate::process::{output, run_quietly};
 use crate::report::note;
@@ -29,6 +32,8 @@ pub(crate) struct Kernel {
     pub(crate) release: String,
     /// The Debian package version.
     pub(crate) version: String,
+    /// Whether it is the one that looks for mistakes while it runs.
+    pub(crate) debug: bool,
     dir: PathBuf,
 }
 
@@ -67,14 +72,61 @@ impl Kernel {
         Ok(ModuleIndex::parse(&text).find(name).is_some())
     }
 
-    /// Finds the newest kernel that `wanted` (such as `7.3` or `6.12.107`) means and brings it into
-    /// the cache.
+    /// What tells it from every other kernel, also from one of the same version.
+    pub(crate) fn identity(&self) -> String {
+        self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// A place to build modules for it in.
+    pub(crate) fn build_tree(&self, cache: &Cache, apt: &Apt<'_>) -> Result<BuildTree> {
+        if self.debug {
+            debug_kernel::build_tree(cache, apt)
+        } else {
+            BuildTree::of_debian(cache, apt, &self.release, &self.version)
+        }
+    }
+
+    /// A place to build modules in for the kernel that `wanted` means; the kernel itself is not
+    /// fetched.
+    pub(crate) fn build_tree_of(cache: &Cache, apt: &Apt<'_>, wanted: &str) -> Result<BuildTree> {
+        if wanted == debug_kernel::NAME {
+            return debug_kernel::build_tree(cache, apt);
+        }
+        let package = choose(&apt.kernels()?, wanted)?;
+        let release = release_of(&package.name).with_context(|| format!("'{}' is not a kernel image", package.name))?;
+        BuildTree::of_debian(cache, apt, release, &package.version)
+    }
+
+    /// The series that Debian offers together with what building modules takes, such as `6.12`, in
+    /// ascending order.
+    pub(crate) fn buildable(apt: &Apt<'_>) -> Result<Vec<String>> {
+        let images = apt.kernels()?;
+        let mut found = Vec::new();
+        for series in series(&images) {
+            let package = choose(&images, &series)?;
+            if BuildTree::can_be_made(apt, release_of(&package.name).unwrap_or_default())? {
+                found.push(series);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The kernel that was packed in `dir`.
+    pub(crate) fn packed(release: String, version: String, debug: bool, dir: PathBuf) -> Self {
+        Self { release, version, debug, dir }
+    }
+
+    /// Brings the kernel that `wanted` means into the cache: `debug`, or the newest of a version
+    /// such as `7.3` or `6.12.107`.
     pub(crate) fn obtain(cache: &Cache, apt: &Apt<'_>, wanted: &str) -> Result<Self> {
+        if wanted == debug_kernel::NAME {
+            return debug_kernel::obtain(cache, apt);
+        }
         let package = choose(&apt.kernels()?, wanted)?;
         let release =
             release_of(&package.name).with_context(|| format!("'{}' is not a kernel image", package.name))?.to_owned();
         let dir = cache.dir("kernels")?.join(format!("{release}_{}_r{RECIPE}", package.version));
-        let kernel = Self { release, version: package.version.clone(), dir };
+        let kernel = Self::packed(release, package.version.clone(), false, dir);
         let _lock = cache.lock("kernel")?;
         if !kernel.dir.is_dir() {
             kernel.make(cache, apt, &package)?;
@@ -88,7 +140,6 @@ impl Kernel {
         let temporary = cache.temporary("kernel")?;
         let tree = temporary.path().join("tree");
         let made = temporary.path().join("made");
-        fs::create_dir_all(made.join("boot")).context("cannot make a directory in the cache")?;
         // From 7.x on the image package is empty and depends on those that hold the files.
         apt.fetch_into(&package.name, &package.version, &tree)?;
         let suffix = format!("{}-cloud-amd64", self.upstream_name());
@@ -119,25 +170,7 @@ impl Kernel {
                 self.release
             );
         };
-        fs::rename(&vmlinuz, made.join("vmlinuz")).context("cannot move the kernel")?;
-
-        // depmod looks below <base>/lib/modules.
-        let base = temporary.path().join("base");
-        let lib = base.join("lib");
-        fs::create_dir_all(&lib).context("cannot make a directory in the cache")?;
-        fs::rename(&modules, lib.join("modules")).context("cannot move the modules")?;
-        run_quietly(
-            Command::new(crate::process::which("depmod").unwrap_or_else(|| "depmod".into()))
-                .arg("-b")
-                .arg(&base)
-                .arg(&self.release),
-        )?;
-        let home = lib.join("modules").join(&self.release);
-        keep_boot_modules(&home, &made.join("boot"))
-            .with_context(|| format!("cannot prepare the boot modules of {}", self.release))?;
-        fs::copy(home.join("modules.dep"), made.join("modules.dep")).context("cannot copy modules.dep")?;
-        let size = image::size_of(&lib.join("modules"))?;
-        image::from_dir(&lib.join("modules"), &made.join("modules.img"), "modules", size + size / 4 + 16)?;
+        pack(cache, &self.release, &vmlinuz, &modules, &made)?;
         publish(&made, &self.dir)
     }
 
@@ -145,6 +178,31 @@ impl Kernel {
     fn upstream_name(&self) -> &str {
         self.release.strip_suffix("-cloud-amd64").unwrap_or(&self.release)
     }
+}
+
+/// Moves a kernel and its directory of modules (which holds one named after the release) to `made`,
+/// in the form that booting takes.
+pub(crate) fn pack(cache: &Cache, release: &str, vmlinuz: &Path, modules: &Path, made: &Path) -> Result<()> {
+    let boot = made.join("boot");
+    fs::create_dir_all(&boot).with_context(|| format!("cannot make {}", boot.display()))?;
+    fs::rename(vmlinuz, made.join("vmlinuz")).context("cannot move the kernel")?;
+    // depmod looks below <base>/lib/modules.
+    let base = cache.temporary("modules")?;
+    let lib = base.path().join("lib");
+    fs::create_dir_all(&lib).context("cannot make a directory in the cache")?;
+    let all = lib.join("modules");
+    fs::rename(modules, &all).context("cannot move the modules")?;
+    run_quietly(
+        Command::new(crate::process::which("depmod").unwrap_or_else(|| "depmod".into()))
+            .arg("-b")
+            .arg(base.path())
+            .arg(release),
+    )?;
+    let home = all.join(release);
+    keep_boot_modules(&home, &boot).with_context(|| format!("cannot prepare the boot modules of {release}"))?;
+    fs::copy(home.join("modules.dep"), made.join("modules.dep")).context("cannot copy modules.dep")?;
+    let size = image::size_of(&all)?;
+    image::from_dir(&all, &made.join("modules.img"), "modules", size + size / 4 + 16)
 }
 
 /// The kernel release that an image package holds, if it is one that this program boots.
@@ -182,11 +240,17 @@ fn choose(images: &[Package], wanted: &str) -> Result<Package> {
         full && (exact || plain && !wanted_numbers.is_empty() && upstream.starts_with(&wanted_numbers))
     };
     images.iter().filter(matches).max_by(|a, b| version::compare(&a.version, &b.version)).cloned().with_context(|| {
-        let series: BTreeSet<(u32, u32)> =
-            images.iter().filter_map(|image| series_of(release_of(&image.name)?)).collect();
-        let list: Vec<String> = series.iter().map(|(a, b)| format!("{a}.{b}")).collect();
-        format!("there is no kernel '{wanted}'; Debian offers {} (and exact versions of these)", list.join(", "))
+        format!(
+            "there is no kernel '{wanted}'; there are {}, exact versions of these, and {}",
+            series(images).join(", "),
+            debug_kernel::NAME
+        )
     })
+}
+
+fn series(images: &[Package]) -> Vec<String> {
+    let numbers: BTreeSet<(u32, u32)> = images.iter().filter_map(|image| series_of(release_of(&image.name)?)).collect();
+    numbers.iter().map(|(major, minor)| format!("{major}.{minor}")).collect()
 }
 
 /// Copies the boot modules and what they depend on, uncompressed, numbered in insertion order.

@@ -6,14 +6,17 @@
 
 mod accel;
 mod apt;
+mod build_tree;
 mod cache;
 mod cli;
 mod console;
+mod debug_kernel;
 mod driver;
 mod host;
 mod image;
 mod initramfs;
 mod kernel;
+mod kmod;
 mod payload;
 mod ports;
 mod process;
@@ -55,6 +58,7 @@ fn act(action: Action) -> Result<u8> {
     process::watch_signals()?;
     let cache = cache::Cache::open()?;
     match action {
+        Action::Kmod(options) => kmod::check(&cache, &options),
         Action::Run(options) => run::run(&cache, &options),
         Action::Package(package) => {
             let place = apt::Apt::open(&cache)?.unpacked(&package.name)?;

@@ -32,10 +32,18 @@ struct Parts {
     /// Directories of the repository and their names in the guest.
     folders: Vec<(PathBuf, &'static str)>,
     driver: Option<PathBuf>,
+    /// A directory that the user wants in the guest, as it is.
+    extra: Option<PathBuf>,
 }
 
 /// The payload image for the present sources, made if it is not in the cache.
-pub(crate) fn obtain(cache: &Cache, repository: &Path, driver: Option<PathBuf>, build: bool) -> Result<PathBuf> {
+pub(crate) fn obtain(
+    cache: &Cache,
+    repository: &Path,
+    driver: Option<PathBuf>,
+    extra: Option<PathBuf>,
+    build: bool,
+) -> Result<PathBuf> {
     let _lock = cache.lock("payload")?;
     let target = target_dir(repository);
     let parts = Parts {
@@ -47,6 +55,7 @@ pub(crate) fn obtain(cache: &Cache, repository: &Path, driver: Option<PathBuf>, 
             (repository.join("vm/guest"), "vm"),
         ],
         driver,
+        extra,
     };
     let images = cache.dir("payload")?;
     let image = images.join(format!("{}.img", parts.fingerprint()?));
@@ -188,6 +197,9 @@ impl Parts {
         for (folder, name) in &self.folders {
             hash.add("folder", name).add_tree(folder, &is_litter)?;
         }
+        if let Some(extra) = &self.extra {
+            hash.add("folder", "extra").add_tree(extra, &|_| false)?;
+        }
         Ok(hash.finish())
     }
 
@@ -222,6 +234,15 @@ impl Parts {
         }
         for (folder, name) in &self.folders {
             copy_tree(folder, &tree.join(name))?;
+        }
+        if let Some(extra) = &self.extra {
+            // All of it: what looks like the product of a build is what the user wants there.
+            run_quietly(
+                Command::new("cp")
+                    .args(["--recursive", "--no-dereference", "--preserve=mode", "--"])
+                    .arg(extra)
+                    .arg(tree.join("extra")),
+            )?;
         }
         cache.need_room(300, "making the payload image")?;
         let finished = temporary.path().join("payload.img");

@@ -203,6 +203,23 @@ pub(crate) fn run_quietly(command: &mut Command) -> Result<()> {
 
 /// Runs a helper program and returns its standard output.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let shown = show(command);
+    let (status, text, errors) = collect(command)?;
+    if !status.success() {
+        bail!("`{shown}` failed ({status})\n{errors}{text}");
+    }
+    Ok(text)
+}
+
+/// Runs a helper program whose failure is an answer too: whether it succeeded, and what it wrote to
+/// standard error and standard output.
+pub(crate) fn answer(command: &mut Command) -> Result<(bool, String)> {
+    let (status, text, errors) = collect(command.stderr(Stdio::piped()))?;
+    Ok((status.success(), errors + &text))
+}
+
+/// The status, standard output and standard error (if that is piped) of a helper program.
+fn collect(command: &mut Command) -> Result<(ExitStatus, String, String)> {
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let shown = show(command);
     let mut child = spawn(command, End::Term)?;
@@ -220,11 +237,8 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     }
     let errors = errors.and_then(|thread| thread.join().ok()).unwrap_or_default();
     let status = child.wait()?;
-    let text = String::from_utf8_lossy(&bytes).into_owned();
-    if !status.success() {
-        bail!("`{shown}` failed ({status})\n{}{text}", String::from_utf8_lossy(&errors));
-    }
-    Ok(text)
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok((status, text(&bytes), text(&errors)))
 }
 
 /// The command line for a message; long ones are cut.

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::Result;
 
+use crate::kernel::Kernel;
 use crate::ports::Channel;
 use crate::process::{End, Supervised, spawn};
 
@@ -50,8 +51,9 @@ impl Machine {
         match accelerator {
             Accelerator::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
             // Without ERMS: the kernel would copy with an instruction that the translator
-            // executes byte by byte.
-            Accelerator::Tcg => command.args(["-accel", "tcg,thread=multi", "-cpu", "max,-erms"]),
+            // executes byte by byte. Without five-level page tables: fewer levels to walk, and KASAN
+            // has been seen to take all memory for wild while the kernel patches itself.
+            Accelerator::Tcg => command.args(["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-la57"]),
         };
         command
             .args(["-smp", &cpus.to_string()])
@@ -68,13 +70,9 @@ impl Machine {
             // Warnings must reach the console, where they are looked for; less would be slow.
             "loglevel=5",
             "mitigations=off",
-            "nowatchdog",
             "sysrq_always_enabled",
             // Statistics that wake up a thread every few milliseconds.
             "damon_stat.enabled=N",
-            // Far beyond any wait that is meant, also where the host is busy with other things.
-            "rcupdate.rcu_cpu_stall_timeout=120",
-            "sysctl.kernel.hung_task_timeout_secs=120",
             "sysctl.kernel.hung_task_panic=1",
         ];
         let mut kernel_arguments: Vec<String> = arguments.iter().map(|&text| text.to_owned()).collect();
@@ -87,6 +85,24 @@ impl Machine {
     /// For trials that are expected to fail: what QEMU says is not shown.
     pub(crate) fn hush(&mut self) {
         self.command.stderr(Stdio::null());
+    }
+
+    /// Sets the limits of the kernel's own watchdogs: far beyond any wait that is meant, also where
+    /// the host is busy with other things.
+    pub(crate) fn expect(&mut self, kernel: &Kernel) {
+        let arguments: &[&str] = if kernel.debug {
+            &[
+                // Half of the time after which a CPU that does not schedule is a lockup.
+                "watchdog_thresh=30",
+                "rcupdate.rcu_cpu_stall_timeout=240",
+                "sysctl.kernel.hung_task_timeout_secs=240",
+                // Each test is to hear of its own mistakes, not only the first one.
+                "kasan_multi_shot",
+            ]
+        } else {
+            &["nowatchdog", "rcupdate.rcu_cpu_stall_timeout=120", "sysctl.kernel.hung_task_timeout_secs=120"]
+        };
+        self.kernel_arguments.extend(arguments.iter().map(|&text| text.to_owned()));
     }
 
     /// The kernel and its first user space.

@@ -28,6 +28,12 @@ const GUEST_FAILED: u8 = 123;
 /// The time was over.
 const TIMED_OUT: u8 = 124;
 
+/// Memory of the machine, in MiB, where the user does not say.
+const MEMORY: u64 = 3 << 10;
+
+/// The same for the debug kernel, which keeps freed memory back and a record of all that is in use.
+const DEBUG_MEMORY: u64 = 4 << 10;
+
 /// How long a machine that has reported its status may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(15);
 
@@ -62,20 +68,22 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     if let Some(dir) = &options.results {
         check_writable(dir)?;
     }
+    let extra = options.extra.as_deref().map(directory).transpose()?;
     if options.shell && terminal::size().is_none() {
         bail!("--shell needs a terminal on standard input");
     }
     host::require(host::MACHINE)?;
     let apt = Apt::open(cache)?;
     let kernel = Kernel::obtain(cache, &apt, &options.kernel)?;
-    let driver = options.driver.prepare(cache, repository, &kernel)?;
+    let driver = options.driver.prepare(cache, &apt, repository, &kernel)?;
     let root = rootfs::obtain(cache)?;
-    let payload = payload::obtain(cache, repository, driver, !options.no_build)?;
+    let payload = payload::obtain(cache, repository, driver, extra, !options.no_build)?;
     let accelerator = match options.accel {
         Some(accelerator) => accelerator,
         None => accel::choose(cache, &kernel)?,
     };
-    check_host_memory(options.memory);
+    let memory = options.memory.unwrap_or(if kernel.debug { DEBUG_MEMORY } else { MEMORY });
+    check_host_memory(memory);
 
     let scratch = cache.temporary("run")?;
     let initrd = scratch.path().join("initrd");
@@ -86,11 +94,12 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
         accelerator.name(),
         options.driver.name(),
         options.cpus,
-        options.memory
+        memory
     ));
     let mut tries = if accelerator == Accelerator::Tcg && !options.shell { BOOT_TRIES } else { 1 };
     loop {
-        let mut machine = Machine::new(accelerator, options.cpus, options.memory, scratch.path());
+        let mut machine = Machine::new(accelerator, options.cpus, memory, scratch.path());
+        machine.expect(&kernel);
         machine.boot(&kernel.vmlinuz(), &initrd);
         machine.disk(&root, "root");
         machine.disk(&kernel.modules_image(), "modules");
@@ -113,6 +122,9 @@ fn job(options: &Run, kernel: &Kernel) -> Vec<(&'static str, String)> {
     export("PYTHONPATH", "/opt/ublk/python");
     export("UBLK_KERNEL", &kernel.series());
     export("UBLK_DRIVER", options.driver.name());
+    if kernel.debug {
+        export("UBLK_DEBUG", "1");
+    }
     let term = std::env::var("TERM").unwrap_or_default();
     export("TERM", if term.is_empty() { "dumb" } else { &term });
     if let Ok(ci) = std::env::var("CI") {
@@ -148,6 +160,15 @@ fn check_writable(dir: &Path) -> Result<()> {
     let probe = dir.join(format!(".ublk-vm-{}", std::process::id()));
     File::create(&probe).with_context(explain)?;
     fs::remove_file(&probe).with_context(explain)
+}
+
+/// The directory, also if it is named by a link.
+fn directory(dir: &Path) -> Result<PathBuf> {
+    let found = dir.canonicalize().with_context(|| format!("cannot find {}", dir.display()))?;
+    if !found.is_dir() {
+        bail!("{} is no directory", dir.display());
+    }
+    Ok(found)
 }
 
 /// A guest that is bigger than the host's free memory may be killed in the middle.

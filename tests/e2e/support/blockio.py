@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .pace import patience
+
 SECTOR = 512
 PAGE = mmap.PAGESIZE
 
@@ -149,6 +151,7 @@ class Tasks:
         return thread
 
     def join(self, seconds: float = 30.0) -> None:
+        seconds = patience(seconds)
         for thread in self._threads:
             thread.join(seconds)
             assert not thread.is_alive(), f"a task still runs after {seconds:g} s"

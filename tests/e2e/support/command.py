@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .pace import patience
+
 NOBODY = {"user": "nobody", "group": "nogroup", "extra_groups": []}
 
 
@@ -39,6 +41,7 @@ def run(
 ) -> Result:
     """Runs a program to its end. A daemon that keeps the pipes open counts as not ended."""
     words = tuple(map(os.fspath, argv))
+    timeout = patience(timeout)
     with subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,

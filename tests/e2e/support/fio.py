@@ -7,6 +7,7 @@ from typing import Any
 
 from . import sysfs
 from .command import Result, run
+from .pace import patience
 from .waiting import until
 
 
@@ -49,6 +50,7 @@ class Load:
 
     def wait(self, seconds: float = 30.0) -> int:
         """fio's status; it must end by itself in time."""
+        seconds = patience(seconds)
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -61,7 +63,7 @@ class Load:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(patience(20))
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait(20)
+                self.process.wait(patience(20))

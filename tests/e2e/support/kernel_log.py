@@ -21,6 +21,8 @@ _FAILED_REQUEST = re.compile(
 _TROUBLE = re.compile(
     r"WARNING:|BUG:|BUG |Oops|INFO: task|blocked for more than|general protection|Call Trace"
     r"|cut here|lockup|refcount_t|UBSAN|KASAN|I/O error|possible circular|use-after-free"
+    r"|possible recursive|inconsistent lock state|suspicious RCU|register non-static key|held lock freed"
+    r"|still (has locks )?held|sleeping function|ODEBUG|new suspected memory leaks"
 )
 
 _ERROR_LEVEL = 3

@@ -8,6 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 
+from .pace import patience
 from .processes import Process, kill, user_processes
 
 _GRACE = 3.0
@@ -65,7 +66,7 @@ class Snapshot:
 
     def settled_residue(self) -> Residue:
         """What is left after a moment: udev looks at devices that are on their way out."""
-        deadline = time.monotonic() + _GRACE
+        deadline = time.monotonic() + patience(_GRACE)
         while (found := self.residue()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return found
@@ -88,4 +89,4 @@ class Snapshot:
 
 def _bounded(*argv: str) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired, OSError):
-        subprocess.run(argv, timeout=20, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+        subprocess.run(argv, timeout=patience(20), capture_output=True, stdin=subprocess.DEVNULL, check=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 from . import udev
 from .face import device_id
+from .pace import patience
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -51,6 +52,7 @@ class Child:
 
     def line(self, seconds: float = 20.0) -> str:
         """The next line of its output."""
+        seconds = patience(seconds)
         while b"\n" not in self._pending:
             if not self._selector.select(seconds):
                 raise AssertionError(f"no line from process {self.pid} within {seconds:g} s; its log:\n{self.log}")
@@ -71,6 +73,7 @@ class Child:
 
     def wait(self, seconds: float = 20.0) -> int:
         """Its exit status, negative for a signal."""
+        seconds = patience(seconds)
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -80,7 +83,7 @@ class Child:
         """Ends it for good if it did not end."""
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(20)
+            self.process.wait(patience(20))
         self._selector.close()
         self.process.stdout.close()
         with contextlib.suppress(BrokenPipeError):

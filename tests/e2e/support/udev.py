@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from .command import run
+from .pace import patience
 from .waiting import until
 
 _RULE = Path("/run/udev/rules.d/99-ublk-tests.rules")
@@ -23,7 +24,7 @@ def look_only_at_new_disks() -> None:
 
 def settle() -> None:
     """Waits until udev has looked at everything that is new."""
-    run(["udevadm", "settle", "--timeout=20"])
+    run(["udevadm", "settle", f"--timeout={patience(20):g}"])
 
 
 def now() -> float:

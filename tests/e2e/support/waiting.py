@@ -5,11 +5,14 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from .pace import patience
+
 T = TypeVar("T")
 
 
 def until(condition: Callable[[], T], what: str, seconds: float = 10.0, step: float = 0.02) -> T:
     """Returns the first true value of `condition`; fails with `what` when the time is over."""
+    seconds = patience(seconds)
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
