@@ -26,6 +26,7 @@ const SIZE: u64 = 16 << 10;
 
 /// What is installed besides the essential packages.
 const PACKAGES: &[&str] = &[
+    "bpftrace",
     "btrfs-progs",
     "e2fsprogs",
     "fdisk",
