@@ -64,13 +64,17 @@ def tidy_memory() -> None:
 
 
 def put_fio_in_front(directory: Path) -> str:
-    """A PATH with a fio that never creates what it is told to use.
+    """A PATH with a fio that never creates files in /dev.
 
     On a slow machine a disk may be gone before the fio that was meant for it begins. It would then make a file of
     that name in /dev, and the next disk would have no node there: what follows would test that file.
     """
     program = directory / "fio"
-    program.write_text('#!/bin/sh\nexec /usr/bin/fio --allow_file_create=0 "$@"\n')
+    program.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--filename=/dev/*) set -- --allow_file_create=0 "$@" ;; esac\n'
+        'exec /usr/bin/fio "$@"\n'
+    )
     program.chmod(0o755)
     return f"{directory}:{os.environ['PATH']}"
 

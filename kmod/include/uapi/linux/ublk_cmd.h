@@ -402,7 +402,8 @@ struct ublksrv_ctrl_dev_info {
 /*
  * Ends the request that the server holds under this tag and waits for the
  * next one. result: bytes done (0 for operations without data) or a negative
- * errno. Give the full length or an error: what a short count does depends on
+ * errno. addr, in copy mode: where the data of a read is, and where that of the
+ * next request goes. Give the full length or an error: what a short count does depends on
  * the kernel. If the command itself is refused, the server still holds the
  * request.
  */

@@ -148,6 +148,11 @@ impl<'a> Worker<'a> {
         queue * self.shared.char_device.info.queue_depth + tag
     }
 
+    /// This thread's buffer for a tag.
+    fn buffer(&self, queue: u16, tag: u16) -> u64 {
+        self.memory + u64::from(self.position(queue, tag)) * u64::from(MAX_IO)
+    }
+
     fn elements(&self, queue: u16, tags: impl Iterator<Item = (u16, i32)>) -> Elements {
         let mut bytes = Vec::new();
         for (tag, result) in tags {
@@ -156,7 +161,7 @@ impl<'a> Worker<'a> {
             bytes.extend(if self.memory == 0 { position } else { 0 }.to_ne_bytes());
             bytes.extend(result.to_ne_bytes());
             if self.memory != 0 {
-                bytes.extend((self.memory + u64::from(position) * u64::from(MAX_IO)).to_ne_bytes());
+                bytes.extend(self.buffer(queue, tag).to_ne_bytes());
             }
         }
         Elements { queue, bytes }
@@ -282,9 +287,15 @@ impl<'a> Worker<'a> {
             let entry = transfer(wish, self.shared.store.fd(), self.position(queue, tag)).user_data(user_data);
             push(&mut self.ring, &entry)?;
         } else {
-            // SAFETY: the driver names a buffer that a thread of this server gave for this tag, with room for the
-            // largest request, and nobody else uses it until the commit.
-            let result = unsafe { copy(wish, place, self.shared.char_device.buffer(queue, tag) as *mut u8) };
+            // What is written lies where the tag's last commit said, of whatever thread. What is read is taken from where
+            // this thread's commit will say.
+            let buffer = match wish.op {
+                UBLK_IO_OP_READ => self.buffer(queue, tag),
+                _ => self.shared.char_device.buffer(queue, tag),
+            };
+            // SAFETY: both are buffers that a thread of this server keeps for this tag, with room for the largest
+            // request, and nobody else uses them until the commit.
+            let result = unsafe { copy(wish, place, buffer as *mut u8) };
             self.finish(queue, tag, result);
         }
         Ok(())
