@@ -4,7 +4,7 @@
 import time
 
 import pytest
-from support import sysfs
+from support import kernel, sysfs
 from support.blockio import SECTOR, Disk, Tasks
 from support.pace import patience
 from support.server import Server
@@ -27,6 +27,7 @@ def test_a_handler_may_block_for_two_seconds() -> None:
 
 
 @pytest.mark.short
+@pytest.mark.skipif(not kernel.KEEPS_ORDER, reason="requests that wait together arrive in reverse order")
 def test_what_was_finished_before_a_slow_handler_in_the_same_batch_is_not_held_up() -> None:
     with Server("Blocking") as server, Disk(server.path, direct=True) as disk:
         ended: dict[int, float] = {}
