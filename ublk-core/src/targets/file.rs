@@ -9,6 +9,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FlockArg, fallocate};
@@ -18,6 +20,10 @@ use crate::memory::{IoBuffer, PAGE_SIZE};
 use crate::params::{Operations, Params};
 use crate::request::{FileRange, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
+
+/// How long udev, which looks at block devices with a shared lock, may take for that.
+const UDEV_PATIENCE: Duration = Duration::from_secs(5);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Whether data passes through the page cache of the backing file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,7 +59,8 @@ pub struct File {
 
 impl File {
     /// Opens the backing file or block device. The file is locked against a second server
-    /// (`flock`, or `O_EXCL` on a block device, which also refuses mounted ones).
+    /// (`flock`, and `O_EXCL` on a block device, which also refuses mounted ones). While udev looks at a
+    /// block device this waits, up to five seconds.
     ///
     /// # Errors
     ///
@@ -72,7 +79,7 @@ impl File {
             });
         }
         let (file, direct) = open(path, options, is_block)?;
-        lock(&file, path, options)?;
+        lock(&file, path, options, if is_block { UDEV_PATIENCE } else { Duration::ZERO })?;
         let size = if is_block { io::Seek::seek(&mut &file, io::SeekFrom::End(0)) } else { Ok(metadata.len()) }
             .map_err(|e| Error::file("find the size of", path, &e))?;
         let smallest = if direct { direct_alignment(&file, path, size)? } else { 512 };
@@ -165,20 +172,27 @@ fn open(path: &Path, options: &FileOptions, is_block: bool) -> Result<(fs::File,
     open(0).map(|file| (file, false)).map_err(failed)
 }
 
-fn lock(file: &fs::File, path: &Path, options: &FileOptions) -> Result<()> {
+/// Waits for as long as `patience` for whoever else has the lock.
+fn lock(file: &fs::File, path: &Path, options: &FileOptions, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
     let how = if options.read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
-    #[allow(deprecated, reason = "the replacement insists on owning the file")]
-    match nix::fcntl::flock(file.as_raw_fd(), how) {
-        Ok(()) => Ok(()),
-        Err(errno @ Errno::EWOULDBLOCK) => Err(Error::File {
-            operation: "lock",
-            path: path.to_owned(),
-            errno,
-            hint: "another server uses this file".into(),
-        }),
-        Err(errno) => {
-            log::warn!("{} cannot be locked against a second server: {errno}", path.display());
-            Ok(())
+    loop {
+        #[allow(deprecated, reason = "the replacement insists on owning the file")]
+        match nix::fcntl::flock(file.as_raw_fd(), how) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EWOULDBLOCK) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
+            Err(errno @ Errno::EWOULDBLOCK) => {
+                return Err(Error::File {
+                    operation: "lock",
+                    path: path.to_owned(),
+                    errno,
+                    hint: "another server uses this file".into(),
+                });
+            }
+            Err(errno) => {
+                log::warn!("{} cannot be locked against a second server: {errno}", path.display());
+                return Ok(());
+            }
         }
     }
 }
@@ -277,6 +291,20 @@ mod tests {
         let error = File::open(file.path(), &options).unwrap_err();
         assert!(error.to_string().contains("multiple of the logical block size"), "{error}");
         assert!(error.to_string().contains(file.path().to_str().unwrap()), "{error}");
+    }
+
+    #[test]
+    fn a_lock_that_somebody_has_for_a_moment_is_waited_for() {
+        let file = backing(1 << 20);
+        let prober = File::open(file.path(), &FileOptions { read_only: true, ..FileOptions::default() }).unwrap();
+        let waiter = fs::File::open(file.path()).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(Duration::from_millis(60));
+                drop(prober);
+            });
+            lock(&waiter, file.path(), &FileOptions::default(), Duration::from_secs(60)).unwrap();
+        });
     }
 
     #[test]

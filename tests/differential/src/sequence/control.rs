@@ -11,7 +11,7 @@ use crate::agent::{Answer, ControlOrder, Order, Place, SHARED};
 use crate::uapi::*;
 
 /// Milliseconds after which a command that should wait is taken to be waiting.
-const GLANCE: u64 = 60;
+const GLANCE: u64 = 250;
 
 /// The path that comes before the payload for devices of ordinary users.
 #[derive(Debug, Clone)]
@@ -731,7 +731,8 @@ impl Sequence<'_> {
             ])
         };
         let mut command = Command::new(name, id).case(case).user(owned).data(pid as u64, case);
-        command.waits = self.unfetched();
+        // Before it waits for anything, START_DEV looks whether this can be a process.
+        command.waits = self.unfetched() && !(name == "START_DEV" && pid <= 0);
         self.control(&command)
     }
 

@@ -193,7 +193,7 @@ impl Sequence<'_> {
                 self.requests.sort();
             } else if held.registered {
                 self.lingering.push(held);
-            } else if !self.requests.iter().any(|more| (more.queue, more.tag) == (held.queue, held.tag)) {
+            } else {
                 self.ended(&held);
             }
         }

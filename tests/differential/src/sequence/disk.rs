@@ -182,6 +182,7 @@ impl Sequence<'_> {
             last: range.1,
             flushes,
             queue,
+            exclusive: matches!(order, Order::Block(BlockOrder::Discard(..) | BlockOrder::ZeroOut(..))),
             instant: false,
             ended: false,
             given_up: false,
@@ -253,6 +254,10 @@ impl Sequence<'_> {
         ]);
         let single_flush = |kind: &str| matches!(kind, "sync" | "flush" | "zone" | "report");
         if single_flush(kind) && flushing {
+            return Ok(());
+        }
+        // These two hold a lock on the disk's inode until they are done.
+        if matches!(kind, "discard" | "zeroout") && self.jobs.iter().flatten().any(|job| job.exclusive) {
             return Ok(());
         }
         let (order, text) = match kind {

@@ -229,13 +229,8 @@ impl Sequence<'_> {
         } else {
             match request {
                 Some(request) if request.registered => self.lingering.push(request),
-                // Unless there is more of it already.
-                Some(request)
-                    if !self.requests.iter().any(|more| more.tag == request.tag && more.queue == request.queue) =>
-                {
-                    self.ended(&request);
-                }
-                _ => {}
+                Some(request) => self.ended(&request),
+                None => {}
             }
             if fetch && let Some(owner) = self.server()?.owner.get_mut(slot) {
                 *owner = command.thread;
@@ -519,8 +514,9 @@ impl Sequence<'_> {
                 _ => self.fetch_tags_with("queue", 77, group, MULTISHOT, 2, BUFFER_SELECT)?,
             }
         }
-        if self.random.chance(12) {
-            // Nothing is wrong until there is a request; then it ends, and the right one follows.
+        let zoned = self.device()?.has(UBLK_F_ZONED);
+        if self.random.chance(12) && !zoned {
+            // Which queue is asked for zones is chance. Nothing is wrong until there is a request; then it ends, and the right one follows.
             return self.fetch_tags_with("no-group", queue, 99, MULTISHOT, 2, BUFFER_SELECT);
         }
         self.feed(queue)

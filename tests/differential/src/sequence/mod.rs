@@ -218,6 +218,8 @@ struct Job {
     /// Its requests have no sectors.
     flushes: bool,
     queue: u16,
+    /// The block layer does one such thing at a time.
+    exclusive: bool,
     /// It never reaches the driver.
     instant: bool,
     /// Its request was ended, so it ends as well, or there is more of it under the same tag.
@@ -575,10 +577,11 @@ impl<'a> Sequence<'a> {
         if request.op == UBLK_IO_OP_FLUSH { job.flushes } else { (job.first..job.last).contains(&request.sector) }
     }
 
-    /// A request was ended.
+    /// A request was ended. Unless more of the same job has come already, there will be something of it.
     fn ended(&mut self, request: &Request) {
         for job in self.jobs.iter_mut().flatten() {
-            job.ended |= Self::belongs(request, job);
+            let more = self.requests.iter().any(|held| Self::belongs(held, job));
+            job.ended |= Self::belongs(request, job) && !more;
         }
     }
 

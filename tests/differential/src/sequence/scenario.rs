@@ -135,7 +135,7 @@ impl Sequence<'_> {
             let root = self.crew.root.pid();
             let (case, pid) = if right { ("pid-root", i64::from(root)) } else { ("pid-0", 0) };
             let mut command = Command::new(name, id).case(case).user(owned).data(pid as u64, case);
-            command.waits = true;
+            command.waits = right || name != "START_DEV";
             self.control(&command)?;
             self.cancel(name)?;
         }
