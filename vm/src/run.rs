@@ -34,6 +34,9 @@ const MEMORY: u64 = 3 << 10;
 /// The same for the debug kernel, which keeps freed memory back and a record of all that is in use.
 const DEBUG_MEMORY: u64 = 4 << 10;
 
+/// How long the results may take to arrive.
+const RESULTS: Duration = Duration::from_secs(30);
+
 /// How long a machine that has reported its status may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(15);
 
@@ -255,6 +258,9 @@ impl Session {
                         verdict = code.parse::<u8>().ok();
                         break;
                     }
+                    if let Some(bytes) = line.strip_prefix("results ") {
+                        self.receive_results(bytes.parse().unwrap_or(0));
+                    }
                     if let Some(reason) = line.strip_prefix("setup ") {
                         trouble = Some(reason.to_owned());
                         break;
@@ -356,6 +362,16 @@ impl Session {
         }
     }
 
+    /// Lets the guest go on when its archive of so many bytes is here.
+    fn receive_results(&mut self, bytes: u64) {
+        let deadline = Instant::now() + RESULTS;
+        while fs::metadata(&self.archive).map_or(0, |meta| meta.len()) < bytes && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(20));
+        }
+        // If the guest is gone, its end is the next that is heard of it.
+        let _ = self.control.write_all(b"received\n");
+    }
+
     /// What the command left in /results so far.
     fn ask_for_results(&mut self) {
         if self.control.write_all(b"collect\n").is_err() {
@@ -394,7 +410,7 @@ impl Session {
         if let Some(dir) = &options.results {
             fs::write(dir.join("console.log"), &log)
                 .with_context(|| format!("cannot write the console log to {}", dir.display()))?;
-            unpack(&self.archive, dir)?;
+            unpack(&self.archive, dir, verdict.is_some())?;
         }
         let fault = console::fault(&log);
         if self.may_start_again
@@ -476,17 +492,21 @@ fn listen(status: UnixStream, sender: Sender<Event>) -> JoinHandle<()> {
 }
 
 /// Brings /results to the host. An archive that was cut off by the machine's death gives what it
-/// has.
-fn unpack(archive: &Path, dir: &Path) -> Result<()> {
+/// has; one that had to be `whole` and is not is an error.
+fn unpack(archive: &Path, dir: &Path, whole: bool) -> Result<()> {
     if fs::metadata(archive).map_or(0, |meta| meta.len()) == 0 {
         return Ok(());
     }
     let unpacked =
         run_quietly(Command::new("tar").args(["-x", "--no-same-owner", "-f"]).arg(archive).arg("-C").arg(dir));
-    if let Err(error) = unpacked {
-        note(format_args!("the results are not complete: {error:#}"));
+    match unpacked {
+        Err(error) if whole => Err(error.context("the results are not complete")),
+        Err(error) => {
+            note(format_args!("the results are not complete: {error:#}"));
+            Ok(())
+        }
+        Ok(()) => Ok(()),
     }
-    Ok(())
 }
 
 /// Keeps the log of a run that failed.

@@ -221,8 +221,10 @@ impl Sequence<'_> {
         if !user && random.chance(4) {
             flags |= UBLK_F_UNPRIVILEGED_DEV;
         }
+        // The block layer sends the writes of zones from whatever processor its worker runs on.
+        let queues = if flags & UBLK_F_ZONED != 0 { 1 } else { random.pick(&[1, 1, 2, 2, 5]) };
         let info = ublksrv_ctrl_dev_info {
-            nr_hw_queues: random.pick(&[1, 1, 2, 2, 5]),
+            nr_hw_queues: queues,
             queue_depth: random.weighted(&[(4, 1), (6, 2), (6, 4), (2, 7)]),
             io_desc_size: desc,
             max_io_buf_bytes: random.pick(&[4096, 16384, 65536, 70000, 262_144]),
