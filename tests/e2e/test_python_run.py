@@ -101,7 +101,8 @@ def test_a_signal_ends_the_command_and_the_device(python: Face) -> None:
 
 
 def test_a_command_whose_device_is_deleted_is_told(python: Face) -> None:
-    with Child([*python.argv, "run", RAM_DISK, "--size", "1M", "--", "sh", "-c", "echo $UBLK_DEV; sleep 2"]) as server:
+    until_gone = "echo $UBLK_DEV; while [ -e $UBLK_DEV ]; do sleep 0.1; done"
+    with Child([*python.argv, "run", RAM_DISK, "--size", "1M", "--", "sh", "-c", until_gone]) as server:
         path = server.line()
         python.run("del", "-n", str(device_id(path)))
         assert server.wait() != 0
