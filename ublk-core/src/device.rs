@@ -2,6 +2,7 @@
 
 //! The life of a device: add, start, serve, stop, delete. Every wait in it ends.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,11 +11,13 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::control::{AddRequest, Control, DRAIN_TIMEOUT, DeviceInfo, MAX_DEPTH, MAX_QUEUES, Removal};
+use crate::data::DataMovement;
 use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
 use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
 use crate::error::{Error, Result, errno_of};
 use crate::params::{Operations, Params};
+use crate::plan::{Demands, Plan};
 use crate::target::{QueueInfo, Target};
 use crate::uapi::Features;
 use crate::units::{DeviceId, QueueId};
@@ -40,11 +43,19 @@ pub struct DeviceOptions {
     pub queues: u32,
     /// Requests per queue, 1 to 4096.
     pub depth: u32,
+    /// How data moves; by default what fits the target best among what the driver offers.
+    pub data: Option<DataMovement>,
+    /// Whether tags go to and from the driver in batches (`BATCH_IO`, 7.0); by default where the driver
+    /// has it.
+    pub batch: Option<bool>,
+    /// Threads that share each queue, every one with tags of its own (`PER_IO_DAEMON`, 6.16), from 1 to
+    /// the queue depth. With more than one there are no batches.
+    pub threads_per_queue: u32,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        DeviceOptions { id: None, queues: 1, depth: 128 }
+        DeviceOptions { id: None, queues: 1, depth: 128, data: None, batch: None, threads_per_queue: 1 }
     }
 }
 
@@ -100,14 +111,18 @@ impl Server {
         let params = target.params();
         let (queues, depth) = options.checked()?;
         params.validate()?;
-        self.check_driver()?;
+        let offered = self.check_driver()?;
+        let access = target.access();
+        let demands = Demands { access, excludes_copy: false, features: Features::empty() };
+        let plan = Plan::choose(offered, &demands, options)?;
+        log::debug!("data moves by {}: {}", plan.data, plan.reason);
         let events = Arc::new(QueueEvents::new()?);
         let info = self.control.add(&AddRequest {
             id: options.id,
             queues,
             depth,
             max_io_bytes: params.max_io_bytes,
-            features: Features::empty(),
+            features: plan.features,
         })?;
         let device = Device {
             control: self.control.clone(),
@@ -115,11 +130,13 @@ impl Server {
             path: self.control.driver().block_path(info.id),
             info,
             params,
+            plan,
             events,
             deleted: Mutex::new(false),
             owner: std::process::id(),
         };
-        match device.start(&target) {
+        let started = device.plan.check(device.info.features).and_then(|()| device.start(&target));
+        match started {
             Ok(()) => Ok(device),
             Err(error) => {
                 // The queue's own words say more than those of the command that it kept waiting.
@@ -133,13 +150,13 @@ impl Server {
     }
 
     /// ioctl-encoded commands and GET_FEATURES are what this crate speaks.
-    fn check_driver(&self) -> Result<()> {
+    fn check_driver(&self) -> Result<Features> {
         let unsupported = || Error::Unsupported { feature: "UBLK_F_CMD_IOCTL_ENCODE with GET_FEATURES", since: "6.5" };
         let features = self.control.features().map_err(|error| match error.errno() {
             Errno::EOPNOTSUPP | Errno::ENODEV | Errno::EINVAL => unsupported(),
             _ => error,
         })?;
-        if features.contains(Features::CMD_IOCTL_ENCODE) { Ok(()) } else { Err(unsupported()) }
+        if features.contains(Features::CMD_IOCTL_ENCODE) { Ok(features) } else { Err(unsupported()) }
     }
 }
 
@@ -151,6 +168,7 @@ pub struct Device {
     path: PathBuf,
     info: DeviceInfo,
     params: Params,
+    plan: Plan,
     events: Arc<QueueEvents>,
     deleted: Mutex<bool>,
     /// The process that serves the device. A forked child has a copy of this structure, but neither the
@@ -179,6 +197,16 @@ impl Device {
         &self.params
     }
 
+    /// How its data moves, and why so.
+    pub fn data_movement(&self) -> (DataMovement, &'static str) {
+        (self.plan.data, self.plan.reason)
+    }
+
+    /// Whether tags go to and from the driver in batches.
+    pub fn is_batched(&self) -> bool {
+        self.plan.batch
+    }
+
     fn start(&self, target: &Arc<dyn Target>) -> Result<()> {
         let id = self.id();
         let mut params = self.params;
@@ -186,7 +214,9 @@ impl Device {
         self.control.set_params(id, &params)?;
         let file = self.open_char()?;
         for queue in (0..self.info.queues).map(QueueId) {
-            self.open_queue(queue, target, &file)?;
+            for share in shares(self.info.depth, self.plan.threads_per_queue) {
+                self.open_queue(queue, share, target, &file)?;
+            }
         }
         drop(file);
         self.control.start(id, std::process::id(), &|| self.events.is_ending())?;
@@ -217,9 +247,23 @@ impl Device {
         }
     }
 
-    fn open_queue(&self, queue: QueueId, target: &Arc<dyn Target>, file: &Arc<dyn CharDevice>) -> Result<()> {
+    fn open_queue(
+        &self,
+        queue: QueueId,
+        tags: Range<u16>,
+        target: &Arc<dyn Target>,
+        file: &Arc<dyn CharDevice>,
+    ) -> Result<()> {
         let info = QueueInfo::new(self.id(), queue, self.info.depth, self.info.max_io_bytes);
-        let setup = QueueSetup { info, target: target.clone(), file: file.clone(), events: self.events.clone() };
+        let setup = QueueSetup {
+            info,
+            tags,
+            data: self.plan.data,
+            batch: self.plan.batch,
+            target: target.clone(),
+            file: file.clone(),
+            events: self.events.clone(),
+        };
         self.events.opening();
         let opened = self
             .pool
@@ -335,6 +379,12 @@ impl Drop for Device {
             log::error!("stopping device {}: {error}", self.id());
         }
     }
+}
+
+/// A queue's tags, divided among its threads as evenly as can be.
+fn shares(depth: u16, threads: u16) -> impl Iterator<Item = Range<u16>> {
+    let bound = move |n: u16| (u32::from(depth) * u32::from(n) / u32::from(threads)) as u16;
+    (0..threads).map(move |n| bound(n)..bound(n + 1))
 }
 
 /// Somebody else may delete the device at any time.

@@ -26,25 +26,30 @@
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod control;
+mod data;
 mod device;
 pub mod driver;
 mod engine;
 mod error;
 mod memory;
 mod params;
+mod plan;
+pub mod pull;
 mod request;
 mod target;
 pub mod targets;
 mod uapi;
 mod units;
 
+pub use data::{Access, DataMovement};
 pub use device::{Device, DeviceOptions, MAX_IO_BYTES, Server};
 pub use engine::{Spawn, StdSpawn};
 pub use error::{Error, Result};
 pub use memory::IoBuffer;
 pub use nix::errno::Errno;
 pub use params::{DEFAULT_MAX_IO_BYTES, DiscardLimits, Operations, Params};
-pub use request::{FileRange, Op, Request, Requests};
+pub use pull::pull;
+pub use request::{Anywhere, DetachedRequest, FileRange, Home, OnQueue, Op, Request, RequestOf, Requests};
 pub use target::{QueueHandler, QueueInfo, Target};
 pub use uapi::{DeviceState, Features};
 pub use units::{DeviceId, QueueId, Sectors, Tag};

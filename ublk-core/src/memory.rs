@@ -164,6 +164,12 @@ impl IoBuffer {
         self.len == 0
     }
 
+    /// Gives the pages back to the system; the content becomes zeros. Invariant 3: nobody uses the buffer
+    /// meanwhile.
+    pub(crate) fn give_back_pages(&self) {
+        self.region.advise(self.offset, self.len.next_multiple_of(PAGE_SIZE), MmapAdvise::MADV_DONTNEED);
+    }
+
     pub(crate) fn user_address(&self) -> u64 {
         self.as_ptr() as u64
     }
@@ -211,7 +217,7 @@ impl Drop for IoBuffer {
     fn drop(&mut self) {
         // A buffer that outlived its queue's other buffers must not keep their pages; its own go here.
         if Arc::strong_count(&self.region) > 1 {
-            self.region.advise(self.offset, self.len.next_multiple_of(PAGE_SIZE), MmapAdvise::MADV_DONTNEED);
+            self.give_back_pages();
         }
     }
 }

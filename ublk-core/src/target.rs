@@ -4,6 +4,7 @@
 
 use std::fmt::Debug;
 
+use crate::data::Access;
 use crate::error::Result;
 use crate::params::Params;
 use crate::request::Requests;
@@ -19,6 +20,11 @@ pub trait Target: Send + Sync + Debug + 'static {
 
     /// The disk's shape. What its [`operations`](Params::operations) lack is not advertised.
     fn params(&self) -> Params;
+
+    /// What it does with the bytes of requests; decides how they move.
+    fn access(&self) -> Access {
+        Access::Bytes
+    }
 
     /// Makes the handler of one queue, on the thread that will serve it.
     ///
@@ -40,11 +46,13 @@ pub struct QueueInfo {
     pub depth: u16,
     /// Longest read or write in bytes.
     pub max_io_bytes: u32,
+    /// Whether the disk has zones.
+    pub zoned: bool,
 }
 
 impl QueueInfo {
     pub(crate) fn new(device: DeviceId, queue: QueueId, depth: u16, max_io_bytes: u32) -> Self {
-        QueueInfo { device, queue, depth, max_io_bytes }
+        QueueInfo { device, queue, depth, max_io_bytes, zoned: false }
     }
 }
 

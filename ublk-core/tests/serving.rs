@@ -11,65 +11,13 @@ use ublk_core::control::{AddRequest, Removal};
 use ublk_core::driver::fake::FakeDriver;
 use ublk_core::targets::{File, FileOptions, Io, Mem, Null};
 use ublk_core::{
-    Device, DeviceId, DeviceOptions, Errno, Error, Features, Op, Operations, Params, QueueHandler, QueueInfo, Request,
-    Requests, Result, Server, Spawn, StdSpawn, Target,
+    Device, DeviceId, DeviceOptions, Errno, Error, Features, Op, Params, QueueHandler, QueueInfo, Requests, Result,
+    Server, Spawn, StdSpawn, Target,
 };
 
-const SIZE: u64 = 1 << 20;
+mod support;
 
-fn server(driver: &FakeDriver, threads: usize) -> Server {
-    Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), threads)
-}
-
-fn options(queues: u32, depth: u32) -> DeviceOptions {
-    DeviceOptions { id: None, queues, depth }
-}
-
-/// A target made of a closure that gets each request.
-struct Custom<F>(F, Operations);
-
-impl<F> std::fmt::Debug for Custom<F> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Custom")
-    }
-}
-
-impl<F: Fn(Request<'_>) + Clone + Send + Sync + 'static> Target for Custom<F> {
-    fn kind(&self) -> &str {
-        "custom"
-    }
-
-    fn params(&self) -> Params {
-        let mut params = Params::new(SIZE, 512);
-        params.operations = self.1;
-        params
-    }
-
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(CustomQueue(self.0.clone())))
-    }
-}
-
-struct CustomQueue<F>(F);
-
-impl<F: Fn(Request<'_>)> QueueHandler for CustomQueue<F> {
-    fn handle(&mut self, requests: Requests<'_>) {
-        requests.for_each(&self.0);
-    }
-}
-
-fn custom(handler: impl Fn(Request<'_>) + Clone + Send + Sync + 'static) -> Arc<dyn Target> {
-    Arc::new(Custom(handler, Operations::all()))
-}
-
-/// Stops the device and checks that nothing is left and no rule was broken.
-fn finish(driver: &FakeDriver, device: Device) {
-    device.stop().expect("the device stops");
-    drop(device);
-    use ublk_core::driver::Driver;
-    assert_eq!(driver.device_ids().unwrap(), []);
-    assert_eq!(driver.violations(), Vec::<String>::new());
-}
+use support::{SIZE, custom, finish, options, server};
 
 #[test]
 fn a_ram_disk_returns_what_was_written() {
@@ -314,10 +262,11 @@ fn a_refused_commit_fails_the_request_once() {
 #[test]
 fn a_start_that_fails_at_any_step_leaves_no_device() {
     use ublk_core::driver::Driver;
-    for step in ["ADD_DEV", "SET_PARAMS", "FETCH_REQ", "START_DEV"] {
+    for step in ["ADD_DEV", "SET_PARAMS", "FETCH_REQ", "PREP_IO_CMDS", "START_DEV"] {
         let driver = FakeDriver::new();
         driver.refuse_next(step, Errno::EINVAL);
-        let error = server(&driver, 2).start(custom(|r| r.complete()), &options(2, 4)).unwrap_err();
+        let options = DeviceOptions { batch: Some(step != "FETCH_REQ"), ..options(2, 4) };
+        let error = server(&driver, 2).start(custom(|r| r.complete()), &options).unwrap_err();
         assert!(error.to_string().contains(step), "{step}: {error}");
         assert_eq!(driver.device_ids().unwrap(), [], "{step}");
         assert_eq!(driver.violations(), Vec::<String>::new());

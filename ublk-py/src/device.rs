@@ -177,7 +177,7 @@ pub(crate) fn start(
     params.discard.granularity = shape.discard_granularity;
     params.operations = methods.operations();
     let target = Arc::new(PythonTarget { kind, params, methods });
-    let options = DeviceOptions { id: id.map(DeviceId), queues, depth };
+    let options = DeviceOptions { id: id.map(DeviceId), queues, depth, ..DeviceOptions::default() };
     let spawn = PythonSpawn(spawn);
     let fake = driver.map(FakeDriver::inner);
     let device = py.detach(|| {

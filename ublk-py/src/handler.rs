@@ -116,6 +116,8 @@ impl State {
             Op::Flush => call(&self.methods.flush, |method| method.bind(py).call0()),
             Op::Discard => call(&self.methods.discard, |method| method.bind(py).call1((offset, len))),
             Op::WriteZeroes => call(&self.methods.write_zeroes, |method| method.bind(py).call1((offset, len))),
+            // The disk has no zones.
+            _ => Ok(None),
         };
         let outcome = outcome.and_then(|returned| match returned {
             Some(value) => check_return(&value, op.has_data().then_some(len)).map(Ok),
@@ -166,6 +168,7 @@ impl State {
             Op::Flush => "flush",
             Op::Discard => "discard",
             Op::WriteZeroes => "write_zeroes",
+            _ => "a zone operation",
         };
         if let Err(second) = self.methods.report.call1(py, (name, error.value(py))) {
             second.write_unraisable(py, None);

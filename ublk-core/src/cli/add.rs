@@ -8,8 +8,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::ValueEnum;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use super::{Failure, Host, Outcome, daemon, serve, size};
+use crate::data::DataMovement;
 use crate::device::{DeviceOptions, Server};
 use crate::driver::kernel::KernelDriver;
 use crate::engine::StdSpawn;
@@ -38,6 +40,19 @@ enum IoMode {
     Direct,
     /// Through the page cache
     Buffered,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// The possible values of `--data`.
+fn movement() -> impl TypedValueParser<Value = DataMovement> {
+    let named = |name: String| DataMovement::ALL.into_iter().find(|movement| movement.name() == name);
+    PossibleValuesParser::new(DataMovement::ALL.map(DataMovement::name))
+        .try_map(move |name| named(name).ok_or("unknown"))
 }
 
 #[derive(Debug, clap::Args)]
@@ -69,6 +84,15 @@ pub(super) struct Args {
     /// Longest read or write [default: 512K]
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     max_io: Option<u32>,
+    /// How data moves [default: what fits the target best among what the driver offers]
+    #[arg(long, value_name = "MOVEMENT", value_parser = movement())]
+    data: Option<DataMovement>,
+    /// Whether requests go to and from the driver in batches [default: where the driver has them]
+    #[arg(long, value_enum, value_name = "SWITCH")]
+    batch: Option<Switch>,
+    /// Threads that share each queue
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    threads_per_queue: u32,
     /// Refuse writes
     #[arg(short = 'o', long)]
     read_only: bool,
@@ -112,7 +136,14 @@ fn serve(args: &Args, ready: impl FnOnce(&crate::Device) -> Outcome) -> Outcome 
         return Err(Error::invalid("threads", 0, "at least one is needed").into());
     }
     let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads);
-    let options = DeviceOptions { id: args.id.map(DeviceId), queues: args.queues, depth: args.depth };
+    let options = DeviceOptions {
+        id: args.id.map(DeviceId),
+        queues: args.queues,
+        depth: args.depth,
+        data: args.data,
+        batch: args.batch.map(|batch| batch == Switch::On),
+        threads_per_queue: args.threads_per_queue,
+    };
     let device = server.start(target, &options)?;
     // On an error the device is dropped here, which stops and deletes it.
     ready(&device)?;

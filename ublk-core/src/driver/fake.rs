@@ -22,11 +22,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::{
-    CharDevice, Completion, ControlCommand, ControlFailure, Driver, FileSlot, MappedDescriptors, Operation, Ring,
-    Submission, Waker,
+    CharDevice, Completion, ControlCommand, ControlFailure, Driver, Elements, FileSlot, MappedDescriptors, Memory,
+    Operation, RequestPlace, Ring, Submission, Waker,
 };
 use crate::control::{MAX_DEPTH, wire};
-use crate::memory::{Descriptor, DescriptorMap, Region};
+use crate::memory::{Descriptor, DescriptorMap, IoBuffer, Region};
 use crate::uapi::{self, Features, ublk_params, ublksrv_ctrl_dev_info};
 use crate::units::{DeviceId, QueueId, Sectors, Tag};
 
@@ -53,6 +53,8 @@ struct State {
     /// Answers that clients have not looked at, by their request's ticket.
     answers: HashMap<u64, Result<Vec<u8>, Errno>>,
     tickets: u64,
+    /// What the driver says it can do; everything unless a test wants less.
+    offered: Option<Features>,
     /// Errnos to answer the next commands of a name with.
     refusals: HashMap<&'static str, VecDeque<Errno>>,
 }
@@ -69,6 +71,8 @@ struct FakeDevice {
 struct FakeQueue {
     descriptors: Arc<Region>,
     tags: Vec<FakeTag>,
+    /// Where FETCH_IO_CMDS delivers tags: the ring, and the command's `user_data`.
+    delivery: Option<(Arc<Completions>, u64)>,
 }
 
 /// Who fetched a tag, and where the answer goes.
@@ -77,19 +81,31 @@ struct Command {
     ring: Arc<Completions>,
     user_data: u64,
     address: u64,
-    daemon: ThreadId,
+    /// Where pages are to be registered.
+    register: Option<u16>,
+    /// Who may commit; anybody for a batch.
+    daemon: Option<ThreadId>,
+}
+
+/// A request on its way through the server.
+#[derive(Clone, Debug)]
+struct FakeRequest {
+    daemon: Option<ThreadId>,
+    /// A read's length, 0 for others.
+    len: usize,
+    /// Its pages.
+    pages: Vec<u8>,
+    ticket: u64,
 }
 
 #[derive(Clone, Debug)]
 enum FakeTag {
     Idle,
     Armed(Command),
+    /// The server was asked where a write's data shall go.
+    Asked(FakeRequest),
     /// The server has the request.
-    Served {
-        daemon: ThreadId,
-        len: usize,
-        ticket: u64,
-    },
+    Served(FakeRequest),
 }
 
 impl Shared {
@@ -135,9 +151,14 @@ impl FakeDriver {
     }
 
     /// Answers the next command of this name with an errno: a control command's name in the UAPI, or
-    /// `COMMIT_AND_FETCH_REQ` or `FETCH_REQ`.
+    /// `FETCH_REQ` or `PREP_IO_CMDS`, or `COMMIT_AND_FETCH_REQ` for any commit.
     pub fn refuse_next(&self, command: &'static str, errno: Errno) {
         self.shared.state().refusals.entry(command).or_default().push_back(errno);
+    }
+
+    /// Makes the driver an older one, which has only these features.
+    pub fn offer(&self, features: Features) {
+        self.shared.state().offered = Some(features | ALWAYS_ON);
     }
 
     /// The rules that servers have broken so far.
@@ -156,7 +177,7 @@ impl FakeDriver {
             return refuse(errno);
         }
         if command.op == uapi::UBLK_U_CMD_GET_FEATURES {
-            let features = Features::CMD_IOCTL_ENCODE | Features::URING_CMD_COMP_IN_TASK;
+            let features = self.shared.state().features();
             command.payload.copy_from_slice(&features.bits().to_ne_bytes());
             return Ok(0);
         }
@@ -220,7 +241,7 @@ impl FakeDriver {
         self.shared.wait_for(timeout, give_up, |state| {
             let Some(device) = state.devices.get_mut(&id) else { return Some(0) };
             device.info.state = uapi::UBLK_S_DEV_DEAD;
-            if device.queues.iter().flat_map(|q| &q.tags).any(|t| matches!(t, FakeTag::Served { .. })) {
+            if device.queues.iter().flat_map(|q| &q.tags).any(|t| matches!(t, FakeTag::Served(_) | FakeTag::Asked(_))) {
                 return None;
             }
             device.cancel();
@@ -257,6 +278,7 @@ impl Driver for FakeDriver {
             completions: Arc::default(),
             files: Vec::new(),
             queued: Vec::new(),
+            buffers: 0,
         }))
     }
 
@@ -273,7 +295,43 @@ impl Driver for FakeDriver {
     }
 }
 
+/// What every device has.
+const ALWAYS_ON: Features = Features::CMD_IOCTL_ENCODE.union(Features::URING_CMD_COMP_IN_TASK);
+/// What keeps the driver from copying.
+const NOT_COPIED: Features = Features::USER_COPY.union(Features::SUPPORT_ZERO_COPY).union(Features::AUTO_BUF_REG);
+
 impl State {
+    /// What the driver offers.
+    fn features(&self) -> Features {
+        self.offered.unwrap_or(Features::all())
+    }
+
+    /// The pages of a request that the server owns.
+    fn pages(&mut self, id: u32, queue: QueueId, tag: Tag) -> Result<&mut Vec<u8>, Errno> {
+        let device = self.devices.get_mut(&id).ok_or(Errno::ENODEV)?;
+        let queue = device.queues.get_mut(usize::from(queue.0)).ok_or(Errno::EINVAL)?;
+        match queue.tags.get_mut(tag.index()) {
+            Some(FakeTag::Served(request)) => Ok(&mut request.pages),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    /// NEED_GET_DATA: the data goes to the address.
+    fn get_data(&mut self, id: u32, queue: QueueId, tag: Tag, address: u64) -> Result<(), Errno> {
+        let device = self.devices.get_mut(&id).ok_or(Errno::ENODEV)?;
+        let queue = device.queues.get_mut(usize::from(queue.0)).ok_or(Errno::EINVAL)?;
+        let slot = queue.tags.get_mut(tag.index()).ok_or(Errno::EINVAL)?;
+        let FakeTag::Asked(request) = slot else {
+            self.violations.push(format!("NEED_GET_DATA of tag {tag}, which was not asked for"));
+            return Err(Errno::EINVAL);
+        };
+        let request = request.clone();
+        // SAFETY: the contract on top of this file.
+        unsafe { std::ptr::copy_nonoverlapping(request.pages.as_ptr(), address as *mut u8, request.pages.len()) };
+        *slot = FakeTag::Served(request);
+        Ok(())
+    }
+
     fn add(&mut self, payload: &mut Vec<u8>) -> Result<i32, Errno> {
         let mut info = wire::decode_info(payload);
         let depth = info.queue_depth;
@@ -288,10 +346,11 @@ impl State {
         info.nr_hw_queues = info.nr_hw_queues.min(64);
         info.state = uapi::UBLK_S_DEV_DEAD;
         info.ublksrv_pid = -1;
-        info.flags |= (Features::CMD_IOCTL_ENCODE | Features::URING_CMD_COMP_IN_TASK).bits();
+        info.flags |= ALWAYS_ON.bits();
+        info.flags &= self.features().bits();
         let queue = || {
             let descriptors = Arc::new(Region::anonymous(DescriptorMap::len_for(depth)).map_err(|_| Errno::ENOMEM)?);
-            Ok(FakeQueue { descriptors, tags: vec![FakeTag::Idle; usize::from(depth)] })
+            Ok(FakeQueue { descriptors, tags: vec![FakeTag::Idle; usize::from(depth)], delivery: None })
         };
         let queues = (0..info.nr_hw_queues).map(|_| queue()).collect::<Result<_, Errno>>()?;
         self.devices.insert(info.dev_id, FakeDevice { info, params: None, queues, char_open: false });
@@ -318,24 +377,29 @@ impl State {
             .get_mut(usize::from(queue.0))
             .and_then(|q| q.tags.get_mut(tag.index()))
             .ok_or(Errno::EINVAL)?;
+        let flags = Features::from_bits_retain(device.info.flags);
         let broken = match (&*slot, commit) {
             (FakeTag::Idle, None) => {
                 *slot = FakeTag::Armed(command);
                 return Ok(());
             }
-            (FakeTag::Served { daemon, .. }, Some(_)) if *daemon != command.daemon => {
+            (FakeTag::Served(request), Some(_)) if request.daemon.is_some() && request.daemon != command.daemon => {
                 (Errno::EINVAL, "from a thread that did not fetch the tag")
             }
-            (&FakeTag::Served { len, ticket, .. }, Some(result)) => {
+            (FakeTag::Served(request), Some(result)) => {
                 let answer = usize::try_from(result).map_err(|_| Errno::from_raw(-result)).map(|read| {
+                    let read = read.min(request.len);
+                    if read == 0 || flags.intersects(NOT_COPIED) {
+                        return request.pages[..read].to_vec();
+                    }
                     // SAFETY: the contract on top of this file: the command's address holds the data.
-                    unsafe { std::slice::from_raw_parts(command.address as *const u8, read.min(len)) }.to_vec()
+                    unsafe { std::slice::from_raw_parts(command.address as *const u8, read) }.to_vec()
                 });
-                self.answers.insert(ticket, answer);
+                self.answers.insert(request.ticket, answer);
                 *slot = FakeTag::Armed(command);
                 return Ok(());
             }
-            (FakeTag::Armed(_), Some(_)) => (Errno::EBUSY, "of a tag that is not at the server"),
+            (FakeTag::Armed(_) | FakeTag::Asked(_), Some(_)) => (Errno::EBUSY, "of a tag that is not at the server"),
             (FakeTag::Idle, Some(_)) => (Errno::EINVAL, "of a tag that was never fetched"),
             (_, None) => (Errno::EINVAL, "of a tag that is fetched already"),
         };
@@ -363,9 +427,17 @@ impl FakeDevice {
 
     /// Ends all commands that wait for a request.
     fn cancel(&mut self) {
-        for tag in self.queues.iter_mut().flat_map(|q| &mut q.tags) {
-            if let FakeTag::Armed(command) = std::mem::replace(tag, FakeTag::Idle) {
-                command.ring.push(command.user_data, uapi::UBLK_IO_RES_ABORT);
+        let batch = self.info.flags & Features::BATCH_IO.bits() != 0;
+        for queue in &mut self.queues {
+            for tag in &mut queue.tags {
+                if let FakeTag::Armed(command) = std::mem::replace(tag, FakeTag::Idle)
+                    && !batch
+                {
+                    command.ring.push(command.user_data, uapi::UBLK_IO_RES_ABORT);
+                }
+            }
+            if let Some((ring, user_data)) = queue.delivery.take() {
+                ring.push(user_data, uapi::UBLK_IO_RES_ABORT);
             }
         }
     }
@@ -388,6 +460,22 @@ impl CharDevice for FakeChar {
     fn raw_fd(&self) -> RawFd {
         self.id as RawFd
     }
+
+    fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()> {
+        let mut state = self.shared.state();
+        let pages = state.pages(self.id, place.queue, place.tag)?;
+        let from = pages.get(place.offset as usize..).and_then(|p| p.get(..into.len())).ok_or(Errno::EINVAL)?;
+        into.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn copy_to_request(&self, place: RequestPlace, from: &[u8]) -> io::Result<()> {
+        let mut state = self.shared.state();
+        let pages = state.pages(self.id, place.queue, place.tag)?;
+        let into = pages.get_mut(place.offset as usize..).and_then(|p| p.get_mut(..from.len())).ok_or(Errno::EINVAL)?;
+        into.copy_from_slice(from);
+        Ok(())
+    }
 }
 
 /// The server is gone: without recovery, the disk goes too, and what it had fails.
@@ -401,7 +489,7 @@ impl Drop for FakeChar {
             let tags = device.queues.iter_mut().flat_map(|q| &mut q.tags);
             let ended: Vec<u64> = tags
                 .filter_map(|tag| match std::mem::replace(tag, FakeTag::Idle) {
-                    FakeTag::Served { ticket, .. } => Some(ticket),
+                    FakeTag::Served(request) | FakeTag::Asked(request) => Some(request.ticket),
                     FakeTag::Idle | FakeTag::Armed(_) => None,
                 })
                 .collect();
@@ -412,16 +500,44 @@ impl Drop for FakeChar {
     }
 }
 
+/// What a ring's thread waits for.
 #[derive(Debug, Default)]
 struct Completions {
-    state: Mutex<(Vec<Completion>, bool)>,
+    state: Mutex<CompletionState>,
     changed: Condvar,
 }
 
+#[derive(Debug, Default)]
+struct CompletionState {
+    list: Vec<Completion>,
+    woken: bool,
+    /// When the timer ends.
+    timer: Option<Instant>,
+    /// Tags that completions of FETCH_IO_CMDS brought, by the number of their buffer.
+    tags: HashMap<u16, Tag>,
+    buffers: u16,
+    /// Whose pages are registered where: device, queue, tag.
+    registered: HashMap<u16, (u32, QueueId, Tag)>,
+}
+
 impl Completions {
+    fn state(&self) -> MutexGuard<'_, CompletionState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn push(&self, user_data: u64, result: i32) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.0.push(Completion { user_data, result });
+        self.state().list.push(Completion::last(user_data, result));
+        self.changed.notify_all();
+    }
+
+    /// Delivers a tag of a batch.
+    fn deliver(&self, user_data: u64, tag: Tag) {
+        let mut state = self.state();
+        state.buffers = state.buffers.wrapping_add(1);
+        let buffer = state.buffers;
+        state.tags.insert(buffer, tag);
+        let bytes = size_of::<u16>() as i32;
+        state.list.push(Completion { user_data, result: bytes, tags: Some(buffer), more: true });
         drop(state);
         self.changed.notify_all();
     }
@@ -429,7 +545,7 @@ impl Completions {
 
 impl Waker for Completions {
     fn wake(&self) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        self.state().woken = true;
         self.changed.notify_all();
     }
 }
@@ -440,17 +556,133 @@ struct FakeRing {
     completions: Arc<Completions>,
     files: Vec<Option<Arc<dyn CharDevice>>>,
     queued: Vec<Submission>,
+    /// Places given out in the table of buffers.
+    buffers: u16,
 }
 
 impl FakeRing {
-    fn io_command(&self, user_data: u64, file: FileSlot, queue: QueueId, tag: Tag, address: u64, commit: Option<i32>) {
-        let device = self.files[file.0 as usize].as_ref().map_or(-1, |f| f.raw_fd());
-        let daemon = std::thread::current().id();
-        let command = Command { ring: self.completions.clone(), user_data, address, daemon };
-        if let Err(errno) = self.shared.state().io_command(device as u32, queue, tag, command, commit) {
-            self.completions.push(user_data, -(errno as i32));
+    /// The device behind a place in the ring's table of files.
+    fn device(&self, file: FileSlot) -> u32 {
+        self.files[file.0 as usize].as_ref().map_or(-1, |f| f.raw_fd()) as u32
+    }
+
+    /// A command of one tag, made here and now.
+    fn command(&self, user_data: u64, address: u64, register: Option<u16>) -> Command {
+        let daemon = Some(std::thread::current().id());
+        Command { ring: self.completions.clone(), user_data, address, register, daemon }
+    }
+
+    /// Carries an operation out. What it gives is a completion's result; commands that stay pending give none.
+    fn carry_out(&self, user_data: u64, operation: Operation) -> Result<Option<i32>, Errno> {
+        let mut state = self.shared.state();
+        match operation {
+            Operation::Fetch { file, queue, tag, address, register } => {
+                let command = self.command(user_data, address, register);
+                state.io_command(self.device(file), queue, tag, command, None)?;
+                Ok(None)
+            }
+            Operation::Commit { file, queue, tag, result, address, register } => {
+                let command = self.command(user_data, address, register);
+                state.io_command(self.device(file), queue, tag, command, Some(result))?;
+                Ok(None)
+            }
+            Operation::GetData { file, queue, tag, address } => {
+                state.get_data(self.device(file), queue, tag, address)?;
+                Ok(Some(0))
+            }
+            Operation::Register { file, queue, tag, index } => {
+                let id = self.device(file);
+                state.pages(id, queue, tag)?;
+                self.completions.state().registered.insert(index, (id, queue, tag));
+                Ok(Some(0))
+            }
+            Operation::Unregister { index, .. } => {
+                let gone = self.completions.state().registered.remove(&index);
+                gone.map(|_| Some(0)).ok_or(Errno::EINVAL)
+            }
+            Operation::Prepare { file, queue, elements } => {
+                if let Some(errno) = state.refusals.get_mut("PREP_IO_CMDS").and_then(VecDeque::pop_front) {
+                    return Err(errno);
+                }
+                for element in self.elements(elements) {
+                    let command = Command { daemon: None, ..self.command(user_data, element.tail, element.register) };
+                    state.io_command(self.device(file), queue, element.tag, command, None)?;
+                }
+                Ok(Some(0))
+            }
+            Operation::CommitBatch { file, queue, elements } => {
+                let mut done = 0;
+                for element in self.elements(elements) {
+                    let command = Command { daemon: None, ..self.command(user_data, element.tail, element.register) };
+                    match state.io_command(self.device(file), queue, element.tag, command, Some(element.result)) {
+                        Ok(()) => done += i32::from(elements.stride),
+                        Err(errno) if done == 0 => return Err(errno),
+                        Err(_) => break,
+                    }
+                }
+                Ok(Some(done))
+            }
+            Operation::FetchBatch { file, queue } => {
+                let device = state.devices.get_mut(&self.device(file)).ok_or(Errno::ENODEV)?;
+                let queue = device.queues.get_mut(usize::from(queue.0)).ok_or(Errno::EINVAL)?;
+                // A stop that came before the command has taken the tags back.
+                if queue.tags.iter().all(|tag| matches!(tag, FakeTag::Idle)) {
+                    return Err(Errno::ENODEV);
+                }
+                queue.delivery = Some((self.completions.clone(), user_data));
+                Ok(None)
+            }
+            Operation::Read { fd, memory: Memory::Registered { index, offset }, len, offset: at } => {
+                // Aligned, for direct I/O.
+                let memory = IoBuffer::new(len as usize).map_err(|_| Errno::ENOMEM)?;
+                let read =
+                    file_operation(Operation::Read { fd, memory: Memory::At(memory.user_address()), len, offset: at });
+                let (id, queue, tag) = self.registered(index)?;
+                let count = usize::try_from(read).unwrap_or(0);
+                // SAFETY: the buffer is this function's own.
+                let bytes = unsafe { memory.bytes(count) };
+                state.pages(id, queue, tag)?[offset as usize..][..count].copy_from_slice(bytes);
+                Ok(Some(read))
+            }
+            Operation::Write { fd, memory: Memory::Registered { index, offset }, len, offset: at, durable } => {
+                let (id, queue, tag) = self.registered(index)?;
+                let buffer = IoBuffer::new(len as usize).map_err(|_| Errno::ENOMEM)?;
+                let bytes = &state.pages(id, queue, tag)?[offset as usize..][..len as usize];
+                // SAFETY: as above.
+                unsafe { buffer.bytes_mut(len as usize) }.copy_from_slice(bytes);
+                let memory = Memory::At(buffer.user_address());
+                Ok(Some(file_operation(Operation::Write { fd, memory, len, offset: at, durable })))
+            }
+            other => Ok(Some(file_operation(other))),
         }
     }
+
+    fn registered(&self, index: u16) -> Result<(u32, QueueId, Tag), Errno> {
+        self.completions.state().registered.get(&index).copied().ok_or(Errno::EFAULT)
+    }
+
+    fn elements(&self, elements: Elements) -> Vec<FakeElement> {
+        let stride = usize::from(elements.stride);
+        // SAFETY: an array of elements is its sender's until the command has completed (see `Submission`).
+        let bytes =
+            unsafe { std::slice::from_raw_parts(elements.address as *const u8, stride * usize::from(elements.count)) };
+        let number = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+        let element = |bytes: &[u8]| FakeElement {
+            tag: Tag(number(&bytes[..2]) as u16),
+            register: Some(number(&bytes[2..4]) as u16),
+            result: number(&bytes[4..8]) as i32,
+            tail: number(&bytes[8..]),
+        };
+        bytes.chunks(stride).map(element).collect()
+    }
+}
+
+/// One element of a batch.
+struct FakeElement {
+    tag: Tag,
+    register: Option<u16>,
+    result: i32,
+    tail: u64,
 }
 
 impl Ring for FakeRing {
@@ -475,14 +707,10 @@ impl Ring for FakeRing {
 
     fn submit(&mut self) -> io::Result<()> {
         for Submission { user_data, operation } in std::mem::take(&mut self.queued) {
-            match operation {
-                Operation::Fetch { file, queue, tag, address } => {
-                    self.io_command(user_data, file, queue, tag, address, None);
-                }
-                Operation::Commit { file, queue, tag, result, address } => {
-                    self.io_command(user_data, file, queue, tag, address, Some(result));
-                }
-                other => self.completions.push(user_data, file_operation(other)),
+            match self.carry_out(user_data, operation) {
+                Ok(None) => {}
+                Ok(Some(result)) => self.completions.push(user_data, result),
+                Err(errno) => self.completions.push(user_data, -(errno as i32)),
             }
         }
         self.shared.changed.notify_all();
@@ -491,17 +719,48 @@ impl Ring for FakeRing {
 
     fn wait(&mut self) -> io::Result<()> {
         self.submit()?;
-        let mut state = self.completions.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while state.0.is_empty() && !state.1 {
-            state = self.completions.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.completions.state();
+        while state.list.is_empty() && !state.woken {
+            let left = state.timer.map(|end| end.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                break;
+            }
+            let left = left.unwrap_or(CLIENT_TIMEOUT);
+            state = self.completions.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        state.1 = false;
+        state.woken = false;
         Ok(())
     }
 
     fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
-        into.append(&mut self.completions.state.lock().unwrap_or_else(PoisonError::into_inner).0);
+        into.append(&mut self.completions.state().list);
         Ok(())
+    }
+
+    fn start_timer(&mut self, after: Duration) -> io::Result<()> {
+        self.completions.state().timer = Some(Instant::now() + after);
+        Ok(())
+    }
+
+    fn timer_ended(&mut self) -> bool {
+        self.completions.state().timer.take_if(|end| *end <= Instant::now()).is_some()
+    }
+
+    /// The clients' threads play the driver.
+    fn is_quiet_between_waits(&self) -> bool {
+        false
+    }
+
+    fn reserve_buffers(&mut self, count: u16) -> io::Result<u16> {
+        let first = self.buffers;
+        self.buffers = first.checked_add(count).ok_or(Errno::ENOSPC)?;
+        Ok(first)
+    }
+
+    fn release_buffers(&mut self, _: u16, _: u16) {}
+
+    fn take_tags(&mut self, buffer: u16, _: usize, into: &mut Vec<Tag>) {
+        into.extend(self.completions.state().tags.remove(&buffer));
     }
 
     fn waker(&self) -> Arc<dyn Waker> {
@@ -515,17 +774,17 @@ fn file_operation(operation: Operation) -> i32 {
     // the completion (see `Submission`).
     let result = unsafe {
         match operation {
-            Operation::Read { fd, address, len, offset } => {
+            Operation::Read { fd, memory: Memory::At(address), len, offset } => {
                 libc::pread(fd, address as *mut libc::c_void, len as usize, offset as i64)
             }
-            Operation::Write { fd, address, len, offset, .. } => {
+            Operation::Write { fd, memory: Memory::At(address), len, offset, .. } => {
                 libc::pwrite(fd, address as *const libc::c_void, len as usize, offset as i64)
             }
             Operation::SyncData { fd } => libc::fdatasync(fd) as isize,
             Operation::Allocate { fd, mode, offset, len } => {
                 libc::fallocate(fd, mode, offset as i64, len as i64) as isize
             }
-            Operation::Fetch { .. } | Operation::Commit { .. } => unreachable!("handled by the ring"),
+            _ => unreachable!("handled by the ring"),
         }
     };
     if result < 0 { -(Errno::last_raw()) } else { result as i32 }
@@ -601,12 +860,19 @@ impl FakeDisk {
             };
             turn += 1;
             let queue = turn % device.queues.len();
-            let FakeQueue { descriptors, tags } = &mut device.queues[queue];
+            let flags = Features::from_bits_retain(device.info.flags);
+            let FakeQueue { descriptors, tags, delivery } = &mut device.queues[queue];
+            if flags.contains(Features::BATCH_IO) && delivery.is_none() {
+                return None;
+            }
             let tag = Tag(tags.iter().position(|t| matches!(t, FakeTag::Armed(_)))? as u16);
             let FakeTag::Armed(command) = tags[tag.index()].clone() else { unreachable!("found above") };
             assert!(data.len() <= device.info.max_io_buf_bytes as usize, "longer than the device takes");
-            // SAFETY: the contract on top of this file: the buffer is ours while the command waits.
-            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), command.address as *mut u8, data.len()) };
+            let asks = flags.contains(Features::NEED_GET_DATA) && !data.is_empty();
+            if !asks && !flags.intersects(NOT_COPIED) && !data.is_empty() {
+                // SAFETY: the contract on top of this file: the buffer is ours while the command waits.
+                unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), command.address as *mut u8, data.len()) };
+            }
             descriptors.write_descriptor(
                 tag,
                 Descriptor {
@@ -623,10 +889,22 @@ impl FakeDisk {
             );
             let is_read = op_flags as u8 == uapi::UBLK_IO_OP_READ;
             let len = if is_read { len } else { 0 };
+            let pages = if is_read { vec![0xee; len] } else { data.to_vec() };
+            if flags.contains(Features::AUTO_BUF_REG)
+                && !pages.is_empty()
+                && let Some(index) = command.register
+            {
+                command.ring.state().registered.insert(index, (self.id, QueueId(queue as u16), tag));
+            }
             state.tickets += 1;
             let ticket = state.tickets;
-            tags[tag.index()] = FakeTag::Served { daemon: command.daemon, len, ticket };
-            command.ring.push(command.user_data, uapi::UBLK_IO_RES_OK);
+            let request = FakeRequest { daemon: command.daemon, len, pages, ticket };
+            tags[tag.index()] = if asks { FakeTag::Asked(request) } else { FakeTag::Served(request) };
+            match delivery {
+                Some((ring, user_data)) if flags.contains(Features::BATCH_IO) => ring.deliver(*user_data, tag),
+                _ if asks => command.ring.push(command.user_data, uapi::UBLK_IO_RES_NEED_GET_DATA),
+                _ => command.ring.push(command.user_data, uapi::UBLK_IO_RES_OK),
+            }
             Some(Ok(Sent(ticket)))
         })
     }

@@ -6,51 +6,38 @@
 //!
 //! 1. A control command's payload lives in a box that is dropped only after the command has completed,
 //!    or leaked if that cannot be known.
-//! 2. The addresses in a [`Submission`] point into memory that its sender keeps until the completion:
-//!    the engine frees a queue's buffers only when no command of it is in flight, and otherwise leaks
-//!    them.
-//! 3. A ring is used by the thread that made it, as `IORING_SETUP_SINGLE_ISSUER` demands: [`Ring`] is
-//!    not `Send`.
+//!
+//! [`ring`] is the ring of a queue's thread, [`detached`] sends commands from a process of their own.
 
 mod detached;
+mod ring;
+mod tag_buffers;
 
-use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use io_uring::squeue::{Entry, Entry128};
+use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
 use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{
-    CharDevice, Completion, ControlCommand, ControlFailure, Driver, FileSlot, MappedDescriptors, Operation, Ring,
-    Submission, Waker,
-};
+use self::ring::KernelRing;
+use super::{CharDevice, ControlCommand, ControlFailure, Driver, MappedDescriptors, RequestPlace, Ring};
 use crate::error::{Error, Result, errno_of};
 use crate::memory::DescriptorMap;
-use crate::uapi::{self, ublksrv_ctrl_cmd, ublksrv_io_cmd};
-use crate::units::{DeviceId, QueueId, Tag};
+use crate::uapi::{self, ublksrv_ctrl_cmd};
+use crate::units::{DeviceId, QueueId};
 
-/// Entries of a ring thread's submission queue; more than that are submitted in portions.
-const SUBMISSION_ENTRIES: u32 = 256;
-/// Entries of its completion queue; what does not fit waits in the kernel and costs an extra call.
-const COMPLETION_ENTRIES: u32 = 4096;
-/// Places for char devices in a ring's file table.
-const FILE_SLOTS: u32 = 1024;
 /// How often a waiting control command asks whether to give up.
 const CONTROL_SLICE: Duration = Duration::from_millis(100);
 /// How long a cancelled control command may take to end before its memory is left to the kernel.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
 
-/// `user_data` of the poll for wake-ups; no other submission may use it.
-const WAKE: u64 = u64::MAX;
 /// `user_data` of a control command and of its cancellation.
 const COMMAND: u64 = 1;
 const CANCEL: u64 = 2;
@@ -283,204 +270,23 @@ impl CharDevice for KernelCharDevice {
     fn raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
-}
 
-#[derive(Debug)]
-struct EventWaker(EventFd);
+    fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(into, position(place))
+    }
 
-impl Waker for EventWaker {
-    fn wake(&self) {
-        if let Err(errno) = self.0.write(1) {
-            log::error!("waking a ring thread: {errno}");
-        }
+    fn copy_to_request(&self, place: RequestPlace, from: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(from, position(place))
     }
 }
 
-/// An io_uring with a table of char devices and a wake-up.
-struct KernelRing {
-    uring: IoUring<Entry, cqueue::Entry>,
-    waker: Arc<EventWaker>,
-    /// Whether the ring watches the waker's event.
-    wake_armed: bool,
-    /// Char devices are in the ring's table; else a slot is their descriptor's number.
-    fixed_files: bool,
-    free_slots: Vec<u32>,
-    /// Entries that found no room in the submission queue.
-    backlog: VecDeque<Entry>,
-}
-
-impl std::fmt::Debug for KernelRing {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("KernelRing").field("fd", &self.uring.as_raw_fd()).finish_non_exhaustive()
-    }
-}
-
-impl KernelRing {
-    fn new() -> io::Result<Self> {
-        let mut builder = IoUring::<Entry, cqueue::Entry>::builder();
-        // A forked child's mappings would keep the ring, and with it the char devices, open.
-        builder.dontfork().setup_cqsize(COMPLETION_ENTRIES).setup_single_issuer();
-        let uring = match builder.clone().setup_defer_taskrun().build(SUBMISSION_ENTRIES) {
-            // DEFER_TASKRUN came with Linux 6.1, SINGLE_ISSUER with 6.0.
-            Err(e) if errno_of(&e) == Errno::EINVAL => {
-                builder.setup_coop_taskrun().build(SUBMISSION_ENTRIES).map_err(|e| describe_ring_error(&e))?
-            }
-            other => other.map_err(|e| describe_ring_error(&e))?,
-        };
-        let fixed_files = fixed_files_are_released();
-        if fixed_files {
-            uring.submitter().register_files_sparse(FILE_SLOTS)?;
-        }
-        let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(KernelRing {
-            uring,
-            waker: Arc::new(EventWaker(event)),
-            wake_armed: false,
-            fixed_files,
-            free_slots: (0..FILE_SLOTS).rev().collect(),
-            backlog: VecDeque::new(),
-        })
-    }
-
-    fn push_entry(&mut self, entry: Entry) -> io::Result<()> {
-        if !self.backlog.is_empty() || !self.queue(&entry) {
-            self.backlog.push_back(entry);
-            self.submit()?;
-        }
-        Ok(())
-    }
-
-    /// Puts an entry into the submission queue; false if that is full.
-    fn queue(&mut self, entry: &Entry) -> bool {
-        // SAFETY: (2): whatever the entry refers to outlives its completion.
-        unsafe { self.uring.submission().push(entry) }.is_ok()
-    }
-
-    /// Submits once and waits for `want` completions; how many entries the kernel took.
-    fn enter(&mut self, want: usize) -> io::Result<usize> {
-        match self.uring.submit_and_wait(want) {
-            // Completions have to be taken first; the ring thread does that next.
-            Err(e) if matches!(errno_of(&e), Errno::EBUSY | Errno::EAGAIN | Errno::EINTR) => Ok(0),
-            other => other,
-        }
-    }
-}
-
-fn describe_ring_error(source: &io::Error) -> io::Error {
-    log::error!("{}", ring_error(source));
-    io::Error::from_raw_os_error(errno_of(source) as i32)
-}
-
-impl Ring for KernelRing {
-    fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot> {
-        if !self.fixed_files {
-            return Ok(FileSlot(file.raw_fd() as u32));
-        }
-        let slot = self.free_slots.pop().ok_or_else(|| {
-            io::Error::other(format!("a ring thread serves at most {FILE_SLOTS} queues; use more threads"))
-        })?;
-        match self.uring.submitter().register_files_update(slot, &[file.raw_fd()]) {
-            Ok(_) => Ok(FileSlot(slot)),
-            Err(e) => {
-                self.free_slots.push(slot);
-                Err(e)
-            }
-        }
-    }
-
-    fn remove_file(&mut self, slot: FileSlot) -> io::Result<()> {
-        if !self.fixed_files {
-            return Ok(());
-        }
-        self.uring.submitter().register_files_update(slot.0, &[-1])?;
-        self.free_slots.push(slot.0);
-        Ok(())
-    }
-
-    fn push(&mut self, submission: Submission) -> io::Result<()> {
-        let entry = match submission.operation {
-            Operation::Fetch { file, queue, tag, address } => {
-                io_command(self.fixed_files, file, uapi::UBLK_U_IO_FETCH_REQ, queue, tag, 0, address)
-            }
-            Operation::Commit { file, queue, tag, result, address } => {
-                io_command(self.fixed_files, file, uapi::UBLK_U_IO_COMMIT_AND_FETCH_REQ, queue, tag, result, address)
-            }
-            Operation::Read { fd, address, len, offset } => {
-                opcode::Read::new(types::Fd(fd), address as *mut u8, len).offset(offset).build()
-            }
-            Operation::Write { fd, address, len, offset, durable } => {
-                let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                opcode::Write::new(types::Fd(fd), address as *const u8, len).offset(offset).rw_flags(flags).build()
-            }
-            Operation::SyncData { fd } => opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build(),
-            Operation::Allocate { fd, mode, offset, len } => {
-                opcode::Fallocate::new(types::Fd(fd), len).offset(offset).mode(mode).build()
-            }
-        };
-        debug_assert_ne!(submission.user_data, WAKE);
-        self.push_entry(entry.user_data(submission.user_data))
-    }
-
-    fn submit(&mut self) -> io::Result<()> {
-        loop {
-            let taken = self.enter(0)?;
-            while let Some(entry) = self.backlog.pop_front() {
-                if !self.queue(&entry) {
-                    self.backlog.push_front(entry);
-                    break;
-                }
-            }
-            if taken == 0 || self.uring.submission().is_empty() {
-                return Ok(());
-            }
-        }
-    }
-
-    fn wait(&mut self) -> io::Result<()> {
-        if !self.wake_armed {
-            let fd = types::Fd(self.waker.0.as_fd().as_raw_fd());
-            let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).build().user_data(WAKE);
-            self.push_entry(entry)?;
-            self.wake_armed = true;
-        }
-        if !self.backlog.is_empty() {
-            self.submit()?;
-        }
-        // What the kernel does not take now it takes when completions were taken: no sleep before that.
-        self.enter(usize::from(self.backlog.is_empty())).map(drop)
-    }
-
-    fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
-        for entry in self.uring.completion() {
-            if entry.user_data() == WAKE {
-                self.wake_armed = false;
-                // Empty already if two polls saw the same event.
-                let _ = self.waker.0.read();
-            } else {
-                into.push(Completion { user_data: entry.user_data(), result: entry.result() });
-            }
-        }
-        Ok(())
-    }
-
-    fn waker(&self) -> Arc<dyn Waker> {
-        self.waker.clone()
-    }
-}
-
-/// Builds an I/O command; its argument is a `struct ublksrv_io_cmd`.
-fn io_command(fixed: bool, file: FileSlot, op: u32, queue: QueueId, tag: Tag, result: i32, address: u64) -> Entry {
-    let mut bytes = [0; size_of::<ublksrv_io_cmd>()];
-    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
-    put(std::mem::offset_of!(ublksrv_io_cmd, q_id), &queue.0.to_ne_bytes());
-    put(std::mem::offset_of!(ublksrv_io_cmd, tag), &tag.0.to_ne_bytes());
-    put(std::mem::offset_of!(ublksrv_io_cmd, result), &result.to_ne_bytes());
-    put(std::mem::offset_of!(ublksrv_io_cmd, anon_1), &address.to_ne_bytes());
-    if fixed {
-        opcode::UringCmd16::new(types::Fixed(file.0), op).cmd(bytes).build()
-    } else {
-        opcode::UringCmd16::new(types::Fd(file.0 as RawFd), op).cmd(bytes).build()
-    }
+/// Where in the char device a request's memory is (uapi 3.8).
+fn position(place: RequestPlace) -> u64 {
+    debug_assert!(place.offset <= uapi::UBLK_IO_BUF_BITS_MASK);
+    let within =
+        place.offset | u64::from(place.tag.0) << uapi::UBLK_TAG_OFF | u64::from(place.queue.0) << uapi::UBLK_QID_OFF;
+    let part = if place.integrity { uapi::UBLKSRV_IO_INTEGRITY_FLAG } else { 0 };
+    (uapi::UBLKSRV_IO_BUF_OFFSET + within) | part
 }
 
 /// Whether a file that was taken out of a ring's table is released although other commands of the ring
@@ -506,40 +312,6 @@ mod tests {
         let error = KernelDriver::open_in(empty.path()).unwrap_err();
         assert!(matches!(error, Error::DriverMissing { .. }), "{error:?}");
         assert!(error.to_string().contains("modprobe ublk_drv"), "{error}");
-    }
-
-    #[test]
-    fn more_submissions_than_the_queue_holds_all_complete() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
-        let count = u64::from(SUBMISSION_ENTRIES) * 5;
-        let fd = file.as_file().as_raw_fd();
-        for user_data in 0..count {
-            ring.push(Submission { user_data, operation: Operation::SyncData { fd } }).unwrap();
-        }
-        let mut completions = Vec::new();
-        while (completions.len() as u64) < count {
-            ring.wait().unwrap();
-            ring.take_completions(&mut completions).unwrap();
-        }
-        let mut seen: Vec<u64> = completions.iter().map(|c| c.user_data).collect();
-        seen.sort_unstable();
-        assert_eq!(seen, (0..count).collect::<Vec<_>>());
-        assert!(completions.iter().all(|c| c.result == 0));
-    }
-
-    #[test]
-    fn a_wake_up_from_another_thread_ends_a_wait() {
-        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
-        for _ in 0..3 {
-            let waker = ring.waker();
-            let other = std::thread::spawn(move || waker.wake());
-            let mut completions = Vec::new();
-            ring.wait().unwrap();
-            ring.take_completions(&mut completions).unwrap();
-            other.join().unwrap();
-            assert_eq!(completions, []);
-        }
     }
 
     #[test]

@@ -93,6 +93,26 @@ pub trait CharDevice: Send + Sync + Debug {
 
     /// The descriptor for the kernel's ring; stand-ins use it as a number of their own.
     fn raw_fd(&self) -> RawFd;
+
+    /// Copies what a write request carries, from its byte `place.offset` on, on a device with
+    /// `USER_COPY`. From any thread, while the server owns the request. `EINVAL` if it does not.
+    fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()>;
+
+    /// The other direction: fills a read request's memory.
+    fn copy_to_request(&self, place: RequestPlace, from: &[u8]) -> io::Result<()>;
+}
+
+/// A place in a request's memory, for [`CharDevice::copy_from_request`] and its counterpart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestPlace {
+    /// Queue.
+    pub queue: QueueId,
+    /// Tag.
+    pub tag: Tag,
+    /// First byte; less than 32 MiB.
+    pub offset: u64,
+    /// The request's integrity metadata instead of its data (7.0, devices with `INTEGRITY`).
+    pub integrity: bool,
 }
 
 /// A queue's mapped descriptors, opaque outside this crate.
@@ -114,10 +134,47 @@ pub struct Submission {
     pub operation: Operation,
 }
 
+/// Where the bytes of a transfer are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// In this process.
+    At(u64),
+    /// In a request's own pages, which are registered in the ring's table of buffers.
+    Registered {
+        /// Place in the table.
+        index: u16,
+        /// First byte of the request.
+        offset: u64,
+    },
+}
+
+impl Memory {
+    /// The memory `bytes` further on.
+    pub(crate) fn skip(self, bytes: u64) -> Self {
+        match self {
+            Memory::At(address) => Memory::At(address + bytes),
+            Memory::Registered { index, offset } => Memory::Registered { index, offset: offset + bytes },
+        }
+    }
+}
+
+/// An array of `struct ublk_elem_header` with what follows each, for the commands of `BATCH_IO`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Elements {
+    /// First element.
+    pub address: u64,
+    /// How many.
+    pub count: u16,
+    /// Bytes of one.
+    pub stride: u8,
+    /// `UBLK_BATCH_F_*`.
+    pub flags: u16,
+}
+
 /// What a submission asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// `FETCH_REQ`: lend a tag and its buffer to the driver for the first time.
+    /// `FETCH_REQ`: lend a tag to the driver for the first time.
     Fetch {
         /// The char device.
         file: FileSlot,
@@ -125,8 +182,11 @@ pub enum Operation {
         queue: QueueId,
         /// Tag.
         tag: Tag,
-        /// The tag's buffer.
+        /// The tag's buffer in copy mode, else 0.
         address: u64,
+        /// Where in the ring's table of buffers the driver shall register a request's pages
+        /// (`AUTO_BUF_REG`).
+        register: Option<u16>,
     },
     /// `COMMIT_AND_FETCH_REQ`: finish the request and lend the tag again.
     Commit {
@@ -138,15 +198,77 @@ pub enum Operation {
         tag: Tag,
         /// Bytes done, 0 for operations without data, or a negative errno.
         result: i32,
-        /// The tag's buffer: a read's data is taken from here, the next write's data goes here.
+        /// The tag's buffer in copy mode: a read's data is taken from here, the next write's data goes
+        /// here. The sector where the data landed for a zone append. Else 0.
         address: u64,
+        /// As in `Fetch`.
+        register: Option<u16>,
+    },
+    /// `NEED_GET_DATA`: have a write's data copied to a buffer.
+    GetData {
+        /// The char device.
+        file: FileSlot,
+        /// Queue.
+        queue: QueueId,
+        /// Tag.
+        tag: Tag,
+        /// The buffer.
+        address: u64,
+    },
+    /// `REGISTER_IO_BUF`: put a request's pages into the ring's table of buffers.
+    Register {
+        /// The char device.
+        file: FileSlot,
+        /// Queue.
+        queue: QueueId,
+        /// Tag.
+        tag: Tag,
+        /// Place in the table.
+        index: u16,
+    },
+    /// `UNREGISTER_IO_BUF`: take them out again. A request ends only after that.
+    Unregister {
+        /// The char device.
+        file: FileSlot,
+        /// Queue.
+        queue: QueueId,
+        /// Tag.
+        tag: Tag,
+        /// Place in the table.
+        index: u16,
+    },
+    /// `PREP_IO_CMDS`: lend tags to the driver for the first time.
+    Prepare {
+        /// The char device.
+        file: FileSlot,
+        /// Queue.
+        queue: QueueId,
+        /// The tags.
+        elements: Elements,
+    },
+    /// `COMMIT_IO_CMDS`: finish requests and lend their tags again.
+    CommitBatch {
+        /// The char device.
+        file: FileSlot,
+        /// Queue.
+        queue: QueueId,
+        /// Tags and results.
+        elements: Elements,
+    },
+    /// `FETCH_IO_CMDS`: have tags with requests delivered until further notice; each completion brings
+    /// some, to be had by [`Ring::take_tags`].
+    FetchBatch {
+        /// The char device.
+        file: FileSlot,
+        /// Queue.
+        queue: QueueId,
     },
     /// Read from a file into memory.
     Read {
         /// File.
         fd: RawFd,
         /// Where the data goes.
-        address: u64,
+        memory: Memory,
         /// Bytes.
         len: u32,
         /// Position in the file.
@@ -157,7 +279,7 @@ pub enum Operation {
         /// File.
         fd: RawFd,
         /// Where the data is.
-        address: u64,
+        memory: Memory,
         /// Bytes.
         len: u32,
         /// Position in the file.
@@ -190,6 +312,17 @@ pub struct Completion {
     pub user_data: u64,
     /// Result or negative errno.
     pub result: i32,
+    /// The buffer that holds the tags which a [`Operation::FetchBatch`] delivers.
+    pub tags: Option<u16>,
+    /// Whether more completions of the same submission will follow.
+    pub more: bool,
+}
+
+impl Completion {
+    /// The only completion of a submission.
+    pub(crate) fn last(user_data: u64, result: i32) -> Self {
+        Completion { user_data, result, tags: None, more: false }
+    }
 }
 
 /// Wakes a ring's thread out of [`Ring::wait`]; works from any thread.
@@ -212,8 +345,28 @@ pub trait Ring: Debug {
     /// Submits what is queued, without waiting.
     fn submit(&mut self) -> io::Result<()>;
 
-    /// Submits what is queued and waits until there is a completion or a wake-up.
+    /// Submits what is queued and waits until there is a completion or a wake-up, or the timer ends.
     fn wait(&mut self) -> io::Result<()>;
+
+    /// Starts the ring's timer; it must not be running.
+    fn start_timer(&mut self, after: Duration) -> io::Result<()>;
+
+    /// Whether the timer has ended since this was last asked.
+    fn timer_ended(&mut self) -> bool;
+
+    /// Whether the driver touches requests' buffers only while this thread is inside [`wait`](Ring::wait) or
+    /// [`submit`](Ring::submit), so that what is untouched after a wait stays so until the next.
+    fn is_quiet_between_waits(&self) -> bool;
+
+    /// Takes `count` successive places of the ring's table of buffers.
+    fn reserve_buffers(&mut self, count: u16) -> io::Result<u16>;
+
+    /// Gives such places back.
+    fn release_buffers(&mut self, first: u16, count: u16);
+
+    /// Moves the tags that a completion brought to the end of `into` and makes their buffer available
+    /// again. `bytes` is the completion's result.
+    fn take_tags(&mut self, buffer: u16, bytes: usize, into: &mut Vec<Tag>);
 
     /// Moves all completions that are there to the end of `into`.
     fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()>;

@@ -3,21 +3,31 @@
 //! The engine: ring threads that serve any number of queues.
 //!
 //! * [`tags`] — the state machine of a queue's tags, without I/O.
-//! * [`queue`] — one queue: its descriptors, buffers, handler; turns completions into requests and
-//!   requests into commits.
-//! * [`transfer`] — requests that the engine carries out itself on a file.
+//! * [`queue`] — one queue and its handler: turns completions into requests.
+//! * [`core`] — what its requests refer to: memory, and the way back to the driver.
+//! * [`batch`] — commits gathered into one command, without I/O.
+//! * [`forward`], [`transfer`] — requests that the engine carries out itself on a file.
+//! * [`pace`] — when finished requests are submitted before their batch is done.
+//! * [`cookie`] — what a completion says about its submission.
 //! * [`ring_thread`] — the loop around one ring: one system call per wake-up, whatever came.
 //! * [`pool`] — which queue is served by which thread.
 //! * [`events`] — what queues tell whoever waits for their device.
 
+mod batch;
+mod cookie;
+mod core;
 mod events;
+mod forward;
+mod pace;
 mod pool;
 mod queue;
 mod ring_thread;
 mod tags;
 mod transfer;
 
+pub(crate) use self::core::QueueCore;
 pub(crate) use events::QueueEvents;
+pub(crate) use pool::Inbox;
 pub(crate) use pool::ThreadPool;
 pub use pool::{Spawn, StdSpawn};
-pub(crate) use queue::{QueueCore, QueueSetup};
+pub(crate) use queue::QueueSetup;

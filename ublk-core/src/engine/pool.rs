@@ -15,7 +15,9 @@ use super::queue::QueueSetup;
 use super::ring_thread;
 use crate::driver::{Driver, Waker};
 use crate::error::{Error, Result};
-use crate::units::DeviceId;
+use crate::memory::IoBuffer;
+use crate::request::Answer;
+use crate::units::{DeviceId, Tag};
 
 /// Starts the threads that serve queues. A language binding uses this to make threads that its
 /// runtime knows.
@@ -48,9 +50,19 @@ pub(super) enum Message {
     Abandon { device: DeviceId },
 }
 
+/// A request that ended away from its queue's thread.
+#[derive(Debug)]
+pub(super) struct Finished {
+    /// The queue's place.
+    pub(super) place: u32,
+    pub(super) tag: Tag,
+    pub(super) buffer: Option<Arc<IoBuffer>>,
+    pub(super) answer: Answer,
+}
+
 /// Messages to one ring thread.
 #[derive(Debug, Default)]
-pub(super) struct Inbox {
+pub(crate) struct Inbox {
     state: Mutex<InboxState>,
     waker: OnceLock<Arc<dyn Waker>>,
 }
@@ -58,6 +70,7 @@ pub(super) struct Inbox {
 #[derive(Debug, Default)]
 struct InboxState {
     messages: Vec<Message>,
+    finished: Vec<Finished>,
     /// Queues that the thread serves or was asked to.
     load: usize,
     /// The thread has ended or is about to.
@@ -91,8 +104,24 @@ impl Inbox {
         Ok(())
     }
 
-    pub(super) fn take(&self) -> Vec<Message> {
-        std::mem::take(&mut self.state().messages)
+    /// Takes what has come: messages, and ends of requests, which go to the end of `finished`.
+    pub(super) fn take(&self, finished: &mut Vec<Finished>) -> Vec<Message> {
+        let mut state = self.state();
+        finished.append(&mut state.finished);
+        std::mem::take(&mut state.messages)
+    }
+
+    /// Leaves the end of a request. If the thread has ended, its queues were given up before, and nobody
+    /// waits for it.
+    pub(crate) fn finished(&self, place: u32, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
+        let mut state = self.state();
+        state.finished.push(Finished { place, tag, buffer, answer });
+        let first = state.finished.len() == 1;
+        drop(state);
+        // The thread takes all at once: it is awake, or about to be, if there was one before.
+        if first && let Some(waker) = self.waker.get() {
+            waker.wake();
+        }
     }
 
     /// A queue is closed.

@@ -8,9 +8,12 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::pool::{Inbox, Message};
-use super::queue::{Cookie, Queue, SharedRing, panic_text, shared_zeros};
+use super::cookie::Cookie;
+use super::core::SharedRing;
+use super::pool::{Finished, Inbox, Message};
+use super::queue::{Queue, panic_text, shared_zeros};
 use crate::driver::{Completion, Driver};
 use crate::memory::IoBuffer;
 
@@ -44,6 +47,17 @@ fn become_io_flusher() {
     }
 }
 
+/// How long nothing may happen before memory is given back: once at least, twice at most.
+const IDLE: Duration = Duration::from_secs(2);
+
+/// Whether requests come.
+#[derive(Debug, Default)]
+struct Idle {
+    /// Some came since the timer was started.
+    active: bool,
+    timer_runs: bool,
+}
+
 #[derive(Debug)]
 struct RingThread {
     inbox: Arc<Inbox>,
@@ -55,6 +69,8 @@ struct RingThread {
     /// Places whose queue got a completion in this round.
     touched: Vec<u32>,
     completions: Vec<Completion>,
+    finished: Vec<Finished>,
+    idle: Idle,
     zeros: Rc<IoBuffer>,
     // Last: closing it ends whatever the fields above still had in flight.
     ring: SharedRing,
@@ -70,6 +86,8 @@ impl RingThread {
             retired: Vec::new(),
             touched: Vec::new(),
             completions: Vec::new(),
+            finished: Vec::new(),
+            idle: Idle::default(),
             zeros: shared_zeros()?,
             ring: Rc::new(RefCell::new(ring)),
         })
@@ -81,6 +99,9 @@ impl RingThread {
             if self.queues.iter().all(Option::is_none) && self.inbox.close_if_empty() {
                 return Ok(());
             }
+            self.commit_finished();
+            self.serve_touched()?;
+            self.watch_idleness()?;
             self.ring.borrow_mut().wait()?;
             self.ring.borrow_mut().take_completions(&mut self.completions)?;
             self.dispatch();
@@ -88,14 +109,43 @@ impl RingThread {
         }
     }
 
+    /// Commits the requests that ended on other threads.
+    fn commit_finished(&mut self) {
+        for Finished { place, tag, buffer, answer } in self.finished.drain(..) {
+            let Some(queue) = self.queues.get(place as usize).and_then(Option::as_ref) else {
+                log::debug!("the end of a request whose queue was given up: tag {tag}");
+                continue;
+            };
+            queue.finished(tag, buffer, answer);
+            touch(&mut self.touched, place);
+        }
+    }
+
+    /// Gives memory back that bursts have touched, once nothing has happened for a while.
+    fn watch_idleness(&mut self) -> io::Result<()> {
+        let mut ring = self.ring.borrow_mut();
+        if ring.timer_ended() {
+            self.idle.timer_runs = false;
+            // Between two waits the driver touches no buffer, and nothing that it did is unseen.
+            if !self.idle.active && ring.is_quiet_between_waits() {
+                self.queues.iter().flatten().filter(|queue| queue.is_warm()).for_each(Queue::cool);
+            }
+        }
+        if self.idle.timer_runs || !self.idle.active {
+            return Ok(());
+        }
+        self.idle = Idle { active: false, timer_runs: true };
+        ring.start_timer(IDLE)
+    }
+
     fn read_messages(&mut self) {
-        for message in self.inbox.take() {
+        for message in self.inbox.take(&mut self.finished) {
             match message {
                 Message::Open { setup, reply } => {
                     let free = |place: &usize| self.queues[*place].is_none() && !self.retired.contains(place);
                     let place = (0..self.queues.len()).find(free).unwrap_or(self.queues.len());
                     let events = setup.events.clone();
-                    let result = Queue::open(*setup, place as u32, &self.ring, &self.zeros);
+                    let result = Queue::open(*setup, place as u32, &self.ring, &self.inbox, &self.zeros);
                     let result = result.map(|queue| {
                         if place == self.queues.len() {
                             self.queues.push(Some(queue));
@@ -134,9 +184,7 @@ impl RingThread {
                 continue;
             };
             queue.completed(cookie, completion);
-            if self.touched.last() != Some(&cookie.queue) && !self.touched.contains(&cookie.queue) {
-                self.touched.push(cookie.queue);
-            }
+            touch(&mut self.touched, cookie.queue);
         }
     }
 
@@ -145,8 +193,10 @@ impl RingThread {
             let slot = &mut self.queues[place as usize];
             let Some(queue) = slot else { continue };
             if queue.has_requests() {
+                self.idle.active = true;
                 queue.serve();
             }
+            queue.flush();
             if let Some(error) = queue.take_ring_failure() {
                 return Err(error);
             }
@@ -166,5 +216,12 @@ impl RingThread {
             queue.fail(reason.to_owned());
             queue.abandon();
         }
+    }
+}
+
+/// Notes that something happened to a queue.
+fn touch(touched: &mut Vec<u32>, place: u32) {
+    if touched.last() != Some(&place) && !touched.contains(&place) {
+        touched.push(place);
     }
 }

@@ -10,6 +10,9 @@
 //!                Gone
 //! ```
 //!
+//! With batches no command waits in a tag: a tag is `Armed` from the moment it was prepared or committed,
+//! until the driver delivers it or ends its deliveries.
+//!
 //! `Armed` tags are the driver's, `Owned` ones the server's. A queue is drained once every tag is
 //! `Gone` (or was never fetched): only then may its memory go.
 
@@ -98,6 +101,33 @@ impl TagTable {
         }
     }
 
+    /// The driver delivered the tag in a batch; false if it had no right to.
+    pub(crate) fn delivered(&mut self, tag: Tag) -> bool {
+        let Some(state @ State::Armed { .. }) = self.states.get_mut(tag.index()) else { return false };
+        *state = State::Owned { rejections: 0 };
+        self.armed -= 1;
+        self.owned += 1;
+        true
+    }
+
+    /// The commit of the tag, one of a batch, was refused.
+    pub(crate) fn commit_refused(&mut self, tag: Tag, errno: Errno) -> Event {
+        self.completed(tag, -(errno as i32), true)
+    }
+
+    /// The driver delivers no more: what it holds is gone.
+    pub(crate) fn deliveries_ended(&mut self) {
+        for state in self.states.iter_mut().filter(|state| matches!(state, State::Armed { .. })) {
+            *state = State::Gone;
+        }
+        self.armed = 0;
+    }
+
+    /// Whether the driver holds the tag.
+    pub(crate) fn is_armed(&self, tag: Tag) -> bool {
+        matches!(self.states[tag.index()], State::Armed { .. })
+    }
+
     /// How many tags the driver holds.
     pub(crate) fn armed(&self) -> u16 {
         self.armed
@@ -175,6 +205,26 @@ mod tests {
     fn a_refused_fetch_loses_the_tag_without_a_request() {
         let mut table = fetched(1);
         assert_eq!(table.completed(Tag(0), -(Errno::EBUSY as i32), false), Event::Lost(Errno::EBUSY));
+        assert!(table.drained());
+    }
+
+    #[test]
+    fn a_batch_delivers_armed_tags_only() {
+        let mut table = fetched(2);
+        assert!(table.delivered(Tag(1)));
+        assert!(!table.delivered(Tag(1)), "the server has it");
+        assert!(!table.delivered(Tag(2)), "there is no such tag");
+        assert_eq!((table.armed(), table.owned()), (1, 1));
+    }
+
+    #[test]
+    fn the_end_of_deliveries_leaves_what_the_server_owns() {
+        let mut table = fetched(3);
+        table.delivered(Tag(0));
+        table.deliveries_ended();
+        assert_eq!((table.armed(), table.owned()), (0, 1));
+        table.commit(Tag(0));
+        table.deliveries_ended();
         assert!(table.drained());
     }
 

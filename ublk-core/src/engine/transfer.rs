@@ -5,7 +5,7 @@
 
 use nix::errno::Errno;
 
-use crate::driver::Operation;
+use crate::driver::{Memory, Operation};
 use crate::memory::Descriptor;
 use crate::request::{FileRange, Op};
 use crate::uapi;
@@ -55,7 +55,8 @@ pub(crate) enum Next {
 }
 
 impl Transfer {
-    pub(crate) fn new(op: Op, descriptor: &Descriptor, file: FileRange) -> Self {
+    /// `None` for operations that files do not have.
+    pub(crate) fn new(op: Op, descriptor: &Descriptor, file: FileRange) -> Option<Self> {
         let flag = |bit: u32| descriptor.op_flags & bit != 0;
         let step = match op {
             Op::Read => Step::Read,
@@ -64,8 +65,15 @@ impl Transfer {
             Op::Discard => Step::Punch { zeroing: false },
             Op::WriteZeroes if flag(uapi::UBLK_IO_F_NOUNMAP) => Step::ZeroRange,
             Op::WriteZeroes => Step::Punch { zeroing: true },
+            Op::ZoneOpen
+            | Op::ZoneClose
+            | Op::ZoneFinish
+            | Op::ZoneAppend
+            | Op::ZoneReset
+            | Op::ZoneResetAll
+            | Op::ReportZones => return None,
         };
-        Transfer { file, step, len: Sectors(u64::from(descriptor.nr_sectors)).bytes(), done: 0, retries: 0 }
+        Some(Transfer { file, step, len: Sectors(u64::from(descriptor.nr_sectors)).bytes(), done: 0, retries: 0 })
     }
 
     /// The result to commit on success: bytes for operations with data, 0 for the others.
@@ -76,24 +84,24 @@ impl Transfer {
         }
     }
 
-    /// The next operation. `data` is the request's buffer, `zeros` [`ZEROS_LEN`] bytes of zeros.
-    pub(crate) fn operation(&self, data: u64, zeros: u64) -> Operation {
+    /// The next operation. `data` is the request's memory, `zeros` [`ZEROS_LEN`] bytes of zeros.
+    pub(crate) fn operation(&self, data: Memory, zeros: u64) -> Operation {
         let FileRange { fd, offset } = self.file;
         let at = offset + self.done;
         let left = self.len - self.done;
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
         match self.step {
-            Step::Read => Operation::Read { fd, address: data + self.done, len: left as u32, offset: at },
+            Step::Read => Operation::Read { fd, memory: data.skip(self.done), len: left as u32, offset: at },
             Step::Write { durable } => {
-                Operation::Write { fd, address: data + self.done, len: left as u32, offset: at, durable }
+                Operation::Write { fd, memory: data.skip(self.done), len: left as u32, offset: at, durable }
             }
             Step::SyncData => Operation::SyncData { fd },
             Step::Punch { .. } => Operation::Allocate { fd, mode: punch, offset, len: self.len },
             Step::ZeroRange => Operation::Allocate { fd, mode: zero, offset, len: self.len },
             Step::WriteZeros => {
                 let len = left.min(u64::from(ZEROS_LEN)) as u32;
-                Operation::Write { fd, address: zeros, len, offset: at, durable: false }
+                Operation::Write { fd, memory: Memory::At(zeros), len, offset: at, durable: false }
             }
         }
     }
@@ -147,15 +155,19 @@ mod tests {
 
     fn transfer(op: Op, flags: u32, sectors: u32) -> Transfer {
         let descriptor = Descriptor { op_flags: flags, nr_sectors: sectors, start_sector: 0, address: 0 };
-        Transfer::new(op, &descriptor, FILE)
+        Transfer::new(op, &descriptor, FILE).expect("files have the operation")
     }
 
     #[test]
     fn a_short_read_continues_where_it_stopped() {
         let mut read = transfer(Op::Read, 0, 8);
         assert_eq!(read.completed(1000), Next::Continue);
-        let expected = Operation::Read { fd: 3, address: 0x1000 + 1000, len: 3096, offset: (1 << 20) + 1000 };
-        assert_eq!(read.operation(0x1000, 0), expected);
+        let expected =
+            Operation::Read { fd: 3, memory: Memory::At(0x1000 + 1000), len: 3096, offset: (1 << 20) + 1000 };
+        assert_eq!(read.operation(Memory::At(0x1000), 0), expected);
+        let registered = Memory::Registered { index: 7, offset: 1000 };
+        let expected = Operation::Read { fd: 3, memory: registered, len: 3096, offset: (1 << 20) + 1000 };
+        assert_eq!(read.operation(Memory::Registered { index: 7, offset: 0 }, 0), expected);
         assert_eq!(read.completed(3096), Next::Finished(Ok(())));
     }
 
@@ -169,16 +181,16 @@ mod tests {
     #[test]
     fn fua_makes_the_write_durable() {
         let write = transfer(Op::Write, uapi::UBLK_IO_F_FUA, 1);
-        assert!(matches!(write.operation(0, 0), Operation::Write { durable: true, .. }));
+        assert!(matches!(write.operation(Memory::At(0), 0), Operation::Write { durable: true, .. }));
         let write = transfer(Op::Write, 0, 1);
-        assert!(matches!(write.operation(0, 0), Operation::Write { durable: false, .. }));
+        assert!(matches!(write.operation(Memory::At(0), 0), Operation::Write { durable: false, .. }));
     }
 
     #[test]
     fn zeroing_falls_back_from_hole_to_range_to_writes() {
         let refused = -(Errno::EOPNOTSUPP as i32);
         let mut zero = transfer(Op::WriteZeroes, 0, 256);
-        let mode = |t: &Transfer| match t.operation(0, 0) {
+        let mode = |t: &Transfer| match t.operation(Memory::At(0), 0) {
             Operation::Allocate { mode, .. } => mode,
             other => panic!("{other:?}"),
         };
@@ -188,8 +200,9 @@ mod tests {
         assert_eq!(zero.completed(refused), Next::Continue);
         for step in 0..2u64 {
             let at = (1 << 20) + step * u64::from(ZEROS_LEN);
-            let expected = Operation::Write { fd: 3, address: 0x7000, len: ZEROS_LEN, offset: at, durable: false };
-            assert_eq!(zero.operation(0, 0x7000), expected);
+            let expected =
+                Operation::Write { fd: 3, memory: Memory::At(0x7000), len: ZEROS_LEN, offset: at, durable: false };
+            assert_eq!(zero.operation(Memory::At(0), 0x7000), expected);
             let next = zero.completed(ZEROS_LEN as i32);
             assert_eq!(next, if step == 0 { Next::Continue } else { Next::Finished(Ok(())) });
         }
@@ -198,7 +211,7 @@ mod tests {
     #[test]
     fn zeroing_that_must_not_unmap_never_punches() {
         let zero = transfer(Op::WriteZeroes, uapi::UBLK_IO_F_NOUNMAP, 8);
-        let Operation::Allocate { mode, .. } = zero.operation(0, 0) else { panic!() };
+        let Operation::Allocate { mode, .. } = zero.operation(Memory::At(0), 0) else { panic!() };
         assert_eq!(mode & libc::FALLOC_FL_PUNCH_HOLE, 0);
     }
 

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FlockArg, fallocate};
 
+use crate::data::Access;
 use crate::error::{Error, Result, errno_of};
 use crate::memory::{IoBuffer, PAGE_SIZE};
 use crate::params::{Operations, Params};
@@ -242,6 +243,11 @@ impl Target for File {
 
     fn params(&self) -> Params {
         self.params
+    }
+
+    fn access(&self) -> Access {
+        // Through the page cache any memory will do.
+        Access::Forwards { memory_alignment: if self.direct { self.params.logical_block_size } else { 1 } }
     }
 
     fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {

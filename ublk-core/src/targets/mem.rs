@@ -4,6 +4,8 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
+use nix::errno::Errno;
+
 use crate::error::{Error, Result};
 use crate::params::{Operations, Params};
 use crate::request::{Op, Request, Requests};
@@ -101,6 +103,7 @@ impl Mem {
             Op::Write => self.write(offset, request.data()),
             Op::Discard | Op::WriteZeroes => self.zero(offset, len),
             Op::Flush => {}
+            _ => return request.fail(Errno::EOPNOTSUPP),
         }
         request.complete();
     }

@@ -1,0 +1,476 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The io_uring of a thread that serves queues.
+//!
+//! Invariants that the `unsafe` blocks of this file refer to:
+//!
+//! 1. The addresses in a [`Submission`] point into memory that its sender keeps until the completion:
+//!    the engine frees a queue's buffers only when no command of it is in flight, and otherwise leaks
+//!    them.
+//! 2. A ring is used by the thread that made it, as `IORING_SETUP_SINGLE_ISSUER` demands: [`Ring`] is
+//!    not `Send`.
+//! 3. An [`Entry`] is the kernel's submission queue entry: 64 bytes of plain numbers.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::squeue::Entry;
+use io_uring::{IoUring, cqueue, opcode, types};
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::super::{CharDevice, Completion, Elements, FileSlot, Memory, Operation, Ring, Submission, Waker};
+use super::tag_buffers::TagBuffers;
+use super::{fixed_files_are_released, ring_error};
+use crate::error::errno_of;
+use crate::uapi::{self, ublk_batch_io, ublksrv_io_cmd};
+use crate::units::{QueueId, Tag};
+
+/// Entries of a ring thread's submission queue; more than that are submitted in portions.
+const SUBMISSION_ENTRIES: u32 = 256;
+/// Entries of its completion queue; what does not fit waits in the kernel and costs an extra call.
+const COMPLETION_ENTRIES: u32 = 4096;
+/// Places for char devices in a ring's file table. Further ones are named by their descriptors, which
+/// costs the kernel a little more per command.
+const FILE_SLOTS: u32 = 1024;
+/// Places in a ring's table of buffers: the most that io_uring allows.
+const BUFFER_SLOTS: u16 = 16384;
+
+/// `user_data` of the poll for wake-ups and of the timer; no other submission may use them.
+const WAKE: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
+/// Marks a [`FileSlot`] that is a descriptor's number.
+const PLAIN: u32 = 1 << 31;
+
+/// `IORING_URING_CMD_MULTISHOT` (Linux 6.18) and `IOSQE_BUFFER_SELECT`, and where the entry has them and the group
+/// of buffers, from `linux/io_uring.h`.
+const MULTISHOT: u32 = 1 << 1;
+const BUFFER_SELECT: u8 = 1 << 5;
+const FLAGS_AT: usize = 1;
+const COMMAND_FLAGS_AT: usize = 28;
+const GROUP_AT: usize = 40;
+
+#[derive(Debug)]
+struct EventWaker(EventFd);
+
+impl Waker for EventWaker {
+    fn wake(&self) {
+        if let Err(errno) = self.0.write(1) {
+            log::error!("waking a ring thread: {errno}");
+        }
+    }
+}
+
+/// An io_uring with a table of char devices and a wake-up.
+pub(super) struct KernelRing {
+    uring: IoUring<Entry, cqueue::Entry>,
+    waker: Arc<EventWaker>,
+    /// Whether the ring watches the waker's event.
+    wake_armed: bool,
+    /// The driver touches buffers only inside this thread's own calls.
+    defers_task_work: bool,
+    /// Free places in the table of files; none at all where files are not to be kept in there.
+    free_slots: Vec<u32>,
+    /// Runs of free places in the table of buffers, by their beginning; `None` before the table is made.
+    free_buffers: Option<Vec<(u16, u16)>>,
+    /// Where the driver puts the tags of batches; made with the first.
+    tag_buffers: Option<TagBuffers>,
+    /// Entries that found no room in the submission queue.
+    backlog: VecDeque<Entry>,
+    /// The kernel reads it when the timer is submitted.
+    timer: Box<types::Timespec>,
+    timer_ended: bool,
+}
+
+impl std::fmt::Debug for KernelRing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KernelRing").field("fd", &self.uring.as_raw_fd()).finish_non_exhaustive()
+    }
+}
+
+impl KernelRing {
+    pub(super) fn new() -> io::Result<Self> {
+        let mut builder = IoUring::<Entry, cqueue::Entry>::builder();
+        // A forked child's mappings would keep the ring, and with it the char devices, open.
+        builder.dontfork().setup_cqsize(COMPLETION_ENTRIES).setup_single_issuer();
+        let (uring, defers_task_work) = match builder.clone().setup_defer_taskrun().build(SUBMISSION_ENTRIES) {
+            // DEFER_TASKRUN came with Linux 6.1, SINGLE_ISSUER with 6.0.
+            Err(e) if errno_of(&e) == Errno::EINVAL => {
+                let built = builder.setup_coop_taskrun().build(SUBMISSION_ENTRIES);
+                (built.map_err(|e| describe_ring_error(&e))?, false)
+            }
+            other => (other.map_err(|e| describe_ring_error(&e))?, true),
+        };
+        let slots = if fixed_files_are_released() { FILE_SLOTS } else { 0 };
+        if slots != 0 {
+            uring.submitter().register_files_sparse(slots)?;
+        }
+        let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(KernelRing {
+            uring,
+            waker: Arc::new(EventWaker(event)),
+            wake_armed: false,
+            defers_task_work,
+            free_slots: (0..slots).rev().collect(),
+            free_buffers: None,
+            tag_buffers: None,
+            backlog: VecDeque::new(),
+            timer: Box::default(),
+            timer_ended: false,
+        })
+    }
+
+    fn push_entry(&mut self, entry: Entry) -> io::Result<()> {
+        if !self.backlog.is_empty() || !self.queue(&entry) {
+            self.backlog.push_back(entry);
+            self.submit()?;
+        }
+        Ok(())
+    }
+
+    /// Puts an entry into the submission queue; false if that is full.
+    fn queue(&mut self, entry: &Entry) -> bool {
+        // SAFETY: (1): whatever the entry refers to outlives its completion.
+        unsafe { self.uring.submission().push(entry) }.is_ok()
+    }
+
+    /// Submits once and waits for `want` completions; how many entries the kernel took.
+    fn enter(&mut self, want: usize) -> io::Result<usize> {
+        match self.uring.submit_and_wait(want) {
+            // Completions have to be taken first; the ring thread does that next.
+            Err(e) if matches!(errno_of(&e), Errno::EBUSY | Errno::EAGAIN | Errno::EINTR) => Ok(0),
+            other => other,
+        }
+    }
+
+    fn entry(&mut self, operation: Operation) -> io::Result<Entry> {
+        Ok(match operation {
+            Operation::Fetch { file, queue, tag, address, register } => {
+                io_command(file, uapi::UBLK_U_IO_FETCH_REQ, io_argument(queue, tag, 0, address), register)
+            }
+            Operation::Commit { file, queue, tag, result, address, register } => {
+                let argument = io_argument(queue, tag, result, address);
+                io_command(file, uapi::UBLK_U_IO_COMMIT_AND_FETCH_REQ, argument, register)
+            }
+            Operation::GetData { file, queue, tag, address } => {
+                io_command(file, uapi::UBLK_U_IO_NEED_GET_DATA, io_argument(queue, tag, 0, address), None)
+            }
+            Operation::Register { file, queue, tag, index } => {
+                let argument = io_argument(queue, tag, 0, u64::from(index));
+                io_command(file, uapi::UBLK_U_IO_REGISTER_IO_BUF, argument, None)
+            }
+            Operation::Unregister { file, queue, tag, index } => {
+                let argument = io_argument(queue, tag, 0, u64::from(index));
+                io_command(file, uapi::UBLK_U_IO_UNREGISTER_IO_BUF, argument, None)
+            }
+            Operation::Prepare { file, queue, elements } => {
+                batch_command(file, uapi::UBLK_U_IO_PREP_IO_CMDS, queue, elements)
+            }
+            Operation::CommitBatch { file, queue, elements } => {
+                batch_command(file, uapi::UBLK_U_IO_COMMIT_IO_CMDS, queue, elements)
+            }
+            Operation::FetchBatch { file, queue } => {
+                if self.tag_buffers.is_none() {
+                    self.tag_buffers = Some(TagBuffers::register(&self.uring.submitter())?);
+                }
+                let tags = Elements { address: 0, count: 0, stride: size_of::<u16>() as u8, flags: 0 };
+                multishot(batch_command(file, uapi::UBLK_U_IO_FETCH_IO_CMDS, queue, tags))
+            }
+            Operation::Read { fd, memory, len, offset } => match memory {
+                Memory::At(address) => opcode::Read::new(types::Fd(fd), address as *mut u8, len).offset(offset).build(),
+                Memory::Registered { index, offset: at } => {
+                    opcode::ReadFixed::new(types::Fd(fd), at as *mut u8, len, index).offset(offset).build()
+                }
+            },
+            Operation::Write { fd, memory, len, offset, durable } => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                match memory {
+                    Memory::At(address) => opcode::Write::new(types::Fd(fd), address as *const u8, len)
+                        .offset(offset)
+                        .rw_flags(flags)
+                        .build(),
+                    Memory::Registered { index, offset: at } => {
+                        opcode::WriteFixed::new(types::Fd(fd), at as *const u8, len, index)
+                            .offset(offset)
+                            .rw_flags(flags)
+                            .build()
+                    }
+                }
+            }
+            Operation::SyncData { fd } => opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build(),
+            Operation::Allocate { fd, mode, offset, len } => {
+                opcode::Fallocate::new(types::Fd(fd), len).offset(offset).mode(mode).build()
+            }
+        })
+    }
+}
+
+fn describe_ring_error(source: &io::Error) -> io::Error {
+    log::error!("{}", ring_error(source));
+    io::Error::from_raw_os_error(errno_of(source) as i32)
+}
+
+impl Ring for KernelRing {
+    fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot> {
+        let Some(slot) = self.free_slots.pop() else { return Ok(FileSlot(file.raw_fd() as u32 | PLAIN)) };
+        match self.uring.submitter().register_files_update(slot, &[file.raw_fd()]) {
+            Ok(_) => Ok(FileSlot(slot)),
+            Err(e) => {
+                self.free_slots.push(slot);
+                Err(e)
+            }
+        }
+    }
+
+    fn remove_file(&mut self, slot: FileSlot) -> io::Result<()> {
+        if slot.0 & PLAIN != 0 {
+            return Ok(());
+        }
+        self.uring.submitter().register_files_update(slot.0, &[-1])?;
+        self.free_slots.push(slot.0);
+        Ok(())
+    }
+
+    fn push(&mut self, submission: Submission) -> io::Result<()> {
+        let entry = self.entry(submission.operation)?;
+        debug_assert!(submission.user_data < TIMER);
+        self.push_entry(entry.user_data(submission.user_data))
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        loop {
+            let taken = self.enter(0)?;
+            while let Some(entry) = self.backlog.pop_front() {
+                if !self.queue(&entry) {
+                    self.backlog.push_front(entry);
+                    break;
+                }
+            }
+            if taken == 0 || self.uring.submission().is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        if !self.wake_armed {
+            let fd = types::Fd(self.waker.0.as_fd().as_raw_fd());
+            let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).build().user_data(WAKE);
+            self.push_entry(entry)?;
+            self.wake_armed = true;
+        }
+        if !self.backlog.is_empty() {
+            self.submit()?;
+        }
+        // What the kernel does not take now it takes when completions were taken: no sleep before that.
+        self.enter(usize::from(self.backlog.is_empty())).map(drop)
+    }
+
+    fn start_timer(&mut self, after: Duration) -> io::Result<()> {
+        *self.timer = types::Timespec::from(after);
+        let entry = opcode::Timeout::new(&raw const *self.timer).build().user_data(TIMER);
+        self.push_entry(entry)
+    }
+
+    fn timer_ended(&mut self) -> bool {
+        std::mem::take(&mut self.timer_ended)
+    }
+
+    fn is_quiet_between_waits(&self) -> bool {
+        self.defers_task_work
+    }
+
+    fn reserve_buffers(&mut self, count: u16) -> io::Result<u16> {
+        if self.free_buffers.is_none() {
+            self.uring.submitter().register_buffers_sparse(BUFFER_SLOTS.into())?;
+        }
+        let free = self.free_buffers.get_or_insert_with(|| vec![(0, BUFFER_SLOTS)]);
+        let run = free.iter_mut().find(|(_, len)| *len >= count).ok_or_else(|| {
+            io::Error::other(format!(
+                "a ring has {BUFFER_SLOTS} places for registered buffers, and {count} in a row are not free; use more threads, or a smaller queue depth"
+            ))
+        })?;
+        let first = run.0;
+        *run = (run.0 + count, run.1 - count);
+        Ok(first)
+    }
+
+    fn release_buffers(&mut self, first: u16, count: u16) {
+        let Some(free) = &mut self.free_buffers else { return };
+        free.push((first, count));
+        free.sort_unstable();
+        free.dedup_by(|next, run| {
+            let adjacent = run.0 + run.1 == next.0;
+            if adjacent {
+                run.1 += next.1;
+            }
+            adjacent
+        });
+    }
+
+    fn take_tags(&mut self, buffer: u16, bytes: usize, into: &mut Vec<Tag>) {
+        if let Some(buffers) = &mut self.tag_buffers {
+            buffers.take(buffer, bytes, into);
+        }
+    }
+
+    fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
+        for entry in self.uring.completion() {
+            match entry.user_data() {
+                WAKE => {
+                    self.wake_armed = false;
+                    // Empty already if two polls saw the same event.
+                    let _ = self.waker.0.read();
+                }
+                TIMER => self.timer_ended = true,
+                user_data => into.push(Completion {
+                    user_data,
+                    result: entry.result(),
+                    tags: cqueue::buffer_select(entry.flags()),
+                    more: cqueue::more(entry.flags()),
+                }),
+            }
+        }
+        Ok(())
+    }
+
+    fn waker(&self) -> Arc<dyn Waker> {
+        self.waker.clone()
+    }
+}
+
+/// A `struct ublksrv_io_cmd`.
+fn io_argument(queue: QueueId, tag: Tag, result: i32, address: u64) -> [u8; 16] {
+    let mut bytes = [0; size_of::<ublksrv_io_cmd>()];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(std::mem::offset_of!(ublksrv_io_cmd, q_id), &queue.0.to_ne_bytes());
+    put(std::mem::offset_of!(ublksrv_io_cmd, tag), &tag.0.to_ne_bytes());
+    put(std::mem::offset_of!(ublksrv_io_cmd, result), &result.to_ne_bytes());
+    put(std::mem::offset_of!(ublksrv_io_cmd, anon_1), &address.to_ne_bytes());
+    bytes
+}
+
+/// A `struct ublk_batch_io`.
+fn batch_argument(queue: QueueId, elements: Elements) -> [u8; 16] {
+    let mut bytes = [0; size_of::<ublk_batch_io>()];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(std::mem::offset_of!(ublk_batch_io, q_id), &queue.0.to_ne_bytes());
+    put(std::mem::offset_of!(ublk_batch_io, flags), &elements.flags.to_ne_bytes());
+    put(std::mem::offset_of!(ublk_batch_io, nr_elem), &elements.count.to_ne_bytes());
+    put(std::mem::offset_of!(ublk_batch_io, elem_bytes), &[elements.stride]);
+    bytes
+}
+
+/// Builds a command for a char device. `register` goes where the driver looks for a `struct
+/// ublk_auto_buf_reg`: the place in the table, and that a failure to register is to be reported with the
+/// request.
+fn io_command(file: FileSlot, op: u32, argument: [u8; 16], register: Option<u16>) -> Entry {
+    let register = register.map(|index| u64::from(index) | u64::from(uapi::UBLK_AUTO_BUF_REG_FALLBACK) << 16);
+    if file.0 & PLAIN == 0 {
+        opcode::UringCmd16::new(types::Fixed(file.0), op).cmd(argument).addr(register).build()
+    } else {
+        opcode::UringCmd16::new(types::Fd((file.0 & !PLAIN) as RawFd), op).cmd(argument).addr(register).build()
+    }
+}
+
+fn batch_command(file: FileSlot, op: u32, queue: QueueId, elements: Elements) -> Entry {
+    let argument = batch_argument(queue, elements);
+    if file.0 & PLAIN == 0 {
+        opcode::UringCmd16::new(types::Fixed(file.0), op).cmd(argument).addr(Some(elements.address)).build()
+    } else {
+        let fd = types::Fd((file.0 & !PLAIN) as RawFd);
+        opcode::UringCmd16::new(fd, op).cmd(argument).addr(Some(elements.address)).build()
+    }
+}
+
+/// The same command, completing again and again into the buffers of [`TagBuffers`]; the io-uring crate has
+/// no way to say so.
+fn multishot(entry: Entry) -> Entry {
+    // SAFETY: (3), and the sizes agree, or this would not compile.
+    let mut bytes: [u8; 64] = unsafe { std::mem::transmute(entry) };
+    bytes[FLAGS_AT] |= BUFFER_SELECT;
+    bytes[COMMAND_FLAGS_AT..COMMAND_FLAGS_AT + 4].copy_from_slice(&MULTISHOT.to_ne_bytes());
+    bytes[GROUP_AT..GROUP_AT + 2].copy_from_slice(&TagBuffers::GROUP.to_ne_bytes());
+    // SAFETY: as above.
+    unsafe { std::mem::transmute(bytes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_submissions_than_the_queue_holds_all_complete() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
+        let count = u64::from(SUBMISSION_ENTRIES) * 5;
+        let fd = file.as_file().as_raw_fd();
+        for user_data in 0..count {
+            ring.push(Submission { user_data, operation: Operation::SyncData { fd } }).unwrap();
+        }
+        let mut completions = Vec::new();
+        while (completions.len() as u64) < count {
+            ring.wait().unwrap();
+            ring.take_completions(&mut completions).unwrap();
+        }
+        let mut seen: Vec<u64> = completions.iter().map(|c| c.user_data).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..count).collect::<Vec<_>>());
+        assert!(completions.iter().all(|c| c.result == 0));
+    }
+
+    #[test]
+    fn a_wake_up_from_another_thread_ends_a_wait() {
+        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
+        for _ in 0..3 {
+            let waker = ring.waker();
+            let other = std::thread::spawn(move || waker.wake());
+            let mut completions = Vec::new();
+            ring.wait().unwrap();
+            ring.take_completions(&mut completions).unwrap();
+            other.join().unwrap();
+            assert_eq!(completions, []);
+        }
+    }
+
+    #[test]
+    fn the_timer_ends_a_wait_once() {
+        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
+        ring.start_timer(Duration::from_millis(5)).unwrap();
+        let mut completions = Vec::new();
+        ring.wait().unwrap();
+        ring.take_completions(&mut completions).unwrap();
+        assert_eq!(completions, []);
+        assert!(ring.timer_ended());
+        assert!(!ring.timer_ended());
+    }
+
+    #[test]
+    fn places_for_buffers_are_given_out_once_and_join_when_they_come_back() {
+        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
+        let halves = [ring.reserve_buffers(8192).unwrap(), ring.reserve_buffers(8192).unwrap()];
+        assert_eq!(halves, [0, 8192]);
+        let error = ring.reserve_buffers(1).unwrap_err();
+        assert!(error.to_string().contains("use more threads"), "{error}");
+        ring.release_buffers(halves[1], 8192);
+        ring.release_buffers(halves[0], 8192);
+        assert_eq!(ring.reserve_buffers(BUFFER_SLOTS).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_multishot_command_is_laid_out_as_the_kernel_reads_it() {
+        let elements = Elements { address: 0, count: 0, stride: 2, flags: 0 };
+        let entry = multishot(batch_command(FileSlot(5), uapi::UBLK_U_IO_FETCH_IO_CMDS, QueueId(0x0102), elements));
+        // SAFETY: (3).
+        let bytes: [u8; 64] = unsafe { std::mem::transmute(entry) };
+        // A fixed file, and a buffer of the group.
+        assert_eq!(bytes[1], 1 | BUFFER_SELECT);
+        assert_eq!(bytes[4..8], 5u32.to_ne_bytes());
+        assert_eq!(bytes[8..12], uapi::UBLK_U_IO_FETCH_IO_CMDS.to_ne_bytes());
+        assert_eq!(bytes[28..32], MULTISHOT.to_ne_bytes());
+        assert_eq!(bytes[48..56], [2, 1, 0, 0, 0, 0, 2, 0]);
+    }
+}

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Commits that are gathered and sent as one command (`BATCH_IO`), without any I/O.
+//!
+//! The driver reads an array of elements when the command is submitted, and answers how many bytes of it
+//! it has dealt with. It stops at the first element that it refuses, so an answer that is short is followed
+//! by the rest, and an answer that is an errno is that of the first element.
+
+use nix::errno::Errno;
+
+use crate::driver::Elements;
+use crate::uapi;
+use crate::units::Tag;
+
+/// What follows an element's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tail {
+    Nothing,
+    /// The tag's buffer.
+    Address,
+    /// Where a zone append landed.
+    ZoneSector,
+}
+
+impl Tail {
+    fn stride(self) -> usize {
+        match self {
+            Tail::Nothing => 8,
+            Tail::Address | Tail::ZoneSector => 16,
+        }
+    }
+
+    fn flags(self) -> u16 {
+        match self {
+            Tail::Nothing => 0,
+            Tail::Address => uapi::UBLK_BATCH_F_HAS_BUF_ADDR,
+            Tail::ZoneSector => uapi::UBLK_BATCH_F_HAS_ZONE_LBA,
+        }
+    }
+}
+
+/// One element before it is encoded.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Element {
+    pub(super) tag: Tag,
+    /// Where the driver shall register the next request's pages; 0 where it does not.
+    pub(super) register: u16,
+    pub(super) result: i32,
+    /// What the array's [`Tail`] says.
+    pub(super) tail: u64,
+}
+
+/// An array that the driver may read: it stays where it is until its command has completed.
+#[derive(Debug, Default)]
+struct Array {
+    bytes: Vec<u8>,
+    /// Bytes that the driver has dealt with.
+    done: usize,
+    busy: bool,
+}
+
+/// What to do after an array's command has completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    /// Nothing: all of it is done.
+    Done,
+    /// Send the rest.
+    Resend(Elements),
+}
+
+/// The gathered and the sent commits of one queue.
+#[derive(Debug)]
+pub(super) struct Batch {
+    tail: Tail,
+    flags: u16,
+    gathered: Vec<u8>,
+    arrays: Vec<Array>,
+    busy: usize,
+}
+
+impl Batch {
+    /// `registers`: the elements say where pages are to be registered.
+    pub(super) fn new(tail: Tail, registers: bool) -> Self {
+        let fallback = if registers { uapi::UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK } else { 0 };
+        Batch { tail, flags: tail.flags() | fallback, gathered: Vec::new(), arrays: Vec::new(), busy: 0 }
+    }
+
+    /// Adds a commit to the next array.
+    pub(super) fn gather(&mut self, element: Element) {
+        self.gathered.extend_from_slice(&element.tag.0.to_ne_bytes());
+        self.gathered.extend_from_slice(&element.register.to_ne_bytes());
+        self.gathered.extend_from_slice(&element.result.to_ne_bytes());
+        if self.tail != Tail::Nothing {
+            self.gathered.extend_from_slice(&element.tail.to_ne_bytes());
+        }
+    }
+
+    /// Turns what was gathered into an array to send: its number and where it is.
+    pub(super) fn take(&mut self) -> Option<(u16, Elements)> {
+        if self.gathered.is_empty() {
+            return None;
+        }
+        let number = self.arrays.iter().position(|array| !array.busy).unwrap_or_else(|| {
+            self.arrays.push(Array::default());
+            self.arrays.len() - 1
+        });
+        let array = &mut self.arrays[number];
+        array.bytes.clear();
+        // The old memory becomes the next gathering's.
+        std::mem::swap(&mut array.bytes, &mut self.gathered);
+        array.done = 0;
+        array.busy = true;
+        self.busy += 1;
+        Some((number as u16, self.elements(number)))
+    }
+
+    fn elements(&self, number: usize) -> Elements {
+        let array = &self.arrays[number];
+        let left = &array.bytes[array.done..];
+        Elements {
+            address: left.as_ptr() as u64,
+            count: (left.len() / self.tail.stride()) as u16,
+            stride: self.tail.stride() as u8,
+            flags: self.flags,
+        }
+    }
+
+    /// Takes the result of an array's command. The tag is the one that was refused, if one was.
+    pub(super) fn completed(&mut self, number: u16, result: i32) -> (After, Option<(Tag, Errno)>) {
+        let stride = self.tail.stride();
+        let array = &mut self.arrays[usize::from(number)];
+        assert!(array.busy, "an array that was not sent has completed");
+        let left = array.bytes.len() - array.done;
+        let refused = if result < 0 {
+            let first = array.done;
+            array.done += stride;
+            Some((Tag(u16::from_ne_bytes([array.bytes[first], array.bytes[first + 1]])), Errno::from_raw(-result)))
+        } else {
+            // Whole elements, and no more than were sent.
+            array.done += (result as usize).min(left) / stride * stride;
+            None
+        };
+        if array.done == array.bytes.len() {
+            array.busy = false;
+            self.busy -= 1;
+            (After::Done, refused)
+        } else {
+            (After::Resend(self.elements(usize::from(number))), refused)
+        }
+    }
+
+    /// An array that was sent by another command is done with.
+    pub(super) fn forget(&mut self, number: u16) {
+        let array = &mut self.arrays[usize::from(number)];
+        assert!(array.busy, "an array that was not sent has completed");
+        array.busy = false;
+        self.busy -= 1;
+    }
+
+    /// Whether nothing is gathered or on its way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.gathered.is_empty() && self.busy == 0
+    }
+
+    /// Leaves arrays that the driver may still read where they are, for good.
+    pub(super) fn leak(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.arrays));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn element(tag: u16) -> Element {
+        Element { tag: Tag(tag), register: 0, result: 512, tail: 0xabcd }
+    }
+
+    fn batch(tags: u16) -> (Batch, u16, Elements) {
+        let mut batch = Batch::new(Tail::Address, false);
+        (0..tags).for_each(|tag| batch.gather(element(tag)));
+        let (number, elements) = batch.take().unwrap();
+        (batch, number, elements)
+    }
+
+    #[test]
+    fn elements_are_laid_out_as_the_uapi_says() {
+        let (batch, _, elements) = batch(2);
+        assert_eq!((elements.count, elements.stride, elements.flags), (2, 16, uapi::UBLK_BATCH_F_HAS_BUF_ADDR));
+        let bytes = &batch.arrays[0].bytes;
+        assert_eq!(bytes[16..24], [1, 0, 0, 0, 0, 2, 0, 0]);
+        assert_eq!(bytes[24..32], 0xabcdu64.to_ne_bytes());
+    }
+
+    #[test]
+    fn nothing_gathered_is_nothing_to_send() {
+        assert!(Batch::new(Tail::Nothing, true).take().is_none());
+    }
+
+    #[test]
+    fn a_short_answer_is_followed_by_the_rest() {
+        let (mut batch, number, all) = batch(5);
+        let (After::Resend(rest), None) = batch.completed(number, 32) else { panic!() };
+        assert_eq!((rest.address, rest.count), (all.address + 32, 3));
+        assert_eq!(batch.completed(number, 48), (After::Done, None));
+        assert!(batch.is_idle());
+    }
+
+    #[test]
+    fn a_refused_element_is_named_and_passed_over() {
+        let (mut batch, number, all) = batch(3);
+        assert!(matches!(batch.completed(number, 16), (After::Resend(_), None)));
+        let (After::Resend(rest), refused) = batch.completed(number, -(Errno::EINVAL as i32)) else { panic!() };
+        assert_eq!(refused, Some((Tag(1), Errno::EINVAL)));
+        assert_eq!((rest.address, rest.count), (all.address + 32, 1));
+        assert_eq!(batch.completed(number, -(Errno::EBUSY as i32)), (After::Done, Some((Tag(2), Errno::EBUSY))));
+    }
+
+    #[test]
+    fn an_array_is_not_reused_while_its_command_is_under_way() {
+        let (mut batch, first, elements) = batch(1);
+        batch.gather(element(9));
+        let (second, others) = batch.take().unwrap();
+        assert_ne!(first, second);
+        assert_ne!(elements.address, others.address);
+        assert_eq!(batch.completed(first, 16), (After::Done, None));
+        batch.gather(element(3));
+        assert_eq!(batch.take().unwrap().0, first);
+    }
+}

@@ -1,0 +1,480 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The part of a queue that its requests refer to: tags, memory, and the way to the driver.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::batch::{After, Batch, Element, Tail};
+use super::cookie::{Cookie, Kind};
+use super::forward::{Forwarded, Pages};
+use super::pace::{Pace, Tick};
+use super::pool::Inbox;
+use super::tags::TagTable;
+use super::transfer::{Next, Transfer};
+use crate::data::DataMovement;
+use crate::data::pool::BufferPool;
+use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
+use crate::memory::{Descriptor, DescriptorMap, IoBuffer};
+use crate::request::{Answer, FileRange, Op, Origin, memory_or_abort};
+use crate::target::QueueInfo;
+use crate::uapi;
+use crate::units::Tag;
+
+/// The ring, shared by the queues of its thread.
+pub(crate) type SharedRing = Rc<RefCell<Box<dyn Ring>>>;
+
+/// Whether the driver delivers batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Deliveries {
+    /// Not asked to.
+    None,
+    /// Until further notice.
+    Running,
+    /// No more.
+    Ended,
+}
+
+/// What a queue's requests refer to.
+pub(crate) struct QueueCore {
+    pub(super) info: QueueInfo,
+    origin: Arc<Origin>,
+    /// The queue's place among those of its thread.
+    place: u32,
+    inbox: Arc<Inbox>,
+    pub(super) ring: SharedRing,
+    slot: FileSlot,
+    descriptors: DescriptorMap,
+    pub(super) tags: RefCell<TagTable>,
+    /// Each tag's buffer, where tags have some; `None` while a request holds it.
+    buffers: RefCell<Vec<Option<Arc<IoBuffer>>>>,
+    /// Memory for requests without a buffer of their tag's.
+    memory: RefCell<BufferPool>,
+    /// Where in the ring's table of buffers the pages of tag 0 are registered.
+    registered: Option<u16>,
+    forwarded: RefCell<Vec<Option<Forwarded>>>,
+    zeros: Rc<IoBuffer>,
+    batch: Option<RefCell<Batch>>,
+    pub(super) deliveries: Cell<Deliveries>,
+    pub(super) pace: Pace,
+    /// Requests came since idle memory was last given back.
+    pub(super) warm: Cell<bool>,
+    /// Set when the ring itself failed.
+    pub(super) broken: RefCell<Option<io::Error>>,
+}
+
+impl std::fmt::Debug for QueueCore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QueueCore").field("info", &self.info).field("tags", &self.tags).finish_non_exhaustive()
+    }
+}
+
+impl QueueCore {
+    /// Makes room for a queue's requests. An error comes with what it befell.
+    pub(super) fn new(
+        info: QueueInfo,
+        origin: Origin,
+        batch: bool,
+        place: u32,
+        ring: &SharedRing,
+        inbox: &Arc<Inbox>,
+        zeros: &Rc<IoBuffer>,
+    ) -> Result<Self, (String, io::Error)> {
+        let depth = usize::from(info.depth);
+        let descriptors = origin.file.map_descriptors(info.queue, info.depth);
+        let descriptors = descriptors.map_err(|e| ("mapping the descriptors".to_owned(), e))?.0;
+        let buffers = if origin.data == DataMovement::Copy {
+            let buffers = IoBuffer::many(depth, info.max_io_bytes as usize)
+                .map_err(|e| (format!("{depth} buffers of {} bytes", info.max_io_bytes), e))?;
+            buffers.into_iter().map(|b| Some(Arc::new(b))).collect()
+        } else {
+            vec![None; depth]
+        };
+        let zero_copy = origin.data.is_zero_copy();
+        let registered = zero_copy
+            .then(|| ring.borrow_mut().reserve_buffers(info.depth))
+            .transpose()
+            .map_err(|e| ("places for registered buffers".to_owned(), e))?;
+        let slot = ring.borrow_mut().add_file(&origin.file).map_err(|e| {
+            if let Some(first) = registered {
+                ring.borrow_mut().release_buffers(first, info.depth);
+            }
+            ("adding the device to the ring".to_owned(), e)
+        })?;
+        let auto = origin.data == DataMovement::AutoRegister;
+        let tail = match origin.data {
+            DataMovement::Copy => Tail::Address,
+            _ if info.zoned => Tail::ZoneSector,
+            _ => Tail::Nothing,
+        };
+        Ok(QueueCore {
+            info,
+            origin: Arc::new(origin),
+            place,
+            inbox: inbox.clone(),
+            ring: ring.clone(),
+            slot,
+            descriptors,
+            tags: RefCell::new(TagTable::new(info.depth)),
+            buffers: RefCell::new(buffers),
+            memory: RefCell::default(),
+            registered,
+            forwarded: RefCell::new((0..depth).map(|_| None).collect()),
+            zeros: zeros.clone(),
+            batch: batch.then(|| RefCell::new(Batch::new(tail, auto))),
+            deliveries: Cell::new(Deliveries::None),
+            pace: Pace::default(),
+            warm: Cell::new(false),
+            broken: RefCell::new(None),
+        })
+    }
+
+    pub(crate) fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// What a request needs to find back from elsewhere.
+    pub(crate) fn address(&self) -> (Arc<Origin>, Arc<Inbox>, u32) {
+        (self.origin.clone(), self.inbox.clone(), self.place)
+    }
+
+    pub(crate) fn name(&self, tag: Tag) -> String {
+        format!("ublkb{} queue {} tag {tag}", self.info.device, self.info.queue)
+    }
+
+    pub(crate) fn descriptor(&self, tag: Tag) -> Descriptor {
+        self.descriptors.read(tag)
+    }
+
+    /// The tag's buffer, if tags have some.
+    pub(crate) fn take_buffer(&self, tag: Tag) -> Option<Arc<IoBuffer>> {
+        self.warm.set(true);
+        self.buffers.borrow_mut()[tag.index()].take()
+    }
+
+    /// Memory for a request without a buffer.
+    pub(crate) fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>> {
+        self.memory.borrow_mut().take(len)
+    }
+
+    /// Lends tags to the driver for the first time.
+    pub(super) fn lend_all(&self, tags: Range<u16>) {
+        for tag in tags.map(Tag) {
+            self.tags.borrow_mut().fetch(tag);
+            let address = self.buffers.borrow()[tag.index()].as_ref().map_or(0, |b| b.user_address());
+            self.lend(Kind::Fetch, tag, address, Answer::new(0));
+        }
+        if let Some(batch) = &self.batch
+            && let Some((number, elements)) = batch.borrow_mut().take()
+        {
+            let operation = Operation::Prepare { file: self.slot, queue: self.info.queue, elements };
+            self.push(Kind::Prepare, Tag(number), operation);
+        }
+    }
+
+    fn lend(&self, kind: Kind, tag: Tag, address: u64, answer: Answer) {
+        let auto = self.origin.data == DataMovement::AutoRegister;
+        let register = self.registered.filter(|_| auto).map(|first| first + tag.0);
+        if let Some(batch) = &self.batch {
+            let tail = if address == 0 { answer.zone_sector } else { address };
+            let register = register.unwrap_or(0);
+            batch.borrow_mut().gather(Element { tag, register, result: answer.result, tail });
+            self.pace.queued();
+            return;
+        }
+        let (file, queue) = (self.slot, self.info.queue);
+        let operation = match kind {
+            Kind::Fetch => Operation::Fetch { file, queue, tag, address, register },
+            _ => {
+                let address = if address == 0 { answer.zone_sector } else { address };
+                Operation::Commit { file, queue, tag, result: answer.result, address, register }
+            }
+        };
+        self.push(kind, tag, operation);
+    }
+
+    /// The driver wants to know where a write's data shall go.
+    pub(super) fn get_data(&self, tag: Tag) {
+        let len = self.descriptor(tag).nr_sectors as usize * 512;
+        let mut buffers = self.buffers.borrow_mut();
+        let slot = &mut buffers[tag.index()];
+        let fits = slot.take().filter(|buffer| buffer.len() >= len);
+        let buffer = fits.unwrap_or_else(|| {
+            let taken = self.memory.borrow_mut().take(len);
+            taken.unwrap_or_else(|_| Arc::new(memory_or_abort(len, &self.name(tag))))
+        });
+        let address = buffer.user_address();
+        *slot = Some(buffer);
+        drop(buffers);
+        let operation = Operation::GetData { file: self.slot, queue: self.info.queue, tag, address };
+        self.push(Kind::GetData, tag, operation);
+    }
+
+    /// Finishes the tag's request and lends the tag again.
+    pub(crate) fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
+        let address = match (self.origin.data, buffer) {
+            (_, None) => 0,
+            // The driver copies a read's data when it takes the commit; until then, and where tags have
+            // buffers of their own for longer, the buffer stays.
+            (DataMovement::Copy | DataMovement::GetData, Some(buffer)) => {
+                let address = buffer.user_address();
+                self.buffers.borrow_mut()[tag.index()] = Some(buffer);
+                address
+            }
+            (_, Some(buffer)) => {
+                self.memory.borrow_mut().put(buffer);
+                0
+            }
+        };
+        self.tags.borrow_mut().commit(tag);
+        self.lend(Kind::Commit, tag, address, answer);
+    }
+
+    /// Carries the request out on a file.
+    pub(crate) fn forward(
+        &self,
+        tag: Tag,
+        buffer: Option<Arc<IoBuffer>>,
+        op: Op,
+        descriptor: Descriptor,
+        file: FileRange,
+    ) {
+        let Some(transfer) = Transfer::new(op, &descriptor, file) else {
+            return self.commit(tag, buffer, Answer::error(Errno::EOPNOTSUPP));
+        };
+        let pages = match (self.registered, &buffer) {
+            _ if !op.has_data() => Pages::Nowhere,
+            (_, Some(_)) => Pages::Copied,
+            (None, None) => match self.bring_data(tag, op, &descriptor) {
+                Ok(memory) => {
+                    self.buffers.borrow_mut()[tag.index()] = Some(memory);
+                    Pages::Copied
+                }
+                Err(errno) => return self.commit(tag, None, Answer::error(errno)),
+            },
+            (Some(first), None) => {
+                let index = first + tag.0;
+                let by_driver = self.origin.data == DataMovement::AutoRegister
+                    && descriptor.op_flags & uapi::UBLK_IO_F_NEED_REG_BUF == 0;
+                if by_driver { Pages::RegisteredByDriver(index) } else { Pages::ToRegister(index) }
+            }
+        };
+        if buffer.is_some() {
+            self.buffers.borrow_mut()[tag.index()] = buffer;
+        }
+        let forwarded = Forwarded { transfer, op, pages };
+        self.forwarded.borrow_mut()[tag.index()] = Some(forwarded);
+        self.push_transfer(tag, &forwarded);
+    }
+
+    /// Memory for a request that is forwarded without any, with a write's data.
+    fn bring_data(&self, tag: Tag, op: Op, descriptor: &Descriptor) -> Result<Arc<IoBuffer>, Errno> {
+        let len = op.len(descriptor) as usize;
+        let failed = |e: io::Error| {
+            log::error!("{}: bringing its data to memory: {e}", self.name(tag));
+            crate::error::errno_of(&e)
+        };
+        let memory = self.take_memory(len).map_err(failed)?;
+        if !op.fills() {
+            // SAFETY: memory.rs (3): nobody else uses this buffer.
+            let bytes = unsafe { memory.bytes_mut(len) };
+            self.origin.file.copy_from_request(self.request_place(tag), bytes).map_err(failed)?;
+        }
+        Ok(memory)
+    }
+
+    fn request_place(&self, tag: Tag) -> RequestPlace {
+        RequestPlace { queue: self.info.queue, tag, offset: 0, integrity: false }
+    }
+
+    fn push_transfer(&self, tag: Tag, forwarded: &Forwarded) {
+        let memory = match forwarded.pages {
+            Pages::ToRegister(index) => {
+                let operation = Operation::Register { file: self.slot, queue: self.info.queue, tag, index };
+                return self.push(Kind::Transfer, tag, operation);
+            }
+            Pages::RegisteredByDriver(index) | Pages::Registered(index) => Memory::Registered { index, offset: 0 },
+            Pages::Copied | Pages::Nowhere => {
+                let buffers = self.buffers.borrow();
+                Memory::At(buffers[tag.index()].as_ref().map_or(0, |b| b.user_address()))
+            }
+        };
+        self.push(Kind::Transfer, tag, forwarded.transfer.operation(memory, self.zeros.user_address()));
+    }
+
+    /// A step of a forwarded request is done.
+    pub(super) fn transfer_completed(&self, tag: Tag, result: i32) {
+        let mut all = self.forwarded.borrow_mut();
+        let slot = &mut all[tag.index()];
+        let forwarded = slot.as_mut().expect("a completed transfer was started");
+        let next = match forwarded.pages {
+            Pages::ToRegister(_) if result < 0 => Next::Finished(Err(Errno::from_raw(-result))),
+            Pages::ToRegister(index) => {
+                forwarded.pages = Pages::Registered(index);
+                Next::Continue
+            }
+            _ => forwarded.transfer.completed(result),
+        };
+        let forwarded = *forwarded;
+        if let Next::Finished(_) = next {
+            *slot = None;
+        }
+        drop(all);
+        match next {
+            Next::Continue => self.push_transfer(tag, &forwarded),
+            Next::Finished(outcome) => self.transfer_finished(tag, forwarded, outcome),
+        }
+    }
+
+    fn transfer_finished(&self, tag: Tag, forwarded: Forwarded, outcome: Result<(), Errno>) {
+        let Forwarded { transfer, op, pages } = forwarded;
+        if let Pages::Registered(index) = pages {
+            let operation = Operation::Unregister { file: self.slot, queue: self.info.queue, tag, index };
+            self.push(Kind::Unregister, tag, operation);
+        }
+        let buffer = self.take_buffer(tag);
+        let outcome = outcome.and_then(|()| match &buffer {
+            Some(buffer) if op.fills() && !self.origin.data.is_copied_by_driver() => {
+                // SAFETY: memory.rs (3): the server owns the request, and the file's data is in place.
+                let bytes = unsafe { buffer.bytes(transfer.data_len() as usize) };
+                let copied = self.origin.file.copy_to_request(self.request_place(tag), bytes);
+                copied.map_err(|e| crate::error::errno_of(&e))
+            }
+            _ => Ok(()),
+        });
+        let answer = match outcome {
+            Ok(()) => Answer::new(transfer.data_len()),
+            Err(errno) => {
+                log::debug!("{}: {transfer:?}: {errno}", self.name(tag));
+                Answer::error(errno)
+            }
+        };
+        self.commit(tag, buffer, answer);
+    }
+
+    fn push(&self, kind: Kind, tag: Tag, operation: Operation) {
+        let user_data = Cookie { kind, queue: self.place, tag }.encode();
+        if let Err(error) = self.ring.borrow_mut().push(Submission { user_data, operation }) {
+            self.broken.borrow_mut().get_or_insert(error);
+        }
+        self.pace.queued();
+    }
+
+    /// Queues the commits that were gathered.
+    pub(super) fn flush(&self) {
+        if let Some(batch) = &self.batch {
+            let taken = batch.borrow_mut().take();
+            if let Some((number, elements)) = taken {
+                self.commit_batch(number, elements);
+            }
+        }
+    }
+
+    fn commit_batch(&self, number: u16, elements: Elements) {
+        let operation = Operation::CommitBatch { file: self.slot, queue: self.info.queue, elements };
+        self.push(Kind::CommitBatch, Tag(number), operation);
+    }
+
+    /// Asks the driver to deliver batches.
+    pub(super) fn fetch_batch(&self) {
+        self.deliveries.set(Deliveries::Running);
+        let operation = Operation::FetchBatch { file: self.slot, queue: self.info.queue };
+        self.push(Kind::FetchBatch, Tag(0), operation);
+    }
+
+    /// The driver has taken the tags for the first time, or not.
+    pub(super) fn prepared(&self, number: Tag, result: i32) -> Result<(), Errno> {
+        let Some(batch) = &self.batch else { return Ok(()) };
+        batch.borrow_mut().forget(number.0);
+        if result < 0 {
+            self.tags.borrow_mut().deliveries_ended();
+            return Err(Errno::from_raw(-result));
+        }
+        self.fetch_batch();
+        Ok(())
+    }
+
+    /// The driver has dealt with an array of commits. One that it refused is returned.
+    pub(super) fn batch_completed(&self, number: Tag, result: i32) -> Option<(Tag, Errno)> {
+        let batch = self.batch.as_ref()?;
+        let (after, refused) = batch.borrow_mut().completed(number.0, result);
+        if let After::Resend(elements) = after {
+            self.commit_batch(number.0, elements);
+        }
+        refused
+    }
+
+    /// Once deliveries have ended and no commit is under way, the driver has nothing of ours any more.
+    pub(super) fn end_deliveries_if_idle(&self) {
+        if self.deliveries.get() == Deliveries::Ended && self.batch.as_ref().is_none_or(|b| b.borrow().is_idle()) {
+            self.tags.borrow_mut().deliveries_ended();
+        }
+    }
+
+    /// Submits finished requests if the handler is slow, so that nobody waits for a whole batch.
+    pub(crate) fn submit_if_late(&self) {
+        if self.pace.step(Tick::now()) {
+            self.flush();
+            self.submit();
+        }
+    }
+
+    pub(super) fn submit(&self) {
+        if let Err(error) = self.ring.borrow_mut().submit() {
+            self.broken.borrow_mut().get_or_insert(error);
+        }
+    }
+
+    /// Whether neither side holds anything.
+    pub(super) fn drained(&self) -> bool {
+        self.tags.borrow().drained()
+            && self.deliveries.get() != Deliveries::Running
+            && self.batch.as_ref().is_none_or(|batch| batch.borrow().is_idle())
+    }
+
+    /// Gives the memory of idle tags back to the system.
+    pub(super) fn cool(&self) {
+        self.warm.set(false);
+        self.memory.borrow_mut().clear();
+        let tags = self.tags.borrow();
+        for (tag, slot) in self.buffers.borrow_mut().iter_mut().enumerate() {
+            if !tags.is_armed(Tag(tag as u16)) {
+                // A forwarded request's.
+                self.warm.set(true);
+            } else if self.origin.data == DataMovement::Copy {
+                if let Some(buffer) = slot {
+                    buffer.give_back_pages();
+                }
+            } else {
+                *slot = None;
+            }
+        }
+    }
+
+    /// Takes what belongs to the queue out of the ring.
+    pub(super) fn leave_ring(&self) {
+        let mut ring = self.ring.borrow_mut();
+        if let Err(error) = ring.remove_file(self.slot) {
+            log::error!("ublkb{}: taking the char device out of the ring: {error}", self.info.device);
+        }
+        if let Some(first) = self.registered
+            && self.tags.borrow().drained()
+        {
+            ring.release_buffers(first, self.info.depth);
+        }
+    }
+
+    /// Leaves memory that the driver may still refer to where it is, for good.
+    pub(super) fn leak_memory(&self) {
+        std::mem::forget(self.buffers.take());
+        std::mem::forget(self.zeros.clone());
+        if let Some(batch) = &self.batch {
+            batch.borrow_mut().leak();
+        }
+    }
+}

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A request that the engine carries out on a file, and where its pages are meanwhile.
+
+use super::transfer::Transfer;
+use crate::request::Op;
+
+/// Where the bytes of a forwarded request are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pages {
+    /// It has none.
+    Nowhere,
+    /// In memory of this process.
+    Copied,
+    /// In the request's own pages, which the driver has registered at this place of the ring's table, and takes
+    /// out with the commit.
+    RegisteredByDriver(u16),
+    /// To be registered at this place first.
+    ToRegister(u16),
+    /// Registered by the engine, which takes them out before the commit.
+    Registered(u16),
+}
+
+/// One forwarded request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Forwarded {
+    pub(super) transfer: Transfer,
+    pub(super) op: Op,
+    pub(super) pages: Pages,
+}

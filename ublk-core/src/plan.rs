@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What a device will use of what the driver offers: the one place where features are negotiated.
+
+use crate::data::{Access, DataMovement};
+use crate::device::DeviceOptions;
+use crate::error::{Error, Result};
+use crate::uapi::Features;
+
+/// How a device will be served, and why so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// How bytes move.
+    pub(crate) data: DataMovement,
+    /// Many tags per command (`BATCH_IO`) instead of one each.
+    pub(crate) batch: bool,
+    /// Threads that share a queue's tags.
+    pub(crate) threads_per_queue: u16,
+    /// What to ask ADD_DEV for.
+    pub(crate) features: Features,
+    /// Why the data moves so, for people.
+    pub(crate) reason: &'static str,
+}
+
+/// What the device itself demands.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Demands {
+    /// What the target does with bytes.
+    pub(crate) access: Access,
+    /// Zones or integrity metadata: the driver has them only where it does not copy.
+    pub(crate) excludes_copy: bool,
+    /// Features that are needed in any case.
+    pub(crate) features: Features,
+}
+
+impl Plan {
+    /// Chooses among what the driver offers.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if something was asked for that the driver lacks, [`Error::InvalidValue`] if
+    /// the wishes contradict each other.
+    pub(crate) fn choose(offered: Features, demands: &Demands, options: &DeviceOptions) -> Result<Self> {
+        let (data, reason) = match options.data {
+            Some(data) => (data, "as asked for"),
+            None => Self::movement(offered, demands),
+        };
+        if demands.excludes_copy && data.is_copied_by_driver() {
+            return Err(Error::invalid("data movement", data, "zones and integrity metadata need user-copy"));
+        }
+        let threads_per_queue = u16::try_from(options.threads_per_queue).unwrap_or(u16::MAX);
+        if threads_per_queue == 0 || u32::from(threads_per_queue) > options.depth {
+            return Err(Error::invalid(
+                "threads per queue",
+                options.threads_per_queue,
+                format!("1 to {}, the queue depth, are possible", options.depth),
+            ));
+        }
+        // A batch belongs to no thread, and there is none of tags whose writes come in two steps.
+        let batch_is_possible = threads_per_queue == 1 && data != DataMovement::GetData;
+        if options.batch == Some(true) && !batch_is_possible {
+            return Err(Error::invalid("batch", true, "not with get-data, nor with several threads per queue"));
+        }
+        let batch = batch_is_possible && options.batch.unwrap_or(offered.contains(Features::BATCH_IO));
+        let mut features = demands.features | data.features();
+        features.set(Features::BATCH_IO, batch);
+        let needed = if threads_per_queue > 1 { features | Features::PER_IO_DAEMON } else { features };
+        require(offered, needed)?;
+        Ok(Plan { data, batch, threads_per_queue, features, reason })
+    }
+
+    fn movement(offered: Features, demands: &Demands) -> (DataMovement, &'static str) {
+        let has = |movement: DataMovement| offered.contains(movement.features());
+        match demands.access {
+            Access::Forwards { .. } if has(DataMovement::AutoRegister) => {
+                (DataMovement::AutoRegister, "requests are only forwarded to files")
+            }
+            Access::Forwards { .. } if has(DataMovement::Register) => (
+                DataMovement::Register,
+                "requests are only forwarded to files; before 6.16 pages are registered one by one",
+            ),
+            Access::Copies if has(DataMovement::UserCopy) => {
+                (DataMovement::UserCopy, "the target copies by itself, in parallel")
+            }
+            _ if demands.excludes_copy => (DataMovement::UserCopy, "zones and integrity metadata need it"),
+            Access::Forwards { .. } => (DataMovement::Copy, "the driver has no zero copy (6.15)"),
+            Access::Copies => (DataMovement::Copy, "the driver has no user copy (6.5)"),
+            Access::Bytes => (DataMovement::Copy, "the target looks at the bytes"),
+        }
+    }
+
+    /// Checks what the driver made of the request: it drops what it does not know, silently.
+    pub(crate) fn check(&self, granted: Features) -> Result<()> {
+        require(granted, self.features)
+    }
+}
+
+/// An error for the first feature that is needed and missing.
+pub(crate) fn require(offered: Features, needed: Features) -> Result<()> {
+    match needed.difference(offered).iter().next() {
+        None => Ok(()),
+        Some(missing) => Err(Error::Unsupported {
+            feature: missing.name().unwrap_or("a feature without a name"),
+            since: missing.since().unwrap_or("?"),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BYTES: Demands = Demands { access: Access::Bytes, excludes_copy: false, features: Features::empty() };
+    const FORWARDS: Demands = Demands { access: Access::Forwards { memory_alignment: 512 }, ..BYTES };
+
+    fn v6_12() -> Features {
+        Features::from_bits_retain(0x1fe)
+    }
+
+    #[test]
+    fn forwarding_is_zero_copy_where_the_driver_can() {
+        let choose = |offered| Plan::choose(offered, &FORWARDS, &DeviceOptions::default()).unwrap().data;
+        assert_eq!(choose(Features::all()), DataMovement::AutoRegister);
+        assert_eq!(choose(v6_12() | Features::SUPPORT_ZERO_COPY), DataMovement::Register);
+        assert_eq!(choose(v6_12()), DataMovement::Copy);
+    }
+
+    #[test]
+    fn batches_are_used_where_the_driver_has_them_and_nothing_speaks_against_it() {
+        let batch = |offered, options: &DeviceOptions| Plan::choose(offered, &BYTES, options).unwrap().batch;
+        assert!(batch(Features::all(), &DeviceOptions::default()));
+        assert!(!batch(v6_12(), &DeviceOptions::default()));
+        assert!(!batch(Features::all(), &DeviceOptions { batch: Some(false), ..DeviceOptions::default() }));
+        assert!(!batch(Features::all(), &DeviceOptions { threads_per_queue: 4, ..DeviceOptions::default() }));
+        let get_data = DeviceOptions { data: Some(DataMovement::GetData), ..DeviceOptions::default() };
+        assert!(!batch(Features::all(), &get_data));
+    }
+
+    #[test]
+    fn a_feature_that_is_missing_is_named_with_its_kernel() {
+        for (options, words) in [
+            (DeviceOptions { batch: Some(true), ..DeviceOptions::default() }, ["BATCH_IO", "7.0"]),
+            (DeviceOptions { threads_per_queue: 2, ..DeviceOptions::default() }, ["PER_IO_DAEMON", "6.16"]),
+            (
+                DeviceOptions { data: Some(DataMovement::Register), ..DeviceOptions::default() },
+                ["SUPPORT_ZERO_COPY", "6.15"],
+            ),
+        ] {
+            let error = Plan::choose(v6_12(), &BYTES, &options).unwrap_err().to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
+    }
+
+    #[test]
+    fn wishes_that_contradict_each_other_are_refused() {
+        let both = DeviceOptions { batch: Some(true), threads_per_queue: 2, ..DeviceOptions::default() };
+        assert!(Plan::choose(Features::all(), &BYTES, &both).is_err());
+        for threads_per_queue in [0, 129] {
+            let options = DeviceOptions { threads_per_queue, ..DeviceOptions::default() };
+            assert!(Plan::choose(Features::all(), &BYTES, &options).is_err());
+        }
+        let zoned = Demands { excludes_copy: true, ..BYTES };
+        let copy = DeviceOptions { data: Some(DataMovement::Copy), ..DeviceOptions::default() };
+        assert!(Plan::choose(Features::all(), &zoned, &copy).is_err());
+        assert_eq!(
+            Plan::choose(Features::all(), &zoned, &DeviceOptions::default()).unwrap().data,
+            DataMovement::UserCopy
+        );
+    }
+}

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The pull interface: requests are fetched instead of handled, for programs with threads or an event
+//! loop of their own.
+//!
+//! [`pull`](crate::pull()) makes a target and a [`PullQueue`] per hardware queue. Whoever likes takes requests
+//! out of a queue, reads or fills their data and ends them, in any order and from any thread. No
+//! knowledge of io_uring is needed; the data moves in parallel where the driver has `USER_COPY` (6.5).
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use ublk_core::{DeviceOptions, Op, Params, Server, pull};
+//!
+//! # fn main() -> ublk_core::Result<()> {
+//! let (target, queues) = pull(Params::new(1 << 30, 512), 1)?;
+//! for queue in queues {
+//!     std::thread::spawn(move || {
+//!         while let Some(batch) = queue.next_batch(64) {
+//!             for mut request in batch {
+//!                 let result = match request.op() {
+//!                     Op::Read => request.write_data(0, &vec![0; request.len() as usize]),
+//!                     _ => Ok(()),
+//!                 };
+//!                 request.finish(result);
+//!             }
+//!         }
+//!     });
+//! }
+//! let device = Server::new()?.start(target, &DeviceOptions::default())?;
+//! device.wait(None);
+//! device.stop()
+//! # }
+//! ```
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::control::MAX_QUEUES;
+use crate::data::Access;
+use crate::error::{Error, Result};
+use crate::params::Params;
+use crate::request::{DetachedRequest, Request, Requests};
+use crate::target::{QueueHandler, QueueInfo, Target};
+
+/// Makes a target whose requests are fetched from the returned queues, one for each hardware queue.
+///
+/// Consumers should run before the device starts: before Linux 7.0 the partition scan is part of that. The
+/// driver makes no more queues than there are CPUs; the queues beyond end at once.
+///
+/// # Errors
+///
+/// [`Error::InvalidValue`] for an impossible shape or number of queues.
+pub fn pull(params: Params, queues: u32) -> Result<(Arc<dyn Target>, Vec<PullQueue>)> {
+    params.validate()?;
+    if !(1..=u32::from(MAX_QUEUES)).contains(&queues) {
+        return Err(Error::invalid("queues", queues, format!("1 to {MAX_QUEUES} are possible")));
+    }
+    let queues = (0..queues).map(|_| Shared::new().map(Arc::new)).collect::<Result<Vec<_>>>()?;
+    let handles = queues.iter().map(|shared| PullQueue(shared.clone())).collect();
+    Ok((Arc::new(PullTarget { params, queues }), handles))
+}
+
+/// Requests of one hardware queue, to be taken.
+///
+/// A descriptor to poll comes with it ([`AsFd`]): readable while there are requests, and once the queue has
+/// ended. Dropping a queue fails what is in it and what still comes, with `EIO`.
+#[derive(Debug)]
+pub struct PullQueue(Arc<Shared>);
+
+impl PullQueue {
+    /// Waits for requests and takes as many as there are, at most `max`, in the order in which they came.
+    /// `None` once the device has ended: no request will come any more.
+    ///
+    /// Stopping a device waits for its requests, so they have to be taken until this says `None`.
+    pub fn next_batch(&self, max: usize) -> Option<Vec<DetachedRequest>> {
+        self.0.take(max, None).map(|batch| batch.unwrap_or_default())
+    }
+
+    /// As [`next_batch`](PullQueue::next_batch), but waits no longer than `timeout`, and then gives an empty
+    /// batch. With a time-out of zero it does not wait at all.
+    pub fn next_batch_within(&self, max: usize, timeout: Duration) -> Option<Vec<DetachedRequest>> {
+        self.0.take(max, Some(timeout)).map(|batch| batch.unwrap_or_default())
+    }
+}
+
+impl AsFd for PullQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.event.as_fd()
+    }
+}
+
+impl AsRawFd for PullQueue {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl Drop for PullQueue {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.unwanted = true;
+        let left = std::mem::take(&mut state.requests);
+        // Each is failed by its own drop, which takes another lock.
+        drop(state);
+        drop(left);
+    }
+}
+
+/// Between a queue's thread and its consumers.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Readable while there is something to take, or nothing will come any more.
+    event: EventFd,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    requests: VecDeque<DetachedRequest>,
+    /// Handlers that may bring more.
+    handlers: usize,
+    /// A handler was there, or will never be.
+    opened: bool,
+    /// The consumer is gone.
+    unwanted: bool,
+}
+
+impl State {
+    fn ended(&self) -> bool {
+        self.opened && self.handlers == 0
+    }
+}
+
+impl Shared {
+    fn new() -> Result<Self> {
+        let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|errno| Error::Ring { errno, hint: "an eventfd could not be made".into() })?;
+        Ok(Shared { state: Mutex::default(), changed: Condvar::new(), event })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` at the end, `Some(None)` when the time is over.
+    fn take(&self, max: usize, timeout: Option<Duration>) -> Option<Option<Vec<DetachedRequest>>> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let mut state = self.state();
+        loop {
+            let count = state.requests.len().min(max);
+            if count != 0 {
+                let batch = state.requests.drain(..count).collect();
+                if state.requests.is_empty() && !state.ended() {
+                    // Under the lock, so that it agrees with the queue.
+                    let _ = self.event.read();
+                }
+                return Some(Some(batch));
+            }
+            if state.ended() {
+                return None;
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            state = match left {
+                Some(left) if left.is_zero() => return Some(None),
+                Some(left) => self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+
+    fn signal(&self) {
+        if let Err(errno) = self.event.write(1) {
+            log::error!("signalling requests: {errno}");
+        }
+        self.changed.notify_all();
+    }
+
+    fn put(&self, requests: impl Iterator<Item = DetachedRequest>) {
+        let mut state = self.state();
+        if state.unwanted {
+            drop(state);
+            return requests.for_each(|request| request.fail(crate::Errno::EIO));
+        }
+        state.requests.extend(requests);
+        self.signal();
+    }
+
+    fn open(&self) {
+        let mut state = self.state();
+        state.opened = true;
+        state.handlers += 1;
+    }
+
+    fn close(&self) {
+        let mut state = self.state();
+        state.handlers -= 1;
+        if state.handlers == 0 {
+            self.signal();
+        }
+    }
+
+    /// Nobody will bring requests, if nobody did yet.
+    fn never(&self) {
+        let mut state = self.state();
+        if !state.opened {
+            state.opened = true;
+            self.signal();
+        }
+    }
+}
+
+#[derive(Debug)]
+struct PullTarget {
+    params: Params,
+    queues: Vec<Arc<Shared>>,
+}
+
+impl Target for PullTarget {
+    fn kind(&self) -> &str {
+        "pull"
+    }
+
+    fn params(&self) -> Params {
+        self.params
+    }
+
+    fn access(&self) -> Access {
+        Access::Copies
+    }
+
+    fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        let shared = self.queues.get(usize::from(queue.queue.0)).ok_or_else(|| {
+            Error::invalid("queues", queue.queue.0 + 1, format!("the target was made for {}", self.queues.len()))
+        })?;
+        shared.open();
+        Ok(Box::new(PullHandler(shared.clone())))
+    }
+}
+
+/// The server holds its target until all queues are open: those that are not by then never will be.
+impl Drop for PullTarget {
+    fn drop(&mut self) {
+        self.queues.iter().for_each(|shared| shared.never());
+    }
+}
+
+struct PullHandler(Arc<Shared>);
+
+impl QueueHandler for PullHandler {
+    fn handle(&mut self, requests: Requests<'_>) {
+        self.0.put(requests.map(Request::detach));
+    }
+}
+
+impl Drop for PullHandler {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}

@@ -1,0 +1,540 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Requests: tokens that must be spent.
+//!
+//! A request owns its tag and its memory. Every way to end it consumes it; dropping it, also while a
+//! panic unwinds, fails it with `EIO`. So a fetched tag is committed exactly once on every path: one
+//! forgotten commit would hang whoever waits for the block device, until a reboot.
+//!
+//! The `unsafe` blocks here rest on invariant 3 of `memory.rs`: while a request exists, its buffer is
+//! the server's, and `&self`/`&mut self` order the accesses.
+
+mod op;
+
+use std::fmt;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+pub use self::op::Op;
+use crate::data::{Access, DataMovement};
+use crate::driver::{CharDevice, RequestPlace};
+use crate::engine::{Inbox, QueueCore};
+use crate::error::errno_of;
+use crate::memory::{Descriptor, IoBuffer};
+use crate::uapi;
+use crate::units::{DeviceId, QueueId, Sectors, Tag};
+
+/// How a file takes the place of a request's range; see [`Request::forward`].
+///
+/// The descriptor must stay open until the queue's handler is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileRange {
+    /// The file.
+    pub fd: RawFd,
+    /// Where in the file the request's first byte lies.
+    pub offset: u64,
+}
+
+/// Where requests come from.
+#[derive(Debug)]
+pub struct Origin {
+    pub(crate) device: DeviceId,
+    pub(crate) queue: QueueId,
+    pub(crate) data: DataMovement,
+    pub(crate) access: Access,
+    pub(crate) file: Arc<dyn CharDevice>,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Bytes done, 0 for operations without data, or a negative errno.
+    pub(crate) result: i32,
+    /// Where a zone append landed.
+    pub(crate) zone_sector: u64,
+}
+
+impl Answer {
+    pub(crate) fn new(result: i32) -> Self {
+        Answer { result, zone_sector: 0 }
+    }
+
+    pub(crate) fn error(errno: Errno) -> Self {
+        Answer::new(-(errno as i32))
+    }
+}
+
+/// Where a request is, and so how it gets back to the driver. Not to be implemented elsewhere.
+pub trait Home {
+    #[doc(hidden)]
+    fn origin(&self) -> &Origin;
+    /// Memory for a request that has none.
+    #[doc(hidden)]
+    fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>>;
+    #[doc(hidden)]
+    fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer);
+}
+
+/// On the thread of its queue.
+#[derive(Clone, Copy, Debug)]
+pub struct OnQueue<'q>(&'q QueueCore);
+
+impl Home for OnQueue<'_> {
+    fn origin(&self) -> &Origin {
+        self.0.origin()
+    }
+
+    fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>> {
+        self.0.take_memory(len)
+    }
+
+    fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
+        self.0.commit(tag, buffer, answer);
+    }
+}
+
+/// Anywhere. The queue's thread hears of the request's end through its mailbox, and commits it.
+#[derive(Debug)]
+pub struct Anywhere {
+    origin: Arc<Origin>,
+    mailbox: Arc<Inbox>,
+    place: u32,
+}
+
+impl Home for Anywhere {
+    fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>> {
+        IoBuffer::new(len).map(Arc::new)
+    }
+
+    fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
+        self.mailbox.finished(self.place, tag, buffer, answer);
+    }
+}
+
+/// A request on the thread of its queue, for the time of a handler's call.
+pub type Request<'q> = RequestOf<OnQueue<'q>>;
+
+/// A request that can go to any thread, stay there for any time, and be ended from there. Made by
+/// [`Request::detach`].
+///
+/// Each must be ended before its device can stop: [`Device::stop`](crate::Device::stop) waits for them.
+pub type DetachedRequest = RequestOf<Anywhere>;
+
+/// One request of the block layer, owned by whoever holds this: a [`Request`] or a [`DetachedRequest`].
+#[must_use = "dropping a request fails it with EIO"]
+pub struct RequestOf<H: Home> {
+    home: H,
+    tag: Tag,
+    op: Op,
+    descriptor: Descriptor,
+    /// The memory that holds its data; none if the data is left where it is.
+    buffer: Option<Arc<IoBuffer>>,
+    spent: bool,
+}
+
+impl<H: Home> fmt::Debug for RequestOf<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request")
+            .field("device", &self.device().0)
+            .field("queue", &self.queue().0)
+            .field("tag", &self.tag.0)
+            .field("op", &self.op)
+            .field("offset", &self.offset())
+            .field("len", &self.len())
+            .finish()
+    }
+}
+
+impl<'q> Request<'q> {
+    /// Takes over a tag that the server owns, and its buffer. What cannot be served is failed at once.
+    pub(crate) fn adopt(core: &'q QueueCore, tag: Tag) -> Option<Self> {
+        let descriptor = core.descriptor(tag);
+        let buffer = core.take_buffer(tag);
+        let Some(op) = Op::decode(descriptor.op_flags) else {
+            log::warn!("{}: unknown operation {:#x}", core.name(tag), descriptor.op_flags & 0xff);
+            core.commit(tag, buffer, Answer::error(Errno::EOPNOTSUPP));
+            return None;
+        };
+        let mut request = RequestOf { home: OnQueue(core), tag, op, descriptor, buffer, spent: false };
+        if let Some(buffer) = request.buffer.as_ref().filter(|buffer| request.data_len() > buffer.len()) {
+            log::error!("{request:?} is longer than its buffer of {} bytes", buffer.len());
+            request.fail(Errno::EIO);
+            return None;
+        }
+        let origin = core.origin();
+        // The driver copies a read's data from memory that it is told with the commit.
+        let needs_memory = origin.access == Access::Bytes || origin.data == DataMovement::GetData && op.fills();
+        if needs_memory && let Err(errno) = request.load() {
+            request.fail(errno);
+            return None;
+        }
+        Some(request)
+    }
+
+    /// Lets the engine do the request on a file, on the queue's own ring: reads and writes move data
+    /// between the request and the file (durably for [FUA](RequestOf::force_unit_access)), flush becomes
+    /// `fdatasync`, discard punches a hole, write-zeroes zeroes the range. Short transfers are
+    /// continued; the end of the file inside the range is an `EIO`. Operations on zones fail with
+    /// `EOPNOTSUPP`.
+    ///
+    /// Where the device's [data movement](DataMovement) is without copies, the file reads and writes the
+    /// request's own pages, unless the request was [loaded](RequestOf::load) before.
+    pub fn forward(mut self, file: FileRange) {
+        self.spent = true;
+        self.home.0.forward(self.tag, self.buffer.take(), self.op, self.descriptor, file);
+    }
+
+    /// Makes the request independent of its queue's thread.
+    pub fn detach(mut self) -> DetachedRequest {
+        let (origin, mailbox, place) = self.home.0.address();
+        self.spent = true;
+        RequestOf {
+            home: Anywhere { origin, mailbox, place },
+            tag: self.tag,
+            op: self.op,
+            descriptor: self.descriptor,
+            buffer: self.buffer.take(),
+            spent: false,
+        }
+    }
+}
+
+impl<H: Home> RequestOf<H> {
+    /// The operation.
+    pub fn op(&self) -> Op {
+        self.op
+    }
+
+    /// First byte on the disk; 0 for operations on no particular place, whose position the kernel leaves
+    /// undefined.
+    pub fn offset(&self) -> u64 {
+        match self.op {
+            Op::Flush | Op::ZoneResetAll => 0,
+            _ => Sectors(self.descriptor.start_sector).bytes(),
+        }
+    }
+
+    /// Length in bytes: of the range on the disk, or of the report for [`Op::ReportZones`]. 0 for
+    /// operations on no particular place.
+    pub fn len(&self) -> u64 {
+        self.op.len(&self.descriptor)
+    }
+
+    /// Whether the request covers no bytes, as a flush.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether this write must be durable before it is acknowledged. Sent only to disks that advertise
+    /// [`Operations::FUA`](crate::Operations::FUA).
+    pub fn force_unit_access(&self) -> bool {
+        self.descriptor.op_flags & uapi::UBLK_IO_F_FUA != 0
+    }
+
+    /// Whether zeroed space must stay allocated.
+    pub fn no_unmap(&self) -> bool {
+        self.descriptor.op_flags & uapi::UBLK_IO_F_NOUNMAP != 0
+    }
+
+    /// Whether the request carries integrity metadata, to be had by
+    /// [`read_integrity`](RequestOf::read_integrity) and [`write_integrity`](RequestOf::write_integrity).
+    pub fn has_integrity(&self) -> bool {
+        self.descriptor.op_flags & uapi::UBLK_IO_F_INTEGRITY != 0
+    }
+
+    /// The request's tag.
+    pub fn tag(&self) -> Tag {
+        self.tag
+    }
+
+    /// The queue that the request came through.
+    pub fn queue(&self) -> QueueId {
+        self.home.origin().queue
+    }
+
+    /// The device that the request is for.
+    pub fn device(&self) -> DeviceId {
+        self.home.origin().device
+    }
+
+    fn data_len(&self) -> usize {
+        if self.op.has_data() { self.len() as usize } else { 0 }
+    }
+
+    /// Brings the request's data to memory of this process, where it is not there already: a write's data
+    /// is copied, a read gets memory to be filled. Handlers of targets with [`Access::Bytes`] get their
+    /// requests loaded.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or what the driver says to the copy. The request is still to be ended.
+    pub fn load(&mut self) -> Result<(), Errno> {
+        if self.buffer.is_some() || !self.op.has_data() {
+            return Ok(());
+        }
+        let len = self.data_len();
+        let failed = |what: &str, e: &io::Error| {
+            log::error!("{self:?}: {what}: {e}");
+            errno_of(e)
+        };
+        let buffer = self.home.take_memory(len).map_err(|e| failed("memory for its data", &e))?;
+        if !self.op.fills() {
+            // SAFETY: memory.rs (3): nobody else knows this buffer yet, or uses it any more.
+            let bytes = unsafe { buffer.bytes_mut(len) };
+            let copied = self.home.origin().file.copy_from_request(self.place(0, false), bytes);
+            copied.map_err(|e| failed("copying its data", &e))?;
+        }
+        self.buffer = Some(buffer);
+        Ok(())
+    }
+
+    /// A write's data, or what a read's memory holds so far. Empty for operations without data.
+    ///
+    /// # Panics
+    ///
+    /// If the request has no memory here: its target said that it does not look at bytes, and did not
+    /// [`load`](RequestOf::load) them.
+    pub fn data(&self) -> &[u8] {
+        match self.data_len() {
+            0 => &[],
+            // SAFETY: memory.rs (3): this request owns the buffer; `&self` excludes `data_mut`.
+            len => unsafe { self.buffer().bytes(len) },
+        }
+    }
+
+    /// Where a read's data goes. The bytes left unwritten hold data of earlier requests of this
+    /// device.
+    ///
+    /// # Panics
+    ///
+    /// As [`data`](RequestOf::data).
+    pub fn data_mut(&mut self) -> &mut [u8] {
+        match self.data_len() {
+            0 => &mut [],
+            // SAFETY: memory.rs (3): this request owns the buffer, and `&mut self` is exclusive.
+            len => unsafe { self.buffer().bytes_mut(len) },
+        }
+    }
+
+    /// Copies what a write carries, from its byte `at` on, whatever the device's data movement. Different
+    /// requests can be copied on different threads at once.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the range is not the request's; what the driver says to the copy.
+    pub fn read_data(&self, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        self.check_range(at, into.len())?;
+        if self.buffer.is_some() {
+            into.copy_from_slice(&self.data()[at as usize..][..into.len()]);
+            return Ok(());
+        }
+        let place = self.place(at, false);
+        self.home.origin().file.copy_from_request(place, into).map_err(|e| self.copy_failed(&e))
+    }
+
+    /// Fills a part of a read, from its byte `at` on, whatever the device's data movement.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_data`](RequestOf::read_data).
+    pub fn write_data(&mut self, at: u64, from: &[u8]) -> Result<(), Errno> {
+        self.check_range(at, from.len())?;
+        if self.buffer.is_some() {
+            self.data_mut()[at as usize..][..from.len()].copy_from_slice(from);
+            return Ok(());
+        }
+        let place = self.place(at, false);
+        self.home.origin().file.copy_to_request(place, from).map_err(|e| self.copy_failed(&e))
+    }
+
+    /// Copies a write's integrity metadata from its byte `at` on (7.0).
+    ///
+    /// # Errors
+    ///
+    /// What the driver says: `EINVAL` if the request carries none.
+    pub fn read_integrity(&self, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        let place = self.place(at, true);
+        self.home.origin().file.copy_from_request(place, into).map_err(|e| self.copy_failed(&e))
+    }
+
+    /// Fills a read's integrity metadata (7.0).
+    ///
+    /// # Errors
+    ///
+    /// As [`read_integrity`](RequestOf::read_integrity).
+    pub fn write_integrity(&mut self, at: u64, from: &[u8]) -> Result<(), Errno> {
+        let place = self.place(at, true);
+        self.home.origin().file.copy_to_request(place, from).map_err(|e| self.copy_failed(&e))
+    }
+
+    fn place(&self, offset: u64, integrity: bool) -> RequestPlace {
+        RequestPlace { queue: self.queue(), tag: self.tag, offset, integrity }
+    }
+
+    fn check_range(&self, at: u64, len: usize) -> Result<(), Errno> {
+        match at.checked_add(len as u64) {
+            Some(end) if end <= self.data_len() as u64 => Ok(()),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    fn copy_failed(&self, error: &io::Error) -> Errno {
+        log::debug!("{self:?}: copying its data: {error}");
+        errno_of(error)
+    }
+
+    /// The memory behind [`data`](RequestOf::data), for bindings that hand it to another language. Later
+    /// requests will use it too, unless it is [replaced].
+    ///
+    /// # Panics
+    ///
+    /// As [`data`](RequestOf::data).
+    ///
+    /// [replaced]: RequestOf::replace_buffer
+    pub fn buffer(&self) -> &Arc<IoBuffer> {
+        self.buffer.as_ref().expect("the request's data is not in memory; `load` brings it there")
+    }
+
+    /// Moves the request to fresh memory and leaves the old one to whoever still holds it. A read's data
+    /// is copied over first, because the driver takes it from the new memory.
+    ///
+    /// There is no going back from here: others hold the old memory, and the driver needs an address for
+    /// the tag's next request. Without memory this waits for some, and after ten seconds it ends the
+    /// process, which the driver survives and silently mixed up data would not be.
+    pub fn replace_buffer(&mut self) {
+        let fresh = memory_or_abort(self.buffer().len(), &self);
+        if self.op.fills() {
+            // SAFETY: memory.rs (3): nobody else knows `fresh`, and the old buffer is this request's.
+            unsafe { fresh.copy_from(self.buffer(), self.data_len()) };
+        }
+        self.buffer = Some(Arc::new(fresh));
+    }
+
+    /// Ends the request as done, in full. Partial success does not exist here: the driver's handling
+    /// of it differs between kernels, and 7.3 takes a short write for a complete one.
+    ///
+    /// A zone append is ended by [`complete_append`](RequestOf::complete_append); here it fails with `EIO`.
+    pub fn complete(mut self) {
+        if self.op == Op::ZoneAppend {
+            log::error!("{self:?} was completed without the place where it landed; it fails with EIO");
+            return self.commit(Answer::error(Errno::EIO));
+        }
+        let answer = self.filled();
+        self.commit(answer);
+    }
+
+    /// Ends a zone append as done, in full; its data landed at `offset` on the disk, in bytes.
+    pub fn complete_append(mut self, offset: u64) {
+        let result = self.data_len() as i32;
+        self.commit(Answer { result, zone_sector: Sectors::from_bytes(offset).0 });
+    }
+
+    /// The answer to a request whose memory is as it shall be: a read's data goes to its pages, if it is
+    /// not for the driver to bring it there.
+    fn filled(&mut self) -> Answer {
+        let copied = match &self.buffer {
+            Some(buffer) if self.op.fills() && !self.home.origin().data.is_copied_by_driver() => {
+                // SAFETY: memory.rs (3): this request owns the buffer.
+                let bytes = unsafe { buffer.bytes(self.data_len()) };
+                self.home.origin().file.copy_to_request(self.place(0, false), bytes)
+            }
+            _ => Ok(()),
+        };
+        match copied {
+            Ok(()) => Answer::new(self.data_len() as i32),
+            Err(error) => {
+                log::error!("{self:?}: copying its data: {error}");
+                Answer::error(Errno::EIO)
+            }
+        }
+    }
+
+    /// Ends the request as failed.
+    pub fn fail(mut self, errno: Errno) {
+        self.commit(Answer::error(errno));
+    }
+
+    /// Ends the request one way or the other.
+    pub fn finish(self, result: Result<(), Errno>) {
+        match result {
+            Ok(()) => self.complete(),
+            Err(errno) => self.fail(errno),
+        }
+    }
+
+    fn commit(&mut self, answer: Answer) {
+        self.spent = true;
+        self.home.commit(self.tag, self.buffer.take(), answer);
+    }
+}
+
+/// Memory that the driver must have. Waits for some, and after ten seconds ends the process.
+pub(crate) fn memory_or_abort(len: usize, for_whom: &dyn fmt::Debug) -> IoBuffer {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match IoBuffer::new(len) {
+            Ok(memory) => return memory,
+            Err(error) if Instant::now() < deadline => {
+                log::warn!("{for_whom:?}: no memory for a fresh buffer: {error}; waiting");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            Err(error) => {
+                log::error!("{for_whom:?}: no memory for a fresh buffer: {error}; ending the process");
+                std::process::abort();
+            }
+        }
+    }
+}
+
+impl<H: Home> Drop for RequestOf<H> {
+    fn drop(&mut self) {
+        if !self.spent {
+            log::error!("{self:?} was dropped by its handler; it fails with EIO");
+            self.commit(Answer::error(Errno::EIO));
+        }
+    }
+}
+
+/// The requests of one wake-up, in the order in which they arrived.
+///
+/// Requests that the handler leaves in here fail with `EIO`.
+#[derive(Debug)]
+pub struct Requests<'q> {
+    core: &'q QueueCore,
+    tags: std::vec::Drain<'q, Tag>,
+}
+
+impl<'q> Requests<'q> {
+    pub(crate) fn new(core: &'q QueueCore, tags: &'q mut Vec<Tag>) -> Self {
+        Requests { core, tags: tags.drain(..) }
+    }
+}
+
+impl<'q> Iterator for Requests<'q> {
+    type Item = Request<'q>;
+
+    fn next(&mut self) -> Option<Request<'q>> {
+        self.core.submit_if_late();
+        self.tags.by_ref().find_map(|tag| Request::adopt(self.core, tag))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (0, Some(self.tags.len()))
+    }
+}
+
+impl Drop for Requests<'_> {
+    fn drop(&mut self) {
+        for tag in self.tags.by_ref() {
+            drop(Request::adopt(self.core, tag));
+        }
+    }
+}

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Every way in which data and tags move between driver and server, on the stand-in driver.
+
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ublk_core::driver::fake::FakeDriver;
+use ublk_core::targets::{File, FileOptions, Io, Mem};
+use ublk_core::{
+    Access, DataMovement, DetachedRequest, DeviceOptions, Errno, Features, FileRange, Op, Params, QueueHandler,
+    QueueInfo, Requests, Result, Target, pull,
+};
+
+mod support;
+
+use support::{SIZE, custom, finish, options, server};
+
+/// All combinations of data movement, batches and threads that there are.
+fn every_way() -> Vec<DeviceOptions> {
+    let mut ways = Vec::new();
+    for data in DataMovement::ALL {
+        for (batch, threads_per_queue) in [(false, 1), (true, 1), (false, 3)] {
+            if !(batch && data == DataMovement::GetData) {
+                let way = DeviceOptions { data: Some(data), batch: Some(batch), threads_per_queue, ..options(2, 4) };
+                ways.push(way);
+            }
+        }
+    }
+    ways
+}
+
+#[test]
+fn a_ram_disk_works_whichever_way_its_data_moves() {
+    for way in every_way() {
+        let driver = FakeDriver::new();
+        let device = server(&driver, 6).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &way).unwrap();
+        let disk = driver.disk(device.id());
+        for round in 1..8u8 {
+            let at = u64::from(round) * 8192;
+            disk.write(at, &vec![round; 4096 + 512 * usize::from(round)]).unwrap();
+            assert_eq!(disk.read(at, 4096).unwrap(), [round; 4096], "{way:?}");
+        }
+        assert_eq!(disk.read(0, 4096).unwrap(), [0; 4096], "{way:?}");
+        disk.discard(8192, 4096).unwrap();
+        assert_eq!(disk.read(8192, 4096).unwrap(), [0; 4096], "{way:?}");
+        finish(&driver, device);
+    }
+}
+
+#[test]
+fn a_file_disk_works_whichever_way_its_data_moves() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    for (round, way) in every_way().into_iter().enumerate() {
+        let driver = FakeDriver::new();
+        let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+        let device = server(&driver, 6).start(Arc::new(target), &way).unwrap();
+        let disk = driver.disk(device.id());
+        let value = round as u8 + 1;
+        disk.write(4096, &[value; 8192]).unwrap();
+        disk.flush().unwrap();
+        assert_eq!(std::fs::read(file.path()).unwrap()[4096..12288], [value; 8192], "{way:?}");
+        assert_eq!(disk.read(8192, 4096).unwrap(), [value; 4096], "{way:?}");
+        finish(&driver, device);
+    }
+}
+
+/// Looks at a write's bytes and changes them, then forwards it.
+#[derive(Debug)]
+struct Inverting(Arc<std::fs::File>);
+
+impl Target for Inverting {
+    fn kind(&self) -> &str {
+        "inverting"
+    }
+    fn params(&self) -> Params {
+        Params::new(SIZE, 512)
+    }
+    fn access(&self) -> Access {
+        Access::Forwards { memory_alignment: 1 }
+    }
+    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(Inverting(self.0.clone())))
+    }
+}
+
+impl QueueHandler for Inverting {
+    fn handle(&mut self, requests: Requests<'_>) {
+        for mut request in requests {
+            if request.op() == Op::Write {
+                request.load().unwrap();
+                request.data_mut().iter_mut().for_each(|byte| *byte = !*byte);
+            }
+            let offset = request.offset();
+            request.forward(FileRange { fd: self.0.as_raw_fd(), offset });
+        }
+    }
+}
+
+#[test]
+fn a_request_that_was_loaded_is_forwarded_with_what_its_handler_made_of_it() {
+    for way in every_way() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(SIZE).unwrap();
+        let driver = FakeDriver::new();
+        let device = server(&driver, 6).start(Arc::new(Inverting(Arc::new(file))), &way).unwrap();
+        let disk = driver.disk(device.id());
+        disk.write(0, &[0x0f; 512]).unwrap();
+        assert_eq!(disk.read(0, 512).unwrap(), [0xf0; 512], "{way:?}");
+        finish(&driver, device);
+    }
+}
+
+#[test]
+fn detached_requests_end_in_any_order_on_any_thread() {
+    for way in every_way() {
+        let kept: Arc<Mutex<Vec<DetachedRequest>>> = Arc::default();
+        let theirs = kept.clone();
+        let driver = FakeDriver::new();
+        let target = custom(move |request| theirs.lock().unwrap().push(request.detach()));
+        let device = server(&driver, 6).start(target, &way).unwrap();
+        let disk = driver.disk(device.id());
+        let sent: Vec<_> = (0..4).map(|i| disk.send(0, i * 4096, 512, &[]).unwrap()).collect();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while kept.lock().unwrap().len() < 4 {
+            assert!(Instant::now() < deadline, "{way:?}");
+            std::thread::yield_now();
+        }
+        // Backwards, each on a thread of its own.
+        let requests = std::mem::take(&mut *kept.lock().unwrap());
+        for mut request in requests.into_iter().rev() {
+            std::thread::spawn(move || {
+                let value = (request.offset() / 4096) as u8;
+                request.write_data(0, &vec![value; request.len() as usize]).unwrap();
+                request.complete();
+            })
+            .join()
+            .unwrap();
+        }
+        for (i, sent) in sent.into_iter().enumerate() {
+            assert_eq!(disk.wait(sent).unwrap(), [i as u8; 512], "{way:?}");
+        }
+        finish(&driver, device);
+    }
+}
+
+#[test]
+fn a_detached_request_that_is_dropped_fails_with_eio() {
+    for way in every_way() {
+        let driver = FakeDriver::new();
+        let device = server(&driver, 6).start(custom(|request| drop(request.detach())), &way).unwrap();
+        assert_eq!(driver.disk(device.id()).write(0, &[1; 512]), Err(Errno::EIO), "{way:?}");
+        finish(&driver, device);
+    }
+}
+
+#[test]
+fn a_refused_commit_fails_its_request_and_no_other() {
+    for way in every_way() {
+        let driver = FakeDriver::new();
+        let device = server(&driver, 6).start(custom(|r| r.complete()), &way).unwrap();
+        let disk = driver.disk(device.id());
+        driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EINVAL);
+        assert_eq!(disk.write(0, &[0; 512]), Err(Errno::EIO), "{way:?}");
+        disk.write(0, &[0; 512]).unwrap();
+        finish(&driver, device);
+    }
+}
+
+#[test]
+fn a_range_that_is_not_the_requests_is_refused() {
+    let driver = FakeDriver::new();
+    let target = custom(|mut request| {
+        let mut byte = [0];
+        let results = [
+            request.read_data(request.len(), &mut byte),
+            request.read_data(u64::MAX, &mut byte),
+            request.write_data(request.len() - 1, &[0; 2]),
+            request.read_data(request.len() - 1, &mut byte),
+        ];
+        let bad = Err(Errno::EINVAL);
+        request.finish(if results == [bad, bad, bad, Ok(())] { Ok(()) } else { Err(Errno::EPROTO) });
+    });
+    let device = server(&driver, 1).start(target, &options(1, 1)).unwrap();
+    driver.disk(device.id()).write(0, &[1; 512]).unwrap();
+    finish(&driver, device);
+}
+
+/// A RAM disk that is served by worker threads.
+fn serve(queue: &pull::PullQueue, disk: &Mutex<Vec<u8>>) {
+    while let Some(batch) = queue.next_batch(8) {
+        for mut request in batch {
+            let (at, len) = (request.offset() as usize, request.len() as usize);
+            let result = match request.op() {
+                Op::Read => {
+                    let bytes = disk.lock().unwrap()[at..at + len].to_vec();
+                    request.write_data(0, &bytes)
+                }
+                Op::Write => {
+                    let mut bytes = vec![0; len];
+                    request
+                        .read_data(0, &mut bytes)
+                        .map(|()| disk.lock().unwrap()[at..at + len].copy_from_slice(&bytes))
+                }
+                _ => Err(Errno::EOPNOTSUPP),
+            };
+            request.finish(result);
+        }
+    }
+}
+
+#[test]
+fn pulled_requests_are_served_by_many_threads_until_the_device_ends() {
+    for way in every_way() {
+        let driver = FakeDriver::new();
+        let (target, queues) = pull(Params::new(SIZE, 512), way.queues).unwrap();
+        let data = Arc::new(Mutex::new(vec![0; SIZE as usize]));
+        let queues: Vec<_> = queues.into_iter().map(Arc::new).collect();
+        let workers: Vec<_> = (0..4)
+            .map(|i| {
+                let (queue, data) = (queues[i % queues.len()].clone(), data.clone());
+                std::thread::spawn(move || serve(&queue, &data))
+            })
+            .collect();
+        let device = server(&driver, 6).start(target, &way).unwrap();
+        let disk = driver.disk(device.id());
+        let sent: Vec<_> = (0..64u64).map(|i| (i, disk.send(1, i * 512, 512, &[i as u8; 512]).unwrap())).collect();
+        for (i, sent) in sent {
+            disk.wait(sent).unwrap();
+            assert_eq!(disk.read(i * 512, 512).unwrap(), [i as u8; 512], "{way:?}");
+        }
+        finish(&driver, device);
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+    }
+}
+
+#[test]
+fn a_pull_queue_can_be_polled() {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd;
+    let readable = |queue: &pull::PullQueue, millis: u16| {
+        let mut fds = [PollFd::new(queue.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(millis)).unwrap() == 1
+    };
+    let driver = FakeDriver::new();
+    let (target, mut queues) = pull(Params::new(SIZE, 512), 1).unwrap();
+    let queue = queues.remove(0);
+    let device = server(&driver, 1).start(target, &options(1, 4)).unwrap();
+    let disk = driver.disk(device.id());
+    assert!(!readable(&queue, 0));
+    assert_eq!(queue.next_batch_within(1, Duration::ZERO).unwrap().len(), 0);
+    let sent = [disk.send(2, 0, 0, &[]).unwrap(), disk.send(2, 0, 0, &[]).unwrap()];
+    for _ in 0..2 {
+        assert!(readable(&queue, 10_000));
+        let batch = queue.next_batch_within(1, Duration::from_secs(10)).unwrap();
+        batch.into_iter().for_each(|request| request.complete());
+    }
+    sent.into_iter().for_each(|sent| drop(disk.wait(sent).unwrap()));
+    assert!(!readable(&queue, 0));
+    finish(&driver, device);
+    assert!(readable(&queue, 0), "the end can be seen too");
+    assert!(queue.next_batch(1).is_none());
+}
+
+#[test]
+fn a_pull_queue_that_nobody_wants_fails_its_requests() {
+    let driver = FakeDriver::new();
+    let (target, queues) = pull(Params::new(SIZE, 512), 1).unwrap();
+    let device = server(&driver, 1).start(target, &options(1, 4)).unwrap();
+    drop(queues);
+    assert_eq!(driver.disk(device.id()).write(0, &[0; 512]), Err(Errno::EIO));
+    finish(&driver, device);
+}
+
+#[test]
+fn pull_queues_end_when_the_device_does_not_start() {
+    let driver = FakeDriver::new();
+    driver.refuse_next("START_DEV", Errno::EINVAL);
+    let (target, queues) = pull(Params::new(SIZE, 512), 2).unwrap();
+    server(&driver, 1).start(target, &options(1, 4)).unwrap_err();
+    for queue in queues {
+        assert!(queue.next_batch(1).is_none());
+    }
+}
+
+#[test]
+fn an_old_driver_gets_what_it_can_do() {
+    let old = Features::NEED_GET_DATA | Features::USER_RECOVERY;
+    for (offered, data, batch) in [
+        (old, DataMovement::Copy, false),
+        (old | Features::USER_COPY, DataMovement::Copy, false),
+        (old | Features::USER_COPY | Features::SUPPORT_ZERO_COPY, DataMovement::Register, false),
+        (Features::all(), DataMovement::AutoRegister, true),
+    ] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(SIZE).unwrap();
+        let driver = FakeDriver::new();
+        driver.offer(offered);
+        let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+        let device = server(&driver, 1).start(Arc::new(target), &options(1, 4)).unwrap();
+        assert_eq!((device.data_movement().0, device.is_batched()), (data, batch));
+        driver.disk(device.id()).write(0, &[3; 4096]).unwrap();
+        assert_eq!(std::fs::read(file.path()).unwrap()[..4096], [3; 4096]);
+        finish(&driver, device);
+    }
+}
