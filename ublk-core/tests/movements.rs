@@ -50,6 +50,22 @@ fn a_ram_disk_works_whichever_way_its_data_moves() {
 }
 
 #[test]
+fn a_long_request_may_follow_a_short_one_on_the_same_tag() {
+    for way in every_way() {
+        let driver = FakeDriver::new();
+        let way = DeviceOptions { queues: 1, depth: 1, threads_per_queue: 1, ..way };
+        let device = server(&driver, 1).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &way).unwrap();
+        let disk = driver.disk(device.id());
+        for (value, len) in [(1, 512), (2, 65536), (3, 4096), (4, 131_072)] {
+            assert_eq!(disk.read(0, len).unwrap().len(), len, "{way:?}");
+            disk.write(0, &vec![value; len]).unwrap();
+            assert_eq!(disk.read(0, len).unwrap(), vec![value; len], "{way:?}");
+        }
+        finish(&driver, device);
+    }
+}
+
+#[test]
 fn a_file_disk_works_whichever_way_its_data_moves() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(SIZE).unwrap();

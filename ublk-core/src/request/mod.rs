@@ -163,6 +163,9 @@ impl<'q> Request<'q> {
             core.commit(tag, buffer, Answer::error(Errno::EOPNOTSUPP));
             return None;
         };
+        // What was left from the tag's last request may be too short, where tags have no buffers of their own.
+        let keeps = core.origin().data == DataMovement::Copy || !op.fills();
+        let buffer = buffer.filter(|buffer| keeps || buffer.len() as u64 >= op.len(&descriptor));
         let mut request = RequestOf { home: OnQueue(core), tag, op, descriptor, buffer, spent: false };
         if let Some(buffer) = request.buffer.as_ref().filter(|buffer| request.data_len() > buffer.len()) {
             log::error!("{request:?} is longer than its buffer of {} bytes", buffer.len());
