@@ -139,13 +139,27 @@ impl Control {
         self.run(command, COMMAND_TIMEOUT).map(drop)
     }
 
+    /// Sets the disk's shape and sees to it that the driver knows all of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] for a kind of parameters that the driver is too old for.
+    pub(crate) fn set_params_checked(&self, id: DeviceId, params: &Params) -> Result<()> {
+        self.set_params(id, params)?;
+        params.check_stored(&self.raw_params(id)?)
+    }
+
     /// GET_PARAMS: the disk's shape and numbers.
     pub fn params(&self, id: DeviceId) -> Result<StoredParams> {
+        let raw = self.raw_params(id)?;
+        Ok(StoredParams { params: Params::decode(&raw), disk_number: (raw.devt.disk_major, raw.devt.disk_minor) })
+    }
+
+    fn raw_params(&self, id: DeviceId) -> Result<ublk_params> {
         let empty = ublk_params { len: size_of::<ublk_params>() as u32, ..Default::default() };
         let payload = wire::encode_params(&empty);
         let command = ControlCommand { payload, ..command("GET_PARAMS", uapi::UBLK_U_CMD_GET_PARAMS, Some(id)) };
-        let raw = wire::decode_params(&self.run(command, COMMAND_TIMEOUT)?);
-        Ok(StoredParams { params: Params::decode(&raw), disk_number: (raw.devt.disk_major, raw.devt.disk_minor) })
+        Ok(wire::decode_params(&self.run(command, COMMAND_TIMEOUT)?))
     }
 
     /// START_DEV: makes `/dev/ublkbN`. Waits until every tag of every queue has been fetched; while it

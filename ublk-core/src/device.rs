@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::control::{AddRequest, Control, DRAIN_TIMEOUT, DeviceInfo, MAX_DEPTH, MAX_QUEUES, Removal};
-use crate::data::DataMovement;
+use crate::data::{Access, DataMovement};
 use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
 use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
@@ -24,6 +24,9 @@ use crate::units::{DeviceId, QueueId};
 
 /// Longest read or write that a device may be made for.
 pub const MAX_IO_BYTES: u32 = 32 << 20;
+
+/// What the driver demands of clients' memory by itself.
+const DEFAULT_DMA_ALIGNMENT: u32 = 4;
 
 /// How long `/dev/ublkcN` and `/dev/ublkbN` may take to appear, and udev to let go of the former.
 const NODE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -113,7 +116,10 @@ impl Server {
         params.validate()?;
         let offered = self.check_driver()?;
         let access = target.access();
-        let demands = Demands { access, excludes_copy: false, features: Features::empty() };
+        let mut features = Features::empty();
+        features.set(Features::ZONED, params.zoned.is_some());
+        features.set(Features::INTEGRITY, params.integrity.is_some());
+        let demands = Demands { access, excludes_copy: !features.is_empty(), features };
         let plan = Plan::choose(offered, &demands, options)?;
         log::debug!("data moves by {}: {}", plan.data, plan.reason);
         let events = Arc::new(QueueEvents::new()?);
@@ -211,7 +217,14 @@ impl Device {
         let id = self.id();
         let mut params = self.params;
         params.read_only |= !params.operations.contains(Operations::WRITE);
-        self.control.set_params(id, &params)?;
+        if let Access::Forwards { memory_alignment } = target.access()
+            && self.plan.data.is_zero_copy()
+        {
+            // Files get the clients' own memory.
+            let alignment = memory_alignment.max(params.dma_alignment.unwrap_or(1));
+            params.dma_alignment = Some(alignment).filter(|alignment| *alignment > DEFAULT_DMA_ALIGNMENT);
+        }
+        self.control.set_params_checked(id, &params)?;
         let file = self.open_char()?;
         for queue in (0..self.info.queues).map(QueueId) {
             for share in shares(self.info.depth, self.plan.threads_per_queue) {
@@ -254,7 +267,8 @@ impl Device {
         target: &Arc<dyn Target>,
         file: &Arc<dyn CharDevice>,
     ) -> Result<()> {
-        let info = QueueInfo::new(self.id(), queue, self.info.depth, self.info.max_io_bytes);
+        let zoned = self.params.zoned.is_some();
+        let info = QueueInfo::new(self.id(), queue, self.info.depth, self.info.max_io_bytes, zoned);
         let setup = QueueSetup {
             info,
             tags,

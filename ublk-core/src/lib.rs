@@ -47,7 +47,9 @@ pub use engine::{Spawn, StdSpawn};
 pub use error::{Error, Result};
 pub use memory::IoBuffer;
 pub use nix::errno::Errno;
-pub use params::{DEFAULT_MAX_IO_BYTES, DiscardLimits, Operations, Params};
+pub use params::{
+    Checksum, DEFAULT_MAX_IO_BYTES, DiscardLimits, Integrity, Operations, Params, SegmentLimits, ZonedLimits,
+};
 pub use pull::pull;
 pub use request::{Anywhere, DetachedRequest, FileRange, Home, OnQueue, Op, Request, RequestOf, Requests};
 pub use target::{QueueHandler, QueueInfo, Target};

@@ -51,8 +51,8 @@ pub struct QueueInfo {
 }
 
 impl QueueInfo {
-    pub(crate) fn new(device: DeviceId, queue: QueueId, depth: u16, max_io_bytes: u32) -> Self {
-        QueueInfo { device, queue, depth, max_io_bytes, zoned: false }
+    pub(crate) fn new(device: DeviceId, queue: QueueId, depth: u16, max_io_bytes: u32, zoned: bool) -> Self {
+        QueueInfo { device, queue, depth, max_io_bytes, zoned }
     }
 }
 

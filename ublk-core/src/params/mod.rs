@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Typed device parameters and their encoding as `struct ublk_params`.
+//! Typed device parameters.
+//!
+//! * [`limits`] — those that only some disks have: memory, segments, zones, integrity.
+//! * [`encode`] — their form as `struct ublk_params`.
 //!
 //! The rules of [`Params::validate`] are the driver's own (Linux 7.3, the strictest so far), checked
 //! here first so that a mistake is named instead of answered with `EINVAL`.
 
+mod encode;
+mod limits;
+
 use bitflags::bitflags;
 
+pub use self::limits::{Checksum, Integrity, SegmentLimits, ZonedLimits};
 use crate::error::{Error, Result};
-use crate::uapi::{self, ublk_params};
-use crate::units::Sectors;
 
 bitflags! {
     /// What a target can do besides reading. What is missing here is not advertised, and the kernel
@@ -40,6 +45,8 @@ bitflags! {
 pub struct DiscardLimits {
     /// Smallest unit that a discard can free, in bytes.
     pub granularity: u32,
+    /// Where on the disk the first such unit begins, in bytes.
+    pub alignment: u32,
     /// Longest discard in sectors.
     pub max_discard_sectors: u32,
     /// Longest write-zeroes in sectors.
@@ -70,6 +77,21 @@ pub struct Params {
     pub rotational: bool,
     /// Limits of discard and write-zeroes, used for those of the two that `operations` holds.
     pub discard: DiscardLimits,
+    /// No request crosses a multiple of this many bytes; a power of two from the logical block size on, or 0.
+    /// The size of a zone on a zoned disk.
+    pub chunk_size: u32,
+    /// Within a request, memory may only break at multiples of this mask plus one: 0 for anywhere, a power of
+    /// two minus one, at least 511.
+    pub virt_boundary_mask: u64,
+    /// What the addresses of clients' memory have to be a multiple of, in bytes: a power of two up to the page
+    /// size. By default the driver's, 4. Linux 6.15.
+    pub dma_alignment: Option<u32>,
+    /// How many pieces a request's memory may have, and how large. Linux 6.15.
+    pub segments: Option<SegmentLimits>,
+    /// Zones. Linux 6.6.
+    pub zoned: Option<ZonedLimits>,
+    /// Integrity metadata with each block. Linux 7.0.
+    pub integrity: Option<Integrity>,
 }
 
 /// Longest read or write by default.
@@ -96,9 +118,16 @@ impl Params {
             rotational: false,
             discard: DiscardLimits {
                 granularity: logical_block_size,
+                alignment: 0,
                 max_discard_sectors: u32::MAX >> 9,
                 max_write_zeroes_sectors: u32::MAX >> 9,
             },
+            chunk_size: 0,
+            virt_boundary_mask: 0,
+            dma_alignment: None,
+            segments: None,
+            zoned: None,
+            integrity: None,
         }
     }
 
@@ -183,85 +212,14 @@ impl Params {
                 ));
             }
         }
-        Ok(())
-    }
-
-    /// The disk as the driver is told it.
-    pub(crate) fn encode(&self) -> ublk_params {
-        let mut out = ublk_params {
-            len: size_of::<ublk_params>() as u32,
-            types: uapi::UBLK_PARAM_TYPE_BASIC,
-            ..Default::default()
-        };
-        let mut attrs = 0;
-        if self.read_only || !self.operations.contains(Operations::WRITE) {
-            attrs |= uapi::UBLK_ATTR_READ_ONLY;
-        }
-        if self.rotational {
-            attrs |= uapi::UBLK_ATTR_ROTATIONAL;
-        }
-        if self.operations.contains(Operations::FLUSH) {
-            attrs |= uapi::UBLK_ATTR_VOLATILE_CACHE;
-        }
-        if self.operations.contains(Operations::FUA) {
-            attrs |= uapi::UBLK_ATTR_FUA;
-        }
-        let shift = |value: u32| if value == 0 { 0 } else { value.ilog2() as u8 };
-        out.basic.attrs = attrs;
-        out.basic.logical_bs_shift = shift(self.logical_block_size);
-        out.basic.physical_bs_shift = shift(self.physical_block_size);
-        out.basic.io_min_shift = shift(self.io_min);
-        out.basic.io_opt_shift = shift(self.io_opt);
-        out.basic.max_sectors = self.max_io_bytes >> 9;
-        out.basic.dev_sectors = Sectors::from_bytes(self.size).0;
-        if self.operations.intersects(Operations::DISCARD | Operations::WRITE_ZEROES) {
-            out.types |= uapi::UBLK_PARAM_TYPE_DISCARD;
-            out.discard.discard_granularity = self.discard.granularity;
-            if self.operations.contains(Operations::DISCARD) {
-                out.discard.max_discard_sectors = self.discard.max_discard_sectors;
-                out.discard.max_discard_segments = 1;
-            }
-            if self.operations.contains(Operations::WRITE_ZEROES) {
-                out.discard.max_write_zeroes_sectors = self.discard.max_write_zeroes_sectors;
-            }
-        }
-        out
-    }
-
-    /// The disk as the driver tells it.
-    pub(crate) fn decode(raw: &ublk_params) -> Self {
-        let size_of_shift = |shift: u8| 1u32.checked_shl(u32::from(shift)).unwrap_or(0);
-        let basic = &raw.basic;
-        let mut operations = Operations::empty();
-        operations.set(Operations::WRITE, basic.attrs & uapi::UBLK_ATTR_READ_ONLY == 0);
-        operations.set(Operations::FLUSH, basic.attrs & uapi::UBLK_ATTR_VOLATILE_CACHE != 0);
-        operations.set(Operations::FUA, basic.attrs & uapi::UBLK_ATTR_FUA != 0);
-        if raw.types & uapi::UBLK_PARAM_TYPE_DISCARD != 0 {
-            operations.set(Operations::DISCARD, raw.discard.max_discard_sectors != 0);
-            operations.set(Operations::WRITE_ZEROES, raw.discard.max_write_zeroes_sectors != 0);
-        }
-        Params {
-            size: Sectors(basic.dev_sectors).bytes(),
-            logical_block_size: size_of_shift(basic.logical_bs_shift),
-            physical_block_size: size_of_shift(basic.physical_bs_shift),
-            io_min: size_of_shift(basic.io_min_shift),
-            io_opt: if basic.io_opt_shift == 0 { 0 } else { size_of_shift(basic.io_opt_shift) },
-            max_io_bytes: basic.max_sectors << 9,
-            operations,
-            read_only: basic.attrs & uapi::UBLK_ATTR_READ_ONLY != 0,
-            rotational: basic.attrs & uapi::UBLK_ATTR_ROTATIONAL != 0,
-            discard: DiscardLimits {
-                granularity: raw.discard.discard_granularity,
-                max_discard_sectors: raw.discard.max_discard_sectors,
-                max_write_zeroes_sectors: raw.discard.max_write_zeroes_sectors,
-            },
-        }
+        self.validate_limits()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::uapi;
     use proptest::prelude::*;
 
     fn refused(params: Params) -> String {

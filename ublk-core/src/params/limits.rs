@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Limits that only some disks have.
+
+use super::{PAGE_SIZE, Params};
+use crate::error::{Error, Result};
+use crate::uapi::ublk_param_integrity;
+
+/// How many pieces a request's memory may have, and how large they may be. 0 leaves a limit to the block
+/// layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SegmentLimits {
+    /// No piece crosses a multiple of this mask plus one; a power of two minus one, at least 4095.
+    pub boundary_mask: u64,
+    /// Longest piece in bytes, at least 4096.
+    pub max_size: u32,
+    /// Most pieces.
+    pub max_count: u16,
+}
+
+/// Limits of a zoned disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ZonedLimits {
+    /// Most open zones; 0 for no limit.
+    pub max_open: u32,
+    /// Most active zones, open or closed; 0 for no limit.
+    pub max_active: u32,
+    /// Longest zone append in bytes.
+    pub max_append_bytes: u32,
+}
+
+/// What guards a block's data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checksum {
+    /// Nothing: opaque metadata.
+    #[default]
+    None,
+    /// The Internet checksum, in 8 bytes of protection information.
+    Ip,
+    /// CRC-16 of T10 DIF, in 8 bytes.
+    Crc16T10Dif,
+    /// CRC-64 of NVMe, in 16 bytes.
+    Crc64Nvme,
+}
+
+impl Checksum {
+    /// Numbers of `linux/fs.h`.
+    const ALL: [(Checksum, u8); 4] =
+        [(Checksum::None, 0), (Checksum::Ip, 1), (Checksum::Crc16T10Dif, 2), (Checksum::Crc64Nvme, 4)];
+
+    fn number(self) -> u8 {
+        Self::ALL.iter().find(|(kind, _)| *kind == self).map_or(0, |(_, number)| *number)
+    }
+
+    fn of_number(number: u8) -> Self {
+        Self::ALL.iter().find(|(_, n)| *n == number).map_or(Checksum::None, |(kind, _)| *kind)
+    }
+
+    /// Bytes of protection information.
+    pub fn tuple_size(self) -> u8 {
+        match self {
+            Checksum::None => 0,
+            Checksum::Ip | Checksum::Crc16T10Dif => 8,
+            Checksum::Crc64Nvme => 16,
+        }
+    }
+}
+
+/// Integrity metadata that travels with each block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Integrity {
+    /// Bytes of metadata for each interval.
+    pub metadata_size: u8,
+    /// Where in those the protection information lies.
+    pub pi_offset: u8,
+    /// What guards the data.
+    pub checksum: Checksum,
+    /// Bytes of the application's tag.
+    pub tag_size: u8,
+    /// Bytes of data that share metadata: a power of two from 512 to the logical block size.
+    pub interval: u32,
+    /// The block layer checks and makes protection information (`LBMD_PI_CAP_INTEGRITY`).
+    pub verified: bool,
+    /// The information holds the block's number (`LBMD_PI_CAP_REFTAG`).
+    pub reference_tag: bool,
+    /// Most pieces of metadata of a request; 0 for no limit.
+    pub max_segments: u16,
+}
+
+/// From `linux/fs.h`.
+const CAP_INTEGRITY: u32 = 1;
+const CAP_REFERENCE_TAG: u32 = 2;
+
+impl Integrity {
+    pub(super) fn encode(&self, out: &mut ublk_param_integrity) {
+        out.flags = if self.verified { CAP_INTEGRITY } else { 0 };
+        out.flags |= if self.reference_tag { CAP_REFERENCE_TAG } else { 0 };
+        out.max_integrity_segments = self.max_segments;
+        out.interval_exp = self.interval.ilog2() as u8;
+        out.metadata_size = self.metadata_size;
+        out.pi_offset = self.pi_offset;
+        out.csum_type = self.checksum.number();
+        out.tag_size = self.tag_size;
+    }
+
+    pub(super) fn decode(raw: &ublk_param_integrity) -> Self {
+        Integrity {
+            metadata_size: raw.metadata_size,
+            pi_offset: raw.pi_offset,
+            checksum: Checksum::of_number(raw.csum_type),
+            tag_size: raw.tag_size,
+            interval: 1u32.checked_shl(raw.interval_exp.into()).unwrap_or(0),
+            verified: raw.flags & CAP_INTEGRITY != 0,
+            reference_tag: raw.flags & CAP_REFERENCE_TAG != 0,
+            max_segments: raw.max_integrity_segments,
+        }
+    }
+
+    /// Bytes of metadata of a request with so many bytes of data.
+    pub fn bytes_for(&self, data: u64) -> u64 {
+        data / u64::from(self.interval) * u64::from(self.metadata_size)
+    }
+
+    fn validate(&self, block: u32) -> Result<()> {
+        if self.metadata_size == 0 {
+            return Err(Error::invalid("metadata size", 0, "at least a byte is needed"));
+        }
+        let end = u16::from(self.pi_offset) + u16::from(self.checksum.tuple_size());
+        if end > u16::from(self.metadata_size) {
+            return Err(Error::invalid(
+                "offset of the protection information",
+                self.pi_offset,
+                format!(
+                    "with {} bytes it ends behind the metadata's {}",
+                    self.checksum.tuple_size(),
+                    self.metadata_size
+                ),
+            ));
+        }
+        if !self.interval.is_power_of_two() || !(512..=block).contains(&self.interval) {
+            let rule = format!("a power of two from 512 to the logical block size ({block}) is needed");
+            return Err(Error::invalid("integrity interval", self.interval, rule));
+        }
+        if self.reference_tag && self.checksum == Checksum::None {
+            return Err(Error::invalid(
+                "reference tag",
+                true,
+                "it is a part of protection information, and there is none",
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Params {
+    pub(super) fn validate_limits(&self) -> Result<()> {
+        let block = self.logical_block_size;
+        let chunk = self.chunk_size;
+        if chunk != 0 && (!chunk.is_power_of_two() || chunk < block) {
+            let rule = format!("a power of two from the logical block size ({block}) on is needed");
+            return Err(Error::invalid("chunk size", chunk, rule));
+        }
+        let is_mask = |mask: u64| mask.wrapping_add(1).is_power_of_two() || mask == u64::MAX;
+        let mask = self.virt_boundary_mask;
+        if mask != 0 && (!is_mask(mask) || mask < 511) {
+            return Err(Error::invalid(
+                "virt boundary mask",
+                mask,
+                "a power of two minus one, at least 511, is needed",
+            ));
+        }
+        if let Some(alignment) = self.dma_alignment
+            && (!alignment.is_power_of_two() || alignment > PAGE_SIZE)
+        {
+            let rule = format!("a power of two up to {PAGE_SIZE} bytes is needed");
+            return Err(Error::invalid("DMA alignment", alignment, rule));
+        }
+        if let Some(segments) = self.segments {
+            let mask = segments.boundary_mask;
+            if mask != 0 && (!is_mask(mask) || mask < 4095) {
+                let rule = "a power of two minus one, at least 4095, is needed";
+                return Err(Error::invalid("segment boundary mask", mask, rule));
+            }
+            if segments.max_size != 0 && segments.max_size < PAGE_SIZE {
+                return Err(Error::invalid(
+                    "longest segment",
+                    segments.max_size,
+                    format!("at least {PAGE_SIZE} bytes"),
+                ));
+            }
+        }
+        if let Some(zoned) = self.zoned {
+            if chunk == 0 {
+                return Err(Error::invalid("zone size", 0, "a zoned disk needs one"));
+            }
+            let zones = self.size / u64::from(chunk);
+            for (name, value) in [("most open zones", zoned.max_open), ("most active zones", zoned.max_active)] {
+                if u64::from(value) > zones {
+                    return Err(Error::invalid(name, value, format!("the disk has {zones} zones")));
+                }
+            }
+            let append = zoned.max_append_bytes;
+            if append == 0 || !append.is_multiple_of(block) {
+                let rule = format!("a multiple of the logical block size ({block}) is needed");
+                return Err(Error::invalid("longest zone append", append, rule));
+            }
+        }
+        self.integrity.map_or(Ok(()), |integrity| integrity.validate(block))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params(change: impl FnOnce(&mut Params)) -> Params {
+        let mut params = Params::new(64 << 20, 4096);
+        change(&mut params);
+        params
+    }
+
+    const PI: Integrity = Integrity {
+        metadata_size: 16,
+        pi_offset: 8,
+        checksum: Checksum::Crc16T10Dif,
+        tag_size: 2,
+        interval: 4096,
+        verified: true,
+        reference_tag: true,
+        max_segments: 0,
+    };
+
+    #[test]
+    fn every_limit_survives_its_encoding() {
+        let all = params(|p| {
+            p.chunk_size = 1 << 20;
+            p.virt_boundary_mask = 4095;
+            p.dma_alignment = Some(512);
+            p.segments = Some(SegmentLimits { boundary_mask: 65535, max_size: 8192, max_count: 7 });
+            p.zoned = Some(ZonedLimits { max_open: 4, max_active: 8, max_append_bytes: 65536 });
+            p.integrity = Some(PI);
+            p.discard.alignment = 4096;
+        });
+        all.validate().unwrap();
+        assert_eq!(Params::decode(&all.encode()).segments, all.segments);
+        let back = Params::decode(&all.encode());
+        assert_eq!((back.chunk_size, back.virt_boundary_mask), (all.chunk_size, all.virt_boundary_mask));
+        assert_eq!((back.dma_alignment, back.zoned, back.integrity), (all.dma_alignment, all.zoned, all.integrity));
+        assert_eq!(back.discard.alignment, 4096);
+    }
+
+    #[test]
+    fn each_rule_names_its_field() {
+        let zoned = ZonedLimits { max_open: 0, max_active: 0, max_append_bytes: 4096 };
+        let segments = SegmentLimits::default();
+        for (bad, words) in [
+            (params(|p| p.chunk_size = 3 << 20), "chunk size"),
+            (params(|p| p.chunk_size = 2048), "chunk size"),
+            (params(|p| p.virt_boundary_mask = 255), "virt boundary"),
+            (params(|p| p.virt_boundary_mask = 4096), "virt boundary"),
+            (params(|p| p.dma_alignment = Some(3)), "DMA alignment"),
+            (params(|p| p.dma_alignment = Some(8192)), "DMA alignment"),
+            (params(|p| p.segments = Some(SegmentLimits { boundary_mask: 2047, ..segments })), "segment boundary"),
+            (params(|p| p.segments = Some(SegmentLimits { max_size: 512, ..segments })), "longest segment"),
+            (params(|p| p.zoned = Some(zoned)), "zone size"),
+            (
+                params(|p| (p.chunk_size, p.zoned) = (1 << 20, Some(ZonedLimits { max_open: 65, ..zoned }))),
+                "open zones",
+            ),
+            (
+                params(|p| (p.chunk_size, p.zoned) = (1 << 20, Some(ZonedLimits { max_append_bytes: 0, ..zoned }))),
+                "zone append",
+            ),
+            (params(|p| p.integrity = Some(Integrity { metadata_size: 0, ..PI })), "metadata size"),
+            (params(|p| p.integrity = Some(Integrity { pi_offset: 9, ..PI })), "offset of the protection"),
+            (params(|p| p.integrity = Some(Integrity { interval: 8192, ..PI })), "interval"),
+            (params(|p| p.integrity = Some(Integrity { checksum: Checksum::None, ..PI })), "reference tag"),
+        ] {
+            let message = bad.validate().expect_err(words).to_string();
+            assert!(message.contains(words), "{message}");
+        }
+    }
+}
