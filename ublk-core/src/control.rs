@@ -6,7 +6,7 @@
 //! [`Error::Timeout`] with what it waits for; the caller goes on.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -14,12 +14,17 @@ use crate::driver::{ControlCommand, ControlFailure, Driver};
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::uapi::{self, DeviceState, Features, ublk_params, ublksrv_ctrl_dev_info};
-use crate::units::{DeviceId, QueueId};
+use crate::units::{DeviceId, QueueId, Sectors};
 
 /// How long a command may take that has no reason to wait.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a command may take that waits for requests or for a server to go.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a server may take for its requests before it is asked to leave again.
+const QUIESCE_SLICE: Duration = Duration::from_millis(500);
+/// How often a device's state is looked at while it is about to change.
+pub(crate) const STATE_POLL: Duration = Duration::from_millis(10);
 
 /// How long a deleted device's id may take to become free before [`Control::remove`] leaves it at that.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -204,6 +209,90 @@ impl Control {
         self.run(command, DRAIN_TIMEOUT).map(drop)
     }
 
+    /// TRY_STOP_DEV: as [`stop`](Control::stop), but `EBUSY` if anybody has the disk or a partition of it open.
+    /// Linux 7.0.
+    pub fn try_stop(&self, id: DeviceId) -> Result<()> {
+        let command = command("TRY_STOP_DEV", uapi::UBLK_U_CMD_TRY_STOP_DEV, Some(id));
+        self.run(command, DRAIN_TIMEOUT).map(drop)
+    }
+
+    /// QUIESCE_DEV: asks the server of a device with [`Features::QUIESCE`] to leave; the device stays, and its
+    /// requests wait for the next server. Linux 6.16.
+    ///
+    /// The driver of Linux up to 7.3 (as far as tried) does not wait for requests that the server holds, and forgets tags that are lent
+    /// again later: repeat the command until the device's state changes, as
+    /// [`quiesce_until`](Control::quiesce_until) does.
+    pub fn quiesce(&self, id: DeviceId, patience: Duration) -> Result<()> {
+        let millis = patience.as_millis().clamp(1, u32::MAX.into()) as u64;
+        let command = command("QUIESCE_DEV", uapi::UBLK_U_CMD_QUIESCE_DEV, Some(id));
+        self.run(ControlCommand { data: millis, ..command }, patience + COMMAND_TIMEOUT).map(drop)
+    }
+
+    /// Asks the server to leave until it has left, at most for `timeout`. Gives the state that the device is
+    /// in then.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if the device was not made for it, [`Error::Timeout`] if the server does not
+    /// finish its requests.
+    pub fn quiesce_until(&self, id: DeviceId, timeout: Duration) -> Result<DeviceState> {
+        let info = self.info(id)?;
+        crate::plan::require(info.features, Features::QUIESCE)?;
+        let deadline = Instant::now() + timeout;
+        loop {
+            match self.quiesce(id, QUIESCE_SLICE) {
+                // Requests are still with the server.
+                Ok(()) | Err(Error::Control { errno: Errno::EBUSY, .. }) => {}
+                Err(error) => return Err(error),
+            }
+            let again = Instant::now() + QUIESCE_SLICE;
+            while Instant::now() < again {
+                let state = self.info(id)?.state;
+                if state != DeviceState::Live {
+                    return Ok(state);
+                }
+                std::thread::sleep(STATE_POLL);
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::Timeout {
+                    waiting_for: format!("the server of device {id} (process {}) leaving", info.pid),
+                    waited: timeout,
+                    hint: "it does not finish its requests".into(),
+                });
+            }
+        }
+    }
+
+    /// START_USER_RECOVERY: prepares a device whose server is gone for the next one. `EBUSY` while the old
+    /// server still has it open. Linux 6.1; from 7.3 on it only checks the state.
+    pub fn start_recovery(&self, id: DeviceId) -> Result<()> {
+        let command = command("START_USER_RECOVERY", uapi::UBLK_U_CMD_START_USER_RECOVERY, Some(id));
+        self.run(command, COMMAND_TIMEOUT).map(drop)
+    }
+
+    /// END_USER_RECOVERY: hands a device over to the server that has fetched all its tags. Waits for that; while
+    /// it waits, `give_up` is asked now and then.
+    pub fn end_recovery(&self, id: DeviceId, pid: u32, give_up: &dyn Fn() -> bool) -> Result<()> {
+        let command = command("END_USER_RECOVERY", uapi::UBLK_U_CMD_END_USER_RECOVERY, Some(id));
+        self.run_unless(ControlCommand { data: u64::from(pid), ..command }, DRAIN_TIMEOUT, give_up).map(drop)
+    }
+
+    /// UPDATE_SIZE: changes a started disk's capacity, in bytes. Linux 6.16.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`] unless it is whole logical blocks: Linux's driver takes anything.
+    pub fn update_size(&self, id: DeviceId, bytes: u64) -> Result<()> {
+        let block = self.params(id)?.params.logical_block_size;
+        if bytes == 0 || !bytes.is_multiple_of(u64::from(block)) {
+            let rule = format!("a multiple of the logical block size ({block}) is needed");
+            return Err(Error::invalid("size", bytes, rule));
+        }
+        let command = command("UPDATE_SIZE", uapi::UBLK_U_CMD_UPDATE_SIZE, Some(id));
+        let sectors = Sectors::from_bytes(bytes).0;
+        self.run(ControlCommand { data: sectors, ..command }, COMMAND_TIMEOUT).map(drop)
+    }
+
     /// GET_DEV_INFO2: what the driver knows about a device. Linux 6.3.
     pub fn info(&self, id: DeviceId) -> Result<DeviceInfo> {
         let path = format!("/dev/ublkc{id}\0");
@@ -257,7 +346,7 @@ impl Control {
 }
 
 /// Commands that wait for requests, or take a lock of the driver's that is held meanwhile.
-const MAY_BLOCK: [u32; 7] = [
+const MAY_BLOCK: [u32; 12] = [
     uapi::UBLK_U_CMD_ADD_DEV,
     uapi::UBLK_U_CMD_SET_PARAMS,
     uapi::UBLK_U_CMD_GET_PARAMS,
@@ -265,6 +354,11 @@ const MAY_BLOCK: [u32; 7] = [
     uapi::UBLK_U_CMD_STOP_DEV,
     uapi::UBLK_U_CMD_DEL_DEV,
     uapi::UBLK_U_CMD_DEL_DEV_ASYNC,
+    uapi::UBLK_U_CMD_TRY_STOP_DEV,
+    uapi::UBLK_U_CMD_QUIESCE_DEV,
+    uapi::UBLK_U_CMD_START_USER_RECOVERY,
+    uapi::UBLK_U_CMD_END_USER_RECOVERY,
+    uapi::UBLK_U_CMD_UPDATE_SIZE,
 ];
 
 fn command(name: &'static str, op: u32, id: Option<DeviceId>) -> ControlCommand {
@@ -288,6 +382,13 @@ fn hint(command: &str, errno: Errno) -> &'static str {
         ("ADD_DEV", Errno::ENOMEM) => "not enough memory for that many queues and tags",
         ("START_DEV", Errno::EEXIST) => "the device is started already, or its last disk is still held open",
         ("START_DEV", Errno::EBUSY) => "the device was stopped while its server still had it open",
+        ("TRY_STOP_DEV", Errno::EBUSY) => "the disk is open or mounted",
+        ("TRY_STOP_DEV", Errno::EOPNOTSUPP) => "Linux 7.0 or newer has it",
+        ("QUIESCE_DEV" | "UPDATE_SIZE", Errno::EOPNOTSUPP) => "Linux 6.16 or newer has it",
+        ("UPDATE_SIZE", Errno::ENODEV) => "there is no such device, or it has no disk",
+        ("START_USER_RECOVERY", Errno::EINVAL) => "the device was not made to be recovered",
+        ("START_USER_RECOVERY", Errno::EBUSY) => "the device is still served, or still held open",
+        ("END_USER_RECOVERY", Errno::EBUSY) => "the device does not wait for a server",
         ("GET_FEATURES", Errno::EOPNOTSUPP | Errno::ENODEV | Errno::EINVAL | Errno::EPERM) => {
             "the driver is older than Linux 6.5"
         }
@@ -302,8 +403,10 @@ fn hint(command: &str, errno: Errno) -> &'static str {
 /// What a command that takes too long is waiting for.
 fn timeout_hint(command: &str) -> &'static str {
     match command {
-        "START_DEV" => "the server has not fetched all tags, or does not answer the partition scan",
-        "STOP_DEV" => "requests are in flight that the server does not finish",
+        "START_DEV" | "END_USER_RECOVERY" => {
+            "the server has not fetched all tags, or does not answer the partition scan"
+        }
+        "STOP_DEV" | "TRY_STOP_DEV" => "requests are in flight that the server does not finish",
         "DEL_DEV" => "requests are not finished, or somebody still has the ublkc node open or mapped",
         _ => "the driver does not answer",
     }

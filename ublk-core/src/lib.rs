@@ -42,7 +42,7 @@ mod uapi;
 mod units;
 
 pub use data::{Access, DataMovement};
-pub use device::{Device, DeviceOptions, MAX_IO_BYTES, Server};
+pub use device::{Device, DeviceOptions, Ending, MAX_IO_BYTES, Recovery, Server};
 pub use engine::{Spawn, StdSpawn};
 pub use error::{Error, Result};
 pub use memory::IoBuffer;

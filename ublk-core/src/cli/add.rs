@@ -4,22 +4,27 @@
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use super::{Failure, Host, Outcome, daemon, serve, size};
+use super::serve::Why;
+use super::state::{Origin, State};
+use super::{Failure, Host, Outcome, daemon, serve, size, state};
 use crate::data::DataMovement;
-use crate::device::{DeviceOptions, Server};
+use crate::device::{Device, DeviceOptions, Ending, Recovery, Server};
 use crate::driver::kernel::KernelDriver;
 use crate::engine::StdSpawn;
 use crate::error::{Error, Result};
-use crate::params::{Operations, Params};
+use crate::params::{Operations, Params, SegmentLimits};
 use crate::target::Target;
-use crate::targets::{File, FileOptions, Io, Mem, Null};
+use crate::targets::{self, File, FileOptions, Io, Mem, Null};
 use crate::units::DeviceId;
+
+/// Size of a RAM disk, unless another is asked for.
+const DEFAULT_MEM_SIZE: u64 = 1 << 30;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
@@ -46,6 +51,12 @@ enum IoMode {
 enum Switch {
     On,
     Off,
+}
+
+/// The possible values of `--recovery`.
+fn recovery() -> impl TypedValueParser<Value = Recovery> {
+    let named = |name: String| Recovery::ALL.into_iter().find(|recovery| recovery.name() == name);
+    PossibleValuesParser::new(Recovery::ALL.map(Recovery::name)).try_map(move |name| named(name).ok_or("unknown"))
 }
 
 /// The possible values of `--data`.
@@ -93,6 +104,52 @@ pub(super) struct Args {
     /// Threads that share each queue
     #[arg(long, value_name = "N", default_value_t = 1)]
     threads_per_queue: u32,
+    /// Let the device survive its server, for `ublk recover` and `ublk upgrade`; and what becomes of requests
+    /// meanwhile
+    #[arg(short, long, value_name = "HOW", num_args = 0..=1, default_missing_value = "queue", value_parser = recovery())]
+    recovery: Option<Recovery>,
+    /// Do not look for partitions
+    #[arg(long)]
+    no_partition_scan: bool,
+    /// Longest unit that no request crosses, e.g. a RAID stripe
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    chunk_size: Option<u32>,
+    /// Preferred smallest request [default: the physical block size]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    io_min: Option<u32>,
+    /// Preferred request for streaming
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    io_opt: Option<u32>,
+    /// What the addresses of clients' memory have to be a multiple of
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    dma_alignment: Option<u32>,
+    /// Most pieces of memory in a request
+    #[arg(long, value_name = "N")]
+    max_segments: Option<u16>,
+    /// Longest piece of memory in a request
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    max_segment_size: Option<u32>,
+    /// No piece of memory crosses a multiple of this, a power of two
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    segment_boundary: Option<u64>,
+    /// Within a request, memory breaks only at multiples of this, a power of two
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    virt_boundary: Option<u64>,
+    /// Smallest unit that a discard can free
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    discard_granularity: Option<u32>,
+    /// Longest discard; 0 for no discard at all
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    max_discard: Option<u64>,
+    /// Longest write of zeros; 0 for none at all
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    max_write_zeroes: Option<u64>,
+    /// Have no write cache: fsync sends nothing
+    #[arg(long)]
+    no_write_cache: bool,
+    /// Have no writes with forced unit access
+    #[arg(long)]
+    no_fua: bool,
     /// Refuse writes
     #[arg(short = 'o', long)]
     read_only: bool,
@@ -118,19 +175,26 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     if let Some(report) = args.report {
-        return daemon::child(report, args.log.as_deref(), |ready| serve(args, ready));
+        let origin = Origin::here(&daemon::without_report(arguments))?;
+        return daemon::child(report, args.log.as_deref(), |ready| serve(args, &origin, None, ready));
     }
     if args.foreground {
-        return serve(args, |device| super::print(&format!("{}\n", device.path().display())));
+        let ready = |device: &Device| super::print(&format!("{}\n", device.path().display()));
+        return serve(args, &Origin::here(arguments)?, None, ready);
     }
     daemon::parent(arguments, host)
 }
 
-/// Makes the device, calls `ready` when it can be used, and serves it to its end.
-fn serve(args: &Args, ready: impl FnOnce(&crate::Device) -> Outcome) -> Outcome {
+/// Makes the device, or gives one that waits for a server a new one, calls `ready` when it can be used, and
+/// serves it to its end. `origin` is for the device's next server.
+pub(super) fn serve(
+    args: &Args,
+    origin: &Origin,
+    waiting: Option<DeviceId>,
+    ready: impl FnOnce(&Device) -> Outcome,
+) -> Outcome {
     // Before any thread is made: they inherit the mask.
     let signals = serve::Signals::block()?;
-    let target = target(args)?;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     if threads == 0 {
         return Err(Error::invalid("threads", 0, "at least one is needed").into());
@@ -143,27 +207,84 @@ fn serve(args: &Args, ready: impl FnOnce(&crate::Device) -> Outcome) -> Outcome 
         data: args.data,
         batch: args.batch.map(|batch| batch == Switch::On),
         threads_per_queue: args.threads_per_queue,
+        recovery: args.recovery,
+        partition_scan: !args.no_partition_scan,
     };
-    let device = server.start(target, &options)?;
+    let device = match waiting {
+        None => server.start(target(args, None)?, &options)?,
+        Some(id) => {
+            let size = server.control().params(id)?.params.size;
+            server.recover(id, target(args, Some(size))?)?
+        }
+    };
     // On an error the device is dropped here, which stops and deletes it.
-    ready(&device)?;
-    signals.wait_with(&device)?;
-    device.stop().map_err(Failure::from)
+    let kept = State::of(&device, origin).and_then(|state| state.save(device.id()));
+    match kept {
+        Err(failure) if options.recovery.is_some() => return Err(failure),
+        Err(Failure::Text(why)) => log::warn!("{why}"),
+        _ => {}
+    }
+    let id = device.id();
+    let instance = state::instance(id);
+    let ended = ready(&device).and_then(|()| match signals.wait_with(&device)? {
+        Why::Signal => device.stop().map(|()| Ending::Deleted).map_err(Failure::from),
+        Why::Device => device.conclude().map_err(Failure::from),
+    });
+    drop(device);
+    match ended {
+        Ok(Ending::Left) => log::info!("device {id} is left to another server"),
+        _ => state::remove(id, instance),
+    }
+    ended.map(drop)
 }
 
-fn target(args: &Args) -> Result<Arc<dyn Target>> {
+impl Args {
+    /// Makes relative paths those of another directory.
+    pub(super) fn resolve(&mut self, directory: &Path) {
+        self.file = self.file.take().map(|file| directory.join(file));
+    }
+
+    /// Checks what can be checked of a target while another server has it.
+    pub(super) fn check(&self) -> Result<()> {
+        match &self.file {
+            None => Ok(()),
+            Some(file) => std::fs::File::open(file).map(drop).map_err(|e| Error::file("open", file, &e)),
+        }
+    }
+
+    /// The size that a disk can be given, if it can be given the one that is wished for.
+    pub(super) fn new_size(&self, wish: Option<u64>, present: u64) -> Result<u64> {
+        let limit = match (self.kind, &self.file) {
+            (Kind::File, Some(file)) => targets::file_size(file)?,
+            // It has room for what it was made with.
+            (Kind::Mem, _) => self.size.unwrap_or(DEFAULT_MEM_SIZE),
+            _ => u64::MAX,
+        };
+        match wish {
+            Some(bytes) if bytes > limit => {
+                Err(Error::invalid("size", bytes, format!("there are {limit} bytes behind it")))
+            }
+            Some(bytes) => Ok(bytes),
+            None if self.kind == Kind::File => Ok(limit),
+            None => Err(Error::invalid("size", present, "only a disk in a file can do without a new size")),
+        }
+    }
+}
+
+/// Makes the target; `size` is that of a disk which exists already.
+fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
     if args.file.is_some() && args.kind != Kind::File {
         return Err(Error::invalid("file", args.file.as_deref().unwrap_or("".as_ref()).display(), "only for -t file"));
     }
     let block = args.block_size.unwrap_or(512);
     Ok(match args.kind {
         Kind::Null => {
-            let mut params = Params::new(args.size.unwrap_or(250 << 30), block);
+            let mut params = Params::new(size.or(args.size).unwrap_or(250 << 30), block);
             params.operations = Operations::all();
             Arc::new(Null::with_params(shape(args, params))?)
         }
         Kind::Mem => {
-            let mem = Mem::new(args.size.unwrap_or(1 << 30), block)?;
+            let mem = Mem::new(args.size.unwrap_or(DEFAULT_MEM_SIZE), block)?;
             Arc::new(Mem::with_params(shape(args, mem.params()))?)
         }
         Kind::File => {
@@ -178,7 +299,7 @@ fn target(args: &Args) -> Result<Arc<dyn Target>> {
             };
             let file = File::open(args.file.as_deref().unwrap_or("".as_ref()), &options)?;
             let mut params = shape(args, file.params());
-            params.size = args.size.unwrap_or(params.size);
+            params.size = size.or(args.size).unwrap_or(params.size);
             Arc::new(file.with_params(params)?)
         }
     })
@@ -189,6 +310,35 @@ fn shape(args: &Args, mut params: Params) -> Params {
     if let Some(bytes) = args.physical_block_size {
         params.physical_block_size = bytes;
         params.io_min = bytes;
+    }
+    params.io_min = args.io_min.unwrap_or(params.io_min);
+    params.io_opt = args.io_opt.unwrap_or(params.io_opt);
+    params.chunk_size = args.chunk_size.unwrap_or(params.chunk_size);
+    params.dma_alignment = args.dma_alignment.or(params.dma_alignment);
+    params.virt_boundary_mask = args.virt_boundary.map_or(params.virt_boundary_mask, |bytes| bytes.wrapping_sub(1));
+    if args.max_segments.is_some() || args.max_segment_size.is_some() || args.segment_boundary.is_some() {
+        params.segments = Some(SegmentLimits {
+            boundary_mask: args.segment_boundary.map_or(0, |bytes| bytes.wrapping_sub(1)),
+            max_size: args.max_segment_size.unwrap_or(0),
+            max_count: args.max_segments.unwrap_or(0),
+        });
+    }
+    params.discard.granularity = args.discard_granularity.unwrap_or(params.discard.granularity);
+    let sectors = |bytes: u64| u32::try_from(bytes >> 9).unwrap_or(u32::MAX >> 9);
+    if let Some(bytes) = args.max_discard {
+        params.discard.max_discard_sectors = sectors(bytes);
+        params.operations.set(Operations::DISCARD, bytes != 0 && params.operations.contains(Operations::DISCARD));
+    }
+    if let Some(bytes) = args.max_write_zeroes {
+        params.discard.max_write_zeroes_sectors = sectors(bytes);
+        let can = params.operations.contains(Operations::WRITE_ZEROES);
+        params.operations.set(Operations::WRITE_ZEROES, bytes != 0 && can);
+    }
+    if args.no_write_cache {
+        params.operations -= Operations::FLUSH | Operations::FUA;
+    }
+    if args.no_fua {
+        params.operations -= Operations::FUA;
     }
     params.max_io_bytes = args.max_io.unwrap_or(params.max_io_bytes);
     params.read_only |= args.read_only;

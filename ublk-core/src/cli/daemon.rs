@@ -17,15 +17,30 @@ use std::process::{Command, ExitStatus, Stdio};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::unistd::{chdir, dup2_stderr, dup2_stdout, pipe2, setsid};
 
-use super::{Failure, Host, Outcome};
+use super::{Failure, Host, Outcome, state};
 use crate::device::Device;
 use crate::units::DeviceId;
 
 /// The hidden flag that makes a process the child.
 pub(super) const REPORT_FLAG: &str = "report-fd";
 
-/// Where logs go by default.
-const LOG_DIR: &str = "/run/ublk";
+/// Where logs and states of devices are kept.
+pub(super) const RUN_DIR: &str = "/run/ublk";
+
+/// A command line without what [`parent`] has added to it.
+pub(super) fn without_report(arguments: &[OsString]) -> Vec<OsString> {
+    let flag = format!("--{REPORT_FLAG}");
+    let mut words = arguments.iter();
+    let mut kept = Vec::new();
+    while let Some(word) = words.next() {
+        if *word == *flag {
+            words.next();
+        } else {
+            kept.push(word.clone());
+        }
+    }
+    kept
+}
 
 /// Starts the child and waits for its word.
 pub(super) fn parent(arguments: &[OsString], host: &Host) -> Outcome {
@@ -68,7 +83,10 @@ pub(super) fn parent(arguments: &[OsString], host: &Host) -> Outcome {
 /// Removes a device whose path nobody could be told.
 fn remove(id: &str) {
     let removed = id.parse().map_err(|_| format!("no device id: {id:?}")).and_then(|id| {
-        super::control().and_then(|control| control.remove(DeviceId(id))).map_err(|error| error.to_string())
+        let instance = state::instance(DeviceId(id));
+        let removed = super::control().and_then(|control| control.remove(DeviceId(id)));
+        state::remove(DeviceId(id), instance);
+        removed.map_err(|error| error.to_string())
     });
     if let Err(message) = removed {
         eprintln!("ublk: removing the device: {message}");
@@ -137,11 +155,11 @@ pub(super) fn child(
 }
 
 fn default_log(device: &Device) -> PathBuf {
-    Path::new(LOG_DIR).join(format!("ublkb{}.log", device.id()))
+    Path::new(RUN_DIR).join(format!("ublkb{}.log", device.id()))
 }
 
 fn open_log(path: &Path) -> Result<File, Failure> {
-    if let Some(parent) = path.parent().filter(|p| *p == Path::new(LOG_DIR)) {
+    if let Some(parent) = path.parent().filter(|p| *p == Path::new(RUN_DIR)) {
         fs::create_dir_all(parent).map_err(|e| Failure::Text(format!("making {}: {e}", parent.display())))?;
     }
     OpenOptions::new()

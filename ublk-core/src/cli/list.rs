@@ -6,10 +6,14 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::state::State;
 use super::{Failure, Outcome};
 use crate::control::{Control, DeviceInfo};
+use crate::data::DataMovement;
+use crate::device::Recovery;
 use crate::error::{Error, Result};
 use crate::params::{Operations, Params};
+use crate::uapi::Features;
 use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
@@ -46,6 +50,11 @@ struct Entry {
     owner_uid: u32,
     owner_gid: u32,
     queue_affinity: Vec<Vec<usize>>,
+    /// How data moves, and why so if its server has said.
+    data: &'static str,
+    data_reason: Option<String>,
+    batch: bool,
+    recovery: Option<&'static str>,
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
@@ -101,6 +110,11 @@ fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
         owner_uid: info.owner_uid,
         owner_gid: info.owner_gid,
         queue_affinity: affinity,
+        data: DataMovement::of(info.features).name(),
+        // A file that cannot be read is no reason not to list the device.
+        data_reason: State::find(id).ok().flatten().map(|state| state.reason),
+        batch: info.features.contains(Features::BATCH_IO),
+        recovery: Recovery::of(info.features).map(Recovery::name),
     })
 }
 
@@ -137,6 +151,10 @@ fn describe(entry: &Entry) -> String {
     if !abilities.is_empty() {
         let _ = writeln!(text, "\t{}", abilities.join(", "));
     }
+    let reason = entry.data_reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+    let batch = if entry.batch { ", batches" } else { "" };
+    let recovery = entry.recovery.map_or_else(String::new, |how| format!(", recovery {how}"));
+    let _ = writeln!(text, "\tdata {}{reason}{batch}{recovery}", entry.data);
     for (queue, cpus) in entry.queue_affinity.iter().enumerate() {
         let cpus: Vec<_> = cpus.iter().map(usize::to_string).collect();
         let _ = writeln!(text, "\tqueue {queue}: CPUs {}", cpus.join(" "));
@@ -182,6 +200,10 @@ mod tests {
             owner_uid: 0,
             owner_gid: 0,
             queue_affinity: vec![vec![0], vec![1]],
+            data: "copy",
+            data_reason: Some("the target looks at the bytes".into()),
+            batch: true,
+            recovery: None,
         }
     }
 

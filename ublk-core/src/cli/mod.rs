@@ -8,9 +8,15 @@ mod add;
 mod daemon;
 mod del;
 mod features;
+mod holders;
 mod list;
+mod quiesce;
+mod recover;
+mod resize;
 mod serve;
 mod size;
+mod state;
+mod upgrade;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -34,9 +40,17 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Make a device and serve it; prints its path when it can be used
-    Add(add::Args),
+    Add(Box<add::Args>),
     /// Stop and remove devices
     Del(del::Args),
+    /// Serve a device whose server is gone; prints its path when it works again
+    Recover(recover::Args),
+    /// Let a new server take a device over while it is in use
+    Upgrade(upgrade::Args),
+    /// Send a device's server away; its requests wait for the next one
+    Quiesce(quiesce::Args),
+    /// Change the size of a disk while it is in use
+    Resize(resize::Args),
     /// Show devices
     List(list::Args),
     /// Show what the driver can do
@@ -89,6 +103,10 @@ pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
     let result = match cli.command {
         Command::Add(args) => add::run(&args, &arguments, host),
         Command::Del(args) => del::run(&args),
+        Command::Recover(args) => recover::run(&args, &arguments, host),
+        Command::Upgrade(args) => upgrade::run(&args, host),
+        Command::Quiesce(args) => quiesce::run(&args),
+        Command::Resize(args) => resize::run(&args),
         Command::List(args) => list::run(&args),
         Command::Features(args) => features::run(&args),
     };

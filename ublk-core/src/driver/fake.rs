@@ -65,6 +65,10 @@ struct FakeDevice {
     params: Option<ublk_params>,
     queues: Vec<FakeQueue>,
     char_open: bool,
+    /// QUIESCE_DEV was sent: tags go back to the server, until the next one comes.
+    canceling: bool,
+    /// Requests that the dead server held and the next one gets.
+    held: Vec<(Descriptor, FakeRequest)>,
 }
 
 #[derive(Debug)]
@@ -224,7 +228,55 @@ impl FakeDriver {
                     Some(device) => device.start(pid).map(|r| r.map_err(ControlFailure::Refused)),
                 })?
             }
-            uapi::UBLK_U_CMD_STOP_DEV => self.stop(id, timeout, give_up),
+            uapi::UBLK_U_CMD_STOP_DEV | uapi::UBLK_U_CMD_TRY_STOP_DEV => self.stop(id, timeout, give_up),
+            uapi::UBLK_U_CMD_QUIESCE_DEV => {
+                let mut state = self.shared.state();
+                let device = state.devices.get_mut(&id).ok_or(gone)?;
+                if device.info.flags & Features::QUIESCE.bits() == 0 {
+                    return refuse(Errno::EOPNOTSUPP);
+                }
+                if device.info.state == uapi::UBLK_S_DEV_LIVE {
+                    device.canceling = true;
+                    device.cancel();
+                }
+                drop(state);
+                self.shared.changed.notify_all();
+                Ok(0)
+            }
+            uapi::UBLK_U_CMD_UPDATE_SIZE => {
+                let mut state = self.shared.state();
+                let device = state.devices.get_mut(&id).ok_or(gone)?;
+                match &mut device.params {
+                    Some(params) if device.info.state == uapi::UBLK_S_DEV_LIVE => {
+                        params.basic.dev_sectors = command.data;
+                        Ok(0)
+                    }
+                    _ => refuse(Errno::ENODEV),
+                }
+            }
+            uapi::UBLK_U_CMD_START_USER_RECOVERY => {
+                let state = self.shared.state();
+                let device = state.devices.get(&id).ok_or(gone)?;
+                if device.info.flags & Features::USER_RECOVERY.bits() == 0 {
+                    refuse(Errno::EINVAL)
+                } else if device.char_open || !device.waits_for_server() {
+                    refuse(Errno::EBUSY)
+                } else {
+                    Ok(0)
+                }
+            }
+            uapi::UBLK_U_CMD_END_USER_RECOVERY => {
+                let pid = command.data as i32;
+                self.shared.wait_for(timeout, give_up, |state| match state.devices.get_mut(&id) {
+                    None => Some(Err(ControlFailure::Refused(Errno::ENODEV))),
+                    Some(device) if !device.waits_for_server() => Some(Err(ControlFailure::Refused(Errno::EBUSY))),
+                    Some(device) => device.is_fetched().then(|| {
+                        device.info.state = uapi::UBLK_S_DEV_LIVE;
+                        device.info.ublksrv_pid = pid;
+                        Ok(0)
+                    }),
+                })?
+            }
             uapi::UBLK_U_CMD_DEL_DEV | uapi::UBLK_U_CMD_DEL_DEV_ASYNC => {
                 self.stop(id, timeout, give_up)?;
                 self.shared.wait_for(timeout, give_up, |state| {
@@ -353,7 +405,10 @@ impl State {
             Ok(FakeQueue { descriptors, tags: vec![FakeTag::Idle; usize::from(depth)], delivery: None })
         };
         let queues = (0..info.nr_hw_queues).map(|_| queue()).collect::<Result<_, Errno>>()?;
-        self.devices.insert(info.dev_id, FakeDevice { info, params: None, queues, char_open: false });
+        self.devices.insert(
+            info.dev_id,
+            FakeDevice { info, params: None, queues, char_open: false, canceling: false, held: vec![] },
+        );
         *payload = wire::encode_info(&info);
         Ok(0)
     }
@@ -387,6 +442,7 @@ impl State {
                 (Errno::EINVAL, "from a thread that did not fetch the tag")
             }
             (FakeTag::Served(request), Some(result)) => {
+                let canceling = device.canceling;
                 let answer = usize::try_from(result).map_err(|_| Errno::from_raw(-result)).map(|read| {
                     let read = read.min(request.len);
                     if read == 0 || flags.intersects(NOT_COPIED) {
@@ -396,6 +452,10 @@ impl State {
                     unsafe { std::slice::from_raw_parts(command.address as *const u8, read) }.to_vec()
                 });
                 self.answers.insert(request.ticket, answer);
+                if canceling {
+                    *slot = FakeTag::Idle;
+                    return if command.daemon.is_some() { Err(Errno::ENODEV) } else { Ok(()) };
+                }
                 *slot = FakeTag::Armed(command);
                 return Ok(());
             }
@@ -417,12 +477,54 @@ impl FakeDevice {
         if self.info.state == uapi::UBLK_S_DEV_LIVE {
             return Some(Err(Errno::EEXIST));
         }
-        let fetched = self.queues.iter().flat_map(|q| &q.tags).all(|t| !matches!(t, FakeTag::Idle));
-        fetched.then(|| {
+        self.is_fetched().then(|| {
             self.info.state = uapi::UBLK_S_DEV_LIVE;
             self.info.ublksrv_pid = pid;
             Ok(0)
         })
+    }
+
+    /// Gives a request to the server by a tag that waits for one, if there is one.
+    fn deliver(&mut self, id: u32, queue: usize, mut descriptor: Descriptor, request: FakeRequest) -> Option<()> {
+        let flags = Features::from_bits_retain(self.info.flags);
+        let FakeQueue { descriptors, tags, delivery } = &mut self.queues[queue];
+        if flags.contains(Features::BATCH_IO) && delivery.is_none() {
+            return None;
+        }
+        let tag = Tag(tags.iter().position(|t| matches!(t, FakeTag::Armed(_)))? as u16);
+        let FakeTag::Armed(command) = tags[tag.index()].clone() else { unreachable!("found above") };
+        let request = FakeRequest { daemon: command.daemon, ..request };
+        let carries = !request.pages.is_empty() && request.len == 0;
+        let asks = flags.contains(Features::NEED_GET_DATA) && carries;
+        if carries && !asks && !flags.intersects(NOT_COPIED) {
+            let pages = &request.pages;
+            // SAFETY: the contract on top of this file: the buffer is ours while the command waits.
+            unsafe { std::ptr::copy_nonoverlapping(pages.as_ptr(), command.address as *mut u8, pages.len()) };
+        }
+        if flags.contains(Features::AUTO_BUF_REG)
+            && !request.pages.is_empty()
+            && let Some(index) = command.register
+        {
+            command.ring.state().registered.insert(index, (id, QueueId(queue as u16), tag));
+        }
+        descriptor.address = command.address;
+        descriptors.write_descriptor(tag, descriptor);
+        tags[tag.index()] = if asks { FakeTag::Asked(request) } else { FakeTag::Served(request) };
+        match delivery {
+            Some((ring, user_data)) if flags.contains(Features::BATCH_IO) => ring.deliver(*user_data, tag),
+            _ if asks => command.ring.push(command.user_data, uapi::UBLK_IO_RES_NEED_GET_DATA),
+            _ => command.ring.push(command.user_data, uapi::UBLK_IO_RES_OK),
+        }
+        Some(())
+    }
+
+    /// Whether no tag is missing.
+    fn is_fetched(&self) -> bool {
+        self.queues.iter().flat_map(|q| &q.tags).all(|t| !matches!(t, FakeTag::Idle))
+    }
+
+    fn waits_for_server(&self) -> bool {
+        [uapi::UBLK_S_DEV_QUIESCED, uapi::UBLK_S_DEV_FAIL_IO].contains(&self.info.state)
     }
 
     /// Ends all commands that wait for a request.
@@ -430,10 +532,11 @@ impl FakeDevice {
         let batch = self.info.flags & Features::BATCH_IO.bits() != 0;
         for queue in &mut self.queues {
             for tag in &mut queue.tags {
-                if let FakeTag::Armed(command) = std::mem::replace(tag, FakeTag::Idle)
-                    && !batch
-                {
-                    command.ring.push(command.user_data, uapi::UBLK_IO_RES_ABORT);
+                if let FakeTag::Armed(command) = tag {
+                    if !batch {
+                        command.ring.push(command.user_data, uapi::UBLK_IO_RES_ABORT);
+                    }
+                    *tag = FakeTag::Idle;
                 }
             }
             if let Some((ring, user_data)) = queue.delivery.take() {
@@ -483,16 +586,33 @@ impl Drop for FakeChar {
     fn drop(&mut self) {
         let mut state = self.shared.state();
         if let Some(device) = state.devices.get_mut(&self.id) {
+            let flags = Features::from_bits_retain(device.info.flags);
             device.char_open = false;
-            device.info.state = uapi::UBLK_S_DEV_DEAD;
+            device.canceling = false;
             device.info.ublksrv_pid = -1;
-            let tags = device.queues.iter_mut().flat_map(|q| &mut q.tags);
-            let ended: Vec<u64> = tags
-                .filter_map(|tag| match std::mem::replace(tag, FakeTag::Idle) {
-                    FakeTag::Served(request) | FakeTag::Asked(request) => Some(request.ticket),
-                    FakeTag::Idle | FakeTag::Armed(_) => None,
-                })
-                .collect();
+            device.info.state = match device.info.state {
+                uapi::UBLK_S_DEV_LIVE if flags.contains(Features::USER_RECOVERY_FAIL_IO) => uapi::UBLK_S_DEV_FAIL_IO,
+                uapi::UBLK_S_DEV_LIVE if flags.contains(Features::USER_RECOVERY) => uapi::UBLK_S_DEV_QUIESCED,
+                waiting if device.waits_for_server() => waiting,
+                _ => uapi::UBLK_S_DEV_DEAD,
+            };
+            let mut ended = Vec::new();
+            for queue in &mut device.queues {
+                queue.delivery = None;
+                for (number, tag) in queue.tags.iter_mut().enumerate() {
+                    match std::mem::replace(tag, FakeTag::Idle) {
+                        FakeTag::Served(request) | FakeTag::Asked(request)
+                            if flags.contains(Features::USER_RECOVERY_REISSUE) =>
+                        {
+                            let descriptor = DescriptorMap::shared(queue.descriptors.clone(), device.info.queue_depth)
+                                .read(Tag(number as u16));
+                            device.held.push((descriptor, request));
+                        }
+                        FakeTag::Served(request) | FakeTag::Asked(request) => ended.push(request.ticket),
+                        FakeTag::Idle | FakeTag::Armed(_) => {}
+                    }
+                }
+            }
             state.answers.extend(ended.into_iter().map(|ticket| (ticket, Err(Errno::EIO))));
         }
         drop(state);
@@ -855,63 +975,48 @@ impl FakeDisk {
         let mut turn = offset as usize >> 12;
         self.wait_for(|state| {
             let device = match state.devices.get_mut(&self.id) {
+                Some(device) if device.canceling || device.info.state == uapi::UBLK_S_DEV_QUIESCED => return None,
                 Some(device) if device.info.state == uapi::UBLK_S_DEV_LIVE => device,
+                Some(device) if device.info.state == uapi::UBLK_S_DEV_FAIL_IO => return Some(Err(Errno::EIO)),
                 _ => return Some(Err(Errno::ENODEV)),
             };
             turn += 1;
             let queue = turn % device.queues.len();
-            let flags = Features::from_bits_retain(device.info.flags);
-            let FakeQueue { descriptors, tags, delivery } = &mut device.queues[queue];
-            if flags.contains(Features::BATCH_IO) && delivery.is_none() {
-                return None;
-            }
-            let tag = Tag(tags.iter().position(|t| matches!(t, FakeTag::Armed(_)))? as u16);
-            let FakeTag::Armed(command) = tags[tag.index()].clone() else { unreachable!("found above") };
             assert!(data.len() <= device.info.max_io_buf_bytes as usize, "longer than the device takes");
-            let asks = flags.contains(Features::NEED_GET_DATA) && !data.is_empty();
-            if !asks && !flags.intersects(NOT_COPIED) && !data.is_empty() {
-                // SAFETY: the contract on top of this file: the buffer is ours while the command waits.
-                unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), command.address as *mut u8, data.len()) };
-            }
-            descriptors.write_descriptor(
-                tag,
-                Descriptor {
-                    op_flags,
-                    nr_sectors: (len as u64 / Sectors::SIZE) as u32,
-                    // A flush has no position; the block layer leaves all ones there.
-                    start_sector: if op_flags as u8 == uapi::UBLK_IO_OP_FLUSH {
-                        u64::MAX
-                    } else {
-                        Sectors::from_bytes(offset).0
-                    },
-                    address: command.address,
-                },
-            );
             let is_read = op_flags as u8 == uapi::UBLK_IO_OP_READ;
-            let len = if is_read { len } else { 0 };
             let pages = if is_read { vec![0xee; len] } else { data.to_vec() };
-            if flags.contains(Features::AUTO_BUF_REG)
-                && !pages.is_empty()
-                && let Some(index) = command.register
-            {
-                command.ring.state().registered.insert(index, (self.id, QueueId(queue as u16), tag));
-            }
-            state.tickets += 1;
-            let ticket = state.tickets;
-            let request = FakeRequest { daemon: command.daemon, len, pages, ticket };
-            tags[tag.index()] = if asks { FakeTag::Asked(request) } else { FakeTag::Served(request) };
-            match delivery {
-                Some((ring, user_data)) if flags.contains(Features::BATCH_IO) => ring.deliver(*user_data, tag),
-                _ if asks => command.ring.push(command.user_data, uapi::UBLK_IO_RES_NEED_GET_DATA),
-                _ => command.ring.push(command.user_data, uapi::UBLK_IO_RES_OK),
-            }
+            let descriptor = Descriptor {
+                op_flags,
+                nr_sectors: (len as u64 / Sectors::SIZE) as u32,
+                // A flush has no position; the block layer leaves all ones there.
+                start_sector: if op_flags as u8 == uapi::UBLK_IO_OP_FLUSH {
+                    u64::MAX
+                } else {
+                    Sectors::from_bytes(offset).0
+                },
+                address: 0,
+            };
+            let ticket = state.tickets + 1;
+            let request = FakeRequest { daemon: None, len: if is_read { len } else { 0 }, pages, ticket };
+            device.deliver(self.id, queue, descriptor, request)?;
+            state.tickets = ticket;
             Some(Ok(Sent(ticket)))
         })
     }
 
     /// Waits for a request's end and gives a read's data.
     pub fn wait(&self, sent: Sent) -> Result<Vec<u8>, Errno> {
-        self.wait_for(|state| state.answers.remove(&sent.0))
+        self.wait_for(|state| {
+            // The block layer's requeue list.
+            if let Some(device) = state.devices.get_mut(&self.id)
+                && device.info.state == uapi::UBLK_S_DEV_LIVE
+                && let Some((descriptor, request)) = device.held.pop()
+                && device.deliver(self.id, 0, descriptor, request.clone()).is_none()
+            {
+                device.held.push((descriptor, request));
+            }
+            state.answers.remove(&sent.0)
+        })
     }
 
     fn wait_for<T>(&self, check: impl FnMut(&mut State) -> Option<Result<T, Errno>>) -> Result<T, Errno> {

@@ -318,6 +318,7 @@ pub struct Completion {
     pub more: bool,
 }
 
+#[cfg(any(test, feature = "fake"))]
 impl Completion {
     /// The only completion of a submission.
     pub(crate) fn last(user_data: u64, result: i32) -> Self {

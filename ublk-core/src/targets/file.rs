@@ -81,8 +81,7 @@ impl File {
         }
         let (file, direct) = open(path, options, is_block)?;
         lock(&file, path, options, if is_block { UDEV_PATIENCE } else { Duration::ZERO })?;
-        let size = if is_block { io::Seek::seek(&mut &file, io::SeekFrom::End(0)) } else { Ok(metadata.len()) }
-            .map_err(|e| Error::file("find the size of", path, &e))?;
+        let size = size_of(&file, path)?;
         let smallest = if direct { direct_alignment(&file, path, size)? } else { 512 };
         let block = options.logical_block_size.unwrap_or(smallest);
         if block < smallest {
@@ -141,6 +140,16 @@ impl File {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// The size of a regular file or block device in bytes.
+pub(crate) fn size(path: &Path) -> Result<u64> {
+    let file = fs::File::open(path).map_err(|e| Error::file("open", path, &e))?;
+    size_of(&file, path)
+}
+
+fn size_of(file: &fs::File, path: &Path) -> Result<u64> {
+    io::Seek::seek(&mut &*file, io::SeekFrom::End(0)).map_err(|e| Error::file("find the size of", path, &e))
 }
 
 fn open(path: &Path, options: &FileOptions, is_block: bool) -> Result<(fs::File, bool)> {

@@ -6,6 +6,7 @@ mod file;
 mod mem;
 mod null;
 
+pub(crate) use file::size as file_size;
 pub use file::{File, FileOptions, Io};
 pub use mem::Mem;
 pub use null::Null;

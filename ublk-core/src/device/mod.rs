@@ -1,16 +1,26 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The life of a device: add, start, serve, stop, delete. Every wait in it ends.
+//!
+//! * [`options`] — how a device is made.
+//! * [`recovery`] — a device that has lost its server gets another one.
+//! * [`ending`] — how a server stops a device, or leaves it.
+
+mod ending;
+mod options;
+mod recovery;
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::control::{AddRequest, Control, DRAIN_TIMEOUT, DeviceInfo, MAX_DEPTH, MAX_QUEUES, Removal};
+pub use self::ending::Ending;
+pub use self::options::{DeviceOptions, Recovery};
+use crate::control::{AddRequest, Control, DeviceInfo};
 use crate::data::{Access, DataMovement};
 use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
@@ -32,49 +42,6 @@ const DEFAULT_DMA_ALIGNMENT: u32 = 4;
 const NODE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a thread may take to open a queue.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long queues may take to close before STOP_DEV is sent again.
-const STOP_AGAIN: Duration = Duration::from_secs(1);
-/// How long queues may take to close after they were given up.
-const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// How a device is made.
-#[derive(Clone, Copy, Debug)]
-pub struct DeviceOptions {
-    /// The id, or `None` for the lowest free one.
-    pub id: Option<DeviceId>,
-    /// Hardware queues, 1 to 4096. The driver makes no more of them than there are CPUs.
-    pub queues: u32,
-    /// Requests per queue, 1 to 4096.
-    pub depth: u32,
-    /// How data moves; by default what fits the target best among what the driver offers.
-    pub data: Option<DataMovement>,
-    /// Whether tags go to and from the driver in batches (`BATCH_IO`, 7.0); by default where the driver
-    /// has it.
-    pub batch: Option<bool>,
-    /// Threads that share each queue, every one with tags of its own (`PER_IO_DAEMON`, 6.16), from 1 to
-    /// the queue depth. With more than one there are no batches.
-    pub threads_per_queue: u32,
-}
-
-impl Default for DeviceOptions {
-    fn default() -> Self {
-        DeviceOptions { id: None, queues: 1, depth: 128, data: None, batch: None, threads_per_queue: 1 }
-    }
-}
-
-impl DeviceOptions {
-    /// Checks the limits and gives queues and depth in the driver's type.
-    fn checked(&self) -> Result<(u16, u16)> {
-        let limited = |name, value: u32, limit: u16| match u16::try_from(value) {
-            Ok(fits) if (1..=limit).contains(&fits) => Ok(fits),
-            _ => Err(Error::invalid(name, value, format!("1 to {limit} are possible"))),
-        };
-        if let Some(id) = self.id.filter(|id| *id > DeviceId::MAX) {
-            return Err(Error::invalid("device id", id, format!("0 to {} are possible", DeviceId::MAX)));
-        }
-        Ok((limited("queues", self.queues, MAX_QUEUES)?, limited("queue depth", self.depth, MAX_DEPTH)?))
-    }
-}
 
 /// Serves devices: a driver, and threads that their queues share.
 #[derive(Clone, Debug)]
@@ -117,9 +84,15 @@ impl Server {
         let offered = self.check_driver()?;
         let access = target.access();
         let mut features = Features::empty();
+        features.set(Features::NO_AUTO_PART_SCAN, !options.partition_scan);
+        if let Some(recovery) = options.recovery {
+            // So that it can be handed over without a failure, where the driver has that.
+            features |= recovery.features() | (offered & Features::QUIESCE);
+        }
         features.set(Features::ZONED, params.zoned.is_some());
         features.set(Features::INTEGRITY, params.integrity.is_some());
-        let demands = Demands { access, excludes_copy: !features.is_empty(), features };
+        let excludes_copy = features.intersects(Features::ZONED | Features::INTEGRITY);
+        let demands = Demands { access, excludes_copy, features };
         let plan = Plan::choose(offered, &demands, options)?;
         log::debug!("data moves by {}: {}", plan.data, plan.reason);
         let events = Arc::new(QueueEvents::new()?);
@@ -225,15 +198,19 @@ impl Device {
             params.dma_alignment = Some(alignment).filter(|alignment| *alignment > DEFAULT_DMA_ALIGNMENT);
         }
         self.control.set_params_checked(id, &params)?;
+        self.open_queues(target)?;
+        self.control.start(id, std::process::id(), &|| self.events.is_ending())?;
+        self.wait_for_node()
+    }
+
+    fn open_queues(&self, target: &Arc<dyn Target>) -> Result<()> {
         let file = self.open_char()?;
         for queue in (0..self.info.queues).map(QueueId) {
             for share in shares(self.info.depth, self.plan.threads_per_queue) {
                 self.open_queue(queue, share, target, &file)?;
             }
         }
-        drop(file);
-        self.control.start(id, std::process::id(), &|| self.events.is_ending())?;
-        self.wait_for_node()
+        Ok(())
     }
 
     /// Opens `/dev/ublkcN`, which devtmpfs makes a moment after ADD_DEV, and which udev may hold open
@@ -331,53 +308,6 @@ impl Device {
     pub fn is_stopped(&self) -> bool {
         self.deleted.try_lock().is_ok_and(|deleted| *deleted)
     }
-
-    /// Stops and deletes the device. Requests in flight are finished first. Calling it again, from any
-    /// thread, is harmless, and so it is in a forked child: the device is its parent's.
-    ///
-    /// A queue's handler must not call it: it would wait for itself until the time-out.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Timeout`] if requests are not finished or the device is not let go in time; calling
-    /// again tries again. [`Error::Queue`] if a queue failed earlier; the device is gone then.
-    pub fn stop(&self) -> Result<()> {
-        if self.owner != std::process::id() {
-            return Ok(());
-        }
-        let mut deleted = self.deleted.lock().unwrap_or_else(PoisonError::into_inner);
-        if *deleted {
-            return Ok(());
-        }
-        let id = self.id();
-        gone_is_fine(self.control.stop(id))?;
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
-        let mut pause = STOP_AGAIN;
-        while !self.events.wait_all_closed(pause) && Instant::now() < deadline {
-            pause *= 2;
-            // A tag that was lent again behind the first STOP_DEV is taken away by another.
-            gone_is_fine(self.control.stop(id))?;
-        }
-        if self.events.open_queues() != 0 {
-            self.pool.abandon(id);
-            if !self.events.wait_all_closed(ABANDON_TIMEOUT) {
-                return Err(Error::Timeout {
-                    waiting_for: format!("closing {} queues of device {id}", self.events.open_queues()),
-                    waited: DRAIN_TIMEOUT + ABANDON_TIMEOUT,
-                    hint: "a handler does not return".into(),
-                });
-            }
-        }
-        match self.control.remove(id) {
-            Ok(Removal::Complete) | Err(Error::Control { errno: Errno::ENODEV, .. }) => {}
-            Ok(Removal::HeldOpen) => {
-                log::warn!("device {id} is deleted, but somebody still holds it open; its id is free after that");
-            }
-            Err(error) => return Err(error),
-        }
-        *deleted = true;
-        self.events.take_failure().map_or(Ok(()), Err)
-    }
 }
 
 /// Becomes readable when the device begins to end, for event loops.
@@ -399,12 +329,4 @@ impl Drop for Device {
 fn shares(depth: u16, threads: u16) -> impl Iterator<Item = Range<u16>> {
     let bound = move |n: u16| (u32::from(depth) * u32::from(n) / u32::from(threads)) as u16;
     (0..threads).map(move |n| bound(n)..bound(n + 1))
-}
-
-/// Somebody else may delete the device at any time.
-fn gone_is_fine(result: Result<()>) -> Result<()> {
-    match result {
-        Err(Error::Control { errno: Errno::ENODEV, .. }) => Ok(()),
-        other => other,
-    }
 }

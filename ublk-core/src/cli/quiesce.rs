@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `ublk quiesce`.
+
+use super::{Failure, Outcome};
+use crate::control::DRAIN_TIMEOUT;
+use crate::units::DeviceId;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Number of the device
+    #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
+    id: u32,
+}
+
+pub(super) fn run(args: &Args) -> Outcome {
+    let control = super::control()?;
+    control.quiesce_until(DeviceId(args.id), DRAIN_TIMEOUT).map(drop).map_err(Failure::from)
+}

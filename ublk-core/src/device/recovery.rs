@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A device that has lost its server gets another one.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::{Device, Recovery, Server};
+use crate::control::{DeviceInfo, STATE_POLL};
+use crate::data::DataMovement;
+use crate::engine::QueueEvents;
+use crate::error::{Error, Result};
+use crate::params::Params;
+use crate::plan::Plan;
+use crate::target::Target;
+use crate::uapi::{DeviceState, Features};
+use crate::units::DeviceId;
+
+/// How long the driver may take to notice that a server is dead: Linux 6.12 up to 30 s, 6.1 some 5 s, newer
+/// ones a moment.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(45);
+
+impl Device {
+    /// What becomes of the device when its server is gone.
+    pub fn recovery(&self) -> Option<Recovery> {
+        Recovery::of(self.info.features)
+    }
+
+    /// Changes the disk's capacity to `bytes` while it is in use. The target must be able to serve the new
+    /// size; nothing tells it. Linux 6.16.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`] unless it is whole logical blocks.
+    pub fn resize(&self, bytes: u64) -> Result<()> {
+        self.control.update_size(self.id(), bytes)
+    }
+
+    /// Stops and deletes the device unless somebody has its disk open. Linux 7.0.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if it is in use: it is served on. Else as [`stop`](Device::stop).
+    pub fn try_stop(&self) -> Result<()> {
+        self.control.try_stop(self.id())?;
+        self.stop()
+    }
+}
+
+impl Server {
+    /// Serves a device whose last server is gone, and returns when its disk works again. Requests that
+    /// waited are served then.
+    ///
+    /// The device keeps its shape, queues and data movement; the target has to fit them. For a server that has just
+    /// died, this waits until the driver has noticed.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if a living process serves the device, [`Error::Control`] if it was not made to be recovered,
+    /// [`Error::InvalidValue`] if the target does not fit. The device still waits for a server then; once this
+    /// process has ended, if the error came late.
+    pub fn recover(&self, id: DeviceId, target: Arc<dyn Target>) -> Result<Device> {
+        self.check_driver()?;
+        let info = self.wait_for_death(id)?;
+        let params = self.control.params(id)?.params;
+        fits(&target.params(), &params)?;
+        let events = Arc::new(QueueEvents::new()?);
+        let plan = Plan {
+            data: DataMovement::of(info.features),
+            batch: info.features.contains(Features::BATCH_IO),
+            threads_per_queue: 1,
+            features: info.features,
+            reason: "as the device was made",
+        };
+        let device = Device {
+            control: self.control.clone(),
+            pool: self.pool.clone(),
+            path: self.control.driver().block_path(id),
+            info,
+            params,
+            plan,
+            events,
+            // Whatever happens here, the device is not to be deleted by it.
+            deleted: Mutex::new(true),
+            owner: std::process::id(),
+        };
+        let recovered = device
+            .open_queues(&target)
+            .and_then(|()| self.control.end_recovery(id, std::process::id(), &|| device.events.is_ending()));
+        if let Err(error) = recovered {
+            let error = device.events.take_failure().unwrap_or(error);
+            self.pool.abandon(id);
+            return Err(error);
+        }
+        *device.deleted.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = false;
+        device.wait_for_node()?;
+        Ok(device)
+    }
+
+    /// Waits until the device waits for a server.
+    fn wait_for_death(&self, id: DeviceId) -> Result<DeviceInfo> {
+        let busy = |info: &DeviceInfo, hint: String| Error::Control {
+            command: "START_USER_RECOVERY",
+            device: Some(id),
+            errno: if info.state == DeviceState::Dead { Errno::ENODEV } else { Errno::EBUSY },
+            hint,
+        };
+        let deadline = Instant::now() + DEATH_TIMEOUT;
+        loop {
+            let info = self.control.info(id)?;
+            if Recovery::of(info.features).is_none() {
+                return Err(Error::Control {
+                    command: "START_USER_RECOVERY",
+                    device: Some(id),
+                    errno: Errno::EINVAL,
+                    hint: "the device was not made to be recovered".into(),
+                });
+            }
+            match info.state {
+                DeviceState::Dead => return Err(busy(&info, "the device has no disk: it was stopped".into())),
+                DeviceState::Live if is_alive(info.pid) => {
+                    return Err(busy(&info, format!("process {} serves the device", info.pid)));
+                }
+                DeviceState::Live => {}
+                _ => match self.control.start_recovery(id) {
+                    Ok(()) => return Ok(info),
+                    // Somebody, udev say, has the char device open.
+                    Err(Error::Control { errno: Errno::EBUSY, .. }) if Instant::now() < deadline => {}
+                    Err(error) => return Err(error),
+                },
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::Timeout {
+                    waiting_for: format!("the driver noticing that the server of device {id} is gone"),
+                    waited: DEATH_TIMEOUT,
+                    hint: format!("a child of process {} may still have /dev/ublkc{id} open", info.pid),
+                });
+            }
+            std::thread::sleep(STATE_POLL);
+        }
+    }
+}
+
+/// Whether a process lives, not counting one that has died and was not collected.
+fn is_alive(pid: i32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // The name, in parentheses, may contain anything.
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    pid > 0 && !matches!(state, None | Some('Z' | 'X'))
+}
+
+/// Whether a target can serve a disk of a given shape.
+fn fits(target: &Params, disk: &Params) -> Result<()> {
+    if target.size < disk.size {
+        return Err(Error::invalid("size", target.size, format!("the disk has {} bytes", disk.size)));
+    }
+    if target.logical_block_size > disk.logical_block_size {
+        return Err(Error::invalid(
+            "logical block size",
+            target.logical_block_size,
+            format!("the disk has blocks of {} bytes", disk.logical_block_size),
+        ));
+    }
+    let missing = disk.operations.difference(target.operations);
+    if !missing.is_empty() {
+        return Err(Error::invalid(
+            "operations",
+            format!("{:?}", target.operations),
+            format!("the disk has {missing:?} too"),
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Devices that lose their server and get another one, on the stand-in driver.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ublk_core::driver::Driver;
+use ublk_core::driver::fake::FakeDriver;
+use ublk_core::targets::Mem;
+use ublk_core::{Device, DeviceOptions, DeviceState, Ending, Errno, Features, Params, Recovery, Target};
+
+mod support;
+
+use support::{SIZE, custom, finish, options, server};
+
+fn recoverable(recovery: Recovery, batch: bool) -> DeviceOptions {
+    DeviceOptions { recovery: Some(recovery), batch: Some(batch), ..options(2, 4) }
+}
+
+fn every_way() -> impl Iterator<Item = DeviceOptions> {
+    Recovery::ALL.into_iter().flat_map(|recovery| [false, true].map(|batch| recoverable(recovery, batch)))
+}
+
+fn ram_disk() -> Arc<dyn Target> {
+    Arc::new(Mem::new(SIZE, 512).unwrap())
+}
+
+fn state_of(driver: &FakeDriver, device: &Device) -> DeviceState {
+    server(driver, 1).control().info(device.id()).unwrap().state
+}
+
+#[test]
+fn a_server_that_leaves_is_followed_by_another_with_the_same_data() {
+    for way in every_way() {
+        let driver = FakeDriver::new();
+        let target = ram_disk();
+        let first = server(&driver, 2).start(target.clone(), &way).unwrap();
+        let id = first.id();
+        let disk = driver.disk(id);
+        disk.write(4096, &[7; 4096]).unwrap();
+        first.leave().unwrap();
+        let waiting = if way.recovery == Some(Recovery::FailIo) { DeviceState::FailIo } else { DeviceState::Quiesced };
+        assert_eq!(state_of(&driver, &first), waiting, "{way:?}");
+        drop(first);
+        assert_eq!(driver.device_ids().unwrap(), [id], "dropping it does not delete it: {way:?}");
+        let second = server(&driver, 2).recover(id, target).unwrap();
+        assert_eq!(disk.read(4096, 4096).unwrap(), [7; 4096], "{way:?}");
+        assert_eq!(second.recovery(), way.recovery);
+        finish(&driver, second);
+    }
+}
+
+#[test]
+fn requests_wait_while_there_is_no_server_or_fail_if_that_was_asked_for() {
+    for way in every_way() {
+        let driver = FakeDriver::new();
+        let target = ram_disk();
+        let first = server(&driver, 2).start(target.clone(), &way).unwrap();
+        let (id, disk) = (first.id(), driver.disk(first.id()));
+        first.leave().unwrap();
+        let theirs = disk.clone();
+        let client = std::thread::spawn(move || theirs.write(0, &[1; 512]));
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(client.is_finished(), way.recovery == Some(Recovery::FailIo), "{way:?}");
+        let second = server(&driver, 2).recover(id, target).unwrap();
+        let expected = if way.recovery == Some(Recovery::FailIo) { Err(Errno::EIO) } else { Ok(()) };
+        assert_eq!(client.join().unwrap(), expected, "{way:?}");
+        finish(&driver, second);
+    }
+}
+
+#[test]
+fn a_request_that_a_handler_has_is_finished_before_its_server_leaves() {
+    for way in every_way() {
+        let driver = FakeDriver::new();
+        let (entered, release) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (e, r) = (entered.clone(), release.clone());
+        let slow = custom(move |request| {
+            e.store(true, Ordering::SeqCst);
+            while !r.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            request.complete();
+        });
+        let first = Arc::new(server(&driver, 2).start(slow, &way).unwrap());
+        let disk = driver.disk(first.id());
+        let sent = disk.send(1, 0, 512, &[0; 512]).unwrap();
+        while !entered.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        let leaving = first.clone();
+        let leaver = std::thread::spawn(move || leaving.leave());
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!leaver.is_finished(), "{way:?}");
+        release.store(true, Ordering::SeqCst);
+        disk.wait(sent).unwrap();
+        leaver.join().unwrap().unwrap();
+        let second = server(&driver, 2).recover(first.id(), custom(|r| r.complete())).unwrap();
+        finish(&driver, second);
+    }
+}
+
+#[test]
+fn somebody_elses_stop_deletes_and_somebody_elses_quiesce_leaves() {
+    for quiesce in [false, true] {
+        let driver = FakeDriver::new();
+        let device = server(&driver, 2).start(ram_disk(), &recoverable(Recovery::Queue, true)).unwrap();
+        let control = server(&driver, 1).control().clone();
+        if quiesce {
+            control.quiesce(device.id(), Duration::from_millis(10)).unwrap();
+        } else {
+            control.stop(device.id()).unwrap();
+        }
+        assert!(device.wait(Some(Duration::from_secs(5))));
+        let ending = device.conclude().unwrap();
+        assert_eq!(ending, if quiesce { Ending::Left } else { Ending::Deleted });
+        assert_eq!(driver.device_ids().unwrap().is_empty(), !quiesce);
+    }
+}
+
+#[test]
+fn a_device_that_was_not_made_for_it_is_neither_left_nor_recovered() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(ram_disk(), &options(1, 4)).unwrap();
+    assert!(device.leave().unwrap_err().to_string().contains("QUIESCE"));
+    let error = server(&driver, 1).recover(device.id(), ram_disk()).unwrap_err();
+    assert!(error.to_string().contains("not made to be recovered"), "{error}");
+    finish(&driver, device);
+}
+
+#[test]
+fn a_device_with_a_living_server_is_not_recovered() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+    let error = server(&driver, 1).recover(device.id(), ram_disk()).unwrap_err();
+    assert_eq!(error.errno(), Errno::EBUSY);
+    assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
+    finish(&driver, device);
+}
+
+#[test]
+fn a_target_that_does_not_fit_leaves_the_device_waiting() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, true)).unwrap();
+    let id = device.id();
+    device.leave().unwrap();
+    let small: Arc<dyn Target> = Arc::new(Mem::with_params(Params::new(SIZE / 2, 512)).unwrap());
+    let error = server(&driver, 1).recover(id, small).unwrap_err();
+    assert!(error.to_string().contains("size"), "{error}");
+    let second = server(&driver, 1).recover(id, ram_disk()).unwrap();
+    driver.disk(id).write(0, &[1; 512]).unwrap();
+    finish(&driver, second);
+}
+
+#[test]
+fn a_live_disk_changes_its_size_in_whole_blocks() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(ram_disk(), &options(1, 4)).unwrap();
+    let size = |device: &Device| server(&driver, 1).control().params(device.id()).unwrap().params.size;
+    device.resize(SIZE / 2).unwrap();
+    assert_eq!(size(&device), SIZE / 2);
+    let error = device.resize(SIZE / 2 + 1).unwrap_err();
+    assert!(error.to_string().contains("multiple of the logical block size"), "{error}");
+    assert_eq!(size(&device), SIZE / 2);
+    finish(&driver, device);
+}
+
+#[test]
+fn many_hand_overs_under_load_lose_no_write() {
+    let driver = FakeDriver::new();
+    let target = ram_disk();
+    let mut device = server(&driver, 2).start(target.clone(), &recoverable(Recovery::Queue, true)).unwrap();
+    let id = device.id();
+    let stop = Arc::new(AtomicBool::new(false));
+    let written = Arc::new(Mutex::new(0u64));
+    let client = {
+        let (disk, stop, written) = (driver.disk(id), stop.clone(), written.clone());
+        std::thread::spawn(move || {
+            while !stop.load(Ordering::SeqCst) {
+                let n = *written.lock().unwrap();
+                disk.write(n % 1024 * 512, &[n as u8; 512]).unwrap();
+                assert_eq!(disk.read(n % 1024 * 512, 512).unwrap(), [n as u8; 512]);
+                *written.lock().unwrap() += 1;
+            }
+        })
+    };
+    for _ in 0..20 {
+        let before = *written.lock().unwrap();
+        device.leave().unwrap();
+        device = server(&driver, 2).recover(id, target.clone()).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while *written.lock().unwrap() == before {
+            assert!(Instant::now() < deadline, "the client does not get on");
+            std::thread::yield_now();
+        }
+    }
+    stop.store(true, Ordering::SeqCst);
+    client.join().unwrap();
+    finish(&driver, device);
+}
+
+#[test]
+fn an_old_driver_says_which_kernel_is_needed() {
+    let driver = FakeDriver::new();
+    driver.offer(Features::USER_COPY | Features::USER_RECOVERY);
+    let options = recoverable(Recovery::FailIo, false);
+    let error = server(&driver, 1).start(ram_disk(), &options).unwrap_err().to_string();
+    assert!(error.contains("USER_RECOVERY_FAIL_IO") && error.contains("6.13"), "{error}");
+    let scan = DeviceOptions { partition_scan: false, ..support::options(1, 1) };
+    let error = server(&driver, 1).start(ram_disk(), &scan).unwrap_err().to_string();
+    assert!(error.contains("NO_AUTO_PART_SCAN") && error.contains("7.0"), "{error}");
+}
