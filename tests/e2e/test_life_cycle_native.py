@@ -100,26 +100,55 @@ def test_del_dead_spares_the_living(native) -> None:
     native.run("del", "-n", str(device_id(alive)))
 
 
+@pytest.mark.short
 @pytest.mark.io_errors
-def test_del_while_busy(native) -> None:
+def test_del_while_busy_takes_force(native) -> None:
     path = native.add("-t", "mem", "--size", "64M")
     with fio.Load(path) as load:
         load.wait_until_busy()
+        refused = native.run("del", "-n", str(device_id(path)), check=False)
+        assert refused.status == 1, str(refused)
+        assert "fio" in refused.err and "--force" in refused.err, str(refused)
+        # It has lost nothing by that.
+        load.wait_until_busy(sysfs.requests(path) + 200)
         started = time.monotonic()
-        native.run("del", "-n", str(device_id(path)))
+        native.run("del", "--force", "-n", str(device_id(path)))
         assert time.monotonic() - started < patience(15)
         assert gone(path)
         assert load.wait(15) != 0
 
 
-def test_del_while_the_disk_is_open(native) -> None:
+def test_del_of_a_mounted_disk_names_the_mount(native, tmp_path: Path) -> None:
+    path = native.add("-t", "mem", "--size", "64M")
+    run(["mkfs.ext4", "-q", path])
+    run(["mount", path, tmp_path])
+    refused = native.run("del", "-a", check=False)
+    assert refused.status == 1, str(refused)
+    assert str(tmp_path) in refused.err, str(refused)
+    (tmp_path / "file").write_text("still there")
+    run(["umount", tmp_path])
+    native.run("del", "-a")
+    assert gone(path)
+
+
+def test_del_while_the_disk_is_open_holds_up_nobody(native) -> None:
     path = native.add("-t", "mem", "--size", "1M")
     with Disk(path, direct=True):
-        # An opener that does nothing must not hold up anybody without a word.
-        result = native.run("del", "-n", str(device_id(path)), check=False, timeout=20)
-        assert result.status == 0 or path in result.err or "open" in result.err, str(result)
-    if result.status != 0:
-        native.run("del", "-n", str(device_id(path)))
+        refused = native.run("del", "-n", str(device_id(path)), check=False, timeout=20)
+        assert refused.status == 1, str(refused)
+        assert f"process {os.getpid()}" in refused.err, str(refused)
+        native.run("del", "--force", "-n", str(device_id(path)), timeout=20)
+    until(lambda: gone(path), "the nodes' end")
+
+
+def test_del_async_does_not_wait_for_the_last_holder(native) -> None:
+    path = native.add("-t", "mem", "--size", "1M")
+    node = os.open(path.replace("ublkb", "ublkc"), os.O_PATH)
+    try:
+        native.run("del", "--async", "-n", str(device_id(path)))
+        until(lambda: not os.path.exists(path), "the disk's end")
+    finally:
+        os.close(node)
     until(lambda: gone(path), "the nodes' end")
 
 

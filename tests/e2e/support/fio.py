@@ -25,14 +25,13 @@ def verify(path: str, **options: Any) -> dict[str, Any]:
     return job
 
 
-class Load:
+class Running:
     """fio in the background, until it is told to end or has nothing left to work on."""
 
-    def __init__(self, path: str, seconds: int = 60, **options: Any) -> None:
-        wanted = {"rw": "randrw", "bs": "4k", "iodepth": 16, "time_based": 1, "runtime": seconds} | options
+    def __init__(self, path: str, argv: list[str]) -> None:
         self.path = path
         self.process = subprocess.Popen(
-            _argv(path, wanted),
+            argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -43,8 +42,7 @@ class Load:
 
         def enough() -> bool:
             assert self.process.poll() is None, f"fio ended with status {self.process.returncode}"
-            fields = sysfs.attribute(self.path, "stat").split()
-            return int(fields[0]) + int(fields[4]) >= requests
+            return sysfs.requests(self.path) >= requests
 
         until(enough, f"{requests} requests on {self.path}", 30)
 
@@ -56,7 +54,7 @@ class Load:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"fio on {self.path} still runs after {seconds:g} s") from None
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> "Running":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,3 +65,11 @@ class Load:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(patience(20))
+
+
+class Load(Running):
+    """fio on the disk itself."""
+
+    def __init__(self, path: str, seconds: int = 60, **options: Any) -> None:
+        wanted = {"rw": "randrw", "bs": "4k", "iodepth": 16, "time_based": 1, "runtime": seconds} | options
+        super().__init__(path, _argv(path, wanted))

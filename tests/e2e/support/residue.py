@@ -82,7 +82,7 @@ class Snapshot:
             _bounded("umount", "--lazy", mount)
         for loop in _loops() - self._loops:
             _bounded("losetup", "--detach", f"/dev/{os.path.basename(loop)}")
-        _bounded("ublk", "del", "-a")
+        _bounded("ublk", "del", "-a", "--force")
         left = self.settled_residue()
         return f"cannot be removed: {left}" if left else ""
 

@@ -30,6 +30,12 @@ def advertised(path: str) -> dict[str, bool]:
     }
 
 
+def requests(path: str) -> int:
+    """Reads and writes that have been finished."""
+    fields = attribute(path, "stat").split()
+    return int(fields[0]) + int(fields[4])
+
+
 def in_flight(path: str) -> int:
     """Requests that the driver has been given and not finished."""
     return sum(map(int, attribute(path, "inflight").split()))

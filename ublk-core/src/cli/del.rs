@@ -2,11 +2,18 @@
 
 //! `ublk del`.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use super::{Failure, Outcome, holders, state};
 use crate::control::{Control, Removal};
 use crate::error::{Error, Result};
 use crate::uapi::{DeviceState, Features};
 use crate::units::DeviceId;
+
+/// How long udev may take to look at a disk after its last use.
+const UDEV_PATIENCE: Duration = Duration::from_secs(5);
+const UDEV_RETRY: Duration = Duration::from_millis(20);
 
 #[derive(Debug, clap::Args)]
 #[group(id = "which", required = true, multiple = false, args = ["ids", "all", "dead"])]
@@ -79,12 +86,20 @@ fn refuse_if_in_use(control: &Control, id: DeviceId) -> Outcome {
         Failure::Text(format!("device {id} is in use ({who}); `ublk del --force` removes it all the same"))
     };
     if info.features.contains(Features::SAFE_STOP_DEV) {
-        return match control.try_stop(id) {
-            // Stopped meanwhile.
-            Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => Ok(()),
-            Err(Error::Control { errno: crate::Errno::EBUSY, .. }) => Err(in_use("open")),
-            Err(error) => Err(error.into()),
-        };
+        let deadline = Instant::now() + UDEV_PATIENCE;
+        loop {
+            match control.try_stop(id) {
+                // Stopped meanwhile.
+                Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => return Ok(()),
+                Err(Error::Control { errno: crate::Errno::EBUSY, .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+            // Whoever nobody can see is most likely udev.
+            if Instant::now() >= deadline || !holders::describe(&path).is_empty() {
+                return Err(in_use("open"));
+            }
+            thread::sleep(UDEV_RETRY);
+        }
     }
     // Before Linux 7.0 the driver cannot tell; a moment's use may go unnoticed.
     if holders::is_claimed(&path) || !holders::describe(&path).is_empty() {

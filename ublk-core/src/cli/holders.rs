@@ -6,7 +6,8 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Names the mounts and the processes that use a disk or its partitions, as far as they can be seen.
+/// Names the mounts and the processes that use a disk or its partitions, as far as they can be seen. udev is not
+/// among them: it looks at each disk that changes, and does not mind if that goes.
 pub(super) fn describe(disk: &Path) -> String {
     let nodes = nodes(disk);
     let mut found = mounts(&nodes);
@@ -54,6 +55,9 @@ fn processes(nodes: &[PathBuf]) -> Vec<String> {
         });
         if has {
             let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            if command.contains("udev") {
+                continue;
+            }
             found.push(format!("open in process {pid}, {}", command.trim_end()));
         }
     }

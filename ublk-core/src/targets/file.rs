@@ -229,6 +229,23 @@ fn direct_alignment(file: &fs::File, path: &Path, size: u64) -> Result<u32> {
     })
 }
 
+/// What direct I/O on this file demands of memory, in bytes.
+fn memory_alignment(file: &fs::File) -> u32 {
+    // What all disks take.
+    const USUAL: u32 = 512;
+    let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the path is an empty C string, which with this flag means the descriptor itself; the kernel
+    // fills the structure.
+    let result = unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, found.as_mut_ptr())
+    };
+    // SAFETY: plain numbers, for which zeros are a value too.
+    let found = unsafe { found.assume_init() };
+    let alignment = found.stx_dio_mem_align;
+    let known = result == 0 && found.stx_mask & libc::STATX_DIOALIGN != 0 && alignment.is_power_of_two();
+    if known { alignment.min(PAGE_SIZE as u32) } else { USUAL }
+}
+
 /// Whether holes can be punched.
 fn can_discard(file: &fs::File, is_block: bool, size: u64, rdev: u64) -> bool {
     if is_block {
@@ -256,7 +273,7 @@ impl Target for File {
 
     fn access(&self) -> Access {
         // Through the page cache any memory will do.
-        Access::Forwards { memory_alignment: if self.direct { self.params.logical_block_size } else { 1 } }
+        Access::Forwards { memory_alignment: if self.direct { memory_alignment(&self.file) } else { 1 } }
     }
 
     fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {

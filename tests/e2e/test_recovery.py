@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Disks that outlive their servers: killed ones, and ones that hand over under load."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import driver, fio, kernel, sysfs
+from support.backends import image
+from support.blockio import Disk
+from support.command import run
+from support.face import Face, device_id
+from support.pace import patience
+from support.processes import is_running
+from support.waiting import until
+
+# How often a disk changes its server in one test; more by hand.
+ROUNDS = int(os.environ.get("UBLK_ROUNDS", "3"))
+SIZE = 64 << 20
+
+newest = driver.is_bundled() or kernel.VERSION >= (6, 16)
+needs_quiesce = pytest.mark.skipif(not newest, reason="QUIESCE_DEV came with Linux 6.16")
+needs_fail_io = pytest.mark.skipif(not newest, reason="USER_RECOVERY_FAIL_IO came with Linux 6.13")
+
+every_recovery = pytest.mark.parametrize(
+    "recovery", ["queue", "reissue", pytest.param("fail-io", marks=[needs_fail_io])]
+)
+# The driver of 6.12 needs up to half a minute to notice a death, ours on 6.1 less.
+NOTICE = 45.0
+
+
+def kill_server(native: Face, path: str) -> None:
+    pid = native.info(path)["pid"]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not is_running(pid), "the server's end")
+
+
+def state_file(path: str) -> Path:
+    return Path("/run/ublk", os.path.basename(path) + ".json")
+
+
+@pytest.mark.short
+@pytest.mark.io_errors
+@every_recovery
+@pytest.mark.time_limit(120 + ROUNDS * 60)
+def test_a_killed_server_is_followed_by_another_and_nothing_is_lost(recovery: str, native, scratch: Path) -> None:
+    file = image(scratch, SIZE)
+    path = native.add("-t", "file", "-f", file, "-q", "2", "--recovery", recovery)
+    for round in range(ROUNDS):
+        # What was acknowledged before the death is there after it; with reissue no request fails at all.
+        fio.verify(path, size="8m", offset=f"{round % 7 * 8}m", bs="4k", iodepth=16)
+        with fio.Load(path, offset="56m", size="8m", rw="randwrite", numjobs=1) as load:
+            load.wait_until_busy(sysfs.requests(path) + 100)
+            kill_server(native, path)
+            assert native.run("recover", "-n", str(device_id(path)), timeout=NOTICE + 15).out == f"{path}\n"
+            if recovery == "reissue":
+                load.wait_until_busy(sysfs.requests(path) + 100)
+        run(
+            ["fio", "--name=job", f"--filename={path}", "--ioengine=io_uring", "--direct=1", "--allow_file_create=0"]
+            + ["--rw=randwrite", "--verify=crc32c", "--verify_only=1", "--verify_fatal=1", "--bs=4k", "--iodepth=16"]
+            + ["--size=8m", f"--offset={round % 7 * 8}m"],
+            timeout=120,
+        )
+    info = native.info(path)
+    assert (info["state"], info["recovery"]) == ("LIVE", recovery)
+    native.run("del", "-n", str(device_id(path)))
+    assert not state_file(path).exists()
+
+
+@pytest.mark.short
+@needs_quiesce
+@pytest.mark.time_limit(120 + ROUNDS * 30)
+def test_a_new_server_takes_a_mounted_busy_disk_over_without_a_failure(native, scratch: Path, tmp_path: Path) -> None:
+    file = image(scratch, SIZE)
+    path = native.add("-t", "file", "-f", file, "-q", "2", "--recovery")
+    run(["mkfs.ext4", "-q", path])
+    run(["mount", path, tmp_path])
+    try:
+        servers = {native.info(path)["pid"]}
+        options = {"verify": "crc32c", "verify_fatal": 1, "verify_backlog": 64, "size": "24m", "rw": "randwrite"}
+        seconds = int(patience(20 + ROUNDS * 8))
+        argv = ["fio", "--name=job", f"--directory={tmp_path}", "--ioengine=io_uring", "--direct=1", "--iodepth=8"]
+        argv += ["--bs=4k", "--time_based", f"--runtime={seconds}"] + [f"--{n}={v}" for n, v in options.items()]
+        with fio.Running(path, argv) as load:
+            for _ in range(ROUNDS):
+                load.wait_until_busy(sysfs.requests(path) + 50)
+                assert native.run("upgrade", "-n", str(device_id(path))).out == f"{path}\n"
+                servers.add(native.info(path)["pid"])
+            load.wait_until_busy(sysfs.requests(path) + 50)
+            load.process.send_signal(signal.SIGINT)
+            assert load.wait(60) == 0
+        assert len(servers) == ROUNDS + 1
+        assert sum(map(is_running, servers)) == 1
+    finally:
+        run(["umount", tmp_path])
+    run(["e2fsck", "-f", "-n", path])
+    native.run("del", "-n", str(device_id(path)))
+
+
+@needs_quiesce
+@pytest.mark.parametrize("kind", ["copy", "get-data", "user-copy", "zero-copy", "auto-zero-copy"])
+@pytest.mark.parametrize("batch", ["on", "off"])
+def test_a_disk_is_handed_over_whichever_way_its_data_moves(kind: str, batch: str, native, scratch: Path) -> None:
+    if batch == "on" and (kind == "get-data" or not native_has(native, "BATCH_IO")):
+        pytest.skip("there are no such batches")
+    if kind.endswith("zero-copy") and not native_has(native, "AUTO_BUF_REG"):
+        pytest.skip("the driver has no zero copy here")
+    file = image(scratch, SIZE)
+    path = native.add("-t", "file", "-f", file, "-q", "2", "--recovery", "--data", kind, "--batch", batch)
+    with fio.Load(path, rw="randwrite", bs="16k") as load:
+        for _ in range(2):
+            load.wait_until_busy(sysfs.requests(path) + 100)
+            native.run("upgrade", "-n", str(device_id(path)))
+            info = native.info(path)
+            assert (info["data"], info["batch"]) == (kind, batch == "on")
+        load.wait_until_busy(sysfs.requests(path) + 100)
+    fio.verify(path, size="8m", bs="4k", iodepth=16)
+    native.run("del", "-n", str(device_id(path)))
+
+
+def native_has(native: Face, feature: str) -> bool:
+    features = json.loads(native.run("features", "--json").out)
+    rows = features.items() if isinstance(features, dict) else ((row["name"], row) for row in features)
+    return any(name.removeprefix("UBLK_F_") == feature and here(value) for name, value in rows)
+
+
+def here(value: object) -> bool:
+    return bool(value.get("here", value.get("supported"))) if isinstance(value, dict) else bool(value)
+
+
+@needs_quiesce
+def test_requests_wait_while_a_disk_has_no_server(native, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
+    number = str(device_id(path))
+    native.run("quiesce", "-n", number)
+    assert native.info(path)["state"] == "QUIESCED"
+    reader = run_in_background(["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct"])
+    try:
+        until(lambda: sysfs.in_flight(path) > 0 or reader.poll() is not None, "the request")
+        assert reader.poll() is None
+        native.run("recover", "-n", number)
+        assert reader.wait(patience(10)) == 0
+    finally:
+        reader.kill()
+        reader.wait()
+    native.run("del", "-n", number)
+
+
+def run_in_background(argv: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@needs_quiesce
+def test_a_relative_path_is_found_again(native, scratch: Path) -> None:
+    image(scratch, SIZE)
+    path = native.add("-t", "file", "-f", "disk.img", "--recovery", cwd=scratch)
+    for _ in range(2):
+        native.run("upgrade", "-n", str(device_id(path)), cwd="/")
+    native.run("del", "-n", str(device_id(path)))
+
+
+@needs_quiesce
+def test_an_upgrade_that_cannot_work_leaves_the_old_server(native, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
+    pid = native.info(path)["pid"]
+    for program in ("/nonexistent", "/bin/false", "/etc/passwd"):
+        refused = native.run("upgrade", "-n", str(device_id(path)), "--program", program, check=False)
+        assert refused.status == 1, str(refused)
+        assert program in refused.err, str(refused)
+    # The backing file cannot be opened by its name any more.
+    (scratch / "disk.img").rename(scratch / "moved.img")
+    refused = native.run("upgrade", "-n", str(device_id(path)), check=False)
+    assert refused.status == 1 and "disk.img" in refused.err, str(refused)
+    assert native.info(path)["pid"] == pid
+    with Disk(path, direct=True) as disk:
+        disk.write(0, bytes(4096))
+    native.run("del", "-n", str(device_id(path)))
+
+
+def test_only_devices_that_were_made_for_it_are_recovered(native) -> None:
+    path = native.add("-t", "mem", "--size", "1M")
+    number = str(device_id(path))
+    for words in (["recover", "-n", number], ["quiesce", "-n", number], ["upgrade", "-n", number]):
+        refused = native.run(*words, check=False)
+        assert refused.status == 1, str(refused)
+        assert refused.err.startswith("ublk: "), str(refused)
+    with Disk(path, direct=True) as disk:
+        disk.write(0, bytes(512))
+    native.run("del", "-n", number)
+
+
+def test_a_served_device_is_not_recovered(native, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
+    pid = native.info(path)["pid"]
+    refused = native.run("recover", "-n", str(device_id(path)), check=False)
+    assert refused.status == 1, str(refused)
+    assert str(pid) in refused.err or "another server uses this file" in refused.err, str(refused)
+    assert native.info(path)["pid"] == pid
+    native.run("del", "-n", str(device_id(path)))
+
+
+@pytest.mark.io_errors
+def test_del_dead_spares_a_device_that_waits_for_a_server(native, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
+    kill_server(native, path)
+    until(lambda: native.info(path)["state"] == "QUIESCED", "the state QUIESCED", NOTICE)
+    native.run("del", "--dead")
+    assert native.info(path)["state"] == "QUIESCED"
+    native.run("del", "--dead", "--force")
+    assert native.list() == []
+    assert not state_file(path).exists()
+
+
+@pytest.mark.io_errors
+def test_the_state_of_an_earlier_device_is_not_a_later_ones(native, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery", "-n", "5")
+    content = state_file(path).read_text()
+    native.run("del", "-n", "5")
+    path = native.add("-t", "mem", "--size", "1M", "--recovery", "-n", "5")
+    kill_server(native, path)
+    state_file(path).write_text(content)
+    refused = native.run("recover", "-n", "5", check=False, timeout=NOTICE + 15)
+    assert refused.status == 1, str(refused)
+    assert "ublkb5.json" in refused.err, str(refused)
+    native.run("del", "--force", "-n", "5", timeout=NOTICE + 15)
