@@ -36,6 +36,7 @@ mod params;
 mod plan;
 pub mod pull;
 mod request;
+mod stats;
 mod target;
 pub mod targets;
 mod uapi;
@@ -52,6 +53,7 @@ pub use params::{
 };
 pub use pull::pull;
 pub use request::{Anywhere, DetachedRequest, FileRange, Home, OnQueue, Op, Request, RequestOf, Requests};
+pub use stats::{DeviceStats, Latency, OpStats};
 pub use target::{QueueHandler, QueueInfo, Target};
 pub use uapi::{DeviceState, Features};
 pub use units::{DeviceId, QueueId, Sectors, Tag};

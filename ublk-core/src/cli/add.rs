@@ -10,11 +10,10 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use super::serve::Why;
 use super::state::{Origin, State};
 use super::{Failure, Host, Outcome, daemon, serve, size, state};
 use crate::data::DataMovement;
-use crate::device::{Device, DeviceOptions, Ending, Recovery, Server};
+use crate::device::{Device, DeviceOptions, Recovery, Server};
 use crate::driver::kernel::KernelDriver;
 use crate::engine::StdSpawn;
 use crate::error::{Error, Result};
@@ -77,6 +76,9 @@ pub(super) struct Args {
     /// Number of the device [default: the lowest free one]
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: Option<u32>,
+    /// How many devices to make, all served by one process (null, mem)
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    count: u32,
     /// Hardware queues; the driver makes no more of them than there are CPUs
     #[arg(short, long, default_value_t = 1)]
     queues: u32,
@@ -179,8 +181,7 @@ pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
         return daemon::child(report, args.log.as_deref(), |ready| serve(args, &origin, None, ready));
     }
     if args.foreground {
-        let ready = |device: &Device| super::print(&format!("{}\n", device.path().display()));
-        return serve(args, &Origin::here(arguments)?, None, ready);
+        return serve(args, &Origin::here(arguments)?, None, daemon::print_paths);
     }
     daemon::parent(arguments, host)
 }
@@ -191,7 +192,7 @@ pub(super) fn serve(
     args: &Args,
     origin: &Origin,
     waiting: Option<DeviceId>,
-    ready: impl FnOnce(&Device) -> Outcome,
+    ready: impl FnOnce(&[Device]) -> Outcome,
 ) -> Outcome {
     // Before any thread is made: they inherit the mask.
     let signals = serve::Signals::block()?;
@@ -210,32 +211,52 @@ pub(super) fn serve(
         recovery: args.recovery,
         partition_scan: !args.no_partition_scan,
     };
-    let device = match waiting {
-        None => server.start(target(args, None)?, &options)?,
+    let mut devices = Vec::new();
+    // On an error the devices are dropped, which stops and deletes them.
+    match waiting {
+        None => {
+            for _ in 0..args.count {
+                devices.push(server.start(target(args, None)?, &options)?);
+            }
+        }
         Some(id) => {
             let size = server.control().params(id)?.params.size;
-            server.recover(id, target(args, Some(size))?)?
+            devices.push(server.recover(id, target(args, Some(size))?)?);
         }
-    };
-    // On an error the device is dropped here, which stops and deletes it.
-    let kept = State::of(&device, origin).and_then(|state| state.save(device.id()));
-    match kept {
-        Err(failure) if options.recovery.is_some() => return Err(failure),
-        Err(Failure::Text(why)) => log::warn!("{why}"),
-        _ => {}
     }
-    let id = device.id();
-    let instance = state::instance(id);
-    let ended = ready(&device).and_then(|()| match signals.wait_with(&device)? {
-        Why::Signal => device.stop().map(|()| Ending::Deleted).map_err(Failure::from),
-        Why::Device => device.conclude().map_err(Failure::from),
-    });
-    drop(device);
-    match ended {
-        Ok(Ending::Left) => log::info!("device {id} is left to another server"),
-        _ => state::remove(id, instance),
+    let told = keep(&devices, origin, options.recovery.is_some()).and_then(|()| ready(&devices));
+    if let Err(failure) = told {
+        forget(devices, waiting.is_some());
+        return Err(failure);
     }
-    ended.map(drop)
+    serve::run(&signals, devices)
+}
+
+/// Writes down what the devices' next servers need to know; for those that may have one, it must work.
+fn keep(devices: &[Device], origin: &Origin, needed: bool) -> Outcome {
+    for device in devices {
+        match State::of(device, origin).and_then(|state| state.save(device.id())) {
+            Err(failure) if needed => return Err(failure),
+            Err(Failure::Text(why)) => log::warn!("{why}"),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Ends devices that nobody can be told of. One that was there before is left as it was found.
+fn forget(devices: Vec<Device>, found: bool) {
+    for device in devices {
+        let (id, instance) = (device.id(), state::instance(device.id()));
+        if found {
+            if let Err(error) = device.leave() {
+                log::error!("leaving device {id}: {error}");
+            }
+        } else {
+            drop(device);
+            state::remove(id, instance);
+        }
+    }
 }
 
 impl Args {
@@ -275,6 +296,12 @@ impl Args {
 fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
     if args.file.is_some() && args.kind != Kind::File {
         return Err(Error::invalid("file", args.file.as_deref().unwrap_or("".as_ref()).display(), "only for -t file"));
+    }
+    if args.count > 1 && (args.kind == Kind::File || args.id.is_some()) {
+        return Err(Error::invalid("count", args.count, "one device has this file or number"));
+    }
+    if args.count > 1 && args.recovery.is_some() {
+        return Err(Error::invalid("count", args.count, "a server of several devices cannot be replaced"));
     }
     let block = args.block_size.unwrap_or(512);
     Ok(match args.kind {

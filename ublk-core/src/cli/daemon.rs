@@ -27,6 +27,11 @@ pub(super) const REPORT_FLAG: &str = "report-fd";
 /// Where logs and states of devices are kept.
 pub(super) const RUN_DIR: &str = "/run/ublk";
 
+/// Tells whoever started this process where its disks are.
+pub(super) fn print_paths(devices: &[Device]) -> Outcome {
+    super::print(&devices.iter().map(|device| format!("{}\n", device.path().display())).collect::<String>())
+}
+
 /// A command line without what [`parent`] has added to it.
 pub(super) fn without_report(arguments: &[OsString]) -> Vec<OsString> {
     let flag = format!("--{REPORT_FLAG}");
@@ -64,9 +69,10 @@ pub(super) fn parent(arguments: &[OsString], host: &Host) -> Outcome {
     let mut report = String::new();
     File::from(reader).read_to_string(&mut report).map_err(|e| failed("reading its report", &e))?;
     match report.split_once(' ') {
-        Some(("ok", device)) => {
-            let (id, path) = device.split_once(' ').unwrap_or_default();
-            super::print(&format!("{path}\n")).inspect_err(|_| remove(id))
+        Some(("ok", devices)) => {
+            let devices: Vec<_> = devices.lines().filter_map(|device| device.split_once(' ')).collect();
+            let paths: String = devices.iter().map(|(_, path)| format!("{path}\n")).collect();
+            super::print(&paths).inspect_err(|_| devices.iter().for_each(|(id, _)| remove(id)))
         }
         Some(("error", message)) => {
             // It has nothing left to do but to end; do not leave it to init to collect.
@@ -105,7 +111,7 @@ fn describe(status: ExitStatus) -> String {
 pub(super) fn child(
     report: RawFd,
     log: Option<&Path>,
-    serve: impl FnOnce(&mut dyn FnMut(&Device) -> Outcome) -> Outcome,
+    serve: impl FnOnce(&mut dyn FnMut(&[Device]) -> Outcome) -> Outcome,
 ) -> Outcome {
     // SAFETY: the parent made this descriptor for us alone and told us its number; nothing else in
     // this process knows it.
@@ -117,14 +123,14 @@ pub(super) fn child(
     // Ctrl-C at the parent's terminal is not for the server.
     let _ = setsid();
     let mut log_path = None;
-    let mut ready = |device: &Device| {
-        let path = log.map_or_else(|| default_log(device), Path::to_owned);
+    let mut ready = |devices: &[Device]| {
+        let path = log.map_or_else(|| default_log(devices), Path::to_owned);
         let file = open_log(&path)?;
         log_path = Some(path);
         let mut pipe = pipe.take().ok_or(Failure::Reported)?;
         // Nobody waits any more: the device is not wanted.
-        pipe.write_all(format!("ok {} {}", device.id(), device.path().display()).as_bytes())
-            .map_err(|_| Failure::Reported)?;
+        let lines: String = devices.iter().map(|d| format!("{} {}\n", d.id(), d.path().display())).collect();
+        pipe.write_all(format!("ok {lines}").as_bytes()).map_err(|_| Failure::Reported)?;
         drop(pipe);
         // Last, so that everything above could still be seen by the caller.
         let redirected = dup2_stdout(&file).and_then(|()| dup2_stderr(&file)).and_then(|()| chdir("/"));
@@ -154,8 +160,10 @@ pub(super) fn child(
     outcome
 }
 
-fn default_log(device: &Device) -> PathBuf {
-    Path::new(RUN_DIR).join(format!("ublkb{}.log", device.id()))
+/// The log of the first device is that of all.
+fn default_log(devices: &[Device]) -> PathBuf {
+    let name = devices.first().map_or_else(|| "server.log".into(), |device| format!("ublkb{}.log", device.id()));
+    Path::new(RUN_DIR).join(name)
 }
 
 fn open_log(path: &Path) -> Result<File, Failure> {

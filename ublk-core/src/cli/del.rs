@@ -16,7 +16,8 @@ const UDEV_PATIENCE: Duration = Duration::from_secs(5);
 const UDEV_RETRY: Duration = Duration::from_millis(20);
 
 #[derive(Debug, clap::Args)]
-#[group(id = "which", required = true, multiple = false, args = ["ids", "all", "dead"])]
+#[group(skip)]
+#[command(group = clap::ArgGroup::new("which").required(true).args(["ids", "all", "dead"]))]
 pub(super) struct Args {
     /// Number of a device to remove; may be given several times
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]

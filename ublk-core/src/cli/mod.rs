@@ -15,7 +15,9 @@ mod recover;
 mod resize;
 mod serve;
 mod size;
+mod stat;
 mod state;
+mod station;
 mod upgrade;
 
 use std::ffi::OsString;
@@ -53,6 +55,8 @@ enum Command {
     Resize(resize::Args),
     /// Show devices
     List(list::Args),
+    /// Show what a device's server has done
+    Stat(stat::Args),
     /// Show what the driver can do
     Features(features::Args),
 }
@@ -108,6 +112,7 @@ pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
         Command::Quiesce(args) => quiesce::run(&args),
         Command::Resize(args) => resize::run(&args),
         Command::List(args) => list::run(&args),
+        Command::Stat(args) => stat::run(&args),
         Command::Features(args) => features::run(&args),
     };
     match result {

@@ -32,12 +32,12 @@ pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
         return daemon::child(report, args.log.as_deref(), |ready| recover(id, ready));
     }
     if args.foreground {
-        return recover(id, |device| super::print(&format!("{}\n", device.path().display())));
+        return recover(id, daemon::print_paths);
     }
     daemon::parent(arguments, host)
 }
 
-fn recover(id: DeviceId, ready: impl FnOnce(&crate::Device) -> Outcome) -> Outcome {
+fn recover(id: DeviceId, ready: impl FnOnce(&[crate::Device]) -> Outcome) -> Outcome {
     let state = State::load(id)?;
     add::serve(&state.add_args()?, &state.origin(), Some(id), ready)
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Waiting for a signal or for the device's end.
+//! Serving devices until a signal comes, or they end.
 
 use std::os::fd::AsFd;
 
@@ -9,19 +9,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::Failure;
-use crate::device::Device;
+use super::station::Station;
+use super::{Failure, Outcome, state};
+use crate::device::{Device, Ending};
 
 /// Signals that end a server in an orderly way.
 const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
-
-/// Why a wait ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Why {
-    Signal,
-    /// The device has begun to end.
-    Device,
-}
 
 /// The ending signals, taken out of their usual delivery.
 pub(super) struct Signals(SignalFd);
@@ -35,22 +28,50 @@ impl Signals {
             .map(Signals)
             .map_err(|errno| Failure::Text(format!("blocking signals: {errno}")))
     }
+}
 
-    /// Waits until a signal comes or the device begins to end.
-    pub(super) fn wait_with(&self, device: &Device) -> Result<Why, Failure> {
-        loop {
-            let mut fds =
-                [PollFd::new(self.0.as_fd(), PollFlags::POLLIN), PollFd::new(device.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) if fds[1].any() == Some(true) => return Ok(Why::Device),
-                Ok(_) => {}
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(Failure::Text(format!("waiting for the device's end: {errno}"))),
-            }
-            if let Ok(Some(signal)) = self.0.read_signal() {
-                log::info!("signal {} ends {}", signal.ssi_signo, device.path().display());
-                return Ok(Why::Signal);
-            }
+/// Serves devices to their end. A signal stops and deletes them all.
+pub(super) fn run(signals: &Signals, mut devices: Vec<Device>) -> Outcome {
+    let station = Station::open().inspect_err(|error| log::warn!("`ublk stat` will not work: {error}")).ok();
+    let mut outcome = Ok(());
+    while !devices.is_empty() {
+        let mut fds = vec![PollFd::new(signals.0.as_fd(), PollFlags::POLLIN)];
+        fds.extend(devices.iter().map(|device| PollFd::new(device.as_fd(), PollFlags::POLLIN)));
+        fds.extend(station.as_ref().map(|station| PollFd::new(station.as_fd(), PollFlags::POLLIN)));
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Failure::Text(format!("waiting for the devices' end: {errno}"))),
+        }
+        let ready = |fd: &PollFd<'_>| fd.any() == Some(true);
+        let ending: Vec<usize> = (0..devices.len()).rev().filter(|i| ready(&fds[i + 1])).collect();
+        let asked = fds.get(devices.len() + 1).is_some_and(ready);
+        drop(fds);
+        for i in ending {
+            outcome = end(devices.swap_remove(i), false).and(outcome);
+        }
+        if let Ok(Some(signal)) = signals.0.read_signal() {
+            log::info!("signal {} ends the server", signal.ssi_signo);
+            return devices.into_iter().fold(outcome, |outcome, device| end(device, true).and(outcome));
+        }
+        if let Some(station) = station.as_ref().filter(|_| asked) {
+            station.answer(&devices);
         }
     }
+    outcome
+}
+
+/// Ends a device: as its owner wants it to, or as somebody else has begun to.
+fn end(device: Device, wanted: bool) -> Outcome {
+    let id = device.id();
+    let instance = state::instance(id);
+    let ending = if wanted { device.stop().map(|()| Ending::Deleted) } else { device.conclude() };
+    drop(device);
+    match ending {
+        Ok(Ending::Left) => log::info!("device {id} is left to another server"),
+        _ => state::remove(id, instance),
+    }
+    ending.map(drop).map_err(|error| {
+        log::error!("{error}");
+        Failure::Error(error)
+    })
 }

@@ -28,6 +28,7 @@ use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
 use crate::error::{Error, Result, errno_of};
 use crate::params::{Operations, Params};
 use crate::plan::{Demands, Plan};
+use crate::stats::{DeviceCounters, DeviceStats};
 use crate::target::{QueueInfo, Target};
 use crate::uapi::Features;
 use crate::units::{DeviceId, QueueId};
@@ -111,6 +112,7 @@ impl Server {
             params,
             plan,
             events,
+            counters: DeviceCounters::default(),
             deleted: Mutex::new(false),
             owner: std::process::id(),
         };
@@ -149,6 +151,7 @@ pub struct Device {
     params: Params,
     plan: Plan,
     events: Arc<QueueEvents>,
+    counters: DeviceCounters,
     deleted: Mutex<bool>,
     /// The process that serves the device. A forked child has a copy of this structure, but neither the
     /// threads nor the right to end its parent's device.
@@ -179,6 +182,11 @@ impl Device {
     /// How its data moves, and why so.
     pub fn data_movement(&self) -> (DataMovement, &'static str) {
         (self.plan.data, self.plan.reason)
+    }
+
+    /// What it has done since this server took it over.
+    pub fn stats(&self) -> DeviceStats {
+        self.counters.snapshot()
     }
 
     /// Whether tags go to and from the driver in batches.
@@ -254,6 +262,7 @@ impl Device {
             target: target.clone(),
             file: file.clone(),
             events: self.events.clone(),
+            stats: self.counters.queue(queue.0),
         };
         self.events.opening();
         let opened = self

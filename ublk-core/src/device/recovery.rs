@@ -14,6 +14,7 @@ use crate::engine::QueueEvents;
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::plan::Plan;
+use crate::stats::DeviceCounters;
 use crate::target::Target;
 use crate::uapi::{DeviceState, Features};
 use crate::units::DeviceId;
@@ -82,6 +83,7 @@ impl Server {
             params,
             plan,
             events,
+            counters: DeviceCounters::default(),
             // Whatever happens here, the device is not to be deleted by it.
             deleted: Mutex::new(true),
             owner: std::process::id(),

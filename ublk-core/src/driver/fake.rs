@@ -867,7 +867,7 @@ impl Ring for FakeRing {
     }
 
     /// The clients' threads play the driver.
-    fn is_quiet_between_waits(&self) -> bool {
+    fn is_quiet(&mut self) -> bool {
         false
     }
 

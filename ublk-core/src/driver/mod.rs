@@ -355,9 +355,10 @@ pub trait Ring: Debug {
     /// Whether the timer has ended since this was last asked.
     fn timer_ended(&mut self) -> bool;
 
-    /// Whether the driver touches requests' buffers only while this thread is inside [`wait`](Ring::wait) or
-    /// [`submit`](Ring::submit), so that what is untouched after a wait stays so until the next.
-    fn is_quiet_between_waits(&self) -> bool;
+    /// Whether the driver touches requests' buffers only while this thread is inside a call of this ring, and
+    /// all that it did is known by the completions taken: memory of idle tags can be given back until the
+    /// next call.
+    fn is_quiet(&mut self) -> bool;
 
     /// Takes `count` successive places of the ring's table of buffers.
     fn reserve_buffers(&mut self, count: u16) -> io::Result<u16>;

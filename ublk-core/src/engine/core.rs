@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use super::batch::{After, Batch, Element, Tail};
 use super::cookie::{Cookie, Kind};
 use super::forward::{Forwarded, Pages};
-use super::pace::{Pace, Tick};
+use super::pace::{Pace, Tick, clock};
 use super::pool::Inbox;
 use super::tags::TagTable;
 use super::transfer::{Next, Transfer};
@@ -22,12 +22,23 @@ use crate::data::pool::BufferPool;
 use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
 use crate::memory::{Descriptor, DescriptorMap, IoBuffer};
 use crate::request::{Answer, FileRange, Op, Origin, memory_or_abort};
+use crate::stats::{Ended, QueueStats};
 use crate::target::QueueInfo;
 use crate::uapi;
 use crate::units::Tag;
 
 /// The ring, shared by the queues of its thread.
 pub(crate) type SharedRing = Rc<RefCell<Box<dyn Ring>>>;
+
+/// What a thread gives to each of its queues.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seat<'a> {
+    /// The queue's place among those of the thread.
+    pub(super) place: u32,
+    pub(super) ring: &'a SharedRing,
+    pub(super) inbox: &'a Arc<Inbox>,
+    pub(super) zeros: &'a Rc<IoBuffer>,
+}
 
 /// Whether the driver delivers batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +77,12 @@ pub(crate) struct QueueCore {
     pub(super) warm: Cell<bool>,
     /// Set when the ring itself failed.
     pub(super) broken: RefCell<Option<io::Error>>,
+    stats: Arc<QueueStats>,
+    /// When the requests of this round came, and the present one of each tag.
+    pub(super) round: Cell<u64>,
+    came: RefCell<Vec<u64>>,
+    /// Requests that have ended in this round.
+    ended: RefCell<Vec<Ended>>,
 }
 
 impl std::fmt::Debug for QueueCore {
@@ -80,11 +97,10 @@ impl QueueCore {
         info: QueueInfo,
         origin: Origin,
         batch: bool,
-        place: u32,
-        ring: &SharedRing,
-        inbox: &Arc<Inbox>,
-        zeros: &Rc<IoBuffer>,
+        stats: Arc<QueueStats>,
+        seat: &Seat<'_>,
     ) -> Result<Self, (String, io::Error)> {
+        let Seat { place, ring, inbox, zeros } = *seat;
         let depth = usize::from(info.depth);
         let descriptors = origin.file.map_descriptors(info.queue, info.depth);
         let descriptors = descriptors.map_err(|e| ("mapping the descriptors".to_owned(), e))?.0;
@@ -131,6 +147,10 @@ impl QueueCore {
             pace: Pace::default(),
             warm: Cell::new(false),
             broken: RefCell::new(None),
+            stats,
+            round: Cell::new(0),
+            came: RefCell::new(vec![0; depth]),
+            ended: RefCell::default(),
         })
     }
 
@@ -151,9 +171,14 @@ impl QueueCore {
         self.descriptors.read(tag)
     }
 
+    /// A request comes out of this round.
+    pub(crate) fn arrived(&self, tag: Tag) {
+        self.warm.set(true);
+        self.came.borrow_mut()[tag.index()] = self.round.get();
+    }
+
     /// The tag's buffer, if tags have some.
     pub(crate) fn take_buffer(&self, tag: Tag) -> Option<Arc<IoBuffer>> {
-        self.warm.set(true);
         self.buffers.borrow_mut()[tag.index()].take()
     }
 
@@ -232,7 +257,25 @@ impl QueueCore {
             }
         };
         self.tags.borrow_mut().commit(tag);
+        self.note_end(tag, answer);
         self.lend(Kind::Commit, tag, address, answer);
+    }
+
+    /// Keeps in mind what a request was and how it ended, while its descriptor says so.
+    fn note_end(&self, tag: Tag, answer: Answer) {
+        let descriptor = self.descriptor(tag);
+        let Some(op) = Op::decode(descriptor.op_flags) else { return };
+        let ended =
+            Ended { op, bytes: op.len(&descriptor), failed: answer.result < 0, came: self.came.borrow()[tag.index()] };
+        self.ended.borrow_mut().push(ended);
+    }
+
+    /// Makes the ends of this round public; they are about to be submitted.
+    pub(super) fn count(&self) {
+        let mut ended = self.ended.borrow_mut();
+        if !ended.is_empty() {
+            self.stats.add(&mut ended, clock());
+        }
     }
 
     /// Carries the request out on a file.
@@ -420,6 +463,7 @@ impl QueueCore {
     pub(crate) fn submit_if_late(&self) {
         if self.pace.step(Tick::now()) {
             self.flush();
+            self.count();
             self.submit();
         }
     }

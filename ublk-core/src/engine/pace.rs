@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! When finished requests are submitted before their batch is done.
+//! When finished requests are submitted before their batch is done; and the clocks.
 
 use std::cell::Cell;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
+
+/// The monotonic clock in nanoseconds.
+pub(super) fn clock() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| Duration::from(now).as_nanos() as u64)
+}
 
 /// Decides when the finished requests of a batch are submitted before its end.
 ///

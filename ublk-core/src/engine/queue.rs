@@ -11,9 +11,8 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::cookie::{Cookie, Kind};
-use super::core::{Deliveries, QueueCore, SharedRing};
+use super::core::{Deliveries, QueueCore, Seat};
 use super::events::QueueEvents;
-use super::pool::Inbox;
 use super::tags::Event;
 use super::transfer::ZEROS_LEN;
 use crate::data::DataMovement;
@@ -21,6 +20,7 @@ use crate::driver::{CharDevice, Completion};
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::request::{Answer, Origin, Requests};
+use crate::stats::QueueStats;
 use crate::target::{QueueHandler, QueueInfo, Target};
 use crate::uapi;
 use crate::units::{DeviceId, Tag};
@@ -37,6 +37,7 @@ pub(crate) struct QueueSetup {
     pub(crate) target: Arc<dyn Target>,
     pub(crate) file: Arc<dyn CharDevice>,
     pub(crate) events: Arc<QueueEvents>,
+    pub(crate) stats: Arc<QueueStats>,
 }
 
 /// One queue and its handler.
@@ -57,13 +58,7 @@ impl std::fmt::Debug for Queue {
 
 impl Queue {
     /// Sets a queue up and lends all its tags to the driver.
-    pub(crate) fn open(
-        setup: QueueSetup,
-        place: u32,
-        ring: &SharedRing,
-        inbox: &Arc<Inbox>,
-        zeros: &Rc<IoBuffer>,
-    ) -> Result<Self> {
+    pub(crate) fn open(setup: QueueSetup, seat: &Seat<'_>) -> Result<Self> {
         let info = setup.info;
         let refused = |what: &str, e: &dyn std::fmt::Display| Error::Queue {
             device: info.device,
@@ -79,8 +74,8 @@ impl Queue {
             access: setup.target.access(),
             file: setup.file,
         };
-        let core = QueueCore::new(info, origin, setup.batch, place, ring, inbox, zeros)
-            .map_err(|(what, e)| refused(&what, &e))?;
+        let core =
+            QueueCore::new(info, origin, setup.batch, setup.stats, seat).map_err(|(what, e)| refused(&what, &e))?;
         let queue = Queue { handler, core, ready: Vec::with_capacity(usize::from(info.depth)), events: setup.events };
         queue.core.lend_all(setup.tags);
         // Now, not with the next wait: whoever hears that the queue is open may stop the device, and a
@@ -193,8 +188,9 @@ impl Queue {
         !self.ready.is_empty()
     }
 
-    /// Hands the requests that came to the handler.
-    pub(crate) fn serve(&mut self) {
+    /// Hands the requests that came to the handler; `now` is when they came.
+    pub(crate) fn serve(&mut self, now: u64) {
+        self.core.round.set(now);
         self.core.pace.begin();
         let Queue { handler, core, ready, .. } = self;
         let result = catch_unwind(AssertUnwindSafe(|| handler.handle(Requests::new(core, ready))));
@@ -213,6 +209,7 @@ impl Queue {
     /// Queues what was gathered for the next submission.
     pub(super) fn flush(&self) {
         self.core.flush();
+        self.core.count();
     }
 
     /// Whether nothing refers to the queue any more and it can be closed.

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::cookie::Cookie;
-use super::core::SharedRing;
+use super::core::{Seat, SharedRing};
+use super::pace::clock;
 use super::pool::{Finished, Inbox, Message};
 use super::queue::{Queue, panic_text, shared_zeros};
 use crate::driver::{Completion, Driver};
@@ -127,7 +128,7 @@ impl RingThread {
         if ring.timer_ended() {
             self.idle.timer_runs = false;
             // Between two waits the driver touches no buffer, and nothing that it did is unseen.
-            if !self.idle.active && ring.is_quiet_between_waits() {
+            if !self.idle.active && ring.is_quiet() {
                 self.queues.iter().flatten().filter(|queue| queue.is_warm()).for_each(Queue::cool);
             }
         }
@@ -145,7 +146,8 @@ impl RingThread {
                     let free = |place: &usize| self.queues[*place].is_none() && !self.retired.contains(place);
                     let place = (0..self.queues.len()).find(free).unwrap_or(self.queues.len());
                     let events = setup.events.clone();
-                    let result = Queue::open(*setup, place as u32, &self.ring, &self.inbox, &self.zeros);
+                    let seat = Seat { place: place as u32, ring: &self.ring, inbox: &self.inbox, zeros: &self.zeros };
+                    let result = Queue::open(*setup, &seat);
                     let result = result.map(|queue| {
                         if place == self.queues.len() {
                             self.queues.push(Some(queue));
@@ -189,12 +191,16 @@ impl RingThread {
     }
 
     fn serve_touched(&mut self) -> io::Result<()> {
+        if self.touched.is_empty() {
+            return Ok(());
+        }
+        let now = clock();
         for place in self.touched.drain(..) {
             let slot = &mut self.queues[place as usize];
             let Some(queue) = slot else { continue };
             if queue.has_requests() {
                 self.idle.active = true;
-                queue.serve();
+                queue.serve(now);
             }
             queue.flush();
             if let Some(error) = queue.take_ring_failure() {

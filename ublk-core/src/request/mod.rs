@@ -156,6 +156,7 @@ impl<H: Home> fmt::Debug for RequestOf<H> {
 impl<'q> Request<'q> {
     /// Takes over a tag that the server owns, and its buffer. What cannot be served is failed at once.
     pub(crate) fn adopt(core: &'q QueueCore, tag: Tag) -> Option<Self> {
+        core.arrived(tag);
         let descriptor = core.descriptor(tag);
         let buffer = core.take_buffer(tag);
         let Some(op) = Op::decode(descriptor.op_flags) else {

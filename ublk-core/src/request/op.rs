@@ -7,7 +7,7 @@ use crate::uapi;
 use crate::units::Sectors;
 
 /// What a request asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Op {
     /// Fill the buffer with what the disk holds.
     Read,
@@ -53,6 +53,24 @@ impl Op {
             uapi::UBLK_IO_OP_ZONE_RESET_ALL => Some(Op::ZoneResetAll),
             uapi::UBLK_IO_OP_REPORT_ZONES => Some(Op::ReportZones),
             _ => None,
+        }
+    }
+
+    /// Its name in lists: `read`, `write-zeroes`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Op::Read => "read",
+            Op::Write => "write",
+            Op::Flush => "flush",
+            Op::Discard => "discard",
+            Op::WriteZeroes => "write-zeroes",
+            Op::ZoneOpen => "zone-open",
+            Op::ZoneClose => "zone-close",
+            Op::ZoneFinish => "zone-finish",
+            Op::ZoneAppend => "zone-append",
+            Op::ZoneReset => "zone-reset",
+            Op::ZoneResetAll => "zone-reset-all",
+            Op::ReportZones => "report-zones",
         }
     }
 

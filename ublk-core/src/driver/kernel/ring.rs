@@ -279,8 +279,8 @@ impl Ring for KernelRing {
         std::mem::take(&mut self.timer_ended)
     }
 
-    fn is_quiet_between_waits(&self) -> bool {
-        self.defers_task_work
+    fn is_quiet(&mut self) -> bool {
+        self.defers_task_work && self.uring.completion().is_empty()
     }
 
     fn reserve_buffers(&mut self, count: u16) -> io::Result<u16> {

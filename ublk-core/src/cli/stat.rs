@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `ublk stat`.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::thread;
+use std::time::Duration;
+
+use super::station::{self, Report};
+use super::{Failure, Outcome};
+use crate::control::Control;
+use crate::stats::OpStats;
+use crate::units::DeviceId;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Number of the device
+    #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
+    id: u32,
+    /// Print again and again what came since the last time, until Ctrl-C or the device's end
+    #[arg(short, long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
+    watch: Option<Duration>,
+    /// Print JSON; with --watch, all counts in one line each time
+    #[arg(long)]
+    json: bool,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
+    if (0.1..=86_400.0).contains(&number) {
+        Ok(Duration::from_secs_f64(number))
+    } else {
+        Err("0.1 to 86400 seconds are possible".into())
+    }
+}
+
+pub(super) fn run(args: &Args) -> Outcome {
+    let control = super::control()?;
+    let id = DeviceId(args.id);
+    let mut before = report(&control, id)?;
+    let Some(interval) = args.watch else {
+        return super::print(&if args.json { json(&before, true)? } else { table(&before.total, None) });
+    };
+    loop {
+        thread::sleep(interval);
+        let now = match report(&control, id) {
+            Ok(report) => report,
+            Err(Failure::Error(error)) if error.errno() == crate::Errno::ENODEV => return Ok(()),
+            Err(failure) => return Err(failure),
+        };
+        super::print(&if args.json { json(&now, false)? } else { table(&now.total, Some((&before.total, interval))) })?;
+        before = now;
+    }
+}
+
+fn report(control: &Control, id: DeviceId) -> Result<Report, Failure> {
+    let info = control.info(id)?;
+    match u32::try_from(info.pid) {
+        Ok(pid) if pid > 0 => station::ask(pid, id),
+        _ => Err(Failure::Text(format!("device {id} has no server: it is {}", info.state.name()))),
+    }
+}
+
+fn json(report: &Report, pretty: bool) -> Result<String, Failure> {
+    let text = if pretty { serde_json::to_string_pretty(report) } else { serde_json::to_string(report) };
+    text.map(|text| text + "\n").map_err(|e| Failure::Text(format!("making JSON: {e}")))
+}
+
+/// Counts as a table; rates where there is something to compare with. Latencies are those since the start.
+fn table(now: &BTreeMap<String, OpStats>, before: Option<(&BTreeMap<String, OpStats>, Duration)>) -> String {
+    let mut text = String::new();
+    let per = if before.is_some() { ["requests/s", "MiB/s"] } else { ["requests", "MiB"] };
+    // Writing to a string does not fail.
+    let _ = writeln!(
+        text,
+        "{:<14} {:>12} {:>10} {:>8} {:>10} {:>10} {:>10} {:>10}",
+        "operation", per[0], per[1], "errors", "p50", "p99", "p99.9", "max"
+    );
+    for (op, stats) in now {
+        let old = before.and_then(|(before, _)| before.get(op)).copied().unwrap_or_default();
+        let seconds = before.map_or(1.0, |(_, interval)| interval.as_secs_f64());
+        let requests = (stats.requests - old.requests.min(stats.requests)) as f64 / seconds;
+        let bytes = (stats.bytes - old.bytes.min(stats.bytes)) as f64 / seconds;
+        let latency = stats.latency_ns;
+        let _ = writeln!(
+            text,
+            "{op:<14} {requests:>12.0} {:>10.1} {:>8} {:>10} {:>10} {:>10} {:>10}",
+            bytes / f64::from(1 << 20),
+            stats.errors - old.errors.min(stats.errors),
+            time(latency.p50),
+            time(latency.p99),
+            time(latency.p99_9),
+            time(latency.max)
+        );
+    }
+    text
+}
+
+/// A time for people, to three digits.
+fn time(nanoseconds: u64) -> String {
+    let value = nanoseconds as f64;
+    let (value, unit) = match nanoseconds {
+        0..1_000 => (value, "ns"),
+        1_000..1_000_000 => (value / 1e3, "us"),
+        1_000_000..1_000_000_000 => (value / 1e6, "ms"),
+        _ => (value / 1e9, "s"),
+    };
+    let digits = if unit == "ns" || value >= 100.0 {
+        0
+    } else if value >= 10.0 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.digits$} {unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_three_digits() {
+        for (nanoseconds, text) in [
+            (0, "0 ns"),
+            (999, "999 ns"),
+            (1_234, "1.23 us"),
+            (45_678, "45.7 us"),
+            (123_456_789, "123 ms"),
+            (2_000_000_000, "2.00 s"),
+        ] {
+            assert_eq!(time(nanoseconds), text);
+        }
+    }
+
+    #[test]
+    fn a_watch_shows_what_came_since() {
+        let stats =
+            |requests, bytes| BTreeMap::from([("read".to_owned(), OpStats { requests, bytes, ..OpStats::default() })]);
+        let text = table(&stats(300, 3 << 20), Some((&stats(100, 1 << 20), Duration::from_secs(2))));
+        let line = text.lines().nth(1).unwrap();
+        assert_eq!(line.split_whitespace().take(3).collect::<Vec<_>>(), ["read", "100", "1.0"]);
+    }
+
+    #[test]
+    fn intervals_have_bounds() {
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for bad in ["0", "-1", "x", "1e9", "nan"] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
+    }
+}
