@@ -108,7 +108,8 @@ def test_del_while_busy_takes_force(native) -> None:
         load.wait_until_busy()
         refused = native.run("del", "-n", str(device_id(path)), check=False)
         assert refused.status == 1, str(refused)
-        assert "fio" in refused.err and "--force" in refused.err, str(refused)
+        assert "fio" in refused.err, str(refused)
+        assert "--force" in refused.err, str(refused)
         # It has lost nothing by that.
         load.wait_until_busy(sysfs.requests(path) + 200)
         started = time.monotonic()

@@ -5,16 +5,15 @@ import os
 from pathlib import Path
 
 import pytest
-from support import driver, fio, kernel, sysfs
+from support import fio, sysfs
 from support.backends import image
 from support.blockio import Disk
 from support.command import run
 from support.face import device_id
+from support.features import has
 from support.waiting import until
 
-pytestmark = pytest.mark.skipif(
-    not (driver.is_bundled() or kernel.VERSION >= (6, 16)), reason="UPDATE_SIZE came with Linux 6.16"
-)
+pytestmark = pytest.mark.skipif(not has("UPDATE_SIZE"), reason="UPDATE_SIZE came with Linux 6.16")
 
 
 @pytest.mark.short
@@ -63,7 +62,8 @@ def test_sizes_that_cannot_be_are_refused(native, scratch: Path) -> None:
     number = str(device_id(path))
     for size, words in (("64M", "bytes behind it"), ("1000", "multiple"), ("0", "multiple")):
         refused = native.run("resize", "-n", number, "-s", size, check=False)
-        assert refused.status == 1 and words in refused.err, str(refused)
+        assert refused.status == 1, str(refused)
+        assert words in refused.err, str(refused)
     assert sysfs.size(path) == 32 << 20
     native.run("del", "-n", number)
 
@@ -72,7 +72,8 @@ def test_a_ram_disk_does_not_grow_beyond_what_it_was_made_with(native) -> None:
     path = native.add("-t", "mem", "--size", "32M")
     number = str(device_id(path))
     refused = native.run("resize", "-n", number, "-s", "64M", check=False)
-    assert refused.status == 1 and "33554432" in refused.err, str(refused)
+    assert refused.status == 1, str(refused)
+    assert "33554432" in refused.err, str(refused)
     native.run("resize", "-n", number, "-s", "16M")
     assert sysfs.size(path) == 16 << 20
     native.run("resize", "-n", number, "-s", "32M")

@@ -55,6 +55,16 @@ struct Entry {
     data_reason: Option<String>,
     batch: bool,
     recovery: Option<&'static str>,
+    chunk_size: u32,
+    dma_alignment: Option<u32>,
+    segments: Option<Segments>,
+}
+
+#[derive(Debug, Serialize)]
+struct Segments {
+    boundary_mask: u64,
+    max_size: u32,
+    max_count: u16,
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
@@ -115,6 +125,13 @@ fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
         data_reason: State::find(id).ok().flatten().map(|state| state.reason),
         batch: info.features.contains(Features::BATCH_IO),
         recovery: Recovery::of(info.features).map(Recovery::name),
+        chunk_size: params.chunk_size,
+        dma_alignment: params.dma_alignment,
+        segments: params.segments.map(|segments| Segments {
+            boundary_mask: segments.boundary_mask,
+            max_size: segments.max_size,
+            max_count: segments.max_count,
+        }),
     })
 }
 
@@ -204,6 +221,9 @@ mod tests {
             data_reason: Some("the target looks at the bytes".into()),
             batch: true,
             recovery: None,
+            chunk_size: 0,
+            dma_alignment: None,
+            segments: None,
         }
     }
 

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Many devices in one process: few threads, little memory, no work while nothing happens."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from support.blockio import Disk
+from support.face import Face
+from support.pace import DEBUG_KERNEL, patience
+from support.processes import is_running, threads
+from support.waiting import until
+
+COUNT = int(os.environ.get("UBLK_COUNT", "40" if DEBUG_KERNEL else "200"))
+
+
+def resident(pid: int) -> int:
+    """A process's memory in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def processor_time(pid: int) -> int:
+    """Ticks of the clock that a process has computed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+@pytest.mark.time_limit(60 + COUNT * 2)
+def test_one_process_serves_many_devices(native: Face) -> None:
+    result = native.run("add", "-t", "null", "--count", str(COUNT), "--no-partition-scan", timeout=30 + COUNT)
+    paths = result.out.split()
+    assert len(set(paths)) == COUNT
+    devices = native.list()
+    assert {device["path"] for device in devices} == set(paths)
+    (pid,) = {device["pid"] for device in devices}
+    assert len(threads(pid)) <= 4
+    for path in (paths[0], paths[-1]):
+        with Disk(path, direct=True) as disk:
+            disk.write(0, bytes(4096))
+    per_device = resident(pid) / COUNT
+    print(f"{COUNT} devices: {len(threads(pid))} threads, {per_device / 1024:.1f} KiB each")
+    assert per_device < 64 << 10
+    # Timers and memory of the last requests are over.
+    time.sleep(patience(5))
+    before = processor_time(pid)
+    time.sleep(3)
+    assert processor_time(pid) - before <= 1
+    native.run("del", "-a", timeout=60 + COUNT)
+    until(lambda: not is_running(pid), "the server's end")
+
+
+def test_memory_of_a_burst_is_given_back(native: Face) -> None:
+    path = native.add("-t", "null", "-q", "2")
+    pid = native.info(path)["pid"]
+    before = resident(pid)
+    with Disk(path, direct=True) as disk:
+        for n in range(300):
+            disk.write(n * (512 << 10), bytes(512 << 10))
+    # Two periods of two seconds without a request.
+    until(lambda: resident(pid) < before + (4 << 20), "the return of the memory", 15)
+    native.run("del", "-a")
