@@ -19,7 +19,7 @@ use crate::engine::StdSpawn;
 use crate::error::{Error, Result};
 use crate::params::{Operations, Params, SegmentLimits};
 use crate::target::Target;
-use crate::targets::{self, File, FileOptions, Io, Mem, Null};
+use crate::targets::{self, File, FileOptions, Io, Mem, Null, Zoned, ZonedOptions};
 use crate::units::DeviceId;
 
 /// Size of a RAM disk, unless another is asked for.
@@ -34,6 +34,8 @@ enum Kind {
     /// A disk in a file or on another block device
     #[value(alias = "loop")]
     File,
+    /// A host-managed zoned disk, in memory or, with --file, in a directory
+    Zoned,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -70,7 +72,7 @@ pub(super) struct Args {
     /// What serves the device
     #[arg(short = 't', long = "type", value_enum)]
     kind: Kind,
-    /// Backing file or block device (file)
+    /// Backing file or block device (file); directory with a file per zone (zoned)
     #[arg(short, long, value_name = "PATH", required_if_eq("kind", "file"))]
     file: Option<PathBuf>,
     /// Number of the device [default: the lowest free one]
@@ -85,7 +87,7 @@ pub(super) struct Args {
     /// Requests per queue, 1 to 4096
     #[arg(short, long, default_value_t = 128)]
     depth: u32,
-    /// Size, e.g. 512M [default: 250G for null, 1G for mem, all of the file for file]
+    /// Size, e.g. 512M [default: 250G for null, 1G for mem and zoned, all of the file for file]
     #[arg(short, long, value_parser = size::parse)]
     size: Option<u64>,
     /// Logical block size: a power of two from 512 to 4096 [default: 512, or what the file needs]
@@ -110,6 +112,18 @@ pub(super) struct Args {
     /// meanwhile
     #[arg(short, long, value_name = "HOW", num_args = 0..=1, default_missing_value = "queue", value_parser = recovery())]
     recovery: Option<Recovery>,
+    /// Size of a zone, a power of two (zoned)
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32, default_value = "64M")]
+    zone_size: u32,
+    /// Zones at the disk's beginning that can be written anywhere (zoned)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    conventional_zones: u32,
+    /// Most open zones; 0 for no limit (zoned)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    max_open_zones: u32,
+    /// Most active zones, open or closed; 0 for no limit (zoned)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    max_active_zones: u32,
     /// Do not look for partitions
     #[arg(long)]
     no_partition_scan: bool,
@@ -279,6 +293,7 @@ impl Args {
             (Kind::File, Some(file)) => targets::file_size(file)?,
             // It has room for what it was made with.
             (Kind::Mem, _) => self.size.unwrap_or(DEFAULT_MEM_SIZE),
+            (Kind::Zoned, _) => return Err(Error::invalid("size", present, "a zoned disk keeps its size")),
             _ => u64::MAX,
         };
         match wish {
@@ -294,10 +309,12 @@ impl Args {
 
 /// Makes the target; `size` is that of a disk which exists already.
 fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
-    if args.file.is_some() && args.kind != Kind::File {
-        return Err(Error::invalid("file", args.file.as_deref().unwrap_or("".as_ref()).display(), "only for -t file"));
+    if let Some(file) = &args.file
+        && !matches!(args.kind, Kind::File | Kind::Zoned)
+    {
+        return Err(Error::invalid("file", file.display(), "only for -t file and -t zoned"));
     }
-    if args.count > 1 && (args.kind == Kind::File || args.id.is_some()) {
+    if args.count > 1 && (args.file.is_some() || args.id.is_some()) {
         return Err(Error::invalid("count", args.count, "one device has this file or number"));
     }
     if args.count > 1 && args.recovery.is_some() {
@@ -328,6 +345,20 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
             let mut params = shape(args, file.params());
             params.size = size.or(args.size).unwrap_or(params.size);
             Arc::new(file.with_params(params)?)
+        }
+        Kind::Zoned => {
+            let options = ZonedOptions {
+                size: size.or(args.size).unwrap_or(DEFAULT_MEM_SIZE),
+                zone_size: args.zone_size,
+                conventional: args.conventional_zones,
+                max_open: args.max_open_zones,
+                max_active: args.max_active_zones,
+                logical_block_size: args.block_size.unwrap_or(4096),
+                directory: args.file.clone(),
+            };
+            let mut params = shape(args, Zoned::shape(&options));
+            params.chunk_size = args.zone_size;
+            Arc::new(Zoned::with_params(&options, params)?)
         }
     })
 }

@@ -5,8 +5,11 @@
 mod file;
 mod mem;
 mod null;
+mod sparse;
+mod zoned;
 
 pub(crate) use file::size as file_size;
 pub use file::{File, FileOptions, Io};
 pub use mem::Mem;
 pub use null::Null;
+pub use zoned::{Zoned, ZonedOptions};

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Where the bytes of zones are: in memory, or in a directory with a file for each zone.
+//!
+//! A sequential zone's file is as long as the zone is written, so the write pointers outlive the server
+//! without a book of their own.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use nix::fcntl::FlockArg;
+
+use super::super::sparse::Sparse;
+use crate::error::{Error, Result};
+
+/// The bytes of all zones.
+#[derive(Debug)]
+pub(super) enum Store {
+    Memory(Sparse),
+    Files(Files),
+}
+
+/// A file for each zone.
+#[derive(Debug)]
+pub(super) struct Files {
+    zone_size: u64,
+    files: Vec<File>,
+    /// Zones with writes that may not be durable.
+    dirty: Mutex<Vec<bool>>,
+    /// Keeps a second server away.
+    _lock: File,
+}
+
+impl Files {
+    /// Opens or makes the files of a disk, and tells how much is written to each sequential zone.
+    pub(super) fn open(
+        directory: &Path,
+        zone_size: u64,
+        conventional: usize,
+        count: usize,
+    ) -> Result<(Self, Vec<Option<u64>>)> {
+        std::fs::create_dir_all(directory).map_err(|e| Error::file("make", directory, &e))?;
+        let lock = File::open(directory).map_err(|e| Error::file("open", directory, &e))?;
+        #[allow(deprecated, reason = "the replacement insists on owning the file")]
+        nix::fcntl::flock(std::os::fd::AsRawFd::as_raw_fd(&lock), FlockArg::LockExclusiveNonblock).map_err(
+            |errno| Error::File {
+                operation: "lock",
+                path: directory.to_owned(),
+                errno,
+                hint: "another server uses this directory".into(),
+            },
+        )?;
+        let (mut files, mut written) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        for index in 0..count {
+            let is_conventional = index < conventional;
+            let path = directory.join(name(index, is_conventional));
+            let other = directory.join(name(index, !is_conventional));
+            if other.exists() {
+                let kind = if is_conventional { "sequential" } else { "conventional" };
+                return Err(Error::invalid(
+                    "conventional zones",
+                    conventional,
+                    format!("zone {index} in {} is {kind}", directory.display()),
+                ));
+            }
+            let (file, len) = open(&path).map_err(|e| Error::file("open", &path, &e))?;
+            if len > zone_size {
+                return Err(Error::invalid("zone size", zone_size, format!("{} has {len} bytes", path.display())));
+            }
+            if is_conventional {
+                file.set_len(zone_size).map_err(|e| Error::file("enlarge", &path, &e))?;
+            }
+            written.push((!is_conventional).then_some(len));
+            files.push(file);
+        }
+        let dirty = Mutex::new(vec![false; count]);
+        Ok((Files { zone_size, files, dirty, _lock: lock }, written))
+    }
+
+    fn at(&self, offset: u64) -> (usize, u64) {
+        ((offset / self.zone_size) as usize, offset % self.zone_size)
+    }
+
+    fn dirty(&self) -> std::sync::MutexGuard<'_, Vec<bool>> {
+        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn name(index: usize, conventional: bool) -> PathBuf {
+    format!("{}-{index:06}", if conventional { "cnv" } else { "seq" }).into()
+}
+
+fn open(path: &Path) -> io::Result<(File, u64)> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    let len = file.metadata()?.len();
+    Ok((file, len))
+}
+
+impl Store {
+    /// Reads bytes of one or more zones; what was not written is zeros.
+    pub(super) fn read(&self, offset: u64, mut into: &mut [u8]) -> io::Result<()> {
+        let files = match self {
+            Store::Memory(sparse) => {
+                sparse.read(offset, into);
+                return Ok(());
+            }
+            Store::Files(files) => files,
+        };
+        let mut offset = offset;
+        while !into.is_empty() {
+            let (zone, at) = files.at(offset);
+            let part = into.len().min((files.zone_size - at) as usize);
+            let (now, rest) = into.split_at_mut(part);
+            read_or_zeros(&files.files[zone], at, now)?;
+            into = rest;
+            offset += part as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes of one zone.
+    pub(super) fn write(&self, offset: u64, from: &[u8], durably: bool) -> io::Result<()> {
+        match self {
+            Store::Memory(sparse) => sparse.write(offset, from),
+            Store::Files(files) => {
+                let (zone, at) = files.at(offset);
+                files.files[zone].write_all_at(from, at)?;
+                if durably {
+                    files.files[zone].sync_data()?;
+                } else {
+                    files.dirty()[zone] = true;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets what a zone holds.
+    pub(super) fn clear(&self, zone: usize, zone_size: u64) -> io::Result<()> {
+        match self {
+            Store::Memory(sparse) => sparse.zero(zone as u64 * zone_size, zone_size),
+            Store::Files(files) => {
+                files.files[zone].set_len(0)?;
+                files.dirty()[zone] = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a zone count as written to its end.
+    pub(super) fn fill(&self, zone: usize, zone_size: u64) -> io::Result<()> {
+        if let Store::Files(files) = self {
+            files.files[zone].set_len(zone_size)?;
+            files.dirty()[zone] = true;
+        }
+        Ok(())
+    }
+
+    /// Makes everything that was acknowledged durable.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        let Store::Files(files) = self else { return Ok(()) };
+        let dirty: Vec<usize> = {
+            let mut dirty = files.dirty();
+            let zones = (0..dirty.len()).filter(|zone| dirty[*zone]).collect();
+            dirty.fill(false);
+            zones
+        };
+        let mut outcome = Ok(());
+        for zone in dirty {
+            if let Err(error) = files.files[zone].sync_data() {
+                files.dirty()[zone] = true;
+                outcome = Err(error);
+            }
+        }
+        outcome
+    }
+}
+
+/// Reads from a file that may end earlier.
+fn read_or_zeros(file: &File, at: u64, into: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < into.len() {
+        match file.read_at(&mut into[done..], at + done as u64) {
+            Ok(0) => {
+                into[done..].fill(0);
+                return Ok(());
+            }
+            Ok(count) => done += count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ZONE: u64 = 64 << 10;
+
+    #[test]
+    fn files_remember_how_far_zones_are_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let (files, written) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        assert_eq!(written, [None, Some(0), Some(0)]);
+        let store = Store::Files(files);
+        store.write(ZONE, &[7; 4096], false).unwrap();
+        store.fill(2, ZONE).unwrap();
+        store.flush().unwrap();
+        let mut bytes = [1; 8192];
+        store.read(2 * ZONE - 4096, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 8192], "a read may cross zones");
+        drop(store);
+        let (_, written) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        assert_eq!(written, [None, Some(4096), Some(ZONE)]);
+    }
+
+    #[test]
+    fn a_directory_has_one_server_and_one_shape() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = Files::open(directory.path(), ZONE, 1, 2).unwrap();
+        let error = Files::open(directory.path(), ZONE, 1, 2).unwrap_err().to_string();
+        assert!(error.contains("another server"), "{error}");
+        drop(first);
+        let error = Files::open(directory.path(), ZONE, 0, 2).unwrap_err().to_string();
+        assert!(error.contains("conventional"), "{error}");
+        let error = Files::open(directory.path(), ZONE / 2, 1, 2).unwrap_err().to_string();
+        assert!(error.contains("zone size"), "{error}");
+    }
+}
