@@ -15,8 +15,11 @@ use crate::process::{output, run, run_quietly, which};
 use crate::report::note;
 use crate::tree::{copy_tree, is_litter};
 
+/// Examples of the Rust library that tests run in the guest.
+const RUST_EXAMPLES: [&str; 2] = ["pull_threads", "pull_tokio"];
+
 /// To be counted up when the layout of the image changes.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 
 /// Room in the image beyond its content, in MiB, for what tests write beside themselves.
 const SPARE: u64 = 512;
@@ -28,6 +31,8 @@ const KEEP: usize = 4;
 #[derive(Debug)]
 struct Parts {
     command: Option<PathBuf>,
+    /// Built examples of the Rust library.
+    examples: Vec<PathBuf>,
     wheel: Option<PathBuf>,
     /// Directories of the repository and their names in the guest.
     folders: Vec<(PathBuf, &'static str)>,
@@ -48,6 +53,7 @@ pub(crate) fn obtain(
     let target = target_dir(repository);
     let parts = Parts {
         command: command(repository, &target, build)?,
+        examples: examples(&target),
         wheel: wheel(cache, repository, &target, build)?,
         folders: vec![
             (repository.join("tests"), "tests"),
@@ -85,6 +91,7 @@ fn command(repository: &Path, target: &Path, build: bool) -> Result<Option<PathB
         run(Command::new("cargo")
             .args(["build", "--quiet", "--release", "--package", "ublk-core"])
             .args(["--features", "cli", "--bin", "ublk"])
+            .args(RUST_EXAMPLES.iter().flat_map(|name| ["--example", name]))
             .current_dir(repository))
         .context("cannot build the ublk command for the guest")?;
     }
@@ -93,6 +100,12 @@ fn command(repository: &Path, target: &Path, build: bool) -> Result<Option<PathB
         return Ok(None);
     }
     Ok(Some(program))
+}
+
+/// The examples that were built with the command.
+fn examples(target: &Path) -> Vec<PathBuf> {
+    let programs = RUST_EXAMPLES.iter().map(|name| target.join("release/examples").join(name));
+    programs.filter(|program| program.is_file()).collect()
 }
 
 /// The Python package's wheel.
@@ -194,6 +207,10 @@ impl Parts {
                 hash.add(label, file.file_name().unwrap_or_default().as_encoded_bytes()).add_tree(file, &is_litter)?;
             }
         }
+        for example in &self.examples {
+            hash.add("example", example.file_name().unwrap_or_default().as_encoded_bytes())
+                .add_tree(example, &is_litter)?;
+        }
         for (folder, name) in &self.folders {
             hash.add("folder", name).add_tree(folder, &is_litter)?;
         }
@@ -215,6 +232,9 @@ impl Parts {
         };
         if let Some(command) = &self.command {
             put(command, tree.join("bin/ublk"))?;
+        }
+        for example in &self.examples {
+            put(example, tree.join("bin").join(example.file_name().context("an example has no name")?))?;
         }
         if let Some(driver) = &self.driver {
             put(driver, tree.join("driver/ublk_drv.ko"))?;

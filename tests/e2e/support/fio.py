@@ -19,7 +19,12 @@ def _argv(path: str, options: dict[str, Any]) -> list[str]:
 def verify(path: str, **options: Any) -> dict[str, Any]:
     """Writes with checksums and reads everything back; returns the job's results."""
     wanted = {"rw": "randwrite", "verify": "crc32c", "verify_fatal": 1, "do_verify": 1} | options
-    result: Result = run([*_argv(path, wanted), "--output-format=json"], timeout=120)
+    return measure(path, **wanted)
+
+
+def measure(path: str, **options: Any) -> dict[str, Any]:
+    """Runs a job to its end; returns its results."""
+    result: Result = run([*_argv(path, options), "--output-format=json"], timeout=120)
     job = json.loads(result.out[result.out.index("{") :])["jobs"][0]
     assert job["error"] == 0, str(result)
     return job

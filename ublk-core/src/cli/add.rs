@@ -110,7 +110,7 @@ pub(super) struct Args {
     threads_per_queue: u32,
     /// Let the device survive its server, for `ublk recover` and `ublk upgrade`; and what becomes of requests
     /// meanwhile
-    #[arg(short, long, value_name = "HOW", num_args = 0..=1, default_missing_value = "queue", value_parser = recovery())]
+    #[arg(short, long, value_name = "HOW", num_args = 0..=1, default_missing_value = "reissue", value_parser = recovery())]
     recovery: Option<Recovery>,
     /// Size of a zone, a power of two (zoned)
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32, default_value = "64M")]

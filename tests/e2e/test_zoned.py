@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Zoned disks: write pointers, appends, limits, and a file system that lives on them."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+from support import fio, sysfs
+from support.blockio import Disk, error_of
+from support.command import run
+from support.face import Face, device_id
+from support.features import has
+
+ZONE = 4 << 20
+
+pytestmark = pytest.mark.skipif(not has("ZONED"), reason="zones came with Linux 6.6")
+
+
+def add(native: Face, *words: str | os.PathLike, zones: int = 16) -> str:
+    return native.add("-t", "zoned", "--size", str(zones * ZONE), "--zone-size", "4M", *words)
+
+
+def report(path: str) -> list[dict[str, str]]:
+    lines = run(["blkzone", "report", path]).out.splitlines()
+    pattern = r"start: 0x\w+, .*wptr 0x(?P<wptr>\w+).*zcond: ?\d+\((?P<name>\w+)\) \[type: (?P<type>\d+)"
+    return [match.groupdict() for line in lines if (match := re.search(pattern, line))]
+
+
+@pytest.mark.short
+def test_the_kernel_sees_the_zones(native: Face) -> None:
+    path = add(native, "--conventional-zones", "2", "--max-open-zones", "4", "--max-active-zones", "6")
+    assert sysfs.attribute(path, "queue/zoned") == "host-managed"
+    assert sysfs.number(path, "queue/nr_zones") == 16
+    assert sysfs.number(path, "queue/chunk_sectors") == ZONE // 512
+    assert sysfs.number(path, "queue/max_open_zones") == 4
+    assert sysfs.number(path, "queue/max_active_zones") == 6
+    zones = report(path)
+    assert len(zones) == 16
+    assert [zone["type"] for zone in zones] == ["1"] * 2 + ["2"] * 14
+    native.run("del", "-n", str(device_id(path)))
+
+
+@pytest.mark.short
+@pytest.mark.io_errors
+def test_writes_belong_at_the_write_pointer(native: Face) -> None:
+    path = add(native)
+    with Disk(path, direct=True) as disk:
+        disk.write(ZONE, b"a" * 4096)
+        disk.write(ZONE + 4096, b"b" * 8192)
+        assert disk.read(ZONE, 12288) == b"a" * 4096 + b"b" * 8192
+        assert int(report(path)[1]["wptr"], 16) * 512 == 12288
+        assert error_of(lambda: disk.write(2 * ZONE + 4096, bytes(4096))) == errno.EIO
+        run(["blkzone", "reset", "-o", str(ZONE // 512), "-c", "1", path])
+        disk.drop_cache()
+        assert disk.read(ZONE, 4096) == bytes(4096)
+        disk.write(ZONE, b"c" * 4096)
+    native.run("del", "-n", str(device_id(path)))
+
+
+def test_zones_are_opened_closed_and_finished(native: Face) -> None:
+    path = add(native)
+    offset = ["-o", str(2 * ZONE // 512), "-c", "1"]
+
+    def condition() -> str:
+        return report(path)[2]["name"]
+
+    assert condition() == "em"
+    run(["blkzone", "open", *offset, path])
+    assert condition() == "oe"
+    with Disk(path, direct=True) as disk:
+        disk.write(2 * ZONE, bytes(4096))
+    run(["blkzone", "close", *offset, path])
+    assert condition() == "cl"
+    run(["blkzone", "finish", *offset, path])
+    assert condition() == "fu"
+    run(["blkzone", "reset", path])
+    assert {zone["name"] for zone in report(path)} == {"em"}
+    native.run("del", "-n", str(device_id(path)))
+
+
+@pytest.mark.io_errors
+def test_zones_opened_by_command_are_limited(native: Face) -> None:
+    path = add(native, "--max-open-zones", "2")
+    for zone in (1, 2):
+        run(["blkzone", "open", "-o", str(zone * ZONE // 512), "-c", "1", path])
+    refused = run(["blkzone", "open", "-o", str(3 * ZONE // 512), "-c", "1", path], check=False)
+    assert refused.status != 0, str(refused)
+    with Disk(path, direct=True) as disk:
+        assert error_of(lambda: disk.write(4 * ZONE, bytes(4096))) != 0
+        disk.write(ZONE, bytes(4096))
+    native.run("del", "-n", str(device_id(path)))
+
+
+@pytest.mark.parametrize("kind", ["memory", "directory"])
+def test_fio_writes_and_verifies_zones(kind: str, native: Face, scratch: Path) -> None:
+    more = ["-f", scratch / "zones"] if kind == "directory" else []
+    path = add(native, "-q", "2", "--max-open-zones", "4", *more)
+    fio.verify(path, rw="write", zonemode="zbd", bs="64k", iodepth=8, size=f"{8 * ZONE}", max_open_zones=4)
+    fio.measure(path, rw="randwrite", zonemode="zbd", bs="16k", iodepth=8, size=f"{8 * ZONE}", max_open_zones=4)
+    native.run("del", "-n", str(device_id(path)))
+    for file in (scratch / "zones").glob("*"):
+        file.unlink()
+    if kind == "directory":
+        (scratch / "zones").rmdir()
+
+
+def test_zones_in_a_directory_outlive_their_server(native: Face, scratch: Path) -> None:
+    place = scratch / "zones"
+    path = add(native, "-f", place)
+    with Disk(path, direct=True) as disk:
+        disk.write(ZONE, b"z" * 8192)
+        disk.sync()
+    native.run("del", "-n", str(device_id(path)))
+    path = add(native, "-f", place)
+    assert int(report(path)[1]["wptr"], 16) * 512 == 8192
+    assert report(path)[1]["name"] == "cl"
+    with Disk(path, direct=True) as disk:
+        assert disk.read(ZONE, 8192) == b"z" * 8192
+        disk.write(ZONE + 8192, b"y" * 4096)
+    native.run("del", "-n", str(device_id(path)))
+    for file in place.iterdir():
+        file.unlink()
+    place.rmdir()
+
+
+@pytest.mark.time_limit(180)
+def test_a_file_system_lives_on_zones(native: Face, tmp_path: Path) -> None:
+    path = native.add("-t", "zoned", "--size", "1G", "--zone-size", "16M", "-q", "2")
+    run(["mkfs.btrfs", "-q", "-O", "zoned", "-d", "single", "-m", "single", path], timeout=60)
+    run(["mount", path, tmp_path])
+    try:
+        content = os.urandom(3 << 20)
+        for n in range(4):
+            (tmp_path / f"file{n}").write_bytes(content)
+        run(["sync"])
+        run(["umount", tmp_path])
+        run(["mount", path, tmp_path])
+        assert all((tmp_path / f"file{n}").read_bytes() == content for n in range(4))
+    finally:
+        run(["umount", tmp_path])
+    native.run("del", "-n", str(device_id(path)))
+
+
+def test_impossible_zones_are_named(native: Face) -> None:
+    for words, message in (
+        (["--zone-size", "3M"], "chunk size"),
+        (["--size", "6M", "--zone-size", "4M"], "zone size"),
+        (["--size", "16M", "--zone-size", "4M", "--conventional-zones", "4"], "conventional"),
+        (["--size", "16M", "--zone-size", "4M", "--max-open-zones", "9"], "open zones"),
+        (["--data", "copy"], "user-copy"),
+    ):
+        refused = native.run("add", "-t", "zoned", *words, check=False)
+        assert refused.status == 1, str(refused)
+        assert message in refused.err, str(refused)
+    assert native.list() == []
