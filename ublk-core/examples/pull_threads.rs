@@ -2,7 +2,7 @@
 
 //! A RAM disk whose requests are served by a pool of threads, in any order: the pull interface.
 //!
-//!     cargo run --release --example pull_threads
+//!     cargo run --release --package ublk-examples --bin pull_threads
 
 use std::sync::{Arc, RwLock};
 

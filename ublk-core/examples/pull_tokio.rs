@@ -3,7 +3,7 @@
 //! A disk whose every request takes 10 ms, as one across a network would, served by tasks of tokio: a
 //! hundred of them wait at the same time on one thread.
 //!
-//!     cargo run --release --example pull_tokio
+//!     cargo run --release --package ublk-examples --bin pull_tokio
 
 use std::time::Duration;
 

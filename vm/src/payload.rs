@@ -89,9 +89,8 @@ fn command(repository: &Path, target: &Path, build: bool) -> Result<Option<PathB
     }
     if build {
         run(Command::new("cargo")
-            .args(["build", "--quiet", "--release", "--package", "ublk-core"])
-            .args(["--features", "cli", "--bin", "ublk"])
-            .args(RUST_EXAMPLES.iter().flat_map(|name| ["--example", name]))
+            .args(["build", "--quiet", "--release", "--package", "ublk-core", "--package", "ublk-examples"])
+            .args(["--features", "ublk-core/cli", "--bins"])
             .current_dir(repository))
         .context("cannot build the ublk command for the guest")?;
     }
@@ -104,7 +103,7 @@ fn command(repository: &Path, target: &Path, build: bool) -> Result<Option<PathB
 
 /// The examples that were built with the command.
 fn examples(target: &Path) -> Vec<PathBuf> {
-    let programs = RUST_EXAMPLES.iter().map(|name| target.join("release/examples").join(name));
+    let programs = RUST_EXAMPLES.iter().map(|name| target.join("release").join(name));
     programs.filter(|program| program.is_file()).collect()
 }
 
