@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+use crate::data::shared::SharedMemory;
 use crate::driver::{ControlCommand, ControlFailure, Driver};
 use crate::error::{Error, Result};
 use crate::params::Params;
@@ -277,6 +278,33 @@ impl Control {
         self.run_unless(ControlCommand { data: u64::from(pid), ..command }, DRAIN_TIMEOUT, give_up).map(drop)
     }
 
+    /// REG_BUF: lets the driver look for clients' memory in this; the number that requests will name it by. The
+    /// device needs [`Features::SHMEM_ZC`]. The pages stay pinned until [`unregister_memory`] or the device's end,
+    /// whatever becomes of this process. Linux 7.1.
+    ///
+    /// [`unregister_memory`]: Control::unregister_memory
+    pub fn register_memory(&self, id: DeviceId, memory: &SharedMemory) -> Result<u16> {
+        let buffer = uapi::ublk_shmem_buf_reg {
+            addr: memory.address(),
+            len: memory.len(),
+            flags: memory.flags(),
+            ..Default::default()
+        };
+        let command = command("REG_BUF", uapi::UBLK_U_CMD_REG_BUF, Some(id));
+        let (index, _) =
+            self.run_for(ControlCommand { payload: wire::encode_shared(&buffer), ..command }, DRAIN_TIMEOUT, &|| {
+                false
+            })?;
+        u16::try_from(index)
+            .map_err(|_| Error::invalid("number of shared memory", index, "the driver's answer is impossible"))
+    }
+
+    /// UNREG_BUF: the counterpart. Waits for requests that are in the memory. Linux 7.1.
+    pub fn unregister_memory(&self, id: DeviceId, index: u16) -> Result<()> {
+        let command = command("UNREG_BUF", uapi::UBLK_U_CMD_UNREG_BUF, Some(id));
+        self.run(ControlCommand { data: index.into(), ..command }, DRAIN_TIMEOUT).map(drop)
+    }
+
     /// UPDATE_SIZE: changes a started disk's capacity, in bytes. Linux 6.16.
     ///
     /// # Errors
@@ -325,12 +353,21 @@ impl Control {
     }
 
     fn run_unless(&self, command: ControlCommand, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<Vec<u8>> {
+        self.run_for(command, timeout, give_up).map(|(_, payload)| payload)
+    }
+
+    fn run_for(
+        &self,
+        command: ControlCommand,
+        timeout: Duration,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<(i32, Vec<u8>)> {
         let name = command.name;
         let device = (command.dev_id != u32::MAX).then_some(DeviceId(command.dev_id));
         log::debug!("{name} {device:?} data {}", command.data);
         let refused = |errno: Errno, hint: &str| Error::Control { command: name, device, errno, hint: hint.to_owned() };
         match self.driver.control(command, timeout, give_up) {
-            Ok((_, payload)) => Ok(payload),
+            Ok(answer) => Ok(answer),
             Err(ControlFailure::Refused(errno)) => Err(refused(errno, hint(name, errno))),
             Err(ControlFailure::GaveUp) => {
                 Err(refused(Errno::ECANCELED, "a queue of the device failed, or somebody else stopped it"))
@@ -346,7 +383,7 @@ impl Control {
 }
 
 /// Commands that wait for requests, or take a lock of the driver's that is held meanwhile.
-const MAY_BLOCK: [u32; 12] = [
+const MAY_BLOCK: [u32; 14] = [
     uapi::UBLK_U_CMD_ADD_DEV,
     uapi::UBLK_U_CMD_SET_PARAMS,
     uapi::UBLK_U_CMD_GET_PARAMS,
@@ -359,6 +396,8 @@ const MAY_BLOCK: [u32; 12] = [
     uapi::UBLK_U_CMD_START_USER_RECOVERY,
     uapi::UBLK_U_CMD_END_USER_RECOVERY,
     uapi::UBLK_U_CMD_UPDATE_SIZE,
+    uapi::UBLK_U_CMD_REG_BUF,
+    uapi::UBLK_U_CMD_UNREG_BUF,
 ];
 
 fn command(name: &'static str, op: u32, id: Option<DeviceId>) -> ControlCommand {
@@ -386,6 +425,10 @@ fn hint(command: &str, errno: Errno) -> &'static str {
         ("TRY_STOP_DEV", Errno::EOPNOTSUPP) => "Linux 7.0 or newer has it",
         ("QUIESCE_DEV" | "UPDATE_SIZE", Errno::EOPNOTSUPP) => "Linux 6.16 or newer has it",
         ("UPDATE_SIZE", Errno::ENODEV) => "there is no such device, or it has no disk",
+        ("REG_BUF" | "UNREG_BUF", Errno::EOPNOTSUPP) => "the device was not made for shared memory (Linux 7.1)",
+        ("REG_BUF", Errno::EEXIST) => "some of these pages are registered already",
+        ("REG_BUF", Errno::EFAULT | Errno::ENOMEM) => "the pages cannot be pinned (`ulimit -l`?)",
+        ("UNREG_BUF", Errno::ENOENT) => "no memory has this number",
         ("START_USER_RECOVERY", Errno::EINVAL) => "the device was not made to be recovered",
         ("START_USER_RECOVERY", Errno::EBUSY) => "the device is still served, or still held open",
         ("END_USER_RECOVERY", Errno::EBUSY) => "the device does not wait for a server",
@@ -428,10 +471,11 @@ fn decode_info(raw: &ublksrv_ctrl_dev_info) -> DeviceInfo {
 
 /// Structures to bytes and back.
 ///
-/// Invariant of the `unsafe` blocks: both structures are plain numbers (`repr(C)`, every bit pattern
+/// Invariant of the `unsafe` blocks: all structures are plain numbers (`repr(C)`, every bit pattern
 /// valid), and their padding is spelled out or zeroed, because they are made from `Default`.
 pub(crate) mod wire {
     use super::{ublk_params, ublksrv_ctrl_dev_info};
+    use crate::uapi::ublk_shmem_buf_reg;
 
     fn encode<T: Copy>(value: &T) -> Vec<u8> {
         let mut bytes = vec![0; size_of::<T>()];
@@ -453,6 +497,10 @@ pub(crate) mod wire {
 
     pub(crate) fn decode_info(bytes: &[u8]) -> ublksrv_ctrl_dev_info {
         decode(bytes)
+    }
+
+    pub(crate) fn encode_shared(buffer: &ublk_shmem_buf_reg) -> Vec<u8> {
+        encode(buffer)
     }
 
     pub(crate) fn encode_params(params: &ublk_params) -> Vec<u8> {

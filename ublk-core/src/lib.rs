@@ -42,6 +42,7 @@ pub mod targets;
 mod uapi;
 mod units;
 
+pub use data::shared::SharedMemory;
 pub use data::{Access, DataMovement};
 pub use device::{Device, DeviceOptions, Ending, MAX_IO_BYTES, Recovery, Server};
 pub use engine::{Spawn, StdSpawn};

@@ -13,6 +13,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use super::state::{Origin, State};
 use super::{Failure, Host, Outcome, daemon, serve, size, state};
 use crate::data::DataMovement;
+use crate::data::shared::SharedMemory;
 use crate::device::{Device, DeviceOptions, Recovery, Server};
 use crate::driver::kernel::KernelDriver;
 use crate::engine::StdSpawn;
@@ -124,6 +125,9 @@ pub(super) struct Args {
     /// Most active zones, open or closed; 0 for no limit (zoned)
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_active_zones: u32,
+    /// A file, on tmpfs or hugetlbfs, whose memory clients map for direct I/O without any copy
+    #[arg(long, value_name = "FILE")]
+    shared_memory: Option<PathBuf>,
     /// Do not look for partitions
     #[arg(long)]
     no_partition_scan: bool,
@@ -223,6 +227,7 @@ pub(super) fn serve(
         batch: args.batch.map(|batch| batch == Switch::On),
         threads_per_queue: args.threads_per_queue,
         recovery: args.recovery,
+        shared_memory: args.shared_memory.is_some(),
         partition_scan: !args.no_partition_scan,
     };
     let mut devices = Vec::new();
@@ -238,12 +243,24 @@ pub(super) fn serve(
             devices.push(server.recover(id, target(args, Some(size))?)?);
         }
     }
+    for device in devices.iter().filter(|_| args.shared_memory.is_some()) {
+        share(device, args.shared_memory.as_deref().unwrap_or("".as_ref()))?;
+    }
     let told = keep(&devices, origin, options.recovery.is_some()).and_then(|()| ready(&devices));
     if let Err(failure) = told {
         forget(devices, waiting.is_some());
         return Err(failure);
     }
     serve::run(&signals, devices)
+}
+
+/// Lets clients of a device use a file's memory.
+fn share(device: &Device, path: &Path) -> Result<()> {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path);
+    let file = file.map_err(|e| Error::file("open", path, &e))?;
+    let len = targets::file_size(path)?;
+    let memory = SharedMemory::map(&file, len, false).map_err(|e| Error::file("map", path, &e))?;
+    device.share_memory(memory).map(drop)
 }
 
 /// Writes down what the devices' next servers need to know; for those that may have one, it must work.
@@ -277,6 +294,7 @@ impl Args {
     /// Makes relative paths those of another directory.
     pub(super) fn resolve(&mut self, directory: &Path) {
         self.file = self.file.take().map(|file| directory.join(file));
+        self.shared_memory = self.shared_memory.take().map(|file| directory.join(file));
     }
 
     /// Checks what can be checked of a target while another server has it.
@@ -319,6 +337,10 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
     }
     if args.count > 1 && args.recovery.is_some() {
         return Err(Error::invalid("count", args.count, "a server of several devices cannot be replaced"));
+    }
+    if args.shared_memory.is_some() && (args.recovery.is_some() || args.count > 1) {
+        let rule = "neither with --recovery, whose next server would not know its number, nor with --count";
+        return Err(Error::invalid("shared memory", true, rule));
     }
     let block = args.block_size.unwrap_or(512);
     Ok(match args.kind {

@@ -4,8 +4,10 @@
 //! they take.
 //!
 //! * [`pool`] — memory for requests that have no buffer of their own.
+//! * [`shared`] — memory that clients share.
 
 pub(crate) mod pool;
+pub(crate) mod shared;
 
 use crate::uapi::Features;
 

@@ -21,6 +21,7 @@ use nix::errno::Errno;
 pub use self::ending::Ending;
 pub use self::options::{DeviceOptions, Recovery};
 use crate::control::{AddRequest, Control, DeviceInfo};
+use crate::data::shared::{SharedMemory, SharedTable};
 use crate::data::{Access, DataMovement};
 use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
@@ -86,6 +87,7 @@ impl Server {
         let access = target.access();
         let mut features = Features::empty();
         features.set(Features::NO_AUTO_PART_SCAN, !options.partition_scan);
+        features.set(Features::SHMEM_ZC, options.shared_memory);
         if let Some(recovery) = options.recovery {
             // So that it can be handed over without a failure, where the driver has that.
             features |= recovery.features() | (offered & Features::QUIESCE);
@@ -113,6 +115,7 @@ impl Server {
             plan,
             events,
             counters: DeviceCounters::default(),
+            shared: Arc::default(),
             deleted: Mutex::new(false),
             owner: std::process::id(),
         };
@@ -152,6 +155,7 @@ pub struct Device {
     plan: Plan,
     events: Arc<QueueEvents>,
     counters: DeviceCounters,
+    shared: Arc<SharedTable>,
     deleted: Mutex<bool>,
     /// The process that serves the device. A forked child has a copy of this structure, but neither the
     /// threads nor the right to end its parent's device.
@@ -182,6 +186,30 @@ impl Device {
     /// How its data moves, and why so.
     pub fn data_movement(&self) -> (DataMovement, &'static str) {
         (self.plan.data, self.plan.reason)
+    }
+
+    /// Lets clients that map the same file use it for direct I/O without any copy; see [`SharedMemory`]. The
+    /// device has to be made with [`DeviceOptions::shared_memory`].
+    ///
+    /// Returns a number for [`unshare_memory`](Device::unshare_memory). Without that, the pages stay pinned until
+    /// the device is deleted.
+    ///
+    /// # Errors
+    ///
+    /// `EOPNOTSUPP` if the device was not made for it, `EEXIST` if some of the pages are shared already.
+    pub fn share_memory(&self, memory: SharedMemory) -> Result<u16> {
+        self.shared.add(memory, |memory| self.control.register_memory(self.id(), memory))
+    }
+
+    /// Ends the sharing of memory. Waits for requests that are in it.
+    ///
+    /// # Errors
+    ///
+    /// `ENOENT` if no memory has this number.
+    pub fn unshare_memory(&self, index: u16) -> Result<()> {
+        self.control.unregister_memory(self.id(), index)?;
+        self.shared.remove(index);
+        Ok(())
     }
 
     /// What it has done since this server took it over.
@@ -261,6 +289,7 @@ impl Device {
             batch: self.plan.batch,
             target: target.clone(),
             file: file.clone(),
+            shared: self.shared.clone(),
             events: self.events.clone(),
             stats: self.counters.queue(queue.0),
         };

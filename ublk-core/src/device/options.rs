@@ -28,6 +28,9 @@ pub struct DeviceOptions {
     pub threads_per_queue: u32,
     /// What becomes of the device when its server is gone; without it, it goes too.
     pub recovery: Option<Recovery>,
+    /// Whether clients can share memory with the server: [`Device::share_memory`](crate::Device::share_memory).
+    /// Linux 7.1.
+    pub shared_memory: bool,
     /// Whether the kernel looks for partitions when the disk appears. Without, Linux 7.0 is needed.
     pub partition_scan: bool,
 }
@@ -89,6 +92,7 @@ impl Default for DeviceOptions {
             batch: None,
             threads_per_queue: 1,
             recovery: None,
+            shared_memory: false,
             partition_scan: true,
         }
     }

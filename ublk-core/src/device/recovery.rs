@@ -84,6 +84,7 @@ impl Server {
             plan,
             events,
             counters: DeviceCounters::default(),
+            shared: Arc::default(),
             // Whatever happens here, the device is not to be deleted by it.
             deleted: Mutex::new(true),
             owner: std::process::id(),

@@ -243,6 +243,10 @@ impl QueueCore {
     /// Finishes the tag's request and lends the tag again.
     pub(crate) fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
         let address = match (self.origin.data, buffer) {
+            // The request was in shared memory, and the tag kept its own.
+            (DataMovement::Copy, None) => {
+                self.buffers.borrow()[tag.index()].as_ref().map_or(0, |buffer| buffer.user_address())
+            }
             (_, None) => 0,
             // The driver copies a read's data when it takes the commit; until then, and where tags have
             // buffers of their own for longer, the buffer stays.
@@ -307,12 +311,16 @@ impl QueueCore {
                 if by_driver { Pages::RegisteredByDriver(index) } else { Pages::ToRegister(index) }
             }
         };
-        if buffer.is_some() {
-            self.buffers.borrow_mut()[tag.index()] = buffer;
+        let (shared, own) = match buffer {
+            Some(buffer) if buffer.is_shared() => (Some(buffer), None),
+            own => (None, own),
+        };
+        if own.is_some() {
+            self.buffers.borrow_mut()[tag.index()] = own;
         }
-        let forwarded = Forwarded { transfer, op, pages };
-        self.forwarded.borrow_mut()[tag.index()] = Some(forwarded);
+        let forwarded = Forwarded { transfer, op, pages, shared };
         self.push_transfer(tag, &forwarded);
+        self.forwarded.borrow_mut()[tag.index()] = Some(forwarded);
     }
 
     /// Memory for a request that is forwarded without any, with a write's data.
@@ -344,7 +352,8 @@ impl QueueCore {
             Pages::RegisteredByDriver(index) | Pages::Registered(index) => Memory::Registered { index, offset: 0 },
             Pages::Copied | Pages::Nowhere => {
                 let buffers = self.buffers.borrow();
-                Memory::At(buffers[tag.index()].as_ref().map_or(0, |b| b.user_address()))
+                let buffer = forwarded.shared.as_ref().or(buffers[tag.index()].as_ref());
+                Memory::At(buffer.map_or(0, |b| b.user_address()))
             }
         };
         self.push(Kind::Transfer, tag, forwarded.transfer.operation(memory, self.zeros.user_address()));
@@ -363,24 +372,24 @@ impl QueueCore {
             }
             _ => forwarded.transfer.completed(result),
         };
-        let forwarded = *forwarded;
-        if let Next::Finished(_) = next {
-            *slot = None;
-        }
-        drop(all);
         match next {
-            Next::Continue => self.push_transfer(tag, &forwarded),
-            Next::Finished(outcome) => self.transfer_finished(tag, forwarded, outcome),
+            Next::Continue => self.push_transfer(tag, forwarded),
+            Next::Finished(outcome) => {
+                let forwarded = slot.take().expect("it is there");
+                drop(all);
+                self.transfer_finished(tag, forwarded, outcome);
+            }
         }
     }
 
     fn transfer_finished(&self, tag: Tag, forwarded: Forwarded, outcome: Result<(), Errno>) {
-        let Forwarded { transfer, op, pages } = forwarded;
+        let Forwarded { transfer, op, pages, shared } = forwarded;
         if let Pages::Registered(index) = pages {
             let operation = Operation::Unregister { file: self.slot, queue: self.info.queue, tag, index };
             self.push(Kind::Unregister, tag, operation);
         }
-        let buffer = self.take_buffer(tag);
+        // Data in shared memory is where it belongs, and the tag's own buffer was not used.
+        let buffer = if shared.is_some() { None } else { self.take_buffer(tag) };
         let outcome = outcome.and_then(|()| match &buffer {
             Some(buffer) if op.fills() && !self.origin.data.is_copied_by_driver() => {
                 // SAFETY: memory.rs (3): the server owns the request, and the file's data is in place.

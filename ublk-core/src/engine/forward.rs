@@ -2,7 +2,10 @@
 
 //! A request that the engine carries out on a file, and where its pages are meanwhile.
 
+use std::sync::Arc;
+
 use super::transfer::Transfer;
+use crate::memory::IoBuffer;
 use crate::request::Op;
 
 /// Where the bytes of a forwarded request are.
@@ -22,9 +25,11 @@ pub(super) enum Pages {
 }
 
 /// One forwarded request.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct Forwarded {
     pub(super) transfer: Transfer,
     pub(super) op: Op,
     pub(super) pages: Pages,
+    /// The client's shared memory, if its data is there.
+    pub(super) shared: Option<Arc<IoBuffer>>,
 }

@@ -16,6 +16,7 @@ use super::events::QueueEvents;
 use super::tags::Event;
 use super::transfer::ZEROS_LEN;
 use crate::data::DataMovement;
+use crate::data::shared::SharedTable;
 use crate::driver::{CharDevice, Completion};
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
@@ -36,6 +37,7 @@ pub(crate) struct QueueSetup {
     pub(crate) batch: bool,
     pub(crate) target: Arc<dyn Target>,
     pub(crate) file: Arc<dyn CharDevice>,
+    pub(crate) shared: Arc<SharedTable>,
     pub(crate) events: Arc<QueueEvents>,
     pub(crate) stats: Arc<QueueStats>,
 }
@@ -72,6 +74,7 @@ impl Queue {
             queue: info.queue,
             data: setup.data,
             access: setup.target.access(),
+            shared: setup.shared,
             file: setup.file,
         };
         let core =

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 pub use self::op::Op;
+use crate::data::shared::SharedTable;
 use crate::data::{Access, DataMovement};
 use crate::driver::{CharDevice, RequestPlace};
 use crate::engine::{Inbox, QueueCore};
@@ -46,6 +47,7 @@ pub struct Origin {
     pub(crate) queue: QueueId,
     pub(crate) data: DataMovement,
     pub(crate) access: Access,
+    pub(crate) shared: Arc<SharedTable>,
     pub(crate) file: Arc<dyn CharDevice>,
 }
 
@@ -158,6 +160,9 @@ impl<'q> Request<'q> {
     pub(crate) fn adopt(core: &'q QueueCore, tag: Tag) -> Option<Self> {
         core.arrived(tag);
         let descriptor = core.descriptor(tag);
+        if descriptor.op_flags & uapi::UBLK_IO_F_SHMEM_ZC != 0 {
+            return Self::adopt_shared(core, tag, descriptor);
+        }
         let buffer = core.take_buffer(tag);
         let Some(op) = Op::decode(descriptor.op_flags) else {
             log::warn!("{}: unknown operation {:#x}", core.name(tag), descriptor.op_flags & 0xff);
@@ -181,6 +186,19 @@ impl<'q> Request<'q> {
             return None;
         }
         Some(request)
+    }
+
+    /// Takes over a tag whose data lies in memory that the client shares. The tag's own buffer stays where it
+    /// is.
+    fn adopt_shared(core: &'q QueueCore, tag: Tag, descriptor: Descriptor) -> Option<Self> {
+        let op = Op::decode(descriptor.op_flags).unwrap_or(Op::Write);
+        let buffer = core.origin().shared.find(descriptor.address, op.len(&descriptor) as usize);
+        if buffer.is_none() {
+            log::error!("{}: shared memory {:#x} is not known here", core.name(tag), descriptor.address);
+            core.commit(tag, None, Answer::error(Errno::EIO));
+            return None;
+        }
+        Some(RequestOf { home: OnQueue(core), tag, op, descriptor, buffer, spent: false })
     }
 
     /// Lets the engine do the request on a file, on the queue's own ring: reads and writes move data
@@ -410,10 +428,15 @@ impl<H: Home> RequestOf<H> {
     /// Moves the request to fresh memory and leaves the old one to whoever still holds it. A read's data
     /// is copied over first, because the driver takes it from the new memory.
     ///
+    /// Shared memory stays what it is: the client expects its data there.
+    ///
     /// There is no going back from here: others hold the old memory, and the driver needs an address for
     /// the tag's next request. Without memory this waits for some, and after ten seconds it ends the
     /// process, which the driver survives and silently mixed up data would not be.
     pub fn replace_buffer(&mut self) {
+        if self.buffer().is_shared() {
+            return;
+        }
         let fresh = memory_or_abort(self.buffer().len(), &self);
         if self.op.fills() {
             // SAFETY: memory.rs (3): nobody else knows `fresh`, and the old buffer is this request's.
@@ -445,7 +468,9 @@ impl<H: Home> RequestOf<H> {
     /// not for the driver to bring it there.
     fn filled(&mut self) -> Answer {
         let copied = match &self.buffer {
-            Some(buffer) if self.op.fills() && !self.home.origin().data.is_copied_by_driver() => {
+            Some(buffer)
+                if self.op.fills() && !self.home.origin().data.is_copied_by_driver() && !buffer.is_shared() =>
+            {
                 // SAFETY: memory.rs (3): this request owns the buffer.
                 let bytes = unsafe { buffer.bytes(self.data_len()) };
                 self.home.origin().file.copy_to_request(self.place(0, false), bytes)
@@ -476,7 +501,8 @@ impl<H: Home> RequestOf<H> {
 
     fn commit(&mut self, answer: Answer) {
         self.spent = true;
-        self.home.commit(self.tag, self.buffer.take(), answer);
+        let buffer = self.buffer.take().filter(|buffer| !buffer.is_shared());
+        self.home.commit(self.tag, buffer, answer);
     }
 }
 

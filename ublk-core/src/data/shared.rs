@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Memory that clients share with a server (`SHMEM_ZC`, Linux 7.1): requests whose data lies in it are not
+//! copied at all.
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::memory::{IoBuffer, Region};
+use crate::uapi;
+
+/// How long a request may wait for the registration of its memory to be known here.
+const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A file's memory, mapped here and, by whoever wants to take part, in clients: a memfd, or a file on tmpfs or
+/// hugetlbfs.
+///
+/// A client's direct I/O from and to its mapping reaches the server without a copy if all of a request's
+/// memory lies in one such file, in order. Other requests move as they do anyway. Clients can change the
+/// bytes at any time, also while a request is served.
+#[derive(Clone, Debug)]
+pub struct SharedMemory {
+    region: Arc<Region>,
+    len: u64,
+    read_only: bool,
+}
+
+impl SharedMemory {
+    /// Maps the first `len` bytes of a file, whole pages of it, up to 4 GiB. With `read_only` only writes can
+    /// use it: the server then never changes it.
+    ///
+    /// # Errors
+    ///
+    /// What `mmap` says; `EINVAL` for a length that is not whole pages.
+    pub fn map(file: &File, len: u64, read_only: bool) -> io::Result<Self> {
+        if len == 0 || !len.is_multiple_of(crate::memory::PAGE_SIZE as u64) || len > 1 << 32 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let size = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let region = Arc::new(Region::shared_file(file, size, !read_only)?);
+        Ok(SharedMemory { region, len, read_only })
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has no bytes; never.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.region.address() as u64
+    }
+
+    pub(crate) fn flags(&self) -> u32 {
+        if self.read_only { uapi::UBLK_SHMEM_BUF_READ_ONLY } else { 0 }
+    }
+}
+
+/// A device's shared memory, by the driver's numbers.
+#[derive(Debug, Default)]
+pub(crate) struct SharedTable {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    memory: Vec<Option<SharedMemory>>,
+    /// Registrations whose number is not known yet.
+    under_way: usize,
+}
+
+impl SharedTable {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Registers memory by `register`, which tells its number. Requests in it may come before that is known
+    /// here; they wait.
+    pub(crate) fn add<E>(
+        &self,
+        memory: SharedMemory,
+        register: impl FnOnce(&SharedMemory) -> Result<u16, E>,
+    ) -> Result<u16, E> {
+        self.state().under_way += 1;
+        let registered = register(&memory);
+        let mut state = self.state();
+        state.under_way -= 1;
+        if let Ok(index) = &registered {
+            let index = usize::from(*index);
+            if state.memory.len() <= index {
+                state.memory.resize(index + 1, None);
+            }
+            state.memory[index] = Some(memory);
+        }
+        drop(state);
+        self.changed.notify_all();
+        registered
+    }
+
+    /// Forgets memory that the driver does not use any more.
+    pub(crate) fn remove(&self, index: u16) {
+        if let Some(memory) = self.state().memory.get_mut(usize::from(index)) {
+            *memory = None;
+        }
+    }
+
+    /// The memory of a request: `code` is the address in its descriptor (uapi 3.9).
+    pub(crate) fn find(&self, code: u64, len: usize) -> Option<Arc<IoBuffer>> {
+        let (offset, index) = (code & 0xffff_ffff, (code >> 32) as usize);
+        let deadline = Instant::now() + REGISTRATION_TIMEOUT;
+        let mut state = self.state();
+        loop {
+            if let Some(Some(memory)) = state.memory.get(index) {
+                let fits = offset.checked_add(len as u64).is_some_and(|end| end <= memory.len);
+                return fits.then(|| Arc::new(IoBuffer::inside(memory.region.clone(), offset as usize, len)));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if state.under_way == 0 || left.is_zero() {
+                return None;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory() -> SharedMemory {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        SharedMemory::map(&file, 8192, false).unwrap()
+    }
+
+    #[test]
+    fn a_code_names_memory_and_place() {
+        let table = SharedTable::default();
+        let memory = memory();
+        assert_eq!(table.add(memory.clone(), |_| Ok::<_, ()>(3)), Ok(3));
+        let buffer = table.find(3 << 32 | 4096, 512).unwrap();
+        assert_eq!(buffer.as_ptr() as u64, memory.address() + 4096);
+        assert!(table.find(3 << 32 | 8000, 512).is_none(), "beyond its end");
+        assert!(table.find(2 << 32, 512).is_none());
+        table.remove(3);
+        assert!(table.find(3 << 32, 512).is_none());
+    }
+
+    #[test]
+    fn a_request_that_is_quicker_than_its_registration_waits() {
+        let table = Arc::new(SharedTable::default());
+        let theirs = table.clone();
+        table
+            .add(memory(), |_| {
+                let finder = std::thread::spawn(move || theirs.find(0, 512).is_some());
+                std::thread::sleep(Duration::from_millis(50));
+                assert!(!finder.is_finished());
+                std::thread::spawn(move || assert!(finder.join().unwrap()));
+                Ok::<_, ()>(0)
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn only_whole_pages_are_shared() {
+        let file = tempfile::tempfile().unwrap();
+        for len in [0, 100, 4097] {
+            assert!(SharedMemory::map(&file, len, false).is_err());
+        }
+    }
+}
