@@ -36,6 +36,7 @@ def test_tasks_of_tokio_wait_at_the_same_time(native: Face) -> None:
         assert server.wait() == 0, server.log
 
 
+@pytest.mark.io_errors
 def test_a_killed_pull_server_hangs_nobody(native: Face) -> None:
     with Child(["pull_threads"]) as server:
         path = server.line()

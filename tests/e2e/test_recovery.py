@@ -4,10 +4,11 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from support import fio, sysfs
+from support import driver, fio, sysfs
 from support.backends import image
 from support.blockio import Disk
 from support.command import run
@@ -74,18 +75,17 @@ def test_a_new_server_takes_a_mounted_busy_disk_over_without_a_failure(native, s
     run(["mount", path, tmp_path])
     try:
         servers = {native.info(path)["pid"]}
-        options = {"verify": "crc32c", "verify_fatal": 1, "verify_backlog": 64, "size": "24m", "rw": "randwrite"}
-        seconds = int(patience(20 + ROUNDS * 8))
+        # It writes for as long as servers change, and then reads everything back.
+        count, rate = 6144, 6144 // (10 + ROUNDS * 5)
         argv = ["fio", "--name=job", f"--directory={tmp_path}", "--ioengine=io_uring", "--direct=1", "--iodepth=8"]
-        argv += ["--bs=4k", "--time_based", f"--runtime={seconds}"] + [f"--{n}={v}" for n, v in options.items()]
+        argv += ["--rw=randwrite", "--bs=4k", f"--size={count * 4}k", f"--rate_iops={rate}"]
+        argv += ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"]
         with fio.Running(path, argv) as load:
             for _ in range(ROUNDS):
                 load.wait_until_busy(sysfs.requests(path) + 50)
                 assert native.run("upgrade", "-n", str(device_id(path))).out == f"{path}\n"
                 servers.add(native.info(path)["pid"])
-            load.wait_until_busy(sysfs.requests(path) + 50)
-            load.process.send_signal(signal.SIGINT)
-            assert load.wait(60) == 0
+            assert load.wait(90 + ROUNDS * 10) == 0
         assert len(servers) == ROUNDS + 1
         assert sum(map(is_running, servers)) == 1
     finally:
@@ -100,12 +100,12 @@ def test_a_new_server_takes_a_mounted_busy_disk_over_without_a_failure(native, s
 def test_a_disk_is_handed_over_whichever_way_its_data_moves(kind: str, batch: str, native, scratch: Path) -> None:
     if batch == "on" and (kind == "get-data" or not has("BATCH_IO")):
         pytest.skip("there are no such batches")
+    if batch == "on" and not driver.is_bundled():
+        pytest.skip("Linux's driver fails requests of a batch device whose server was asked to leave")
     if kind.endswith("zero-copy") and not has("AUTO_BUF_REG"):
         pytest.skip("the driver has no zero copy here")
     file = image(scratch, SIZE)
-    # Linux's driver fails requests of a batch that it has not delivered, unless they are to be sent again.
-    recovery = "reissue" if batch == "on" else "queue"
-    path = native.add("-t", "file", "-f", file, "-q", "2", "--recovery", recovery, "--data", kind, "--batch", batch)
+    path = native.add("-t", "file", "-f", file, "-q", "2", "--recovery", "queue", "--data", kind, "--batch", batch)
     with fio.Load(path, rw="randwrite", bs="16k") as load:
         for _ in range(2):
             load.wait_until_busy(sysfs.requests(path) + 100)
@@ -124,14 +124,12 @@ def test_requests_wait_while_a_disk_has_no_server(native, scratch: Path) -> None
     native.run("quiesce", "-n", number)
     assert native.info(path)["state"] == "QUIESCED"
     reader = run_in_background(["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct"])
-    try:
-        until(lambda: sysfs.in_flight(path) > 0 or reader.poll() is not None, "the request")
-        assert reader.poll() is None
-        native.run("recover", "-n", number)
-        assert reader.wait(patience(10)) == 0
-    finally:
-        reader.kill()
-        reader.wait()
+    # Nobody can see a request that is held, only that its sender does not end. It has to end before this does.
+    time.sleep(1)
+    waited = reader.poll() is None
+    native.run("recover", "-n", number)
+    assert reader.wait(patience(10)) == 0
+    assert waited
     native.run("del", "-n", number)
 
 

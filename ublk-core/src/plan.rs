@@ -3,7 +3,7 @@
 //! What a device will use of what the driver offers: the one place where features are negotiated.
 
 use crate::data::{Access, DataMovement};
-use crate::device::{DeviceOptions, Recovery};
+use crate::device::DeviceOptions;
 use crate::error::{Error, Result};
 use crate::uapi::Features;
 
@@ -61,10 +61,10 @@ impl Plan {
         if options.batch == Some(true) && !batch_is_possible {
             return Err(Error::invalid("batch", true, "not with get-data, nor with several threads per queue"));
         }
-        // Linux's driver (7.3) fails requests that it has not delivered yet when it takes a batch's tags back, unless
-        // they are to be sent again: a hand-over would not be without failures.
-        let batch_is_safe = matches!(options.recovery, None | Some(Recovery::Reissue));
-        let batch = batch_is_possible && options.batch.unwrap_or(batch_is_safe && offered.contains(Features::BATCH_IO));
+        // Linux's driver (7.3) fails requests of a batch device whose server was asked to leave, instead of holding
+        // them: a hand-over would not be without failures.
+        let by_default = options.recovery.is_none() && offered.contains(Features::BATCH_IO);
+        let batch = batch_is_possible && options.batch.unwrap_or(by_default);
         let mut features = demands.features | data.features();
         features.set(Features::BATCH_IO, batch);
         let needed = if threads_per_queue > 1 { features | Features::PER_IO_DAEMON } else { features };
@@ -135,9 +135,9 @@ mod tests {
         assert!(!batch(v6_12(), &DeviceOptions::default()));
         assert!(!batch(Features::all(), &DeviceOptions { batch: Some(false), ..DeviceOptions::default() }));
         assert!(!batch(Features::all(), &DeviceOptions { threads_per_queue: 4, ..DeviceOptions::default() }));
-        let recovery = |recovery| DeviceOptions { recovery: Some(recovery), ..DeviceOptions::default() };
-        assert!(batch(Features::all(), &recovery(Recovery::Reissue)));
-        assert!(!batch(Features::all(), &recovery(Recovery::Queue)));
+        let recovery = Some(crate::Recovery::Reissue);
+        assert!(!batch(Features::all(), &DeviceOptions { recovery, ..DeviceOptions::default() }));
+        assert!(batch(Features::all(), &DeviceOptions { recovery, batch: Some(true), ..DeviceOptions::default() }));
         let get_data = DeviceOptions { data: Some(DataMovement::GetData), ..DeviceOptions::default() };
         assert!(!batch(Features::all(), &get_data));
     }

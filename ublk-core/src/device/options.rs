@@ -20,8 +20,8 @@ pub struct DeviceOptions {
     /// How data moves; by default what fits the target best among what the driver offers.
     pub data: Option<DataMovement>,
     /// Whether tags go to and from the driver in batches (`BATCH_IO`, 7.0); by default where the driver
-    /// has it and a hand-over cannot suffer: with [`Recovery::Queue`] and [`Recovery::FailIo`], Linux's driver
-    /// (7.3) fails requests that it has not delivered when it takes a batch's tags back.
+    /// has it, but not with `recovery`: Linux's driver (7.3) fails requests of a batch device whose server was
+    /// asked to leave, instead of holding them. The one of this project holds them.
     pub batch: Option<bool>,
     /// Threads that share each queue, every one with tags of its own (`PER_IO_DAEMON`, 6.16), from 1 to
     /// the queue depth. With more than one there are no batches.
