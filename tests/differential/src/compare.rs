@@ -26,7 +26,8 @@ struct Explanation {
     command: String,
     case: Option<String>,
     context: Option<String>,
-    arguments: Option<String>,
+    #[serde(default)]
+    arguments: Vec<String>,
     /// Result of the first trace.
     first: Option<String>,
     /// Result of the second trace.
@@ -35,6 +36,13 @@ struct Explanation {
     first_outputs: Option<String>,
     /// Text in the outputs of the second trace.
     second_outputs: Option<String>,
+    /// Flags that the device was made with, all of them.
+    #[serde(default)]
+    flags: u64,
+    /// The second driver asks for what a short result (`result=` in the arguments) has left of the request
+    /// (`req=` there), and the first one does not.
+    #[serde(default)]
+    rest: bool,
     /// What comes after it in the sequence cannot be compared.
     #[serde(default)]
     ends: bool,
@@ -49,7 +57,7 @@ impl Explained {
         toml::from_str(&text).with_context(|| format!("{} is not as it should be", path.display()))
     }
 
-    fn find(&self, difference: &Difference<'_>) -> Option<&Explanation> {
+    fn find(&self, difference: &Difference<'_>, flags: u64) -> Option<&Explanation> {
         let (Some(a), Some(b)) = (difference.first, difference.second) else { return None };
         self.difference.iter().find(|known| {
             let has = |text: &str, part: &Option<String>| part.as_ref().is_none_or(|part| text.contains(part.as_str()));
@@ -57,13 +65,42 @@ impl Explained {
             known.command == a.command
                 && is(&a.case, &known.case)
                 && has(&a.context, &known.context)
-                && has(&a.arguments, &known.arguments)
+                && known.arguments.iter().all(|part| a.arguments.contains(part))
                 && is(&a.result, &known.first)
                 && is(&b.result, &known.second)
                 && has(&a.outputs, &known.first_outputs)
                 && has(&b.outputs, &known.second_outputs)
+                && flags & known.flags == known.flags
+                && (!known.rest || rest(a).is_some_and(|rest| b.outputs.contains(&rest) && !a.outputs.contains(&rest)))
         })
     }
+}
+
+/// A word of the arguments or outputs that begins like this.
+fn word<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.split(' ').find_map(|word| word.strip_prefix(name))
+}
+
+/// What is left of the request that this line ends, as an event names it.
+fn rest(line: &Line) -> Option<String> {
+    let request = word(&line.arguments, "req=").or_else(|| word(&line.arguments, ""))?;
+    let (name, place) = request.split_once('@')?;
+    let (sector, count) = place.split_once('+')?;
+    let (sector, count): (u64, u64) = (sector.parse().ok()?, count.parse().ok()?);
+    let done = word(&line.arguments, "result=")?.parse::<u64>().ok()? >> 9;
+    let left = count.checked_sub(done).filter(|left| *left != 0 && done != 0)?;
+    Some(format!("{name}@{}+{left} ", sector + done))
+}
+
+/// The flags that the device of these lines has, or that its ADD_DEV asks for.
+fn flags(lines: &[&Line]) -> u64 {
+    let made = lines.iter().rev().find(|line| line.command == "ADD_DEV" && line.result == "0");
+    let said = match (made, lines.last()) {
+        (_, Some(last)) if last.command == "ADD_DEV" => word(&last.arguments, "flags=0x"),
+        (Some(made), _) => word(&made.outputs, "flags=0x"),
+        _ => None,
+    };
+    said.and_then(|said| u64::from_str_radix(said, 16).ok()).unwrap_or(0)
 }
 
 /// The first place where two traces of a sequence part.
@@ -157,7 +194,7 @@ pub(crate) fn compare(first: &[Line], second: &[Line], explained: &Explained) ->
                 report.commands += 1;
                 continue;
             }
-            match explained.find(&difference) {
+            match explained.find(&difference, flags(&a[..(at + 1).min(a.len())])) {
                 Some(known) => {
                     report.commands += 1;
                     *report.explained.entry(known.reason.clone()).or_default() += 1;
@@ -257,6 +294,51 @@ mod tests {
         assert!(compare(&a, &b, &known).good());
         b[2].result = "1".into();
         assert!(!compare(&a, &b, &known).good());
+    }
+
+    #[test]
+    fn an_explanation_can_be_for_devices_with_certain_flags() {
+        let known = explained("[[difference]]\ncommand = 'X'\nflags = 0x8\nreason = 'because'\n");
+        let mut a = [line(0, 0, "ADD_DEV", "0"), line(0, 1, "X", "0")];
+        let mut b = a.clone();
+        b[1].result = "1".into();
+        assert!(!compare(&a, &b, &known).good());
+        for (flags, good) in [("0x8", true), ("0x4a", true), ("0x4", false)] {
+            a[0].outputs = format!("state=0 flags={flags} id=0");
+            b[0].outputs = a[0].outputs.clone();
+            assert_eq!(compare(&a, &b, &known).good(), good, "{flags}");
+        }
+    }
+
+    #[test]
+    fn what_an_add_dev_asks_for_counts_for_itself() {
+        let known = explained("[[difference]]\ncommand = 'ADD_DEV'\nflags = 0x8\nreason = 'because'\n");
+        let mut a = [line(0, 0, "ADD_DEV", "-EINVAL")];
+        let mut b = [line(0, 0, "ADD_DEV", "0")];
+        for (flags, good) in [("0x8", true), ("0x4", false)] {
+            a[0].arguments = format!("flags={flags} desc=0");
+            b[0].arguments = a[0].arguments.clone();
+            assert_eq!(compare(&a, &b, &known).good(), good, "{flags}");
+        }
+    }
+
+    #[test]
+    fn the_rest_of_a_request_has_to_be_right() {
+        let known = explained("[[difference]]\ncommand = 'X'\nrest = true\nreason = 'because'\n");
+        let mut a = [line(0, 0, "X", "0")];
+        a[0].arguments = "op=1 req=WRITE@64+64 result=16384".into();
+        a[0].outputs = "client0 write -> 32768".into();
+        let mut b = a.clone();
+        for (outputs, good) in [
+            ("req q1 WRITE@96+32 f=0", true),
+            ("req q1 WRITE@64+32 f=0", false),
+            ("req q1 WRITE@96+64 f=0", false),
+            ("req q1 READ@96+32 f=0", false),
+            ("client0 write -> -EIO", false),
+        ] {
+            b[0].outputs = outputs.into();
+            assert_eq!(compare(&a, &b, &known).good(), good, "{outputs}");
+        }
     }
 
     #[test]

@@ -44,6 +44,8 @@ pub(super) struct Command {
     pub(super) shares: bool,
     /// It will wait for something that is not going to happen during this step.
     pub(super) waits: bool,
+    /// If it waits, it is canceled at once.
+    pub(super) cancels: bool,
     /// Arguments in words.
     pub(super) said: String,
 }
@@ -89,6 +91,7 @@ impl Command {
             payload: Vec::new(),
             shares: false,
             waits: false,
+            cancels: false,
             said: String::new(),
         }
     }
@@ -163,8 +166,11 @@ impl Sequence<'_> {
             Some(result) => self.control_done(command.name, result)?,
             None => {
                 let waiting = Waiting { name: command.name, user: command.user, token, given_up: !command.waits };
-                self.waiting.push(waiting);
+                self.waiting.push(waiting.clone());
                 self.control_pending(command.name)?;
+                if command.cancels {
+                    self.cancel_waiting(&waiting)?;
+                }
             }
         }
         if command.name == "ADD_DEV" && done == Some(0) {
@@ -450,21 +456,21 @@ impl Sequence<'_> {
             return Ok(());
         };
         let context = self.context();
-        let order = Order::Cancel { token: waiting.token, patience: PATIENCE.as_millis() as u64 };
-        let answer = self.controller(waiting.user).order(0, &order)?;
-        if let Answer::Control { result: Some(result), .. } = answer {
-            self.waiting_done(&waiting, result)?;
-        }
+        let result = self.cancel_waiting(&waiting)?;
         self.settle()?;
         let outputs = self.take_events();
-        self.record(
-            "cancel",
-            name,
-            &context,
-            "",
-            answer_result(&answer).map_or_else(|| "pending".into(), number),
-            outputs,
-        )
+        self.record("cancel", name, &context, "", result.map_or_else(|| "pending".into(), number), outputs)
+    }
+
+    /// Cancels a command; its result.
+    fn cancel_waiting(&mut self, waiting: &Waiting) -> Result<Option<i32>> {
+        let order = Order::Cancel { token: waiting.token, patience: PATIENCE.as_millis() as u64 };
+        let answer = self.controller(waiting.user).order(0, &order)?;
+        let Answer::Control { result, .. } = answer else { bail!("a strange answer: {answer:?}") };
+        if let Some(result) = result {
+            self.waiting_done(waiting, result)?;
+        }
+        Ok(result)
     }
 
     /// The id that a command for no device in particular has.
@@ -770,13 +776,6 @@ impl Sequence<'_> {
                 None => return Ok(State::Dead),
             }
         }
-    }
-}
-
-fn answer_result(answer: &Answer) -> Option<i32> {
-    match answer {
-        Answer::Control { result, .. } => *result,
-        _ => None,
     }
 }
 

@@ -136,8 +136,8 @@ impl Sequence<'_> {
             let (case, pid) = if right { ("pid-root", i64::from(root)) } else { ("pid-0", 0) };
             let mut command = Command::new(name, id).case(case).user(owned).data(pid as u64, case);
             command.waits = right || name != "START_DEV";
+            command.cancels = true;
             self.control(&command)?;
-            self.cancel(name)?;
         }
         Ok(())
     }
@@ -223,9 +223,11 @@ impl Sequence<'_> {
         }
         // The block layer sends the writes of zones from whatever processor its worker runs on.
         let queues = if flags & UBLK_F_ZONED != 0 { 1 } else { random.pick(&[1, 1, 2, 2, 5]) };
+        // Linux's driver refuses batches with one tag.
+        let single = if flags & UBLK_F_BATCH_IO != 0 && random.chance(90) { 0 } else { 4 };
         let info = ublksrv_ctrl_dev_info {
             nr_hw_queues: queues,
-            queue_depth: random.weighted(&[(4, 1), (6, 2), (6, 4), (2, 7)]),
+            queue_depth: random.weighted(&[(single, 1), (6, 2), (6, 4), (2, 7)]),
             io_desc_size: desc,
             max_io_buf_bytes: random.pick(&[4096, 16384, 65536, 70000, 262_144]),
             dev_id: random.pick(&[u32::MAX, u32::MAX, 0, 1, 3, 63, 64, 500, 1000, (1 << 20) - 1]),
