@@ -237,6 +237,8 @@ pub(crate) struct Agent {
     links: Vec<Link>,
     /// Counts completions of the agent's rings.
     event: OwnedFd,
+    /// Room for an answer.
+    text: Vec<u8>,
     gone: bool,
 }
 
@@ -276,7 +278,7 @@ impl Agent {
                 drop(ours);
                 worker::process(identity, theirs, event.as_raw_fd(), cpus)
             }
-            pid => Ok(Agent { pid, links: ours, event, gone: false }),
+            pid => Ok(Agent { pid, links: ours, event, text: vec![0; 1 << 17], gone: false }),
         }
     }
 
@@ -329,7 +331,7 @@ impl Agent {
         if !wait_readable(&[link.socket.as_raw_fd()], patience)? {
             return Ok(None);
         }
-        let mut text = vec![0u8; 1 << 17];
+        let text = &mut self.text;
         // SAFETY: the buffer is `text`.
         let got = unsafe { libc::recv(link.socket.as_raw_fd(), text.as_mut_ptr().cast(), text.len(), 0) };
         if got < 0 {
@@ -394,6 +396,17 @@ impl Drop for Agent {
         self.shoot();
         // What hangs in the kernel is left to it.
         self.reap(Duration::from_millis(200));
+    }
+}
+
+/// Keeps this thread on a processor.
+pub(crate) fn stay_on(cpu: usize) {
+    // SAFETY: the set is plain memory that is initialised by CPU_ZERO.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_ZERO(&mut set);
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of_val(&set), &set);
     }
 }
 

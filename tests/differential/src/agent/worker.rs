@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::block::Disk;
 use super::memory::Memory;
 use super::server::{Server, Shared};
-use super::{Answer, ControlOrder, Identity, Order, SHARED, USER};
+use super::{Answer, ControlOrder, Identity, Order, SHARED, USER, stay_on};
 use crate::ring::{ASYNC_CANCEL, Ring, Sqe, URING_CMD};
 use crate::uapi::{Plain, ublksrv_ctrl_cmd};
 
@@ -69,16 +69,6 @@ pub(super) fn process(identity: Identity, sockets: Vec<OwnedFd>, event: RawFd, c
     }
     // SAFETY: ends the process without the conductor's exit handlers.
     unsafe { libc::_exit(0) }
-}
-
-fn stay_on(cpu: usize) {
-    // SAFETY: the set is plain memory that is initialised by CPU_ZERO.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_ZERO(&mut set);
-        libc::CPU_SET(cpu, &mut set);
-        libc::sched_setaffinity(0, size_of_val(&set), &set);
-    }
 }
 
 /// A control command that has not completed.

@@ -258,7 +258,7 @@ impl Sequence<'_> {
         if self.over {
             return Ok(());
         }
-        self.middle(3, 12)?;
+        self.middle(6, 24)?;
         loop {
             match self.some_end()? {
                 End::Recover => {
@@ -267,14 +267,14 @@ impl Sequence<'_> {
                     if !self.recover()? {
                         break;
                     }
-                    self.middle(1, 5)?;
+                    self.middle(2, 10)?;
                 }
                 End::Quiesce => {
                     self.quiesce()?;
                     if !self.recover()? {
                         break;
                     }
-                    self.middle(1, 4)?;
+                    self.middle(2, 8)?;
                 }
                 end => {
                     self.finale(end)?;
