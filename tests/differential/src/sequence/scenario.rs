@@ -388,8 +388,10 @@ impl Sequence<'_> {
         let pid = self.server.as_ref().map_or(-1, |server| server.agent.pid());
         let mut command = Command::new("START_DEV", device.id).user(device.owned).data(pid as u64, "");
         command.waits = true;
-        let token = self.hand_over(&command)?;
-        self.waiting.push(Waiting { name: "START_DEV", user: device.owned, token, given_up: false });
+        // Refused at once, it waits for nothing.
+        if let Some(token) = self.hand_over(&command)? {
+            self.waiting.push(Waiting { name: "START_DEV", user: device.owned, token, given_up: false });
+        }
         let deadline = Instant::now() + PATIENCE;
         self.quiet = true;
         let outcome = self.serve_start(deadline);
@@ -752,14 +754,14 @@ impl Sequence<'_> {
         Ok(self.device()?.state == State::Live)
     }
 
-    /// Hands a control command over without waiting for it.
-    fn hand_over(&mut self, command: &Command) -> Result<u64> {
+    /// Hands a control command over without waiting for it; `None` if it has ended already.
+    fn hand_over(&mut self, command: &Command) -> Result<Option<u64>> {
         match self.hand(command, 0)? {
-            Answer::Control { token, result: None, .. } => Ok(token),
-            Answer::Control { token, result: Some(result), .. } => {
+            Answer::Control { token, result: None, .. } => Ok(Some(token)),
+            Answer::Control { result: Some(result), .. } => {
                 self.events.push(format!("{} -> {}", command.name, number(result)));
                 self.control_done(command.name, result)?;
-                Ok(token)
+                Ok(None)
             }
             other => anyhow::bail!("a strange answer: {other:?}"),
         }
