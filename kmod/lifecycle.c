@@ -20,13 +20,17 @@ static bool ublk_is_gone(const struct ublk_device *ub)
 	return test_bit(UBLK_DEV_DELETED, &ub->bits);
 }
 
-/* Until the server has fetched all tags, or the device is deleted. */
+/*
+ * Until the server has fetched all tags, or never will: the device is deleted,
+ * or stopped, and whoever has the char device open gets no tags any more.
+ */
 static int ublk_wait_fetched(struct ublk_device *ub)
 {
 	if (wait_event_interruptible(ub->wait, ublk_all_fetched(ub) ||
+				     READ_ONCE(ub->closing) ||
 				     ublk_is_gone(ub)))
 		return -EINTR;
-	return ublk_all_fetched(ub) ? 0 : -ENODEV;
+	return ublk_is_gone(ub) && !ublk_all_fetched(ub) ? -ENODEV : 0;
 }
 
 /* Whether @pid, or none, has opened the char device; ub->mutex is held. */
@@ -54,6 +58,9 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 	int ret;
 
 	mutex_lock(&ub->mutex);
+	ret = -EINVAL;
+	if (!ublk_is_opener(ub, pid))
+		goto out;
 	ret = -EEXIST;
 	if (ub->disk || test_bit(UBLK_DEV_USED, &ub->bits))
 		goto out;
@@ -64,8 +71,7 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 	if (ub->canceling || !ublk_all_fetched(ub) || ublk_is_gone(ub))
 		goto out;
 	ret = -EINVAL;
-	if (!ublk_is_opener(ub, pid) ||
-	    !(ub->params.types & UBLK_PARAM_TYPE_BASIC))
+	if (!(ub->params.types & UBLK_PARAM_TYPE_BASIC))
 		goto out;
 
 	disk = ublk_alloc_disk(ub);
@@ -169,10 +175,11 @@ int ublk_do_stop(struct ublk_device *ub, struct pid *unused)
 	 */
 	if (test_bit(UBLK_DEV_OPEN, &ub->bits)) {
 		spin_lock(&ub->lock);
-		ub->closing = true;
+		WRITE_ONCE(ub->closing, true);
 		spin_unlock(&ub->lock);
 		ublk_server_leaves(ub);
 		ublk_cancel_slots(ub);
+		wake_up_all(&ub->wait);
 	}
 	mutex_unlock(&ub->mutex);
 	return 0;
@@ -245,11 +252,11 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data)
 	if (mutex_lock_killable(&ub->mutex))
 		return -EINTR;
 	pid = find_get_pid(nr);
-	ret = -EBUSY;
-	if (!ublk_waits_for_server(ub))
-		goto out;
 	ret = -EINVAL;
 	if (!ublk_is_opener(ub, pid))
+		goto out;
+	ret = -EBUSY;
+	if (!ublk_waits_for_server(ub))
 		goto out;
 	ret = -ENODEV;
 	if (ub->canceling || !ublk_all_fetched(ub))

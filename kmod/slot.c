@@ -275,7 +275,7 @@ void ublk_reset_slots(struct ublk_device *ub)
 		ub->queues[i]->nr_fetched = 0;
 	WRITE_ONCE(ub->nr_ready, 0);
 	ub->untrusted = false;
-	ub->closing = false;
+	WRITE_ONCE(ub->closing, false);
 	WRITE_ONCE(ub->canceling, false);
 	ublk_gates_close(ub);
 	spin_unlock(&ub->lock);

@@ -155,6 +155,13 @@ impl Sequence<'_> {
         let Some(device) = &self.device else { return true };
         let Order::Block(order) = order else { return false };
         let params = &device.params;
+        // Memory of such a length is not aligned where it ends.
+        if params.types & UBLK_PARAM_TYPE_DMA_ALIGN != 0
+            && let BlockOrder::Read(_, len) | BlockOrder::Write(_, len, _) | BlockOrder::WriteSync(_, len, _) = order
+            && len & params.dma.alignment != 0
+        {
+            return true;
+        }
         let read_only = !self.writable[thread] || params.basic.attrs & UBLK_ATTR_READ_ONLY != 0;
         match order {
             BlockOrder::Size | BlockOrder::Metadata => true,
@@ -221,6 +228,10 @@ impl Sequence<'_> {
         let basic = device.params.basic;
         let block = 1u64 << (basic.logical_bs_shift.clamp(9, 12) - 9);
         let mut most = u64::from(basic.max_sectors).min(256);
+        if device.params.types & UBLK_PARAM_TYPE_INTEGRITY != 0 {
+            // The metadata of a request is limited, too.
+            most = most.min(8);
+        }
         if basic.chunk_sectors.is_power_of_two() {
             most = most.min(u64::from(basic.chunk_sectors));
         }

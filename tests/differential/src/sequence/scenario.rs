@@ -798,10 +798,11 @@ impl Sequence<'_> {
             }
         }
         if let Some(device) = self.device.clone() {
-            let (result, _) = self.quietly(&Command::new("DEL_DEV", device.id))?;
+            // Until then DEL_DEV may find the device, or not.
             if self.async_deletion && !self.await_number(device.id)? {
                 text.push("the number is not free".into());
             }
+            let (result, _) = self.quietly(&Command::new("DEL_DEV", device.id))?;
             text.push(format!("DEL_DEV -> {}", result.map_or_else(|| "stuck".into(), number)));
             if result.is_none() {
                 self.crew.stuck.push(device.id);
