@@ -136,6 +136,8 @@ pub(crate) enum BlockOrder {
 pub(crate) enum Order {
     /// A control command.
     Control(ControlOrder),
+    /// The thread's number.
+    Number,
     /// Wait for a control command given before.
     Await { token: u64, patience: u64 },
     /// Cancel a control command given before.
@@ -363,6 +365,19 @@ impl Agent {
         let mut count = 0u64;
         // SAFETY: the buffer is `count`.
         unsafe { libc::read(self.event.as_raw_fd(), (&raw mut count).cast(), 8) == 8 }
+    }
+
+    /// The numbers of its threads.
+    pub(crate) fn numbers(&mut self) -> Result<Vec<i64>> {
+        (0..self.threads()).map(|thread| self.status(thread, &Order::Number)).collect()
+    }
+
+    /// Whether the thread of that number sleeps in the kernel until something happens there.
+    pub(crate) fn is_blocked(&self, number: i64) -> bool {
+        let path = format!("/proc/{}/task/{number}/stat", self.pid);
+        let stat = std::fs::read_to_string(path).unwrap_or_default();
+        // The name before it may hold anything.
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))
     }
 
     /// Kills the agent without waiting for its end.

@@ -136,6 +136,11 @@ impl Sequence<'_> {
             job.instant = instant;
         }
         self.settle()?;
+        if self.events.is_empty() {
+            // Whether its request has got anywhere does not show.
+            self.await_client(thread)?;
+            self.settle()?;
+        }
         let events = self.take_events();
         let result = if self.jobs[thread].is_some() { "waits" } else { "done" };
         let name = text.split(' ').next().unwrap_or_default();

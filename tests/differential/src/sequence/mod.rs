@@ -30,12 +30,17 @@ use crate::userdata::{Kind, UserData};
 /// How long to wait for what has to happen.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// How long a client may take until it waits in the kernel.
+const GLIMPSE: Duration = Duration::from_secs(2);
+
 /// Processes that outlive sequences.
 #[derive(Debug)]
 pub(crate) struct Crew {
     root: Agent,
     user: Agent,
     client: Agent,
+    /// The numbers of its threads.
+    clients: Vec<i64>,
     /// Devices that could not be removed.
     pub(crate) stuck: Vec<u32>,
 }
@@ -46,12 +51,21 @@ const CLIENTS: [usize; 3] = [0, 1, 0];
 impl Crew {
     /// Starts them.
     pub(crate) fn start() -> Result<Self> {
+        let mut client = Agent::start(Identity::Root, CLIENTS.len(), &CLIENTS)?;
         Ok(Crew {
             root: Agent::start(Identity::Root, 1, &[])?,
             user: Agent::start(Identity::User, 1, &[])?,
-            client: Agent::start(Identity::Root, CLIENTS.len(), &CLIENTS)?,
+            clients: client.numbers()?,
+            client,
             stuck: Vec::new(),
         })
+    }
+
+    /// Has other clients take the place of those that hang.
+    fn replace_clients(&mut self) -> Result<()> {
+        self.client = Agent::start(Identity::Root, CLIENTS.len(), &CLIENTS)?;
+        self.clients = self.client.numbers()?;
+        Ok(())
     }
 }
 
@@ -653,6 +667,22 @@ impl<'a> Sequence<'a> {
             }
             self.sleep(left)?;
         }
+    }
+
+    /// Waits until a client that was given something to do has done it, or cannot go on.
+    fn await_client(&mut self, thread: usize) -> Result<()> {
+        let deadline = Instant::now() + GLIMPSE;
+        let mut seen = 0;
+        while self.crew.client.busy(thread) && Instant::now() < deadline {
+            // It may sleep on its way, for a moment.
+            seen = if self.crew.client.is_blocked(self.crew.clients[thread]) { seen + 1 } else { 0 };
+            if seen == 3 {
+                break;
+            }
+            wait_readable(&self.crew.client.sources().collect::<Vec<_>>(), Duration::from_millis(1))?;
+            self.pump()?;
+        }
+        Ok(())
     }
 
     /// Nothing of what is late is waited for again.

@@ -99,6 +99,9 @@ impl Sequence<'_> {
     /// Commands for a device that has just been deleted.
     fn after_deletion(&mut self) -> Result<()> {
         let device = self.device()?.clone();
+        if self.async_deletion {
+            self.await_number(device.id)?;
+        }
         for name in ["GET_DEV_INFO", "DEL_DEV", "STOP_DEV"] {
             if self.random.chance(50) {
                 let mut command = Command::new(name, device.id).case("deleted").payload(vec![0; 64]);
@@ -823,7 +826,7 @@ impl Sequence<'_> {
             while self.crew.client.busy(thread) {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if self.crew.client.receive(thread, left)?.is_none() {
-                    self.crew.client = Agent::start(Identity::Root, super::CLIENTS.len(), &super::CLIENTS)?;
+                    self.crew.replace_clients()?;
                     break;
                 }
             }
