@@ -30,7 +30,16 @@ static int ublk_wait_fetched(struct ublk_device *ub)
 				     READ_ONCE(ub->closing) ||
 				     ublk_is_gone(ub)))
 		return -EINTR;
-	return ublk_is_gone(ub) && !ublk_all_fetched(ub) ? -ENODEV : 0;
+	return 0;
+}
+
+/*
+ * With ub->mutex held: what the wait was for may be over again, since the
+ * server has closed the char device meanwhile.
+ */
+static bool ublk_has_server(struct ublk_device *ub)
+{
+	return ublk_all_fetched(ub) || ub->closing;
 }
 
 /* Whether @pid, or none, has opened the char device; ub->mutex is held. */
@@ -58,6 +67,9 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 	int ret;
 
 	mutex_lock(&ub->mutex);
+	ret = -ENODEV;
+	if (ublk_is_gone(ub) || !ublk_has_server(ub))
+		goto out;
 	ret = -EINVAL;
 	if (!ublk_is_opener(ub, pid))
 		goto out;
@@ -68,7 +80,7 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 	if (ub->closing)
 		goto out;
 	ret = -ENODEV;
-	if (ub->canceling || !ublk_all_fetched(ub) || ublk_is_gone(ub))
+	if (ub->canceling)
 		goto out;
 	ret = -EINVAL;
 	if (!(ub->params.types & UBLK_PARAM_TYPE_BASIC))
@@ -252,6 +264,9 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data)
 	if (mutex_lock_killable(&ub->mutex))
 		return -EINTR;
 	pid = find_get_pid(nr);
+	ret = -ENODEV;
+	if (ublk_is_gone(ub) || !ublk_has_server(ub))
+		goto out;
 	ret = -EINVAL;
 	if (!ublk_is_opener(ub, pid))
 		goto out;
@@ -259,7 +274,7 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data)
 	if (!ublk_waits_for_server(ub))
 		goto out;
 	ret = -ENODEV;
-	if (ub->canceling || !ublk_all_fetched(ub))
+	if (ub->canceling)
 		goto out;
 	ublk_set_state(ub, UBLK_S_DEV_LIVE, get_pid(ub->opener));
 	spin_lock(&ub->lock);
