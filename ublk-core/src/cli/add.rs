@@ -10,6 +10,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
+use super::shape::{self, Switch};
 use super::state::{Origin, State};
 use super::{Failure, Host, Outcome, daemon, serve, size, state};
 use crate::data::DataMovement;
@@ -18,7 +19,7 @@ use crate::device::{Device, DeviceOptions, Recovery, Server};
 use crate::driver::kernel::KernelDriver;
 use crate::engine::StdSpawn;
 use crate::error::{Error, Result};
-use crate::params::{Operations, Params, SegmentLimits};
+use crate::params::{Operations, Params};
 use crate::target::Target;
 use crate::targets::{self, File, FileOptions, Io, Mem, Null, Zoned, ZonedOptions};
 use crate::units::DeviceId;
@@ -47,12 +48,6 @@ enum IoMode {
     Direct,
     /// Through the page cache
     Buffered,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Switch {
-    On,
-    Off,
 }
 
 /// The possible values of `--recovery`.
@@ -94,12 +89,6 @@ pub(super) struct Args {
     /// Logical block size: a power of two from 512 to 4096 [default: 512, or what the file needs]
     #[arg(short, long, value_name = "BYTES", value_parser = size::parse_u32)]
     block_size: Option<u32>,
-    /// Physical block size
-    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
-    physical_block_size: Option<u32>,
-    /// Longest read or write [default: 512K]
-    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
-    max_io: Option<u32>,
     /// How data moves [default: what fits the target best among what the driver offers]
     #[arg(long, value_name = "MOVEMENT", value_parser = movement())]
     data: Option<DataMovement>,
@@ -131,51 +120,9 @@ pub(super) struct Args {
     /// Do not look for partitions
     #[arg(long)]
     no_partition_scan: bool,
-    /// Longest unit that no request crosses, e.g. a RAID stripe
-    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
-    chunk_size: Option<u32>,
-    /// Preferred smallest request [default: the physical block size]
-    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
-    io_min: Option<u32>,
-    /// Preferred request for streaming
-    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
-    io_opt: Option<u32>,
-    /// What the addresses of clients' memory have to be a multiple of
-    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
-    dma_alignment: Option<u32>,
-    /// Most pieces of memory in a request
-    #[arg(long, value_name = "N")]
-    max_segments: Option<u16>,
-    /// Longest piece of memory in a request
-    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
-    max_segment_size: Option<u32>,
-    /// No piece of memory crosses a multiple of this, a power of two
-    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
-    segment_boundary: Option<u64>,
-    /// Within a request, memory breaks only at multiples of this, a power of two
-    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
-    virt_boundary: Option<u64>,
-    /// Smallest unit that a discard can free
-    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
-    discard_granularity: Option<u32>,
-    /// Longest discard; 0 for no discard at all
-    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
-    max_discard: Option<u64>,
-    /// Longest write of zeros; 0 for none at all
-    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
-    max_write_zeroes: Option<u64>,
-    /// Have no write cache: fsync sends nothing
-    #[arg(long)]
-    no_write_cache: bool,
-    /// Have no writes with forced unit access
-    #[arg(long)]
-    no_fua: bool,
     /// Refuse writes
     #[arg(short = 'o', long)]
     read_only: bool,
-    /// Report the disk as rotational
-    #[arg(long)]
-    rotational: bool,
     /// How the backing file is accessed (file)
     #[arg(long, value_enum, default_value = "auto")]
     io: IoMode,
@@ -191,6 +138,8 @@ pub(super) struct Args {
     /// Where a server in the background tells that it is ready
     #[arg(long = daemon::REPORT_FLAG, value_name = "FD", hide = true)]
     report: Option<RawFd>,
+    #[command(flatten)]
+    shape: shape::Args,
 }
 
 pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
@@ -347,11 +296,11 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
         Kind::Null => {
             let mut params = Params::new(size.or(args.size).unwrap_or(250 << 30), block);
             params.operations = Operations::all();
-            Arc::new(Null::with_params(shape(args, params))?)
+            Arc::new(Null::with_params(shape(args, params)?)?)
         }
         Kind::Mem => {
             let mem = Mem::new(args.size.unwrap_or(DEFAULT_MEM_SIZE), block)?;
-            Arc::new(Mem::with_params(shape(args, mem.params()))?)
+            Arc::new(Mem::with_params(shape(args, mem.params())?)?)
         }
         Kind::File => {
             let options = FileOptions {
@@ -364,7 +313,7 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
                 logical_block_size: args.block_size,
             };
             let file = File::open(args.file.as_deref().unwrap_or("".as_ref()), &options)?;
-            let mut params = shape(args, file.params());
+            let mut params = shape(args, file.params())?;
             params.size = size.or(args.size).unwrap_or(params.size);
             Arc::new(file.with_params(params)?)
         }
@@ -378,7 +327,7 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
                 logical_block_size: args.block_size.unwrap_or(4096),
                 directory: args.file.clone(),
             };
-            let mut params = shape(args, Zoned::shape(&options));
+            let mut params = shape(args, Zoned::shape(&options))?;
             params.chunk_size = args.zone_size;
             Arc::new(Zoned::with_params(&options, params)?)
         }
@@ -386,42 +335,8 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
 }
 
 /// Applies what the command line says about the disk.
-fn shape(args: &Args, mut params: Params) -> Params {
-    if let Some(bytes) = args.physical_block_size {
-        params.physical_block_size = bytes;
-        params.io_min = bytes;
-    }
-    params.io_min = args.io_min.unwrap_or(params.io_min);
-    params.io_opt = args.io_opt.unwrap_or(params.io_opt);
-    params.chunk_size = args.chunk_size.unwrap_or(params.chunk_size);
-    params.dma_alignment = args.dma_alignment.or(params.dma_alignment);
-    params.virt_boundary_mask = args.virt_boundary.map_or(params.virt_boundary_mask, |bytes| bytes.wrapping_sub(1));
-    if args.max_segments.is_some() || args.max_segment_size.is_some() || args.segment_boundary.is_some() {
-        params.segments = Some(SegmentLimits {
-            boundary_mask: args.segment_boundary.map_or(0, |bytes| bytes.wrapping_sub(1)),
-            max_size: args.max_segment_size.unwrap_or(0),
-            max_count: args.max_segments.unwrap_or(0),
-        });
-    }
-    params.discard.granularity = args.discard_granularity.unwrap_or(params.discard.granularity);
-    let sectors = |bytes: u64| u32::try_from(bytes >> 9).unwrap_or(u32::MAX >> 9);
-    if let Some(bytes) = args.max_discard {
-        params.discard.max_discard_sectors = sectors(bytes);
-        params.operations.set(Operations::DISCARD, bytes != 0 && params.operations.contains(Operations::DISCARD));
-    }
-    if let Some(bytes) = args.max_write_zeroes {
-        params.discard.max_write_zeroes_sectors = sectors(bytes);
-        let can = params.operations.contains(Operations::WRITE_ZEROES);
-        params.operations.set(Operations::WRITE_ZEROES, bytes != 0 && can);
-    }
-    if args.no_write_cache {
-        params.operations -= Operations::FLUSH | Operations::FUA;
-    }
-    if args.no_fua {
-        params.operations -= Operations::FUA;
-    }
-    params.max_io_bytes = args.max_io.unwrap_or(params.max_io_bytes);
+fn shape(args: &Args, params: Params) -> Result<Params> {
+    let mut params = args.shape.apply(params)?;
     params.read_only |= args.read_only;
-    params.rotational |= args.rotational;
-    params
+    Ok(params)
 }

@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::limits::Limits;
 use super::state::State;
 use super::{Failure, Outcome};
 use crate::control::{Control, DeviceInfo};
@@ -55,16 +56,9 @@ struct Entry {
     data_reason: Option<String>,
     batch: bool,
     recovery: Option<&'static str>,
-    chunk_size: u32,
-    dma_alignment: Option<u32>,
-    segments: Option<Segments>,
-}
-
-#[derive(Debug, Serialize)]
-struct Segments {
-    boundary_mask: u64,
-    max_size: u32,
-    max_count: u16,
+    partition_scan: bool,
+    #[serde(flatten)]
+    limits: Limits,
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
@@ -125,13 +119,8 @@ fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
         data_reason: State::find(id).ok().flatten().map(|state| state.reason),
         batch: info.features.contains(Features::BATCH_IO),
         recovery: Recovery::of(info.features).map(Recovery::name),
-        chunk_size: params.chunk_size,
-        dma_alignment: params.dma_alignment,
-        segments: params.segments.map(|segments| Segments {
-            boundary_mask: segments.boundary_mask,
-            max_size: segments.max_size,
-            max_count: segments.max_count,
-        }),
+        partition_scan: !info.features.contains(Features::NO_AUTO_PART_SCAN),
+        limits: Limits::of(&params),
     })
 }
 
@@ -163,10 +152,15 @@ fn describe(entry: &Entry) -> String {
         (entry.fua, "FUA"),
         (entry.discard, "discard"),
         (entry.write_zeroes, "write zeroes"),
+        (!entry.partition_scan, "no partition scan"),
     ];
     let abilities: Vec<_> = abilities.iter().filter(|(has, _)| *has).map(|(_, name)| *name).collect();
     if !abilities.is_empty() {
         let _ = writeln!(text, "\t{}", abilities.join(", "));
+    }
+    let limits = entry.limits.describe(entry.physical_block_size);
+    if !limits.is_empty() {
+        let _ = writeln!(text, "\t{}", limits.join(", "));
     }
     let reason = entry.data_reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
     let batch = if entry.batch { ", batches" } else { "" };
@@ -221,9 +215,8 @@ mod tests {
             data_reason: Some("the target looks at the bytes".into()),
             batch: true,
             recovery: None,
-            chunk_size: 0,
-            dma_alignment: None,
-            segments: None,
+            partition_scan: true,
+            limits: Limits::of(&Params::new(3 << 29, 512)),
         }
     }
 

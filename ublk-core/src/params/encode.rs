@@ -73,9 +73,7 @@ impl Params {
         }
         if let Some(segments) = self.segments {
             out.types |= uapi::UBLK_PARAM_TYPE_SEGMENT;
-            out.seg.seg_boundary_mask = segments.boundary_mask;
-            out.seg.max_segment_size = segments.max_size;
-            out.seg.max_segments = segments.max_count;
+            segments.encode(&mut out.seg);
         }
         if let Some(zoned) = self.zoned {
             out.types |= uapi::UBLK_PARAM_TYPE_ZONED;
@@ -122,11 +120,7 @@ impl Params {
             chunk_size: basic.chunk_sectors << 9,
             virt_boundary_mask: basic.virt_boundary_mask,
             dma_alignment: has(uapi::UBLK_PARAM_TYPE_DMA_ALIGN).then(|| raw.dma.alignment.saturating_add(1)),
-            segments: has(uapi::UBLK_PARAM_TYPE_SEGMENT).then_some(SegmentLimits {
-                boundary_mask: raw.seg.seg_boundary_mask,
-                max_size: raw.seg.max_segment_size,
-                max_count: raw.seg.max_segments,
-            }),
+            segments: has(uapi::UBLK_PARAM_TYPE_SEGMENT).then(|| SegmentLimits::decode(&raw.seg)),
             zoned: has(uapi::UBLK_PARAM_TYPE_ZONED).then_some(ZonedLimits {
                 max_open: raw.zoned.max_open_zones,
                 max_active: raw.zoned.max_active_zones,

@@ -4,18 +4,56 @@
 
 use super::{PAGE_SIZE, Params};
 use crate::error::{Error, Result};
-use crate::uapi::ublk_param_integrity;
+use crate::uapi::{ublk_param_integrity, ublk_param_segment};
 
-/// How many pieces a request's memory may have, and how large they may be. 0 leaves a limit to the block
-/// layer.
+/// How many pieces a request's memory may have, and how large they may be. 0 is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SegmentLimits {
-    /// No piece crosses a multiple of this mask plus one; a power of two minus one, at least 4095.
+    /// No piece crosses a multiple of this mask plus one: a power of two minus one, from 4095 to 2^63 - 1.
     pub boundary_mask: u64,
     /// Longest piece in bytes, at least 4096.
     pub max_size: u32,
     /// Most pieces.
     pub max_count: u16,
+}
+
+impl SegmentLimits {
+    /// The widest mask that the driver takes: it wants its successor to be a power of two.
+    const NO_BOUNDARY: u64 = u64::MAX >> 1;
+
+    /// The driver has no "no limit", and the block layer takes a 0 for a narrow one.
+    pub(super) fn encode(self, out: &mut ublk_param_segment) {
+        let or = |value: u64, none: u64| if value == 0 { none } else { value };
+        out.seg_boundary_mask = or(self.boundary_mask, Self::NO_BOUNDARY);
+        out.max_segment_size = or(self.max_size.into(), u32::MAX.into()) as u32;
+        out.max_segments = or(self.max_count.into(), u16::MAX.into()) as u16;
+    }
+
+    pub(super) fn decode(raw: &ublk_param_segment) -> Self {
+        let unless = |value: u64, none: u64| if value == none { 0 } else { value };
+        SegmentLimits {
+            boundary_mask: unless(raw.seg_boundary_mask, Self::NO_BOUNDARY),
+            max_size: unless(raw.max_segment_size.into(), u32::MAX.into()) as u32,
+            max_count: unless(raw.max_segments.into(), u16::MAX.into()) as u16,
+        }
+    }
+
+    fn validate(&self) -> Result<()> {
+        let mask = self.boundary_mask;
+        if mask != 0 && !is_mask(mask, 4095) {
+            let rule = "a power of two minus one, from 4095 to 2^63 - 1, is needed";
+            return Err(Error::invalid("segment boundary mask", mask, rule));
+        }
+        if self.max_size != 0 && self.max_size < PAGE_SIZE {
+            return Err(Error::invalid("longest segment", self.max_size, format!("at least {PAGE_SIZE} bytes")));
+        }
+        Ok(())
+    }
+}
+
+/// Whether it is a power of two minus one, at least `least`.
+fn is_mask(mask: u64, least: u64) -> bool {
+    mask >= least && mask.checked_add(1).is_some_and(u64::is_power_of_two)
 }
 
 /// Limits of a zoned disk.
@@ -156,48 +194,36 @@ impl Params {
     pub(super) fn validate_limits(&self) -> Result<()> {
         let block = self.logical_block_size;
         let chunk = self.chunk_size;
-        if chunk != 0 && (!chunk.is_power_of_two() || chunk < block) {
-            let rule = format!("a power of two from the logical block size ({block}) on is needed");
+        if !chunk.is_multiple_of(block) {
+            let rule = format!("a multiple of the logical block size ({block}) is needed");
             return Err(Error::invalid("chunk size", chunk, rule));
         }
-        let is_mask = |mask: u64| mask.wrapping_add(1).is_power_of_two() || mask == u64::MAX;
         let mask = self.virt_boundary_mask;
-        if mask != 0 && (!is_mask(mask) || mask < 511) {
-            return Err(Error::invalid(
-                "virt boundary mask",
-                mask,
-                "a power of two minus one, at least 511, is needed",
-            ));
+        if mask != 0 && !is_mask(mask, 511) {
+            let rule = "a power of two minus one, from 511 to 2^63 - 1, is needed";
+            return Err(Error::invalid("virt boundary mask", mask, rule));
         }
+        // The block layer takes a mask of 0 for its own default, 511.
         if let Some(alignment) = self.dma_alignment
-            && (!alignment.is_power_of_two() || alignment > PAGE_SIZE)
+            && (!alignment.is_power_of_two() || !(2..=PAGE_SIZE).contains(&alignment))
         {
-            let rule = format!("a power of two up to {PAGE_SIZE} bytes is needed");
+            let rule = format!("a power of two from 2 to {PAGE_SIZE} bytes is needed");
             return Err(Error::invalid("DMA alignment", alignment, rule));
         }
-        if let Some(segments) = self.segments {
-            let mask = segments.boundary_mask;
-            if mask != 0 && (!is_mask(mask) || mask < 4095) {
-                let rule = "a power of two minus one, at least 4095, is needed";
-                return Err(Error::invalid("segment boundary mask", mask, rule));
-            }
-            if segments.max_size != 0 && segments.max_size < PAGE_SIZE {
-                return Err(Error::invalid(
-                    "longest segment",
-                    segments.max_size,
-                    format!("at least {PAGE_SIZE} bytes"),
-                ));
-            }
-        }
+        self.segments.map_or(Ok(()), |segments| segments.validate())?;
         if let Some(zoned) = self.zoned {
-            if chunk == 0 {
-                return Err(Error::invalid("zone size", 0, "a zoned disk needs one"));
+            if !chunk.is_power_of_two() {
+                return Err(Error::invalid("zone size", chunk, "a zoned disk needs one that is a power of two"));
             }
             let zones = self.size / u64::from(chunk);
             for (name, value) in [("most open zones", zoned.max_open), ("most active zones", zoned.max_active)] {
                 if u64::from(value) > zones {
                     return Err(Error::invalid(name, value, format!("the disk has {zones} zones")));
                 }
+            }
+            if zoned.max_active != 0 && zoned.max_open > zoned.max_active {
+                let rule = format!("open zones are active, of which there may be {}", zoned.max_active);
+                return Err(Error::invalid("most open zones", zoned.max_open, rule));
             }
             let append = zoned.max_append_bytes;
             if append == 0 || !append.is_multiple_of(block) {
@@ -250,19 +276,46 @@ mod tests {
     }
 
     #[test]
+    fn a_segment_limit_that_is_not_set_is_none_for_the_driver() {
+        let one = params(|p| p.segments = Some(SegmentLimits { max_count: 32, ..SegmentLimits::default() }));
+        one.validate().unwrap();
+        let raw = one.encode().seg;
+        assert_eq!((raw.max_segments, raw.max_segment_size), (32, u32::MAX));
+        // What the driver wants of it.
+        assert!((raw.seg_boundary_mask + 1).is_power_of_two() && raw.seg_boundary_mask >= 4095);
+        assert_eq!(Params::decode(&one.encode()).segments, one.segments);
+    }
+
+    #[test]
+    fn chunks_of_a_disk_without_zones_are_of_any_number_of_blocks() {
+        params(|p| p.chunk_size = 192 << 10).validate().unwrap();
+    }
+
+    #[test]
     fn each_rule_names_its_field() {
         let zoned = ZonedLimits { max_open: 0, max_active: 0, max_append_bytes: 4096 };
         let segments = SegmentLimits::default();
         for (bad, words) in [
-            (params(|p| p.chunk_size = 3 << 20), "chunk size"),
             (params(|p| p.chunk_size = 2048), "chunk size"),
+            (params(|p| p.chunk_size = 4096 + 512), "chunk size"),
             (params(|p| p.virt_boundary_mask = 255), "virt boundary"),
             (params(|p| p.virt_boundary_mask = 4096), "virt boundary"),
+            (params(|p| p.virt_boundary_mask = u64::MAX), "virt boundary"),
+            (params(|p| p.dma_alignment = Some(0)), "DMA alignment"),
+            (params(|p| p.dma_alignment = Some(1)), "DMA alignment"),
             (params(|p| p.dma_alignment = Some(3)), "DMA alignment"),
             (params(|p| p.dma_alignment = Some(8192)), "DMA alignment"),
             (params(|p| p.segments = Some(SegmentLimits { boundary_mask: 2047, ..segments })), "segment boundary"),
+            (params(|p| p.segments = Some(SegmentLimits { boundary_mask: u64::MAX, ..segments })), "segment boundary"),
             (params(|p| p.segments = Some(SegmentLimits { max_size: 512, ..segments })), "longest segment"),
             (params(|p| p.zoned = Some(zoned)), "zone size"),
+            (params(|p| (p.chunk_size, p.zoned) = (3 << 20, Some(zoned))), "zone size"),
+            (
+                params(|p| {
+                    (p.chunk_size, p.zoned) = (1 << 20, Some(ZonedLimits { max_open: 5, max_active: 4, ..zoned }));
+                }),
+                "open zones",
+            ),
             (
                 params(|p| (p.chunk_size, p.zoned) = (1 << 20, Some(ZonedLimits { max_open: 65, ..zoned }))),
                 "open zones",

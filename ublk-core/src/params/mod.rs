@@ -77,14 +77,14 @@ pub struct Params {
     pub rotational: bool,
     /// Limits of discard and write-zeroes, used for those of the two that `operations` holds.
     pub discard: DiscardLimits,
-    /// No request crosses a multiple of this many bytes; a power of two from the logical block size on, or 0.
-    /// The size of a zone on a zoned disk.
+    /// No request crosses a multiple of this many bytes: a multiple of the logical block size, or 0 for no
+    /// such limit. On a zoned disk the size of a zone, a power of two.
     pub chunk_size: u32,
     /// Within a request, memory may only break at multiples of this mask plus one: 0 for anywhere, a power of
     /// two minus one, at least 511.
     pub virt_boundary_mask: u64,
-    /// What the addresses of clients' memory have to be a multiple of, in bytes: a power of two up to the page
-    /// size. By default the driver's, 4. Linux 6.15.
+    /// What the addresses of clients' memory have to be a multiple of, in bytes: a power of two from 2 to the
+    /// page size. By default the driver's, 4. Linux 6.15.
     pub dma_alignment: Option<u32>,
     /// How many pieces a request's memory may have, and how large. Linux 6.15.
     pub segments: Option<SegmentLimits>,
@@ -211,6 +211,23 @@ impl Params {
                     format!("a multiple of the logical block size ({block}) is needed"),
                 ));
             }
+            let alignment = self.discard.alignment;
+            if alignment >= granularity || !alignment.is_multiple_of(block) {
+                return Err(Error::invalid(
+                    "discard alignment",
+                    alignment,
+                    format!("a multiple of the logical block size ({block}) below the granularity is needed"),
+                ));
+            }
+            for (name, operation, sectors) in [
+                ("longest discard", Operations::DISCARD, self.discard.max_discard_sectors),
+                ("longest write of zeros", Operations::WRITE_ZEROES, self.discard.max_write_zeroes_sectors),
+            ] {
+                if self.operations.contains(operation) && sectors < block >> 9 {
+                    let bytes = u64::from(sectors) << 9;
+                    return Err(Error::invalid(name, bytes, format!("at least a block ({block} bytes) is needed")));
+                }
+            }
         }
         self.validate_limits()
     }
@@ -273,6 +290,23 @@ mod tests {
         assert_eq!((raw.discard.max_discard_sectors, raw.discard.max_discard_segments), (0, 0));
         assert_ne!(raw.discard.max_write_zeroes_sectors, 0);
         assert_eq!(raw.discard.discard_granularity, 512, "the driver refuses a granularity of 0");
+    }
+
+    #[test]
+    fn discards_begin_and_end_with_blocks() {
+        let change = |change: fn(&mut DiscardLimits)| {
+            let mut params = Params::new(1 << 20, 4096);
+            params.operations = Operations::all();
+            params.discard.granularity = 16384;
+            change(&mut params.discard);
+            params
+        };
+        change(|discard| discard.alignment = 8192).validate().unwrap();
+        assert!(refused(change(|discard| discard.alignment = 16384)).contains("discard alignment"));
+        assert!(refused(change(|discard| discard.alignment = 512)).contains("discard alignment"));
+        assert!(refused(change(|discard| discard.granularity = 512)).contains("discard granularity"));
+        assert!(refused(change(|discard| discard.max_discard_sectors = 7)).contains("longest discard"));
+        assert!(refused(change(|discard| discard.max_write_zeroes_sectors = 0)).contains("longest write of zeros"));
     }
 
     proptest! {

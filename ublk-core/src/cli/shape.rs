@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What `ublk add` can be told about a disk: attributes and limits.
+
+use clap::ValueEnum;
+
+use super::size;
+use crate::error::{Error, Result};
+use crate::params::{Operations, Params};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Debug, Default, clap::Args)]
+#[command(next_help_heading = "Shape of the disk")]
+#[group(skip)]
+pub(super) struct Args {
+    /// Physical block size
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    physical_block_size: Option<u32>,
+    /// Longest read or write [default: 512K]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    max_io: Option<u32>,
+    /// Preferred smallest request [default: the physical block size]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    io_min: Option<u32>,
+    /// Preferred request for streaming
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    io_opt: Option<u32>,
+    /// No request crosses a multiple of this, e.g. a RAID stripe
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    chunk_size: Option<u32>,
+    /// What the addresses of clients' memory have to be a multiple of [default: 4] (Linux 6.15)
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    dma_alignment: Option<u32>,
+    /// Most pieces of memory in a request (Linux 6.15)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    max_segments: Option<u16>,
+    /// Longest piece of memory in a request (Linux 6.15)
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    max_segment_size: Option<u32>,
+    /// No piece of memory crosses a multiple of this, a power of two (Linux 6.15)
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    segment_boundary: Option<u64>,
+    /// Within a request, memory breaks only at multiples of this, a power of two; 0 for anywhere
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    virt_boundary: Option<u64>,
+    /// Smallest unit that a discard can free
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    discard_granularity: Option<u32>,
+    /// Where on the disk the first such unit begins [default: 0]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
+    discard_alignment: Option<u32>,
+    /// Longest discard; 0 for no discard at all
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    max_discard: Option<u64>,
+    /// Longest write of zeros; 0 for none at all
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    max_write_zeroes: Option<u64>,
+    /// Whether there is a write cache, so that fsync sends a flush [default: what the target has]
+    #[arg(long, value_enum, value_name = "SWITCH")]
+    write_cache: Option<Switch>,
+    /// Whether single writes can be durable at once; takes a write cache [default: what the target has]
+    #[arg(long, value_enum, value_name = "SWITCH")]
+    fua: Option<Switch>,
+    /// Report the disk as rotational
+    #[arg(long)]
+    rotational: bool,
+}
+
+impl Args {
+    /// The disk of a target with these parameters, as the command line wants it.
+    pub(super) fn apply(&self, mut params: Params) -> Result<Params> {
+        if let Some(bytes) = self.physical_block_size {
+            params.physical_block_size = bytes;
+            params.io_min = bytes;
+        }
+        params.io_min = self.io_min.unwrap_or(params.io_min);
+        params.io_opt = self.io_opt.unwrap_or(params.io_opt);
+        params.max_io_bytes = self.max_io.unwrap_or(params.max_io_bytes);
+        params.chunk_size =
+            whole_sectors("chunk size", self.chunk_size.map(u64::from))?.map_or(params.chunk_size, |s| s << 9);
+        params.dma_alignment = self.dma_alignment.or(params.dma_alignment);
+        match self.virt_boundary {
+            None => {}
+            Some(0) => params.virt_boundary_mask = 0,
+            Some(bytes) => params.virt_boundary_mask = mask("virt boundary", bytes, 512)?,
+        }
+        self.segments(&mut params)?;
+        self.discards(&mut params)?;
+        match self.write_cache {
+            Some(Switch::On) => params.operations |= Operations::FLUSH,
+            // Without a cache every write is durable at once.
+            Some(Switch::Off) => params.operations -= Operations::FLUSH | Operations::FUA,
+            None => {}
+        }
+        match self.fua {
+            Some(Switch::On) => params.operations |= Operations::FUA,
+            Some(Switch::Off) => params.operations -= Operations::FUA,
+            None => {}
+        }
+        params.rotational |= self.rotational;
+        Ok(params)
+    }
+
+    fn segments(&self, params: &mut Params) -> Result<()> {
+        if self.max_segments.is_none() && self.max_segment_size.is_none() && self.segment_boundary.is_none() {
+            return Ok(());
+        }
+        let mut segments = params.segments.unwrap_or_default();
+        segments.max_count = self.max_segments.unwrap_or(segments.max_count);
+        if let Some(bytes) = self.max_segment_size {
+            if bytes == 0 {
+                return Err(Error::invalid("longest segment", bytes, "at least 4096 bytes"));
+            }
+            segments.max_size = bytes;
+        }
+        if let Some(bytes) = self.segment_boundary {
+            segments.boundary_mask = mask("segment boundary", bytes, 4096)?;
+        }
+        params.segments = Some(segments);
+        Ok(())
+    }
+
+    fn discards(&self, params: &mut Params) -> Result<()> {
+        let discard = &mut params.discard;
+        discard.granularity = self.discard_granularity.unwrap_or(discard.granularity);
+        discard.alignment = self.discard_alignment.unwrap_or(discard.alignment);
+        let limits = [
+            ("longest discard", Operations::DISCARD, self.max_discard, &mut discard.max_discard_sectors),
+            (
+                "longest write of zeros",
+                Operations::WRITE_ZEROES,
+                self.max_write_zeroes,
+                &mut discard.max_write_zeroes_sectors,
+            ),
+        ];
+        for (name, operation, wish, limit) in limits {
+            let Some(sectors) = whole_sectors(name, wish)? else { continue };
+            if sectors == 0 {
+                params.operations -= operation;
+            } else if params.operations.contains(operation) {
+                *limit = sectors;
+            } else {
+                return Err(Error::invalid(name, u64::from(sectors) << 9, "the target cannot do that at all"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The mask of a boundary of so many bytes.
+fn mask(name: &'static str, bytes: u64, least: u64) -> Result<u64> {
+    if bytes.is_power_of_two() && bytes >= least {
+        Ok(bytes - 1)
+    } else {
+        Err(Error::invalid(name, bytes, format!("a power of two from {least} bytes is needed")))
+    }
+}
+
+/// So many bytes in sectors, which the driver counts in 32 bits.
+fn whole_sectors(name: &'static str, bytes: Option<u64>) -> Result<Option<u32>> {
+    let Some(bytes) = bytes else { return Ok(None) };
+    if !bytes.is_multiple_of(512) {
+        return Err(Error::invalid(name, bytes, "a multiple of 512 bytes is needed"));
+    }
+    let sectors = u32::try_from(bytes >> 9).ok();
+    let sectors = sectors.ok_or_else(|| Error::invalid(name, bytes, "the kernel counts at most 2^32 - 1 sectors"))?;
+    Ok(Some(sectors))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> Params {
+        let mut params = Params::new(1 << 30, 512);
+        params.operations = Operations::WRITE | Operations::DISCARD;
+        params
+    }
+
+    #[test]
+    fn limits_of_zero_take_an_operation_away() {
+        let args = Args { max_discard: Some(0), ..Args::default() };
+        assert_eq!(args.apply(disk()).unwrap().operations, Operations::WRITE);
+    }
+
+    #[test]
+    fn an_operation_that_the_target_lacks_has_no_limit() {
+        let args = Args { max_write_zeroes: Some(1 << 20), ..Args::default() };
+        assert!(args.apply(disk()).unwrap_err().to_string().contains("cannot do that"));
+    }
+
+    #[test]
+    fn lengths_are_whole_sectors_that_the_driver_can_count() {
+        for bytes in [1000, 1 << 41] {
+            let args = Args { max_discard: Some(bytes), ..Args::default() };
+            assert!(args.apply(disk()).unwrap_err().to_string().starts_with("longest discard"));
+        }
+        let args = Args { chunk_size: Some(1000), ..Args::default() };
+        assert!(args.apply(disk()).unwrap_err().to_string().starts_with("chunk size"));
+    }
+
+    #[test]
+    fn boundaries_are_powers_of_two() {
+        for bytes in [0, 2048, 12288] {
+            let args = Args { segment_boundary: Some(bytes), ..Args::default() };
+            let message = args.apply(disk()).unwrap_err().to_string();
+            assert!(message.contains("segment boundary") && message.contains(&bytes.to_string()), "{message}");
+        }
+        let args = Args { segment_boundary: Some(8192), virt_boundary: Some(0), ..Args::default() };
+        let params = args.apply(disk()).unwrap();
+        assert_eq!((params.segments.unwrap().boundary_mask, params.virt_boundary_mask), (8191, 0));
+    }
+
+    #[test]
+    fn a_cache_can_be_switched_on_and_off_and_fua_goes_with_it() {
+        let on = Args { write_cache: Some(Switch::On), fua: Some(Switch::On), ..Args::default() };
+        let cached = on.apply(disk()).unwrap();
+        cached.validate().unwrap();
+        assert!(cached.operations.contains(Operations::FLUSH | Operations::FUA));
+        let off = Args { write_cache: Some(Switch::Off), ..Args::default() };
+        assert_eq!(off.apply(cached).unwrap().operations, disk().operations);
+        let fua_alone = Args { fua: Some(Switch::On), ..Args::default() };
+        assert!(fua_alone.apply(disk()).unwrap().validate().is_err());
+    }
+}
