@@ -4,14 +4,16 @@
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 from support import fio
 from support.backends import image
 from support.blockio import Disk
-from support.face import Face, device_id
-from support.server import Child
+from support.command import run
+from support.face import NATIVE, Face, device_id
+from support.server import Child, Server
 from support.waiting import until
 
 
@@ -106,7 +108,49 @@ def test_a_device_without_a_server_says_so(native: Face) -> None:
 
 def test_only_the_servers_user_can_ask(native: Face) -> None:
     path = native.add("-t", "null")
-    socket = Path(f"/run/ublk/server-{native.info(path)['pid']}.sock")
-    assert socket.stat().st_mode & 0o777 == 0o600
+    address = Path(f"/run/ublk/server-{native.info(path)['pid']}.sock")
+    assert address.stat().st_mode & 0o777 == 0o600
     native.run("del", "-n", str(device_id(path)))
-    until(lambda: not socket.exists(), "the end of the socket")
+    until(lambda: not address.exists(), "the end of the socket")
+
+
+def test_a_dead_servers_socket_is_removed(native: Face) -> None:
+    path = native.add("-t", "null")
+    pid = native.info(path)["pid"]
+    address = Path(f"/run/ublk/server-{pid}.sock")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: native.list()[0]["state"] == "DEAD", "the state DEAD")
+    assert address.exists()
+    refused = native.run("stat", "-n", str(device_id(path)), check=False)
+    assert "no server answers for device 0: it is DEAD" in refused.err, str(refused)
+    native.run("del", "--dead")
+    assert not address.exists()
+
+
+def test_a_client_that_says_nothing_holds_up_nobody(native: Face) -> None:
+    path = native.add("-t", "null")
+    pid = native.info(path)["pid"]
+    address = f"/run/ublk/server-{pid}.sock"
+    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as dripping:
+        silent.connect(address)
+        dripping.connect(address)
+        for letter in b"stat":
+            dripping.send(bytes([letter]))
+            assert stat(native, path)["total"].keys() <= {"read"}
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not os.path.exists(path), "the device's end", 5)
+    until(lambda: not os.path.exists(f"/proc/{pid}"), "the server's end")
+
+
+def test_a_watcher_that_nobody_reads_ends(native: Face) -> None:
+    path = native.add("-t", "null")
+    line = f"ublk stat -n {device_id(path)} --watch 0.1 --json | head -n 1"
+    assert run(["sh", "-c", line], timeout=20).out.startswith("{")
+    native.run("del", "-n", str(device_id(path)))
+
+
+def test_a_server_of_another_kind_is_named() -> None:
+    with Server("Ram") as server:
+        refused = NATIVE.run("stat", "-n", str(server.id), check=False)
+        assert refused.status == 1, str(refused)
+        assert f"no server answers for device {server.id}: process {server.pid} serves it" in refused.err, str(refused)

@@ -5,7 +5,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Failure, Outcome, holders, state};
+use super::{Failure, Outcome, holders, state, station};
 use crate::control::{Control, Removal};
 use crate::error::{Error, Result};
 use crate::uapi::{DeviceState, Features};
@@ -52,6 +52,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             outcome = Err(Failure::Reported);
         }
     }
+    station::sweep_all();
     outcome
 }
 

@@ -32,19 +32,18 @@ impl Signals {
 
 /// Serves devices to their end. A signal stops and deletes them all.
 pub(super) fn run(signals: &Signals, mut devices: Vec<Device>) -> Outcome {
-    let station = Station::open().inspect_err(|error| log::warn!("`ublk stat` will not work: {error}")).ok();
+    let mut station = Station::open().inspect_err(|error| log::warn!("`ublk stat` will not work: {error}")).ok();
     let mut outcome = Ok(());
     while !devices.is_empty() {
         let mut fds = vec![PollFd::new(signals.0.as_fd(), PollFlags::POLLIN)];
         fds.extend(devices.iter().map(|device| PollFd::new(device.as_fd(), PollFlags::POLLIN)));
         fds.extend(station.as_ref().map(|station| PollFd::new(station.as_fd(), PollFlags::POLLIN)));
-        match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds, station.as_ref().map_or(PollTimeout::NONE, Station::patience)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(Failure::Text(format!("waiting for the devices' end: {errno}"))),
         }
         let ready = |fd: &PollFd<'_>| fd.any() == Some(true);
         let ending: Vec<usize> = (0..devices.len()).rev().filter(|i| ready(&fds[i + 1])).collect();
-        let asked = fds.get(devices.len() + 1).is_some_and(ready);
         drop(fds);
         for i in ending {
             outcome = end(devices.swap_remove(i), false).and(outcome);
@@ -53,7 +52,7 @@ pub(super) fn run(signals: &Signals, mut devices: Vec<Device>) -> Outcome {
             log::info!("signal {} ends the server", signal.ssi_signo);
             return devices.into_iter().fold(outcome, |outcome, device| end(device, true).and(outcome));
         }
-        if let Some(station) = station.as_ref().filter(|_| asked) {
+        if let Some(station) = &mut station {
             station.answer(&devices);
         }
     }

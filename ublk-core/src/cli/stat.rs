@@ -3,7 +3,8 @@
 //! `ublk stat`.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::thread;
 use std::time::Duration;
 
@@ -49,7 +50,14 @@ pub(super) fn run(args: &Args) -> Outcome {
             Err(Failure::Error(error)) if error.errno() == crate::Errno::ENODEV => return Ok(()),
             Err(failure) => return Err(failure),
         };
-        super::print(&if args.json { json(&now, false)? } else { table(&now.total, Some((&before.total, interval))) })?;
+        let text = if args.json { json(&now, false)? } else { table(&now.total, Some((&before.total, interval))) };
+        let mut out = std::io::stdout().lock();
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            Ok(()) => {}
+            // Nobody reads on.
+            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
+            Err(e) => return Err(Failure::Text(format!("standard output: {e}"))),
+        }
         before = now;
     }
 }
@@ -58,7 +66,7 @@ fn report(control: &Control, id: DeviceId) -> Result<Report, Failure> {
     let info = control.info(id)?;
     match u32::try_from(info.pid) {
         Ok(pid) if pid > 0 => station::ask(pid, id),
-        _ => Err(Failure::Text(format!("device {id} has no server: it is {}", info.state.name()))),
+        _ => Err(Failure::Text(format!("no server answers for device {id}: it is {} and has none", info.state.name()))),
     }
 }
 

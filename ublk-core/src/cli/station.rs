@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Where a server can be asked what its devices do: the Unix socket `/run/ublk/server-PID.sock`.
+//! Where a server can be asked what its devices do: the Unix socket `/run/ublk/server-PID.sock`, for its own user.
 //!
-//! A question is a line, an answer is JSON, and then the connection ends. No side waits longer than a few
-//! seconds for the other.
+//! A question is a line, an answer is a line of JSON, and then the connection ends. The server's side lives in the
+//! thread that waits for signals and for the devices' ends, so it never waits for a client: each has a deadline, and
+//! there is a limit to their number and their lines. The client's side waits a few seconds at most.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::poll::PollTimeout;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use serde::{Deserialize, Serialize};
 
 use super::Failure;
@@ -22,10 +27,17 @@ use crate::device::Device;
 use crate::stats::{DeviceStats, OpStats};
 use crate::units::DeviceId;
 
-/// How long one side waits for the other.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a client may take for its question, and then for taking the answer.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(2);
+/// Clients at a time; more are sent away.
+const MOST_CLIENTS: usize = 16;
 /// Longest question.
-const LONGEST: u64 = 256;
+const LONGEST: usize = 256;
+
+/// How long a server may take to answer. It does little else than answer and wait, but ends devices, too.
+const SERVER_PATIENCE: Duration = Duration::from_secs(5);
+/// Longest answer, from a server with far more queues than there are.
+const LONGEST_ANSWER: usize = 64 << 20;
 
 /// A device's numbers on their way.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -39,7 +51,7 @@ pub(super) struct Report {
 }
 
 impl Report {
-    fn of(stats: &DeviceStats) -> Self {
+    pub(super) fn of(stats: &DeviceStats) -> Self {
         let named =
             |all: &BTreeMap<crate::Op, OpStats>| all.iter().map(|(op, stats)| (op.name().to_owned(), *stats)).collect();
         Report {
@@ -48,46 +60,122 @@ impl Report {
             error: None,
         }
     }
+
+    fn refusal(why: impl Into<String>) -> Self {
+        Report { error: Some(why.into()), ..Report::default() }
+    }
 }
 
-fn path(pid: u32) -> PathBuf {
-    Path::new(RUN_DIR).join(format!("server-{pid}.sock"))
-}
-
-/// The server's end.
+/// The server's end. Its descriptor is readable when somebody wants something.
 #[derive(Debug)]
 pub(super) struct Station {
     listener: UnixListener,
     path: PathBuf,
+    epoll: Epoll,
+    clients: Vec<Client>,
+    /// It was said that clients cannot be served.
+    complained: bool,
+}
+
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    question: Vec<u8>,
+    /// What is left of the answer, once there is one.
+    answer: Option<Vec<u8>>,
+    deadline: Instant,
+}
+
+/// What has become of a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Waits,
+    Done,
 }
 
 impl Station {
-    /// Makes this process's socket, for its user only.
+    /// Makes this process's socket, for its user only, and removes those of dead ones.
     pub(super) fn open() -> io::Result<Self> {
-        let path = path(std::process::id());
         fs::create_dir_all(RUN_DIR)?;
+        sweep(Path::new(RUN_DIR));
+        Self::open_at(path(std::process::id()))
+    }
+
+    fn open_at(path: PathBuf) -> io::Result<Self> {
         // A dead process's, whose number is this one's now.
         match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
             _ => {}
         }
         let listener = UnixListener::bind(&path)?;
-        let station = Station { listener, path };
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let station = Station { listener, path, epoll, clients: Vec::new(), complained: false };
         fs::set_permissions(&station.path, Permissions::from_mode(0o600))?;
         station.listener.set_nonblocking(true)?;
+        station.epoll.add(&station.listener, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         Ok(station)
     }
 
-    /// Answers whoever has connected.
-    pub(super) fn answer(&self, devices: &[Device]) {
+    /// How long there can be nothing to do.
+    pub(super) fn patience(&self) -> PollTimeout {
+        let Some(first) = self.clients.iter().map(|client| client.deadline).min() else { return PollTimeout::NONE };
+        // Rounded up, so that the deadline has passed then.
+        let left = first.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    }
+
+    /// Answers whoever has asked, without waiting for anybody.
+    pub(super) fn answer(&mut self, devices: &[Device]) {
+        self.answer_from(&|id| {
+            devices.iter().find(|device| device.id() == id).map(|device| Report::of(&device.stats()))
+        });
+    }
+
+    fn answer_from(&mut self, report: &dyn Fn(DeviceId) -> Option<Report>) {
+        self.accept();
+        let now = Instant::now();
+        let mut clients = std::mem::take(&mut self.clients);
+        clients.retain_mut(|client| {
+            let had_answer = client.answer.is_some();
+            let step = client.advance(report);
+            if step == Step::Waits && client.answer.is_some() && !had_answer {
+                let mut event = EpollEvent::new(EpollFlags::EPOLLOUT, 0);
+                if let Err(errno) = self.epoll.modify(&client.stream, &mut event) {
+                    log::warn!("a question to the server: {errno}");
+                    return false;
+                }
+            }
+            // Closing its descriptor takes it out of the epoll instance.
+            step == Step::Waits && now < client.deadline
+        });
+        self.clients = clients;
+    }
+
+    fn accept(&mut self) {
         loop {
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) => return log::warn!("a question to the server: {e}"),
-            };
-            if let Err(e) = answer(&stream, devices) {
-                log::debug!("a question to the server: {e}");
+            let accepted = self.listener.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(true)?;
+                self.epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+                Ok(stream)
+            });
+            match accepted {
+                Ok(stream) if self.clients.len() < MOST_CLIENTS => self.clients.push(Client {
+                    stream,
+                    question: Vec::new(),
+                    answer: None,
+                    deadline: Instant::now() + CLIENT_PATIENCE,
+                }),
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Err(e) => {
+                    // Out of descriptors, say; the client stays in the socket's queue.
+                    if !std::mem::replace(&mut self.complained, true) {
+                        log::warn!("questions to the server cannot be answered: {e}");
+                    }
+                    std::thread::sleep(Duration::from_millis(50));
+                    return;
+                }
             }
         }
     }
@@ -95,7 +183,7 @@ impl Station {
 
 impl AsFd for Station {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+        self.epoll.0.as_fd()
     }
 }
 
@@ -107,43 +195,292 @@ impl Drop for Station {
     }
 }
 
-fn answer(mut stream: &UnixStream, devices: &[Device]) -> io::Result<()> {
-    stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let mut question = String::new();
-    BufReader::new(stream.take(LONGEST)).read_line(&mut question)?;
-    let device = question.trim_end().strip_prefix("stat ").and_then(|id| id.parse().ok()).map(DeviceId);
-    let report = match device.map(|id| devices.iter().find(|device| device.id() == id)) {
-        Some(Some(device)) => Report::of(&device.stats()),
-        Some(None) => Report { error: Some("this server does not have the device".into()), ..Report::default() },
-        None => Report { error: Some(format!("no such question: {question:?}")), ..Report::default() },
-    };
-    let mut text = serde_json::to_vec(&report).map_err(io::Error::other)?;
-    text.push(b'\n');
-    stream.write_all(&text)
+impl Client {
+    /// Reads and writes what can be without waiting.
+    fn advance(&mut self, report: &dyn Fn(DeviceId) -> Option<Report>) -> Step {
+        loop {
+            let progress = match &mut self.answer {
+                None => self.read(report),
+                Some(rest) => self.stream.write(rest).map(|written| {
+                    rest.drain(..written);
+                    if rest.is_empty() || written == 0 { Step::Done } else { Step::Waits }
+                }),
+            };
+            match progress {
+                Ok(Step::Waits) => {}
+                Ok(Step::Done) => return Step::Done,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Step::Waits,
+                Err(e) => {
+                    log::debug!("a question to the server: {e}");
+                    return Step::Done;
+                }
+            }
+        }
+    }
+
+    fn read(&mut self, report: &dyn Fn(DeviceId) -> Option<Report>) -> io::Result<Step> {
+        let mut bytes = [0; LONGEST];
+        let len = self.stream.read(&mut bytes)?;
+        self.question.extend_from_slice(&bytes[..len]);
+        let Some(end) = self.question.iter().position(|byte| *byte == b'\n') else {
+            return Ok(if len == 0 || self.question.len() > LONGEST { Step::Done } else { Step::Waits });
+        };
+        let question = String::from_utf8_lossy(&self.question[..end]);
+        let device = question.trim_end().strip_prefix("stat ").and_then(|id| id.parse().ok()).map(DeviceId);
+        let answer = match device.map(report) {
+            Some(Some(report)) => report,
+            Some(None) => Report::refusal("this server does not have the device"),
+            None => Report::refusal(format!("no such question: {question:?}")),
+        };
+        let mut text = serde_json::to_vec(&answer).map_err(io::Error::other)?;
+        text.push(b'\n');
+        self.answer = Some(text);
+        self.deadline = Instant::now() + CLIENT_PATIENCE;
+        Ok(Step::Waits)
+    }
+}
+
+fn path(pid: u32) -> PathBuf {
+    Path::new(RUN_DIR).join(format!("server-{pid}.sock"))
+}
+
+/// Removes the sockets of servers that are dead.
+pub(super) fn sweep_all() {
+    sweep(Path::new(RUN_DIR));
+}
+
+fn sweep(directory: &Path) {
+    // Without the directory there are none.
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let pid = name.strip_prefix("server-").and_then(|name| name.strip_suffix(".sock"));
+        let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else { continue };
+        // One of another pid namespace may live.
+        if !Path::new(&format!("/proc/{pid}")).exists() && matches!(call(&path, Instant::now()), Err(Silence::Dead)) {
+            log::debug!("{} is a dead server's", path.display());
+            if let Err(e) = fs::remove_file(&path) {
+                log::debug!("removing {}: {e}", path.display());
+            }
+        }
+    }
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+enum Silence {
+    /// There is no socket.
+    NoSocket,
+    /// Nobody listens at it any more.
+    Dead,
+    /// Anything else.
+    Failed(String),
 }
 
 /// Asks the server with the given process id for a device's numbers.
 pub(super) fn ask(pid: u32, id: DeviceId) -> Result<Report, Failure> {
     let path = path(pid);
-    let failed = |what: &str, e: &dyn std::fmt::Display| {
-        let hint = "it is not a server of this program, or of another user";
-        Failure::Text(format!("device {id} is served by process {pid}, {what} {}: {e} ({hint}?)", path.display()))
-    };
-    let ask = || {
-        let mut stream = UnixStream::connect(&path)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        stream.write_all(format!("stat {id}\n").as_bytes())?;
-        let mut text = Vec::new();
-        stream.read_to_end(&mut text)?;
-        Ok::<_, io::Error>(text)
-    };
-    let text = ask().map_err(|e| failed("which does not answer at", &e))?;
-    let report: Report = serde_json::from_slice(&text).map_err(|e| failed("whose answer is not understood at", &e))?;
+    ask_at(&path, id).map_err(|silence| {
+        let why = match silence {
+            Silence::NoSocket => format!(
+                "process {pid} serves it, which is not a server of this program or has no {} (another mount \
+                 namespace, another user?)",
+                path.display()
+            ),
+            Silence::Dead => {
+                let _ = fs::remove_file(&path);
+                format!("process {pid} served it, and is gone")
+            }
+            Silence::Failed(why) => format!("process {pid} serves it: {why}"),
+        };
+        Failure::Text(format!("no server answers for device {id}: {why}"))
+    })
+}
+
+fn ask_at(path: &Path, id: DeviceId) -> Result<Report, Silence> {
+    let deadline = Instant::now() + SERVER_PATIENCE;
+    let failed = |what: &str, e: &dyn std::fmt::Display| Silence::Failed(format!("{what} {}: {e}", path.display()));
+    let mut stream = call(path, deadline)?;
+    // It fits into the socket's buffer.
+    stream.write_all(format!("stat {id}\n").as_bytes()).map_err(|e| failed("asking at", &e))?;
+    let mut answer = Vec::new();
+    let mut part = vec![0; 64 << 10];
+    while answer.last() != Some(&b'\n') {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(failed("asking at", &format!("no answer within {} s", SERVER_PATIENCE.as_secs())));
+        }
+        stream.set_read_timeout(Some(left)).map_err(|e| failed("asking at", &e))?;
+        match stream.read(&mut part) {
+            Ok(0) => return Err(failed("asking at", &"the server hung up")),
+            Ok(len) if answer.len() + len <= LONGEST_ANSWER => answer.extend_from_slice(&part[..len]),
+            Ok(_) => return Err(failed("asking at", &"the answer does not end")),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted | ErrorKind::TimedOut) => {}
+            Err(e) => return Err(failed("asking at", &e)),
+        }
+    }
+    let report: Report = serde_json::from_slice(&answer).map_err(|e| failed("understanding", &e))?;
     match report.error {
-        Some(error) => Err(failed("which says at", &error)),
+        Some(error) => Err(failed("it says at", &error)),
         None => Ok(report),
+    }
+}
+
+/// Connects; waits behind others until `deadline` at most.
+fn call(path: &Path, deadline: Instant) -> Result<UnixStream, Silence> {
+    let failed = |errno: Errno| Silence::Failed(format!("connecting to {}: {}", path.display(), errno.desc()));
+    let address = UnixAddr::new(path).map_err(failed)?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(failed)?;
+    loop {
+        match connect(socket.as_raw_fd(), &address) {
+            Ok(()) => break,
+            Err(Errno::EAGAIN | Errno::EINTR) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(Errno::ENOENT) => return Err(Silence::NoSocket),
+            Err(Errno::ECONNREFUSED) => return Err(Silence::Dead),
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false).map_err(|e| failed(crate::error::errno_of(&e)))?;
+    Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread::JoinHandle;
+
+    use nix::poll::{PollFd, PollFlags, poll};
+
+    use super::*;
+
+    /// The report of device `id`: that many queues.
+    fn report(id: u32) -> Report {
+        let queue = |n| (n, BTreeMap::from([("read".to_owned(), OpStats::default())]));
+        Report { queues: (0..id as u16).map(queue).collect(), ..Report::default() }
+    }
+
+    /// A station on a thread of its own, as long as this lives. It knows devices below 20000.
+    struct Running {
+        end: Arc<AtomicBool>,
+        thread: Option<JoinHandle<()>>,
+        path: PathBuf,
+        _directory: tempfile::TempDir,
+    }
+
+    impl Running {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("sock");
+            let mut station = Station::open_at(path.clone()).unwrap();
+            let end = Arc::new(AtomicBool::new(false));
+            let ended = end.clone();
+            let thread = std::thread::spawn(move || {
+                while !ended.load(Ordering::Relaxed) {
+                    let mut fds = [PollFd::new(station.as_fd(), PollFlags::POLLIN)];
+                    // To see the test's end.
+                    poll(&mut fds, PollTimeout::from(10u8)).unwrap();
+                    station.answer_from(&|id| (id.0 < 20_000).then(|| report(id.0)));
+                }
+            });
+            Running { end, thread: Some(thread), path, _directory: directory }
+        }
+
+        fn ask(&self, id: u32) -> Result<Report, Silence> {
+            ask_at(&self.path, DeviceId(id))
+        }
+    }
+
+    impl Drop for Running {
+        fn drop(&mut self) {
+            self.end.store(true, Ordering::Relaxed);
+            self.thread.take().unwrap().join().unwrap();
+            assert!(!self.path.exists(), "a server that ends takes its socket along");
+        }
+    }
+
+    #[test]
+    fn a_server_answers_for_each_of_its_devices() {
+        let server = Running::new();
+        assert_eq!(fs::metadata(&server.path).unwrap().permissions().mode() & 0o777, 0o600);
+        for id in [1, 7] {
+            assert_eq!(server.ask(id).unwrap().queues.len(), id as usize);
+        }
+        let Err(Silence::Failed(why)) = server.ask(20_000) else { panic!("it does not have that one") };
+        assert!(why.contains("does not have the device"), "{why}");
+    }
+
+    #[test]
+    fn an_answer_may_be_larger_than_the_sockets_buffer() {
+        assert_eq!(Running::new().ask(19_999).unwrap().queues.len(), 19_999);
+    }
+
+    #[test]
+    fn silent_dripping_and_babbling_clients_hold_up_nobody() {
+        let server = Running::new();
+        let silent: Vec<_> = (0..MOST_CLIENTS - 3).map(|_| UnixStream::connect(&server.path).unwrap()).collect();
+        let mut babbling = UnixStream::connect(&server.path).unwrap();
+        let _ = babbling.write_all(&[b'x'; 4 * LONGEST]);
+        let mut dripping = UnixStream::connect(&server.path).unwrap();
+        for byte in *b"sta" {
+            dripping.write_all(&[byte]).unwrap();
+            let asked = Instant::now();
+            assert_eq!(server.ask(3).unwrap().queues.len(), 3);
+            assert!(asked.elapsed() < CLIENT_PATIENCE / 2, "{:?}", asked.elapsed());
+        }
+        // The silent ones are sent away in the end.
+        for mut stream in silent.into_iter().chain([dripping]) {
+            stream.set_read_timeout(Some(CLIENT_PATIENCE * 4)).unwrap();
+            assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn too_many_clients_are_sent_away_and_others_served_again_later() {
+        let server = Running::new();
+        let silent: Vec<_> = (0..MOST_CLIENTS).map(|_| UnixStream::connect(&server.path).unwrap()).collect();
+        assert!(matches!(server.ask(1), Err(Silence::Failed(_))));
+        drop(silent);
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(server.ask(1).unwrap().queues.len(), 1);
+    }
+
+    #[test]
+    fn nonsense_is_told_from_questions() {
+        let server = Running::new();
+        let mut stream = UnixStream::connect(&server.path).unwrap();
+        stream.write_all(b"what time is it?\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains("no such question"), "{answer}");
+    }
+
+    #[test]
+    fn a_dead_servers_socket_is_recognised_removed_and_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let dead = |name: &str| {
+            let path = directory.path().join(name);
+            // Closed without being removed, as by a kill.
+            drop(UnixListener::bind(&path).unwrap());
+            path
+        };
+        // More than any process's number.
+        let stale = dead("server-4194305.sock");
+        let own = dead(&format!("server-{}.sock", std::process::id()));
+        let living = directory.path().join("server-4194306.sock");
+        let _listener = UnixListener::bind(&living).unwrap();
+        let other = dead("other.sock");
+        assert!(matches!(ask_at(&stale, DeviceId(0)), Err(Silence::Dead)));
+        sweep(directory.path());
+        assert!(!stale.exists());
+        assert!(own.exists() && living.exists() && other.exists());
+        drop(Station::open_at(own.clone()).unwrap());
+        assert!(!own.exists());
+        assert!(matches!(ask_at(&own, DeviceId(0)), Err(Silence::NoSocket)));
     }
 }
