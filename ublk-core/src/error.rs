@@ -106,6 +106,17 @@ pub enum Error {
         since: &'static str,
     },
 
+    /// This process cannot be what it should be.
+    #[error("{operation}: {}{}", describe(*errno), hint_suffix(hint))]
+    Process {
+        /// What was tried.
+        operation: &'static str,
+        /// The kernel's answer.
+        errno: Errno,
+        /// Likely cause, or empty.
+        hint: String,
+    },
+
     /// The target itself could not be set up.
     #[error("{context}: {source}")]
     Target {
@@ -122,7 +133,10 @@ impl Error {
         match self {
             Error::InvalidValue { .. } => Errno::EINVAL,
             Error::DriverMissing { .. } => Errno::ENOENT,
-            Error::File { errno, .. } | Error::Ring { errno, .. } | Error::Control { errno, .. } => *errno,
+            Error::File { errno, .. }
+            | Error::Ring { errno, .. }
+            | Error::Control { errno, .. }
+            | Error::Process { errno, .. } => *errno,
             Error::Timeout { .. } => Errno::ETIMEDOUT,
             Error::Queue { .. } => Errno::EIO,
             Error::Unsupported { .. } => Errno::EOPNOTSUPP,

@@ -20,6 +20,8 @@ use crate::driver::kernel::KernelDriver;
 use crate::engine::StdSpawn;
 use crate::error::{Error, Result};
 use crate::params::{Operations, Params};
+use crate::placement::Cpus;
+use crate::pressure;
 use crate::target::Target;
 use crate::targets::{self, File, FileOptions, Io, Mem, Null, Zoned, ZonedOptions};
 use crate::units::DeviceId;
@@ -54,6 +56,15 @@ enum IoMode {
 fn recovery() -> impl TypedValueParser<Value = Recovery> {
     let named = |name: String| Recovery::ALL.into_iter().find(|recovery| recovery.name() == name);
     PossibleValuesParser::new(Recovery::ALL.map(Recovery::name)).try_map(move |name| named(name).ok_or("unknown"))
+}
+
+/// Parses `--cpus`.
+fn cpus(text: &str) -> Result<Cpus> {
+    match text {
+        "off" => Ok(Cpus::Any),
+        "auto" => Ok(Cpus::OfQueues),
+        list => list.parse().map(Cpus::Only),
+    }
 }
 
 /// The possible values of `--data`.
@@ -129,6 +140,15 @@ pub(super) struct Args {
     /// Most threads that serve queues [default: one per CPU]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// CPUs that serve the queues: `auto` for those whose requests each queue gets, a list like 0-3,8, or `off`
+    #[arg(long, value_name = "CPUS", default_value = "off", value_parser = cpus)]
+    cpus: Cpus,
+    /// Keep the server's memory in RAM, for disks that carry swap or a root file system
+    #[arg(long)]
+    lock_memory: bool,
+    /// Keep the server from being killed when memory runs out, for the same disks
+    #[arg(long)]
+    protect: bool,
     /// Serve in this process until SIGINT, SIGTERM, SIGHUP or the device's deletion
     #[arg(long)]
     foreground: bool,
@@ -167,7 +187,13 @@ pub(super) fn serve(
     if threads == 0 {
         return Err(Error::invalid("threads", 0, "at least one is needed").into());
     }
-    let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads);
+    if args.protect {
+        pressure::refuse_oom_kill()?;
+    }
+    if args.lock_memory {
+        pressure::lock_memory()?;
+    }
+    let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads).on_cpus(args.cpus)?;
     let options = DeviceOptions {
         id: args.id.map(DeviceId),
         queues: args.queues,

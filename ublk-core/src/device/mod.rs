@@ -28,6 +28,7 @@ use crate::driver::{CharDevice, Driver};
 use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
 use crate::error::{Error, Result, errno_of};
 use crate::params::{Operations, Params};
+use crate::placement::Cpus;
 use crate::plan::{Demands, Plan};
 use crate::stats::{DeviceCounters, DeviceStats};
 use crate::target::{QueueInfo, Target};
@@ -50,6 +51,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Server {
     control: Control,
     pool: Arc<ThreadPool>,
+    cpus: Cpus,
 }
 
 impl Server {
@@ -66,7 +68,18 @@ impl Server {
     /// A server on any driver, with its own way to make threads, and at most `threads` of them.
     pub fn with(driver: Arc<dyn Driver>, spawn: Arc<dyn Spawn>, threads: usize) -> Self {
         let pool = Arc::new(ThreadPool::new(driver.clone(), spawn, threads));
-        Server { control: Control::new(driver), pool }
+        Server { control: Control::new(driver), pool, cpus: Cpus::Any }
+    }
+
+    /// The same server with its threads on certain CPUs. Devices that it serves already stay where they are.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`] for CPUs that this process may not use.
+    pub fn on_cpus(mut self, cpus: Cpus) -> Result<Self> {
+        cpus.check()?;
+        self.cpus = cpus;
+        Ok(self)
     }
 
     /// The control plane of this server's driver.
@@ -116,6 +129,7 @@ impl Server {
             events,
             counters: DeviceCounters::default(),
             shared: Arc::default(),
+            cpus: self.cpus,
             deleted: Mutex::new(false),
             owner: std::process::id(),
         };
@@ -156,6 +170,7 @@ pub struct Device {
     events: Arc<QueueEvents>,
     counters: DeviceCounters,
     shared: Arc<SharedTable>,
+    cpus: Cpus,
     deleted: Mutex<bool>,
     /// The process that serves the device. A forked child has a copy of this structure, but neither the
     /// threads nor the right to end its parent's device.
@@ -292,6 +307,7 @@ impl Device {
             shared: self.shared.clone(),
             events: self.events.clone(),
             stats: self.counters.queue(queue.0),
+            cpus: self.cpus.of(|| self.control.queue_affinity(self.id(), queue))?,
         };
         self.events.opening();
         let opened = self

@@ -85,6 +85,7 @@ impl Server {
             events,
             counters: DeviceCounters::default(),
             shared: Arc::default(),
+            cpus: self.cpus,
             // Whatever happens here, the device is not to be deleted by it.
             deleted: Mutex::new(true),
             owner: std::process::id(),

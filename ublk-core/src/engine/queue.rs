@@ -20,6 +20,7 @@ use crate::data::shared::SharedTable;
 use crate::driver::{CharDevice, Completion};
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
+use crate::placement::CpuSet;
 use crate::request::{Answer, Origin, Requests};
 use crate::stats::QueueStats;
 use crate::target::{QueueHandler, QueueInfo, Target};
@@ -40,6 +41,8 @@ pub(crate) struct QueueSetup {
     pub(crate) shared: Arc<SharedTable>,
     pub(crate) events: Arc<QueueEvents>,
     pub(crate) stats: Arc<QueueStats>,
+    /// Where it wants to be served; `None` for anywhere.
+    pub(crate) cpus: Option<CpuSet>,
 }
 
 /// One queue and its handler.
@@ -50,6 +53,7 @@ pub(crate) struct Queue {
     /// Tags that the server owns and the handler has not seen.
     ready: Vec<Tag>,
     events: Arc<QueueEvents>,
+    cpus: Option<CpuSet>,
 }
 
 impl std::fmt::Debug for Queue {
@@ -79,7 +83,13 @@ impl Queue {
         };
         let core =
             QueueCore::new(info, origin, setup.batch, setup.stats, seat).map_err(|(what, e)| refused(&what, &e))?;
-        let queue = Queue { handler, core, ready: Vec::with_capacity(usize::from(info.depth)), events: setup.events };
+        let queue = Queue {
+            handler,
+            core,
+            ready: Vec::with_capacity(usize::from(info.depth)),
+            events: setup.events,
+            cpus: setup.cpus,
+        };
         queue.core.lend_all(setup.tags);
         // Now, not with the next wait: whoever hears that the queue is open may stop the device, and a
         // fetch that comes after that would wait for ever on drivers before Linux 7.3.
@@ -240,6 +250,11 @@ impl Queue {
         let info = self.core.info;
         log::error!("ublkb{} queue {}: {reason}", info.device, info.queue);
         self.events.failed(Error::Queue { device: info.device, queue: info.queue, reason });
+    }
+
+    /// Where it wants to be served.
+    pub(super) fn cpus(&self) -> Option<CpuSet> {
+        self.cpus
     }
 
     /// The device that the queue belongs to.

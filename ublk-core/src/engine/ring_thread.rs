@@ -17,6 +17,8 @@ use super::pool::{Finished, Inbox, Message};
 use super::queue::{Queue, panic_text, shared_zeros};
 use crate::driver::{Completion, Driver};
 use crate::memory::IoBuffer;
+use crate::placement::{CpuSet, ThreadPlace};
+use crate::pressure::memory_is_locked;
 
 /// Serves queues until the last one is closed.
 pub(super) fn run(driver: &dyn Driver, inbox: &Arc<Inbox>) {
@@ -72,6 +74,7 @@ struct RingThread {
     completions: Vec<Completion>,
     finished: Vec<Finished>,
     idle: Idle,
+    thread_place: ThreadPlace,
     zeros: Rc<IoBuffer>,
     // Last: closing it ends whatever the fields above still had in flight.
     ring: SharedRing,
@@ -89,6 +92,7 @@ impl RingThread {
             completions: Vec::new(),
             finished: Vec::new(),
             idle: Idle::default(),
+            thread_place: ThreadPlace::default(),
             zeros: shared_zeros()?,
             ring: Rc::new(RefCell::new(ring)),
         })
@@ -128,7 +132,7 @@ impl RingThread {
         if ring.timer_ended() {
             self.idle.timer_runs = false;
             // Between two waits the driver touches no buffer, and nothing that it did is unseen.
-            if !self.idle.active && ring.is_quiet() {
+            if !self.idle.active && !memory_is_locked() && ring.is_quiet() {
                 self.queues.iter().flatten().filter(|queue| queue.is_warm()).for_each(Queue::cool);
             }
         }
@@ -146,6 +150,8 @@ impl RingThread {
                     let free = |place: &usize| self.queues[*place].is_none() && !self.retired.contains(place);
                     let place = (0..self.queues.len()).find(free).unwrap_or(self.queues.len());
                     let events = setup.events.clone();
+                    // Before its memory is touched.
+                    self.find_place(Some(setup.cpus));
                     let seat = Seat { place: place as u32, ring: &self.ring, inbox: &self.inbox, zeros: &self.zeros };
                     let result = Queue::open(*setup, &seat);
                     let result = result.map(|queue| {
@@ -195,6 +201,7 @@ impl RingThread {
             return Ok(());
         }
         let now = clock();
+        let mut closed = false;
         for place in self.touched.drain(..) {
             let slot = &mut self.queues[place as usize];
             let Some(queue) = slot else { continue };
@@ -211,9 +218,22 @@ impl RingThread {
             {
                 queue.close();
                 self.inbox.unload();
+                closed = true;
             }
         }
+        if closed {
+            self.find_place(None);
+        }
         Ok(())
+    }
+
+    /// Goes to the CPUs that the queues want, and one that is about to come.
+    fn find_place(&mut self, coming: Option<Option<CpuSet>>) {
+        if coming == Some(None) && !self.thread_place.is_pinned() {
+            return;
+        }
+        let wishes = self.queues.iter().flatten().map(Queue::cpus).chain(coming);
+        self.thread_place.move_to(wishes);
     }
 
     /// Ends all queues of a thread that cannot go on.

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""On which CPUs queues are served."""
+
+import os
+from pathlib import Path
+
+import pytest
+from support import fio, sysfs
+from support.face import Face, device_id
+from support.processes import threads
+
+
+def queue_threads(pid: int) -> dict[str, set[int]]:
+    """The CPUs that each thread which serves queues may use, by its name."""
+    found = {}
+    for thread in threads(pid):
+        name = Path(f"/proc/{pid}/task/{thread}/comm").read_text().strip()
+        if name.startswith("ublk") and "q" in name:
+            found[name] = os.sched_getaffinity(thread)
+    return found
+
+
+@pytest.fixture
+def two_cpus() -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two CPUs")
+
+
+@pytest.mark.short
+def test_queues_are_served_where_their_requests_come_from(native_disk, native: Face, two_cpus) -> None:
+    path = native_disk("-t", "mem", "--size", "16M", "-q", "2", "--cpus", "auto")
+    queues = sysfs.queue_cpus(path)
+    assert len(queues) == 2
+    assert not queues[0] & queues[1]
+    number = device_id(path)
+    assert queue_threads(native.info(path)["pid"]) == {
+        f"ublk{number}q{n}": cpus & os.sched_getaffinity(0) for n, cpus in enumerate(queues)
+    }
+    fio.verify(path, size="4m", bs="4k", iodepth=16)
+
+
+def test_a_thread_of_several_queues_may_use_the_cpus_of_all(native_disk, native: Face, two_cpus) -> None:
+    path = native_disk("-t", "null", "-q", "2", "--cpus", "auto", "--threads", "1")
+    everywhere = set().union(*sysfs.queue_cpus(path)) & os.sched_getaffinity(0)
+    assert list(queue_threads(native.info(path)["pid"]).values()) == [everywhere]
+
+
+def test_all_queues_can_be_kept_on_chosen_cpus(native_disk, native: Face, two_cpus) -> None:
+    path = native_disk("-t", "null", "-q", "2", "--cpus", "1")
+    assert list(queue_threads(native.info(path)["pid"]).values()) == [{1}, {1}]
+
+
+@pytest.mark.parametrize("words", [[], ["--cpus", "off"]], ids=str)
+def test_without_a_wish_the_scheduler_decides(words: list[str], native_disk, native: Face) -> None:
+    path = native_disk("-t", "null", *words)
+    assert list(queue_threads(native.info(path)["pid"]).values()) == [os.sched_getaffinity(0)]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "status", "says"),
+    [("900", 1, "CPUs = 900: this process may use 0"), ("x", 2, "0-3,8"), ("3-1", 2, "ends before it begins")],
+)
+def test_cpus_that_cannot_be_are_refused(cpus: str, status: int, says: str, native: Face) -> None:
+    refused = native.run("add", "-t", "null", "--cpus", cpus, check=False)
+    assert refused.status == status, str(refused)
+    assert says in refused.err, str(refused)
+    assert native.list() == []
+
+
+def test_a_recovered_device_is_served_on_the_same_cpus(native: Face, two_cpus) -> None:
+    path = native.add("-t", "null", "--cpus", "1", "--recovery")
+    number = str(device_id(path))
+    first = native.info(path)["pid"]
+    native.run("upgrade", "-n", number) if "QUIESCE" in native.info(path)["features"] else _replace(native, path)
+    second = native.info(path)["pid"]
+    assert second != first
+    assert list(queue_threads(second).values()) == [{1}]
+    native.run("del", "-n", number)
+
+
+def _replace(native: Face, path: str) -> None:
+    os.kill(native.info(path)["pid"], 9)
+    native.run("recover", "-n", str(device_id(path)), timeout=90)
