@@ -44,6 +44,7 @@ def test_requests_and_bytes_are_those_of_the_client(face: Face, scratch: Path) -
     for row in now.values():
         latency = row["latency_ns"]
         assert 0 < latency["min"] <= latency["p50"] <= latency["p99"] <= latency["max"]
+        assert sum(count for _, count in latency["buckets"]) == row["requests"]
         assert row["errors"] == 0
     face.run("del", "-n", str(device_id(path)))
 

@@ -16,8 +16,8 @@ use hdrhistogram::Histogram;
 
 use crate::request::Op;
 
-/// Digits of a latency that are kept.
-const DIGITS: u8 = 2;
+/// Digits of a latency that are kept: it is exact to a sixteenth, and an operation's histogram takes 4 KiB.
+const DIGITS: u8 = 1;
 
 /// What has been done by one operation.
 #[derive(Clone, Debug, Default)]
@@ -26,7 +26,7 @@ struct Counters {
     bytes: u64,
     errors: u64,
     /// In nanoseconds; made with the first request.
-    latency: Option<Histogram<u32>>,
+    latency: Option<Histogram<u64>>,
 }
 
 /// A request that has ended.
@@ -35,8 +35,9 @@ pub(crate) struct Ended {
     pub(crate) op: Op,
     pub(crate) bytes: u64,
     pub(crate) failed: bool,
-    /// When it came, in nanoseconds of the queue's clock.
-    pub(crate) came: u64,
+    /// When it came, in nanoseconds of the queue's clock; `None` for a request that has ended before, whose end
+    /// the driver refused.
+    pub(crate) came: Option<u64>,
 }
 
 /// What one queue, or a thread's share of it, has done.
@@ -49,10 +50,12 @@ impl QueueStats {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for Ended { op, bytes, failed, came } in ended.drain(..) {
             let counters = all.entry(op).or_default();
-            counters.requests += 1;
             if failed {
                 counters.errors += 1;
-            } else {
+            }
+            let Some(came) = came else { continue };
+            counters.requests += 1;
+            if !failed {
                 counters.bytes += bytes;
             }
             let latency = match &mut counters.latency {
@@ -121,21 +124,9 @@ impl Counters {
     }
 
     fn summary(&self) -> OpStats {
-        let at = |quantile: f64| self.latency.as_ref().map_or(0, |latency| latency.value_at_quantile(quantile));
-        OpStats {
-            requests: self.requests,
-            bytes: self.bytes,
-            errors: self.errors,
-            latency_ns: Latency {
-                min: self.latency.as_ref().map_or(0, |latency| latency.min()),
-                mean: self.latency.as_ref().map_or(0, |latency| latency.mean() as u64),
-                p50: at(0.5),
-                p90: at(0.9),
-                p99: at(0.99),
-                p99_9: at(0.999),
-                max: self.latency.as_ref().map_or(0, |latency| latency.max()),
-            },
-        }
+        let steps = self.latency.iter().flat_map(|latency| latency.iter_recorded());
+        let buckets = steps.map(|step| (step.value_iterated_to(), step.count_at_value())).collect();
+        OpStats { requests: self.requests, bytes: self.bytes, errors: self.errors, latency_ns: Latency::of(buckets) }
     }
 }
 
@@ -149,21 +140,33 @@ pub struct DeviceStats {
 }
 
 /// What has been done by one operation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(serde::Serialize, serde::Deserialize))]
 pub struct OpStats {
     /// Requests that ended.
     pub requests: u64,
     /// Bytes of those that succeeded.
     pub bytes: u64,
-    /// Requests that failed.
+    /// Requests that failed. One whose success the driver did not take is one of these as well.
     pub errors: u64,
-    /// How long the server took, in nanoseconds, exact to two digits.
+    /// How long the server took, in nanoseconds.
     pub latency_ns: Latency,
 }
 
-/// A distribution of times, in nanoseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+impl OpStats {
+    /// What has been done since an earlier look at the same.
+    pub fn since(&self, earlier: &OpStats) -> OpStats {
+        OpStats {
+            requests: self.requests.saturating_sub(earlier.requests),
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+            errors: self.errors.saturating_sub(earlier.errors),
+            latency_ns: self.latency_ns.since(&earlier.latency_ns),
+        }
+    }
+}
+
+/// A distribution of times, in nanoseconds, exact to a sixteenth.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(serde::Serialize, serde::Deserialize))]
 #[allow(missing_docs, reason = "their names say all")]
 pub struct Latency {
@@ -174,6 +177,42 @@ pub struct Latency {
     pub p99: u64,
     pub p99_9: u64,
     pub max: u64,
+    /// The histogram: times, in rising order, each with how many requests took so long.
+    pub buckets: Vec<(u64, u64)>,
+}
+
+impl Latency {
+    fn of(buckets: Vec<(u64, u64)>) -> Self {
+        let total: u64 = buckets.iter().map(|(_, count)| count).sum();
+        // The time that a share of the requests did not exceed.
+        let at = |share: f64| {
+            let mut left = (total as f64 * share).ceil() as u64;
+            let found = buckets.iter().find(|(_, count)| {
+                let here = left <= *count;
+                left = left.saturating_sub(*count);
+                here
+            });
+            found.or(buckets.last()).map_or(0, |(time, _)| *time)
+        };
+        let sum: u128 = buckets.iter().map(|(time, count)| u128::from(*time) * u128::from(*count)).sum();
+        Latency {
+            min: buckets.first().map_or(0, |(time, _)| *time),
+            mean: (sum / u128::from(total.max(1))) as u64,
+            p50: at(0.5),
+            p90: at(0.9),
+            p99: at(0.99),
+            p99_9: at(0.999),
+            max: buckets.last().map_or(0, |(time, _)| *time),
+            buckets,
+        }
+    }
+
+    /// The times of requests that have ended since an earlier look at the same.
+    pub fn since(&self, earlier: &Latency) -> Latency {
+        let before: BTreeMap<u64, u64> = earlier.buckets.iter().copied().collect();
+        let new = |(time, count): &(u64, u64)| (*time, count.saturating_sub(before.get(time).copied().unwrap_or(0)));
+        Latency::of(self.buckets.iter().map(new).filter(|(_, count)| *count != 0).collect())
+    }
 }
 
 #[cfg(test)]
@@ -187,27 +226,70 @@ mod tests {
             [(0, Op::Read, false), (1, Op::Read, false), (1, Op::Read, true), (1, Op::Flush, false)]
         {
             let bytes = if op == Op::Read { 4096 } else { 0 };
-            device.queue(queue).add(&mut vec![Ended { op, bytes, failed, came: 1000 }], 3000);
+            device.queue(queue).add(&mut vec![Ended { op, bytes, failed, came: Some(1000) }], 3000);
         }
         let stats = device.snapshot();
-        let read = stats.total[&Op::Read];
+        let read = &stats.total[&Op::Read];
         assert_eq!((read.requests, read.bytes, read.errors), (3, 8192, 1));
         assert_eq!(stats.queues[&0].len(), 1);
         assert_eq!(stats.queues[&1][&Op::Flush].requests, 1);
     }
 
     #[test]
-    fn latencies_are_exact_to_two_digits() {
+    fn latencies_are_exact_to_a_sixteenth() {
         let device = DeviceCounters::default();
         let mut ended: Vec<_> = (1..=1000)
-            .map(|n| Ended { op: Op::Write, bytes: 512, failed: false, came: 10_000_000 - n * 1000 })
+            .map(|n| Ended { op: Op::Write, bytes: 512, failed: false, came: Some(10_000_000 - n * 1000) })
             .collect();
         device.queue(0).add(&mut ended, 10_000_000);
         assert!(ended.is_empty());
-        let latency = device.snapshot().total[&Op::Write].latency_ns;
-        let near = |value: u64, expected: u64| value.abs_diff(expected) <= expected / 64;
+        let latency = &device.snapshot().total[&Op::Write].latency_ns;
+        let near = |value: u64, expected: u64| value.abs_diff(expected) <= expected / 16;
         assert!(near(latency.min, 1_000) && near(latency.p50, 500_000) && near(latency.max, 1_000_000), "{latency:?}");
         assert!(near(latency.p99, 990_000) && near(latency.mean, 500_500), "{latency:?}");
+    }
+
+    #[test]
+    fn a_difference_has_only_what_came_since() {
+        let device = DeviceCounters::default();
+        let queue = device.queue(0);
+        let ended = |took: u64| Ended { op: Op::Read, bytes: 512, failed: false, came: Some(1_000_000_000 - took) };
+        queue.add(&mut vec![ended(5_000_000); 100], 1_000_000_000);
+        let before = device.snapshot().total[&Op::Read].clone();
+        queue.add(&mut vec![ended(1_000); 10], 1_000_000_000);
+        let now = device.snapshot().total[&Op::Read].clone();
+        assert!(now.latency_ns.p50 > 4_000_000, "{now:?}");
+        let new = now.since(&before);
+        assert_eq!((new.requests, new.bytes), (10, 5120));
+        assert_eq!(new.latency_ns.buckets.iter().map(|(_, count)| count).sum::<u64>(), 10);
+        assert!(new.latency_ns.max < 1_100, "{new:?}");
+        assert_eq!(now.since(&now), OpStats::default());
+    }
+
+    #[test]
+    fn quantiles_are_those_of_all_requests() {
+        let latency = Latency::of(vec![(10, 1), (20, 98), (30, 1)]);
+        assert_eq!((latency.min, latency.p50, latency.p90, latency.p99, latency.p99_9), (10, 20, 20, 20, 30));
+        assert_eq!((latency.max, latency.mean), (30, 20));
+        assert_eq!(Latency::of(vec![]), Latency::default());
+    }
+
+    #[test]
+    fn a_request_that_ends_again_only_fails() {
+        let device = DeviceCounters::default();
+        let end = |failed, came| Ended { op: Op::Write, bytes: 512, failed, came };
+        device.queue(0).add(&mut vec![end(false, Some(1000)), end(true, None)], 3000);
+        let write = device.snapshot().total[&Op::Write].clone();
+        assert_eq!((write.requests, write.bytes, write.errors), (1, 512, 1));
+        assert_eq!(write.latency_ns.buckets.len(), 1);
+    }
+
+    #[test]
+    fn an_operations_histogram_is_small() {
+        let mut histogram = Histogram::<u64>::new(DIGITS).unwrap();
+        // A minute.
+        histogram.record(60_000_000_000).unwrap();
+        assert!(histogram.distinct_values() * size_of::<u64>() <= 5 << 10, "{}", histogram.distinct_values());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::station::{self, Report};
 use super::{Failure, Outcome};
@@ -39,18 +39,22 @@ fn seconds(text: &str) -> Result<Duration, String> {
 pub(super) fn run(args: &Args) -> Outcome {
     let control = super::control()?;
     let id = DeviceId(args.id);
-    let mut before = report(&control, id)?;
+    let mut before = (Instant::now(), report(&control, id)?);
     let Some(interval) = args.watch else {
-        return super::print(&if args.json { json(&before, true)? } else { table(&before.total, None) });
+        return super::print(&if args.json { json(&before.1, true)? } else { table(&before.1.total, None) });
     };
     loop {
         thread::sleep(interval);
         let now = match report(&control, id) {
-            Ok(report) => report,
+            Ok(report) => (Instant::now(), report),
             Err(Failure::Error(error)) if error.errno() == crate::Errno::ENODEV => return Ok(()),
             Err(failure) => return Err(failure),
         };
-        let text = if args.json { json(&now, false)? } else { table(&now.total, Some((&before.total, interval))) };
+        let text = if args.json {
+            json(&now.1, false)?
+        } else {
+            table(&now.1.total, Some((&before.1.total, now.0 - before.0)))
+        };
         let mut out = std::io::stdout().lock();
         match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
             Ok(()) => {}
@@ -75,7 +79,7 @@ fn json(report: &Report, pretty: bool) -> Result<String, Failure> {
     text.map(|text| text + "\n").map_err(|e| Failure::Text(format!("making JSON: {e}")))
 }
 
-/// Counts as a table; rates where there is something to compare with. Latencies are those since the start.
+/// Counts as a table, or what came since an earlier look, as rates.
 fn table(now: &BTreeMap<String, OpStats>, before: Option<(&BTreeMap<String, OpStats>, Duration)>) -> String {
     let mut text = String::new();
     let per = if before.is_some() { ["requests/s", "MiB/s"] } else { ["requests", "MiB"] };
@@ -85,17 +89,17 @@ fn table(now: &BTreeMap<String, OpStats>, before: Option<(&BTreeMap<String, OpSt
         "{:<14} {:>12} {:>10} {:>8} {:>10} {:>10} {:>10} {:>10}",
         "operation", per[0], per[1], "errors", "p50", "p99", "p99.9", "max"
     );
+    let nothing = OpStats::default();
     for (op, stats) in now {
-        let old = before.and_then(|(before, _)| before.get(op)).copied().unwrap_or_default();
+        let stats = stats.since(before.and_then(|(before, _)| before.get(op)).unwrap_or(&nothing));
         let seconds = before.map_or(1.0, |(_, interval)| interval.as_secs_f64());
-        let requests = (stats.requests - old.requests.min(stats.requests)) as f64 / seconds;
-        let bytes = (stats.bytes - old.bytes.min(stats.bytes)) as f64 / seconds;
-        let latency = stats.latency_ns;
+        let latency = &stats.latency_ns;
         let _ = writeln!(
             text,
-            "{op:<14} {requests:>12.0} {:>10.1} {:>8} {:>10} {:>10} {:>10} {:>10}",
-            bytes / f64::from(1 << 20),
-            stats.errors - old.errors.min(stats.errors),
+            "{op:<14} {:>12.0} {:>10.1} {:>8} {:>10} {:>10} {:>10} {:>10}",
+            stats.requests as f64 / seconds,
+            stats.bytes as f64 / seconds / f64::from(1 << 20),
+            stats.errors,
             time(latency.p50),
             time(latency.p99),
             time(latency.p99_9),

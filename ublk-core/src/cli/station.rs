@@ -52,8 +52,9 @@ pub(super) struct Report {
 
 impl Report {
     pub(super) fn of(stats: &DeviceStats) -> Self {
-        let named =
-            |all: &BTreeMap<crate::Op, OpStats>| all.iter().map(|(op, stats)| (op.name().to_owned(), *stats)).collect();
+        let named = |all: &BTreeMap<crate::Op, OpStats>| {
+            all.iter().map(|(op, stats)| (op.name().to_owned(), stats.clone())).collect()
+        };
         Report {
             total: named(&stats.total),
             queues: stats.queues.iter().map(|(queue, all)| (*queue, named(all))).collect(),

@@ -269,8 +269,9 @@ impl QueueCore {
     fn note_end(&self, tag: Tag, answer: Answer) {
         let descriptor = self.descriptor(tag);
         let Some(op) = Op::decode(descriptor.op_flags) else { return };
-        let ended =
-            Ended { op, bytes: op.len(&descriptor), failed: answer.result < 0, came: self.came.borrow()[tag.index()] };
+        // Taken, so that a second end, after the driver has refused the first, is known as one.
+        let came = Some(std::mem::take(&mut self.came.borrow_mut()[tag.index()])).filter(|came| *came != 0);
+        let ended = Ended { op, bytes: op.len(&descriptor), failed: answer.result < 0, came };
         self.ended.borrow_mut().push(ended);
     }
 
