@@ -363,6 +363,9 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
 /// Applies what the command line says about the disk.
 fn shape(args: &Args, params: Params) -> Result<Params> {
     let mut params = args.shape.apply(params)?;
+    if params.integrity.is_some() && args.kind != Kind::Mem {
+        return Err(Error::invalid("integrity", "metadata", "only -t mem keeps it"));
+    }
     params.read_only |= args.read_only;
     Ok(params)
 }

@@ -6,12 +6,23 @@ use clap::ValueEnum;
 
 use super::size;
 use crate::error::{Error, Result};
-use crate::params::{Operations, Params};
+use crate::params::{Checksum, Integrity, Operations, Params};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Switch {
     On,
     Off,
+}
+
+/// What guards data; as [`Checksum`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Guard {
+    None,
+    Ip,
+    #[value(name = "crc16-t10dif")]
+    Crc16T10Dif,
+    #[value(name = "crc64-nvme")]
+    Crc64Nvme,
 }
 
 #[derive(Debug, Default, clap::Args)]
@@ -66,6 +77,21 @@ pub(super) struct Args {
     /// Whether single writes can be durable at once; takes a write cache [default: what the target has]
     #[arg(long, value_enum, value_name = "SWITCH")]
     fua: Option<Switch>,
+    /// Integrity metadata with each block, and what guards the data in it (mem; Linux 7.0)
+    #[arg(long, value_enum, value_name = "CHECKSUM")]
+    integrity: Option<Guard>,
+    /// Bytes of metadata [default: what the protection information takes, 8 without]
+    #[arg(long, value_name = "BYTES", requires = "integrity")]
+    metadata_size: Option<u8>,
+    /// Where in the metadata the protection information lies
+    #[arg(long, value_name = "BYTES", default_value_t = 0, requires = "integrity")]
+    pi_offset: u8,
+    /// Bytes of data that share metadata [default: the logical block size]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32, requires = "integrity")]
+    integrity_interval: Option<u32>,
+    /// Do not keep the block's number in the protection information
+    #[arg(long, requires = "integrity")]
+    no_reference_tag: bool,
     /// Report the disk as rotational
     #[arg(long)]
     rotational: bool,
@@ -102,8 +128,30 @@ impl Args {
             Some(Switch::Off) => params.operations -= Operations::FUA,
             None => {}
         }
+        params.integrity = self.integrity(params.logical_block_size).or(params.integrity);
         params.rotational |= self.rotational;
         Ok(params)
+    }
+
+    fn integrity(&self, block: u32) -> Option<Integrity> {
+        let checksum = match self.integrity? {
+            Guard::None => Checksum::None,
+            Guard::Ip => Checksum::Ip,
+            Guard::Crc16T10Dif => Checksum::Crc16T10Dif,
+            Guard::Crc64Nvme => Checksum::Crc64Nvme,
+        };
+        let needed = self.pi_offset.saturating_add(checksum.tuple_size());
+        let guarded = checksum != Checksum::None;
+        Some(Integrity {
+            metadata_size: self.metadata_size.unwrap_or(if needed == 0 { 8 } else { needed }),
+            pi_offset: self.pi_offset,
+            checksum,
+            tag_size: if guarded { 2 } else { 0 },
+            interval: self.integrity_interval.unwrap_or(block),
+            verified: guarded,
+            reference_tag: guarded && !self.no_reference_tag,
+            max_segments: 0,
+        })
     }
 
     fn segments(&self, params: &mut Params) -> Result<()> {

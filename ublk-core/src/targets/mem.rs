@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `mem`: a RAM disk that takes memory only for what was written.
+//! `mem`: a RAM disk that takes memory only for what was written; with integrity metadata on wish.
 
 use nix::errno::Errno;
 
+use super::protection::Metadata;
 use super::sparse::Sparse;
 use crate::error::{Error, Result};
 use crate::params::{Operations, Params};
@@ -15,6 +16,7 @@ use crate::target::{QueueHandler, QueueInfo, Target};
 pub struct Mem {
     params: Params,
     bytes: Sparse,
+    metadata: Option<Metadata>,
 }
 
 impl Mem {
@@ -30,28 +32,42 @@ impl Mem {
         Self::with_params(params)
     }
 
-    /// A RAM disk of any shape.
+    /// A RAM disk of any shape. [Integrity metadata](Params::integrity) is kept beside the data, and checked against
+    /// it when it is written: what does not belong together fails with `EILSEQ`.
     ///
     /// # Errors
     ///
     /// As [`Mem::new`].
     pub fn with_params(params: Params) -> Result<Self> {
         params.validate()?;
-        let bytes =
-            Sparse::new(params.size).ok_or_else(|| Error::invalid("size", params.size, "too large for a RAM disk"))?;
-        Ok(Mem { params, bytes })
+        let too_large = || Error::invalid("size", params.size, "too large for a RAM disk");
+        let bytes = Sparse::new(params.size).ok_or_else(too_large)?;
+        let metadata = params.integrity.map(|integrity| Metadata::new(integrity, params.size).ok_or_else(too_large));
+        Ok(Mem { params, bytes, metadata: metadata.transpose()? })
     }
 
     fn serve(&self, mut request: Request<'_>) {
         let (offset, len) = (request.offset(), request.len());
-        match request.op() {
-            Op::Read => self.bytes.read(offset, request.data_mut()),
-            Op::Write => self.bytes.write(offset, request.data()),
-            Op::Discard | Op::WriteZeroes => self.bytes.zero(offset, len),
-            Op::Flush => {}
-            _ => return request.fail(Errno::EOPNOTSUPP),
+        let mut checked = Ok(());
+        match (request.op(), &self.metadata) {
+            (Op::Read, metadata) => {
+                self.bytes.read(offset, request.data_mut());
+                checked = metadata.as_ref().map_or(Ok(()), |metadata| metadata.read(&mut request));
+            }
+            (Op::Write, metadata) => {
+                checked = metadata.as_ref().map_or(Ok(()), |metadata| metadata.write(&request));
+                if checked.is_ok() {
+                    self.bytes.write(offset, request.data());
+                }
+            }
+            (Op::Discard | Op::WriteZeroes, metadata) => {
+                self.bytes.zero(offset, len);
+                metadata.iter().for_each(|metadata| metadata.forget(offset, len));
+            }
+            (Op::Flush, _) => {}
+            _ => checked = Err(Errno::EOPNOTSUPP),
         }
-        request.complete();
+        request.finish(checked);
     }
 }
 

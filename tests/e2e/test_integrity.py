@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Integrity metadata: the block layer makes it and checks it, the RAM disk keeps it and checks it too."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from support import fio, sysfs
+from support.blockio import Disk, error_of
+from support.command import run
+from support.face import Face, device_id
+from support.features import has
+
+KIB = 1024
+
+# The kernel's names of what the options make.
+FORMATS = {
+    "ip": "T10-DIF-TYPE1-IP",
+    "crc16-t10dif": "T10-DIF-TYPE1-CRC",
+    "crc64-nvme": "EXT-DIF-TYPE1-CRC64",
+}
+
+needs_integrity = pytest.mark.skipif(not has("INTEGRITY"), reason="the driver has no integrity metadata (7.0)")
+
+
+def setting(path: str, name: str, value: str) -> None:
+    Path("/sys/block", os.path.basename(path), "integrity", name).write_text(value)
+
+
+def errors(native: Face, path: str) -> int:
+    stat = json.loads(native.run("stat", "-n", str(device_id(path)), "--json").out)["total"]
+    return sum(operation["errors"] for operation in stat.values())
+
+
+@needs_integrity
+@pytest.mark.parametrize("more", [[], ["--pi-offset", "8"], ["--block-size", "4K"]], ids=" ".join)
+@pytest.mark.parametrize("checksum", FORMATS)
+def test_what_the_kernel_makes_is_what_the_disk_expects(
+    checksum: str, more: list[str], native_disk, native: Face
+) -> None:
+    path = native_disk("-t", "mem", "--size", "8M", "-q", "2", "--integrity", checksum, *more)
+    assert sysfs.attribute(path, "integrity/format") == FORMATS[checksum]
+    size = 16 if checksum == "crc64-nvme" else 8
+    offset = 8 if "--pi-offset" in more else 0
+    block = 4096 if "--block-size" in more else 512
+    assert sysfs.number(path, "integrity/protection_interval_bytes") == block
+    expected = {"checksum": checksum, "metadata_size": size + offset, "pi_offset": offset, "interval": block}
+    found = native.info(path)["integrity"]
+    assert {key: found[key] for key in expected} == expected
+    assert found["reference_tag"] is True
+    assert native.info(path)["data"] == "user-copy"
+    with Disk(path, direct=True) as disk:
+        # Never written: nothing to check.
+        assert disk.read(0, 64 * KIB) == bytes(64 * KIB)
+        data = os.urandom(256 * KIB)
+        disk.write(64 * KIB, data)
+        assert disk.read(64 * KIB, len(data)) == data
+        disk.punch(128 * KIB, 64 * KIB)
+        assert disk.read(64 * KIB, 64 * KIB) == data[: 64 * KIB]
+        disk.read(128 * KIB, 64 * KIB)
+    fio.verify(path, size="2m", bs="4k", iodepth=16)
+    assert errors(native, path) == 0
+
+
+@needs_integrity
+def test_opaque_metadata_is_carried(native_disk, native: Face) -> None:
+    path = native_disk("-t", "mem", "--size", "8M", "--integrity", "none", "--metadata-size", "64")
+    assert native.info(path)["integrity"]["metadata_size"] == 64
+    with Disk(path, direct=True) as disk:
+        data = os.urandom(64 * KIB)
+        disk.write(0, data)
+        assert disk.read(0, len(data)) == data
+    assert errors(native, path) == 0
+
+
+@needs_integrity
+def test_a_shorter_interval_than_a_block(native_disk, native: Face) -> None:
+    path = native_disk(
+        *("-t", "mem", "--size", "8M", "--block-size", "4K", "--integrity", "crc16-t10dif"),
+        *("--integrity-interval", "512"),
+    )
+    assert sysfs.number(path, "integrity/protection_interval_bytes") == 512
+    fio.verify(path, size="1m", bs="4k", iodepth=4)
+    assert errors(native, path) == 0
+
+
+@needs_integrity
+@pytest.mark.io_errors("protection error", "guard tag error", "ref tag error")
+def test_metadata_really_comes_back(native_disk, native: Face) -> None:
+    path = native_disk("-t", "mem", "--size", "1M", "--integrity", "crc16-t10dif")
+    with Disk(path, direct=True) as disk:
+        disk.write(0, os.urandom(8 * KIB))
+        # Without protection information, nothing says what the data should be ...
+        setting(path, "write_generate", "0")
+        data = os.urandom(4 * KIB)
+        disk.write(0, data)
+        # ... and whoever wants to know finds that out.
+        assert error_of(lambda: disk.read(0, 4 * KIB)) == errno.EILSEQ
+        assert len(disk.read(4 * KIB, 4 * KIB)) == 4 * KIB
+        setting(path, "read_verify", "0")
+        assert disk.read(0, 4 * KIB) == data
+    assert errors(native, path) == 0
+
+
+@needs_integrity
+def test_a_file_system_lives_on_it(native_disk, native: Face, tmp_path: Path) -> None:
+    path = native_disk("-t", "mem", "--size", "32M", "--block-size", "4K", "--integrity", "crc64-nvme")
+    run(["mkfs.ext4", "-q", path])
+    run(["mount", path, tmp_path])
+    try:
+        data = os.urandom(4 << 20)
+        (tmp_path / "file").write_bytes(data)
+        run(["sync"])
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        assert (tmp_path / "file").read_bytes() == data
+    finally:
+        run(["umount", tmp_path])
+    run(["e2fsck", "-fn", path])
+    assert errors(native, path) == 0
+
+
+@pytest.mark.skipif(has("INTEGRITY"), reason="this driver has it")
+def test_an_older_driver_is_named_as_the_reason(native: Face) -> None:
+    refused = native.run("add", "-t", "mem", "--size", "1M", "--integrity", "ip", check=False)
+    assert refused.status == 1, str(refused)
+    assert "INTEGRITY" in refused.err, str(refused)
+    assert "7.0" in refused.err, str(refused)
+    assert native.list() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["-t", "null", "--integrity", "ip"], 1, "only -t mem"),
+        (["-t", "mem", "--integrity", "ip", "--metadata-size", "4"], 1, "offset of the protection information"),
+        (["-t", "mem", "--integrity", "ip", "--integrity-interval", "4K"], 1, "integrity interval = 4096"),
+        (["-t", "mem", "--metadata-size", "8"], 2, "--integrity"),
+        (["-t", "mem", "--integrity", "md5"], 2, "crc64-nvme"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused(words: list[str], status: int, says: str, native: Face) -> None:
+    refused = native.run("add", *words, check=False)
+    assert refused.status == status, str(refused)
+    assert says in refused.err, str(refused)
+    assert native.list() == []

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Integrity metadata: kept beside the data, and checked against it, as the block layer and T10 and NVMe have it.
+//!
+//! The protection information of an interval is a guard (a checksum of the data and of the metadata before it), an
+//! application tag, and a reference tag (the interval's number). All are big-endian. An application tag of all ones
+//! means that there is none; so has what was never written. All zeros are what the block layer sends when it was told
+//! to make none (`write_generate` in sysfs).
+
+use nix::errno::Errno;
+
+use super::sparse::Sparse;
+use crate::params::{Checksum, Integrity};
+use crate::request::Request;
+
+/// Why metadata does not belong to its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mismatch {
+    Guard { interval: u64, found: u64, computed: u64 },
+    Reference { interval: u64, found: u64 },
+}
+
+/// The metadata of a whole disk.
+#[derive(Clone, Debug)]
+pub(super) struct Metadata {
+    integrity: Integrity,
+    /// Inverted: what was never written is all ones.
+    inverted: Sparse,
+}
+
+impl Metadata {
+    /// Room for that of a disk of `size` bytes; `None` if it is too large.
+    pub(super) fn new(integrity: Integrity, size: u64) -> Option<Self> {
+        Some(Metadata { integrity, inverted: Sparse::new(integrity.bytes_for(size))? })
+    }
+
+    /// Takes a write's metadata, if it belongs to its data. That of a write without any is forgotten.
+    ///
+    /// # Errors
+    ///
+    /// `EILSEQ` if it does not.
+    pub(super) fn write(&self, request: &Request<'_>) -> Result<(), Errno> {
+        let (offset, len) = (request.offset(), request.len());
+        if !request.has_integrity() {
+            self.forget(offset, len);
+            return Ok(());
+        }
+        let mut bytes = vec![0; self.integrity.bytes_for(len) as usize];
+        request.read_integrity(0, &mut bytes)?;
+        check(&self.integrity, offset, request.data(), &bytes).map_err(|mismatch| {
+            log::warn!("{request:?}: {mismatch:?}");
+            Errno::EILSEQ
+        })?;
+        invert(&mut bytes);
+        self.inverted.write(self.integrity.bytes_for(offset), &bytes);
+        Ok(())
+    }
+
+    /// Gives a read its metadata, if it asks for some.
+    pub(super) fn read(&self, request: &mut Request<'_>) -> Result<(), Errno> {
+        if !request.has_integrity() {
+            return Ok(());
+        }
+        let mut bytes = vec![0; self.integrity.bytes_for(request.len()) as usize];
+        self.inverted.read(self.integrity.bytes_for(request.offset()), &mut bytes);
+        invert(&mut bytes);
+        request.write_integrity(0, &bytes)
+    }
+
+    /// The range was discarded or zeroed: nothing is known of it.
+    pub(super) fn forget(&self, offset: u64, len: u64) {
+        self.inverted.zero(self.integrity.bytes_for(offset), self.integrity.bytes_for(len));
+    }
+}
+
+fn invert(bytes: &mut [u8]) {
+    bytes.iter_mut().for_each(|byte| *byte = !*byte);
+}
+
+/// Checks the metadata of a range that begins at `offset` on the disk.
+fn check(integrity: &Integrity, offset: u64, data: &[u8], metadata: &[u8]) -> Result<(), Mismatch> {
+    let first = offset / u64::from(integrity.interval);
+    let intervals = data.chunks_exact(integrity.interval as usize);
+    let each = intervals.zip(metadata.chunks_exact(integrity.metadata_size.into()));
+    each.zip(first..).try_for_each(|((data, metadata), interval)| check_one(integrity, interval, data, metadata))
+}
+
+fn check_one(integrity: &Integrity, interval: u64, data: &[u8], metadata: &[u8]) -> Result<(), Mismatch> {
+    let (before, tuple) = metadata.split_at(integrity.pi_offset.into());
+    let number = |bytes: &[u8]| bytes.iter().fold(0u64, |number, byte| number << 8 | u64::from(*byte));
+    let (guard, application, reference) = match integrity.checksum {
+        Checksum::None => return Ok(()),
+        Checksum::Ip | Checksum::Crc16T10Dif => (number(&tuple[..2]), &tuple[2..4], &tuple[4..8]),
+        Checksum::Crc64Nvme => (number(&tuple[..8]), &tuple[8..10], &tuple[10..16]),
+    };
+    // Without reference tags, a tuple counts as absent only if that is all ones, too.
+    let is_absent = application == [0xff; 2] && (integrity.reference_tag || reference.iter().all(|b| *b == 0xff));
+    if is_absent || tuple[..integrity.checksum.tuple_size().into()].iter().all(|byte| *byte == 0) {
+        return Ok(());
+    }
+    let computed = match integrity.checksum {
+        Checksum::None => guard,
+        // Linux makes this guard of the metadata before it alone, where there is some.
+        Checksum::Ip => u64::from(internet(if before.is_empty() { data } else { before })),
+        Checksum::Crc16T10Dif => u64::from(crc16(crc16(0, data), before)),
+        Checksum::Crc64Nvme => crc64(crc64(0, data), before),
+    };
+    if guard != computed {
+        return Err(Mismatch::Guard { interval, found: guard, computed });
+    }
+    let expected = interval & (u64::MAX >> (64 - 8 * reference.len()));
+    if integrity.reference_tag && number(reference) != expected {
+        return Err(Mismatch::Reference { interval, found: number(reference) });
+    }
+    Ok(())
+}
+
+/// The Internet checksum (RFC 1071).
+fn internet(data: &[u8]) -> u16 {
+    let words = data.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+    let folded = words.fold(0u32, |sum, word| {
+        let sum = sum + word;
+        (sum & 0xffff) + (sum >> 16)
+    });
+    !(folded as u16)
+}
+
+/// CRC-16 of T10 DIF, continued from `crc`.
+fn crc16(crc: u16, data: &[u8]) -> u16 {
+    const POLYNOMIAL: u16 = 0x8bb7;
+    const TABLE: [u16; 256] = {
+        let mut table = [0; 256];
+        let mut byte = 0;
+        while byte < 256 {
+            let mut value = (byte as u16) << 8;
+            let mut bit = 0;
+            while bit < 8 {
+                value = if value & 0x8000 == 0 { value << 1 } else { value << 1 ^ POLYNOMIAL };
+                bit += 1;
+            }
+            table[byte] = value;
+            byte += 1;
+        }
+        table
+    };
+    data.iter().fold(crc, |crc, byte| crc << 8 ^ TABLE[usize::from((crc >> 8) as u8 ^ byte)])
+}
+
+/// CRC-64 of NVMe, continued from `crc`; 0 to begin with.
+fn crc64(crc: u64, data: &[u8]) -> u64 {
+    /// Bits reversed.
+    const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
+    const TABLE: [u64; 256] = {
+        let mut table = [0; 256];
+        let mut byte = 0;
+        while byte < 256 {
+            let mut value = byte as u64;
+            let mut bit = 0;
+            while bit < 8 {
+                value = if value & 1 == 0 { value >> 1 } else { value >> 1 ^ POLYNOMIAL };
+                bit += 1;
+            }
+            table[byte] = value;
+            byte += 1;
+        }
+        table
+    };
+    !data.iter().fold(!crc, |crc, byte| crc >> 8 ^ TABLE[usize::from(crc as u8 ^ byte)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What checksums are published for.
+    const DIGITS: &[u8] = b"123456789";
+
+    #[test]
+    fn checksums_are_the_published_ones() {
+        assert_eq!(crc16(0, DIGITS), 0xd0db);
+        assert_eq!(crc64(0, DIGITS), 0xae8b_1486_0a79_9888);
+        // The example of RFC 1071.
+        assert_eq!(internet(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]), !0xddf2);
+        assert_eq!(crc16(crc16(0, b"12345"), b"6789"), crc16(0, DIGITS));
+        assert_eq!(crc64(crc64(0, b"12345"), b"6789"), crc64(0, DIGITS));
+    }
+
+    fn integrity(checksum: Checksum, pi_offset: u8) -> Integrity {
+        Integrity {
+            metadata_size: pi_offset + checksum.tuple_size().max(8),
+            pi_offset,
+            checksum,
+            tag_size: 0,
+            interval: 512,
+            verified: true,
+            reference_tag: checksum != Checksum::None,
+            max_segments: 0,
+        }
+    }
+
+    /// Good metadata of two intervals from the one with number 1000 on.
+    fn sample(checksum: Checksum, pi_offset: u8) -> (Integrity, Vec<u8>, Vec<u8>) {
+        let data: Vec<u8> = (0..1024u32).map(|n| (n * 7 / 4) as u8).collect();
+        let mut metadata = Vec::new();
+        for (interval, data) in (1000u64..).zip(data.chunks(512)) {
+            let before = vec![0x5a; pi_offset.into()];
+            metadata.extend(&before);
+            match checksum {
+                Checksum::None => metadata.extend([0; 8]),
+                Checksum::Ip if pi_offset == 0 => metadata.extend(internet(data).to_be_bytes()),
+                Checksum::Ip => metadata.extend(internet(&before).to_be_bytes()),
+                Checksum::Crc16T10Dif => metadata.extend(crc16(crc16(0, data), &before).to_be_bytes()),
+                Checksum::Crc64Nvme => metadata.extend(crc64(crc64(0, data), &before).to_be_bytes()),
+            }
+            match checksum {
+                Checksum::None => {}
+                Checksum::Crc64Nvme => {
+                    metadata.extend([0, 7]);
+                    metadata.extend(&interval.to_be_bytes()[2..]);
+                }
+                _ => {
+                    metadata.extend([0, 7]);
+                    metadata.extend(&interval.to_be_bytes()[4..]);
+                }
+            }
+        }
+        (integrity(checksum, pi_offset), data, metadata)
+    }
+
+    #[test]
+    fn what_belongs_together_passes_and_any_flipped_bit_does_not() {
+        for checksum in [Checksum::Ip, Checksum::Crc16T10Dif, Checksum::Crc64Nvme] {
+            for pi_offset in [0, 8] {
+                let (integrity, data, metadata) = sample(checksum, pi_offset);
+                check(&integrity, 1000 * 512, &data, &metadata).unwrap();
+                let elsewhere = check(&integrity, 1001 * 512, &data, &metadata);
+                assert!(matches!(elsewhere, Err(Mismatch::Reference { interval: 1001, found: 1000 })), "{elsewhere:?}");
+                let mut wrong = data.clone();
+                wrong[700] ^= 4;
+                let found = check(&integrity, 1000 * 512, &wrong, &metadata);
+                // Linux's guard does not cover the data then.
+                if (checksum, pi_offset) != (Checksum::Ip, 8) {
+                    assert!(matches!(found, Err(Mismatch::Guard { interval: 1001, .. })), "{checksum:?}: {found:?}");
+                }
+                let mut wrong = metadata.clone();
+                wrong[usize::from(pi_offset)] ^= 1;
+                assert!(check(&integrity, 1000 * 512, &data, &wrong).is_err(), "{checksum:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_protection_information_is_not_checked() {
+        let (mut integrity, data, metadata) = sample(Checksum::Crc16T10Dif, 0);
+        let nothing = vec![0xff; metadata.len()];
+        check(&integrity, 0, &data, &nothing).unwrap();
+        check(&integrity, 0, &data, &vec![0; metadata.len()]).unwrap();
+        integrity.reference_tag = false;
+        check(&integrity, 0, &data, &nothing).unwrap();
+        // Here an application tag alone is no sign.
+        let mut half = nothing.clone();
+        half[4..8].fill(0);
+        assert!(check(&integrity, 0, &data, &half).is_err());
+        check(&integrity, 5 * 512, &data, &metadata).unwrap();
+        let (opaque, data, metadata) = sample(Checksum::None, 0);
+        check(&opaque, 0, &data, &metadata).unwrap();
+    }
+}
