@@ -4,10 +4,12 @@
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from support import fio, sysfs
+from support.backends import image
 from support.blockio import Disk, error_of
 from support.command import run
 from support.face import Face, device_id
@@ -121,6 +123,55 @@ def test_a_file_system_lives_on_it(native_disk, native: Face, tmp_path: Path) ->
     assert errors(native, path) == 0
 
 
+@needs_integrity
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_a_files_metadata_outlives_its_server(io: str, native: Face, scratch: Path) -> None:
+    file = image(scratch)
+    words = ("-t", "file", "-f", file, "--io", io, "--integrity", "crc64-nvme", "--recovery", "-q", "2")
+    path = native.add(*words)
+    number = str(device_id(path))
+    data = os.urandom(256 * KIB)
+    with Disk(path, direct=True) as disk:
+        disk.write(64 * KIB, data)
+        disk.write_durably(1024 * KIB, data)
+        disk.sync()
+        disk.discard(1024 * KIB, 64 * KIB)
+    fio.verify(path, offset="2m", size="2m", bs="4k", iodepth=16)
+    assert errors(native, path) == 0
+    os.kill(native.info(path)["pid"], signal.SIGKILL)
+    native.run("recover", "-n", number, timeout=60)
+    with Disk(path, direct=True) as disk:
+        assert disk.read(64 * KIB, len(data)) == data
+    native.run("del", "-n", number)
+    assert (scratch / "disk.img.integrity").stat().st_size > 0
+    path = native.add(*words, "--read-only")
+    with Disk(path, direct=True, read_only=True) as disk:
+        assert disk.read(64 * KIB, len(data)) == data
+        assert disk.read(1088 * KIB, 64 * KIB) == data[64 * KIB : 128 * KIB]
+    native.run("del", "-n", str(device_id(path)))
+
+
+@needs_integrity
+@pytest.mark.io_errors("protection error")
+def test_a_file_that_was_changed_behind_its_metadata_is_found_out(native: Face, scratch: Path) -> None:
+    file = image(scratch)
+    path = native.add("-t", "file", "-f", file, "--io", "direct", "--integrity", "crc16-t10dif")
+    data = os.urandom(64 * KIB)
+    with Disk(path, direct=True) as disk:
+        disk.write(0, data)
+        with file.open("r+b") as changed:
+            changed.seek(5000)
+            changed.write(bytes([data[5000] ^ 1]))
+            os.fsync(changed.fileno())
+        assert error_of(lambda: disk.read(4 * KIB, 4 * KIB)) == errno.EILSEQ
+        assert disk.read(0, 4 * KIB) == data[: 4 * KIB]
+        # Written anew, it is whole again.
+        disk.write(4 * KIB, data[: 4 * KIB])
+        assert disk.read(4 * KIB, 4 * KIB) == data[: 4 * KIB]
+    assert errors(native, path) == 1
+    native.run("del", "-n", str(device_id(path)))
+
+
 @pytest.mark.skipif(has("INTEGRITY"), reason="this driver has it")
 def test_an_older_driver_is_named_as_the_reason(native: Face) -> None:
     refused = native.run("add", "-t", "mem", "--size", "1M", "--integrity", "ip", check=False)
@@ -133,7 +184,7 @@ def test_an_older_driver_is_named_as_the_reason(native: Face) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
-        (["-t", "null", "--integrity", "ip"], 1, "only -t mem"),
+        (["-t", "null", "--integrity", "ip"], 1, "only -t mem and -t file"),
         (["-t", "mem", "--integrity", "ip", "--metadata-size", "4"], 1, "offset of the protection information"),
         (["-t", "mem", "--integrity", "ip", "--integrity-interval", "4K"], 1, "integrity interval = 4096"),
         (["-t", "mem", "--metadata-size", "8"], 2, "--integrity"),

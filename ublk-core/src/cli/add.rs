@@ -134,6 +134,9 @@ pub(super) struct Args {
     /// Refuse writes
     #[arg(short = 'o', long)]
     read_only: bool,
+    /// Where integrity metadata is kept [default: beside the backing file, with .integrity behind its name] (file)
+    #[arg(long, value_name = "PATH", requires = "integrity")]
+    integrity_file: Option<PathBuf>,
     /// How the backing file is accessed (file)
     #[arg(long, value_enum, default_value = "auto")]
     io: IoMode,
@@ -269,6 +272,7 @@ impl Args {
     /// Makes relative paths those of another directory.
     pub(super) fn resolve(&mut self, directory: &Path) {
         self.file = self.file.take().map(|file| directory.join(file));
+        self.integrity_file = self.integrity_file.take().map(|file| directory.join(file));
         self.shared_memory = self.shared_memory.take().map(|file| directory.join(file));
     }
 
@@ -341,7 +345,19 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
             let file = File::open(args.file.as_deref().unwrap_or("".as_ref()), &options)?;
             let mut params = shape(args, file.params())?;
             params.size = size.or(args.size).unwrap_or(params.size);
-            Arc::new(file.with_params(params)?)
+            let integrity = params.integrity.take();
+            let file = file.with_params(params)?;
+            match integrity {
+                None => Arc::new(file),
+                Some(integrity) => {
+                    let path = args.integrity_file.clone().unwrap_or_else(|| {
+                        let mut path = file.path().as_os_str().to_owned();
+                        path.push(".integrity");
+                        path.into()
+                    });
+                    Arc::new(file.with_integrity(integrity, path)?)
+                }
+            }
         }
         Kind::Zoned => {
             let options = ZonedOptions {
@@ -363,8 +379,8 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
 /// Applies what the command line says about the disk.
 fn shape(args: &Args, params: Params) -> Result<Params> {
     let mut params = args.shape.apply(params)?;
-    if params.integrity.is_some() && args.kind != Kind::Mem {
-        return Err(Error::invalid("integrity", "metadata", "only -t mem keeps it"));
+    if params.integrity.is_some() && !matches!(args.kind, Kind::Mem | Kind::File) {
+        return Err(Error::invalid("integrity", "metadata", "only -t mem and -t file keep it"));
     }
     params.read_only |= args.read_only;
     Ok(params)

@@ -77,7 +77,7 @@ pub(super) struct Args {
     /// Whether single writes can be durable at once; takes a write cache [default: what the target has]
     #[arg(long, value_enum, value_name = "SWITCH")]
     fua: Option<Switch>,
-    /// Integrity metadata with each block, and what guards the data in it (mem; Linux 7.0)
+    /// Integrity metadata with each block, and what guards the data in it (mem, file; Linux 7.0)
     #[arg(long, value_enum, value_name = "CHECKSUM")]
     integrity: Option<Guard>,
     /// Bytes of metadata [default: what the protection information takes, 8 without]

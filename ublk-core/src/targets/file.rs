@@ -15,10 +15,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FlockArg, fallocate};
 
+use super::protected_file::ProtectedQueue;
+use super::protection::Metadata;
 use crate::data::Access;
 use crate::error::{Error, Result, errno_of};
 use crate::memory::{IoBuffer, PAGE_SIZE};
-use crate::params::{Operations, Params};
+use crate::params::{Integrity, Operations, Params};
 use crate::request::{FileRange, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
 
@@ -56,6 +58,8 @@ pub struct File {
     file: Arc<fs::File>,
     params: Params,
     direct: bool,
+    options: FileOptions,
+    metadata: Option<Arc<Metadata>>,
 }
 
 impl File {
@@ -110,7 +114,7 @@ impl File {
             }
             other => other,
         })?;
-        Ok(File { path: path.to_owned(), file: Arc::new(file), params, direct })
+        Ok(File { path: path.to_owned(), file: Arc::new(file), params, direct, options: *options, metadata: None })
     }
 
     /// Changes the disk's shape, within what the file can serve.
@@ -120,6 +124,9 @@ impl File {
     /// [`Error::InvalidValue`] if the shape is impossible or larger than the file.
     pub fn with_params(mut self, params: Params) -> Result<Self> {
         params.validate()?;
+        if params.integrity != self.params.integrity {
+            return Err(Error::invalid("integrity", "metadata", "`with_integrity` says where it is kept"));
+        }
         if params.size > self.params.size {
             return Err(Error::invalid("size", params.size, format!("the file has {} bytes", self.params.size)));
         }
@@ -127,6 +134,30 @@ impl File {
             let least = self.params.logical_block_size;
             return Err(Error::invalid("logical block size", params.logical_block_size, format!("at least {least}")));
         }
+        self.params = params;
+        Ok(self)
+    }
+
+    /// Keeps integrity metadata of the disk in another file, which is made if it does not exist, and checks both
+    /// against each other with each request: what does not belong together fails with `EILSEQ`. Write-zeroes is not
+    /// offered then. After a crash of the machine, writes that were not flushed may have reached only one of the two.
+    /// Linux 7.0.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] if that file cannot be used, [`Error::InvalidValue`] if the metadata does not fit the disk's
+    /// blocks.
+    pub fn with_integrity(mut self, integrity: Integrity, path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let mut params = self.params;
+        params.integrity = Some(integrity);
+        params.operations -= Operations::WRITE_ZEROES;
+        params.validate()?;
+        let writable = !self.options.read_only;
+        let file = fs::OpenOptions::new().read(true).write(writable).create(writable).truncate(false).open(path);
+        let file = file.map_err(|e| Error::file("open", path, &e))?;
+        lock(&file, path, &self.options, Duration::ZERO)?;
+        self.metadata = Some(Arc::new(Metadata::in_file(integrity, file)));
         self.params = params;
         Ok(self)
     }
@@ -272,12 +303,18 @@ impl Target for File {
     }
 
     fn access(&self) -> Access {
+        if self.metadata.is_some() {
+            return Access::Bytes;
+        }
         // Through the page cache any memory will do.
         Access::Forwards { memory_alignment: if self.direct { memory_alignment(&self.file) } else { 1 } }
     }
 
     fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(FileQueue(self.file.clone())))
+        Ok(match &self.metadata {
+            Some(metadata) => Box::new(ProtectedQueue { file: self.file.clone(), metadata: metadata.clone() }),
+            None => Box::new(FileQueue(self.file.clone())),
+        })
     }
 }
 

@@ -2,6 +2,8 @@
 
 //! `mem`: a RAM disk that takes memory only for what was written; with integrity metadata on wish.
 
+use std::sync::Arc;
+
 use nix::errno::Errno;
 
 use super::protection::Metadata;
@@ -16,7 +18,7 @@ use crate::target::{QueueHandler, QueueInfo, Target};
 pub struct Mem {
     params: Params,
     bytes: Sparse,
-    metadata: Option<Metadata>,
+    metadata: Option<Arc<Metadata>>,
 }
 
 impl Mem {
@@ -33,7 +35,7 @@ impl Mem {
     }
 
     /// A RAM disk of any shape. [Integrity metadata](Params::integrity) is kept beside the data, and checked against
-    /// it when it is written: what does not belong together fails with `EILSEQ`.
+    /// it with each request: what does not belong together fails with `EILSEQ`.
     ///
     /// # Errors
     ///
@@ -42,7 +44,9 @@ impl Mem {
         params.validate()?;
         let too_large = || Error::invalid("size", params.size, "too large for a RAM disk");
         let bytes = Sparse::new(params.size).ok_or_else(too_large)?;
-        let metadata = params.integrity.map(|integrity| Metadata::new(integrity, params.size).ok_or_else(too_large));
+        let metadata = params
+            .integrity
+            .map(|integrity| Metadata::in_memory(integrity, params.size).map(Arc::new).ok_or_else(too_large));
         Ok(Mem { params, bytes, metadata: metadata.transpose()? })
     }
 
@@ -62,7 +66,7 @@ impl Mem {
             }
             (Op::Discard | Op::WriteZeroes, metadata) => {
                 self.bytes.zero(offset, len);
-                metadata.iter().for_each(|metadata| metadata.forget(offset, len));
+                checked = metadata.as_ref().map_or(Ok(()), |metadata| metadata.forget(offset, len));
             }
             (Op::Flush, _) => {}
             _ => checked = Err(Errno::EOPNOTSUPP),

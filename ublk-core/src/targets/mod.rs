@@ -5,6 +5,7 @@
 mod file;
 mod mem;
 mod null;
+mod protected_file;
 mod protection;
 mod sparse;
 mod zoned;

@@ -7,9 +7,15 @@
 //! means that there is none; so has what was never written. All zeros are what the block layer sends when it was told
 //! to make none (`write_generate` in sysfs).
 
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::sparse::Sparse;
+use crate::error::errno_of;
 use crate::params::{Checksum, Integrity};
 use crate::request::Request;
 
@@ -20,18 +26,85 @@ pub(super) enum Mismatch {
     Reference { interval: u64, found: u64 },
 }
 
+/// Where metadata is kept; inverted, so that what was never written is all ones.
+#[derive(Debug)]
+enum Place {
+    Memory(Sparse),
+    File(File),
+}
+
+impl Place {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let file = match self {
+            Place::Memory(bytes) => {
+                bytes.read(offset, into);
+                return Ok(());
+            }
+            Place::File(file) => file,
+        };
+        let mut done = 0;
+        while done < into.len() {
+            match file.read_at(&mut into[done..], offset + done as u64) {
+                // Behind the end there is what there is in a hole.
+                Ok(0) => {
+                    into[done..].fill(0);
+                    break;
+                }
+                Ok(len) => done += len,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        match self {
+            Place::Memory(bytes) => bytes.write(offset, from),
+            Place::File(file) => file.write_all_at(from, offset)?,
+        }
+        Ok(())
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        let file = match self {
+            Place::Memory(bytes) => {
+                bytes.zero(offset, len);
+                return Ok(());
+            }
+            Place::File(file) => file,
+        };
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(file, flags, offset as i64, len as i64) {
+            Err(Errno::EOPNOTSUPP) => {
+                let zeros = [0; 4096];
+                let mut parts = (0..len).step_by(zeros.len());
+                parts.try_for_each(|at| {
+                    let part = (len - at).min(zeros.len() as u64) as usize;
+                    file.write_all_at(&zeros[..part], offset + at)
+                })
+            }
+            other => Ok(other?),
+        }
+    }
+}
+
 /// The metadata of a whole disk.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Metadata {
     integrity: Integrity,
-    /// Inverted: what was never written is all ones.
-    inverted: Sparse,
+    place: Place,
 }
 
 impl Metadata {
-    /// Room for that of a disk of `size` bytes; `None` if it is too large.
-    pub(super) fn new(integrity: Integrity, size: u64) -> Option<Self> {
-        Some(Metadata { integrity, inverted: Sparse::new(integrity.bytes_for(size))? })
+    /// Room in memory for that of a disk of `size` bytes; `None` if it is too large.
+    pub(super) fn in_memory(integrity: Integrity, size: u64) -> Option<Self> {
+        Some(Metadata { integrity, place: Place::Memory(Sparse::new(integrity.bytes_for(size))?) })
+    }
+
+    /// In a file, as far as it is written.
+    pub(super) fn in_file(integrity: Integrity, file: File) -> Self {
+        Metadata { integrity, place: Place::File(file) }
     }
 
     /// Takes a write's metadata, if it belongs to its data. That of a write without any is forgotten.
@@ -42,8 +115,7 @@ impl Metadata {
     pub(super) fn write(&self, request: &Request<'_>) -> Result<(), Errno> {
         let (offset, len) = (request.offset(), request.len());
         if !request.has_integrity() {
-            self.forget(offset, len);
-            return Ok(());
+            return self.forget(offset, len);
         }
         let mut bytes = vec![0; self.integrity.bytes_for(len) as usize];
         request.read_integrity(0, &mut bytes)?;
@@ -52,25 +124,42 @@ impl Metadata {
             Errno::EILSEQ
         })?;
         invert(&mut bytes);
-        self.inverted.write(self.integrity.bytes_for(offset), &bytes);
-        Ok(())
+        self.place.write(self.integrity.bytes_for(offset), &bytes).map_err(failed)
     }
 
-    /// Gives a read its metadata, if it asks for some.
+    /// Checks a read's data, and gives it its metadata if it asks for some.
+    ///
+    /// # Errors
+    ///
+    /// `EILSEQ` if they do not belong together.
     pub(super) fn read(&self, request: &mut Request<'_>) -> Result<(), Errno> {
-        if !request.has_integrity() {
-            return Ok(());
-        }
         let mut bytes = vec![0; self.integrity.bytes_for(request.len()) as usize];
-        self.inverted.read(self.integrity.bytes_for(request.offset()), &mut bytes);
+        self.place.read(self.integrity.bytes_for(request.offset()), &mut bytes).map_err(failed)?;
         invert(&mut bytes);
-        request.write_integrity(0, &bytes)
+        check(&self.integrity, request.offset(), request.data(), &bytes).map_err(|mismatch| {
+            log::warn!("{request:?}: {mismatch:?}");
+            Errno::EILSEQ
+        })?;
+        if request.has_integrity() { request.write_integrity(0, &bytes) } else { Ok(()) }
     }
 
     /// The range was discarded or zeroed: nothing is known of it.
-    pub(super) fn forget(&self, offset: u64, len: u64) {
-        self.inverted.zero(self.integrity.bytes_for(offset), self.integrity.bytes_for(len));
+    pub(super) fn forget(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.place.zero(self.integrity.bytes_for(offset), self.integrity.bytes_for(len)).map_err(failed)
     }
+
+    /// Makes what was written so far durable.
+    pub(super) fn sync(&self) -> Result<(), Errno> {
+        match &self.place {
+            Place::Memory(_) => Ok(()),
+            Place::File(file) => file.sync_data().map_err(failed),
+        }
+    }
+}
+
+fn failed(error: io::Error) -> Errno {
+    log::error!("integrity metadata: {error}");
+    errno_of(&error)
 }
 
 fn invert(bytes: &mut [u8]) {
