@@ -339,6 +339,25 @@ mod tests {
     }
 
     #[test]
+    fn metadata_is_kept_alike_in_memory_and_in_a_file() {
+        let places = [Place::Memory(Sparse::new(1 << 20).unwrap()), Place::File(tempfile::tempfile().unwrap())];
+        for place in places {
+            let read = |offset| {
+                let mut bytes = [1; 8192];
+                place.read(offset, &mut bytes).unwrap();
+                bytes
+            };
+            assert_eq!(read(1000), [0; 8192], "never written, and behind a file's end");
+            place.write(3000, &[7; 9000]).unwrap();
+            assert_eq!(read(2000)[..2000], [[0; 1000], [7; 1000]].concat());
+            assert_eq!(read(10_000)[1990..2010], [[7; 10], [0; 10]].concat());
+            place.zero(4001, 5000).unwrap();
+            let around = read(3000);
+            assert_eq!((around[1000], around[1001], around[6000], around[6001]), (7, 0, 0, 7));
+        }
+    }
+
+    #[test]
     fn what_has_no_protection_information_is_not_checked() {
         let (mut integrity, data, metadata) = sample(Checksum::Crc16T10Dif, 0);
         let nothing = vec![0xff; metadata.len()];
