@@ -188,6 +188,39 @@ def test_a_served_device_is_not_recovered(native, scratch: Path) -> None:
 
 
 @pytest.mark.io_errors
+def test_a_recovery_that_nobody_can_be_told_of_leaves_the_device(native, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
+    number = str(device_id(path))
+    with Disk(path, direct=True) as disk:
+        disk.write(0, b"\x5a" * 4096)
+    kill_server(native, path)
+    # Its log cannot be written: the server goes again.
+    refused = native.run("recover", "-n", number, "--log", "/nonexistent/log", check=False, timeout=NOTICE + 15)
+    assert refused.status == 1, str(refused)
+    assert "/nonexistent/log" in refused.err, str(refused)
+    until(lambda: native.info(path)["state"] == "QUIESCED", "the state QUIESCED", NOTICE)
+    assert state_file(path).exists()
+    # Its path cannot be printed: that is no reason to end a disk which others use.
+    full = run(["sh", "-c", f"exec ublk recover -n {number} > /dev/full"], check=False, timeout=NOTICE + 15)
+    assert full.status == 1, str(full)
+    assert native.info(path)["state"] == "LIVE"
+    with Disk(path, direct=True) as disk:
+        assert disk.read(0, 4096) == b"\x5a" * 4096
+    native.run("del", "-n", number)
+
+
+def test_a_device_keeps_its_log(native, scratch: Path, tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery", "--log", log)
+    pid = native.info(path)["pid"]
+    os.kill(pid, signal.SIGKILL)
+    # Not waiting for its end: that is for `recover` to do.
+    native.run("recover", "-n", str(device_id(path)), timeout=NOTICE + 15)
+    assert os.readlink(f"/proc/{native.info(path)['pid']}/fd/2") == str(log)
+    native.run("del", "-n", str(device_id(path)))
+
+
+@pytest.mark.io_errors
 def test_del_dead_spares_a_device_that_waits_for_a_server(native, scratch: Path) -> None:
     path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
     kill_server(native, path)

@@ -258,7 +258,9 @@ impl Control {
                 return Err(Error::Timeout {
                     waiting_for: format!("the server of device {id} (process {}) leaving", info.pid),
                     waited: timeout,
-                    hint: "it does not finish its requests".into(),
+                    hint: "it does not finish its requests, and new ones wait until it is gone: ask again, or kill it \
+                           and let `ublk recover` serve the device"
+                        .into(),
                 });
             }
         }

@@ -155,6 +155,53 @@ fn a_target_that_does_not_fit_leaves_the_device_waiting() {
 }
 
 #[test]
+fn a_recovery_that_failed_once_is_begun_again() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+    let id = device.id();
+    device.leave().unwrap();
+    driver.refuse_next("FETCH_REQ", Errno::EFAULT);
+    assert!(server(&driver, 1).recover(id, ram_disk()).is_err());
+    // What Linux up to 6.12 says to a second one.
+    driver.refuse_next("START_USER_RECOVERY", Errno::EINVAL);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let second = loop {
+        match server(&driver, 1).recover(id, ram_disk()) {
+            Ok(device) => break device,
+            // The first attempt's threads are giving up.
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+    };
+    driver.disk(id).write(0, &[1; 512]).unwrap();
+    finish(&driver, second);
+}
+
+#[test]
+fn a_recovery_waits_until_nobody_else_has_the_char_device_open() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+    device.leave().unwrap();
+    for _ in 0..5 {
+        driver.refuse_next("START_USER_RECOVERY", Errno::EBUSY);
+    }
+    let second = server(&driver, 1).recover(device.id(), ram_disk()).unwrap();
+    finish(&driver, second);
+}
+
+#[test]
+fn a_target_with_zones_does_not_fit_a_disk_without() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+    device.leave().unwrap();
+    let options =
+        ublk_core::targets::ZonedOptions { zone_size: 1 << 18, ..ublk_core::targets::ZonedOptions::new(SIZE) };
+    let zoned: Arc<dyn Target> = Arc::new(ublk_core::targets::Zoned::open(&options).unwrap());
+    let error = server(&driver, 1).recover(device.id(), zoned).unwrap_err();
+    assert!(error.to_string().contains("zones"), "{error}");
+    finish(&driver, server(&driver, 1).recover(device.id(), ram_disk()).unwrap());
+}
+
+#[test]
 fn a_live_disk_changes_its_size_in_whole_blocks() {
     let driver = FakeDriver::new();
     let device = server(&driver, 1).start(ram_disk(), &options(1, 4)).unwrap();

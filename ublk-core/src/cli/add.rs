@@ -6,9 +6,11 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use nix::errno::Errno;
 
 use super::shape::{self, Switch};
 use super::state::{Origin, State};
@@ -28,6 +30,9 @@ use crate::units::DeviceId;
 
 /// Size of a RAM disk, unless another is asked for.
 const DEFAULT_MEM_SIZE: u64 = 1 << 30;
+/// How long a server that is gone may hold on to its file.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
@@ -173,7 +178,7 @@ pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     if args.foreground {
         return serve(args, &Origin::here(arguments)?, None, daemon::print_paths);
     }
-    daemon::parent(arguments, host)
+    daemon::parent(arguments, host, daemon::Devices::Made)
 }
 
 /// Makes the device, or gives one that waits for a server a new one, calls `ready` when it can be used, and
@@ -217,8 +222,10 @@ pub(super) fn serve(
             }
         }
         Some(id) => {
+            // The old server has the file for itself.
+            server.wait_for_vacancy(id)?;
             let size = server.control().params(id)?.params.size;
-            devices.push(server.recover(id, target(args, Some(size))?)?);
+            devices.push(server.recover(id, target_of_another(args, size)?)?);
         }
     }
     for device in devices.iter().filter(|_| args.shared_memory.is_some()) {
@@ -259,7 +266,9 @@ fn forget(devices: Vec<Device>, found: bool) {
         let (id, instance) = (device.id(), state::instance(device.id()));
         if found {
             if let Err(error) = device.leave() {
-                log::error!("leaving device {id}: {error}");
+                log::debug!("leaving device {id}: {error}");
+                // To drop it is to delete it; the end of this process leaves it, too.
+                std::mem::forget(device);
             }
         } else {
             drop(device);
@@ -274,6 +283,12 @@ impl Args {
         self.file = self.file.take().map(|file| directory.join(file));
         self.integrity_file = self.integrity_file.take().map(|file| directory.join(file));
         self.shared_memory = self.shared_memory.take().map(|file| directory.join(file));
+        self.log = self.log.take().map(|log| directory.join(log));
+    }
+
+    /// Where the server writes its messages, if somebody has said so.
+    pub(super) fn log(&self) -> Option<&Path> {
+        self.log.as_deref()
     }
 
     /// Checks what can be checked of a target while another server has it.
@@ -300,6 +315,22 @@ impl Args {
             Some(bytes) => Ok(bytes),
             None if self.kind == Kind::File => Ok(limit),
             None => Err(Error::invalid("size", present, "only a disk in a file can do without a new size")),
+        }
+    }
+}
+
+/// Makes the target of a disk which exists already. What the last server had may be free only a moment after
+/// the driver has noticed its end.
+fn target_of_another(args: &Args, size: u64) -> Result<Arc<dyn Target>> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match target(args, Some(size)) {
+            Err(Error::File { operation: "lock" | "open", errno: Errno::EWOULDBLOCK | Errno::EBUSY, .. })
+                if Instant::now() < deadline =>
+            {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            made => return made,
         }
     }
 }

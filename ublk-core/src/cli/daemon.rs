@@ -47,8 +47,17 @@ pub(super) fn without_report(arguments: &[OsString]) -> Vec<OsString> {
     kept
 }
 
+/// What becomes of devices whose paths nobody can be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Devices {
+    /// They are new, and removed again.
+    Made,
+    /// They were there before, and are in use.
+    Found,
+}
+
 /// Starts the child and waits for its word.
-pub(super) fn parent(arguments: &[OsString], host: &Host) -> Outcome {
+pub(super) fn parent(arguments: &[OsString], host: &Host, kind: Devices) -> Outcome {
     let failed = |what: &str, e: &dyn std::fmt::Display| Failure::Text(format!("starting the server: {what}: {e}"));
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed("pipe", &e))?;
     // The child finds the pipe by its number.
@@ -72,7 +81,11 @@ pub(super) fn parent(arguments: &[OsString], host: &Host) -> Outcome {
         Some(("ok", devices)) => {
             let devices: Vec<_> = devices.lines().filter_map(|device| device.split_once(' ')).collect();
             let paths: String = devices.iter().map(|(_, path)| format!("{path}\n")).collect();
-            super::print(&paths).inspect_err(|_| devices.iter().for_each(|(id, _)| remove(id)))
+            super::print(&paths).inspect_err(|_| {
+                if kind == Devices::Made {
+                    devices.iter().for_each(|(id, _)| remove(id));
+                }
+            })
         }
         Some(("error", message)) => {
             // It has nothing left to do but to end; do not leave it to init to collect.

@@ -58,28 +58,36 @@ pub(super) fn run(args: &Args) -> Outcome {
 
 fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
     let instance = state::instance(id);
-    if !args.force {
-        refuse_if_in_use(control, id)?;
-    }
-    if args.no_wait {
-        control.stop(id)?;
-        match control.delete_async(id) {
+    let stopped = !args.force && stop_unless_in_use(control, id)?;
+    let removed = if args.no_wait {
+        let deleted = if stopped { Ok(()) } else { control.stop(id) };
+        deleted.and_then(|()| match control.delete_async(id) {
             // Its server may well have been quicker, as it sees the stop.
-            Err(error) if error.errno() != crate::Errno::ENODEV => return Err(error.into()),
-            _ => {}
+            Err(error) if error.errno() == crate::Errno::ENODEV => Ok(Removal::Complete),
+            other => other.map(|()| Removal::Complete),
+        })
+    } else {
+        control.remove(id)
+    };
+    match removed {
+        // Its server again.
+        Err(error) if stopped && error.errno() == crate::Errno::ENODEV => {}
+        Err(error) => return Err(error.into()),
+        Ok(Removal::Complete) => {}
+        Ok(Removal::HeldOpen) => {
+            eprintln!("ublk: device {id} is deleted, but somebody still holds it open; its id is free after that");
         }
-    } else if control.remove(id)? == Removal::HeldOpen {
-        eprintln!("ublk: device {id} is deleted, but somebody still holds it open; its id is free after that");
     }
     state::remove(id, instance);
     Ok(())
 }
 
-/// Stops a device that nobody uses. What uses it is named.
-fn refuse_if_in_use(control: &Control, id: DeviceId) -> Outcome {
+/// Refuses to go on with a device that somebody uses, and names him. Where the driver can, it stops the
+/// device in the same moment, and this says so.
+fn stop_unless_in_use(control: &Control, id: DeviceId) -> std::result::Result<bool, Failure> {
     let info = control.info(id)?;
     if info.state == DeviceState::Dead {
-        return Ok(());
+        return Ok(false);
     }
     let path = control.driver().block_path(id);
     let in_use = |how: &str| {
@@ -92,7 +100,7 @@ fn refuse_if_in_use(control: &Control, id: DeviceId) -> Outcome {
         loop {
             match control.try_stop(id) {
                 // Stopped meanwhile.
-                Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => return Ok(()),
+                Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => return Ok(true),
                 Err(Error::Control { errno: crate::Errno::EBUSY, .. }) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -107,7 +115,7 @@ fn refuse_if_in_use(control: &Control, id: DeviceId) -> Outcome {
     if holders::is_claimed(&path) || !holders::describe(&path).is_empty() {
         return Err(in_use("mounted or claimed"));
     }
-    Ok(())
+    Ok(false)
 }
 
 /// All devices, or all without a server.
@@ -134,4 +142,42 @@ fn is_dead(control: &Control, id: DeviceId, waiting_too: bool) -> Result<bool> {
         DeviceState::Dead => !control.driver().open_char(id).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)),
         _ => waiting_too && !(info.pid > 0 && std::path::Path::new(&format!("/proc/{}", info.pid)).exists()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::driver::fake::FakeDriver;
+    use crate::engine::StdSpawn;
+    use crate::targets::Null;
+    use crate::{DeviceOptions, Errno, Server};
+
+    /// A device's server, which sees the stop, deletes it before the command does.
+    #[test]
+    fn a_server_that_is_quicker_is_no_failure() {
+        for no_wait in [false, true] {
+            let driver = FakeDriver::new();
+            let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+            let device = server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
+            for command in ["STOP_DEV", "DEL_DEV", "DEL_DEV_ASYNC"] {
+                driver.refuse_next(command, Errno::ENODEV);
+            }
+            let args = Args { ids: vec![0], all: false, dead: false, force: false, no_wait };
+            remove(server.control(), device.id(), &args).unwrap();
+            // The refusals that were not used up are not the server's.
+            while device.stop().is_err() {}
+        }
+    }
+
+    #[test]
+    fn a_device_that_was_never_there_is_one() {
+        let driver = FakeDriver::new();
+        let server = Server::with(Arc::new(driver), Arc::new(StdSpawn), 1);
+        for force in [false, true] {
+            let args = Args { ids: vec![7], all: false, dead: false, force, no_wait: false };
+            assert!(remove(server.control(), DeviceId(7), &args).is_err());
+        }
+    }
 }

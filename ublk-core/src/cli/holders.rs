@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 pub(super) fn describe(disk: &Path) -> String {
     let nodes = nodes(disk);
     let mut found = mounts(&nodes);
+    found.extend(swaps(&nodes));
+    found.extend(stacked(&nodes));
     found.extend(processes(&nodes));
     found.join(", ")
 }
@@ -41,6 +43,29 @@ fn mounts(nodes: &[PathBuf]) -> Vec<String> {
         nodes.iter().any(|node| node.as_os_str() == device).then(|| format!("{device} mounted at {place}"))
     };
     table.lines().filter_map(mount).collect()
+}
+
+fn swaps(nodes: &[PathBuf]) -> Vec<String> {
+    let table = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let areas = table.lines().filter_map(|line| line.split_whitespace().next());
+    areas
+        .filter(|area| nodes.iter().any(|node| node.as_os_str() == *area))
+        .map(|area| format!("{area} swapped to"))
+        .collect()
+}
+
+/// Block devices on top, such as those of the device mapper and of RAID.
+fn stacked(nodes: &[PathBuf]) -> Vec<String> {
+    let mut found = Vec::new();
+    for node in nodes {
+        let name = node.file_name().unwrap_or_default();
+        for holder in
+            fs::read_dir(Path::new("/sys/class/block").join(name).join("holders")).into_iter().flatten().flatten()
+        {
+            found.push(format!("{} part of {}", node.display(), holder.file_name().display()));
+        }
+    }
+    found
 }
 
 fn processes(nodes: &[PathBuf]) -> Vec<String> {

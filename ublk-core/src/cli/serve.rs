@@ -31,12 +31,14 @@ impl Signals {
 }
 
 /// Serves devices to their end. A signal stops and deletes them all.
-pub(super) fn run(signals: &Signals, mut devices: Vec<Device>) -> Outcome {
+pub(super) fn run(signals: &Signals, devices: Vec<Device>) -> Outcome {
+    // By now, because a device's number may be another one's as soon as it begins to end.
+    let mut devices: Vec<_> = devices.into_iter().map(|device| (state::instance(device.id()), device)).collect();
     let mut station = Station::open().inspect_err(|error| log::warn!("`ublk stat` will not work: {error}")).ok();
     let mut outcome = Ok(());
     while !devices.is_empty() {
         let mut fds = vec![PollFd::new(signals.0.as_fd(), PollFlags::POLLIN)];
-        fds.extend(devices.iter().map(|device| PollFd::new(device.as_fd(), PollFlags::POLLIN)));
+        fds.extend(devices.iter().map(|(_, device)| PollFd::new(device.as_fd(), PollFlags::POLLIN)));
         fds.extend(station.as_ref().map(|station| PollFd::new(station.as_fd(), PollFlags::POLLIN)));
         match poll(&mut fds, station.as_ref().map_or(PollTimeout::NONE, Station::patience)) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -53,21 +55,28 @@ pub(super) fn run(signals: &Signals, mut devices: Vec<Device>) -> Outcome {
             return devices.into_iter().fold(outcome, |outcome, device| end(device, true).and(outcome));
         }
         if let Some(station) = &mut station {
-            station.answer(&devices);
+            station.answer(devices.iter().map(|(_, device)| device));
         }
     }
     outcome
 }
 
 /// Ends a device: as its owner wants it to, or as somebody else has begun to.
-fn end(device: Device, wanted: bool) -> Outcome {
+fn end((instance, device): (Option<u64>, Device), wanted: bool) -> Outcome {
     let id = device.id();
-    let instance = state::instance(id);
     let ending = if wanted { device.stop().map(|()| Ending::Deleted) } else { device.conclude() };
-    drop(device);
-    match ending {
-        Ok(Ending::Left) => log::info!("device {id} is left to another server"),
-        _ => state::remove(id, instance),
+    if ending.is_err() && !wanted && device.recovery().is_some() {
+        // To drop it is to delete it. It has no other server's device, so that this process ends now, which
+        // leaves it waiting for another one.
+        std::mem::forget(device);
+    } else {
+        drop(device);
+    }
+    if instance.is_some() && state::instance(id) == instance {
+        // Whoever serves it next needs its state.
+        log::info!("device {id} is left to another server");
+    } else {
+        state::remove(id, instance);
     }
     ending.map(drop).map_err(|error| {
         log::error!("{error}");

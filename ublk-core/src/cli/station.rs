@@ -126,9 +126,9 @@ impl Station {
     }
 
     /// Answers whoever has asked, without waiting for anybody.
-    pub(super) fn answer(&mut self, devices: &[Device]) {
+    pub(super) fn answer<'a>(&mut self, devices: impl Iterator<Item = &'a Device> + Clone) {
         self.answer_from(&|id| {
-            devices.iter().find(|device| device.id() == id).map(|device| Report::of(&device.stats()))
+            devices.clone().find(|device| device.id() == id).map(|device| Report::of(&device.stats()))
         });
     }
 

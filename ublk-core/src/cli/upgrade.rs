@@ -32,7 +32,7 @@ pub(super) fn run(args: &Args, host: &Host) -> Outcome {
     State::load(id)?.add_args()?.check()?;
     control.quiesce_until(id, DRAIN_TIMEOUT)?;
     let recover = ["recover".into(), "-n".into(), id.to_string().into()];
-    daemon::parent(&recover, &host).map_err(|failure| {
+    daemon::parent(&recover, &host, daemon::Devices::Found).map_err(|failure| {
         let why = match failure {
             Failure::Error(error) => error.to_string(),
             Failure::Text(text) => text,

@@ -87,7 +87,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// As [`stop`](Device::stop).
+    /// As [`stop`](Device::stop); and [`Error::Timeout`] if the driver does not notice that the server has left.
+    /// A device that can be recovered is there after that.
     pub fn conclude(&self) -> Result<Ending> {
         if self.recovery().is_none() || self.owner != std::process::id() {
             return self.stop().map(|()| Ending::Deleted);
@@ -117,6 +118,15 @@ impl Device {
                     return self.events.take_failure().map_or(Ok(Ending::Left), Err);
                 }
                 Ok(DeviceState::Live) if Instant::now() < deadline => std::thread::sleep(STATE_POLL),
+                Ok(DeviceState::Live) => {
+                    // Its requests are somebody's: not to be failed because of a stray descriptor.
+                    *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
+                    return Err(Error::Timeout {
+                        waiting_for: format!("the driver noticing that device {id} has no server"),
+                        waited: NOTICE_TIMEOUT,
+                        hint: format!("a child of this process may still have /dev/ublkc{id} open"),
+                    });
+                }
                 Ok(_) => return self.stop().map(|()| Ending::Deleted),
                 Err(error) if error.errno() == Errno::ENODEV => return self.stop().map(|()| Ending::Deleted),
                 Err(error) => return Err(error),

@@ -22,6 +22,8 @@ use crate::units::DeviceId;
 /// How long the driver may take to notice that a server is dead: Linux 6.12 up to 30 s, 6.1 some 5 s, newer
 /// ones a moment.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(45);
+/// How long somebody else may have the char device of a device without a server open.
+const OPENER_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Device {
     /// What becomes of the device when its server is gone.
@@ -64,9 +66,10 @@ impl Server {
     /// process has ended, if the error came late.
     pub fn recover(&self, id: DeviceId, target: Arc<dyn Target>) -> Result<Device> {
         self.check_driver()?;
-        let info = self.wait_for_death(id)?;
+        let info = self.wait_for_vacancy(id)?;
         let params = self.control.params(id)?.params;
         fits(&target.params(), &params)?;
+        self.begin_recovery(&info)?;
         let events = Arc::new(QueueEvents::new()?);
         let plan = Plan {
             data: DataMovement::of(info.features),
@@ -98,13 +101,26 @@ impl Server {
             self.pool.abandon(id);
             return Err(error);
         }
+        if let Err(error) = device.wait_for_node() {
+            if let Err(second) = device.leave() {
+                log::error!("leaving device {id} again: {second}");
+                self.pool.abandon(id);
+            }
+            return Err(error);
+        }
         *device.deleted.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = false;
-        device.wait_for_node()?;
         Ok(device)
     }
 
-    /// Waits until the device waits for a server.
-    fn wait_for_death(&self, id: DeviceId) -> Result<DeviceInfo> {
+    /// Waits until the last server of a device that can be [recovered](Server::recover) is gone, so that what
+    /// it had for itself, the lock of a file say, can be had by the next one.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if a living process serves the device, `EINVAL` if it was not made to be recovered, `ENODEV` if
+    /// there is no such device or it was stopped, [`Error::Timeout`] if somebody else keeps the dead
+    /// server's end from being noticed.
+    pub fn wait_for_vacancy(&self, id: DeviceId) -> Result<DeviceInfo> {
         let busy = |info: &DeviceInfo, hint: String| Error::Control {
             command: "START_USER_RECOVERY",
             device: Some(id),
@@ -128,12 +144,7 @@ impl Server {
                     return Err(busy(&info, format!("process {} serves the device", info.pid)));
                 }
                 DeviceState::Live => {}
-                _ => match self.control.start_recovery(id) {
-                    Ok(()) => return Ok(info),
-                    // Somebody, udev say, has the char device open.
-                    Err(Error::Control { errno: Errno::EBUSY, .. }) if Instant::now() < deadline => {}
-                    Err(error) => return Err(error),
-                },
+                _ => return Ok(info),
             }
             if Instant::now() >= deadline {
                 return Err(Error::Timeout {
@@ -141,6 +152,26 @@ impl Server {
                     waited: DEATH_TIMEOUT,
                     hint: format!("a child of process {} may still have /dev/ublkc{id} open", info.pid),
                 });
+            }
+            std::thread::sleep(STATE_POLL);
+        }
+    }
+
+    /// START_USER_RECOVERY, for a device that waits for a server.
+    fn begin_recovery(&self, info: &DeviceInfo) -> Result<()> {
+        let deadline = Instant::now() + OPENER_TIMEOUT;
+        loop {
+            match self.control.start_recovery(info.id) {
+                Ok(()) => return Ok(()),
+                // Somebody, udev say, has the char device open.
+                Err(Error::Control { errno: Errno::EBUSY, .. }) if Instant::now() < deadline => {}
+                // Up to Linux 6.12, a second one without a server between them is refused so: the first
+                // attempt at a recovery failed, and all is as prepared as it can be.
+                Err(Error::Control { errno: Errno::EINVAL, .. }) => {
+                    log::debug!("device {}: a recovery has been begun before", info.id);
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
             }
             std::thread::sleep(STATE_POLL);
         }
@@ -157,6 +188,14 @@ fn is_alive(pid: i32) -> bool {
 
 /// Whether a target can serve a disk of a given shape.
 fn fits(target: &Params, disk: &Params) -> Result<()> {
+    for (name, served, had) in [
+        ("zones", target.zoned.is_some(), disk.zoned.is_some()),
+        ("integrity metadata", target.integrity.is_some(), disk.integrity.is_some()),
+    ] {
+        if served != had {
+            return Err(Error::invalid(name, served, format!("for the disk it is {had}")));
+        }
+    }
     if target.size < disk.size {
         return Err(Error::invalid("size", target.size, format!("the disk has {} bytes", disk.size)));
     }

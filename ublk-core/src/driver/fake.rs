@@ -398,7 +398,7 @@ impl State {
         info.nr_hw_queues = info.nr_hw_queues.min(64);
         info.state = uapi::UBLK_S_DEV_DEAD;
         info.ublksrv_pid = -1;
-        info.flags |= ALWAYS_ON.bits();
+        info.flags |= (ALWAYS_ON | Features::SAFE_STOP_DEV).bits();
         info.flags &= self.features().bits();
         let queue = || {
             let descriptors = Arc::new(Region::anonymous(DescriptorMap::len_for(depth)).map_err(|_| Errno::ENOMEM)?);
