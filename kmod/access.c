@@ -21,6 +21,7 @@ static int ublk_command_mask(u32 cmd_op)
 	case UBLK_CMD_GET_DEV_INFO:
 	case UBLK_CMD_GET_DEV_INFO2:
 	case UBLK_CMD_GET_PARAMS:
+	case _IOC_NR(UBLK_U_CMD_GET_FEATURES):
 		return MAY_READ;
 	case UBLK_CMD_DEL_DEV:
 	case UBLK_CMD_START_DEV:
@@ -82,14 +83,12 @@ static int ublk_take_path(const struct ublk_device *ub, u32 cmd_op,
 	char *name;
 	int ret;
 
-	if (mask < 0)
-		return mask;
 	if (!path_len || path_len > PATH_MAX || path_len > header->len)
 		return -EINVAL;
 	name = memdup_user_nul(u64_to_user_ptr(header->addr), path_len);
 	if (IS_ERR(name))
 		return PTR_ERR(name);
-	ret = ublk_check_path(ub, name, mask);
+	ret = mask < 0 ? mask : ublk_check_path(ub, name, mask);
 	kfree(name);
 	if (ret)
 		return ret;

@@ -22,8 +22,9 @@ pub(crate) struct Explained {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Explanation {
-    /// Name of the command.
+    /// Name of the command; how it begins, if this ends in `*`.
     command: String,
+    /// Its case, or one of several that come together.
     case: Option<String>,
     context: Option<String>,
     #[serde(default)]
@@ -62,8 +63,8 @@ impl Explained {
         self.difference.iter().find(|known| {
             let has = |text: &str, part: &Option<String>| part.as_ref().is_none_or(|part| text.contains(part.as_str()));
             let is = |text: &str, whole: &Option<String>| whole.as_ref().is_none_or(|whole| text == whole);
-            known.command == a.command
-                && is(&a.case, &known.case)
+            names(&known.command, &a.command)
+                && known.case.as_ref().is_none_or(|case| a.case == *case || a.case.split('+').any(|one| one == case))
                 && has(&a.context, &known.context)
                 && known.arguments.iter().all(|part| a.arguments.contains(part))
                 && is(&a.result, &known.first)
@@ -74,6 +75,11 @@ impl Explained {
                 && (!known.rest || rest(a).is_some_and(|rest| b.outputs.contains(&rest) && !a.outputs.contains(&rest)))
         })
     }
+}
+
+/// Whether a pattern names a command.
+fn names(pattern: &str, command: &str) -> bool {
+    pattern.strip_suffix('*').map_or(pattern == command, |beginning| command.starts_with(beginning))
 }
 
 /// A word of the arguments or outputs that begins like this.
@@ -284,6 +290,26 @@ mod tests {
         assert!(!compare(&a, &b, &known).good());
         b[0].result = "2".into();
         assert!(!compare(&a, &b, &known).good());
+    }
+
+    #[test]
+    fn an_explanation_can_be_for_commands_that_begin_alike() {
+        let known = explained("[[difference]]\ncommand = 'disk-*'\nreason = 'because'\n");
+        for (command, good) in [("disk-read", true), ("disk", false), ("a-disk-read", false)] {
+            let (a, b) = ([line(0, 0, command, "0")], [line(0, 0, command, "1")]);
+            assert_eq!(compare(&a, &b, &known).good(), good, "{command}");
+        }
+    }
+
+    #[test]
+    fn an_explanation_of_a_case_holds_where_others_join_it() {
+        let known = explained("[[difference]]\ncommand = 'X'\ncase = 'chunk'\nreason = 'because'\n");
+        for (case, good) in [("chunk", true), ("chunk+len", true), ("a+chunk", true), ("chunks", false)] {
+            let (mut a, mut b) = ([line(0, 0, "X", "0")], [line(0, 0, "X", "1")]);
+            a[0].case = case.into();
+            b[0].case = case.into();
+            assert_eq!(compare(&a, &b, &known).good(), good, "{case}");
+        }
     }
 
     #[test]

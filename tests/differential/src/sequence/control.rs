@@ -539,6 +539,8 @@ impl Sequence<'_> {
                     info.flags ^= if self.random.chance(50) { UBLK_F_UNPRIVILEGED_DEV } else { 0 };
                 }
                 "big-buffer" => info.max_io_buf_bytes = self.random.pick(&[0, 1, 4095, 1 << 26, 1 << 31, u32::MAX]),
+                // Why zoned devices have one, see `want`.
+                "many-queues" if info.flags & UBLK_F_ZONED != 0 => {}
                 "many-queues" => info.nr_hw_queues = self.random.pick(&[3, 64, 4096]),
                 _ => bail!("no such fault: {case}"),
             }
