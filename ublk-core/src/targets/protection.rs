@@ -189,8 +189,9 @@ fn check_one(integrity: &Integrity, interval: u64, data: &[u8], metadata: &[u8])
     }
     let computed = match integrity.checksum {
         Checksum::None => guard,
-        // Linux makes this guard of the metadata before it alone, where there is some.
-        Checksum::Ip => u64::from(internet(if before.is_empty() { data } else { before })),
+        // Until intervals could be split, Linux made this guard of the metadata before it alone, where there is some.
+        Checksum::Ip if !before.is_empty() && guard == u64::from(internet(&[], before)) => guard,
+        Checksum::Ip => u64::from(internet(data, before)),
         Checksum::Crc16T10Dif => u64::from(crc16(crc16(0, data), before)),
         Checksum::Crc64Nvme => crc64(crc64(0, data), before),
     };
@@ -204,9 +205,12 @@ fn check_one(integrity: &Integrity, interval: u64, data: &[u8], metadata: &[u8])
     Ok(())
 }
 
-/// The Internet checksum (RFC 1071).
-fn internet(data: &[u8]) -> u16 {
-    let words = data.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+/// The Internet checksum (RFC 1071) of data, which has an even length, and what follows it.
+fn internet(data: &[u8], then: &[u8]) -> u16 {
+    let words = data
+        .chunks(2)
+        .chain(then.chunks(2))
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
     let folded = words.fold(0u32, |sum, word| {
         let sum = sum + word;
         (sum & 0xffff) + (sum >> 16)
@@ -269,7 +273,9 @@ mod tests {
         assert_eq!(crc16(0, DIGITS), 0xd0db);
         assert_eq!(crc64(0, DIGITS), 0xae8b_1486_0a79_9888);
         // The example of RFC 1071.
-        assert_eq!(internet(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]), !0xddf2);
+        let example = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
+        assert_eq!(internet(&example, &[]), !0xddf2);
+        assert_eq!(internet(&example[..2], &example[2..]), !0xddf2);
         assert_eq!(crc16(crc16(0, b"12345"), b"6789"), crc16(0, DIGITS));
         assert_eq!(crc64(crc64(0, b"12345"), b"6789"), crc64(0, DIGITS));
     }
@@ -296,8 +302,7 @@ mod tests {
             metadata.extend(&before);
             match checksum {
                 Checksum::None => metadata.extend([0; 8]),
-                Checksum::Ip if pi_offset == 0 => metadata.extend(internet(data).to_be_bytes()),
-                Checksum::Ip => metadata.extend(internet(&before).to_be_bytes()),
+                Checksum::Ip => metadata.extend(internet(data, &before).to_be_bytes()),
                 Checksum::Crc16T10Dif => metadata.extend(crc16(crc16(0, data), &before).to_be_bytes()),
                 Checksum::Crc64Nvme => metadata.extend(crc64(crc64(0, data), &before).to_be_bytes()),
             }
@@ -327,10 +332,7 @@ mod tests {
                 let mut wrong = data.clone();
                 wrong[700] ^= 4;
                 let found = check(&integrity, 1000 * 512, &wrong, &metadata);
-                // Linux's guard does not cover the data then.
-                if (checksum, pi_offset) != (Checksum::Ip, 8) {
-                    assert!(matches!(found, Err(Mismatch::Guard { interval: 1001, .. })), "{checksum:?}: {found:?}");
-                }
+                assert!(matches!(found, Err(Mismatch::Guard { interval: 1001, .. })), "{checksum:?}: {found:?}");
                 let mut wrong = metadata.clone();
                 wrong[usize::from(pi_offset)] ^= 1;
                 assert!(check(&integrity, 1000 * 512, &data, &wrong).is_err(), "{checksum:?}");
