@@ -154,6 +154,17 @@ def test_an_upgrade_that_cannot_work_leaves_the_old_server(native, scratch: Path
         refused = native.run("upgrade", "-n", str(device_id(path)), "--program", program, check=False)
         assert refused.status == 1, str(refused)
         assert program in refused.err, str(refused)
+    # The backing file cannot be written to, or is too short.
+    file = scratch / "disk.img"
+    for spoil, mend in (
+        (["chattr", "+i", file], ["chattr", "-i", file]),
+        (["truncate", "-s", str(SIZE // 2), file], ["truncate", "-s", str(SIZE), file]),
+    ):
+        run(spoil)
+        refused = native.run("upgrade", "-n", str(device_id(path)), check=False)
+        run(mend)
+        assert refused.status == 1, str(refused)
+        assert "disk.img" in refused.err, str(refused)
     # The backing file cannot be opened by its name any more.
     (scratch / "disk.img").rename(scratch / "moved.img")
     refused = native.run("upgrade", "-n", str(device_id(path)), check=False)

@@ -325,7 +325,7 @@ impl Control {
 
     /// GET_DEV_INFO2: what the driver knows about a device. Linux 6.3.
     pub fn info(&self, id: DeviceId) -> Result<DeviceInfo> {
-        let path = format!("/dev/ublkc{id}\0");
+        let path = char_path(id);
         let mut payload = path.clone().into_bytes();
         payload.resize(path.len() + size_of::<ublksrv_ctrl_dev_info>(), 0);
         let command = ControlCommand {
@@ -358,12 +358,37 @@ impl Control {
         self.run_for(command, timeout, give_up).map(|(_, payload)| payload)
     }
 
+    /// Sends a command; once more with the char device's path, if the device demands that.
+    ///
+    /// An unprivileged device admits whoever may open its char device, and only to a command that names it by
+    /// path: root's too. A privileged one takes the path for the command's argument. Which it is may have
+    /// changed since this process last asked; that a command without a path is refused before anything else
+    /// is looked at does not change.
     fn run_for(
         &self,
         command: ControlCommand,
         timeout: Duration,
         give_up: &dyn Fn() -> bool,
     ) -> Result<(i32, Vec<u8>)> {
+        if command.dev_id == u32::MAX || command.path_len != 0 || command.op == uapi::UBLK_U_CMD_ADD_DEV {
+            return self.send(command, timeout, give_up);
+        }
+        let path = char_path(DeviceId(command.dev_id));
+        let payload = [path.as_bytes(), &command.payload].concat();
+        let with_path = ControlCommand { payload, path_len: path.len() as u16, ..command };
+        match self.send(command, timeout, give_up) {
+            Err(Error::Control { errno: Errno::EINVAL, .. })
+                if self.info(DeviceId(with_path.dev_id))?.features.contains(Features::UNPRIVILEGED_DEV) =>
+            {
+                let (result, mut reply) = self.send(with_path, timeout, give_up)?;
+                reply.drain(..path.len());
+                Ok((result, reply))
+            }
+            other => other,
+        }
+    }
+
+    fn send(&self, command: ControlCommand, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<(i32, Vec<u8>)> {
         let name = command.name;
         let device = (command.dev_id != u32::MAX).then_some(DeviceId(command.dev_id));
         log::debug!("{name} {device:?} data {}", command.data);
@@ -402,6 +427,11 @@ const MAY_BLOCK: [u32; 14] = [
     uapi::UBLK_U_CMD_UNREG_BUF,
 ];
 
+/// The path by which a command names a device, with the zero that ends it.
+fn char_path(id: DeviceId) -> String {
+    format!("/dev/ublkc{id}\0")
+}
+
 fn command(name: &'static str, op: u32, id: Option<DeviceId>) -> ControlCommand {
     ControlCommand {
         name,
@@ -419,6 +449,7 @@ fn hint(command: &str, errno: Errno) -> &'static str {
     match (command, errno) {
         ("ADD_DEV", Errno::EEXIST) => "the id is in use (`ublk list` shows the devices)",
         ("ADD_DEV", Errno::EPERM) => "root (CAP_SYS_ADMIN) is needed",
+        ("DEL_DEV_ASYNC", Errno::EINVAL) => "Linux's driver cannot do this with a user's device: do without --async",
         ("ADD_DEV", Errno::EACCES) => "the limit of unprivileged devices is reached (module parameter ublks_max)",
         ("ADD_DEV", Errno::ENOMEM) => "not enough memory for that many queues and tags",
         ("START_DEV", Errno::EEXIST) => "the device is started already, or its last disk is still held open",

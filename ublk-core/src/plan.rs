@@ -33,6 +33,10 @@ pub(crate) struct Demands {
     pub(crate) features: Features,
 }
 
+/// Ways in which data moves that an unprivileged device cannot have.
+const PRIVILEGED: Features = Features::SUPPORT_ZERO_COPY.union(Features::USER_COPY).union(Features::AUTO_BUF_REG);
+const NEEDS_PRIVILEGE: &str = "root (CAP_SYS_ADMIN) is needed for that";
+
 impl Plan {
     /// Chooses among what the driver offers.
     ///
@@ -70,6 +74,31 @@ impl Plan {
         let needed = if threads_per_queue > 1 { features | Features::PER_IO_DAEMON } else { features };
         require(offered, needed)?;
         Ok(Plan { data, batch, threads_per_queue, features, reason })
+    }
+
+    /// Chooses for a user without CAP_SYS_ADMIN, whom the driver lets have less: it copies all data (memory that
+    /// was not would show what others left in it), and the device ends with its server.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`] if something was asked for that takes CAP_SYS_ADMIN.
+    pub(crate) fn choose_unprivileged(offered: Features, demands: &Demands, options: &DeviceOptions) -> Result<Self> {
+        let refuse = |what, value: &dyn std::fmt::Display| Err(Error::invalid(what, value, NEEDS_PRIVILEGE));
+        if let Some(recovery) = options.recovery {
+            return refuse("recovery", &recovery.name());
+        }
+        if let Some(data) = options.data.filter(|data| data.features().intersects(PRIVILEGED)) {
+            return refuse("data movement", &data);
+        }
+        if demands.excludes_copy {
+            return refuse("disk", &"with zones or integrity metadata");
+        }
+        let mut plan = Self::choose(offered.difference(PRIVILEGED), demands, options)?;
+        if options.data.is_none() {
+            plan.reason = "the driver copies what users without CAP_SYS_ADMIN serve";
+        }
+        plan.features |= Features::UNPRIVILEGED_DEV;
+        Ok(plan)
     }
 
     fn movement(offered: Features, demands: &Demands) -> (DataMovement, &'static str) {
@@ -155,6 +184,26 @@ mod tests {
             let error = Plan::choose(v6_12(), &BYTES, &options).unwrap_err().to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{error}");
         }
+    }
+
+    #[test]
+    fn users_have_devices_whose_data_the_driver_copies() {
+        let choose = |demands, options: &DeviceOptions| Plan::choose_unprivileged(Features::all(), demands, options);
+        let plan = choose(&FORWARDS, &DeviceOptions::default()).unwrap();
+        assert_eq!(plan.data, DataMovement::Copy);
+        assert!(plan.features.contains(Features::UNPRIVILEGED_DEV));
+        assert!(!plan.features.intersects(PRIVILEGED | Features::USER_RECOVERY | Features::QUIESCE));
+        let get_data = DeviceOptions { data: Some(DataMovement::GetData), ..DeviceOptions::default() };
+        assert_eq!(choose(&BYTES, &get_data).unwrap().data, DataMovement::GetData);
+        for options in [
+            DeviceOptions { recovery: Some(crate::Recovery::Queue), ..DeviceOptions::default() },
+            DeviceOptions { data: Some(DataMovement::UserCopy), ..DeviceOptions::default() },
+            DeviceOptions { data: Some(DataMovement::AutoRegister), ..DeviceOptions::default() },
+        ] {
+            let error = choose(&FORWARDS, &options).unwrap_err().to_string();
+            assert!(error.contains("CAP_SYS_ADMIN"), "{error}");
+        }
+        assert!(choose(&Demands { excludes_copy: true, ..BYTES }, &DeviceOptions::default()).is_err());
     }
 
     #[test]

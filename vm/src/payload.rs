@@ -59,6 +59,7 @@ pub(crate) fn obtain(
             (repository.join("tests"), "tests"),
             (repository.join("ublk-py/examples"), "examples"),
             (repository.join("vm/guest"), "vm"),
+            (repository.join("ublk-core/udev"), "udev"),
         ],
         driver,
         extra,
@@ -222,7 +223,7 @@ impl Parts {
     fn make(&self, cache: &Cache, image: &Path) -> Result<()> {
         let temporary = cache.temporary("payload")?;
         let tree = temporary.path().join("tree");
-        for name in ["bin", "driver", "python", "dist", "tests", "examples", "vm"] {
+        for name in ["bin", "driver", "python", "dist", "tests", "examples", "vm", "udev"] {
             let dir = tree.join(name);
             fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         }

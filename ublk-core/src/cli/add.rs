@@ -291,12 +291,21 @@ impl Args {
         self.log.as_deref()
     }
 
-    /// Checks what can be checked of a target while another server has it.
-    pub(super) fn check(&self) -> Result<()> {
-        match &self.file {
-            None => Ok(()),
-            Some(file) => std::fs::File::open(file).map(drop).map_err(|e| Error::file("open", file, &e)),
+    /// Checks what can be checked of a target while another server has it: whether its file can be opened in
+    /// the same way, and has room for the disk.
+    pub(super) fn check(&self, disk: u64) -> Result<()> {
+        let Some(file) = &self.file else { return Ok(()) };
+        let failed = |e| Error::file("open", file, &e);
+        // To have opened a block device for writing is to have udev look at it.
+        let write = !self.read_only && std::fs::metadata(file).map_err(failed)?.is_file();
+        std::fs::OpenOptions::new().read(true).write(write).open(file).map_err(failed)?;
+        if self.kind == Kind::File {
+            let there = targets::file_size(file)?;
+            if there < disk {
+                return Err(Error::invalid("size", there, format!("of {}; the disk has {disk} bytes", file.display())));
+            }
         }
+        Ok(())
     }
 
     /// The size that a disk can be given, if it can be given the one that is wished for.

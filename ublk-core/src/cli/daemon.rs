@@ -17,15 +17,12 @@ use std::process::{Command, ExitStatus, Stdio};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::unistd::{chdir, dup2_stderr, dup2_stdout, pipe2, setsid};
 
-use super::{Failure, Host, Outcome, state};
+use super::{Failure, Host, Outcome, run_dir, state};
 use crate::device::Device;
 use crate::units::DeviceId;
 
 /// The hidden flag that makes a process the child.
 pub(super) const REPORT_FLAG: &str = "report-fd";
-
-/// Where logs and states of devices are kept.
-pub(super) const RUN_DIR: &str = "/run/ublk";
 
 /// Tells whoever started this process where its disks are.
 pub(super) fn print_paths(devices: &[Device]) -> Outcome {
@@ -176,12 +173,12 @@ pub(super) fn child(
 /// The log of the first device is that of all.
 fn default_log(devices: &[Device]) -> PathBuf {
     let name = devices.first().map_or_else(|| "server.log".into(), |device| format!("ublkb{}.log", device.id()));
-    Path::new(RUN_DIR).join(name)
+    run_dir::path().join(name)
 }
 
 fn open_log(path: &Path) -> Result<File, Failure> {
-    if let Some(parent) = path.parent().filter(|p| *p == Path::new(RUN_DIR)) {
-        fs::create_dir_all(parent).map_err(|e| Failure::Text(format!("making {}: {e}", parent.display())))?;
+    if let Some(parent) = path.parent().filter(|p| *p == run_dir::path()) {
+        run_dir::make().map_err(|e| Failure::Text(format!("making {}: {e}", parent.display())))?;
     }
     OpenOptions::new()
         .create(true)

@@ -9,6 +9,8 @@ use serde::Serialize;
 use super::limits::Limits;
 use super::state::State;
 use super::{Failure, Outcome};
+use nix::errno::Errno;
+
 use crate::control::{Control, DeviceInfo};
 use crate::data::DataMovement;
 use crate::device::Recovery;
@@ -66,14 +68,18 @@ pub(super) fn run(args: &Args) -> Outcome {
     let all = || control.driver().device_ids().map_err(|e| Error::file("list", "/sys/class/ublk-char", &e));
     let asked = !args.ids.is_empty();
     let ids = if asked { args.ids.iter().copied().map(DeviceId).collect() } else { all()? };
-    let mut entries = Vec::new();
+    let (mut entries, mut others) = (Vec::new(), 0);
     for id in ids {
         match entry(&control, id) {
             Ok(entry) => entries.push(entry),
             // It went away between the two looks.
-            Err(error) if !asked && error.errno() == nix::errno::Errno::ENODEV => {}
+            Err(error) if !asked && error.errno() == Errno::ENODEV => {}
+            Err(error) if !asked && matches!(error.errno(), Errno::EACCES | Errno::EPERM) => others += 1,
             Err(error) => return Err(error.into()),
         }
+    }
+    if others != 0 {
+        eprintln!("ublk: {others} more of other users' that this user may not look at");
     }
     let text = if args.json {
         let mut json =

@@ -11,9 +11,11 @@ mod features;
 mod holders;
 mod limits;
 mod list;
+mod owner;
 mod quiesce;
 mod recover;
 mod resize;
+mod run_dir;
 mod serve;
 mod shape;
 mod size;
@@ -61,6 +63,9 @@ enum Command {
     Stat(stat::Args),
     /// Show what the driver can do
     Features(features::Args),
+    /// Show whose a device is; for udev, which gives it to its user
+    #[command(hide = true)]
+    Owner(owner::Args),
 }
 
 /// The program that the command is part of.
@@ -116,6 +121,7 @@ pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
         Command::List(args) => list::run(&args),
         Command::Stat(args) => stat::run(&args),
         Command::Features(args) => features::run(&args),
+        Command::Owner(args) => owner::run(&args),
     };
     match result {
         Ok(()) => 0,

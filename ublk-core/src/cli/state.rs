@@ -6,12 +6,11 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::daemon::RUN_DIR;
-use super::{Cli, Command, Failure, Outcome, add};
+use super::{Cli, Command, Failure, Outcome, add, run_dir};
 use crate::device::Device;
 use crate::units::DeviceId;
 use clap::Parser;
@@ -56,7 +55,7 @@ impl State {
     pub(super) fn save(&self, id: DeviceId) -> Outcome {
         let path = path(id);
         let failed = |what: &str, e: &dyn std::fmt::Display| Failure::Text(format!("{what} {}: {e}", path.display()));
-        fs::create_dir_all(RUN_DIR).map_err(|e| failed("making the directory of", &e))?;
+        run_dir::make().map_err(|e| failed("making the directory of", &e))?;
         let mut text = serde_json::to_vec_pretty(self).map_err(|e| failed("making", &e))?;
         text.push(b'\n');
         let new = path.with_extension("json.new");
@@ -142,7 +141,7 @@ pub(super) fn remove(id: DeviceId, instance: Option<u64>) {
 }
 
 fn path(id: DeviceId) -> PathBuf {
-    Path::new(RUN_DIR).join(format!("ublkb{id}.json"))
+    run_dir::path().join(format!("ublkb{id}.json"))
 }
 
 /// A number that a later device with the same id does not have: that of its directory in sysfs.

@@ -21,8 +21,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use serde::{Deserialize, Serialize};
 
-use super::Failure;
-use super::daemon::RUN_DIR;
+use super::{Failure, run_dir};
 use crate::device::Device;
 use crate::stats::{DeviceStats, OpStats};
 use crate::units::DeviceId;
@@ -97,8 +96,8 @@ enum Step {
 impl Station {
     /// Makes this process's socket, for its user only, and removes those of dead ones.
     pub(super) fn open() -> io::Result<Self> {
-        fs::create_dir_all(RUN_DIR)?;
-        sweep(Path::new(RUN_DIR));
+        run_dir::make()?;
+        sweep(&run_dir::path());
         Self::open_at(path(std::process::id()))
     }
 
@@ -243,12 +242,12 @@ impl Client {
 }
 
 fn path(pid: u32) -> PathBuf {
-    Path::new(RUN_DIR).join(format!("server-{pid}.sock"))
+    run_dir::path().join(format!("server-{pid}.sock"))
 }
 
 /// Removes the sockets of servers that are dead.
 pub(super) fn sweep_all() {
-    sweep(Path::new(RUN_DIR));
+    sweep(&run_dir::path());
 }
 
 fn sweep(directory: &Path) {

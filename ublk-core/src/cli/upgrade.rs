@@ -29,7 +29,7 @@ pub(super) fn run(args: &Args, host: &Host) -> Outcome {
         host.relaunch = vec![program.clone().into()];
     }
     // All that can fail is to fail before the old server goes.
-    State::load(id)?.add_args()?.check()?;
+    State::load(id)?.add_args()?.check(control.params(id)?.params.size)?;
     control.quiesce_until(id, DRAIN_TIMEOUT)?;
     let recover = ["recover".into(), "-n".into(), id.to_string().into()];
     daemon::parent(&recover, &host, daemon::Devices::Found).map_err(|failure| {

@@ -112,13 +112,20 @@ impl Server {
         let plan = Plan::choose(offered, &demands, options)?;
         log::debug!("data moves by {}: {}", plan.data, plan.reason);
         let events = Arc::new(QueueEvents::new()?);
-        let info = self.control.add(&AddRequest {
-            id: options.id,
-            queues,
-            depth,
-            max_io_bytes: params.max_io_bytes,
-            features: plan.features,
-        })?;
+        let add = |plan: Plan| {
+            let features = plan.features;
+            let max_io_bytes = params.max_io_bytes;
+            self.control
+                .add(&AddRequest { id: options.id, queues, depth, max_io_bytes, features })
+                .map(|info| (info, plan))
+        };
+        let (info, plan) = match add(plan) {
+            // Without CAP_SYS_ADMIN. Linux 6.3 lets users have devices of their own, with fewer features.
+            Err(error) if error.errno() == Errno::EPERM && offered.contains(Features::UNPRIVILEGED_DEV) => {
+                add(Plan::choose_unprivileged(offered, &demands, options)?)?
+            }
+            added => added?,
+        };
         let device = Device {
             control: self.control.clone(),
             pool: self.pool.clone(),
@@ -248,10 +255,39 @@ impl Device {
             let alignment = memory_alignment.max(params.dma_alignment.unwrap_or(1));
             params.dma_alignment = Some(alignment).filter(|alignment| *alignment > DEFAULT_DMA_ALIGNMENT);
         }
+        if self.info.features.contains(Features::UNPRIVILEGED_DEV) {
+            self.wait_for_access()?;
+        }
         self.control.set_params_checked(id, &params)?;
         self.open_queues(target)?;
         self.control.start(id, std::process::id(), &|| self.events.is_ending())?;
         self.wait_for_node()
+    }
+
+    /// Waits until udev has given a user's device to its user.
+    fn wait_for_access(&self) -> Result<()> {
+        let deadline = Instant::now() + NODE_TIMEOUT;
+        loop {
+            match self.control.info(self.id()) {
+                Err(error) if matches!(error.errno(), Errno::EACCES | Errno::EPERM | Errno::ENOENT) => {
+                    if Instant::now() >= deadline {
+                        return Err(Error::File {
+                            operation: "open",
+                            path: format!("/dev/ublkc{}", self.id()).into(),
+                            errno: error.errno(),
+                            hint: format!(
+                                "still so after {} s: are the udev rules installed that give devices to their users? \
+                                 Only root can delete this one (`ublk del -n {}`)",
+                                NODE_TIMEOUT.as_secs(),
+                                self.id()
+                            ),
+                        });
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                other => return other.map(drop),
+            }
+        }
     }
 
     fn open_queues(&self, target: &Arc<dyn Target>) -> Result<()> {

@@ -55,6 +55,8 @@ struct State {
     tickets: u64,
     /// What the driver says it can do; everything unless a test wants less.
     offered: Option<Features>,
+    /// Whether callers lack CAP_SYS_ADMIN.
+    unprivileged: bool,
     /// Errnos to answer the next commands of a name with.
     refusals: HashMap<&'static str, VecDeque<Errno>>,
 }
@@ -165,6 +167,11 @@ impl FakeDriver {
         self.shared.state().offered = Some(features | ALWAYS_ON);
     }
 
+    /// Takes whoever calls for a user without CAP_SYS_ADMIN, from now on.
+    pub fn drop_privileges(&self) {
+        self.shared.state().unprivileged = true;
+    }
+
     /// The rules that servers have broken so far.
     pub fn violations(&self) -> Vec<String> {
         self.shared.state().violations.clone()
@@ -192,7 +199,41 @@ impl FakeDriver {
         if !self.shared.state().devices.contains_key(&id) {
             return refuse(Errno::ENODEV);
         }
+        if command.op != uapi::UBLK_U_CMD_GET_DEV_INFO2 {
+            let (device, caller) = {
+                let state = self.shared.state();
+                let flags = state.devices.get(&id).map(|device| device.info.flags).unwrap_or_default();
+                (flags & Features::UNPRIVILEGED_DEV.bits() != 0, state.unprivileged)
+            };
+            if device {
+                // By its path, whoever it is.
+                let path = format!("/dev/ublkc{id}\0").into_bytes();
+                if command.path_len as usize != path.len() || !command.payload.starts_with(&path) {
+                    return refuse(Errno::EINVAL);
+                }
+                command.payload.drain(..path.len());
+                command.path_len = 0;
+                let result = self.execute_permitted(command, timeout, give_up);
+                command.payload.splice(..0, path);
+                return result;
+            }
+            if caller {
+                return refuse(Errno::EPERM);
+            }
+        }
+        self.execute_permitted(command, timeout, give_up)
+    }
+
+    /// A command on a device that the caller may send.
+    fn execute_permitted(
+        &self,
+        command: &mut ControlCommand,
+        timeout: Duration,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<i32, ControlFailure> {
+        let refuse = |errno| Err(ControlFailure::Refused(errno));
         let gone = ControlFailure::Refused(Errno::ENODEV);
+        let id = command.dev_id;
         match command.op {
             uapi::UBLK_U_CMD_SET_PARAMS => {
                 let mut state = self.shared.state();
@@ -389,6 +430,16 @@ impl State {
         let depth = info.queue_depth;
         if depth == 0 || depth > MAX_DEPTH || info.nr_hw_queues == 0 {
             return Err(Errno::EINVAL);
+        }
+        let flags = Features::from_bits_retain(info.flags);
+        if !self.unprivileged {
+            info.flags &= !Features::UNPRIVILEGED_DEV.bits();
+        } else if !flags.contains(Features::UNPRIVILEGED_DEV) {
+            return Err(Errno::EPERM);
+        } else if flags.intersects(NOT_COPIED) {
+            return Err(Errno::EINVAL);
+        } else {
+            info.flags &= !(Features::USER_RECOVERY | Features::USER_RECOVERY_REISSUE).bits();
         }
         if info.dev_id == u32::MAX {
             info.dev_id = (0..).find(|id| !self.devices.contains_key(id)).ok_or(Errno::ENOSPC)?;

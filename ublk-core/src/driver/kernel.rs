@@ -25,6 +25,8 @@ use std::time::{Duration, Instant};
 use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
 use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::unistd::{AccessFlags, faccessat};
 
 use self::ring::KernelRing;
 use super::{CharDevice, ControlCommand, ControlFailure, Driver, MappedDescriptors, RequestPlace, Ring};
@@ -80,7 +82,9 @@ impl KernelDriver {
                     path: path.clone(),
                     errno,
                     hint: match errno {
-                        Errno::EACCES | Errno::EPERM => "root (CAP_SYS_ADMIN) is needed".into(),
+                        Errno::EACCES | Errno::EPERM => {
+                            "root (CAP_SYS_ADMIN) is needed, or udev rules that let users have devices".into()
+                        }
                         Errno::ENODEV | Errno::ENXIO => "the node is stale: the ublk driver is not loaded".into(),
                         _ => String::new(),
                     },
@@ -188,7 +192,10 @@ impl Driver for KernelDriver {
     }
 
     fn block_node_exists(&self, id: DeviceId) -> bool {
-        std::fs::metadata(self.block_path(id)).is_ok_and(|m| m.file_type().is_block_device())
+        let path = self.block_path(id);
+        let exists = std::fs::metadata(&path).is_ok_and(|m| m.file_type().is_block_device());
+        // A user's own is root's until udev has changed that.
+        exists && faccessat(AT_FDCWD, &path, AccessFlags::R_OK, AtFlags::AT_EACCESS).is_ok()
     }
 
     fn device_ids(&self) -> io::Result<Vec<DeviceId>> {

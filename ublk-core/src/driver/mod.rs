@@ -77,7 +77,7 @@ pub trait Driver: Send + Sync + Debug {
     /// Where the block device appears.
     fn block_path(&self, id: DeviceId) -> PathBuf;
 
-    /// Whether the block device's node is there.
+    /// Whether the block device's node is there, and may be read by this process.
     fn block_node_exists(&self, id: DeviceId) -> bool;
 
     /// Ids of all devices that exist, in rising order.
