@@ -7,7 +7,7 @@
 //! 1. A control command's payload lives in a box that is dropped only after the command has completed,
 //!    or leaked if that cannot be known.
 //!
-//! [`ring`] is the ring of a queue's thread, [`detached`] sends commands from a process of their own.
+//! `ring` is the ring of a queue's thread, `detached` sends commands from a process of their own.
 
 mod detached;
 mod ring;
