@@ -116,6 +116,20 @@ def test_it_is_nobody_elses(disk: str) -> None:
     fio.verify(disk, size="1m", bs="4k", iodepth=4)
 
 
+def test_what_somebody_else_has_prepared_is_not_believed(native: Face) -> None:
+    place = Path("/tmp/ublk-1000")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    os.chown(place, BOB, BOB)
+    try:
+        refused = ublk(ALICE, "add", "-t", "mem", "--size", "1M", check=False)
+        assert refused.status == 1, str(refused)
+        assert str(place) in refused.err, str(refused)
+        assert native.list() == []
+    finally:
+        shutil.rmtree(place)
+
+
 def test_root_looks_after_it(disk: str, native: Face) -> None:
     assert native.info(disk)["owner_uid"] == ALICE
     native.run("del", "-n", str(device_id(disk)))

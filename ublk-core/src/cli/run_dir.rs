@@ -39,6 +39,11 @@ pub(super) fn make() -> io::Result<PathBuf> {
     }
 }
 
+/// Whether that directory is there and what it holds is this user's own word.
+pub(super) fn is_trusted() -> bool {
+    is_own(&path())
+}
+
 /// Whether a path is a directory, no link to one, that only this user can write to.
 fn is_own(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|m| m.is_dir() && m.uid() == geteuid().as_raw() && m.mode() & 0o022 == 0)

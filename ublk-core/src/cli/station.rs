@@ -247,7 +247,9 @@ fn path(pid: u32) -> PathBuf {
 
 /// Removes the sockets of servers that are dead.
 pub(super) fn sweep_all() {
-    sweep(&run_dir::path());
+    if run_dir::is_trusted() {
+        sweep(&run_dir::path());
+    }
 }
 
 fn sweep(directory: &Path) {
