@@ -224,10 +224,10 @@ impl Sequence<'_> {
             return Ok(());
         }
         // What a zone allows is the block layer's business: whether a request gets to the driver shows
-        // only where nothing holds it up.
+        // only where nothing holds it up. It has a thread for writes that wait for others.
         let queue = device.queue_of[CLIENTS[thread]];
         let free = device.state == State::Live && !device.quiesced && self.armed(queue) > 0;
-        if device.has(UBLK_F_ZONED) && !free {
+        if device.has(UBLK_F_ZONED) && (!free || self.jobs.iter().any(Option::is_some)) {
             return Ok(());
         }
         let basic = device.params.basic;
