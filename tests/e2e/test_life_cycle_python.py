@@ -154,7 +154,7 @@ def test_sigkill_after_a_stop_that_waits_for_a_handler_hangs_nobody(native: Face
 def test_del_from_outside_while_busy(face: Face) -> None:
     with Server("Ram", size=64 << 20) as server, fio.Load(server.path) as load:
         load.wait_until_busy()
-        face.run("del", "-n", str(server.id))
+        face.run("del", "--force", "-n", str(server.id))
         assert gone(server.path)
         assert load.wait(15) != 0
         # The program learns of it, and its own stop is harmless.
