@@ -187,7 +187,10 @@ impl Shared {
             return requests.for_each(|request| request.fail(crate::Errno::EIO));
         }
         state.requests.extend(requests);
-        self.signal();
+        // All may have been failed on the way.
+        if !state.requests.is_empty() {
+            self.signal();
+        }
     }
 
     fn open(&self) {

@@ -322,3 +322,21 @@ fn an_old_driver_gets_what_it_can_do() {
         finish(&driver, device);
     }
 }
+
+/// The timer that gives idle memory back ends while the read is under way, and the end of both is one round of
+/// the thread: the read's data has been committed then, but the driver has not copied it yet.
+#[test]
+fn memory_is_not_given_back_before_the_driver_has_taken_its_data() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), vec![0x5a; SIZE as usize]).unwrap();
+    let driver = FakeDriver::new();
+    let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+    let copy = DeviceOptions { data: Some(DataMovement::Copy), batch: Some(false), ..options(1, 1) };
+    let device = server(&driver, 1).start(Arc::new(target), &copy).unwrap();
+    let disk = driver.disk(device.id());
+    driver.let_memory_go(true);
+    driver.delay_files(Duration::from_millis(2300));
+    assert_eq!(disk.read(0, 4096).unwrap(), vec![0x5a; 4096]);
+    driver.delay_files(Duration::ZERO);
+    finish(&driver, device);
+}

@@ -67,6 +67,8 @@ impl SharedMemory {
 pub(crate) struct SharedTable {
     state: Mutex<State>,
     changed: Condvar,
+    /// One change at a time, driver and table together: the driver gives numbers anew.
+    changing: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -88,6 +90,7 @@ impl SharedTable {
         memory: SharedMemory,
         register: impl FnOnce(&SharedMemory) -> Result<u16, E>,
     ) -> Result<u16, E> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         self.state().under_way += 1;
         let registered = register(&memory);
         let mut state = self.state();
@@ -104,11 +107,14 @@ impl SharedTable {
         registered
     }
 
-    /// Forgets memory that the driver does not use any more.
-    pub(crate) fn remove(&self, index: u16) {
+    /// Ends a registration by `unregister`, and forgets the memory.
+    pub(crate) fn remove<E>(&self, index: u16, unregister: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        unregister()?;
         if let Some(memory) = self.state().memory.get_mut(usize::from(index)) {
             *memory = None;
         }
+        Ok(())
     }
 
     /// The memory of a request: `code` is the address in its descriptor (uapi 3.9).
@@ -149,7 +155,7 @@ mod tests {
         assert_eq!(buffer.as_ptr() as u64, memory.address() + 4096);
         assert!(table.find(3 << 32 | 8000, 512).is_none(), "beyond its end");
         assert!(table.find(2 << 32, 512).is_none());
-        table.remove(3);
+        table.remove(3, || Ok::<_, ()>(())).unwrap();
         assert!(table.find(3 << 32, 512).is_none());
     }
 

@@ -3,6 +3,7 @@
 //! How a server stops a device, or leaves it to the next one.
 
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -47,13 +48,13 @@ impl Device {
             return Ok(());
         }
         let id = self.id();
-        gone_is_fine(self.control.stop(id))?;
+        self.stop_disk()?;
         let deadline = Instant::now() + DRAIN_TIMEOUT;
         let mut pause = ASK_AGAIN;
         while !self.events.wait_all_closed(pause) && Instant::now() < deadline {
             pause *= 2;
             // A tag that was lent again behind the first STOP_DEV is taken away by another.
-            gone_is_fine(self.control.stop(id))?;
+            self.stop_disk()?;
         }
         self.give_up_queues()?;
         match self.control.remove(id) {
@@ -65,6 +66,19 @@ impl Device {
         }
         *deleted = true;
         self.events.take_failure().map_or(Ok(()), Err)
+    }
+
+    /// Removes the disk. If requests keep that from happening for too long, their queues are given up: the
+    /// driver fails what they had, once their thread's ring is closed.
+    fn stop_disk(&self) -> Result<()> {
+        match gone_is_fine(self.control.stop(self.id())) {
+            Err(error @ Error::Timeout { .. }) => {
+                log::error!("{error}; giving up the queues of device {}", self.id());
+                self.give_up_queues()?;
+                gone_is_fine(self.control.stop(self.id()))
+            }
+            other => other,
+        }
     }
 
     /// Gives up the queues that did not close.
@@ -94,6 +108,7 @@ impl Device {
             return self.stop().map(|()| Ending::Deleted);
         }
         let id = self.id();
+        self.leaving.store(true, Ordering::Relaxed);
         let deadline = Instant::now() + DRAIN_TIMEOUT;
         while !self.events.wait_all_closed(ASK_AGAIN) && Instant::now() < deadline {
             // Tags that were lent again behind the command that took the others away.

@@ -13,6 +13,7 @@ mod recovery;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -101,6 +102,10 @@ impl Server {
         let mut features = Features::empty();
         features.set(Features::NO_AUTO_PART_SCAN, !options.partition_scan);
         features.set(Features::SHMEM_ZC, options.shared_memory);
+        if options.shared_memory && options.recovery.is_some() {
+            let rule = "not with recovery: the next server would not know the numbers of the memory";
+            return Err(Error::invalid("shared memory", true, rule));
+        }
         if let Some(recovery) = options.recovery {
             // So that it can be handed over without a failure, where the driver has that.
             features |= recovery.features() | (offered & Features::QUIESCE);
@@ -136,6 +141,7 @@ impl Server {
             events,
             counters: DeviceCounters::default(),
             shared: Arc::default(),
+            leaving: AtomicBool::new(false),
             cpus: self.cpus,
             deleted: Mutex::new(false),
             owner: std::process::id(),
@@ -177,6 +183,9 @@ pub struct Device {
     events: Arc<QueueEvents>,
     counters: DeviceCounters,
     shared: Arc<SharedTable>,
+    /// It may be about to be left to another server: whatever goes wrong then, dropping this does not delete
+    /// it.
+    leaving: AtomicBool,
     cpus: Cpus,
     deleted: Mutex<bool>,
     /// The process that serves the device. A forked child has a copy of this structure, but neither the
@@ -229,9 +238,7 @@ impl Device {
     ///
     /// `ENOENT` if no memory has this number.
     pub fn unshare_memory(&self, index: u16) -> Result<()> {
-        self.control.unregister_memory(self.id(), index)?;
-        self.shared.remove(index);
-        Ok(())
+        self.shared.remove(index, || self.control.unregister_memory(self.id(), index))
     }
 
     /// What it has done since this server took it over.
@@ -409,6 +416,9 @@ impl AsFd for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        if self.leaving.load(Ordering::Relaxed) {
+            return;
+        }
         if let Err(error) = self.stop() {
             log::error!("stopping device {}: {error}", self.id());
         }

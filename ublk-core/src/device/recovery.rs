@@ -2,6 +2,7 @@
 
 //! A device that has lost its server gets another one.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -88,6 +89,7 @@ impl Server {
             events,
             counters: DeviceCounters::default(),
             shared: Arc::default(),
+            leaving: AtomicBool::new(false),
             cpus: self.cpus,
             // Whatever happens here, the device is not to be deleted by it.
             deleted: Mutex::new(true),

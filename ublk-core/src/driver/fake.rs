@@ -53,6 +53,10 @@ struct State {
     /// Answers that clients have not looked at, by their request's ticket.
     answers: HashMap<u64, Result<Vec<u8>, Errno>>,
     tickets: u64,
+    /// Rings may call themselves quiet: no client is at work.
+    quiet: bool,
+    /// How long files take for an operation.
+    file_delay: Duration,
     /// What the driver says it can do; everything unless a test wants less.
     offered: Option<Features>,
     /// Whether callers lack CAP_SYS_ADMIN.
@@ -170,6 +174,17 @@ impl FakeDriver {
     /// Takes whoever calls for a user without CAP_SYS_ADMIN, from now on.
     pub fn drop_privileges(&self) {
         self.shared.state().unprivileged = true;
+    }
+
+    /// Makes files slow.
+    pub fn delay_files(&self, delay: Duration) {
+        self.shared.state().file_delay = delay;
+    }
+
+    /// Lets servers give memory back while rings are idle. Until then no client may send anything: it would
+    /// not be the thread of the ring, as the driver is.
+    pub fn let_memory_go(&self, quiet: bool) {
+        self.shared.state().quiet = quiet;
     }
 
     /// The rules that servers have broken so far.
@@ -824,7 +839,12 @@ impl FakeRing {
                 let memory = Memory::At(buffer.user_address());
                 Ok(Some(file_operation(Operation::Write { fd, memory, len, offset: at, durable })))
             }
-            other => Ok(Some(file_operation(other))),
+            other => {
+                let delay = state.file_delay;
+                drop(state);
+                std::thread::sleep(delay);
+                Ok(Some(file_operation(other)))
+            }
         }
     }
 
@@ -917,9 +937,9 @@ impl Ring for FakeRing {
         self.completions.state().timer.take_if(|end| *end <= Instant::now()).is_some()
     }
 
-    /// The clients' threads play the driver.
+    /// The clients' threads play the driver, but they copy at once what they find.
     fn is_quiet(&mut self) -> bool {
-        false
+        self.queued.is_empty() && self.completions.state().list.is_empty() && self.shared.state().quiet
     }
 
     fn reserve_buffers(&mut self, count: u16) -> io::Result<u16> {

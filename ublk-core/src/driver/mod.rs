@@ -355,9 +355,9 @@ pub trait Ring: Debug {
     /// Whether the timer has ended since this was last asked.
     fn timer_ended(&mut self) -> bool;
 
-    /// Whether the driver touches requests' buffers only while this thread is inside a call of this ring, and
-    /// all that it did is known by the completions taken: memory of idle tags can be given back until the
-    /// next call.
+    /// Whether the driver touches requests' buffers only while this thread is inside a call of this ring, all
+    /// that it did is known by the completions taken, and nothing is left to be submitted: memory of idle tags
+    /// can be given back until the next call.
     fn is_quiet(&mut self) -> bool;
 
     /// Takes `count` successive places of the ring's table of buffers.

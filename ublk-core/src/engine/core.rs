@@ -20,7 +20,7 @@ use super::transfer::{Next, Transfer};
 use crate::data::DataMovement;
 use crate::data::pool::BufferPool;
 use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
-use crate::memory::{Descriptor, DescriptorMap, IoBuffer};
+use crate::memory::{Descriptor, DescriptorMap, IoBuffer, PAGE_SIZE};
 use crate::request::{Answer, FileRange, Op, Origin, memory_or_abort};
 use crate::stats::{Ended, QueueStats};
 use crate::target::QueueInfo;
@@ -62,6 +62,8 @@ pub(crate) struct QueueCore {
     slot: FileSlot,
     descriptors: DescriptorMap,
     pub(super) tags: RefCell<TagTable>,
+    /// Tags whose write's data the driver may be copying, outside of this thread's calls too.
+    asked: RefCell<Vec<bool>>,
     /// Each tag's buffer, where tags have some; `None` while a request holds it.
     buffers: RefCell<Vec<Option<Arc<IoBuffer>>>>,
     /// Memory for requests without a buffer of their tag's.
@@ -137,6 +139,7 @@ impl QueueCore {
             slot,
             descriptors,
             tags: RefCell::new(TagTable::new(info.depth)),
+            asked: RefCell::new(vec![false; depth]),
             buffers: RefCell::new(buffers),
             memory: RefCell::default(),
             registered,
@@ -236,17 +239,32 @@ impl QueueCore {
         let address = buffer.user_address();
         *slot = Some(buffer);
         drop(buffers);
+        self.asked.borrow_mut()[tag.index()] = true;
         let operation = Operation::GetData { file: self.slot, queue: self.info.queue, tag, address };
         self.push(Kind::GetData, tag, operation);
+    }
+
+    /// The driver has answered where a write's data went.
+    pub(super) fn got_data(&self, tag: Tag) {
+        self.asked.borrow_mut()[tag.index()] = false;
+    }
+
+    /// The address to commit a request with that has no buffer here: the tag's own, which it has kept while the
+    /// request was in shared memory. For a read the driver insists on one, also if it fails.
+    fn address_without_buffer(&self, tag: Tag) -> u64 {
+        let fills = Op::decode(self.descriptor(tag).op_flags).is_some_and(Op::fills);
+        let mut buffers = self.buffers.borrow_mut();
+        let slot = &mut buffers[tag.index()];
+        if slot.is_none() && fills {
+            *slot = Some(Arc::new(memory_or_abort(PAGE_SIZE, &self.name(tag))));
+        }
+        slot.as_ref().map_or(0, |buffer| buffer.user_address())
     }
 
     /// Finishes the tag's request and lends the tag again.
     pub(crate) fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
         let address = match (self.origin.data, buffer) {
-            // The request was in shared memory, and the tag kept its own.
-            (DataMovement::Copy, None) => {
-                self.buffers.borrow()[tag.index()].as_ref().map_or(0, |buffer| buffer.user_address())
-            }
+            (DataMovement::Copy | DataMovement::GetData, None) => self.address_without_buffer(tag),
             (_, None) => 0,
             // The driver copies a read's data when it takes the commit; until then, and where tags have
             // buffers of their own for longer, the buffer stays.
@@ -293,7 +311,8 @@ impl QueueCore {
         file: FileRange,
     ) {
         let Some(transfer) = Transfer::new(op, &descriptor, file) else {
-            return self.commit(tag, buffer, Answer::error(Errno::EOPNOTSUPP));
+            let own = buffer.filter(|buffer| !buffer.is_shared());
+            return self.commit(tag, own, Answer::error(Errno::EOPNOTSUPP));
         };
         let pages = match (self.registered, &buffer) {
             _ if !op.has_data() => Pages::Nowhere,
@@ -493,12 +512,16 @@ impl QueueCore {
 
     /// Gives the memory of idle tags back to the system.
     pub(super) fn cool(&self) {
+        if self.batch.as_ref().is_some_and(|batch| !batch.borrow().is_idle()) {
+            return;
+        }
         self.warm.set(false);
         self.memory.borrow_mut().clear();
         let tags = self.tags.borrow();
+        let asked = self.asked.borrow();
         for (tag, slot) in self.buffers.borrow_mut().iter_mut().enumerate() {
-            if !tags.is_armed(Tag(tag as u16)) {
-                // A forwarded request's.
+            if !tags.is_armed(Tag(tag as u16)) || asked[tag] {
+                // A forwarded request's, or one that a write's data is on the way to.
                 self.warm.set(true);
             } else if self.origin.data == DataMovement::Copy {
                 if let Some(buffer) = slot {
@@ -526,6 +549,8 @@ impl QueueCore {
     /// Leaves memory that the driver may still refer to where it is, for good.
     pub(super) fn leak_memory(&self) {
         std::mem::forget(self.buffers.take());
+        // Shared memory of requests that are on their way.
+        std::mem::forget(self.forwarded.take());
         std::mem::forget(self.zeros.clone());
         if let Some(batch) = &self.batch {
             batch.borrow_mut().leak();

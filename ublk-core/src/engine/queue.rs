@@ -94,6 +94,11 @@ impl Queue {
         // Now, not with the next wait: whoever hears that the queue is open may stop the device, and a
         // fetch that comes after that would wait for ever on drivers before Linux 7.3.
         queue.core.submit();
+        if let Some(error) = queue.take_ring_failure() {
+            queue.core.leak_memory();
+            queue.core.leave_ring();
+            return Err(refused("lending its tags to the driver", &error));
+        }
         Ok(queue)
     }
 
@@ -101,12 +106,16 @@ impl Queue {
     pub(super) fn completed(&mut self, cookie: Cookie, completion: Completion) {
         let (tag, result) = (cookie.tag, completion.result);
         match cookie.kind {
-            Kind::Fetch | Kind::Commit if result == uapi::UBLK_IO_RES_NEED_GET_DATA => self.core.get_data(tag),
+            // Again if the driver could not copy the data: it has the request back, and asks anew.
+            Kind::Fetch | Kind::Commit | Kind::GetData if result == uapi::UBLK_IO_RES_NEED_GET_DATA => {
+                self.core.get_data(tag);
+            }
             Kind::Fetch => {
                 let event = self.core.tags.borrow_mut().completed(tag, result, false);
                 self.happened(tag, event, "FETCH_REQ");
             }
             Kind::GetData => {
+                self.core.got_data(tag);
                 let event = self.core.tags.borrow_mut().completed(tag, result, false);
                 self.happened(tag, event, "NEED_GET_DATA");
             }
@@ -266,13 +275,7 @@ impl Queue {
     pub(crate) fn close(self) {
         debug_assert!(self.drained());
         let Queue { handler, core, events, .. } = self;
-        if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
-            log::error!(
-                "ublkb{} queue {}: the handler panicked while it was dropped",
-                core.info.device,
-                core.info.queue
-            );
-        }
+        drop_handler(handler, &core.info);
         core.leave_ring();
         drop(core);
         events.closed();
@@ -280,13 +283,23 @@ impl Queue {
 
     /// Gives a queue up whose commands did not end. What the driver may still refer to is leaked.
     pub(crate) fn abandon(self) {
+        // What is queued names files and memory that may be others' soon.
+        self.core.submit();
         let (armed, owned) = (self.core.tags.borrow().armed(), self.core.tags.borrow().owned());
         self.fail(format!("given up with {armed} tags at the driver and {owned} requests unfinished"));
-        let Queue { core, events, .. } = self;
+        let Queue { handler, core, events, .. } = self;
+        drop_handler(handler, &core.info);
         core.leak_memory();
         core.leave_ring();
         drop(core);
         events.closed();
+    }
+}
+
+/// Drops a handler, whatever it does.
+fn drop_handler(handler: Box<dyn QueueHandler>, info: &QueueInfo) {
+    if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
+        log::error!("ublkb{} queue {}: the handler panicked while it was dropped", info.device, info.queue);
     }
 }
 

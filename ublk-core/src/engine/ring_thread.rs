@@ -132,8 +132,12 @@ impl RingThread {
         if ring.timer_ended() {
             self.idle.timer_runs = false;
             // Between two waits the driver touches no buffer, and nothing that it did is unseen.
-            if !self.idle.active && !memory_is_locked() && ring.is_quiet() {
-                self.queues.iter().flatten().filter(|queue| queue.is_warm()).for_each(Queue::cool);
+            if !self.idle.active && !memory_is_locked() {
+                if ring.is_quiet() {
+                    self.queues.iter().flatten().filter(|queue| queue.is_warm()).for_each(Queue::cool);
+                }
+                // What could not be given back now can be later.
+                self.idle.active = self.queues.iter().flatten().any(Queue::is_warm);
             }
         }
         if self.idle.timer_runs || !self.idle.active {
@@ -189,6 +193,9 @@ impl RingThread {
             let queue = cookie.and_then(|c| self.queues.get_mut(c.queue as usize)?.as_mut().map(|q| (c, q)));
             let Some((cookie, queue)) = queue else {
                 log::debug!("a completion of a queue that was given up: {completion:?}");
+                if let (Some(buffer), Ok(bytes)) = (completion.tags, usize::try_from(completion.result)) {
+                    self.ring.borrow_mut().take_tags(buffer, bytes, &mut Vec::new());
+                }
                 continue;
             };
             queue.completed(cookie, completion);

@@ -191,7 +191,10 @@ impl<'q> Request<'q> {
     /// Takes over a tag whose data lies in memory that the client shares. The tag's own buffer stays where it
     /// is.
     fn adopt_shared(core: &'q QueueCore, tag: Tag, descriptor: Descriptor) -> Option<Self> {
-        let op = Op::decode(descriptor.op_flags).unwrap_or(Op::Write);
+        let Some(op) = Op::decode(descriptor.op_flags) else {
+            core.commit(tag, None, Answer::error(Errno::EOPNOTSUPP));
+            return None;
+        };
         let buffer = core.origin().shared.find(descriptor.address, op.len(&descriptor) as usize);
         if buffer.is_none() {
             log::error!("{}: shared memory {:#x} is not known here", core.name(tag), descriptor.address);

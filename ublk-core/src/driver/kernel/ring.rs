@@ -280,7 +280,11 @@ impl Ring for KernelRing {
     }
 
     fn is_quiet(&mut self) -> bool {
-        self.defers_task_work && self.uring.completion().is_empty()
+        // What is queued and not submitted names memory that the driver has still to look at.
+        self.defers_task_work
+            && self.backlog.is_empty()
+            && self.uring.submission().is_empty()
+            && self.uring.completion().is_empty()
     }
 
     fn reserve_buffers(&mut self, count: u16) -> io::Result<u16> {

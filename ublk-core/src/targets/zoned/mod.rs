@@ -65,6 +65,8 @@ struct Disk {
     params: Params,
     zone_size: u64,
     zones: Mutex<Zones>,
+    /// A zone's own: its bytes and its state change together.
+    busy: Vec<Mutex<()>>,
     store: Store,
 }
 
@@ -129,13 +131,24 @@ impl Zoned {
             }
         };
         let zones = Mutex::new(Zones::new(zone_size, &written, options.max_open, options.max_active));
-        Ok(Zoned(Arc::new(Disk { params, zone_size, zones, store })))
+        Ok(Zoned(Arc::new(Disk {
+            params,
+            zone_size,
+            zones,
+            busy: (0..count).map(|_| Mutex::default()).collect(),
+            store,
+        })))
     }
 }
 
 impl Disk {
     fn zones(&self) -> MutexGuard<'_, Zones> {
         self.zones.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps others from a zone's bytes and state.
+    fn busy(&self, offset: u64) -> MutexGuard<'_, ()> {
+        self.busy[(offset / self.zone_size) as usize].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn serve(&self, mut request: Request<'_>) {
@@ -163,38 +176,34 @@ impl Disk {
     }
 
     fn write(&self, request: &Request<'_>) -> Result<(), Errno> {
+        let _busy = self.busy(request.offset());
         self.zones().write(request.offset(), request.len())?;
         let written = self.store.write(request.offset(), request.data(), request.force_unit_access());
         written.map_err(|e| failed(&e))
     }
 
     fn append(&self, request: &Request<'_>) -> Result<u64, Errno> {
+        let _busy = self.busy(request.offset());
         let landed = self.zones().append(request.offset(), request.len())?;
         let written = self.store.write(landed, request.data(), request.force_unit_access());
         written.map(|()| landed).map_err(|e| failed(&e))
     }
 
-    // The zones stay locked while files change their length, so that both agree.
-
     fn finish(&self, offset: u64) -> Result<(), Errno> {
-        let mut zones = self.zones();
-        let index = zones.finish(offset)?;
+        let _busy = self.busy(offset);
+        let index = self.zones().finish(offset)?;
         self.store.fill(index, self.zone_size).map_err(|e| failed(&e))
     }
 
     fn reset(&self, offset: u64) -> Result<(), Errno> {
-        let mut zones = self.zones();
-        let index = zones.reset(offset)?;
+        let _busy = self.busy(offset);
+        let index = self.zones().reset(offset)?;
         self.store.clear(index, self.zone_size).map_err(|e| failed(&e))
     }
 
     fn reset_all(&self) -> Result<(), Errno> {
-        let mut zones = self.zones();
-        for index in zones.written() {
-            zones.reset(index as u64 * self.zone_size)?;
-            self.store.clear(index, self.zone_size).map_err(|e| failed(&e))?;
-        }
-        Ok(())
+        let written = self.zones().written();
+        written.into_iter().try_for_each(|index| self.reset(index as u64 * self.zone_size))
     }
 
     fn report(&self, offset: u64, into: &mut [u8]) {

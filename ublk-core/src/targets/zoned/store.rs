@@ -30,6 +30,8 @@ pub(super) struct Files {
     files: Vec<File>,
     /// Zones with writes that may not be durable.
     dirty: Mutex<Vec<bool>>,
+    /// One flush at a time: what one has begun to make durable is not durable yet for the next.
+    flushing: Mutex<()>,
     /// Keeps a second server away.
     _lock: File,
 }
@@ -77,7 +79,7 @@ impl Files {
             files.push(file);
         }
         let dirty = Mutex::new(vec![false; count]);
-        Ok((Files { zone_size, files, dirty, _lock: lock }, written))
+        Ok((Files { zone_size, files, dirty, flushing: Mutex::default(), _lock: lock }, written))
     }
 
     fn at(&self, offset: u64) -> (usize, u64) {
@@ -162,6 +164,7 @@ impl Store {
     /// Makes everything that was acknowledged durable.
     pub(super) fn flush(&self) -> io::Result<()> {
         let Store::Files(files) = self else { return Ok(()) };
+        let _one = files.flushing.lock().unwrap_or_else(PoisonError::into_inner);
         let dirty: Vec<usize> = {
             let mut dirty = files.dirty();
             let zones = (0..dirty.len()).filter(|zone| dirty[*zone]).collect();
