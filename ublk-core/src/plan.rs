@@ -127,9 +127,10 @@ impl Plan {
     }
 }
 
-/// An error for the first feature that is needed and missing.
+/// An error for the newest feature that is needed and missing.
 pub(crate) fn require(offered: Features, needed: Features) -> Result<()> {
-    match needed.difference(offered).iter().next() {
+    // Of several the newest: a kernel with that has the others too.
+    match needed.difference(offered).iter().last() {
         None => Ok(()),
         Some(missing) => Err(Error::Unsupported {
             feature: missing.name().unwrap_or("a feature without a name"),
