@@ -9,6 +9,7 @@ from support.blockio import Disk
 from support.face import Face, device_id
 from support.model import Model, exercise
 from support.server import Child
+from support.waiting import until
 
 
 @pytest.mark.short
@@ -44,5 +45,6 @@ def test_a_killed_pull_server_hangs_nobody(native: Face) -> None:
             disk.write(0, bytes(4096))
         server.process.kill()
         assert server.wait() != 0
+    until(lambda: native.list()[0]["state"] == "DEAD", "the state DEAD")
     native.run("del", "--dead")
     assert subprocess.run(["test", "-e", path], check=False).returncode == 1

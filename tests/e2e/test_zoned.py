@@ -145,7 +145,7 @@ def test_a_file_system_lives_on_zones(native: Face, tmp_path: Path) -> None:
 
 def test_impossible_zones_are_named(native: Face) -> None:
     for words, message in (
-        (["--zone-size", "3M"], "chunk size"),
+        (["--zone-size", "3M"], "zone size"),
         (["--size", "6M", "--zone-size", "4M"], "zone size"),
         (["--size", "16M", "--zone-size", "4M", "--conventional-zones", "4"], "conventional"),
         (["--size", "16M", "--zone-size", "4M", "--max-open-zones", "9"], "open zones"),
