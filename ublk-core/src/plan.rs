@@ -66,8 +66,8 @@ impl Plan {
             return Err(Error::invalid("batch", true, "not with get-data, nor with several threads per queue"));
         }
         // Linux's driver (7.3) fails requests of a batch device whose server was asked to leave, instead of holding
-        // them: a hand-over would not be without failures.
-        let by_default = options.recovery.is_none() && offered.contains(Features::BATCH_IO);
+        // them: a hand-over would not be without failures. And it makes no batch device of depth 1.
+        let by_default = options.recovery.is_none() && options.depth > 1 && offered.contains(Features::BATCH_IO);
         let batch = batch_is_possible && options.batch.unwrap_or(by_default);
         let mut features = demands.features | data.features();
         features.set(Features::BATCH_IO, batch);
@@ -170,6 +170,8 @@ mod tests {
         assert!(batch(Features::all(), &DeviceOptions { recovery, batch: Some(true), ..DeviceOptions::default() }));
         let get_data = DeviceOptions { data: Some(DataMovement::GetData), ..DeviceOptions::default() };
         assert!(!batch(Features::all(), &get_data));
+        assert!(!batch(Features::all(), &DeviceOptions { depth: 1, ..DeviceOptions::default() }));
+        assert!(batch(Features::all(), &DeviceOptions { depth: 1, batch: Some(true), ..DeviceOptions::default() }));
     }
 
     #[test]

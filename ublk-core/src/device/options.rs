@@ -21,7 +21,8 @@ pub struct DeviceOptions {
     pub data: Option<DataMovement>,
     /// Whether tags go to and from the driver in batches (`BATCH_IO`, 7.0); by default where the driver
     /// has it, but not with `recovery`: Linux's driver (7.3) fails requests of a batch device whose server was
-    /// asked to leave, instead of holding them. The one of this project holds them.
+    /// asked to leave, instead of holding them. Nor with a depth of 1, which that driver refuses (`EINVAL`). The
+    /// one of this project holds them, and takes any depth.
     pub batch: Option<bool>,
     /// Threads that share each queue, every one with tags of its own (`PER_IO_DAEMON`, 6.16), from 1 to
     /// the queue depth. With more than one there are no batches.
