@@ -30,6 +30,9 @@ pub(crate) const STATE_POLL: Duration = Duration::from_millis(10);
 /// How long a deleted device's id may take to become free before [`Control::remove`] leaves it at that.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// How long the device may stay whose node is gone.
+const NODE_TIMEOUT: Duration = Duration::from_millis(200);
+
 /// Most queues and deepest queues that the driver admits.
 pub(crate) const MAX_QUEUES: u16 = uapi::UBLK_MAX_NR_QUEUES;
 pub(crate) const MAX_DEPTH: u16 = uapi::UBLK_MAX_QUEUE_DEPTH;
@@ -388,13 +391,30 @@ impl Control {
         }
     }
 
+    /// Whether a device that a command could not find by its path is deleted: its node goes a moment before the
+    /// device, and may be missing for another reason.
+    fn is_gone(&self, id: DeviceId) -> bool {
+        let deadline = Instant::now() + NODE_TIMEOUT;
+        loop {
+            match self.driver.device_ids() {
+                Ok(ids) if !ids.contains(&id) => return true,
+                Ok(_) if Instant::now() < deadline => std::thread::sleep(STATE_POLL),
+                _ => return false,
+            }
+        }
+    }
+
     fn send(&self, command: ControlCommand, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<(i32, Vec<u8>)> {
         let name = command.name;
         let device = (command.dev_id != u32::MAX).then_some(DeviceId(command.dev_id));
         log::debug!("{name} {device:?} data {}", command.data);
+        let by_path = command.path_len != 0;
         let refused = |errno: Errno, hint: &str| Error::Control { command: name, device, errno, hint: hint.to_owned() };
         match self.driver.control(command, timeout, give_up) {
             Ok(answer) => Ok(answer),
+            Err(ControlFailure::Refused(Errno::ENOENT)) if by_path && device.is_some_and(|id| self.is_gone(id)) => {
+                Err(refused(Errno::ENODEV, hint(name, Errno::ENODEV)))
+            }
             Err(ControlFailure::Refused(errno)) => Err(refused(errno, hint(name, errno))),
             Err(ControlFailure::GaveUp) => {
                 Err(refused(Errno::ECANCELED, "a queue of the device failed, or somebody else stopped it"))
@@ -448,6 +468,9 @@ fn command(name: &'static str, op: u32, id: Option<DeviceId>) -> ControlCommand 
 fn hint(command: &str, errno: Errno) -> &'static str {
     match (command, errno) {
         ("ADD_DEV", Errno::EEXIST) => "the id is in use (`ublk list` shows the devices)",
+        ("ADD_DEV", Errno::EINVAL) => {
+            "the driver does not take this together; Linux's (7.3) takes no batches of a queue of depth 1"
+        }
         ("ADD_DEV", Errno::EPERM) => "root (CAP_SYS_ADMIN) is needed",
         ("DEL_DEV_ASYNC", Errno::EINVAL) => "Linux's driver cannot do this with a user's device: do without --async",
         ("ADD_DEV", Errno::EACCES) => "the limit of unprivileged devices is reached (module parameter ublks_max)",
@@ -461,6 +484,7 @@ fn hint(command: &str, errno: Errno) -> &'static str {
         ("REG_BUF" | "UNREG_BUF", Errno::EOPNOTSUPP) => "the device was not made for shared memory (Linux 7.1)",
         ("REG_BUF", Errno::EEXIST) => "some of these pages are registered already",
         ("REG_BUF", Errno::EFAULT | Errno::ENOMEM) => "the pages cannot be pinned (`ulimit -l`?)",
+        ("GET_DEV_INFO2", Errno::ENOENT) => "its node in /dev is missing, by which a user's device is named",
         ("UNREG_BUF", Errno::ENOENT) => "no memory has this number",
         ("START_USER_RECOVERY", Errno::EINVAL) => "the device was not made to be recovered",
         ("START_USER_RECOVERY", Errno::EBUSY) => "the device is still served, or still held open",

@@ -49,6 +49,22 @@ fn somebody_else_with_access_deletes_it() {
 }
 
 #[test]
+fn a_node_that_is_gone_means_the_device_is_unless_that_is_still_there() {
+    let driver = FakeDriver::new();
+    driver.drop_privileges();
+    let control = server(&driver, 1).control().clone();
+    let device = server(&driver, 1).start(ram_disk(), &options(1, 4)).unwrap();
+    let id = device.id();
+    driver.refuse_next("GET_DEV_INFO2", Errno::ENOENT);
+    let error = control.info(id).unwrap_err();
+    assert_eq!(error.errno(), Errno::ENOENT);
+    assert!(error.to_string().contains("its node in /dev is missing"), "{error}");
+    finish(&driver, device);
+    driver.refuse_next("GET_DEV_INFO2", Errno::ENOENT);
+    assert_eq!(control.info(id).unwrap_err().errno(), Errno::ENODEV);
+}
+
+#[test]
 fn roots_device_is_not_a_users() {
     let driver = FakeDriver::new();
     let device = server(&driver, 1).start(ram_disk(), &options(1, 4)).unwrap();
