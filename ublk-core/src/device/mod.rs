@@ -131,21 +131,7 @@ impl Server {
             }
             added => added?,
         };
-        let device = Device {
-            control: self.control.clone(),
-            pool: self.pool.clone(),
-            path: self.control.driver().block_path(info.id),
-            info,
-            params,
-            plan,
-            events,
-            counters: DeviceCounters::default(),
-            shared: Arc::default(),
-            leaving: AtomicBool::new(false),
-            cpus: self.cpus,
-            deleted: Mutex::new(false),
-            owner: std::process::id(),
-        };
+        let device = self.device(info, params, plan, events);
         let started = device.plan.check(device.info.features).and_then(|()| device.start(&target));
         match started {
             Ok(()) => Ok(device),
@@ -161,6 +147,25 @@ impl Server {
     }
 
     /// ioctl-encoded commands and GET_FEATURES are what this crate speaks.
+    /// A device that is not served yet, and that its end deletes.
+    fn device(&self, info: DeviceInfo, params: Params, plan: Plan, events: Arc<QueueEvents>) -> Device {
+        Device {
+            control: self.control.clone(),
+            pool: self.pool.clone(),
+            path: self.control.driver().block_path(info.id),
+            info,
+            params,
+            plan,
+            events,
+            counters: DeviceCounters::default(),
+            shared: Arc::default(),
+            leaving: AtomicBool::new(false),
+            cpus: self.cpus,
+            deleted: Mutex::new(false),
+            owner: std::process::id(),
+        }
+    }
+
     fn check_driver(&self) -> Result<Features> {
         let unsupported = || Error::Unsupported { feature: "UBLK_F_CMD_IOCTL_ENCODE with GET_FEATURES", since: "6.5" };
         let features = self.control.features().map_err(|error| match error.errno() {

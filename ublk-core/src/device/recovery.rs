@@ -2,7 +2,6 @@
 
 //! A device that has lost its server gets another one.
 
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,7 +14,6 @@ use crate::engine::QueueEvents;
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::plan::Plan;
-use crate::stats::DeviceCounters;
 use crate::target::Target;
 use crate::uapi::{DeviceState, Features};
 use crate::units::DeviceId;
@@ -79,22 +77,9 @@ impl Server {
             features: info.features,
             reason: "as the device was made",
         };
-        let device = Device {
-            control: self.control.clone(),
-            pool: self.pool.clone(),
-            path: self.control.driver().block_path(id),
-            info,
-            params,
-            plan,
-            events,
-            counters: DeviceCounters::default(),
-            shared: Arc::default(),
-            leaving: AtomicBool::new(false),
-            cpus: self.cpus,
-            // Whatever happens here, the device is not to be deleted by it.
-            deleted: Mutex::new(true),
-            owner: std::process::id(),
-        };
+        let mut device = self.device(info, params, plan, events);
+        // Whatever happens here, the device is not to be deleted by it.
+        device.deleted = Mutex::new(true);
         let recovered = device
             .open_queues(&target)
             .and_then(|()| self.control.end_recovery(id, std::process::id(), &|| device.events.is_ending()));
