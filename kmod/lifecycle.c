@@ -61,17 +61,22 @@ static void ublk_set_state(struct ublk_device *ub, u16 state, struct pid *server
 	put_pid(old);
 }
 
+/* Whoever goes LIVE has the device open, with a task for every tag. */
+static int ublk_check_server(struct ublk_device *ub, struct pid *pid)
+{
+	if (ublk_is_gone(ub) || !ublk_has_server(ub))
+		return -ENODEV;
+	return ublk_is_opener(ub, pid) ? 0 : -EINVAL;
+}
+
 static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 {
 	struct gendisk *disk;
 	int ret;
 
 	mutex_lock(&ub->mutex);
-	ret = -ENODEV;
-	if (ublk_is_gone(ub) || !ublk_has_server(ub))
-		goto out;
-	ret = -EINVAL;
-	if (!ublk_is_opener(ub, pid))
+	ret = ublk_check_server(ub, pid);
+	if (ret)
 		goto out;
 	ret = -EEXIST;
 	if (ub->disk || test_bit(UBLK_DEV_USED, &ub->bits))
@@ -264,11 +269,8 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data)
 	if (mutex_lock_killable(&ub->mutex))
 		return -EINTR;
 	pid = find_get_pid(nr);
-	ret = -ENODEV;
-	if (ublk_is_gone(ub) || !ublk_has_server(ub))
-		goto out;
-	ret = -EINVAL;
-	if (!ublk_is_opener(ub, pid))
+	ret = ublk_check_server(ub, pid);
+	if (ret)
 		goto out;
 	ret = -EBUSY;
 	if (!ublk_waits_for_server(ub))
