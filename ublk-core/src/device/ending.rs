@@ -102,7 +102,9 @@ impl Device {
     /// # Errors
     ///
     /// As [`stop`](Device::stop); and [`Error::Timeout`] if the driver does not notice that the server has left.
-    /// A device that can be recovered is there after that.
+    /// A device that can be recovered is there after that. Before Linux 6.16 (`UBLK_F_QUIESCE`) nothing but the end
+    /// of their thread takes tags away from a queue that is given up because its handler does not return: where such a
+    /// thread serves other devices too, it is their end that lets the next server in.
     pub fn conclude(&self) -> Result<Ending> {
         if self.recovery().is_none() || self.owner != std::process::id() {
             return self.stop().map(|()| Ending::Deleted);

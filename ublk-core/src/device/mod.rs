@@ -146,7 +146,6 @@ impl Server {
         }
     }
 
-    /// ioctl-encoded commands and GET_FEATURES are what this crate speaks.
     /// A device that is not served yet, and that its end deletes.
     fn device(&self, info: DeviceInfo, params: Params, plan: Plan, events: Arc<QueueEvents>) -> Device {
         Device {
@@ -166,6 +165,7 @@ impl Server {
         }
     }
 
+    /// ioctl-encoded commands and GET_FEATURES are what this crate speaks.
     fn check_driver(&self) -> Result<Features> {
         let unsupported = || Error::Unsupported { feature: "UBLK_F_CMD_IOCTL_ENCODE with GET_FEATURES", since: "6.5" };
         let features = self.control.features().map_err(|error| match error.errno() {

@@ -61,8 +61,9 @@ impl Server {
     /// # Errors
     ///
     /// `EBUSY` if a living process serves the device, [`Error::Control`] if it was not made to be recovered,
-    /// [`Error::InvalidValue`] if the target does not fit. The device still waits for a server then; once this
-    /// process has ended, if the error came late.
+    /// [`Error::InvalidValue`] if the target does not fit. The device still waits for a server then. If the error came
+    /// late, queues had been opened: the driver takes the next server once the threads that had them have ended, which
+    /// is at once unless they serve other devices too.
     pub fn recover(&self, id: DeviceId, target: Arc<dyn Target>) -> Result<Device> {
         self.check_driver()?;
         let info = self.wait_for_vacancy(id)?;

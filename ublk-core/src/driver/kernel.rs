@@ -202,7 +202,8 @@ impl Driver for KernelDriver {
         let mut ids = Vec::new();
         let entries = match std::fs::read_dir("/sys/class/ublk-char") {
             Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(ids),
+            // The driver is not loaded, unless there is no sysfs to tell.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && Path::new("/sys/class").exists() => return Ok(ids),
             Err(e) => return Err(e),
         };
         for entry in entries {
