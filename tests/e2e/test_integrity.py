@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import struct
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from support.blockio import Disk, error_of
 from support.command import run
 from support.face import Face, device_id
 from support.features import has
+from support.uring import Ring
 
 KIB = 1024
 
@@ -117,6 +119,48 @@ def test_metadata_really_comes_back(native_disk, native: Face) -> None:
         setting(path, "read_verify", "0")
         assert disk.read(0, 4 * KIB) == data
     assert errors(native, path) == 0
+
+
+def crc16_t10dif(data: bytes) -> int:
+    """The checksum of T10 protection information: polynomial 0x8bb7, nothing inverted."""
+    crc = 0
+    for byte in data:
+        crc ^= byte << 8
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x8BB7 if crc & 0x8000 else 0)) & 0xFFFF
+    return crc
+
+
+def protection(data: bytes, first_block: int, application: int) -> bytes:
+    """Type 1 protection information of blocks of 512 bytes: guard, application tag, reference tag."""
+    blocks = [data[at : at + 512] for at in range(0, len(data), 512)]
+    return b"".join(
+        struct.pack(">HHI", crc16_t10dif(block), application, first_block + index) for index, block in enumerate(blocks)
+    )
+
+
+@needs_integrity
+@pytest.mark.io_errors("protection error")
+@pytest.mark.parametrize("kind", ["mem", "file"])
+def test_metadata_of_a_clients_own_is_carried_and_checked(kind: str, native_disk, native: Face, scratch: Path) -> None:
+    more = ["--size", "1M"] if kind == "mem" else ["-f", image(scratch, 1 << 20), "--io", "direct"]
+    path = native_disk("-t", kind, *more, "--integrity", "crc16-t10dif")
+    with Ring() as ring, Disk(path, direct=True) as disk:
+        if not ring.takes_metadata:
+            pytest.skip("clients can bring metadata from Linux 6.14 on")
+        data, offset = os.urandom(8 * KIB), 16 * KIB
+        mine = protection(data, offset // 512, 0x1234)
+        ring.write(disk.fd, offset, data, mine, seed=offset // 512)
+        # The application tag is nobody's but the client's.
+        assert ring.read(disk.fd, offset, len(data), len(mine), seed=offset // 512) == (data, mine)
+        assert disk.read(offset, len(data)) == data
+        wrong = bytearray(mine)
+        wrong[8] ^= 1
+        other = bytes(len(data))
+        refused = error_of(lambda: ring.write(disk.fd, offset, other, bytes(wrong), seed=offset // 512))
+        assert refused == errno.EILSEQ
+        assert disk.read(offset, len(data)) == data
+    assert errors(native, path) == 1
 
 
 @needs_integrity

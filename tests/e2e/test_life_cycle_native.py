@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import fio, sysfs
 from support.backends import image
-from support.blockio import Disk, together
+from support.blockio import Disk, Tasks, together
 from support.command import run
 from support.face import device_id
 from support.pace import patience
@@ -89,6 +89,54 @@ def test_sigkill_in_the_middle_of_io_hangs_nobody(kind: str, native, scratch: Pa
     native.run("del", "--dead")
     assert native.list() == []
     assert gone(path)
+
+
+@pytest.mark.io_errors
+@pytest.mark.parametrize("end", ["del", "SIGKILL"])
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_what_a_busy_disk_has_acknowledged_is_in_its_file(end: str, io: str, native, scratch: Path) -> None:
+    file = image(scratch, 16 << 20)
+    path = native.add("-t", "file", "-f", file, "-q", "2", "--io", io)
+    pid = native.info(path)["pid"]
+    fio.verify(path, size="8m", bs="4k", iodepth=16)
+    # Each writer has blocks of its own, and numbers what it writes to them.
+    first, writers, blocks = 8 << 20, 4, 64
+    written = [[(0, 0)] * blocks for _ in range(writers)]
+
+    def write(writer: int) -> None:
+        with Disk(path, direct=True) as disk:
+            for number in range(1, 1 << 30):
+                block = number % blocks
+                acknowledged, _ = written[writer][block]
+                written[writer][block] = (acknowledged, number)
+                place = first + (writer * blocks + block) * 4096
+                try:
+                    disk.write(place, number.to_bytes(4, "little") * 1024)
+                except OSError:
+                    return
+                written[writer][block] = (number, number)
+
+    tasks = Tasks()
+    for writer in range(writers):
+        tasks.start(write, writer)
+    until(lambda: all(acknowledged for each in written for acknowledged, _ in each), "a write of each block")
+    if end == "del":
+        native.run("del", "--force", "-n", str(device_id(path)))
+    else:
+        os.kill(pid, signal.SIGKILL)
+    tasks.join()
+    if end == "SIGKILL":
+        until(lambda: native.list()[0]["state"] == "DEAD", "the state DEAD")
+        native.run("del", "--dead")
+    content = file.read_bytes()[first:]
+    for writer, states in enumerate(written):
+        for block, (acknowledged, sent) in enumerate(states):
+            at = (writer * blocks + block) * 4096
+            found = content[at : at + 4096]
+            assert found in {n.to_bytes(4, "little") * 1024 for n in (acknowledged, sent)}, (writer, block)
+    path = native.add("-t", "file", "-f", file)
+    fio.verify(path, size="8m", bs="4k", iodepth=16, verify_only=1)
+    native.run("del", "-n", str(device_id(path)))
 
 
 def test_del_dead_spares_the_living(native) -> None:

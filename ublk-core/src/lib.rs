@@ -19,6 +19,8 @@
 //! # }
 //! ```
 //!
+//! The [guide] goes on from here, with examples that run.
+//!
 //! The crate is laid out as arrows run: the command ([`cli`]) uses [`targets`], they implement
 //! [`Target`] and are run by [`Server`], that uses the engine, and everything ends at the
 //! [`driver`].
@@ -31,6 +33,9 @@ mod device;
 pub mod driver;
 mod engine;
 mod error;
+#[cfg(any(feature = "fake", all(doc, not(doctest))))]
+#[doc = include_str!("guide.md")]
+pub mod guide {}
 mod memory;
 mod params;
 pub mod placement;

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The char device: descriptors and data, and what its end does.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::{FakeTag, Shared};
+use crate::driver::{CharDevice, MappedDescriptors, RequestPlace};
+use crate::memory::DescriptorMap;
+use crate::uapi::{self, Features};
+use crate::units::{QueueId, Tag};
+
+#[derive(Debug)]
+pub(super) struct FakeChar {
+    shared: Arc<Shared>,
+    id: u32,
+}
+
+impl FakeChar {
+    pub(super) fn new(shared: Arc<Shared>, id: u32) -> Self {
+        FakeChar { shared, id }
+    }
+}
+
+impl CharDevice for FakeChar {
+    fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<MappedDescriptors> {
+        let state = self.shared.state();
+        let device = state.devices.get(&self.id).ok_or(Errno::ENODEV)?;
+        let queue = device.queues.get(usize::from(queue.0)).ok_or(Errno::EINVAL)?;
+        Ok(MappedDescriptors(DescriptorMap::shared(queue.descriptors.clone(), depth)))
+    }
+
+    fn raw_fd(&self) -> RawFd {
+        self.id as RawFd
+    }
+
+    fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()> {
+        let mut state = self.shared.state();
+        let pages = state.pages(self.id, place.queue, place.tag)?;
+        let from = pages.get(place.offset as usize..).and_then(|p| p.get(..into.len())).ok_or(Errno::EINVAL)?;
+        into.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn copy_to_request(&self, place: RequestPlace, from: &[u8]) -> io::Result<()> {
+        let mut state = self.shared.state();
+        let pages = state.pages(self.id, place.queue, place.tag)?;
+        let into = pages.get_mut(place.offset as usize..).and_then(|p| p.get_mut(..from.len())).ok_or(Errno::EINVAL)?;
+        into.copy_from_slice(from);
+        Ok(())
+    }
+}
+
+/// The server is gone: without recovery, the disk goes too, and what it had fails.
+impl Drop for FakeChar {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        if let Some(device) = state.devices.get_mut(&self.id) {
+            let flags = Features::from_bits_retain(device.info.flags);
+            device.char_open = false;
+            device.canceling = false;
+            device.info.ublksrv_pid = -1;
+            device.info.state = match device.info.state {
+                uapi::UBLK_S_DEV_LIVE if flags.contains(Features::USER_RECOVERY_FAIL_IO) => uapi::UBLK_S_DEV_FAIL_IO,
+                uapi::UBLK_S_DEV_LIVE if flags.contains(Features::USER_RECOVERY) => uapi::UBLK_S_DEV_QUIESCED,
+                waiting if device.waits_for_server() => waiting,
+                _ => uapi::UBLK_S_DEV_DEAD,
+            };
+            let mut ended = Vec::new();
+            for queue in &mut device.queues {
+                queue.delivery = None;
+                for (number, tag) in queue.tags.iter_mut().enumerate() {
+                    match std::mem::replace(tag, FakeTag::Idle) {
+                        FakeTag::Served(request) | FakeTag::Asked(request)
+                            if flags.contains(Features::USER_RECOVERY_REISSUE) =>
+                        {
+                            let descriptor = DescriptorMap::shared(queue.descriptors.clone(), device.info.queue_depth)
+                                .read(Tag(number as u16));
+                            device.held.push((descriptor, request));
+                        }
+                        FakeTag::Served(request) | FakeTag::Asked(request) => ended.push(request.ticket),
+                        FakeTag::Idle | FakeTag::Armed(_) => {}
+                    }
+                }
+            }
+            state.answers.extend(ended.into_iter().map(|ticket| (ticket, Err(Errno::EIO))));
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+}
