@@ -2,10 +2,13 @@
 """On which CPUs queues are served."""
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import fio, sysfs
+from support.blockio import Disk
 from support.face import Face, device_id
 from support.processes import threads
 
@@ -76,6 +79,42 @@ def test_a_recovered_device_is_served_on_the_same_cpus(native: Face, two_cpus) -
     assert second != first
     assert list(queue_threads(second).values()) == [{1}]
     native.run("del", "-n", number)
+
+
+def pages_by_node(pid: int) -> dict[int, int]:
+    """How many pages of anonymous memory each NUMA node has, in mappings that are large."""
+    found: dict[int, int] = {}
+    for line in Path(f"/proc/{pid}/numa_maps").read_text().splitlines():
+        words = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        nodes = {int(key[1:]): int(value) for key, value in words.items() if re.fullmatch(r"N\d+", key)}
+        if "file" not in words and sum(nodes.values()) >= 64:
+            found = {node: found.get(node, 0) + nodes.get(node, 0) for node in found | nodes}
+    return found
+
+
+@pytest.fixture
+def small_pages() -> Iterator[None]:
+    """No huge pages: then as much memory is in use as was touched."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    words = setting.read_text()
+    setting.write_text("never")
+    yield
+    setting.write_text(re.findall(r"\[(\w+)\]", words)[0])
+
+
+@pytest.mark.skipif(not Path("/sys/devices/system/node/node1").exists(), reason="needs two NUMA nodes")
+def test_buffers_lie_on_the_node_of_their_queue(native_disk, native: Face, two_cpus, small_pages) -> None:
+    path = native_disk("-t", "null", "-q", "2", "-d", "64", "--max-io", "64K", "--data", "copy", "--cpus", "auto")
+    before = os.sched_getaffinity(0)
+    with Disk(path, direct=True) as disk:
+        # A request at a time goes round the tags. That of the second queue touches a quarter of each buffer.
+        for cpu, kib in ((0, 64), (1, 16)):
+            os.sched_setaffinity(0, {cpu})
+            for _ in range(128):
+                disk.write(0, bytes(kib << 10))
+        os.sched_setaffinity(0, before)
+    pages = pages_by_node(native.info(path)["pid"])
+    assert pages[0] >= 3 * pages[1] > 0, pages
 
 
 def _replace(native: Face, path: str) -> None:

@@ -98,6 +98,9 @@ pub(crate) struct Run {
     /// Processors of the machine.
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
     pub(crate) cpus: u32,
+    /// NUMA nodes that share its processors and memory.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub(crate) nodes: u32,
     /// Memory of the machine: a number with M or G [default: 3G, 4G for the debug kernel].
     #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
     pub(crate) memory: Option<u64>,
@@ -194,7 +197,7 @@ mod tests {
         let run = run(&["--", "true"])?;
         assert_eq!(run.kernel, "7.3");
         assert_eq!(run.driver, Driver::Intree);
-        assert_eq!((run.cpus, run.memory), (2, None));
+        assert_eq!((run.cpus, run.nodes, run.memory), (2, 1, None));
         assert_eq!(run.timeout, Duration::from_secs(1200));
         assert_eq!(run.command, ["true"]);
         Ok(())

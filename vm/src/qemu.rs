@@ -82,6 +82,20 @@ impl Machine {
         Self { command, kernel_arguments, channels: Vec::new(), disks: 0 }
     }
 
+    /// Divides processors and memory among NUMA nodes: a socket and its memory each.
+    pub(crate) fn nodes(&mut self, nodes: u32, cpus: u32, memory_mib: u64) {
+        // The last `-smp` counts.
+        self.command.args(["-smp", &format!("{cpus},sockets={nodes},cores={}", cpus / nodes)]);
+        // What is left over goes to the last one.
+        let share = memory_mib / u64::from(nodes);
+        for node in 0..nodes {
+            let memory = if node + 1 == nodes { memory_mib - share * u64::from(node) } else { share };
+            self.command.args(["-object", &format!("memory-backend-ram,id=memory{node},size={memory}M")]);
+            self.command.args(["-numa", &format!("node,nodeid={node},memdev=memory{node}")]);
+            self.command.args(["-numa", &format!("cpu,node-id={node},socket-id={node}")]);
+        }
+    }
+
     /// For trials that are expected to fail: what QEMU says is not shown.
     pub(crate) fn hush(&mut self) {
         self.command.stderr(Stdio::null());

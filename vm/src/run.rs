@@ -77,6 +77,9 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     }
     host::require(host::MACHINE)?;
     let apt = Apt::open(cache)?;
+    if !options.cpus.is_multiple_of(options.nodes) {
+        bail!("{} CPUs cannot be divided evenly among {} NUMA nodes", options.cpus, options.nodes);
+    }
     let kernel = Kernel::obtain(cache, &apt, &options.kernel)?;
     let driver = options.driver.prepare(cache, &apt, repository, &kernel)?;
     let root = rootfs::obtain(cache)?;
@@ -87,7 +90,6 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     };
     let memory = options.memory.unwrap_or(if kernel.debug { DEBUG_MEMORY } else { MEMORY });
     check_host_memory(memory);
-
     let scratch = cache.temporary("run")?;
     let initrd = scratch.path().join("initrd");
     initramfs::write(&initrd, &kernel, &job(options, &kernel))?;
@@ -102,6 +104,9 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     let mut tries = if accelerator == Accelerator::Tcg && !options.shell { BOOT_TRIES } else { 1 };
     loop {
         let mut machine = Machine::new(accelerator, options.cpus, memory, scratch.path());
+        if options.nodes > 1 {
+            machine.nodes(options.nodes, options.cpus, memory);
+        }
         machine.expect(&kernel);
         machine.boot(&kernel.vmlinuz(), &initrd);
         machine.disk(&root, "root");
