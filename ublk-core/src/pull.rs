@@ -46,7 +46,8 @@ use crate::params::Params;
 use crate::request::{DetachedRequest, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
 
-/// Makes a target whose requests are fetched from the returned queues, one for each hardware queue.
+/// Makes a target whose requests are fetched from the returned queues, one for each hardware queue. Its consumers
+/// copy data by [`read_data`](crate::RequestOf::read_data) and [`write_data`](crate::RequestOf::write_data).
 ///
 /// Consumers should run before the device starts: before Linux 7.0 the partition scan is part of that. The
 /// driver makes no more queues than there are CPUs; the queues beyond end at once.
@@ -55,13 +56,27 @@ use crate::target::{QueueHandler, QueueInfo, Target};
 ///
 /// [`Error::InvalidValue`] for an impossible shape or number of queues.
 pub fn pull(params: Params, queues: u32) -> Result<(Arc<dyn Target>, Vec<PullQueue>)> {
+    pull_with("pull", params, Access::Copies, queues)
+}
+
+/// As [`pull`](crate::pull()), with a name, and consumers who do something else with the data.
+///
+/// # Errors
+///
+/// As [`pull`](crate::pull()).
+pub fn pull_with(
+    kind: impl Into<String>,
+    params: Params,
+    access: Access,
+    queues: u32,
+) -> Result<(Arc<dyn Target>, Vec<PullQueue>)> {
     params.validate()?;
     if !(1..=u32::from(MAX_QUEUES)).contains(&queues) {
         return Err(Error::invalid("queues", queues, format!("1 to {MAX_QUEUES} are possible")));
     }
     let queues = (0..queues).map(|_| Shared::new().map(Arc::new)).collect::<Result<Vec<_>>>()?;
     let handles = queues.iter().map(|shared| PullQueue(shared.clone())).collect();
-    Ok((Arc::new(PullTarget { params, queues }), handles))
+    Ok((Arc::new(PullTarget { kind: kind.into(), params, access, queues }), handles))
 }
 
 /// Requests of one hardware queue, to be taken.
@@ -219,13 +234,15 @@ impl Shared {
 
 #[derive(Debug)]
 struct PullTarget {
+    kind: String,
     params: Params,
+    access: Access,
     queues: Vec<Arc<Shared>>,
 }
 
 impl Target for PullTarget {
     fn kind(&self) -> &str {
-        "pull"
+        &self.kind
     }
 
     fn params(&self) -> Params {
@@ -233,7 +250,7 @@ impl Target for PullTarget {
     }
 
     fn access(&self) -> Access {
-        Access::Copies
+        self.access
     }
 
     fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {

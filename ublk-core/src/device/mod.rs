@@ -94,6 +94,19 @@ impl Server {
     ///
     /// Whatever goes wrong on the way is undone first: after an error there is no device.
     pub fn start(&self, target: Arc<dyn Target>, options: &DeviceOptions) -> Result<Device> {
+        let device = self.add(&target, options)?;
+        device.go_live(target)?;
+        Ok(device)
+    }
+
+    /// Makes a device that has an id and no disk yet: [`Device::go_live`] does the rest of
+    /// [`start`](Server::start). For those who have to know the device before its first request comes, which before
+    /// Linux 7.0 is one of the partition scan.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Server::start).
+    pub fn add(&self, target: &Arc<dyn Target>, options: &DeviceOptions) -> Result<Device> {
         let params = target.params();
         let (queues, depth) = options.checked()?;
         params.validate()?;
@@ -132,18 +145,8 @@ impl Server {
             added => added?,
         };
         let device = self.device(info, params, plan, events);
-        let started = device.plan.check(device.info.features).and_then(|()| device.start(&target));
-        match started {
-            Ok(()) => Ok(device),
-            Err(error) => {
-                // The queue's own words say more than those of the command that it kept waiting.
-                let error = device.events.take_failure().unwrap_or(error);
-                if let Err(second) = device.stop() {
-                    log::error!("undoing the start of device {}: {second}", device.id());
-                }
-                Err(error)
-            }
-        }
+        device.plan.check(device.info.features).map_err(|error| device.undo(error))?;
+        Ok(device)
     }
 
     /// A device that is not served yet, and that its end deletes.
@@ -256,7 +259,26 @@ impl Device {
         self.plan.batch
     }
 
-    fn start(&self, target: &Arc<dyn Target>) -> Result<()> {
+    /// Serves a device that was [added](Server::add), and returns when its node can be used. Once.
+    ///
+    /// # Errors
+    ///
+    /// Whatever goes wrong, the device is stopped and deleted.
+    pub fn go_live(&self, target: Arc<dyn Target>) -> Result<()> {
+        self.try_to_go_live(&target).map_err(|error| self.undo(error))
+    }
+
+    /// Deletes a device whose start has failed, and gives the reason.
+    fn undo(&self, error: Error) -> Error {
+        // The queue's own words say more than those of the command that it kept waiting.
+        let error = self.events.take_failure().unwrap_or(error);
+        if let Err(second) = self.stop() {
+            log::error!("undoing the start of device {}: {second}", self.id());
+        }
+        error
+    }
+
+    fn try_to_go_live(&self, target: &Arc<dyn Target>) -> Result<()> {
         let id = self.id();
         let mut params = self.params;
         params.read_only |= !params.operations.contains(Operations::WRITE);
