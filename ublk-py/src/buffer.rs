@@ -69,65 +69,73 @@ pub(crate) struct Slot(Option<Py<Buffer>>);
 
 impl Slot {
     /// A view on the first `len` bytes of `memory`, for the time of one request.
-    pub(crate) fn lease<'py>(
+    pub(crate) fn lease(
         &mut self,
-        py: Python<'py>,
+        py: Python<'_>,
         memory: &Arc<IoBuffer>,
         len: usize,
         readonly: bool,
-    ) -> PyResult<Lease<'py>> {
-        assert!(len <= memory.len());
-        let reusable = self.0.take().filter(|buffer| Arc::ptr_eq(&buffer.get().memory, memory));
-        let buffer = match reusable {
-            Some(buffer) => buffer.into_bound(py),
-            None => Bound::new(
-                py,
-                Buffer {
-                    memory: memory.clone(),
-                    len: AtomicUsize::new(0),
-                    readonly: AtomicBool::new(true),
-                    active: AtomicBool::new(false),
-                    exports: AtomicUsize::new(0),
-                },
-            )?,
-        };
-        let state = buffer.get();
-        state.len.store(len, Ordering::Relaxed);
-        state.readonly.store(readonly, Ordering::Relaxed);
-        state.active.store(true, Ordering::Release);
-        let view = PyMemoryView::from(&buffer)?;
-        Ok(Lease { buffer, view })
+    ) -> PyResult<Lease> {
+        match self.0.take().filter(|buffer| Arc::ptr_eq(&buffer.get().memory, memory)) {
+            Some(buffer) => Lease::of(py, buffer, len, readonly),
+            None => Lease::new(py, memory, len, readonly),
+        }
     }
 
     /// Ends a lease. False if Python still holds a view: the memory is its own from now on.
-    pub(crate) fn end(&mut self, lease: Lease<'_>) -> bool {
-        let Lease { buffer, view } = lease;
-        buffer.get().active.store(false, Ordering::Release);
-        // SAFETY: `view` is a live object; reading its count needs no more than being attached.
-        if unsafe { ffi::Py_REFCNT(view.as_ptr()) } > 1 {
-            // Refused if something was made from the view itself, an array say; the count of exports
-            // tells then.
-            let _ = view.call_method0(pyo3::intern!(view.py(), "release"));
-        }
-        drop(view);
-        let free = buffer.get().exports.load(Ordering::Acquire) == 0;
-        if free {
-            self.0 = Some(buffer.unbind());
-        }
-        free
+    pub(crate) fn end(&mut self, py: Python<'_>, lease: Lease) -> bool {
+        self.0 = lease.end(py);
+        self.0.is_some()
     }
 }
 
 /// A view that is valid for one request.
 #[derive(Debug)]
-pub(crate) struct Lease<'py> {
-    buffer: Bound<'py, Buffer>,
-    view: Bound<'py, PyMemoryView>,
+pub(crate) struct Lease {
+    buffer: Py<Buffer>,
+    view: Py<PyMemoryView>,
 }
 
-impl<'py> Lease<'py> {
+impl Lease {
+    /// A view on the first `len` bytes of `memory`.
+    pub(crate) fn new(py: Python<'_>, memory: &Arc<IoBuffer>, len: usize, readonly: bool) -> PyResult<Self> {
+        let buffer = Buffer {
+            memory: memory.clone(),
+            len: AtomicUsize::new(0),
+            readonly: AtomicBool::new(true),
+            active: AtomicBool::new(false),
+            exports: AtomicUsize::new(0),
+        };
+        Self::of(py, Py::new(py, buffer)?, len, readonly)
+    }
+
+    fn of(py: Python<'_>, buffer: Py<Buffer>, len: usize, readonly: bool) -> PyResult<Self> {
+        let state = buffer.get();
+        assert!(len <= state.memory.len());
+        state.len.store(len, Ordering::Relaxed);
+        state.readonly.store(readonly, Ordering::Relaxed);
+        state.active.store(true, Ordering::Release);
+        let view = PyMemoryView::from(buffer.bind(py))?.unbind();
+        Ok(Lease { buffer, view })
+    }
+
     /// The view for the handler.
-    pub(crate) fn view(&self) -> &Bound<'py, PyMemoryView> {
-        &self.view
+    pub(crate) fn view<'py>(&self, py: Python<'py>) -> &Bound<'py, PyMemoryView> {
+        self.view.bind(py)
+    }
+
+    /// Ends the lease, and gives the buffer object, to be used again; none if Python still holds a view.
+    pub(crate) fn end(self, py: Python<'_>) -> Option<Py<Buffer>> {
+        let Lease { buffer, view } = self;
+        buffer.get().active.store(false, Ordering::Release);
+        // SAFETY: `view` is a live object; reading its count needs no more than being attached.
+        if unsafe { ffi::Py_REFCNT(view.as_ptr()) } > 1 {
+            // Refused if something was made from the view itself, an array say; the count of exports
+            // tells then.
+            let _ = view.call_method0(py, pyo3::intern!(py, "release"));
+        }
+        view.drop_ref(py);
+        let free = buffer.get().exports.load(Ordering::Acquire) == 0;
+        free.then_some(buffer)
     }
 }

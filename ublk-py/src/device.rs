@@ -6,29 +6,41 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use ublk_core::control::Control;
 use ublk_core::driver::kernel::KernelDriver;
-use ublk_core::{DeviceId, DeviceOptions, Features, Params, Server};
+use ublk_core::pull::{PullQueue, pull_with};
+use ublk_core::{Access, DeviceId, DeviceOptions, Features, Params, Server, Target};
 
 use crate::error::to_python;
 use crate::fake::FakeDriver;
-use crate::handler::{Methods, PythonTarget};
+use crate::handler::{PythonTarget, Style};
 use crate::logging;
+use crate::methods::operations;
+use crate::pull::PyPullQueue;
 use crate::threads::PythonSpawn;
 
-/// A running device.
+/// A device of this process.
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
 pub(crate) struct NativeDevice {
     /// Taken out when this object goes.
     device: Option<ublk_core::Device>,
+    /// Until the device goes live, or is stopped before that.
+    target: Mutex<Option<Arc<dyn Target>>>,
+    /// Where its requests are taken from, if its style is to pull them.
+    pull_queues: Vec<Py<PyPullQueue>>,
 }
 
 impl NativeDevice {
     fn device(&self) -> &ublk_core::Device {
         self.device.as_ref().expect("a live object has its device")
+    }
+
+    fn take_target(&self) -> Option<Arc<dyn Target>> {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
@@ -90,36 +102,26 @@ impl NativeDevice {
         self.device().as_fd().as_raw_fd()
     }
 
+    /// One for each hardware queue, of a device whose requests are pulled.
+    #[getter]
+    fn pull_queues(&self, py: Python<'_>) -> Vec<Py<PyPullQueue>> {
+        self.pull_queues.iter().map(|queue| queue.clone_ref(py)).collect()
+    }
+
+    /// Serves the device, and returns when its node can be used.
+    fn go_live(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(target) = self.take_target() else { return Ok(()) };
+        py.detach(|| self.device().go_live(target)).map_err(|e| to_python(py, &e))
+    }
+
     /// Stops and deletes the device.
     fn stop(&self, py: Python<'_>) -> PyResult<()> {
-        let device = self.device();
-        py.detach(|| device.stop()).map_err(|e| to_python(py, &e))
+        py.detach(|| {
+            drop(self.take_target());
+            self.device().stop()
+        })
+        .map_err(|e| to_python(py, &e))
     }
-}
-
-/// The shape of a disk as Python gives it.
-#[derive(FromPyObject)]
-#[pyo3(from_item_all)]
-pub(crate) struct Shape {
-    size: u64,
-    block_size: u32,
-    physical_block_size: u32,
-    max_io_bytes: u32,
-    rotational: bool,
-    read_only: bool,
-    discard_granularity: u32,
-}
-
-/// The methods of a block device as Python gives them.
-#[derive(FromPyObject)]
-#[pyo3(from_item_all)]
-pub(crate) struct Handlers {
-    read: Py<PyAny>,
-    write: Option<Py<PyAny>>,
-    flush: Option<Py<PyAny>>,
-    discard: Option<Py<PyAny>>,
-    write_zeroes: Option<Py<PyAny>>,
-    report: Py<PyAny>,
 }
 
 /// The process's server on the kernel's driver, made with the first device.
@@ -142,16 +144,61 @@ fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
     Ok(made)
 }
 
-/// Makes a device, serves it with the given methods, and appends it to `made`: a returned object could be
-/// lost to a signal's exception before the caller has stored it.
-#[pyfunction]
-#[pyo3(signature = (kind, shape, handlers, queues, depth, id, spawn, driver, made))]
-#[allow(clippy::too_many_arguments, reason = "a private function with one caller, which passes all by name")]
-pub(crate) fn start(
-    py: Python<'_>,
+/// What a disk is, and how Python serves it.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Description {
     kind: String,
-    shape: Shape,
-    handlers: Handlers,
+    size: u64,
+    block_size: u32,
+    physical_block_size: u32,
+    max_io_bytes: u32,
+    rotational: bool,
+    read_only: bool,
+    discard_granularity: u32,
+    /// Names of methods: what it can do beside being read.
+    operations: Vec<String>,
+    /// `methods`, `batch` or `pull`.
+    style: String,
+}
+
+impl Description {
+    fn params(&self) -> Params {
+        let mut params = Params::new(self.size, self.block_size);
+        params.physical_block_size = self.physical_block_size;
+        params.io_min = self.physical_block_size;
+        params.max_io_bytes = self.max_io_bytes;
+        params.rotational = self.rotational;
+        params.read_only = self.read_only;
+        params.discard.granularity = self.discard_granularity;
+        params.operations = operations(&self.operations);
+        params
+    }
+
+    /// Makes the target, and queues if its requests are pulled.
+    fn target(self, handlers: &Bound<'_, PyAny>, queues: u32) -> PyResult<(Arc<dyn Target>, Vec<PullQueue>)> {
+        let params = self.params();
+        let style = match self.style.as_str() {
+            "pull" => {
+                return pull_with(self.kind, params, Access::Bytes, queues).map_err(|e| to_python(handlers.py(), &e));
+            }
+            "methods" => Style::Methods(handlers.extract()?),
+            "batch" => Style::Batch(handlers.extract()?),
+            other => return Err(PyValueError::new_err(format!("there is no style {other}"))),
+        };
+        Ok((Arc::new(PythonTarget { kind: self.kind, params, style }), Vec::new()))
+    }
+}
+
+/// Makes a device that is not live yet, and appends it to `made`: a returned object could be lost to a
+/// signal's exception before the caller has stored it.
+#[pyfunction]
+#[pyo3(signature = (description, handlers, queues, depth, id, spawn, driver, made))]
+#[allow(clippy::too_many_arguments, reason = "a private function with one caller, which passes all by name")]
+pub(crate) fn add(
+    py: Python<'_>,
+    description: Description,
+    handlers: &Bound<'_, PyAny>,
     queues: u32,
     depth: u32,
     id: Option<u32>,
@@ -160,23 +207,7 @@ pub(crate) fn start(
     made: &Bound<'_, PyList>,
 ) -> PyResult<()> {
     logging::follow(py)?;
-    let methods = Methods {
-        read: handlers.read,
-        write: handlers.write,
-        flush: handlers.flush,
-        discard: handlers.discard,
-        write_zeroes: handlers.write_zeroes,
-        report: handlers.report,
-    };
-    let mut params = Params::new(shape.size, shape.block_size);
-    params.physical_block_size = shape.physical_block_size;
-    params.io_min = shape.physical_block_size;
-    params.max_io_bytes = shape.max_io_bytes;
-    params.rotational = shape.rotational;
-    params.read_only = shape.read_only;
-    params.discard.granularity = shape.discard_granularity;
-    params.operations = methods.operations();
-    let target = Arc::new(PythonTarget { kind, params, methods });
+    let (target, pull_queues) = description.target(handlers, queues)?;
     let options = DeviceOptions { id: id.map(DeviceId), queues, depth, ..DeviceOptions::default() };
     let spawn = PythonSpawn(spawn);
     let fake = driver.map(FakeDriver::inner);
@@ -185,12 +216,12 @@ pub(crate) fn start(
             Some(fake) => Server::with(Arc::new(fake), Arc::new(spawn), queues as usize),
             None => kernel_server(spawn)?,
         };
-        server.start(target, &options)
+        server.add(&target, &options)
     });
-    match device {
-        Ok(device) => made.append(NativeDevice { device: Some(device) }),
-        Err(error) => Err(to_python(py, &error)),
-    }
+    let device = device.map_err(|e| to_python(py, &e))?;
+    let pull_queues = pull_queues.into_iter().map(|queue| Py::new(py, PyPullQueue::new(queue)));
+    let pull_queues = pull_queues.collect::<PyResult<_>>()?;
+    made.append(NativeDevice { device: Some(device), target: Mutex::new(Some(target)), pull_queues })
 }
 
 /// What the driver offers: a dict from feature name to bool.

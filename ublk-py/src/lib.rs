@@ -10,6 +10,9 @@ mod error;
 mod fake;
 mod handler;
 mod logging;
+mod methods;
+mod pull;
+mod request;
 mod threads;
 
 use pyo3::prelude::*;
@@ -22,9 +25,13 @@ mod module {
     #[pymodule_export]
     use super::cli::main;
     #[pymodule_export]
-    use super::device::{NativeDevice, devices, features, start};
+    use super::device::{NativeDevice, add, devices, features};
     #[pymodule_export]
     use super::fake::FakeDriver;
+    #[pymodule_export]
+    use super::pull::{PyPullQueue, Worker};
+    #[pymodule_export]
+    use super::request::PyRequest;
 
     use super::*;
 

@@ -2,7 +2,6 @@
 
 """Starting and ending devices; values that cannot be."""
 
-import asyncio
 import os
 import signal
 import threading
@@ -123,15 +122,6 @@ def test_a_forgotten_super_init_is_a_type_error(driver):
 def test_a_size_that_is_no_int_is_a_type_error(driver):
     with pytest.raises(TypeError, match="size must be an int, not float"):
         Disk(size=1e6).start(_driver=driver)
-
-
-def test_a_coroutine_method_is_a_type_error(driver):
-    class Later(ublk.BlockDevice):
-        async def read(self, offset, buf):
-            await asyncio.sleep(0)
-
-    with pytest.raises(TypeError, match="coroutine"):
-        Later(size=SIZE).start(_driver=driver)
 
 
 def test_sigterm_ends_a_block_and_is_given_back(driver):

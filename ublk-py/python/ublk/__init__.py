@@ -15,12 +15,16 @@ The library logs under the logger ``ublk``.
 from ublk._block_device import BlockDevice
 from ublk._device import Device, DeviceInfo, devices, features, run
 from ublk._errors import UblkError
-from ublk._ublk import __version__
+from ublk._requests import Op, Requests
+from ublk._ublk import Request, __version__
 
 __all__ = [
     "BlockDevice",
     "Device",
     "DeviceInfo",
+    "Op",
+    "Request",
+    "Requests",
     "UblkError",
     "__version__",
     "devices",

@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
+from ublk._requests import Op
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import asyncio
+    from collections.abc import Callable, Collection, Sequence
 
     from ublk._device import Device
-    from ublk._ublk import FakeDriver
+    from ublk._ublk import FakeDriver, Request
 
 
 class BlockDevice:
@@ -20,8 +22,16 @@ class BlockDevice:
     Override `read`, and of `write`, `flush`, `discard` and `write_zeroes` those that the disk has. Only
     what a subclass overrides is advertised to the kernel.
 
-    The methods run on the threads that serve the queues: with ``queues=1`` one at a time, with more of
-    them on several threads at once. A request is acknowledged when its method returns. Exceptions:
+    There are four ways to be served:
+
+    * Plain methods run on the threads that serve the queues: with ``queues=1`` one at a time, with more of them on
+      several threads at once. `start` with ``workers=N`` runs them on a pool of threads, for methods that wait.
+    * ``async def`` methods run as tasks of an event loop: one for each queue, in a thread of its own, or the
+      caller's, with `start_async`. A class may have methods of both kinds; the plain ones must not wait.
+    * `handle`, in place of the others, gets all requests of a wake-up.
+    * `start` with ``pull=True`` leaves it to the program to take requests (`Device.requests`).
+
+    A request is acknowledged when its method returns. Exceptions:
 
     * `OSError` fails the request with its errno;
     * `NotImplementedError` with ``EOPNOTSUPP``, `TimeoutError` with ``ETIMEDOUT``, `MemoryError` with
@@ -53,6 +63,9 @@ class BlockDevice:
         Refuse writes even though `write` is there.
 
     """
+
+    operations: Collection[str] = (Op.READ, Op.WRITE)
+    """What a disk with `handle`, or one whose requests are pulled, can do; of others it is what methods they have."""
 
     def __init__(
         self,
@@ -107,12 +120,23 @@ class BlockDevice:
         """Make a range read as zeros. Without this method the kernel writes pages of zeros."""
         raise NotImplementedError
 
+    def handle(self, requests: Sequence[Request]) -> None:
+        """Take all requests of a wake-up, and see to it that each of them ends, now or later, on any thread.
+
+        In place of all other methods; `operations` says what the disk can do. A request that is dropped without an
+        end fails with ``EIO``. An exception fails all requests of the batch that have not ended.
+        """
+        raise NotImplementedError
+
     def start(
         self,
         *,
         queues: int = 1,
         depth: int = 128,
         id: int | None = None,
+        workers: int | None = None,
+        pull: bool = False,
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
         _driver: FakeDriver | None = None,
     ) -> Device:
         """Make the device and serve it; return when its node can be used.
@@ -123,20 +147,39 @@ class BlockDevice:
         CPUs), ``depth`` how many requests each queue holds, 1 to 4096, and ``id`` the number N of
         ``/dev/ublkbN``, by default the lowest free one.
 
+        ``workers`` is how many threads call plain methods, divided among the queues, in place of the queues' own
+        threads: up to ``depth`` of them for each queue have something to do. ``loop_factory`` makes the event
+        loops of coroutine methods (``uvloop.new_event_loop``, say). With ``pull`` the program takes requests
+        by itself; `start` returns before the node is there then, because the kernel reads the disk first.
+
         While devices run, ``SIGTERM`` and ``SIGHUP`` raise `SystemExit` in the main thread, unless the
         program has handlers of its own, so that a killed program removes its devices.
         """
         from ublk._device import Device
 
-        return Device._start(self, queues=queues, depth=depth, id=id, driver=_driver)
+        device = Device._make(self, queues, depth, id, workers=workers, pull=pull, loop_factory=loop_factory)
+        device._start(_driver)
+        return device
+
+    async def start_async(
+        self, *, queues: int = 1, depth: int = 128, id: int | None = None, _driver: FakeDriver | None = None
+    ) -> Device:
+        """Make the device and serve it by tasks of the running event loop; for classes with coroutine methods.
+
+        ``async with await disk.start_async() as device:`` stops it in the end; so does `Device.stop_async`. The
+        arguments are those of `start`.
+        """
+        from ublk._device import Device
+
+        device = Device._make(self, queues, depth, id)
+        await device._start_async(_driver)
+        return device
 
     def _overridden(self, name: str) -> Callable[..., Any] | None:
         """Return the bound method if the class or the instance has one of its own."""
         method = getattr(self, name, None)
         if method is None or getattr(method, "__func__", None) is getattr(BlockDevice, name):
             return None
-        if inspect.iscoroutinefunction(method):
-            raise TypeError(f"{type(self).__name__}.{name} is a coroutine function; write it as a plain method")
         if not callable(method):
             raise TypeError(f"{type(self).__name__}.{name} is not callable")
         return method  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import logging
@@ -11,25 +12,26 @@ import os
 import select
 import threading
 import time
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from ublk import _signals, _ublk
+from ublk import _serving, _signals, _ublk
 from ublk._errors import UblkError
+from ublk._requests import Requests
+from ublk._serving import LoopServing, PullServing, Serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
     from ublk._block_device import BlockDevice
+    from ublk._serving import LoopFactory
 
 logger = logging.getLogger("ublk")
 
 _JOIN_SECONDS = 5.0
 _running: set[Device] = set()
 _running_lock = threading.Lock()
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,35 +64,43 @@ class Device:
 
     _native: _ublk.NativeDevice
     _target: BlockDevice
-    _size: int
-    _block_size: int
+    _description: dict[str, Any]
+    _options: tuple[int, int, int | None]
+    _serving: Serving
     _exception: BaseException | None
+    _stopped: bool
     _owner: int
     _start_over: threading.Event
     _stopping: threading.Lock
 
     @classmethod
-    def _start(
-        cls, target: BlockDevice, *, queues: int, depth: int, id: int | None, driver: _ublk.FakeDriver | None
+    def _make(
+        cls,
+        target: BlockDevice,
+        queues: int,
+        depth: int,
+        id: int | None,
+        *,
+        workers: int | None = None,
+        pull: bool = False,
+        loop_factory: LoopFactory | None = None,
     ) -> Device:
+        """Check everything; nothing is made yet."""
         name = type(target).__name__
         if not hasattr(target, "size"):
             raise TypeError(f"{name} has no size: its __init__ must call super().__init__(size=...)")
-        handlers: dict[str, Any] = {
-            method: target._overridden(method) for method in ("read", "write", "flush", "discard", "write_zeroes")
-        }
-        if handlers["read"] is None:
-            raise TypeError(f"{name} has no read(self, offset, buf) method")
         self = object.__new__(cls)
         self._target = target
-        self._size = target.size
-        self._block_size = target.block_size
         self._exception = None
+        self._stopped = False
         self._start_over = threading.Event()
         self._stopping = threading.Lock()
         self._owner = os.getpid()
-        handlers["report"] = self._report
-        shape = {
+        if workers is not None and not _number("workers", workers, 16):
+            raise ValueError("workers = 0: nobody would serve the device")
+        self._serving = _serving.choose(target, self._report, workers=workers, pull=pull, loop_factory=loop_factory)
+        self._description = {
+            "kind": name,
             "size": _number("size", target.size, 64),
             "block_size": _number("block_size", target.block_size, 32),
             "physical_block_size": _number("physical_block_size", target.physical_block_size, 32),
@@ -98,27 +108,81 @@ class Device:
             "discard_granularity": _number("discard_granularity", target.discard_granularity, 32),
             "rotational": bool(target.rotational),
             "read_only": bool(target.read_only),
+            "operations": self._serving.operations,
+            "style": self._serving.style,
         }
-        queues = _number("queues", queues, 32)
-        depth = _number("depth", depth, 32)
-        id = None if id is None else _number("id", id, 20)
+        self._options = (
+            _number("queues", queues, 32),
+            _number("depth", depth, 32),
+            None if id is None else _number("id", id, 20),
+        )
+        return self
+
+    def _start(self, driver: _ublk.FakeDriver | None) -> None:
+        """Make the device and serve it."""
         made: list[_ublk.NativeDevice] = []
         try:
-            _ublk.start(name, shape, handlers, queues, depth, id, _spawn, driver, made)
-            self._native = made[0]
-            with _running_lock:
-                _running.add(self)
-            _signals.device_started()
+            self._add(driver, made)
+            self._serving.begin(self._native)
+            if isinstance(self._serving, PullServing):
+                self._serving.requests = Requests(self._native.pull_queues, lambda: self._exception)
+                self._register()
+                # The kernel reads the disk before this is over, and it is the caller who will answer.
+                threading.Thread(target=self._go_live_later, name=f"ublk{self.id}start", daemon=True).start()
+                return
+            self._native.go_live()
+            self._register()
         except BaseException:
-            # A signal's exception, Ctrl-C say, may come between any two lines above.
-            for native in made:
-                native.stop()
-            with _running_lock:
-                _running.discard(self)
+            self._undo(made)
+            raise
+        finally:
+            if not isinstance(self._serving, PullServing):
+                self._start_over.set()
+
+    async def _start_async(self, driver: _ublk.FakeDriver | None) -> None:
+        """Make the device and serve it on the running loop."""
+        if not isinstance(self._serving, LoopServing):
+            raise TypeError(f"{type(self._target).__name__} has no coroutine methods: use start()")
+        self._serving.is_here = True
+        made: list[_ublk.NativeDevice] = []
+        try:
+            await _to_the_end(self._add, driver, made)
+            self._serving.begin(self._native)
+            await asyncio.to_thread(self._native.go_live)
+            self._register()
+        except BaseException:
+            # The loop goes on meanwhile: requests may have to be served before the device can go.
+            await _to_the_end(self._undo, made)
             raise
         finally:
             self._start_over.set()
-        return self
+
+    def _add(self, driver: _ublk.FakeDriver | None, made: list[_ublk.NativeDevice]) -> None:
+        _ublk.add(self._description, self._serving.handlers, *self._options, _serving.spawn, driver, made)
+        self._native = made[0]
+
+    def _register(self) -> None:
+        with _running_lock:
+            _running.add(self)
+        _signals.device_started()
+
+    def _undo(self, made: list[_ublk.NativeDevice]) -> None:
+        """Leave nothing of a start that failed, or was interrupted between any two of its lines."""
+        for native in made:
+            native.stop()
+        with _running_lock:
+            _running.discard(self)
+
+    def _go_live_later(self) -> None:
+        """Go live while somebody takes the requests."""
+        try:
+            self._native.go_live()
+        except BaseException as error:
+            # Whoever takes requests or waits for the device gets it, unless the device was stopped meanwhile.
+            if not self._stopped:
+                self._exception = error
+        finally:
+            self._start_over.set()
 
     @property
     def id(self) -> int:
@@ -143,12 +207,12 @@ class Device:
     @property
     def size(self) -> int:
         """Capacity in bytes."""
-        return self._size
+        return int(self._description["size"])
 
     @property
     def block_size(self) -> int:
         """Logical block size in bytes."""
-        return self._block_size
+        return int(self._description["block_size"])
 
     @property
     def max_io_bytes(self) -> int:
@@ -159,6 +223,26 @@ class Device:
     def running(self) -> bool:
         """Whether the device is served: neither stopped nor about to be."""
         return not self._native.ending
+
+    def requests(self) -> Requests:
+        """Give the requests of a device that was started with ``pull=True``, to be iterated over.
+
+        By ``for`` or ``async for``; several threads and tasks may do so at once. Each `Request` is to be ended by
+        whoever has taken it, and may be so at any time and from any thread.
+        """
+        if not isinstance(self._serving, PullServing):
+            raise TypeError("the device was not started with pull=True")
+        return self._serving.requests
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Wait until the start is over and the node can be used; at once unless it was started with ``pull=True``.
+
+        Return whether it was within ``timeout`` seconds. Raises what the start failed with.
+        """
+        over = self._start_over.wait(timeout)
+        if self._exception is not None:
+            raise self._exception
+        return over
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the device begins to end: stopped by another thread, or deleted by anyone.
@@ -193,8 +277,17 @@ class Device:
         """
         if self._owner != os.getpid():
             return
-        if threading.current_thread() in _threads:
-            raise RuntimeError("a handler cannot wait for its own device to stop; raise SystemExit instead")
+        self._serving.check_stop()
+        self._stop()
+
+    async def stop_async(self) -> None:
+        """Stop and delete the device without blocking the event loop, which serves it meanwhile."""
+        if self._owner == os.getpid():
+            await _to_the_end(self._stop)
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._serving.abandon()
         try:
             self._native.stop()
         finally:
@@ -214,9 +307,17 @@ class Device:
     ) -> None:
         self.stop()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop_async()
+
     def __repr__(self) -> str:
         state = "running" if self.running else "ended"
-        return f"<ublk.Device {self.path} {state}: {type(self._target).__name__}, {self._size} bytes>"
+        return f"<ublk.Device {self.path} {state}: {type(self._target).__name__}, {self.size} bytes>"
 
     def _report(self, operation: str, exception: BaseException) -> None:
         """Take an exception of a handler that is no errno; called on a queue's thread."""
@@ -236,9 +337,23 @@ class Device:
         self._start_over.wait()
         try:
             if hasattr(self, "_native"):
-                self.stop()
+                self._stop()
         except UblkError as error:
             logger.error("stopping %s: %s", self.path, error)
+
+
+async def _to_the_end(function: Callable[..., None], *arguments: object) -> None:
+    """Call a function in a thread, and wait for its end even when cancelled."""
+    call = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    cancelled: asyncio.CancelledError | None = None
+    while not call.done():
+        try:
+            await asyncio.wait([call])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    call.result()
 
 
 def _number(name: str, value: object, bits: int) -> int:
@@ -248,15 +363,6 @@ def _number(name: str, value: object, bits: int) -> int:
     if not 0 <= value < 1 << bits:
         raise ValueError(f"{name} = {value}: 0 to {(1 << bits) - 1} are possible")
     return value
-
-
-def _spawn(name: str, body: Callable[[], None]) -> None:
-    """Start a thread that serves queues."""
-    # A daemon, because the interpreter joins the others before it runs exit handlers: `_stop_all` below
-    # ends and joins these.
-    thread = threading.Thread(target=body, name=name, daemon=True)
-    _threads.add(thread)
-    thread.start()
 
 
 def _stop_all() -> None:
@@ -269,7 +375,7 @@ def _stop_all() -> None:
             device.stop()
         except UblkError as error:
             logger.error("stopping %s: %s", device.path, error)
-    for thread in list(_threads):
+    for thread in list(_serving.threads):
         thread.join(_JOIN_SECONDS)
 
 

@@ -4,17 +4,23 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from types import TracebackType
+from typing import Any, Self, final
+
+from ublk._requests import Op
 
 __all__ = [
     "Buffer",
     "FakeDriver",
     "NativeDevice",
+    "PullQueue",
+    "Request",
+    "Worker",
     "__version__",
+    "add",
     "devices",
     "features",
     "main",
-    "start",
 ]
 
 __version__: str
@@ -24,8 +30,82 @@ class Buffer:
     """The memory of one tag; lent to handlers as a memoryview."""
 
 @final
+class Request:
+    """One request of the block layer, to be ended once, at any time and from any thread.
+
+    A request that is dropped without an end fails with ``EIO``, and the log says where that was. As a context
+    manager it ends with the block: as done, or with the errno of the block's exception.
+    """
+
+    @property
+    def op(self) -> Op:
+        """What the request asks for."""
+
+    @property
+    def offset(self) -> int:
+        """First byte on the disk; 0 for a flush."""
+
+    @property
+    def length(self) -> int:
+        """Length in bytes; 0 for a flush."""
+
+    @property
+    def fua(self) -> bool:
+        """Whether a write must be durable before it is acknowledged.
+
+        Linux sends this only to disks that have said they can do so; others get a flush after the write.
+        """
+
+    @property
+    def no_unmap(self) -> bool:
+        """Whether zeroed space must stay allocated."""
+
+    @property
+    def queue(self) -> int:
+        """Number of the hardware queue that the request came through."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended."""
+
+    @property
+    def buffer(self) -> memoryview:
+        """The request's own memory: what a write carries (read-only), or where a read's data goes.
+
+        Lent until the request ends. Empty for requests without data. Raises `ValueError` afterwards.
+        """
+
+    def complete(self) -> None:
+        """End the request as done, in full. Raises `ValueError` if it has ended before."""
+
+    def fail(self, errno: int = 5) -> None:
+        """End the request as failed, with an errno. Raises `ValueError` if it has ended before."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /
+    ) -> bool: ...
+    def _finish(self, returned: object) -> None: ...
+    def _raise(self, exception: BaseException) -> bool: ...
+
+@final
+class PullQueue:
+    """Requests of one hardware queue, to be taken."""
+
+    def take(self, max: int) -> list[Request] | None: ...
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+@final
+class Worker:
+    """For a thread that serves requests of a queue, one at a time."""
+
+    def __new__(cls, queue: PullQueue, methods: Mapping[str, Callable[..., Any] | None]) -> Worker: ...
+    def run(self) -> None: ...
+
+@final
 class NativeDevice:
-    """A running device."""
+    """A device of this process."""
 
     @property
     def id(self) -> int: ...
@@ -41,7 +121,10 @@ class NativeDevice:
     def ending(self) -> bool: ...
     @property
     def stopped(self) -> bool: ...
+    @property
+    def pull_queues(self) -> list[PullQueue]: ...
     def fileno(self) -> int: ...
+    def go_live(self) -> None: ...
     def stop(self) -> None: ...
 
 @final
@@ -57,9 +140,8 @@ class FakeDriver:
     def devices(self) -> list[int]: ...
     def violations(self) -> list[str]: ...
 
-def start(
-    kind: str,
-    shape: Mapping[str, int | bool],
+def add(
+    description: Mapping[str, Any],
     handlers: Mapping[str, Callable[..., Any] | None],
     queues: int,
     depth: int,

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Coroutine methods, run as tasks of an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import inspect
+import os
+from typing import TYPE_CHECKING, Any
+
+from ublk._requests import Op
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ublk._ublk import PullQueue, Request
+
+# Requests that are taken in one go, so that other callbacks of the loop get their turn.
+_AT_ONCE = 64
+
+
+class LoopServer:
+    """Serves one queue's requests by tasks."""
+
+    def __init__(
+        self,
+        queue: PullQueue,
+        methods: Mapping[str, Callable[..., Any] | None],
+        report: Callable[[str, BaseException], None],
+    ) -> None:
+        self._queue = queue
+        self._methods = methods
+        self._report = report
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._descriptor = -1
+        self._ended: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def attach(self) -> None:
+        """Begin to serve on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._ended = self._loop.create_future()
+        # A loop knows one reader for each descriptor.
+        self._descriptor = os.dup(self._queue.fileno())
+        self._loop.add_reader(self._descriptor, self._ready)
+
+    def run(self, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None) -> None:
+        """Serve on a loop of this thread's own until the queue ends."""
+        try:
+            with asyncio.Runner(loop_factory=loop_factory) as runner:
+                runner.run(self._serve_all())
+        finally:
+            # If that ended in another way, nobody serves the queue any more.
+            self._queue.close()
+
+    async def _serve_all(self) -> None:
+        self.attach()
+        assert self._ended is not None
+        await self._ended
+
+    def is_current(self) -> bool:
+        """Whether this is the thread that runs the loop."""
+        try:
+            return self._loop is not None and asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
+
+    def abandon(self) -> None:
+        """Fail the queue's requests if the loop that served them is no more."""
+        if self._loop is not None and self._loop.is_closed():
+            self._queue.close()
+
+    def _ready(self) -> None:
+        assert self._loop is not None
+        batch = self._queue.take(_AT_ONCE)
+        if batch is None:
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            if self._ended is not None and not self._ended.done():
+                self._ended.set_result(None)
+            return
+        for request in batch:
+            task = self._loop.create_task(self._serve(request))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, request: Request) -> None:
+        method = self._methods[request.op]
+        assert method is not None, "the kernel sends what is advertised"
+        try:
+            if request.op is Op.READ or request.op is Op.WRITE:
+                returned = method(request.offset, request.buffer)
+            elif request.op is Op.FLUSH:
+                returned = method()
+            else:
+                returned = method(request.offset, request.length)
+            # A class may have methods of both kinds.
+            if inspect.isawaitable(returned):
+                returned = await returned
+            request._finish(returned)
+        except asyncio.CancelledError:
+            request.fail(errno.ECANCELED)
+            raise
+        except BaseException as exception:
+            if not request._raise(exception):
+                self._report(request.op, exception)
+                request.fail()

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Requests as objects, and the iterators that programs take them from."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import os
+import select
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from ublk import _signals
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+    from ublk._ublk import PullQueue, Request
+
+logger = logging.getLogger("ublk")
+
+
+class Op(enum.StrEnum):
+    """What a request asks for. Equal to its name: ``Op.READ == "read"``."""
+
+    READ = "read"
+    """Fill the buffer with what the disk holds."""
+    WRITE = "write"
+    """Store the buffer."""
+    FLUSH = "flush"
+    """Make everything acknowledged so far durable."""
+    DISCARD = "discard"
+    """The range's content is no longer needed."""
+    WRITE_ZEROES = "write_zeroes"
+    """The range reads as zeros afterwards."""
+
+
+def dropped(what: str) -> None:
+    """Tell that a request went without an end; called where its last reference goes."""
+    frame = sys._getframe().f_back
+    if frame is None or frame.f_code.co_filename == threading.__file__:
+        place = "when its handler had returned"
+    else:
+        place = f"at {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+    logger.warning("request %s was dropped %s and gets EIO: end requests by complete() or fail()", what, place)
+
+
+class Requests:
+    """The requests of a device, to be taken one at a time, by ``for`` or by ``async for``.
+
+    Several threads and tasks may iterate at the same time: each request goes to one of them. The iteration ends
+    with the device. Whoever leaves it early and is the last one leaves the device without a server: what still
+    comes fails with ``EIO``.
+    """
+
+    def __init__(self, queues: Sequence[PullQueue], error: Callable[[], BaseException | None]) -> None:
+        self._queues = tuple(queues)
+        self._error = error
+        self._consumers = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        """Wait for requests in this thread. In the main thread, Ctrl-C interrupts that."""
+        waiting = list(self._queues)
+        with self._consumer(), _signals.wakeup_fd() as signalled:
+            poller = select.poll()
+            if signalled is not None:
+                poller.register(signalled, select.POLLIN)
+            for queue in waiting:
+                poller.register(queue.fileno(), select.POLLIN)
+            while waiting:
+                batch, ended = self._take(waiting)
+                yield from batch
+                for queue in ended:
+                    waiting.remove(queue)
+                    poller.unregister(queue.fileno())
+                if not batch and not ended:
+                    poller.poll()
+                    if signalled is not None:
+                        _signals.drain(signalled)
+        self._raise()
+
+    async def __aiter__(self) -> AsyncIterator[Request]:
+        """Wait for requests on the running event loop."""
+        loop = asyncio.get_running_loop()
+        waiting = list(self._queues)
+        # Descriptors of this iteration's own: a loop knows one reader for each.
+        descriptors = {queue: os.dup(queue.fileno()) for queue in waiting}
+        ready = asyncio.Event()
+        with self._consumer():
+            try:
+                for descriptor in descriptors.values():
+                    loop.add_reader(descriptor, ready.set)
+                while waiting:
+                    ready.clear()
+                    batch, ended = self._take(waiting)
+                    for request in batch:
+                        yield request
+                    for queue in ended:
+                        waiting.remove(queue)
+                        loop.remove_reader(descriptors[queue])
+                    if not batch and not ended:
+                        await ready.wait()
+            finally:
+                for descriptor in descriptors.values():
+                    loop.remove_reader(descriptor)
+                    os.close(descriptor)
+        self._raise()
+
+    def _take(self, waiting: Sequence[PullQueue]) -> tuple[list[Request], list[PullQueue]]:
+        """Take a request from the first queue that has one; and tell which queues have ended."""
+        ended = []
+        for queue in waiting:
+            batch = queue.take(1)
+            if batch is None:
+                ended.append(queue)
+            elif batch:
+                return batch, ended
+        return [], ended
+
+    @contextlib.contextmanager
+    def _consumer(self) -> Iterator[None]:
+        self._consumers += 1
+        try:
+            yield
+        finally:
+            self._consumers -= 1
+            if not self._consumers:
+                self.close()
+
+    def close(self) -> None:
+        """Fail all requests that nobody has taken, and all that still come."""
+        for queue in self._queues:
+            queue.close()
+
+    def abandon(self) -> None:
+        """Close the queues unless somebody takes requests."""
+        if not self._consumers:
+            self.close()
+
+    def _raise(self) -> None:
+        error = self._error()
+        if error is not None:
+            raise error

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""How a device's requests get to Python: by what the class has, and how it is started."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from ublk import _ublk
+from ublk._event_loop import LoopServer
+from ublk._requests import Op, Requests
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterable
+
+    from ublk._block_device import BlockDevice
+
+    Handlers = dict[str, Callable[..., Any] | None]
+    Report = Callable[[str, BaseException], None]
+    LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+# Threads that serve requests: a device cannot be stopped by one that its requests wait for.
+threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def spawn(name: str, body: Callable[[], None]) -> None:
+    """Start a thread that serves requests."""
+    # A daemon, because the interpreter joins the others before it runs exit handlers, and it is one of those that
+    # stops forgotten devices and joins these.
+    thread = threading.Thread(target=body, name=name, daemon=True)
+    threads.add(thread)
+    thread.start()
+
+
+class Serving:
+    """Requests come to methods, or to ``handle``, on the threads of their queues."""
+
+    style = "methods"
+
+    def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report) -> None:
+        self.operations = sorted(operations)
+        self.handlers: Handlers = {**handlers, "report": report}
+        self._report = report
+
+    def begin(self, native: _ublk.NativeDevice) -> None:
+        """Start what takes the requests, before the first one comes."""
+
+    def check_stop(self) -> None:
+        """Raise if a stop from here would wait for itself."""
+        if threading.current_thread() in threads:
+            raise RuntimeError("a handler cannot wait for its own device to stop; raise SystemExit instead")
+
+    def abandon(self) -> None:
+        """Let requests fail that nobody will take any more; called before the device stops."""
+
+
+class BatchServing(Serving):
+    """All requests of a wake-up go to ``handle`` at once."""
+
+    style = "batch"
+
+
+class WorkerServing(Serving):
+    """A pool of threads calls the methods, so that they may wait."""
+
+    style = "pull"
+
+    def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report, workers: int) -> None:
+        super().__init__(handlers, operations, report)
+        self._workers = workers
+
+    def begin(self, native: _ublk.NativeDevice) -> None:
+        """Divide the threads among the queues."""
+        queues = native.pull_queues[: native.queues]
+        for number in range(max(self._workers, len(queues))):
+            worker = _ublk.Worker(queues[number % len(queues)], self.handlers)
+            spawn(f"ublk{native.id}w{number}", worker.run)
+
+
+class LoopServing(Serving):
+    """Coroutine methods run as tasks: on a loop of each queue's own, or on the caller's."""
+
+    style = "pull"
+
+    def __init__(
+        self, handlers: Handlers, operations: Iterable[str], report: Report, loop_factory: LoopFactory | None
+    ) -> None:
+        super().__init__(handlers, operations, report)
+        self._loop_factory = loop_factory
+        self._servers: list[LoopServer] = []
+        self.is_here = False
+
+    def begin(self, native: _ublk.NativeDevice) -> None:
+        """Attach to the running loop, or start threads with their own."""
+        for number, queue in enumerate(native.pull_queues[: native.queues]):
+            server = LoopServer(queue, self.handlers, self._report)
+            self._servers.append(server)
+            if self.is_here:
+                server.attach()
+            else:
+                spawn(f"ublk{native.id}loop{number}", functools.partial(server.run, self._loop_factory))
+
+    def check_stop(self) -> None:
+        """Raise in a task of the loop."""
+        if any(server.is_current() for server in self._servers):
+            raise RuntimeError("this event loop serves the device: use `await device.stop_async()`, or `async with`")
+        super().check_stop()
+
+    def abandon(self) -> None:
+        """Fail requests whose loop is closed."""
+        for server in self._servers:
+            server.abandon()
+
+
+class PullServing(Serving):
+    """The program takes requests by itself."""
+
+    style = "pull"
+    requests: Requests
+
+    def begin(self, native: _ublk.NativeDevice) -> None:
+        """Have the queues ready to be iterated over."""
+
+    def abandon(self) -> None:
+        """Fail requests if nobody takes them."""
+        self.requests.abandon()
+
+
+def choose(
+    target: BlockDevice,
+    report: Report,
+    *,
+    workers: int | None = None,
+    pull: bool = False,
+    loop_factory: LoopFactory | None = None,
+) -> Serving:
+    """Find out how a block device wants to be served."""
+    name = type(target).__name__
+    methods: Handlers = {op: target._overridden(op) for op in Op}
+    written = [op for op, method in methods.items() if method is not None]
+    handle = target._overridden("handle")
+    coroutines = [op for op in written if inspect.iscoroutinefunction(methods[op])]
+    if pull:
+        if written or handle is not None:
+            raise TypeError(f"{name} has methods, which pull=True would never call")
+        if workers is not None or loop_factory is not None:
+            raise ValueError("pull=True leaves threads and loops to the program")
+        return PullServing({}, _declared(target), report)
+    if handle is not None:
+        if written:
+            raise TypeError(f"{name} has handle() and {written[0]}(): which one is meant?")
+        if inspect.iscoroutinefunction(handle):
+            raise TypeError(f"{name}.handle is a coroutine function; `async for` over a pulling device does that")
+        if workers is not None or loop_factory is not None:
+            raise ValueError("handle() runs on the threads of the queues: no workers, no event loop")
+        return BatchServing({"handle": handle}, _declared(target), report)
+    if methods["read"] is None:
+        raise TypeError(f"{name} has no read(self, offset, buf) method")
+    if coroutines:
+        if workers is not None:
+            raise ValueError(f"{name}.{coroutines[0]} is a coroutine function: workers are for plain methods")
+        return LoopServing(methods, written, report, loop_factory)
+    if loop_factory is not None:
+        raise ValueError(f"{name} has no coroutine methods for an event loop")
+    if workers is None:
+        return Serving(methods, written, report)
+    return WorkerServing(methods, written, report, workers)
+
+
+def _declared(target: BlockDevice) -> list[str]:
+    """What a device says that it can do."""
+    try:
+        return sorted({Op(operation) for operation in target.operations} | {Op.READ})
+    except ValueError as error:
+        raise ValueError(f"{type(target).__name__}.operations: {error}; there are {', '.join(Op)}") from None

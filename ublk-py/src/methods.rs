@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A block device's methods: one request to one call, and what comes of it.
+
+use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use ublk_core::{Errno, Home, Op, Operations, RequestOf};
+
+use crate::buffer::Slot;
+use crate::error::to_errno;
+
+/// The bound methods of a block device.
+#[derive(Debug, FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Methods {
+    read: Py<PyAny>,
+    write: Option<Py<PyAny>>,
+    flush: Option<Py<PyAny>>,
+    discard: Option<Py<PyAny>>,
+    write_zeroes: Option<Py<PyAny>>,
+    /// Called with `(operation, exception)` for an exception that is no errno.
+    report: Py<PyAny>,
+}
+
+impl Methods {
+    pub(crate) fn clone_ref(&self, py: Python<'_>) -> Self {
+        let clone = |method: &Option<Py<PyAny>>| method.as_ref().map(|m| m.clone_ref(py));
+        Methods {
+            read: self.read.clone_ref(py),
+            write: clone(&self.write),
+            flush: clone(&self.flush),
+            discard: clone(&self.discard),
+            write_zeroes: clone(&self.write_zeroes),
+            report: self.report.clone_ref(py),
+        }
+    }
+
+    /// Calls the method for a request and ends the request as that says. `slot` has the buffer object of its memory.
+    pub(crate) fn serve<H: Home>(&self, py: Python<'_>, slot: &mut Slot, mut request: RequestOf<H>) {
+        let op = request.op();
+        let (offset, len) = (request.offset(), request.len());
+        let returned = match op {
+            Op::Read => with_data(py, Some(&self.read), slot, &mut request),
+            Op::Write => with_data(py, self.write.as_ref(), slot, &mut request),
+            Op::Flush => call(&self.flush, |method| method.bind(py).call0()),
+            Op::Discard => call(&self.discard, |method| method.bind(py).call1((offset, len))),
+            Op::WriteZeroes => call(&self.write_zeroes, |method| method.bind(py).call1((offset, len))),
+            // The disk has no zones.
+            _ => Ok(None),
+        };
+        let outcome = returned.and_then(|returned| match returned {
+            Some(value) => check_return(&value, op.has_data().then_some(len)).map(Ok),
+            None => Ok(Err(Errno::EOPNOTSUPP)),
+        });
+        match outcome {
+            Ok(result) => request.finish(result),
+            Err(error) => match to_handlers_errno(py, &error) {
+                Some(errno) => request.fail(errno),
+                None => {
+                    report(py, &self.report, op_name(op), &error);
+                    request.fail(Errno::EIO);
+                }
+            },
+        }
+    }
+}
+
+/// Calls `read` or `write` with a view on the request's memory.
+fn with_data<'py, H: Home>(
+    py: Python<'py>,
+    method: Option<&Py<PyAny>>,
+    slot: &mut Slot,
+    request: &mut RequestOf<H>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let Some(method) = method else { return Ok(None) };
+    let lease = slot.lease(py, request.buffer(), request.len() as usize, !request.op().fills())?;
+    let returned = method.bind(py).call1((request.offset(), lease.view(py)));
+    // A traceback in flight holds the handler's frame and with it the view; it is no reason to give
+    // the memory away, because `end` releases the view itself.
+    if !slot.end(py, lease) {
+        // A view is still alive: the memory stays with it, and the tag gets fresh memory.
+        request.replace_buffer();
+    }
+    returned.map(Some)
+}
+
+/// Calls a method if the class has it. One that it lacks is not advertised, so the kernel does not ask.
+fn call<'py>(
+    method: &Option<Py<PyAny>>,
+    call: impl FnOnce(&Py<PyAny>) -> PyResult<Bound<'py, PyAny>>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    method.as_ref().map(call).transpose()
+}
+
+/// Tells Python about an exception that is no errno.
+pub(crate) fn report(py: Python<'_>, report: &Py<PyAny>, operation: &str, error: &PyErr) {
+    if let Err(second) = report.call1(py, (operation, error.value(py))) {
+        second.write_unraisable(py, None);
+    }
+}
+
+/// The errno of a handler's exception. None for what is a mistake, or meant for the program as a whole.
+pub(crate) fn to_handlers_errno(py: Python<'_>, error: &PyErr) -> Option<Errno> {
+    to_errno(py, error).filter(|_| error.is_instance_of::<PyException>(py))
+}
+
+/// A handler returns nothing, or how many bytes it did: all of them.
+pub(crate) fn check_return(value: &Bound<'_, PyAny>, len: Option<u64>) -> PyResult<()> {
+    if value.is_none() {
+        return Ok(());
+    }
+    match (value.extract::<i64>(), len) {
+        (Ok(count), Some(len)) if count == len as i64 => Ok(()),
+        (Ok(count), Some(len)) => {
+            Err(PyValueError::new_err(format!("the handler returned {count}, but the request has {len} bytes")))
+        }
+        (_, Some(_)) => Err(PyTypeError::new_err(format!(
+            "the handler returned {}; it must return None or the number of bytes, and put data into the buffer",
+            value.get_type().name()?
+        ))),
+        (_, None) => {
+            Err(PyTypeError::new_err(format!("the handler returned {}; it must return None", value.get_type().name()?)))
+        }
+    }
+}
+
+/// The name of an operation in Python: that of its method.
+pub(crate) fn op_name(op: Op) -> &'static str {
+    match op {
+        Op::Read => "read",
+        Op::Write => "write",
+        Op::Flush => "flush",
+        Op::Discard => "discard",
+        Op::WriteZeroes => "write_zeroes",
+        _ => "a zone operation",
+    }
+}
+
+/// What disks can do beside being read, by the names of their methods.
+pub(crate) fn operations(names: &[String]) -> Operations {
+    let has = |op: Op| names.iter().any(|name| name == op_name(op));
+    [
+        (Op::Write, Operations::WRITE),
+        (Op::Flush, Operations::FLUSH),
+        (Op::Discard, Operations::DISCARD),
+        (Op::WriteZeroes, Operations::WRITE_ZEROES),
+    ]
+    .into_iter()
+    .filter(|(op, _)| has(*op))
+    .map(|(_, operation)| operation)
+    .collect()
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Requests that Python takes when it likes: for event loops, for pools of threads, and for programs of their own
+//! kind.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use ublk_core::pull::PullQueue;
+
+use crate::buffer::Slot;
+use crate::methods::Methods;
+use crate::request::PyRequest;
+
+/// The requests of one hardware queue.
+#[pyclass(frozen, module = "ublk._ublk", name = "PullQueue")]
+#[derive(Debug)]
+pub(crate) struct PyPullQueue(Mutex<Option<Arc<PullQueue>>>);
+
+impl PyPullQueue {
+    pub(crate) fn new(queue: PullQueue) -> Self {
+        PyPullQueue(Mutex::new(Some(Arc::new(queue))))
+    }
+
+    fn queue(&self) -> Option<Arc<PullQueue>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+#[pymethods]
+impl PyPullQueue {
+    /// Take the requests that are there, at most `max`. `None` when no request will come any more.
+    fn take(&self, py: Python<'_>, max: usize) -> PyResult<Option<Vec<Py<PyRequest>>>> {
+        let Some(batch) = self.queue().and_then(|queue| queue.next_batch_within(max, Duration::ZERO)) else {
+            return Ok(None);
+        };
+        batch.into_iter().map(|request| Py::new(py, PyRequest::new(request))).collect::<PyResult<_>>().map(Some)
+    }
+
+    /// Readable while there are requests, and once no more will come. -1 after `close`.
+    fn fileno(&self) -> RawFd {
+        self.queue().map_or(-1, |queue| queue.as_raw_fd())
+    }
+
+    /// Fail what is in the queue and what still comes.
+    fn close(&self, py: Python<'_>) {
+        let queue = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        py.detach(|| drop(queue));
+    }
+}
+
+/// For a thread that serves requests of a queue, one at a time.
+#[pyclass(frozen, module = "ublk._ublk")]
+#[derive(Debug)]
+pub(crate) struct Worker {
+    queue: Arc<PullQueue>,
+    methods: Methods,
+}
+
+#[pymethods]
+impl Worker {
+    #[new]
+    fn new(queue: &PyPullQueue, methods: Methods) -> PyResult<Self> {
+        let closed = || pyo3::exceptions::PyValueError::new_err("the queue is closed");
+        Ok(Worker { queue: queue.queue().ok_or_else(closed)?, methods })
+    }
+
+    /// Serve until the queue ends.
+    fn run(&self, py: Python<'_>) {
+        let mut slot = Slot::default();
+        while let Some(batch) = py.detach(|| self.queue.next_batch(1)) {
+            for request in batch {
+                self.methods.serve(py, &mut slot, request);
+            }
+        }
+    }
+}

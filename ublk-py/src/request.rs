@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A request as a Python object, which can be ended at any time and from any thread.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyMemoryView};
+use ublk_core::{DetachedRequest, Errno, Op};
+
+use crate::buffer::Lease;
+use crate::methods::{check_return, op_name, to_handlers_errno};
+
+/// One request of the block layer.
+#[pyclass(frozen, weakref, module = "ublk", name = "Request")]
+#[derive(Debug)]
+pub(crate) struct PyRequest {
+    op: Op,
+    offset: u64,
+    length: u64,
+    fua: bool,
+    no_unmap: bool,
+    queue: u16,
+    device: u32,
+    ending: Arc<Ending>,
+}
+
+/// What is there until the request ends.
+#[derive(Debug)]
+pub(crate) struct Ending(Mutex<State>);
+
+#[derive(Debug)]
+struct State {
+    request: Option<DetachedRequest>,
+    /// What Python has of its memory.
+    lease: Option<Lease>,
+}
+
+impl Ending {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the request back from Python, with its memory.
+    fn take(&self, py: Python<'_>) -> Option<DetachedRequest> {
+        let (request, lease) = {
+            let mut state = self.state();
+            (state.request.take(), state.lease.take())
+        };
+        let mut request = request?;
+        if lease.is_some_and(|lease| lease.end(py).is_none()) {
+            // A view is still alive: the memory stays with it, and the tag gets fresh memory.
+            request.replace_buffer();
+        }
+        Some(request)
+    }
+
+    /// Fails the request unless it has ended.
+    pub(crate) fn fail_if_left(&self, py: Python<'_>, errno: Errno) {
+        if let Some(request) = self.take(py) {
+            request.fail(errno);
+        }
+    }
+}
+
+impl PyRequest {
+    pub(crate) fn new(request: DetachedRequest) -> Self {
+        PyRequest {
+            op: request.op(),
+            offset: request.offset(),
+            length: request.len(),
+            fua: request.force_unit_access(),
+            no_unmap: request.no_unmap(),
+            queue: request.queue().0,
+            device: request.device().0,
+            ending: Arc::new(Ending(Mutex::new(State { request: Some(request), lease: None }))),
+        }
+    }
+
+    /// For whoever sees to it that the request ends, and holds up nobody who drops it.
+    pub(crate) fn ending(&self) -> Arc<Ending> {
+        self.ending.clone()
+    }
+
+    fn end(&self, py: Python<'_>, result: Result<(), Errno>) -> PyResult<()> {
+        let request = self.ending.take(py).ok_or_else(over)?;
+        request.finish(result);
+        Ok(())
+    }
+}
+
+fn over() -> PyErr {
+    PyValueError::new_err("the request is over")
+}
+
+#[pymethods]
+impl PyRequest {
+    /// What the request asks for, an `ublk.Op`.
+    #[getter]
+    fn op(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        op_object(py, self.op)
+    }
+
+    /// First byte on the disk; 0 for a flush.
+    #[getter]
+    fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Length in bytes; 0 for a flush.
+    #[getter]
+    fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Whether a write must be durable before it is acknowledged. Linux sends this only to disks that have said
+    /// they can do so; others get a flush after the write.
+    #[getter]
+    fn fua(&self) -> bool {
+        self.fua
+    }
+
+    /// Whether zeroed space must stay allocated.
+    #[getter]
+    fn no_unmap(&self) -> bool {
+        self.no_unmap
+    }
+
+    /// Number of the hardware queue that the request came through.
+    #[getter]
+    fn queue(&self) -> u16 {
+        self.queue
+    }
+
+    /// Whether the request has ended.
+    #[getter]
+    fn done(&self) -> bool {
+        self.ending.state().request.is_none()
+    }
+
+    /// The request's own memory: what a write carries (read-only), or where a read's data goes. Lent until the
+    /// request ends; empty for requests without data.
+    #[getter]
+    fn buffer<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyMemoryView>> {
+        let memory = {
+            let state = self.ending.state();
+            let request = state.request.as_ref().ok_or_else(over)?;
+            if let Some(lease) = &state.lease {
+                return Ok(lease.view(py).clone());
+            }
+            self.op.has_data().then(|| request.buffer().clone())
+        };
+        let Some(memory) = memory else { return PyMemoryView::from(&PyBytes::new(py, b"")) };
+        // Not under the lock: making an object may run any finalizer.
+        let lease = Lease::new(py, &memory, self.length as usize, !self.op.fills())?;
+        let view = lease.view(py).clone();
+        let late = {
+            let mut state = self.ending.state();
+            if state.request.is_some() && state.lease.is_none() {
+                state.lease = Some(lease);
+                return Ok(view);
+            }
+            lease
+        };
+        // Another thread has ended the request meanwhile, or asked for its buffer too.
+        drop(view);
+        late.end(py);
+        self.buffer(py)
+    }
+
+    /// End the request as done, in full.
+    fn complete(&self, py: Python<'_>) -> PyResult<()> {
+        self.end(py, Ok(()))
+    }
+
+    /// End the request as failed, with an errno.
+    #[pyo3(signature = (errno = 5))]
+    fn fail(&self, py: Python<'_>, errno: i32) -> PyResult<()> {
+        if !(1..4096).contains(&errno) {
+            return Err(PyValueError::new_err(format!("{errno} is no errno: 1 to 4095 are possible")));
+        }
+        self.end(py, Err(Errno::from_raw(errno)))
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    /// End the request, if the block did not: as done, or with the exception's errno. Exceptions that have none go on.
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: &Bound<'_, PyAny>,
+        value: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        let Some(request) = self.ending.take(py) else { return Ok(false) };
+        if value.is_none() {
+            request.complete();
+            return Ok(false);
+        }
+        let errno = to_handlers_errno(py, &PyErr::from_value(value.clone()));
+        request.fail(errno.unwrap_or(Errno::EIO));
+        Ok(errno.is_some())
+    }
+
+    /// End the request as a handler's return value says.
+    fn _finish(&self, py: Python<'_>, returned: &Bound<'_, PyAny>) -> PyResult<()> {
+        // Whoever has ended it by itself may return what it likes.
+        if self.done() {
+            return Ok(());
+        }
+        check_return(returned, self.op.has_data().then_some(self.length))?;
+        self.end(py, Ok(()))
+    }
+
+    /// End the request as a handler's exception says. False if that is no errno: then it has not ended.
+    fn _raise(&self, py: Python<'_>, exception: &Bound<'_, PyAny>) -> bool {
+        let errno = to_handlers_errno(py, &PyErr::from_value(exception.clone()));
+        if let Some(errno) = errno {
+            self.ending.fail_if_left(py, errno);
+        }
+        errno.is_some()
+    }
+
+    fn __repr__(&self) -> String {
+        let done = if self.done() { " done" } else { "" };
+        let name = op_name(self.op);
+        format!(
+            "<ublk.Request {name} {}+{} of ublkb{} queue {}{done}>",
+            self.offset, self.length, self.device, self.queue
+        )
+    }
+}
+
+/// A request that nobody has ended fails, and that is said.
+impl Drop for PyRequest {
+    fn drop(&mut self) {
+        if self.done() {
+            return;
+        }
+        let text = format!("{} {}+{} of ublkb{}", op_name(self.op), self.offset, self.length, self.device);
+        Python::try_attach(|py| {
+            // Whatever is on its way goes on.
+            let pending = PyErr::take(py);
+            let told = py.import("ublk._requests").and_then(|module| module.call_method1("dropped", (text,)));
+            if let Err(error) = told {
+                error.write_unraisable(py, None);
+            }
+            self.ending.fail_if_left(py, Errno::EIO);
+            if let Some(pending) = pending {
+                pending.restore(py);
+            }
+        });
+    }
+}
+
+/// The member of `ublk.Op`.
+fn op_object(py: Python<'_>, op: Op) -> PyResult<Py<PyAny>> {
+    static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    static MEMBERS: [PyOnceLock<Py<PyAny>>; 5] = [const { PyOnceLock::new() }; 5];
+    let index = match op {
+        Op::Read => 0,
+        Op::Write => 1,
+        Op::Flush => 2,
+        Op::Discard => 3,
+        _ => 4,
+    };
+    let member = MEMBERS[index].get_or_try_init(py, || {
+        let class = CLASS.get_or_try_init(py, || py.import("ublk._requests")?.getattr("Op").map(Bound::unbind))?;
+        class.bind(py).call1((op_name(op),)).map(Bound::unbind)
+    });
+    member.map(|member| member.clone_ref(py))
+}

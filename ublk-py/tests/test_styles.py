@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""The ways to get requests: pools of threads, event loops, batches, and taking them oneself."""
+
+import asyncio
+import concurrent.futures
+import errno
+import threading
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+
+import ublk
+
+SIZE = 1 << 20
+
+
+def client_pool():
+    return concurrent.futures.ThreadPoolExecutor(16)
+
+
+class Waiting(ublk.BlockDevice):
+    """A disk whose reads wait for each other, so many at a time."""
+
+    def __init__(self, parties):
+        super().__init__(size=SIZE)
+        self.barrier = threading.Barrier(parties)
+        self.threads = set()
+
+    def read(self, offset, buf):
+        self.threads.add(threading.current_thread())
+        self.barrier.wait(10)
+        buf[:] = (offset // 512).to_bytes(2, "little") * (len(buf) // 2)
+
+    def write(self, offset, buf):
+        if offset == 0:
+            raise OSError(errno.ENOSPC, "full")
+        if offset == 512:
+            raise ZeroDivisionError
+        raise SystemExit(3)
+
+
+def read_together(driver, dev, count):
+    """Read so many different sectors at the same time."""
+    with client_pool() as pool:
+        futures = [pool.submit(driver.read, dev.id, 512 * n, 512) for n in range(count)]
+        for number, future in enumerate(futures):
+            assert future.result() == number.to_bytes(2, "little") * 256
+
+
+class TestWorkers:
+    def test_methods_that_wait_overlap(self, driver):
+        disk = Waiting(8)
+        with disk.start(depth=16, workers=8, _driver=driver) as dev:
+            read_together(driver, dev, 16)
+        assert len(disk.threads) == 8
+
+    def test_queues_share_them_and_each_has_one(self, driver):
+        disk = Waiting(1)
+        with disk.start(queues=3, depth=4, workers=2, _driver=driver) as dev:
+            read_together(driver, dev, 12)
+            assert 1 <= len(disk.threads) <= 3
+
+    def test_exceptions_are_those_of_the_request(self, driver, caplog):
+        dev = Waiting(1).start(workers=2, _driver=driver)
+        with pytest.raises(OSError) as raised:
+            driver.write(dev.id, 0, bytes(512))
+        assert raised.value.errno == errno.ENOSPC
+        with pytest.raises(OSError) as raised:
+            driver.write(dev.id, 512, bytes(512))
+        assert raised.value.errno == errno.EIO
+        assert "ZeroDivisionError" in caplog.text
+        with pytest.raises(OSError):
+            driver.write(dev.id, 1024, bytes(512))
+        with pytest.raises(SystemExit):
+            dev.wait(10)
+        dev.stop()
+
+    def test_memory_that_is_kept_never_sees_another_request(self, driver):
+        kept = []
+
+        class Keeper(ublk.BlockDevice):
+            def read(self, offset, buf):
+                buf[:] = bytes([len(kept)]) * len(buf)
+                kept.append(numpy.frombuffer(buf, dtype=numpy.uint8))
+
+        with Keeper(size=SIZE).start(depth=2, workers=2, _driver=driver) as dev:
+            for number in range(8):
+                assert driver.read(dev.id, 0, 512) == bytes([number]) * 512
+        assert [array[0] for array in kept] == list(range(8))
+
+    def test_one_cannot_wait_for_its_own_device(self, driver):
+        caught = []
+
+        class Stopper(ublk.BlockDevice):
+            def read(self, offset, buf):
+                try:
+                    self.device.stop()
+                except RuntimeError as error:
+                    caught.append(str(error))
+
+        disk = Stopper(size=SIZE)
+        with disk.start(workers=1, _driver=driver) as disk.device:
+            driver.read(disk.device.id, 0, 512)
+        assert "cannot wait" in caught[0]
+
+
+class Tasks(ublk.BlockDevice):
+    """A disk of coroutines that wait for each other; and a plain flush."""
+
+    def __init__(self, parties, **shape):
+        super().__init__(size=SIZE, **shape)
+        self.parties = parties
+        self.arrived = 0
+        self.loops = set()
+        self.flushes = 0
+        self.meeting = None
+
+    async def read(self, offset, buf):
+        self.loops.add(asyncio.get_running_loop())
+        if self.parties > 1:
+            self.meeting = self.meeting or asyncio.Event()
+            self.arrived += 1
+            if self.arrived == self.parties:
+                self.meeting.set()
+            await asyncio.wait_for(self.meeting.wait(), 10)
+        buf[:] = (offset // 512).to_bytes(2, "little") * (len(buf) // 2)
+
+    async def write(self, offset, buf):
+        await asyncio.sleep(0)
+        if offset == 0:
+            raise OSError(errno.ENOSPC, "full")
+        if offset == 512:
+            raise ZeroDivisionError
+        if offset == 1024:
+            raise SystemExit(3)
+        await asyncio.sleep(3600)
+
+    def flush(self):
+        self.flushes += 1
+
+
+class TestCoroutines:
+    def test_they_overlap_up_to_the_queue_depth(self, driver):
+        disk = Tasks(16)
+        with disk.start(depth=16, _driver=driver) as dev:
+            read_together(driver, dev, 16)
+            driver.flush(dev.id)
+        assert disk.flushes == 1
+
+    def test_each_queue_has_a_loop_of_its_own(self, driver):
+        disk = Tasks(1)
+        with disk.start(queues=2, _driver=driver) as dev:
+            for number in range(8):
+                driver.read(dev.id, number * 4096, 512)
+        assert len(disk.loops) == 2
+        deadline = time.monotonic() + 10
+        while not all(loop.is_closed() for loop in disk.loops):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def test_the_loop_is_made_as_asked_for(self, driver):
+        made = []
+
+        def factory():
+            made.append(asyncio.new_event_loop())
+            return made[-1]
+
+        disk = Tasks(1)
+        with disk.start(loop_factory=factory, _driver=driver) as dev:
+            driver.read(dev.id, 0, 512)
+        assert list(disk.loops) == made
+
+    def test_exceptions_are_those_of_the_request(self, driver, caplog):
+        dev = Tasks(1).start(_driver=driver)
+        with pytest.raises(OSError) as raised:
+            driver.write(dev.id, 0, bytes(512))
+        assert raised.value.errno == errno.ENOSPC
+        with pytest.raises(OSError):
+            driver.write(dev.id, 512, bytes(512))
+        assert "ZeroDivisionError" in caplog.text
+        with pytest.raises(OSError):
+            driver.write(dev.id, 1024, bytes(512))
+        with pytest.raises(SystemExit):
+            dev.wait(10)
+        dev.stop()
+
+    def test_the_callers_loop_serves_a_device(self, driver):
+        disk = Tasks(4)
+
+        async def main():
+            async with await disk.start_async(depth=4, _driver=driver) as dev:
+                reads = [asyncio.to_thread(driver.read, dev.id, 512 * n, 512) for n in range(4)]
+                await asyncio.gather(*reads)
+                assert disk.loops == {asyncio.get_running_loop()}
+                with pytest.raises(RuntimeError, match="stop_async"):
+                    dev.stop()
+                assert dev.running
+
+        asyncio.run(main())
+
+    def test_cancelled_tasks_fail_their_requests(self, driver):
+        async def main():
+            async with await Tasks(1).start_async(_driver=driver) as dev:
+                before = asyncio.all_tasks()
+                write = asyncio.create_task(asyncio.to_thread(driver.write, dev.id, 4096, bytes(512)))
+                while not (tasks := asyncio.all_tasks() - before - {write}):
+                    await asyncio.sleep(0.001)
+                for task in tasks:
+                    task.cancel()
+                with pytest.raises(OSError) as raised:
+                    await write
+                assert raised.value.errno == errno.ECANCELED
+
+        asyncio.run(main())
+
+    def test_a_cancelled_start_leaves_nothing(self, driver):
+        class Hanging(ublk.BlockDevice):
+            async def read(self, offset, buf): ...
+
+        async def main():
+            task = asyncio.create_task(Hanging(size=SIZE).start_async(_driver=driver))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(main())
+
+    def test_a_device_whose_loop_is_closed_still_stops(self, driver):
+        devices = []
+
+        async def main():
+            devices.append(await Tasks(1).start_async(_driver=driver))
+
+        asyncio.run(main())
+        with client_pool() as pool:
+            lost = pool.submit(driver.read, devices[0].id, 0, 512)
+            time.sleep(0.05)
+            devices[0].stop()
+            with pytest.raises(OSError):
+                lost.result(10)
+
+    def test_a_plain_class_has_no_use_for_a_loop(self, driver):
+        async def main():
+            await Waiting(1).start_async(_driver=driver)
+
+        with pytest.raises(TypeError, match="no coroutine methods"):
+            asyncio.run(main())
+
+
+def handler(function, **more):
+    """Make a disk whose `handle` is the given function."""
+
+    class Handler(ublk.BlockDevice):
+        operations = more.get("operations", ublk.BlockDevice.operations)
+
+        def handle(self, requests):
+            return function(requests)
+
+    return Handler(size=SIZE)
+
+
+class TestBatches:
+    def test_requests_say_what_they_are(self, driver):
+        seen = []
+
+        def handle(requests):
+            for request in requests:
+                seen.append((request.op, request.offset, request.length, request.buffer.readonly, request.queue))
+                if request.op is ublk.Op.READ:
+                    request.buffer[:] = b"\x07" * request.length
+                request.complete()
+                assert request.done
+
+        disk = handler(handle, operations=["write", "flush", "discard", "write_zeroes"])
+        with disk.start(_driver=driver) as dev:
+            assert driver.read(dev.id, 1024, 512) == b"\x07" * 512
+            driver.write(dev.id, 512, bytes(1024))
+            driver.flush(dev.id)
+            driver.discard(dev.id, 4096, 8192)
+            driver.write_zeroes(dev.id, 8192, 512)
+        assert seen == [
+            ("read", 1024, 512, False, 0),
+            ("write", 512, 1024, True, 0),
+            ("flush", 0, 0, True, 0),
+            ("discard", 4096, 8192, True, 0),
+            ("write_zeroes", 8192, 512, True, 0),
+        ]
+
+    def test_all_requests_of_a_wake_up_come_at_once(self, driver):
+        begun, go, sizes = threading.Event(), threading.Event(), []
+
+        def handle(requests):
+            begun.set()
+            go.wait(10)
+            sizes.append(len(requests))
+            for request in requests:
+                request.complete()
+
+        with handler(handle).start(_driver=driver) as dev, client_pool() as pool:
+            futures = [pool.submit(driver.read, dev.id, 0, 512)]
+            begun.wait(10)
+            futures += [pool.submit(driver.read, dev.id, 512 * n, 512) for n in range(8)]
+            time.sleep(0.2)
+            go.set()
+            for future in futures:
+                future.result(10)
+        assert sizes == [1, 8]
+
+    def test_requests_end_later_and_on_another_thread(self, driver):
+        kept = []
+        with handler(kept.extend).start(depth=4, _driver=driver) as dev, client_pool() as pool:
+            futures = [pool.submit(driver.read, dev.id, 512 * n, 512) for n in range(4)]
+            while len(kept) < 4:
+                time.sleep(0.001)
+            for request in reversed(kept):
+                request.buffer[:] = bytes([request.offset // 512]) * 512
+                request.complete()
+            assert [future.result(10) for future in futures] == [bytes([n]) * 512 for n in range(4)]
+
+    def test_a_request_ends_once(self, driver):
+        outcomes = []
+
+        def handle(requests):
+            for request in requests:
+                view = request.buffer
+                request.fail(errno.ENODATA)
+                for action in (
+                    request.complete,
+                    request.fail,
+                    lambda request=request: request.buffer,
+                    lambda view=view: view[0],
+                ):
+                    with pytest.raises(ValueError):
+                        action()
+                outcomes.append(repr(request))
+
+        with handler(handle).start(_driver=driver) as dev, pytest.raises(OSError) as raised:
+            driver.read(dev.id, 512, 1024)
+        assert raised.value.errno == errno.ENODATA
+        assert outcomes == ["<ublk.Request read 512+1024 of ublkb0 queue 0 done>"]
+
+    def test_a_dropped_request_is_eio_and_the_log_says_where(self, driver, caplog):
+        def forget(request):
+            del request  # here
+
+        def handle(requests):
+            while requests:
+                forget(requests.pop())
+
+        with handler(handle).start(_driver=driver) as dev, pytest.raises(OSError) as raised:
+            driver.read(dev.id, 0, 512)
+        assert raised.value.errno == errno.EIO
+        line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
+        assert f"{__file__}:{line} in forget" in caplog.text
+
+    def test_a_request_left_by_a_handler_is_eio_and_the_log_says_so(self, driver, caplog):
+        with handler(lambda requests: None).start(_driver=driver) as dev, pytest.raises(OSError):
+            driver.read(dev.id, 0, 512)
+        assert "request read 0+512 of ublkb0 was dropped when its handler had returned" in caplog.text
+
+    def test_an_exception_fails_the_requests_that_are_left(self, driver, caplog):
+        def handle(requests):
+            raise OSError(errno.ENOSPC, "full")
+
+        with handler(handle).start(_driver=driver) as dev, pytest.raises(OSError) as raised:
+            driver.read(dev.id, 0, 512)
+        assert raised.value.errno == errno.ENOSPC
+        assert caplog.text == ""
+
+        def mistake(requests):
+            raise ZeroDivisionError
+
+        with handler(mistake).start(_driver=driver) as dev, pytest.raises(OSError) as raised:
+            driver.read(dev.id, 0, 512)
+        assert raised.value.errno == errno.EIO
+        assert "ZeroDivisionError" in caplog.text
+
+    def test_a_request_is_a_context_that_ends_it(self, driver):
+        def handle(requests):
+            for request in requests:
+                with request:
+                    if request.offset:
+                        raise OSError(errno.ENODATA, "nothing there")
+                    request.buffer[:] = b"x" * request.length
+
+        with handler(handle).start(_driver=driver) as dev:
+            assert driver.read(dev.id, 0, 512) == b"x" * 512
+            with pytest.raises(OSError) as raised:
+                driver.read(dev.id, 512, 512)
+            assert raised.value.errno == errno.ENODATA
+
+    def test_memory_that_is_kept_never_sees_another_request(self, driver):
+        kept = []
+
+        def handle(requests):
+            for request in requests:
+                array = numpy.frombuffer(request.buffer, dtype=numpy.uint8)
+                array[:] = len(kept)
+                kept.append(array)
+                request.complete()
+
+        with handler(handle).start(depth=1, _driver=driver) as dev:
+            for number in range(4):
+                assert driver.read(dev.id, 0, 512) == bytes([number]) * 512
+        assert [array[0] for array in kept] == [0, 1, 2, 3]
+
+
+class TestPulling:
+    def disk(self, **more):
+        return ublk.BlockDevice(size=SIZE, **more)
+
+    @staticmethod
+    def serve(requests):
+        for request in requests:
+            if request.op is ublk.Op.READ:
+                request.buffer[:] = bytes([request.offset // 512 % 251]) * request.length
+            request.complete()
+
+    def test_threads_take_requests_in_turn(self, driver):
+        with self.disk().start(queues=2, pull=True, _driver=driver) as dev:
+            requests = dev.requests()
+            takers = [threading.Thread(target=self.serve, args=[requests]) for _ in range(3)]
+            for taker in takers:
+                taker.start()
+            assert dev.wait_ready(10)
+            for number in range(64):
+                assert driver.read(dev.id, number * 512, 512) == bytes([number]) * 512
+        for taker in takers:
+            taker.join(10)
+            assert not taker.is_alive()
+
+    def test_tasks_take_requests(self, driver):
+        async def main():
+            with self.disk().start(pull=True, _driver=driver) as dev:
+
+                async def serve():
+                    async for request in dev.requests():
+                        with request:
+                            request.buffer[:] = b"y" * request.length
+
+                tasks = [asyncio.create_task(serve()) for _ in range(2)]
+                assert await asyncio.to_thread(dev.wait_ready, 10)
+                for _ in range(16):
+                    assert await asyncio.to_thread(driver.read, dev.id, 0, 512) == b"y" * 512
+                await dev.stop_async()
+                await asyncio.wait_for(asyncio.gather(*tasks), 10)
+
+        asyncio.run(main())
+
+    def test_who_leaves_early_fails_what_is_there(self, driver):
+        with self.disk().start(pull=True, _driver=driver) as dev, client_pool() as pool:
+            assert dev.wait_ready(10)
+            first = pool.submit(driver.read, dev.id, 0, 512)
+            for request in dev.requests():
+                second = pool.submit(driver.read, dev.id, 0, 512)
+                request.complete()
+                break
+            first.result(10)
+            with pytest.raises(OSError):
+                second.result(10)
+
+    def test_a_device_that_nobody_serves_stops(self, driver):
+        with self.disk().start(pull=True, _driver=driver) as dev, client_pool() as pool:
+            assert dev.wait_ready(10)
+            lost = pool.submit(driver.read, dev.id, 0, 512)
+            time.sleep(0.05)
+            dev.stop()
+            with pytest.raises(OSError):
+                lost.result(10)
+
+    def test_ctrl_c_interrupts_the_iteration(self, driver):
+        import signal
+
+        with self.disk().start(pull=True, _driver=driver) as dev:
+            assert dev.wait_ready(10)
+            threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+            with pytest.raises(KeyboardInterrupt):
+                self.serve(dev.requests())
+
+    def test_only_a_pulling_device_gives_requests(self, driver):
+        with Waiting(1).start(_driver=driver) as dev, pytest.raises(TypeError, match="pull=True"):
+            dev.requests()
+
+
+@pytest.mark.parametrize(
+    ("disk", "options", "kind", "words"),
+    [
+        (Waiting(1), {"pull": True}, TypeError, "never call"),
+        (Waiting(1), {"workers": 0}, ValueError, "workers = 0"),
+        (Waiting(1), {"workers": "2"}, TypeError, "workers"),
+        (Waiting(1), {"loop_factory": asyncio.new_event_loop}, ValueError, "no coroutine"),
+        (Tasks(1), {"workers": 2}, ValueError, "plain methods"),
+        (handler(print), {"workers": 2}, ValueError, "no workers"),
+        (handler(print, operations=["reed"]), {}, ValueError, "write_zeroes"),
+        (ublk.BlockDevice(size=SIZE), {}, TypeError, "no read"),
+        (ublk.BlockDevice(size=SIZE), {"pull": True, "workers": 1}, ValueError, "leaves threads"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(driver, disk, options, kind, words):
+    with pytest.raises(kind, match=words):
+        disk.start(**options, _driver=driver)
+
+
+def test_a_class_with_two_kinds_of_handlers_is_refused(driver):
+    class Both(ublk.BlockDevice):
+        def read(self, offset, buf): ...
+        def handle(self, requests): ...
+
+    with pytest.raises(TypeError, match="which one is meant"):
+        Both(size=SIZE).start(_driver=driver)
