@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Block devices in Python for the tests: well-behaved ones, and ones with every bad habit."""
 
+import asyncio
+import concurrent.futures
 import errno  # noqa: F401 (for the expressions that Failing evaluates)
 import hashlib
 import os
@@ -96,6 +98,104 @@ class Ram(ublk.BlockDevice):
     def write_zeroes(self, offset, length):
         self.note("write_zeroes", offset, length)
         self.data[offset : offset + length] = bytes(length)
+
+
+class TaskRam(Ram):
+    """The same with coroutines."""
+
+    async def read(self, offset, buf):
+        await asyncio.sleep(0)
+        Ram.read(self, offset, buf)
+
+    async def write(self, offset, buf):
+        Ram.write(self, offset, buf)
+        await asyncio.sleep(0)
+
+
+class HandlingRam(ublk.BlockDevice):
+    """A RAM disk that gets requests as objects."""
+
+    operations = tuple(ublk.Op)
+
+    def __init__(self, size: int = 8 << 20, **shape: Any) -> None:
+        super().__init__(size=size, **shape)
+        self.data = bytearray(size)
+        self.most = 0
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    def answer(self, request):
+        with request:
+            place = slice(request.offset, request.offset + request.length)
+            if request.op is ublk.Op.READ:
+                request.buffer[:] = self.data[place]
+            elif request.op is ublk.Op.WRITE:
+                self.data[place] = request.buffer
+            elif request.op in (ublk.Op.DISCARD, ublk.Op.WRITE_ZEROES):
+                self.data[place] = bytes(request.length)
+
+
+class BatchRam(HandlingRam):
+    """All requests of a wake-up at once, answered from the last to the first, half of them by another thread."""
+
+    def __init__(self, *args: Any, **shape: Any) -> None:
+        super().__init__(*args, **shape)
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def handle(self, requests):
+        self.most = max(self.most, len(requests))
+        while requests:
+            request = requests.pop()
+            if request.offset & 4096:
+                self.pool.submit(self.answer, request)
+            else:
+                self.answer(request)
+
+
+class PullRam(HandlingRam):
+    """Two threads take requests."""
+
+    def start(self, **options: Any) -> ublk.Device:
+        device = super().start(pull=True, **options)
+        for _ in range(2):
+            threading.Thread(target=self.serve, args=[device.requests()], daemon=True).start()
+        device.wait_ready()
+        return device
+
+    def serve(self, requests):
+        for request in requests:
+            self.answer(request)
+
+
+class Sleeper(ublk.BlockDevice):
+    """Reads that take a while, and how many of them did so at once."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size=size, **shape)
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+
+    def come(self) -> None:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+
+    def go(self) -> None:
+        with self.lock:
+            self.now -= 1
+
+    def read(self, offset, buf):
+        self.come()
+        time.sleep(0.01)
+        self.go()
+
+
+class TaskSleeper(Sleeper):
+    async def read(self, offset, buf):
+        self.come()
+        await asyncio.sleep(0.01)
+        self.go()
 
 
 class ReadWrite(ublk.BlockDevice):

@@ -108,9 +108,11 @@ class Server(Child):
         depth: int = 128,
         id: int | None = None,
         count: int = 1,
+        workers: int | None = None,
         **args: Any,
     ) -> None:
         start = {"queues": queues, "depth": depth} | ({} if id is None else {"id": id})
+        start |= {} if workers is None else {"workers": workers}
         wanted = {"disk": disk, "args": args, "start": start, "count": count}
         since = udev.now()
         super().__init__([sys.executable, "-u", str(HERE / "agent.py"), json.dumps(wanted)])

@@ -9,7 +9,7 @@ disk has them), and start it::
         print(dev.path)
         dev.wait()
 
-The library logs under the logger ``ublk``.
+`ublk.testing` serves disks without a kernel. The library logs under the logger ``ublk``.
 """
 
 from ublk._block_device import BlockDevice

@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-n", "--number", "--id", dest="id", type=int, help="number of the device")
     parser.add_argument("-q", "--queues", type=int, default=1, help="hardware queues (default: 1)")
     parser.add_argument("-d", "--depth", type=int, default=128, help="requests per queue (default: 128)")
+    parser.add_argument("-w", "--workers", type=int, help="threads that call plain methods, for methods that wait")
     parser.epilog = "In COMMAND, {dev} stands for the device's path, which is also in its environment as UBLK_DEV."
     return parser
 
@@ -113,7 +114,7 @@ def _run(arguments: Sequence[str]) -> int:
         return exit_.code if isinstance(exit_.code, int) else 2
     try:
         target = _make(parsed.what, parsed.size, parsed.arg)
-        with target.start(queues=parsed.queues, depth=parsed.depth, id=parsed.id) as device:
+        with target.start(queues=parsed.queues, depth=parsed.depth, id=parsed.id, workers=parsed.workers) as device:
             if command is None:
                 print(device.path, flush=True)
                 device.wait()

@@ -215,6 +215,16 @@ class Device:
         return int(self._description["block_size"])
 
     @property
+    def read_only(self) -> bool:
+        """Whether the disk refuses writes."""
+        return bool(self._description["read_only"]) or "write" not in self.operations
+
+    @property
+    def operations(self) -> frozenset[str]:
+        """What the disk can do beside being read: of ``write``, ``flush``, ``discard``, ``write_zeroes``."""
+        return frozenset(map(str, self._serving.operations)) - {"read"}
+
+    @property
     def max_io_bytes(self) -> int:
         """Longest read or write in bytes."""
         return self._native.max_io_bytes
@@ -267,6 +277,21 @@ class Device:
         if self._exception is not None:
             raise self._exception
         return True
+
+    async def wait_async(self) -> None:
+        """Wait until the device begins to end, without blocking the event loop. Raises as `wait`."""
+        loop = asyncio.get_running_loop()
+        ending = asyncio.Event()
+        # A loop knows one reader for each descriptor.
+        descriptor = os.dup(self._native.fileno())
+        try:
+            loop.add_reader(descriptor, ending.set)
+            await ending.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        if self._exception is not None:
+            raise self._exception
 
     def stop(self) -> None:
         """Stop and delete the device. Requests in flight are finished first; again is harmless.
@@ -382,7 +407,15 @@ def _stop_all() -> None:
 atexit.register(_stop_all)
 
 
-def run(target: BlockDevice, *, queues: int = 1, depth: int = 128, id: int | None = None, quiet: bool = False) -> None:
+def run(
+    target: BlockDevice,
+    *,
+    queues: int = 1,
+    depth: int = 128,
+    id: int | None = None,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> None:
     """Serve a block device until Ctrl-C, SIGTERM or its deletion by somebody else, then return.
 
     Prints the device's path when it can be used, unless ``quiet``. The arguments are those of
@@ -390,7 +423,7 @@ def run(target: BlockDevice, *, queues: int = 1, depth: int = 128, id: int | Non
     """
     with (
         contextlib.suppress(KeyboardInterrupt, _signals.Terminated),
-        target.start(queues=queues, depth=depth, id=id) as device,
+        target.start(queues=queues, depth=depth, id=id, workers=workers) as device,
     ):
         if not quiet:
             print(device.path, flush=True)

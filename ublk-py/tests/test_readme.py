@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""The README's Python, run as it stands."""
+
+import asyncio
+import errno
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+import ublk
+from ublk import testing
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def served(monkeypatch, driver):
+    """Devices are made on the stand-in driver, read once, and then stopped by somebody."""
+    served = []
+    start, start_async = ublk.BlockDevice.start, ublk.BlockDevice.start_async
+
+    def client(device):
+        device.wait_ready()
+        served.append((type(device._target).__name__, driver.read(device.id, 0, 512)))
+        device.stop()
+
+    def started(self, **options):
+        if "_driver" in options:
+            return start(self, **options)
+        device = start(self, **options, _driver=driver)
+        threading.Thread(target=client, args=[device]).start()
+        return device
+
+    async def started_async(self, **options):
+        device = await start_async(self, **options, _driver=driver)
+        threading.Thread(target=client, args=[device]).start()
+        return device
+
+    monkeypatch.setattr(ublk.BlockDevice, "start", started)
+    monkeypatch.setattr(ublk.BlockDevice, "start_async", started_async)
+    return served
+
+
+def test_the_code_of_the_readme_runs(served):
+    names = {"asyncio": asyncio, "errno": errno, "__name__": "readme"}
+    for block in blocks("README.md"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert served == [(name, bytes(512)) for name in ("RamDisk", "RamDisk", "RamDisk", "BlockDevice")]
+    served.clear()
+    asyncio.run(names["main"]())
+    with names["Sorted"](size=1 << 20).start() as device:
+        device.wait()
+    assert served == [("Remote", bytes(512)), ("Sorted", bytes(512))]
+
+
+def test_the_code_of_the_packages_readme_runs():
+    names = {"__name__": "readme"}
+    for block in blocks("ublk-py/README.md"):
+        exec(compile(block, "README.md", "exec"), names)
+    with testing.open(names["RamDisk"](1 << 20)) as file:
+        file.pwrite(512, b"x" * 512)
+        assert file.pread(0, 1024) == bytes(512) + b"x" * 512

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""`ublk.testing`: files on disks without a kernel."""
+
+import errno
+import io
+import os
+import random
+
+import pytest
+
+import ublk
+from ublk import testing
+
+
+class Ram(ublk.BlockDevice):
+    def __init__(self, size=1 << 20, **shape):
+        super().__init__(size=size, **shape)
+        self.data = bytearray(size)
+        self.lengths = []
+
+    def read(self, offset, buf):
+        self.lengths.append(len(buf))
+        buf[:] = self.data[offset : offset + len(buf)]
+
+    def write(self, offset, buf):
+        self.lengths.append(len(buf))
+        self.data[offset : offset + len(buf)] = buf
+
+
+class Full(Ram):
+    def __init__(self):
+        super().__init__()
+        self.flushed = 0
+
+    def flush(self):
+        self.flushed += 1
+
+    def discard(self, offset, length):
+        self.data[offset : offset + length] = b"\xdd" * length
+
+    def write_zeroes(self, offset, length):
+        self.data[offset : offset + length] = bytes(length)
+
+
+def test_it_is_a_file():
+    with testing.open(Ram()) as file:
+        assert (file.seekable(), file.readable(), file.writable()) == (True, True, True)
+        assert file.write(b"abc" * 512) == 1536
+        assert file.tell() == 1536
+        assert file.seek(-512, os.SEEK_CUR) == 1024
+        assert file.read(3) == b"bca"
+        assert file.seek(0, os.SEEK_END) == file.size == 1 << 20
+        assert file.read(1) == b""
+        assert io.BufferedReader(file).seek(1) == 1
+    assert file.closed
+
+
+def test_ranges_of_any_kind_are_those_of_plain_memory():
+    chance = random.Random(7)
+    disk, model = Ram(block_size=4096), bytearray(1 << 20)
+    with testing.open(disk, queues=2) as file:
+        for _ in range(200):
+            offset = chance.randrange(len(model))
+            length = chance.randrange(min(20000, len(model) - offset))
+            if chance.random() < 0.5:
+                data = chance.randbytes(length)
+                file.pwrite(offset, data)
+                model[offset : offset + length] = data
+            else:
+                assert file.pread(offset, length) == model[offset : offset + length]
+    assert disk.data == model
+    assert all(length % 4096 == 0 for length in disk.lengths)
+
+
+def test_what_is_longer_than_a_request_becomes_several():
+    disk = Ram(max_io_bytes=65536)
+    with testing.open(disk) as file:
+        file.pwrite(0, bytes(200_704))
+    assert disk.lengths == [65536, 65536, 65536, 4096]
+
+
+def test_errors_are_those_of_the_request():
+    class Broken(Ram):
+        def read(self, offset, buf):
+            raise OSError(errno.EILSEQ, "wrong checksum")
+
+    with testing.open(Broken()) as file, pytest.raises(OSError) as raised:
+        file.read(512)
+    assert raised.value.errno == errno.EILSEQ
+
+
+def test_operations_are_those_of_the_class():
+    disk = Full()
+    with testing.open(disk) as file:
+        file.pwrite(0, b"x" * 4096)
+        file.flush()
+        file.discard(512, 512)
+        file.write_zeroes(1024, 512)
+        assert disk.data[:2048] == b"x" * 512 + b"\xdd" * 512 + bytes(512) + b"x" * 512
+        with pytest.raises(OSError) as raised:
+            file.discard(1, 512)
+        assert raised.value.errno == errno.EINVAL
+    assert disk.flushed == 2
+    with testing.open(Ram()) as file:
+        file.pwrite(0, b"x" * 4096)
+        file.write_zeroes(512, 512)
+        assert file.pread(0, 1024) == b"x" * 512 + bytes(512)
+        with pytest.raises(OSError) as raised:
+            file.discard(0, 512)
+        assert raised.value.errno == errno.EOPNOTSUPP
+
+
+def test_beyond_the_end_is_no_disk():
+    with testing.open(Ram()) as file:
+        file.seek(0, os.SEEK_END)
+        with pytest.raises(OSError) as raised:
+            file.write(b"x")
+        assert raised.value.errno == errno.ENOSPC
+
+
+def test_a_read_only_disk_is_not_written_to():
+    with testing.open(Ram(read_only=True)) as file:
+        assert not file.writable()
+        with pytest.raises(io.UnsupportedOperation):
+            file.write(b"x")
+
+
+def test_a_disk_of_any_style_is_a_file():
+    class Tasks(ublk.BlockDevice):
+        async def read(self, offset, buf):
+            buf[:] = b"t" * len(buf)
+
+    class Batches(ublk.BlockDevice):
+        def handle(self, requests):
+            for request in requests:
+                request.buffer[:] = b"b" * request.length
+                request.complete()
+
+    with testing.open(Tasks(size=4096)) as file:
+        assert file.read(512) == b"t" * 512
+        assert not file.writable()
+    with testing.open(Batches(size=4096)) as file:
+        assert file.read(512) == b"b" * 512
