@@ -2,13 +2,15 @@
 
 //! Python objects as targets: the interpreter is entered once for all requests of a wake-up.
 
+use std::sync::atomic::Ordering;
+
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 use ublk_core::{Errno, Params, QueueHandler, QueueInfo, Requests, Result, Target};
 
 use crate::buffer::Slot;
-use crate::methods::{Methods, report, to_handlers_errno};
+use crate::methods::{Entries, Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
 
 /// How Python gets requests on the thread of their queue.
@@ -34,6 +36,7 @@ pub(crate) struct PythonTarget {
     pub(crate) kind: String,
     pub(crate) params: Params,
     pub(crate) style: Style,
+    pub(crate) entries: Entries,
 }
 
 impl Target for PythonTarget {
@@ -50,10 +53,11 @@ impl Target for PythonTarget {
             match &self.style {
                 Style::Methods(methods) => {
                     let slots = (0..info.depth).map(|_| Slot::default()).collect();
-                    Box::new(Attached(Some(MethodsQueue { methods: methods.clone_ref(py), slots })))
+                    Attached::boxed(MethodsQueue { methods: methods.clone_ref(py), slots }, &self.entries)
                 }
                 Style::Batch(Batch { handle, report }) => {
-                    Box::new(Attached(Some(Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) })))
+                    let batch = Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) };
+                    Attached::boxed(batch, &self.entries)
                 }
             }
         };
@@ -70,11 +74,21 @@ trait Serve {
 }
 
 /// A handler that attaches once for all requests of a wake-up. It is taken out when it is dropped.
-struct Attached<S: Serve>(Option<S>);
+struct Attached<S: Serve> {
+    inner: Option<S>,
+    entries: Entries,
+}
+
+impl<S: Serve + 'static> Attached<S> {
+    fn boxed(inner: S, entries: &Entries) -> Box<dyn QueueHandler> {
+        Box::new(Attached { inner: Some(inner), entries: entries.clone() })
+    }
+}
 
 impl<S: Serve> QueueHandler for Attached<S> {
     fn handle(&mut self, requests: Requests<'_>) {
-        let Some(inner) = &mut self.0 else { return };
+        let Some(inner) = &mut self.inner else { return };
+        self.entries.fetch_add(1, Ordering::Relaxed);
         // Without an interpreter the requests are dropped with the closure and fail.
         Python::try_attach(|py| inner.serve(py, requests));
     }
@@ -83,7 +97,7 @@ impl<S: Serve> QueueHandler for Attached<S> {
 impl<S: Serve> Drop for Attached<S> {
     fn drop(&mut self) {
         // Attached, so that the objects go now and not at some later attach.
-        let inner = self.0.take();
+        let inner = self.inner.take();
         Python::try_attach(|_| drop(inner));
     }
 }

@@ -13,6 +13,8 @@ mod logging;
 mod methods;
 mod pull;
 mod request;
+mod start;
+mod system;
 mod threads;
 
 use pyo3::prelude::*;
@@ -25,13 +27,17 @@ mod module {
     #[pymodule_export]
     use super::cli::main;
     #[pymodule_export]
-    use super::device::{NativeDevice, add, devices, features};
+    use super::device::NativeDevice;
     #[pymodule_export]
     use super::fake::FakeDriver;
     #[pymodule_export]
     use super::pull::{PyPullQueue, Worker};
     #[pymodule_export]
     use super::request::PyRequest;
+    #[pymodule_export]
+    use super::start::{add, recover};
+    #[pymodule_export]
+    use super::system::{delete, device, devices, features, quiesce, resize};
 
     use super::*;
 

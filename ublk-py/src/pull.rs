@@ -4,6 +4,7 @@
 //! kind.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,21 +12,24 @@ use pyo3::prelude::*;
 use ublk_core::pull::PullQueue;
 
 use crate::buffer::Slot;
-use crate::methods::Methods;
+use crate::methods::{Entries, Methods};
 use crate::request::PyRequest;
 
 /// The requests of one hardware queue.
 #[pyclass(frozen, module = "ublk._ublk", name = "PullQueue")]
 #[derive(Debug)]
-pub(crate) struct PyPullQueue(Mutex<Option<Arc<PullQueue>>>);
+pub(crate) struct PyPullQueue {
+    queue: Mutex<Option<Arc<PullQueue>>>,
+    entries: Entries,
+}
 
 impl PyPullQueue {
-    pub(crate) fn new(queue: PullQueue) -> Self {
-        PyPullQueue(Mutex::new(Some(Arc::new(queue))))
+    pub(crate) fn new(queue: PullQueue, entries: Entries) -> Self {
+        PyPullQueue { queue: Mutex::new(Some(Arc::new(queue))), entries }
     }
 
     fn queue(&self) -> Option<Arc<PullQueue>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -36,6 +40,7 @@ impl PyPullQueue {
         let Some(batch) = self.queue().and_then(|queue| queue.next_batch_within(max, Duration::ZERO)) else {
             return Ok(None);
         };
+        self.entries.fetch_add(1, Ordering::Relaxed);
         batch.into_iter().map(|request| Py::new(py, PyRequest::new(request))).collect::<PyResult<_>>().map(Some)
     }
 
@@ -46,7 +51,7 @@ impl PyPullQueue {
 
     /// Fail what is in the queue and what still comes.
     fn close(&self, py: Python<'_>) {
-        let queue = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(queue));
     }
 }
@@ -57,6 +62,7 @@ impl PyPullQueue {
 pub(crate) struct Worker {
     queue: Arc<PullQueue>,
     methods: Methods,
+    entries: Entries,
 }
 
 #[pymethods]
@@ -64,13 +70,14 @@ impl Worker {
     #[new]
     fn new(queue: &PyPullQueue, methods: Methods) -> PyResult<Self> {
         let closed = || pyo3::exceptions::PyValueError::new_err("the queue is closed");
-        Ok(Worker { queue: queue.queue().ok_or_else(closed)?, methods })
+        Ok(Worker { queue: queue.queue().ok_or_else(closed)?, methods, entries: queue.entries.clone() })
     }
 
     /// Serve until the queue ends.
     fn run(&self, py: Python<'_>) {
         let mut slot = Slot::default();
         while let Some(batch) = py.detach(|| self.queue.next_batch(1)) {
+            self.entries.fetch_add(1, Ordering::Relaxed);
             for request in batch {
                 self.methods.serve(py, &mut slot, request);
             }

@@ -193,3 +193,75 @@ def test_a_forked_child_can_make_a_device_of_its_own(driver):
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("recoverable", [True, "queue", "reissue", "fail-io"])
+def test_another_object_takes_a_recoverable_device_over(driver, recoverable):
+    first = Disk(size=1 << 20).start(recoverable=recoverable, _driver=driver)
+    assert first.recovery == ("reissue" if recoverable is True else recoverable)
+    first.quiesce()
+    assert not first.running
+    first.stop()
+    assert driver.devices() == [first.id]
+    with ublk.recover(first.id, Disk(size=1 << 20), _driver=driver) as second:
+        assert (second.id, second.recovery) == (first.id, first.recovery)
+        driver.read(second.id, 0, 512)
+
+
+def test_a_device_is_recovered_in_any_style(driver):
+    class Tasks(ublk.BlockDevice):
+        async def read(self, offset, buf):
+            buf[:] = b"t" * len(buf)
+
+    device = Disk(size=1 << 20, read_only=True).start(queues=2, recoverable=True, _driver=driver)
+    device.quiesce()
+    with ublk.recover(device.id, Disk(size=1 << 20), workers=3, _driver=driver) as device:
+        driver.read(device.id, 0, 512)
+        device.quiesce()
+    with ublk.recover(device.id, Tasks(size=1 << 20), _driver=driver) as device:
+        assert driver.read(device.id, 0, 512) == b"t" * 512
+
+
+def test_what_does_not_fit_leaves_the_device_waiting(driver):
+    device = Disk(size=1 << 20).start(recoverable=True, _driver=driver)
+    device.quiesce()
+    with pytest.raises(ValueError, match="size"):
+        ublk.recover(device.id, Disk(size=1 << 19), _driver=driver)
+    with ublk.recover(device.id, Disk(size=1 << 20), _driver=driver):
+        assert driver.devices() == [device.id]
+
+
+def test_a_device_that_was_not_made_for_it_is_not_left(driver):
+    with Disk(size=1 << 20).start(_driver=driver) as device:
+        with pytest.raises(ublk.UblkError, match="QUIESCE"):
+            device.quiesce()
+        with pytest.raises(ublk.UblkError, match="not made to be recovered"):
+            ublk.recover(device.id, Disk(size=1 << 20), _driver=driver)
+        assert device.running
+
+
+def test_a_disk_changes_its_size(driver):
+    disk = Disk(size=1 << 20)
+    with disk.start(_driver=driver) as device:
+        device.resize(1 << 19)
+        assert device.size == disk.size == 1 << 19
+        with pytest.raises(ValueError, match="multiple"):
+            device.resize(1000)
+
+
+def test_statistics_count_requests_and_how_often_python_was_entered(driver):
+    with Disk(size=1 << 20).start(_driver=driver) as device:
+        for _ in range(5):
+            driver.read(device.id, 0, 4096)
+        # They are added before the round's submission, which is what the client waits for.
+        stats = device.stats()
+        assert stats.operations["read"].requests == stats.requests == 5
+        assert stats.operations["read"].bytes == 5 * 4096
+        assert stats.operations["read"].errors == 0
+        assert 0 < stats.operations["read"].p50 <= stats.operations["read"].max < 60
+        assert 1 <= stats.entries <= 5
+
+
+def test_an_unknown_way_of_recovery_is_a_value_error(driver):
+    with pytest.raises(ValueError, match="fail-io"):
+        Disk(size=1 << 20).start(recoverable="always", _driver=driver)

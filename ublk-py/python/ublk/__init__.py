@@ -13,9 +13,10 @@ disk has them), and start it::
 """
 
 from ublk._block_device import BlockDevice
-from ublk._device import Device, DeviceInfo, devices, features, run
+from ublk._device import Device, OpStats, Stats, recover, run
 from ublk._errors import UblkError
 from ublk._requests import Op, Requests
+from ublk._system import DeviceInfo, SystemDevice, devices, features, open
 from ublk._ublk import Request, __version__
 
 __all__ = [
@@ -23,11 +24,16 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "Op",
+    "OpStats",
     "Request",
     "Requests",
+    "Stats",
+    "SystemDevice",
     "UblkError",
     "__version__",
     "devices",
     "features",
+    "open",
+    "recover",
     "run",
 ]

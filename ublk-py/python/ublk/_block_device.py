@@ -134,6 +134,7 @@ class BlockDevice:
         queues: int = 1,
         depth: int = 128,
         id: int | None = None,
+        recoverable: bool | str = False,
         workers: int | None = None,
         pull: bool = False,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
@@ -147,6 +148,11 @@ class BlockDevice:
         CPUs), ``depth`` how many requests each queue holds, 1 to 4096, and ``id`` the number N of
         ``/dev/ublkbN``, by default the lowest free one.
 
+        A ``recoverable`` device outlives a process that is killed, or that calls `Device.quiesce`: its disk stays
+        mounted, and `recover` serves it again. In the meantime requests wait, and with ``"reissue"``, which ``True``
+        stands for, so do those that were under way, which may be carried out twice; with ``"queue"`` those fail;
+        with ``"fail-io"`` all fail. Linux 6.1, 6.13 for ``"fail-io"``.
+
         ``workers`` is how many threads call plain methods, divided among the queues, in place of the queues' own
         threads: up to ``depth`` of them for each queue have something to do. ``loop_factory`` makes the event
         loops of coroutine methods (``uvloop.new_event_loop``, say). With ``pull`` the program takes requests
@@ -157,12 +163,27 @@ class BlockDevice:
         """
         from ublk._device import Device
 
-        device = Device._make(self, queues, depth, id, workers=workers, pull=pull, loop_factory=loop_factory)
+        device = Device._make(
+            self,
+            queues,
+            depth,
+            id,
+            recoverable=recoverable,
+            workers=workers,
+            pull=pull,
+            loop_factory=loop_factory,
+        )
         device._start(_driver)
         return device
 
     async def start_async(
-        self, *, queues: int = 1, depth: int = 128, id: int | None = None, _driver: FakeDriver | None = None
+        self,
+        *,
+        queues: int = 1,
+        depth: int = 128,
+        id: int | None = None,
+        recoverable: bool | str = False,
+        _driver: FakeDriver | None = None,
     ) -> Device:
         """Make the device and serve it by tasks of the running event loop; for classes with coroutine methods.
 
@@ -171,7 +192,7 @@ class BlockDevice:
         """
         from ublk._device import Device
 
-        device = Device._make(self, queues, depth, id)
+        device = Device._make(self, queues, depth, id, recoverable=recoverable)
         await device._start_async(_driver)
         return device
 

@@ -19,6 +19,7 @@ from ublk import _serving, _signals, _ublk
 from ublk._errors import UblkError
 from ublk._requests import Requests
 from ublk._serving import LoopServing, PullServing, Serving
+from ublk._system import DeviceInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,21 +36,36 @@ _running_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceInfo:
-    """What the driver knows about a device, whoever made it."""
+class OpStats:
+    """What one operation has done on a device since this process serves it."""
 
-    id: int
-    path: str
-    state: str
-    """``LIVE``; ``DEAD`` without a disk; ``QUIESCED`` or ``FAIL_IO`` while its server is gone."""
-    pid: int
-    """The server's process, -1 without one."""
-    queues: int
-    depth: int
-    size: int
-    block_size: int
-    max_io_bytes: int
-    read_only: bool
+    requests: int
+    """How many have ended."""
+    bytes: int
+    """Bytes of those that succeeded."""
+    errors: int
+    """How many have failed."""
+    mean: float
+    """Seconds from the wake-up that brought a request to its end; so are those below, exact to a sixteenth."""
+    p50: float
+    p99: float
+    p99_9: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a device has done since this process serves it."""
+
+    operations: dict[str, OpStats]
+    """By name, for each operation that has come."""
+    entries: int
+    """How often Python was entered for requests: once per wake-up, however many there were."""
+
+    @property
+    def requests(self) -> int:
+        """Requests of all kinds."""
+        return sum(operation.requests for operation in self.operations.values())
 
 
 class Device:
@@ -65,7 +81,7 @@ class Device:
     _native: _ublk.NativeDevice
     _target: BlockDevice
     _description: dict[str, Any]
-    _options: tuple[int, int, int | None]
+    _options: dict[str, Any]
     _serving: Serving
     _exception: BaseException | None
     _stopped: bool
@@ -81,6 +97,7 @@ class Device:
         depth: int,
         id: int | None,
         *,
+        recoverable: bool | str = False,
         workers: int | None = None,
         pull: bool = False,
         loop_factory: LoopFactory | None = None,
@@ -111,11 +128,12 @@ class Device:
             "operations": self._serving.operations,
             "style": self._serving.style,
         }
-        self._options = (
-            _number("queues", queues, 32),
-            _number("depth", depth, 32),
-            None if id is None else _number("id", id, 20),
-        )
+        self._options = {
+            "queues": _number("queues", queues, 32),
+            "depth": _number("depth", depth, 32),
+            "id": None if id is None else _number("id", id, 20),
+            "recovery": ("reissue" if recoverable else None) if isinstance(recoverable, bool) else recoverable,
+        }
         return self
 
     def _start(self, driver: _ublk.FakeDriver | None) -> None:
@@ -123,9 +141,8 @@ class Device:
         made: list[_ublk.NativeDevice] = []
         try:
             self._add(driver, made)
-            self._serving.begin(self._native)
+            self._begin()
             if isinstance(self._serving, PullServing):
-                self._serving.requests = Requests(self._native.pull_queues, lambda: self._exception)
                 self._register()
                 # The kernel reads the disk before this is over, and it is the caller who will answer.
                 threading.Thread(target=self._go_live_later, name=f"ublk{self.id}start", daemon=True).start()
@@ -147,7 +164,7 @@ class Device:
         made: list[_ublk.NativeDevice] = []
         try:
             await _to_the_end(self._add, driver, made)
-            self._serving.begin(self._native)
+            self._begin()
             await asyncio.to_thread(self._native.go_live)
             self._register()
         except BaseException:
@@ -158,8 +175,32 @@ class Device:
             self._start_over.set()
 
     def _add(self, driver: _ublk.FakeDriver | None, made: list[_ublk.NativeDevice]) -> None:
-        _ublk.add(self._description, self._serving.handlers, *self._options, _serving.spawn, driver, made)
+        _ublk.add(self._description, self._serving.handlers, self._options, _serving.spawn, driver, made)
         self._native = made[0]
+
+    def _recover(self, id: int, driver: _ublk.FakeDriver | None) -> None:
+        """Serve a device whose last server is gone."""
+        made: list[_ublk.NativeDevice] = []
+        try:
+            _ublk.recover(self._description, self._serving.handlers, id, _serving.spawn, driver, made)
+            self._native = made[0]
+            self._begin()
+            self._register()
+        except BaseException:
+            # Whoever waits for the disk goes on waiting.
+            for native in made:
+                native.leave()
+            with _running_lock:
+                _running.discard(self)
+            raise
+        finally:
+            self._start_over.set()
+
+    def _begin(self) -> None:
+        """Have somebody take the requests."""
+        self._serving.begin(self._native)
+        if isinstance(self._serving, PullServing):
+            self._serving.requests = Requests(self._native.pull_queues, lambda: self._exception)
 
     def _register(self) -> None:
         with _running_lock:
@@ -230,6 +271,44 @@ class Device:
         return self._native.max_io_bytes
 
     @property
+    def recovery(self) -> str | None:
+        """What becomes of requests when this process is gone: ``queue``, ``reissue`` or ``fail-io``.
+
+        None if the disk goes too.
+        """
+        return self._native.recovery
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What the driver knows about the device."""
+        return DeviceInfo(**_ublk.device(self.id))
+
+    def stats(self) -> Stats:
+        """Tell what the device has done since this process serves it."""
+        operations = {}
+        for counts in self._native.stats():
+            name = counts.pop("op")
+            times = {key: counts.pop(key) / 1e9 for key in ("mean", "p50", "p99", "p99_9", "max")}
+            operations[name] = OpStats(**counts, **times)
+        return Stats(operations, self._native.entries)
+
+    def resize(self, size: int) -> None:
+        """Change the disk's capacity while it is in use. Linux 6.16.
+
+        The block device must be able to serve the new size when it grows; its ``size`` follows.
+        """
+        self._native.resize(_number("size", size, 64))
+        self._description["size"] = self._target.size = size
+
+    def quiesce(self) -> None:
+        """Finish the requests in flight and leave the disk to another server (`recover`); whoever uses it waits.
+
+        For devices that were started with ``recoverable``. Linux 6.16.
+        """
+        self._serving.check_stop()
+        self._end(self._native.leave)
+
+    @property
     def running(self) -> bool:
         """Whether the device is served: neither stopped nor about to be."""
         return not self._native.ending
@@ -296,6 +375,8 @@ class Device:
     def stop(self) -> None:
         """Stop and delete the device. Requests in flight are finished first; again is harmless.
 
+        A recoverable device that somebody else has asked to wait for another server is left to that.
+
         Raises `UblkError` with ``ETIMEDOUT`` if a handler does not return within a minute, and
         `RuntimeError` in a handler, which would wait for itself: raise `SystemExit` there. In a forked
         child it does nothing: the device is its parent's.
@@ -311,10 +392,13 @@ class Device:
             await _to_the_end(self._stop)
 
     def _stop(self) -> None:
+        self._end(self._native.stop)
+
+    def _end(self, end: Callable[[], None]) -> None:
         self._stopped = True
         self._serving.abandon()
         try:
-            self._native.stop()
+            end()
         finally:
             # After a time-out it still runs, and may be stopped again.
             if self._native.stopped:
@@ -430,11 +514,24 @@ def run(
         device.wait()
 
 
-def devices() -> list[DeviceInfo]:
-    """List the devices of the system, whoever made them."""
-    return [DeviceInfo(**info) for info in _ublk.devices()]
+def recover(
+    id: int,
+    target: BlockDevice,
+    *,
+    workers: int | None = None,
+    pull: bool = False,
+    loop_factory: LoopFactory | None = None,
+    _driver: _ublk.FakeDriver | None = None,
+) -> Device:
+    """Serve a device whose last server is gone, and return when its disk works again.
 
+    The device was started with ``recoverable``, by whatever program. It keeps its shape and queues; the block device
+    has to fit them. Of a server that has just died this waits for the driver to notice. Requests that have waited
+    are served then.
 
-def features() -> dict[str, bool]:
-    """Tell which of the features that this library knows the running driver offers."""
-    return _ublk.features()
+    Raises `UblkError` with ``EBUSY`` if a living process serves the device, and with ``EINVAL`` if it was not made to
+    be recovered, `ValueError` if the block device does not fit.
+    """
+    device = Device._make(target, 1, 1, None, workers=workers, pull=pull, loop_factory=loop_factory)
+    device._recover(_number("id", id, 20), _driver)
+    return device

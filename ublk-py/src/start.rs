@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! How devices are made, and taken over.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+use ublk_core::driver::fake;
+use ublk_core::driver::kernel::KernelDriver;
+use ublk_core::pull::{PullQueue, pull_with};
+use ublk_core::{Access, DeviceId, DeviceOptions, Params, Recovery, Server, Target};
+
+use crate::device::NativeDevice;
+use crate::error::to_python;
+use crate::fake::FakeDriver;
+use crate::handler::{PythonTarget, Style};
+use crate::logging;
+use crate::methods::{Entries, operations};
+use crate::threads::PythonSpawn;
+
+/// The process's server on the kernel's driver, made with the first device.
+fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
+    static SERVER: Mutex<Option<(u32, Server)>> = Mutex::new(None);
+    let mut server = SERVER.lock().unwrap_or_else(PoisonError::into_inner);
+    let pid = std::process::id();
+    match server.take() {
+        Some((owner, made)) if owner == pid => {
+            *server = Some((owner, made.clone()));
+            return Ok(made);
+        }
+        // A forked child's copy: its threads are the parent's, and its rings are not mapped here.
+        Some(inherited) => std::mem::forget(inherited),
+        None => {}
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let made = Server::with(Arc::new(KernelDriver::open()?), Arc::new(spawn), threads);
+    *server = Some((pid, made.clone()));
+    Ok(made)
+}
+
+/// What a disk is, and how Python serves it.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Description {
+    kind: String,
+    size: u64,
+    block_size: u32,
+    physical_block_size: u32,
+    max_io_bytes: u32,
+    rotational: bool,
+    read_only: bool,
+    discard_granularity: u32,
+    /// Names of methods: what it can do beside being read.
+    operations: Vec<String>,
+    /// `methods`, `batch` or `pull`.
+    style: String,
+}
+
+impl Description {
+    fn params(&self) -> Params {
+        let mut params = Params::new(self.size, self.block_size);
+        params.physical_block_size = self.physical_block_size;
+        params.io_min = self.physical_block_size;
+        params.max_io_bytes = self.max_io_bytes;
+        params.rotational = self.rotational;
+        params.read_only = self.read_only;
+        params.discard.granularity = self.discard_granularity;
+        params.operations = operations(&self.operations);
+        params
+    }
+
+    /// Makes the target, and queues if its requests are pulled.
+    fn target(
+        self,
+        handlers: &Bound<'_, PyAny>,
+        queues: u32,
+        entries: &Entries,
+    ) -> PyResult<(Arc<dyn Target>, Vec<PullQueue>)> {
+        let params = self.params();
+        let style = match self.style.as_str() {
+            "pull" => {
+                return pull_with(self.kind, params, Access::Bytes, queues).map_err(|e| to_python(handlers.py(), &e));
+            }
+            "methods" => Style::Methods(handlers.extract()?),
+            "batch" => Style::Batch(handlers.extract()?),
+            other => return Err(PyValueError::new_err(format!("there is no style {other}"))),
+        };
+        Ok((Arc::new(PythonTarget { kind: self.kind, params, style, entries: entries.clone() }), Vec::new()))
+    }
+}
+
+/// A server on the given driver, or on the kernel's.
+fn server(driver: Option<fake::FakeDriver>, spawn: Py<PyAny>, threads: u32) -> ublk_core::Result<Server> {
+    let spawn = PythonSpawn(spawn);
+    match driver {
+        Some(fake) => Ok(Server::with(Arc::new(fake), Arc::new(spawn), threads as usize)),
+        None => kernel_server(spawn),
+    }
+}
+
+/// How a device is made, as Python gives it.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Options {
+    queues: u32,
+    depth: u32,
+    id: Option<u32>,
+    recovery: Option<String>,
+}
+
+impl Options {
+    fn convert(&self) -> PyResult<DeviceOptions> {
+        let recovery = |name: &String| {
+            Recovery::ALL.into_iter().find(|recovery| recovery.name() == name).ok_or_else(|| {
+                let names = Recovery::ALL.map(Recovery::name).join(", ");
+                PyValueError::new_err(format!("recoverable = {name:?}: there are True, False, {names}"))
+            })
+        };
+        Ok(DeviceOptions {
+            id: self.id.map(DeviceId),
+            queues: self.queues,
+            depth: self.depth,
+            recovery: self.recovery.as_ref().map(recovery).transpose()?,
+            ..DeviceOptions::default()
+        })
+    }
+}
+
+/// Makes a device that is not live yet, and appends it to `made`: a returned object could be lost to a
+/// signal's exception before the caller has stored it.
+#[pyfunction]
+pub(crate) fn add(
+    py: Python<'_>,
+    description: Description,
+    handlers: &Bound<'_, PyAny>,
+    options: Options,
+    spawn: Py<PyAny>,
+    driver: Option<&FakeDriver>,
+    made: &Bound<'_, PyList>,
+) -> PyResult<()> {
+    logging::follow(py)?;
+    let entries = Entries::default();
+    let (target, queues) = description.target(handlers, options.queues, &entries)?;
+    let device_options = options.convert()?;
+    let fake = driver.map(FakeDriver::inner);
+    let device = py
+        .detach(|| server(fake, spawn, options.queues)?.add(&target, &device_options))
+        .map_err(|e| to_python(py, &e))?;
+    made.append(NativeDevice::new(py, device, Some(target), queues, entries)?)
+}
+
+/// Serves a device whose last server is gone, and appends it to `made`.
+#[pyfunction]
+pub(crate) fn recover(
+    py: Python<'_>,
+    description: Description,
+    handlers: &Bound<'_, PyAny>,
+    id: u32,
+    spawn: Py<PyAny>,
+    driver: Option<&FakeDriver>,
+    made: &Bound<'_, PyList>,
+) -> PyResult<()> {
+    logging::follow(py)?;
+    let entries = Entries::default();
+    let fake = driver.map(FakeDriver::inner);
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let (server, info) = py
+        .detach(|| {
+            let server = server(fake, spawn, threads)?;
+            let info = server.wait_for_vacancy(DeviceId(id))?;
+            Ok((server, info))
+        })
+        .map_err(|e| to_python(py, &e))?;
+    let (target, queues) = description.target(handlers, info.queues.into(), &entries)?;
+    let device = py.detach(|| server.recover(info.id, target)).map_err(|e| to_python(py, &e))?;
+    made.append(NativeDevice::new(py, device, None, queues, entries)?)
+}

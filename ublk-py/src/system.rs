@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What the driver offers, and the devices of the system.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use ublk_core::control::{Control, DRAIN_TIMEOUT, DeviceInfo};
+use ublk_core::driver::kernel::KernelDriver;
+use ublk_core::{DeviceId, DeviceState, Errno, Error, Features, Params, Recovery, Result};
+
+use crate::error::to_python;
+
+/// What the driver offers: a dict from feature name to bool.
+#[pyfunction]
+pub(crate) fn features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let features = on_system(py, Control::features)?;
+    let dict = PyDict::new(py);
+    for flag in Features::all() {
+        dict.set_item(flag.name(), features.contains(flag))?;
+    }
+    Ok(dict)
+}
+
+/// What the driver knows about all devices: a list of dicts.
+#[pyfunction]
+pub(crate) fn devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
+    let found = on_system(py, |control| {
+        let ids = control
+            .driver()
+            .device_ids()
+            .map_err(|source| Error::Target { context: "listing the devices".into(), source })?;
+        let mut found = Vec::new();
+        for id in ids {
+            match look(control, id) {
+                Ok(both) => found.push(both),
+                // It went away between the two looks.
+                Err(error) if error.errno() == Errno::ENODEV => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    })?;
+    found.into_iter().map(|found| to_dict(py, found)).collect()
+}
+
+/// What the driver knows about a device: a dict.
+#[pyfunction]
+pub(crate) fn device(py: Python<'_>, id: u32) -> PyResult<Bound<'_, PyDict>> {
+    to_dict(py, on_system(py, |control| look(control, DeviceId(id)))?)
+}
+
+/// Stops and deletes a device, whoever serves it; unless it is in use, if that is no reason.
+#[pyfunction]
+pub(crate) fn delete(py: Python<'_>, id: u32, force: bool) -> PyResult<()> {
+    let id = DeviceId(id);
+    on_system(py, |control| {
+        if !force && control.info(id)?.state != DeviceState::Dead {
+            control.try_stop(id)?;
+        }
+        match control.remove(id) {
+            // Its server was quicker.
+            Err(error) if error.errno() == Errno::ENODEV && !force => Ok(()),
+            other => other.map(drop),
+        }
+    })
+}
+
+/// Asks a device's server to finish its requests and leave, and waits until it has.
+#[pyfunction]
+pub(crate) fn quiesce(py: Python<'_>, id: u32) -> PyResult<()> {
+    on_system(py, |control| control.quiesce_until(DeviceId(id), DRAIN_TIMEOUT).map(drop))
+}
+
+/// Changes the size of a disk. Its server is not told.
+#[pyfunction]
+pub(crate) fn resize(py: Python<'_>, id: u32, size: u64) -> PyResult<()> {
+    on_system(py, |control| control.update_size(DeviceId(id), size))
+}
+
+/// Calls the driver while Python goes on.
+fn on_system<T: Send>(py: Python<'_>, call: impl FnOnce(&Control) -> Result<T> + Send) -> PyResult<T> {
+    py.detach(|| call(&Control::new(Arc::new(KernelDriver::open()?)))).map_err(|e| to_python(py, &e))
+}
+
+type Found = (PathBuf, DeviceInfo, Params);
+
+fn look(control: &Control, id: DeviceId) -> Result<Found> {
+    Ok((control.driver().block_path(id), control.info(id)?, control.params(id)?.params))
+}
+
+fn to_dict(py: Python<'_>, (path, info, params): Found) -> PyResult<Bound<'_, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("id", info.id.0)?;
+    dict.set_item("path", path.to_string_lossy().into_owned())?;
+    dict.set_item("state", info.state.name())?;
+    dict.set_item("pid", info.pid)?;
+    dict.set_item("queues", info.queues)?;
+    dict.set_item("depth", info.depth)?;
+    dict.set_item("size", params.size)?;
+    dict.set_item("block_size", params.logical_block_size)?;
+    dict.set_item("max_io_bytes", info.max_io_bytes)?;
+    dict.set_item("read_only", params.read_only)?;
+    dict.set_item("recovery", Recovery::of(info.features).map(Recovery::name))?;
+    Ok(dict)
+}
