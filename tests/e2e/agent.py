@@ -2,11 +2,12 @@
 """Serves disks of `disks.py` in a process of its own and answers expressions about them.
 
 Argument: a JSON object with `disk` (the class), `args` (its keyword arguments), `start` (those of
-`start`) and `count` (how many of them). Lines on standard input are Python expressions over `disk`,
-`dev` (and the lists `disks`, `devs`); each gets one line of JSON. The end of input stops everything;
-the line `exit` leaves that to the interpreter's own end.
+`start`), `count` (how many of them), and `recover` (the number of a device to serve instead). Lines on
+standard input are Python expressions over `disk`, `dev` (and the lists `disks`, `devs`); each gets one line
+of JSON. The end of input stops everything; the line `exit` leaves that to the interpreter's own end.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -33,12 +34,15 @@ def main() -> None:
     try:
         for _ in range(wanted["count"]):
             served.append(getattr(classes, wanted["disk"])(**wanted["args"]))
-            devices.append(served[-1].start(**wanted["start"]))
+            if wanted["recover"] is None:
+                devices.append(served[-1].start(**wanted["start"]))
+            else:
+                devices.append(ublk.recover(wanted["recover"], served[-1], **wanted["start"]))
     except BaseException as error:
         answer(error=f"{type(error).__name__}: {error}")
         raise
     names = {"disk": served[0], "dev": devices[0], "disks": served, "devs": devices, "ublk": ublk}
-    names |= {"wait_for": classes.wait_for, "caught": classes.caught}
+    names |= {"vars_of": dataclasses.asdict, "wait_for": classes.wait_for, "caught": classes.caught}
     answer(value=[device.path for device in devices])
     for line in sys.stdin:
         if line == "exit\n":

@@ -168,34 +168,87 @@ class PullRam(HandlingRam):
             self.answer(request)
 
 
-class Sleeper(ublk.BlockDevice):
-    """Reads that take a while, and how many of them did so at once."""
+class Meeting(ublk.BlockDevice):
+    """Reads that wait for each other, once they are told to: so many of them at once."""
 
     def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
         super().__init__(size=size, **shape)
-        self.now = self.most = 0
-        self.lock = threading.Lock()
+        self.parties = 0
+        self.arrived = 0
+        self.everybody = threading.Condition()
 
-    def come(self) -> None:
-        with self.lock:
-            self.now += 1
-            self.most = max(self.most, self.now)
-
-    def go(self) -> None:
-        with self.lock:
-            self.now -= 1
+    def expect(self, parties: int) -> None:
+        self.parties = parties
 
     def read(self, offset, buf):
-        self.come()
-        time.sleep(0.01)
-        self.go()
+        if self.parties:
+            with self.everybody:
+                self.arrived += 1
+                self.everybody.notify_all()
+                if not self.everybody.wait_for(lambda: self.arrived >= self.parties, 40):
+                    raise TimeoutError
 
 
-class TaskSleeper(Sleeper):
+class TaskMeeting(Meeting):
     async def read(self, offset, buf):
-        self.come()
-        await asyncio.sleep(0.01)
-        self.go()
+        self.arrived += 1 if self.parties else 0
+        for _ in range(4000):
+            if self.arrived >= self.parties:
+                return
+            await asyncio.sleep(0.01)
+        raise TimeoutError
+
+
+class OnFile(ublk.BlockDevice):
+    """A disk in a file."""
+
+    def __init__(self, path: str, **shape: Any) -> None:
+        self.file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        super().__init__(size=os.fstat(self.file).st_size, **shape)
+
+    def read(self, offset, buf):
+        return os.preadv(self.file, [buf], offset)
+
+    def write(self, offset, buf):
+        return os.pwritev(self.file, [buf], offset)
+
+    def flush(self):
+        os.fdatasync(self.file)
+
+
+class Whole(OnFile):
+    """The same, of which Python says where it is, and no more."""
+
+    def __init__(self, path: str, **shape: Any) -> None:
+        super().__init__(path, **shape)
+        self.asked = self.handled = 0
+
+    def map(self, op, offset, length):
+        self.asked += 1
+        return ublk.Extent(self.file, 0, self.size, start=0, stable=True)
+
+    def read(self, offset, buf):
+        self.handled += 1
+        return super().read(offset, buf)
+
+    def write(self, offset, buf):
+        self.handled += 1
+        return super().write(offset, buf)
+
+
+class Striped(ublk.BlockDevice):
+    """A disk in several files, 8 KiB in each in turn."""
+
+    STRIPE = 8192
+
+    def __init__(self, paths: list[str], **shape: Any) -> None:
+        self.files = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in paths]
+        super().__init__(size=sum(os.fstat(file).st_size for file in self.files), **shape)
+
+    def map(self, op, offset, length):
+        stripe, inside = divmod(offset, self.STRIPE)
+        turn, which = divmod(stripe, len(self.files))
+        return ublk.Extent(self.files[which], turn * self.STRIPE + inside, self.STRIPE - inside, stable=True)
 
 
 class ReadWrite(ublk.BlockDevice):

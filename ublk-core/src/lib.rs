@@ -33,6 +33,7 @@ mod device;
 pub mod driver;
 mod engine;
 mod error;
+pub mod extents;
 #[cfg(any(feature = "fake", all(doc, not(doctest))))]
 #[doc = include_str!("guide.md")]
 pub mod guide {}
@@ -60,7 +61,9 @@ pub use params::{
     Checksum, DEFAULT_MAX_IO_BYTES, DiscardLimits, Integrity, Operations, Params, SegmentLimits, ZonedLimits,
 };
 pub use pull::pull;
-pub use request::{Anywhere, DetachedRequest, FileRange, Home, OnQueue, Op, Request, RequestOf, Requests};
+pub use request::{
+    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, Request, RequestOf, Requests,
+};
 pub use stats::{DeviceStats, Latency, OpStats};
 pub use target::{QueueHandler, QueueInfo, Target};
 pub use uapi::{DeviceState, Features};

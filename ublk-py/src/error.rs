@@ -28,6 +28,11 @@ pub(crate) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
     }
 }
 
+/// An errno as `OSError`.
+pub(crate) fn os_error(errno: Errno) -> PyErr {
+    PyOSError::new_err((errno as i32, errno.desc()))
+}
+
 /// The errno that says what a handler's exception says, if there is one.
 pub(crate) fn to_errno(py: Python<'_>, error: &PyErr) -> Option<Errno> {
     if error.is_instance_of::<PyOSError>(py) {

@@ -7,9 +7,10 @@ use std::sync::atomic::Ordering;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
-use ublk_core::{Errno, Params, QueueHandler, QueueInfo, Requests, Result, Target};
+use ublk_core::{Access, Errno, Params, QueueHandler, QueueInfo, Request, Requests, Result, Target};
 
 use crate::buffer::Slot;
+use crate::extents::{Mapped, Mapper};
 use crate::methods::{Entries, Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
 
@@ -18,6 +19,8 @@ use crate::request::PyRequest;
 pub(crate) enum Style {
     /// A method for each operation.
     Methods(Methods),
+    /// The same, and one that says where bytes lie.
+    Mapped(Methods, Mapper),
     /// One function for all requests of a wake-up.
     Batch(Batch),
 }
@@ -48,12 +51,28 @@ impl Target for PythonTarget {
         self.params
     }
 
+    fn access(&self) -> Access {
+        match self.style {
+            // What files on block devices, opened for direct I/O, ask for.
+            Style::Mapped(..) => Access::Forwards { memory_alignment: 512 },
+            _ => Access::Bytes,
+        }
+    }
+
     fn open_queue(&self, info: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         let open = |py: Python<'_>| -> Box<dyn QueueHandler> {
             match &self.style {
                 Style::Methods(methods) => {
                     let slots = (0..info.depth).map(|_| Slot::default()).collect();
                     Attached::boxed(MethodsQueue { methods: methods.clone_ref(py), slots }, &self.entries)
+                }
+                Style::Mapped(methods, mapper) => {
+                    let slots = (0..info.depth).map(|_| Slot::default()).collect();
+                    let methods = Attached {
+                        inner: Some(MethodsQueue { methods: methods.clone_ref(py), slots }),
+                        entries: self.entries.clone(),
+                    };
+                    Box::new(MappedQueue { methods, mapper: Some(mapper.clone_ref(py)) })
                 }
                 Style::Batch(Batch { handle, report }) => {
                     let batch = Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) };
@@ -114,6 +133,52 @@ impl Serve for MethodsQueue {
         for request in requests {
             let slot = &mut self.slots[usize::from(request.tag().0)];
             self.methods.serve(py, slot, request);
+        }
+    }
+}
+
+/// One queue of a device that says where bytes lie. Python sees only what it has not told before.
+struct MappedQueue {
+    methods: Attached<MethodsQueue>,
+    mapper: Option<Mapper>,
+}
+
+impl QueueHandler for MappedQueue {
+    fn handle(&mut self, requests: Requests<'_>) {
+        let (Some(mapper), Some(queue)) = (&self.mapper, &mut self.methods.inner) else { return };
+        let unknown: Vec<Request<'_>> = requests.filter_map(|request| mapper.forward_known(request)).collect();
+        if unknown.is_empty() {
+            return;
+        }
+        self.methods.entries.fetch_add(1, Ordering::Relaxed);
+        Python::try_attach(|py| {
+            for request in unknown {
+                request.keep_pace();
+                queue.serve_mapped(py, mapper, request);
+            }
+        });
+    }
+}
+
+impl Drop for MappedQueue {
+    fn drop(&mut self) {
+        let mapper = self.mapper.take();
+        Python::try_attach(|_| drop(mapper));
+    }
+}
+
+impl MethodsQueue {
+    fn serve_mapped(&mut self, py: Python<'_>, mapper: &Mapper, mut request: Request<'_>) {
+        match mapper.ask(py, &request) {
+            Ok(Mapped::At(pieces, flight)) => request.forward_pieces(pieces, Box::new(flight)),
+            Ok(Mapped::Unknown) => match request.load() {
+                Ok(()) => {
+                    let slot = &mut self.slots[usize::from(request.tag().0)];
+                    self.methods.serve(py, slot, request);
+                }
+                Err(errno) => request.fail(errno),
+            },
+            Err(error) => request.fail(self.methods.errno_of(py, "map", &error)),
         }
     }
 }

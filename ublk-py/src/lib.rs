@@ -7,6 +7,7 @@ mod buffer;
 mod cli;
 mod device;
 mod error;
+mod extents;
 mod fake;
 mod handler;
 mod logging;
@@ -28,6 +29,8 @@ mod module {
     use super::cli::main;
     #[pymodule_export]
     use super::device::NativeDevice;
+    #[pymodule_export]
+    use super::extents::{Extents, PyExtent, PyZeros};
     #[pymodule_export]
     use super::fake::FakeDriver;
     #[pymodule_export]

@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicU64;
 
 use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use ublk_core::{Errno, Home, Op, Operations, RequestOf};
 
 use crate::buffer::Slot;
@@ -60,14 +61,16 @@ impl Methods {
         });
         match outcome {
             Ok(result) => request.finish(result),
-            Err(error) => match to_handlers_errno(py, &error) {
-                Some(errno) => request.fail(errno),
-                None => {
-                    report(py, &self.report, op_name(op), &error);
-                    request.fail(Errno::EIO);
-                }
-            },
+            Err(error) => request.fail(self.errno_of(py, op_name(op), &error)),
         }
+    }
+
+    /// What a request fails with after an exception; `EIO`, and a report, if that is no errno.
+    pub(crate) fn errno_of(&self, py: Python<'_>, operation: &str, error: &PyErr) -> Errno {
+        to_handlers_errno(py, error).unwrap_or_else(|| {
+            report(py, &self.report, operation, error);
+            Errno::EIO
+        })
     }
 }
 
@@ -155,4 +158,22 @@ pub(crate) fn operations(names: &[String]) -> Operations {
     .filter(|(op, _)| has(*op))
     .map(|(_, operation)| operation)
     .collect()
+}
+
+/// The member of `ublk.Op`.
+pub(crate) fn op_object(py: Python<'_>, op: Op) -> PyResult<Py<PyAny>> {
+    static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    static MEMBERS: [PyOnceLock<Py<PyAny>>; 5] = [const { PyOnceLock::new() }; 5];
+    let index = match op {
+        Op::Read => 0,
+        Op::Write => 1,
+        Op::Flush => 2,
+        Op::Discard => 3,
+        _ => 4,
+    };
+    let member = MEMBERS[index].get_or_try_init(py, || {
+        let class = CLASS.get_or_try_init(py, || py.import("ublk._requests")?.getattr("Op").map(Bound::unbind))?;
+        class.bind(py).call1((op_name(op),)).map(Bound::unbind)
+    });
+    member.map(|member| member.clone_ref(py))
 }

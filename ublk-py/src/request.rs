@@ -6,12 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyMemoryView};
 use ublk_core::{DetachedRequest, Errno, Op};
 
 use crate::buffer::Lease;
-use crate::methods::{check_return, op_name, to_handlers_errno};
+use crate::methods::{check_return, op_name, op_object, to_handlers_errno};
 
 /// One request of the block layer.
 #[pyclass(frozen, weakref, module = "ublk", name = "Request")]
@@ -255,22 +254,4 @@ impl Drop for PyRequest {
             }
         });
     }
-}
-
-/// The member of `ublk.Op`.
-fn op_object(py: Python<'_>, op: Op) -> PyResult<Py<PyAny>> {
-    static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    static MEMBERS: [PyOnceLock<Py<PyAny>>; 5] = [const { PyOnceLock::new() }; 5];
-    let index = match op {
-        Op::Read => 0,
-        Op::Write => 1,
-        Op::Flush => 2,
-        Op::Discard => 3,
-        _ => 4,
-    };
-    let member = MEMBERS[index].get_or_try_init(py, || {
-        let class = CLASS.get_or_try_init(py, || py.import("ublk._requests")?.getattr("Op").map(Bound::unbind))?;
-        class.bind(py).call1((op_name(op),)).map(Bound::unbind)
-    });
-    member.map(|member| member.clone_ref(py))
 }

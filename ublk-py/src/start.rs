@@ -14,6 +14,7 @@ use ublk_core::{Access, DeviceId, DeviceOptions, Params, Recovery, Server, Targe
 
 use crate::device::NativeDevice;
 use crate::error::to_python;
+use crate::extents::{Extents, Mapper};
 use crate::fake::FakeDriver;
 use crate::handler::{PythonTarget, Style};
 use crate::logging;
@@ -54,7 +55,7 @@ pub(crate) struct Description {
     discard_granularity: u32,
     /// Names of methods: what it can do beside being read.
     operations: Vec<String>,
-    /// `methods`, `batch` or `pull`.
+    /// `methods`, `mapped`, `batch` or `pull`.
     style: String,
 }
 
@@ -84,6 +85,11 @@ impl Description {
                 return pull_with(self.kind, params, Access::Bytes, queues).map_err(|e| to_python(handlers.py(), &e));
             }
             "methods" => Style::Methods(handlers.extract()?),
+            "mapped" => {
+                let part = |name: &str| handlers.get_item(name);
+                let extents = part("extents")?.cast::<Extents>()?.get().0.clone();
+                Style::Mapped(handlers.extract()?, Mapper { map: part("map")?.unbind(), extents })
+            }
             "batch" => Style::Batch(handlers.extract()?),
             other => return Err(PyValueError::new_err(format!("there is no style {other}"))),
         };

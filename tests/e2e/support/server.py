@@ -109,17 +109,21 @@ class Server(Child):
         id: int | None = None,
         count: int = 1,
         workers: int | None = None,
+        recoverable: bool | str = False,
+        recover: int | None = None,
         **args: Any,
     ) -> None:
-        start = {"queues": queues, "depth": depth} | ({} if id is None else {"id": id})
-        start |= {} if workers is None else {"workers": workers}
-        wanted = {"disk": disk, "args": args, "start": start, "count": count}
+        start: dict[str, Any] = {} if workers is None else {"workers": workers}
+        if recover is None:
+            start |= {"queues": queues, "depth": depth, "recoverable": recoverable}
+            start |= {} if id is None else {"id": id}
+        wanted = {"disk": disk, "args": args, "start": start, "count": count, "recover": recover}
         since = udev.now()
         super().__init__([sys.executable, "-u", str(HERE / "agent.py"), json.dumps(wanted)])
         self._over = False
         try:
             self.paths: list[str] = self._answer()
-            for path in self.paths:
+            for path in self.paths if recover is None else []:
                 udev.wait_until_seen(path, since)
         except BaseException:
             self.close()

@@ -20,7 +20,7 @@ _READ, _WRITE = 22, 23
 _ATTRIBUTE_PI = 1
 
 _PARAMETERS = struct.Struct("=7I3I40s40s")
-_OFFSETS = struct.Struct("=9IQ")
+_OFFSETS = struct.Struct("=8IQ")
 # opcode, flags, priority, fd, offset, address, length, rw_flags, user_data, buffer, personality, splice_fd, the
 # address of attributes, their kinds.
 _SUBMISSION = struct.Struct("=BBHiQQIIQHHiQQ")

@@ -16,12 +16,12 @@ use super::forward::{Forwarded, Pages};
 use super::pace::{Pace, Tick, clock};
 use super::pool::Inbox;
 use super::tags::TagTable;
-use super::transfer::{Next, Transfer};
+use super::transfer::{Next, Parts, Transfer};
 use crate::data::DataMovement;
 use crate::data::pool::BufferPool;
 use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
 use crate::memory::{Descriptor, DescriptorMap, IoBuffer, PAGE_SIZE};
-use crate::request::{Answer, FileRange, Op, Origin, memory_or_abort};
+use crate::request::{Answer, Op, Origin, memory_or_abort};
 use crate::stats::{Ended, QueueStats};
 use crate::target::QueueInfo;
 use crate::uapi;
@@ -308,9 +308,9 @@ impl QueueCore {
         buffer: Option<Arc<IoBuffer>>,
         op: Op,
         descriptor: Descriptor,
-        file: FileRange,
+        parts: Parts,
     ) {
-        let Some(transfer) = Transfer::new(op, &descriptor, file) else {
+        let Some(transfer) = Transfer::new(op, &descriptor, parts) else {
             let own = buffer.filter(|buffer| !buffer.is_shared());
             return self.commit(tag, own, Answer::error(Errno::EOPNOTSUPP));
         };

@@ -31,3 +31,4 @@ pub(crate) use pool::Inbox;
 pub(crate) use pool::ThreadPool;
 pub use pool::{Spawn, StdSpawn};
 pub(crate) use queue::QueueSetup;
+pub(crate) use transfer::Parts;

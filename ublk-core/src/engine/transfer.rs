@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use crate::driver::{Memory, Operation};
 use crate::memory::Descriptor;
-use crate::request::{FileRange, Op};
+use crate::request::{FilePiece, FileRange, Keep, Op};
 use crate::uapi;
 use crate::units::Sectors;
 
@@ -34,12 +34,44 @@ enum Step {
     WriteZeros,
 }
 
+/// Where the bytes of a forwarded request lie: pieces, one after the other.
+pub(crate) struct Parts {
+    /// The one at work.
+    first: FilePiece,
+    rest: std::vec::IntoIter<FilePiece>,
+    /// What has to outlive the request.
+    keep: Option<Keep>,
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parts").field("first", &self.first).field("rest", &self.rest).finish_non_exhaustive()
+    }
+}
+
+impl Parts {
+    /// One place for the whole request.
+    pub(crate) fn whole(file: FileRange, len: u64) -> Self {
+        Parts { first: FilePiece { file, len }, rest: Vec::new().into_iter(), keep: None }
+    }
+
+    /// At least one piece, each with a length.
+    pub(crate) fn pieces(pieces: Vec<FilePiece>, keep: Keep) -> Self {
+        let mut rest = pieces.into_iter();
+        let first = rest.next().expect("a request has a length, and so have its pieces");
+        Parts { first, rest, keep: Some(keep) }
+    }
+}
+
 /// The progress of one forwarded request.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct Transfer {
-    file: FileRange,
+    parts: Parts,
     step: Step,
     len: u64,
+    /// Bytes of the whole that were done before the piece at work.
+    before: u64,
+    /// Bytes of the piece at work.
     done: u64,
     /// Interruptions in a row.
     retries: u8,
@@ -56,7 +88,7 @@ pub(crate) enum Next {
 
 impl Transfer {
     /// `None` for operations that files do not have.
-    pub(crate) fn new(op: Op, descriptor: &Descriptor, file: FileRange) -> Option<Self> {
+    pub(crate) fn new(op: Op, descriptor: &Descriptor, parts: Parts) -> Option<Self> {
         let flag = |bit: u32| descriptor.op_flags & bit != 0;
         let step = match op {
             Op::Read => Step::Read,
@@ -73,7 +105,8 @@ impl Transfer {
             | Op::ZoneResetAll
             | Op::ReportZones => return None,
         };
-        Some(Transfer { file, step, len: Sectors(u64::from(descriptor.nr_sectors)).bytes(), done: 0, retries: 0 })
+        let len = Sectors(u64::from(descriptor.nr_sectors)).bytes();
+        Some(Transfer { parts, step, len, before: 0, done: 0, retries: 0 })
     }
 
     /// The result to commit on success: bytes for operations with data, 0 for the others.
@@ -86,16 +119,15 @@ impl Transfer {
 
     /// The next operation. `data` is the request's memory, `zeros` [`ZEROS_LEN`] bytes of zeros.
     pub(crate) fn operation(&self, data: Memory, zeros: u64) -> Operation {
-        let FileRange { fd, offset } = self.file;
+        let FilePiece { file: FileRange { fd, offset }, len } = self.parts.first;
         let at = offset + self.done;
-        let left = self.len - self.done;
+        let left = len - self.done;
+        let data = data.skip(self.before + self.done);
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
         match self.step {
-            Step::Read => Operation::Read { fd, memory: data.skip(self.done), len: left as u32, offset: at },
-            Step::Write { durable } => {
-                Operation::Write { fd, memory: data.skip(self.done), len: left as u32, offset: at, durable }
-            }
+            Step::Read => Operation::Read { fd, memory: data, len: left as u32, offset: at },
+            Step::Write { durable } => Operation::Write { fd, memory: data, len: left as u32, offset: at, durable },
             Step::SyncData => Operation::SyncData { fd },
             Step::Punch { .. } => Operation::Allocate { fd, mode: punch, offset, len: self.len },
             Step::ZeroRange => Operation::Allocate { fd, mode: zero, offset, len: self.len },
@@ -116,8 +148,8 @@ impl Transfer {
             Step::SyncData | Step::Punch { .. } | Step::ZeroRange => Next::Finished(Ok(())),
             Step::Read | Step::Write { .. } | Step::WriteZeros => {
                 self.done += u64::from(result as u32);
-                if self.done >= self.len {
-                    Next::Finished(Ok(()))
+                if self.done >= self.parts.first.len {
+                    self.next_part()
                 } else if result == 0 {
                     // The file is shorter than the disk that it backs, or the file system is confused.
                     Next::Finished(Err(Errno::EIO))
@@ -126,6 +158,18 @@ impl Transfer {
                 }
             }
         }
+    }
+
+    /// Goes on with the next piece.
+    fn next_part(&mut self) -> Next {
+        let Some(next) = self.parts.rest.next() else {
+            self.parts.keep = None;
+            return Next::Finished(Ok(()));
+        };
+        self.before += self.parts.first.len;
+        self.done = 0;
+        self.parts.first = next;
+        Next::Continue
     }
 
     fn failed(&mut self, errno: Errno) -> Next {
@@ -155,7 +199,28 @@ mod tests {
 
     fn transfer(op: Op, flags: u32, sectors: u32) -> Transfer {
         let descriptor = Descriptor { op_flags: flags, nr_sectors: sectors, start_sector: 0, address: 0 };
-        Transfer::new(op, &descriptor, FILE).expect("files have the operation")
+        Transfer::new(op, &descriptor, Parts::whole(FILE, op.len(&descriptor))).expect("files have the operation")
+    }
+
+    #[test]
+    fn pieces_follow_one_another_and_what_they_need_is_kept_until_the_last_one_is_done() {
+        let descriptor = Descriptor { op_flags: 0, nr_sectors: 8, start_sector: 0, address: 0 };
+        let piece = |fd, offset, len| FilePiece { file: FileRange { fd, offset }, len };
+        let kept = std::rc::Rc::new(());
+        let parts = Parts::pieces(vec![piece(3, 100, 1000), piece(4, 200, 3096)], Box::new(kept.clone()));
+        let mut write = Transfer::new(Op::Write, &descriptor, parts).unwrap();
+        let mut expect = |fd, at: u64, len, offset, done, next| {
+            let memory = Memory::At(0x1000 + at);
+            let expected = Operation::Write { fd, memory, len, offset, durable: false };
+            assert_eq!(write.operation(Memory::At(0x1000), 0), expected);
+            assert_eq!(write.completed(done), next);
+        };
+        expect(3, 0, 1000, 100, 600, Next::Continue);
+        expect(3, 600, 400, 700, 400, Next::Continue);
+        expect(4, 1000, 3096, 200, 96, Next::Continue);
+        assert_eq!(std::rc::Rc::strong_count(&kept), 2);
+        expect(4, 1096, 3000, 296, 3000, Next::Finished(Ok(())));
+        assert_eq!(std::rc::Rc::strong_count(&kept), 1);
     }
 
     #[test]

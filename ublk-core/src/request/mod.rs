@@ -11,6 +11,7 @@
 
 mod op;
 
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
@@ -23,7 +24,7 @@ pub use self::op::Op;
 use crate::data::shared::SharedTable;
 use crate::data::{Access, DataMovement};
 use crate::driver::{CharDevice, RequestPlace};
-use crate::engine::{Inbox, QueueCore};
+use crate::engine::{Inbox, Parts, QueueCore};
 use crate::error::errno_of;
 use crate::memory::{Descriptor, IoBuffer};
 use crate::uapi;
@@ -39,6 +40,18 @@ pub struct FileRange {
     /// Where in the file the request's first byte lies.
     pub offset: u64,
 }
+
+/// A part of a request that lies in a file; see [`Request::forward_pieces`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FilePiece {
+    /// Where its first byte lies.
+    pub file: FileRange,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+/// Something that must outlive a forwarded request.
+pub type Keep = Box<dyn Any>;
 
 /// Where requests come from.
 #[derive(Debug)]
@@ -214,7 +227,33 @@ impl<'q> Request<'q> {
     /// request's own pages, unless the request was [loaded](RequestOf::load) before.
     pub fn forward(mut self, file: FileRange) {
         self.spent = true;
-        self.home.0.forward(self.tag, self.buffer.take(), self.op, self.descriptor, file);
+        let parts = Parts::whole(file, self.len());
+        self.home.0.forward(self.tag, self.buffer.take(), self.op, self.descriptor, parts);
+    }
+
+    /// As [`forward`](Request::forward), for a read or write whose bytes lie in several places, one after the other.
+    /// `keep` is dropped when the last of them has been read or written: descriptors need not stay open for
+    /// longer.
+    ///
+    /// Fails the request with `EIO` unless the pieces have its length, and with `EOPNOTSUPP` if it is no read or write.
+    pub fn forward_pieces(mut self, pieces: Vec<FilePiece>, keep: Keep) {
+        if !matches!(self.op, Op::Read | Op::Write) {
+            return self.fail(Errno::EOPNOTSUPP);
+        }
+        let found = pieces.iter().try_fold(0u64, |sum, piece| sum.checked_add(piece.len).filter(|_| piece.len != 0));
+        if found != Some(self.len()) {
+            log::error!("{self:?}: was to be forwarded to {pieces:?}");
+            return self.fail(Errno::EIO);
+        }
+        self.spent = true;
+        let parts = Parts::pieces(pieces, keep);
+        self.home.0.forward(self.tag, self.buffer.take(), self.op, self.descriptor, parts);
+    }
+
+    /// Lets what ended before go to the driver, if it has waited for long. [`Requests`] does so by itself; this is for
+    /// handlers that collect requests before they serve them one by one.
+    pub fn keep_pace(&self) {
+        self.home.0.submit_if_late();
     }
 
     /// Makes the request independent of its queue's thread.

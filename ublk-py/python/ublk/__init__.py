@@ -17,12 +17,13 @@ from ublk._device import Device, OpStats, Stats, recover, run
 from ublk._errors import UblkError
 from ublk._requests import Op, Requests
 from ublk._system import DeviceInfo, SystemDevice, devices, features, open
-from ublk._ublk import Request, __version__
+from ublk._ublk import Extent, Request, Zeros, __version__
 
 __all__ = [
     "BlockDevice",
     "Device",
     "DeviceInfo",
+    "Extent",
     "Op",
     "OpStats",
     "Request",
@@ -30,6 +31,7 @@ __all__ = [
     "Stats",
     "SystemDevice",
     "UblkError",
+    "Zeros",
     "__version__",
     "devices",
     "features",

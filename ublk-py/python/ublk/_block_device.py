@@ -4,16 +4,24 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import threading
 from typing import TYPE_CHECKING, Any
 
 from ublk._requests import Op
+from ublk._threads import threads as _threads
+from ublk._ublk import Extents
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Collection, Sequence
 
     from ublk._device import Device
-    from ublk._ublk import FakeDriver, Request
+    from ublk._ublk import Extent, FakeDriver, Request, Zeros
+
+# How long requests that are under way may take to end.
+_DRAIN_SECONDS = 60.0
 
 
 class BlockDevice:
@@ -22,7 +30,7 @@ class BlockDevice:
     Override `read`, and of `write`, `flush`, `discard` and `write_zeroes` those that the disk has. Only
     what a subclass overrides is advertised to the kernel.
 
-    There are four ways to be served:
+    A disk whose bytes lie in files need not touch them: see `map`. There are four ways to be served:
 
     * Plain methods run on the threads that serve the queues: with ``queues=1`` one at a time, with more of them on
       several threads at once. `start` with ``workers=N`` runs them on a pool of threads, for methods that wait.
@@ -65,7 +73,8 @@ class BlockDevice:
     """
 
     operations: Collection[str] = (Op.READ, Op.WRITE)
-    """What a disk with `handle`, or one whose requests are pulled, can do; of others it is what methods they have."""
+    """What a disk with `map` or `handle`, or one whose requests are pulled, can do; of others it is what methods they
+    have."""
 
     def __init__(
         self,
@@ -127,6 +136,39 @@ class BlockDevice:
         end fails with ``EIO``. An exception fails all requests of the batch that have not ended.
         """
         raise NotImplementedError
+
+    def map(self, op: Op, offset: int, length: int) -> Extent | Zeros | None:
+        """Say where the bytes of a read or write lie, so that they never pass through Python.
+
+        Called for each, before `read` or `write`, on the threads of the queues. The engine then reads or writes the
+        file itself, without a copy where the kernel can (Linux 6.15). An extent that is shorter than what was asked
+        for makes the engine ask again for the rest; ``None`` leaves the whole request to `read` or `write`. An extent
+        that is ``stable`` is kept: Python is not asked again for what lies inside it.
+
+        The disk can do what it has methods for, and what `operations` says: writes, by default. `flush` is still its
+        own: without one, what was written to a file counts as durable. A file that is opened with ``O_DIRECT`` needs
+        extents that begin at a multiple of its block size.
+        """
+        raise NotImplementedError
+
+    def invalidate(self, offset: int = 0, length: int | None = None, *, wait: bool = False) -> None:
+        """Take back what `map` has said of a range, by default of the whole disk, whether it was kept or not.
+
+        Once this has returned, `map` is asked for every request that comes to the range. Requests that came before may
+        still be under way on the old extents. With ``wait`` they are not: this returns when they have ended, and the
+        place where they were can be used for something else. A handler cannot wait (`RuntimeError`), because the
+        requests may be its own thread's; nor is there a need to, if it has just made a copy: who reads before a write
+        was acknowledged may see the old bytes.
+        """
+        length = (1 << 63) - 1 - offset if length is None else length
+        if wait and threading.current_thread() in _threads:
+            raise RuntimeError("a handler cannot wait for requests: they may be those of its own thread")
+        if not self._extents.invalidate(offset, length, _DRAIN_SECONDS if wait else None):
+            raise TimeoutError(errno.ETIMEDOUT, f"requests to {offset}+{length} are still under way")
+
+    @functools.cached_property
+    def _extents(self) -> Extents:
+        return Extents()
 
     def start(
         self,

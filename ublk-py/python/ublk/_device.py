@@ -20,6 +20,7 @@ from ublk._errors import UblkError
 from ublk._requests import Requests
 from ublk._serving import LoopServing, PullServing, Serving
 from ublk._system import DeviceInfo
+from ublk._threads import spawn, threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,14 +176,14 @@ class Device:
             self._start_over.set()
 
     def _add(self, driver: _ublk.FakeDriver | None, made: list[_ublk.NativeDevice]) -> None:
-        _ublk.add(self._description, self._serving.handlers, self._options, _serving.spawn, driver, made)
+        _ublk.add(self._description, self._serving.handlers, self._options, spawn, driver, made)
         self._native = made[0]
 
     def _recover(self, id: int, driver: _ublk.FakeDriver | None) -> None:
         """Serve a device whose last server is gone."""
         made: list[_ublk.NativeDevice] = []
         try:
-            _ublk.recover(self._description, self._serving.handlers, id, _serving.spawn, driver, made)
+            _ublk.recover(self._description, self._serving.handlers, id, spawn, driver, made)
             self._native = made[0]
             self._begin()
             self._register()
@@ -282,6 +283,11 @@ class Device:
     def info(self) -> DeviceInfo:
         """What the driver knows about the device."""
         return DeviceInfo(**_ublk.device(self.id))
+
+    @property
+    def data(self) -> str:
+        """How data moves: ``copy``, ``user-copy``, ``zero-copy``, ``auto-zero-copy``."""
+        return self._native.data
 
     def stats(self) -> Stats:
         """Tell what the device has done since this process serves it."""
@@ -484,7 +490,7 @@ def _stop_all() -> None:
             device.stop()
         except UblkError as error:
             logger.error("stopping %s: %s", device.path, error)
-    for thread in list(_serving.threads):
+    for thread in list(threads):
         thread.join(_JOIN_SECONDS)
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any
 
 from ublk import _ublk
 from ublk._event_loop import LoopServer
 from ublk._requests import Op, Requests
+from ublk._threads import spawn, threads
 
 if TYPE_CHECKING:
     import asyncio
@@ -20,21 +20,9 @@ if TYPE_CHECKING:
 
     from ublk._block_device import BlockDevice
 
-    Handlers = dict[str, Callable[..., Any] | None]
+    Handlers = dict[str, Any]
     Report = Callable[[str, BaseException], None]
     LoopFactory = Callable[[], asyncio.AbstractEventLoop]
-
-# Threads that serve requests: a device cannot be stopped by one that its requests wait for.
-threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-
-
-def spawn(name: str, body: Callable[[], None]) -> None:
-    """Start a thread that serves requests."""
-    # A daemon, because the interpreter joins the others before it runs exit handlers, and it is one of those that
-    # stops forgotten devices and joins these.
-    thread = threading.Thread(target=body, name=name, daemon=True)
-    threads.add(thread)
-    thread.start()
 
 
 class Serving:
@@ -57,6 +45,12 @@ class Serving:
 
     def abandon(self) -> None:
         """Let requests fail that nobody will take any more; called before the device stops."""
+
+
+class MappedServing(Serving):
+    """The same, and ``map`` says where bytes lie."""
+
+    style = "mapped"
 
 
 class BatchServing(Serving):
@@ -146,19 +140,27 @@ def choose(
     handle = target._overridden("handle")
     coroutines = [op for op in written if inspect.iscoroutinefunction(methods[op])]
     if pull:
-        if written or handle is not None:
+        if written or handle is not None or target._overridden("map") is not None:
             raise TypeError(f"{name} has methods, which pull=True would never call")
         if workers is not None or loop_factory is not None:
             raise ValueError("pull=True leaves threads and loops to the program")
         return PullServing({}, _declared(target), report)
     if handle is not None:
-        if written:
-            raise TypeError(f"{name} has handle() and {written[0]}(): which one is meant?")
+        others = [*written, *(["map"] if target._overridden("map") is not None else [])]
+        if others:
+            raise TypeError(f"{name} has handle() and {others[0]}(): which one is meant?")
         if inspect.iscoroutinefunction(handle):
             raise TypeError(f"{name}.handle is a coroutine function; `async for` over a pulling device does that")
         if workers is not None or loop_factory is not None:
             raise ValueError("handle() runs on the threads of the queues: no workers, no event loop")
         return BatchServing({"handle": handle}, _declared(target), report)
+    mapping = target._overridden("map")
+    if mapping is not None:
+        if workers is not None or loop_factory is not None or coroutines:
+            raise ValueError(f"{name}.map is called on the threads of the queues: no workers, no event loop")
+        operations = {*_declared(target), *written}
+        handlers = {**methods, "read": target.read, "map": mapping, "extents": target._extents}
+        return MappedServing(handlers, operations, report)
     if methods["read"] is None:
         raise TypeError(f"{name} has no read(self, offset, buf) method")
     if coroutines:

@@ -7,15 +7,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
+from _typeshed import FileDescriptorLike
+
 from ublk._requests import Op
 
 __all__ = [
     "Buffer",
+    "Extent",
+    "Extents",
     "FakeDriver",
     "NativeDevice",
     "PullQueue",
     "Request",
     "Worker",
+    "Zeros",
     "__version__",
     "add",
     "delete",
@@ -94,6 +99,50 @@ class Request:
     def _raise(self, exception: BaseException) -> bool: ...
 
 @final
+class Extent:
+    """Where a range of a disk lies: ``length`` bytes of a file, from its byte ``offset`` on.
+
+    The range begins at the byte of the disk that `BlockDevice.map` was asked for, or at ``start``, which may be before
+    that. It may be longer or shorter than what was asked for.
+
+    ``file`` is a descriptor or an object with a ``fileno()``: a regular file or a block device, open for what is to be
+    done. The program may close its own afterwards. A ``stable`` extent is kept, and Python is not asked again for
+    requests of the same kind inside it, until `BlockDevice.invalidate` takes it back.
+    """
+
+    def __new__(
+        cls, file: FileDescriptorLike, offset: int, length: int, *, start: int | None = None, stable: bool = False
+    ) -> Extent: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def start(self) -> int | None: ...
+    @property
+    def stable(self) -> bool: ...
+
+@final
+class Zeros:
+    """A range of a disk that reads as zeros, from the byte asked for or from ``start`` on; otherwise as `Extent`."""
+
+    def __new__(cls, length: int, *, start: int | None = None, stable: bool = False) -> Zeros: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def start(self) -> int | None: ...
+    @property
+    def stable(self) -> bool: ...
+
+@final
+class Extents:
+    """The extents of a block device that are kept."""
+
+    def __new__(cls) -> Extents: ...
+    def invalidate(self, offset: int, length: int, wait: float | None) -> bool: ...
+    def __len__(self) -> int: ...
+
+@final
 class PullQueue:
     """Requests of one hardware queue, to be taken."""
 
@@ -156,7 +205,7 @@ class FakeDriver:
 
 def add(
     description: Mapping[str, Any],
-    handlers: Mapping[str, Callable[..., Any] | None],
+    handlers: Mapping[str, Any],
     options: Mapping[str, Any],
     spawn: Callable[[str, Callable[[], None]], None],
     driver: FakeDriver | None,
@@ -164,7 +213,7 @@ def add(
 ) -> None: ...
 def recover(
     description: Mapping[str, Any],
-    handlers: Mapping[str, Callable[..., Any] | None],
+    handlers: Mapping[str, Any],
     id: int,
     spawn: Callable[[str, Callable[[], None]], None],
     driver: FakeDriver | None,

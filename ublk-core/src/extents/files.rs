@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The files that extents lie in, each opened once however many extents there are.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{SFlag, fstat};
+
+/// What tells files apart: device, inode, and how it was opened.
+type Identity = (u64, u64, i32);
+
+/// A descriptor of our own for a file, so that its owner may close his: one for all that are open in the same way.
+///
+/// # Errors
+///
+/// `ESPIPE` for what is neither a regular file nor a block device; what the kernel says to a bad descriptor.
+pub fn shared(file: impl AsFd) -> Result<Arc<OwnedFd>, Errno> {
+    static FILES: Mutex<Option<HashMap<Identity, Weak<OwnedFd>>>> = Mutex::new(None);
+    let stat = fstat(&file)?;
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    if kind != SFlag::S_IFREG && kind != SFlag::S_IFBLK {
+        return Err(Errno::ESPIPE);
+    }
+    let identity = (stat.st_dev, stat.st_ino, fcntl(&file, FcntlArg::F_GETFL)?);
+    let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
+    let files = files.get_or_insert_default();
+    if let Some(known) = files.get(&identity).and_then(Weak::upgrade) {
+        return Ok(known);
+    }
+    files.retain(|_, file| file.strong_count() != 0);
+    let own = file.as_fd().try_clone_to_owned().map_err(|e| crate::error::errno_of(&e))?;
+    let own = Arc::new(own);
+    files.insert(identity, Arc::downgrade(&own));
+    Ok(own)
+}
+
+/// A file that is all zeros, for ranges of a disk that lie nowhere.
+///
+/// # Errors
+///
+/// What the kernel says to another file in memory.
+pub fn zeros() -> Result<Arc<OwnedFd>, Errno> {
+    /// Longer than any disk.
+    const LEN: u64 = 1 << 62;
+    static FILE: OnceLock<Arc<OwnedFd>> = OnceLock::new();
+    if let Some(file) = FILE.get() {
+        return Ok(file.clone());
+    }
+    let file = File::from(memfd_create(c"ublk-zeros", MFdFlags::MFD_CLOEXEC)?);
+    file.set_len(LEN).map_err(|e| crate::error::errno_of(&e))?;
+    Ok(FILE.get_or_init(|| Arc::new(file.into())).clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_opened_once_however_often_it_is_shared() {
+        let file = tempfile::tempfile().unwrap();
+        let first = shared(&file).unwrap();
+        let second = shared(file.try_clone().unwrap()).unwrap();
+        assert!(Arc::ptr_eq(&first, &second));
+        let other = shared(tempfile::tempfile().unwrap()).unwrap();
+        assert!(!Arc::ptr_eq(&first, &other));
+        drop(file);
+        assert_eq!(File::from(first.try_clone().unwrap()).metadata().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn what_cannot_be_read_at_an_offset_is_refused() {
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        assert_eq!(shared(pipe).unwrap_err(), Errno::ESPIPE);
+    }
+
+    #[test]
+    fn zeros_are_zeros_everywhere() {
+        let file = File::from(zeros().unwrap().try_clone().unwrap());
+        let mut bytes = [7; 4096];
+        file.read_exact_at(&mut bytes, 1 << 61).unwrap();
+        assert_eq!(bytes, [0; 4096]);
+    }
+}

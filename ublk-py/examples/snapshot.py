@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""A writable snapshot of a disk image, thin: what was written lies in a file of its own, the rest in the image.
+
+Python decides where each block lies, once. The kernel reads and writes it there, without a copy where it can. What was
+written is known again after a restart, by a file with a byte for each block, which is written with every flush.
+
+Run it with ``ublk run snapshot.py:Snapshot -a image=disk.img -a changes=changes``.
+"""
+
+import os
+import threading
+
+import ublk
+
+BLOCK = 65536
+
+
+def write_all(file, data, offset):
+    """Write everything, or raise: a full disk may take a part."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count
+
+
+class Snapshot(ublk.BlockDevice):
+    """A disk that begins as the image, and leaves it as it is."""
+
+    def __init__(self, image, changes):
+        self.image = os.open(image, os.O_RDONLY)
+        size = os.fstat(self.image).st_size // 4096 * 4096
+        super().__init__(size=size)
+        # Block N of the disk, once written, is block N of this file, which has holes elsewhere.
+        self.changes = os.open(changes, os.O_RDWR | os.O_CREAT, 0o600)
+        os.ftruncate(self.changes, size)
+        self.index = os.open(f"{changes}.index", os.O_RDWR | os.O_CREAT, 0o600)
+        blocks = -(-size // BLOCK)
+        self.changed = bytearray(os.pread(self.index, blocks, 0).ljust(blocks, b"\0"))
+        self.lock = threading.Lock()
+
+    def map(self, op, offset, length):
+        """Give the whole block, for good: it moves once only, and `write` says so."""
+        number = offset // BLOCK
+        start = number * BLOCK
+        size = min(BLOCK, self.size - start)
+        if self.changed[number]:
+            return ublk.Extent(self.changes, start, size, start=start, stable=True)
+        if op == "read":
+            return ublk.Extent(self.image, start, size, start=start, stable=True)
+        return None  # the first write to a block
+
+    def write(self, offset, buf):
+        """Copy the blocks that are written to for the first time, and write."""
+        with self.lock:
+            for number in range(offset // BLOCK, (offset + len(buf) - 1) // BLOCK + 1):
+                if not self.changed[number]:
+                    block = os.pread(self.image, min(BLOCK, self.size - number * BLOCK), number * BLOCK)
+                    write_all(self.changes, block, number * BLOCK)
+                    self.changed[number] = 1
+                    # Reads from now on find the copy.
+                    self.invalidate(number * BLOCK, BLOCK)
+            write_all(self.changes, buf, offset)
+
+    def flush(self):
+        """Make the blocks durable before the index, which is what makes them count."""
+        with self.lock:
+            changed = bytes(self.changed)
+        os.fdatasync(self.changes)
+        write_all(self.index, changed, 0)
+        os.fdatasync(self.index)

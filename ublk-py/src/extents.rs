@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Extents in Python: where the bytes of a request are, instead of the bytes.
+
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, files};
+use ublk_core::{FilePiece, Op, Request};
+
+use crate::error::os_error;
+use crate::methods::op_object;
+
+/// Where a range of the disk lies in a file.
+#[pyclass(frozen, module = "ublk", name = "Extent")]
+#[derive(Debug)]
+pub(crate) struct PyExtent {
+    file: Arc<OwnedFd>,
+    #[pyo3(get)]
+    offset: u64,
+    #[pyo3(get)]
+    length: u64,
+    /// First byte on the disk; by default the first one that was asked for.
+    #[pyo3(get)]
+    start: Option<u64>,
+    #[pyo3(get)]
+    stable: bool,
+}
+
+#[pymethods]
+impl PyExtent {
+    #[new]
+    #[pyo3(signature = (file, offset, length, *, start = None, stable = false))]
+    fn new(file: &Bound<'_, PyAny>, offset: u64, length: u64, start: Option<u64>, stable: bool) -> PyResult<Self> {
+        check_length(length, offset, start)?;
+        let fd = match file.extract::<RawFd>() {
+            Ok(fd) => fd,
+            Err(_) => file.call_method0("fileno")?.extract()?,
+        };
+        // SAFETY: the number is looked at while this call lasts; a bad one is an error.
+        let file = unsafe { BorrowedFd::borrow_raw(fd.max(0)) };
+        let file = files::shared(file).map_err(|errno| {
+            let text = "an extent lies in an open file, regular or a block device";
+            PyOSError::new_err((errno as i32, format!("{}: {text}", errno.desc())))
+        })?;
+        Ok(PyExtent { file, offset, length, start, stable })
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<ublk.Extent {}+{} of descriptor {}>", self.offset, self.length, self.file.as_raw_fd())
+    }
+}
+
+/// A range of the disk that is zeros.
+#[pyclass(frozen, module = "ublk", name = "Zeros")]
+#[derive(Debug)]
+pub(crate) struct PyZeros {
+    #[pyo3(get)]
+    length: u64,
+    #[pyo3(get)]
+    start: Option<u64>,
+    #[pyo3(get)]
+    stable: bool,
+}
+
+#[pymethods]
+impl PyZeros {
+    #[new]
+    #[pyo3(signature = (length, *, start = None, stable = false))]
+    fn new(length: u64, start: Option<u64>, stable: bool) -> PyResult<Self> {
+        check_length(length, 0, start)?;
+        Ok(PyZeros { length, start, stable })
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<ublk.Zeros {}>", self.length)
+    }
+}
+
+fn check_length(length: u64, offset: u64, start: Option<u64>) -> PyResult<()> {
+    let limit = i64::MAX as u64;
+    let beyond = |from: u64| from > limit || length > limit - from;
+    if length == 0 || beyond(offset) || start.is_some_and(beyond) {
+        return Err(PyValueError::new_err(format!("an extent of {length} bytes is not possible here")));
+    }
+    Ok(())
+}
+
+/// What came of asking where a request lies.
+pub(crate) enum Mapped {
+    /// There.
+    At(Vec<FilePiece>, Flight),
+    /// Nobody knows: the handler has it.
+    Unknown,
+}
+
+/// A device's extents, and the method that finds them.
+#[derive(Debug)]
+pub(crate) struct Mapper {
+    pub(crate) map: Py<PyAny>,
+    pub(crate) extents: ExtentMap,
+}
+
+/// How often a place is asked for again that was invalidated while it was found out, before the handler has the request.
+const ATTEMPTS: u32 = 16;
+
+fn direction(op: Op) -> Option<Direction> {
+    match op {
+        Op::Read => Some(Direction::Read),
+        Op::Write => Some(Direction::Write),
+        _ => None,
+    }
+}
+
+impl Mapper {
+    pub(crate) fn clone_ref(&self, py: Python<'_>) -> Self {
+        Mapper { map: self.map.clone_ref(py), extents: self.extents.clone() }
+    }
+
+    /// Forwards a request whose extents are kept, without Python. Gives back any other.
+    pub(crate) fn forward_known<'q>(&self, request: Request<'q>) -> Option<Request<'q>> {
+        let found = direction(request.op()).and_then(|d| self.extents.find(d, request.offset(), request.len()));
+        match found {
+            Some((pieces, flight)) => {
+                request.forward_pieces(pieces, Box::new(flight));
+                None
+            }
+            None => Some(request),
+        }
+    }
+
+    /// Asks Python where a request lies.
+    pub(crate) fn ask(&self, py: Python<'_>, request: &Request<'_>) -> PyResult<Mapped> {
+        let Some(direction) = direction(request.op()) else { return Ok(Mapped::Unknown) };
+        let (start, end) = (request.offset(), request.offset() + request.len());
+        for _ in 0..ATTEMPTS {
+            let asked = self.extents.now();
+            let mut extents = Vec::new();
+            let mut at = start;
+            while at < end {
+                let answer = self.map.bind(py).call1((op_object(py, request.op())?, at, end - at))?;
+                if answer.is_none() {
+                    return Ok(Mapped::Unknown);
+                }
+                let (extent, stable) = convert(&answer, at, direction)?;
+                if !(extent.start..extent.end()).contains(&at) {
+                    let (start, end) = (extent.start, extent.end());
+                    let text = format!("map was asked for byte {at}, and answered with {start} to {end}");
+                    return Err(PyValueError::new_err(text));
+                }
+                if stable {
+                    self.extents.insert(direction, extent.clone(), asked);
+                }
+                let to = extent.end().min(end);
+                extents.push(extent.part(at, to));
+                at = to;
+            }
+            if let Some((pieces, flight)) = self.extents.admit(extents, asked) {
+                return Ok(Mapped::At(pieces, flight));
+            }
+        }
+        Ok(Mapped::Unknown)
+    }
+}
+
+fn convert(answer: &Bound<'_, PyAny>, at: u64, direction: Direction) -> PyResult<(Extent, bool)> {
+    if let Ok(extent) = answer.cast::<PyExtent>() {
+        let PyExtent { file, offset, length, start, stable } = extent.get();
+        let start = start.unwrap_or(at);
+        return Ok((Extent { start, len: *length, file: file.clone(), offset: *offset }, *stable));
+    }
+    if let Ok(zeros_) = answer.cast::<PyZeros>() {
+        if direction == Direction::Write {
+            return Err(PyValueError::new_err("map answered a write with Zeros, which cannot be written to"));
+        }
+        let PyZeros { length, start, stable } = zeros_.get();
+        return Ok((
+            Extent { start: start.unwrap_or(at), len: *length, file: files::zeros().map_err(os_error)?, offset: 0 },
+            *stable,
+        ));
+    }
+    let name = answer.get_type().name()?;
+    Err(PyTypeError::new_err(format!("map returned {name}; it must return Extent, Zeros or None")))
+}
+
+/// The extents of a block device, shared by all devices that serve it.
+#[pyclass(frozen, module = "ublk._ublk")]
+#[derive(Debug, Default)]
+pub(crate) struct Extents(pub(crate) ExtentMap);
+
+#[pymethods]
+impl Extents {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    /// Take extents back, and wait for requests that are under way on them for at most so many seconds, unless None.
+    /// False if that was not enough.
+    fn invalidate(&self, py: Python<'_>, offset: u64, length: u64, wait: Option<f64>) -> bool {
+        self.0.invalidate(offset, length);
+        let Some(seconds) = wait else { return true };
+        let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+        py.detach(|| self.0.drain(offset, length, timeout))
+    }
+
+    fn __len__(&self) -> usize {
+        self.0.len()
+    }
+}

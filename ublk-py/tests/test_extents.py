@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Disks that say where their bytes lie."""
+
+import errno
+import os
+import random
+import threading
+
+import pytest
+
+import ublk
+from ublk import testing
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def file(tmp_path):
+    with open(tmp_path / "backing", "w+b") as file:
+        file.truncate(2 * SIZE)
+        yield file
+
+
+class Mapped(ublk.BlockDevice):
+    """A disk whose `map` is the given function; reads that it leaves are full of `h`, writes are noted."""
+
+    def __init__(self, function, **shape):
+        super().__init__(size=SIZE, **shape)
+        self.function = function
+        self.asked = []
+        self.handled = []
+
+    def map(self, op, offset, length):
+        self.asked.append((op, offset, length))
+        return self.function(op, offset, length)
+
+    def read(self, offset, buf):
+        self.handled.append(("read", offset, len(buf)))
+        buf[:] = b"h" * len(buf)
+
+    def write(self, offset, buf):
+        self.handled.append(("write", offset, bytes(buf[:4])))
+
+
+def test_bytes_go_from_and_to_the_file(file):
+    disk = Mapped(lambda op, offset, length: ublk.Extent(file, SIZE + offset, length))
+    with testing.open(disk) as device:
+        device.pwrite(4096, b"a" * 8192)
+        assert os.pread(file.fileno(), 8192, SIZE + 4096) == b"a" * 8192
+        os.pwrite(file.fileno(), b"b" * 512, SIZE + 512)
+        assert device.pread(0, 1024) == bytes(512) + b"b" * 512
+        assert device.device.stats().operations["read"].requests == 1
+    assert disk.handled == []
+    assert disk.asked == [("write", 4096, 8192), ("read", 0, 1024)]
+
+
+def test_a_request_is_put_together_from_pieces(file):
+    def where(op, offset, length):
+        at = offset // 1024
+        if at % 3 == 2:
+            return ublk.Zeros(1024 - offset % 1024)
+        return ublk.Extent(file, (at % 3) * SIZE + offset, 1024 - offset % 1024)
+
+    os.pwrite(file.fileno(), bytes([1]) * SIZE, 0)
+    os.pwrite(file.fileno(), bytes([2]) * SIZE, SIZE)
+    with testing.open(Mapped(where)) as device:
+        found = device.pread(512, 8192)
+        expected = b"".join(bytes([{0: 1, 1: 2, 2: 0}[n % 3]]) * 1024 for n in range(9))
+        assert found == expected[512 : 512 + 8192]
+
+
+def test_what_is_not_mapped_goes_to_the_handlers(file):
+    def where(op, offset, length):
+        return ublk.Extent(file, offset, length) if offset < 4096 else None
+
+    disk = Mapped(where)
+    with testing.open(disk) as device:
+        assert device.pread(0, 1024) == bytes(1024)
+        assert device.pread(4096, 512) == b"h" * 512
+        device.pwrite(8192, b"w" * 512)
+        # As a whole, also if a part of it is mapped.
+        disk.function = lambda op, offset, length: ublk.Zeros(512) if offset == 0 else None
+        assert device.pread(0, 1024) == b"h" * 1024
+    assert disk.handled == [("read", 4096, 512), ("write", 8192, b"wwww"), ("read", 0, 1024)]
+
+
+def test_python_is_not_asked_again_for_a_stable_extent(file):
+    disk = Mapped(lambda op, offset, length: ublk.Extent(file, SIZE, SIZE, start=0, stable=True))
+    os.pwrite(file.fileno(), b"s" * SIZE, SIZE)
+    with testing.open(disk, queues=2) as device:
+        assert device.pread(0, 512) == b"s" * 512
+        entries = device.device.stats().entries
+        for number in range(64):
+            assert device.pread(number * 4096, 4096) == b"s" * 4096
+        assert device.device.stats().entries == entries
+        assert len(disk.asked) == 1
+        # Writes are another matter.
+        device.pwrite(0, b"t" * 512)
+        assert device.pread(0, 1024) == b"t" * 512 + b"s" * 512
+        assert len(disk.asked) == 2
+        disk.invalidate(4096, 4096)
+        device.pread(0, 4096)
+        assert len(disk.asked) == 2
+        device.pread(4096, 512)
+        assert len(disk.asked) == 3
+
+
+def test_a_program_may_close_its_file(tmp_path):
+    (tmp_path / "backing").write_bytes(b"c" * SIZE)
+    with open(tmp_path / "backing", "rb") as file:
+        extent = ublk.Extent(file, 0, SIZE, start=0, stable=True)
+    with testing.open(Mapped(lambda *_: extent)) as device:
+        assert device.pread(0, 512) == b"c" * 512
+
+
+def test_an_invalidation_while_map_is_asked_makes_it_asked_again(file):
+    disk = Mapped(None)
+
+    def where(op, offset, length):
+        if len(disk.asked) == 1:
+            disk.invalidate(offset, 512)
+            return ublk.Extent(file, SIZE, length, stable=True)
+        return ublk.Extent(file, 0, length)
+
+    disk.function = where
+    os.pwrite(file.fileno(), b"old" * 512, SIZE)
+    os.pwrite(file.fileno(), b"new" * 512, 0)
+    with testing.open(disk) as device:
+        assert device.pread(0, 512) == (b"new" * 512)[:512]
+        assert len(disk.asked) == 2
+        assert len(disk._extents) == 0
+
+
+def test_a_handler_cannot_wait_for_requests(file):
+    disk = Mapped(None)
+    caught = []
+
+    def where(op, offset, length):
+        try:
+            disk.invalidate(wait=True)
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    disk.function = where
+    with testing.open(disk) as device:
+        device.pread(0, 512)
+    assert "own thread" in caught[0]
+
+
+def test_moving_extents_about_under_load_loses_nothing(file):
+    """Blocks of the disk move between two places of the file while others read and write them."""
+    block, count = 4096, 16
+    places = {n: n for n in range(count)}
+    lock = threading.Lock()
+
+    def where(op, offset, length):
+        with lock:
+            place = places[offset // block]
+        left = block - offset % block
+        return ublk.Extent(file, place * block + offset % block, left, stable=True)
+
+    disk = Mapped(where)
+    stop = threading.Event()
+    moves = 0
+    with testing.open(disk, queues=2) as device:
+
+        def client(number):
+            chance, model = random.Random(number), bytearray(block)
+            while not stop.is_set():
+                at = chance.randrange(0, block, 512)
+                model[at : at + 512] = chance.randbytes(8) * 64
+                device.pwrite(number * block + at, model[at : at + 512])
+                assert device.pread(number * block, block) == model
+
+        failures = []
+
+        def guarded(number):
+            try:
+                client(number)
+            except BaseException as error:
+                failures.append(error)
+                stop.set()
+
+        # One client each for some blocks; the others are idle.
+        clients = [threading.Thread(target=guarded, args=[number]) for number in range(4)]
+        for thread in clients:
+            thread.start()
+        chance, spare = random.Random(99), count
+        for _ in range(300):
+            number = chance.randrange(8)
+            # Nobody may write to the old place while it is copied: what is under way ends, and others find no place.
+            with lock:
+                disk.invalidate(number * block, block, wait=True)
+                os.pwrite(file.fileno(), os.pread(file.fileno(), block, places[number] * block), spare * block)
+                old, places[number] = places[number], spare
+            os.pwrite(file.fileno(), b"\xee" * block, old * block)
+            spare = old
+            moves += 1
+            if stop.is_set():
+                break
+        stop.set()
+        for thread in clients:
+            thread.join(20)
+        if failures:
+            raise failures[0]
+    assert moves == 300
+    assert disk.handled == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda file: 7, "must return Extent, Zeros or None"),
+        (lambda file: ublk.Extent(file, 0, 512, start=4096), "was asked for byte 0"),
+    ],
+)
+def test_a_wrong_answer_is_eio_and_says_what_was_expected(file, caplog, answer, words):
+    with testing.open(Mapped(lambda *_: answer(file))) as device, pytest.raises(OSError) as raised:
+        device.pread(0, 512)
+    assert raised.value.errno == errno.EIO
+    assert words in caplog.text
+
+
+def test_a_write_to_zeros_is_eio_and_says_so(caplog):
+    with testing.open(Mapped(lambda *_: ublk.Zeros(512))) as device, pytest.raises(OSError):
+        device.pwrite(0, bytes(512))
+    assert "cannot be written to" in caplog.text
+
+
+def test_an_errno_of_map_is_that_of_the_request():
+    def where(op, offset, length):
+        raise OSError(errno.ENODATA, "not there")
+
+    with testing.open(Mapped(where)) as device, pytest.raises(OSError) as raised:
+        device.pread(0, 512)
+    assert raised.value.errno == errno.ENODATA
+
+
+@pytest.mark.parametrize("arguments", [(0, 0), (-1, 512), (1 << 63, 1), (0, 1 << 63)])
+def test_impossible_extents_are_refused(file, arguments):
+    with pytest.raises((ValueError, OverflowError)):
+        ublk.Extent(file, *arguments)
+
+
+def test_an_extent_is_in_a_file():
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, "w"), pytest.raises(OSError, match="regular"):
+        ublk.Extent(reader, 0, 512)
+    with pytest.raises(OSError):
+        ublk.Extent(9999, 0, 512)
+    with pytest.raises(AttributeError):
+        ublk.Extent("name", 0, 512)
+
+
+def test_a_disk_that_only_maps_needs_no_other_method(file):
+    class OnlyMap(ublk.BlockDevice):
+        def map(self, op, offset, length):
+            return ublk.Extent(file, offset, length) if offset < 4096 else None
+
+    with testing.open(OnlyMap(size=SIZE)) as device:
+        device.pwrite(0, b"o" * 512)
+        assert device.pread(0, 512) == b"o" * 512
+        with pytest.raises(OSError) as raised:
+            device.pread(4096, 512)
+        assert raised.value.errno == errno.EOPNOTSUPP
+    OnlyMap.operations = ("read",)
+    with testing.open(OnlyMap(size=SIZE)) as device:
+        assert not device.writable()
+
+
+def test_map_runs_on_the_threads_of_the_queues():
+    with pytest.raises(ValueError, match="no workers"):
+        testing.open(Mapped(None), workers=2)
