@@ -34,6 +34,8 @@ def served(monkeypatch, driver):
     def started(self, **options):
         if "_driver" in options:
             return start(self, **options)
+        if "recoverable" in options:
+            return start(self, **options, _driver=driver)
         device = start(self, **options, _driver=driver)
         threading.Thread(target=client, args=[device]).start()
         return device
@@ -48,7 +50,9 @@ def served(monkeypatch, driver):
     return served
 
 
-def test_the_code_of_the_readme_runs(served):
+def test_the_code_of_the_readme_runs(served, monkeypatch, driver, tmp_path):
+    recover = ublk.recover
+    monkeypatch.setattr(ublk, "recover", lambda *arguments: recover(*arguments, _driver=driver))
     names = {"asyncio": asyncio, "errno": errno, "__name__": "readme"}
     for block in blocks("README.md"):
         exec(compile(block, "README.md", "exec"), names)
@@ -57,6 +61,14 @@ def test_the_code_of_the_readme_runs(served):
     asyncio.run(names["main"]())
     with names["Sorted"](size=1 << 20).start() as device:
         device.wait()
+    (tmp_path / "half").write_bytes(b"x" * (512 << 10))
+    half = names["Half"](tmp_path / "half")
+    with half.file, testing.open(half) as file:
+        assert file.pread((512 << 10) - 512, 1024) == b"x" * 512 + bytes(512)
+        file.pwrite(0, b"y")
+        with pytest.raises(OSError, match="No space"):
+            file.pwrite(512 << 10, bytes(512))
+    assert (tmp_path / "half").read_bytes()[:2] == b"yx"
     assert served == [("Remote", bytes(512)), ("Sorted", bytes(512))]
 
 
