@@ -43,9 +43,9 @@ def test_bytes_never_enter_python(scratch: Path) -> None:
 
 
 def test_requests_are_put_together_from_pieces_of_several_files(scratch: Path) -> None:
-    files = [image(scratch, SIZE, str(number)) for number in range(2)]
+    files = [image(scratch, 2 << 20, str(number)) for number in range(2)]
     with Server("Striped", paths=[str(file) for file in files], queues=2) as server:
-        fio.verify(server.path, bs="64k", iodepth=16, size=4 << 20)
+        fio.verify(server.path, bs="64k", iodepth=16, size=2 << 20)
         with Disk(server.path, direct=True) as disk:
             model = Model(server.ask("dev.size"))
             model.data[:] = disk.read(0, len(model))

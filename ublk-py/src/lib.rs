@@ -16,6 +16,7 @@ mod pull;
 mod request;
 mod start;
 mod system;
+mod targets;
 mod threads;
 
 use pyo3::prelude::*;
@@ -41,6 +42,8 @@ mod module {
     use super::start::{add, recover};
     #[pymodule_export]
     use super::system::{delete, device, devices, features, quiesce, resize};
+    #[pymodule_export]
+    use super::targets::NativeTarget;
 
     use super::*;
 

@@ -145,19 +145,23 @@ pub(crate) fn op_name(op: Op) -> &'static str {
     }
 }
 
+/// What disks can do beside being read.
+const OPERATIONS: [(Op, Operations); 4] = [
+    (Op::Write, Operations::WRITE),
+    (Op::Flush, Operations::FLUSH),
+    (Op::Discard, Operations::DISCARD),
+    (Op::WriteZeroes, Operations::WRITE_ZEROES),
+];
+
 /// What disks can do beside being read, by the names of their methods.
 pub(crate) fn operations(names: &[String]) -> Operations {
-    let has = |op: Op| names.iter().any(|name| name == op_name(op));
-    [
-        (Op::Write, Operations::WRITE),
-        (Op::Flush, Operations::FLUSH),
-        (Op::Discard, Operations::DISCARD),
-        (Op::WriteZeroes, Operations::WRITE_ZEROES),
-    ]
-    .into_iter()
-    .filter(|(op, _)| has(*op))
-    .map(|(_, operation)| operation)
-    .collect()
+    let named = |op: &Op| names.iter().any(|name| name == op_name(*op));
+    OPERATIONS.iter().filter(|(op, _)| named(op)).map(|(_, operation)| *operation).collect()
+}
+
+/// The names of what disks can do.
+pub(crate) fn operation_names(operations: Operations) -> Vec<&'static str> {
+    OPERATIONS.iter().filter(|(_, one)| operations.contains(*one)).map(|(op, _)| op_name(*op)).collect()
 }
 
 /// The member of `ublk.Op`.

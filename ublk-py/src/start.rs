@@ -19,6 +19,7 @@ use crate::fake::FakeDriver;
 use crate::handler::{PythonTarget, Style};
 use crate::logging;
 use crate::methods::{Entries, operations};
+use crate::targets::NativeTarget;
 use crate::threads::PythonSpawn;
 
 /// The process's server on the kernel's driver, made with the first device.
@@ -55,7 +56,7 @@ pub(crate) struct Description {
     discard_granularity: u32,
     /// Names of methods: what it can do beside being read.
     operations: Vec<String>,
-    /// `methods`, `mapped`, `batch` or `pull`.
+    /// `methods`, `mapped`, `batch`, `pull` or `native`.
     style: String,
 }
 
@@ -79,6 +80,9 @@ impl Description {
         queues: u32,
         entries: &Entries,
     ) -> PyResult<(Arc<dyn Target>, Vec<PullQueue>)> {
+        if self.style == "native" {
+            return Ok((handlers.cast::<NativeTarget>()?.get().0.clone(), Vec::new()));
+        }
         let params = self.params();
         let style = match self.style.as_str() {
             "pull" => {

@@ -15,6 +15,7 @@ disk has them), and start it::
 from ublk._block_device import BlockDevice
 from ublk._device import Device, OpStats, Stats, recover, run
 from ublk._errors import UblkError
+from ublk._native import File, Mem, Null, Zoned
 from ublk._requests import Op, Requests
 from ublk._system import DeviceInfo, SystemDevice, devices, features, open
 from ublk._ublk import Extent, Request, Zeros, __version__
@@ -24,6 +25,9 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "Extent",
+    "File",
+    "Mem",
+    "Null",
     "Op",
     "OpStats",
     "Request",
@@ -32,6 +36,7 @@ __all__ = [
     "SystemDevice",
     "UblkError",
     "Zeros",
+    "Zoned",
     "__version__",
     "devices",
     "features",

@@ -9,6 +9,7 @@ import functools
 import threading
 from typing import TYPE_CHECKING, Any
 
+from ublk._numbers import number
 from ublk._requests import Op
 from ublk._threads import threads as _threads
 from ublk._ublk import Extents
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from ublk._device import Device
+    from ublk._serving import Report, Serving
     from ublk._ublk import Extent, FakeDriver, Request, Zeros
 
 # How long requests that are under way may take to end.
@@ -158,7 +160,9 @@ class BlockDevice:
         still be under way on the old extents. With ``wait`` they are not: this returns when they have ended, and the
         place where they were can be used for something else. A handler cannot wait (`RuntimeError`), because the
         requests may be its own thread's; nor is there a need to, if it has just made a copy: who reads before a write
-        was acknowledged may see the old bytes.
+        was acknowledged may see the old bytes. For the same reason, whoever waits must not hold a lock that `map` or a
+        handler needs: let `map` answer ``None`` for the range, wait, and take the lock then. Raises `TimeoutError` after
+        a minute.
         """
         length = (1 << 63) - 1 - offset if length is None else length
         if wait and threading.current_thread() in _threads:
@@ -237,6 +241,34 @@ class BlockDevice:
         device = Device._make(self, queues, depth, id, recoverable=recoverable)
         await device._start_async(_driver)
         return device
+
+    def _serve(
+        self,
+        report: Report,
+        *,
+        workers: int | None,
+        pull: bool,
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None,
+    ) -> Serving:
+        """Choose how requests get to the methods."""
+        from ublk import _serving
+
+        return _serving.choose(self, report, workers=workers, pull=pull, loop_factory=loop_factory)
+
+    def _describe(self) -> dict[str, Any]:
+        """Tell the disk's shape."""
+        if not hasattr(self, "size"):
+            name = type(self).__name__
+            raise TypeError(f"{name} has no size: its __init__ must call super().__init__(size=...)")
+        return {
+            "size": number("size", self.size, 64),
+            "block_size": number("block_size", self.block_size, 32),
+            "physical_block_size": number("physical_block_size", self.physical_block_size, 32),
+            "max_io_bytes": number("max_io_bytes", self.max_io_bytes, 32),
+            "discard_granularity": number("discard_granularity", self.discard_granularity, 32),
+            "rotational": bool(self.rotational),
+            "read_only": bool(self.read_only),
+        }
 
     def _overridden(self, name: str) -> Callable[..., Any] | None:
         """Return the bound method if the class or the instance has one of its own."""

@@ -15,8 +15,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from ublk import _serving, _signals, _ublk
+from ublk import _signals, _ublk
 from ublk._errors import UblkError
+from ublk._numbers import number
 from ublk._requests import Requests
 from ublk._serving import LoopServing, PullServing, Serving
 from ublk._system import DeviceInfo
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ublk._block_device import BlockDevice
+    from ublk._native import NativeDisk
     from ublk._serving import LoopFactory
 
 logger = logging.getLogger("ublk")
@@ -80,7 +82,7 @@ class Device:
         raise TypeError("a Device is made by BlockDevice.start()")
 
     _native: _ublk.NativeDevice
-    _target: BlockDevice
+    _target: BlockDevice | NativeDisk
     _description: dict[str, Any]
     _options: dict[str, Any]
     _serving: Serving
@@ -93,7 +95,7 @@ class Device:
     @classmethod
     def _make(
         cls,
-        target: BlockDevice,
+        target: BlockDevice | NativeDisk,
         queues: int,
         depth: int,
         id: int | None,
@@ -104,9 +106,6 @@ class Device:
         loop_factory: LoopFactory | None = None,
     ) -> Device:
         """Check everything; nothing is made yet."""
-        name = type(target).__name__
-        if not hasattr(target, "size"):
-            raise TypeError(f"{name} has no size: its __init__ must call super().__init__(size=...)")
         self = object.__new__(cls)
         self._target = target
         self._exception = None
@@ -114,25 +113,20 @@ class Device:
         self._start_over = threading.Event()
         self._stopping = threading.Lock()
         self._owner = os.getpid()
-        if workers is not None and not _number("workers", workers, 16):
+        if workers is not None and not number("workers", workers, 16):
             raise ValueError("workers = 0: nobody would serve the device")
-        self._serving = _serving.choose(target, self._report, workers=workers, pull=pull, loop_factory=loop_factory)
+        shape = target._describe()
+        self._serving = target._serve(self._report, workers=workers, pull=pull, loop_factory=loop_factory)
         self._description = {
-            "kind": name,
-            "size": _number("size", target.size, 64),
-            "block_size": _number("block_size", target.block_size, 32),
-            "physical_block_size": _number("physical_block_size", target.physical_block_size, 32),
-            "max_io_bytes": _number("max_io_bytes", target.max_io_bytes, 32),
-            "discard_granularity": _number("discard_granularity", target.discard_granularity, 32),
-            "rotational": bool(target.rotational),
-            "read_only": bool(target.read_only),
+            **shape,
+            "kind": type(target).__name__,
             "operations": self._serving.operations,
             "style": self._serving.style,
         }
         self._options = {
-            "queues": _number("queues", queues, 32),
-            "depth": _number("depth", depth, 32),
-            "id": None if id is None else _number("id", id, 20),
+            "queues": number("queues", queues, 32),
+            "depth": number("depth", depth, 32),
+            "id": None if id is None else number("id", id, 20),
             "recovery": ("reissue" if recoverable else None) if isinstance(recoverable, bool) else recoverable,
         }
         return self
@@ -303,7 +297,7 @@ class Device:
 
         The block device must be able to serve the new size when it grows; its ``size`` follows.
         """
-        self._native.resize(_number("size", size, 64))
+        self._native.resize(number("size", size, 64))
         self._description["size"] = self._target.size = size
 
     def quiesce(self) -> None:
@@ -411,6 +405,7 @@ class Device:
                 with _running_lock:
                     known = self in _running
                     _running.discard(self)
+                self._serving.release()
                 if known:
                     _signals.device_stopped()
 
@@ -471,15 +466,6 @@ async def _to_the_end(function: Callable[..., None], *arguments: object) -> None
     call.result()
 
 
-def _number(name: str, value: object, bits: int) -> int:
-    """Check an integer before it becomes one of Rust's."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if not 0 <= value < 1 << bits:
-        raise ValueError(f"{name} = {value}: 0 to {(1 << bits) - 1} are possible")
-    return value
-
-
 def _stop_all() -> None:
     """Leave nothing behind when the interpreter exits."""
     with _running_lock:
@@ -498,7 +484,7 @@ atexit.register(_stop_all)
 
 
 def run(
-    target: BlockDevice,
+    target: BlockDevice | NativeDisk,
     *,
     queues: int = 1,
     depth: int = 128,
@@ -511,9 +497,10 @@ def run(
     Prints the device's path when it can be used, unless ``quiet``. The arguments are those of
     `BlockDevice.start`. An exception that a handler ended the device with is raised here.
     """
+    more: dict[str, Any] = {} if workers is None else {"workers": workers}
     with (
         contextlib.suppress(KeyboardInterrupt, _signals.Terminated),
-        target.start(queues=queues, depth=depth, id=id, workers=workers) as device,
+        target.start(queues=queues, depth=depth, id=id, **more) as device,
     ):
         if not quiet:
             print(device.path, flush=True)
@@ -522,7 +509,7 @@ def run(
 
 def recover(
     id: int,
-    target: BlockDevice,
+    target: BlockDevice | NativeDisk,
     *,
     workers: int | None = None,
     pull: bool = False,
@@ -539,5 +526,5 @@ def recover(
     be recovered, `ValueError` if the block device does not fit.
     """
     device = Device._make(target, 1, 1, None, workers=workers, pull=pull, loop_factory=loop_factory)
-    device._recover(_number("id", id, 20), _driver)
+    device._recover(number("id", id, 20), _driver)
     return device

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
+def _ignore(operation: str, exception: BaseException) -> None:
+    """Report to nobody."""
+
+
 class Serving:
     """Requests come to methods, or to ``handle``, on the threads of their queues."""
 
@@ -32,11 +36,16 @@ class Serving:
 
     def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report) -> None:
         self.operations = sorted(operations)
-        self.handlers: Handlers = {**handlers, "report": report}
+        self.handlers: Handlers | _ublk.NativeTarget = {**handlers, "report": report}
         self._report = report
 
     def begin(self, native: _ublk.NativeDevice) -> None:
         """Start what takes the requests, before the first one comes."""
+
+    def release(self) -> None:
+        """Let go of the block device, whose device is no more."""
+        self.handlers = {}
+        self._report = _ignore
 
     def check_stop(self) -> None:
         """Raise if a stop from here would wait for itself."""
@@ -53,6 +62,16 @@ class MappedServing(Serving):
     style = "mapped"
 
 
+class NativeServing(Serving):
+    """The engine serves requests by itself."""
+
+    style = "native"
+
+    def __init__(self, target: _ublk.NativeTarget, operations: Iterable[str], report: Report) -> None:
+        super().__init__({}, operations, report)
+        self.handlers = target
+
+
 class BatchServing(Serving):
     """All requests of a wake-up go to ``handle`` at once."""
 
@@ -66,13 +85,14 @@ class WorkerServing(Serving):
 
     def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report, workers: int) -> None:
         super().__init__(handlers, operations, report)
+        self._methods = {**handlers, "report": report}
         self._workers = workers
 
     def begin(self, native: _ublk.NativeDevice) -> None:
         """Divide the threads among the queues."""
         queues = native.pull_queues[: native.queues]
         for number in range(max(self._workers, len(queues))):
-            worker = _ublk.Worker(queues[number % len(queues)], self.handlers)
+            worker = _ublk.Worker(queues[number % len(queues)], self._methods)
             spawn(f"ublk{native.id}w{number}", worker.run)
 
 
@@ -85,6 +105,7 @@ class LoopServing(Serving):
         self, handlers: Handlers, operations: Iterable[str], report: Report, loop_factory: LoopFactory | None
     ) -> None:
         super().__init__(handlers, operations, report)
+        self._methods = handlers
         self._loop_factory = loop_factory
         self._servers: list[LoopServer] = []
         self.is_here = False
@@ -92,7 +113,7 @@ class LoopServing(Serving):
     def begin(self, native: _ublk.NativeDevice) -> None:
         """Attach to the running loop, or start threads with their own."""
         for number, queue in enumerate(native.pull_queues[: native.queues]):
-            server = LoopServer(queue, self.handlers, self._report)
+            server = LoopServer(queue, self._methods, self._report)
             self._servers.append(server)
             if self.is_here:
                 server.attach()

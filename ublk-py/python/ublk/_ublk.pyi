@@ -3,6 +3,7 @@
 """The native half of the `ublk` package. Private: use `ublk`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -17,6 +18,7 @@ __all__ = [
     "Extents",
     "FakeDriver",
     "NativeDevice",
+    "NativeTarget",
     "PullQueue",
     "Request",
     "Worker",
@@ -143,6 +145,39 @@ class Extents:
     def __len__(self) -> int: ...
 
 @final
+class NativeTarget:
+    """A target of the engine's own."""
+
+    @staticmethod
+    def null(size: int, block_size: int) -> NativeTarget: ...
+    @staticmethod
+    def mem(size: int, block_size: int) -> NativeTarget: ...
+    @staticmethod
+    def file(
+        path: str | PathLike[str], read_only: bool, block_size: int | None, direct: bool | None
+    ) -> NativeTarget: ...
+    @staticmethod
+    def zoned(
+        size: int,
+        zone_size: int,
+        conventional: int,
+        max_open: int,
+        max_active: int,
+        block_size: int,
+        directory: str | PathLike[str] | None,
+    ) -> NativeTarget: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def operations(self) -> list[str]: ...
+
+@final
 class PullQueue:
     """Requests of one hardware queue, to be taken."""
 
@@ -205,7 +240,7 @@ class FakeDriver:
 
 def add(
     description: Mapping[str, Any],
-    handlers: Mapping[str, Any],
+    handlers: Mapping[str, Any] | NativeTarget,
     options: Mapping[str, Any],
     spawn: Callable[[str, Callable[[], None]], None],
     driver: FakeDriver | None,
@@ -213,7 +248,7 @@ def add(
 ) -> None: ...
 def recover(
     description: Mapping[str, Any],
-    handlers: Mapping[str, Any],
+    handlers: Mapping[str, Any] | NativeTarget,
     id: int,
     spawn: Callable[[str, Callable[[], None]], None],
     driver: FakeDriver | None,

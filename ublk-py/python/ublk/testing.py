@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ublk._block_device import BlockDevice
     from ublk._device import Device
+    from ublk._native import NativeDisk
 
 __all__ = ["File", "open"]
 
@@ -40,7 +41,7 @@ class File(io.RawIOBase):
     with its errno. Threads may use `pread` and `pwrite` at the same time.
     """
 
-    def __init__(self, disk: BlockDevice, **options: Any) -> None:
+    def __init__(self, disk: BlockDevice | NativeDisk, **options: Any) -> None:
         super().__init__()
         self._driver = _ublk.FakeDriver()
         self._position = 0
@@ -170,6 +171,6 @@ class File(io.RawIOBase):
             raise OSError(errno.EINVAL, f"{offset}+{length} is not whole blocks of {self.device.block_size} bytes")
 
 
-def open(disk: BlockDevice, **options: Any) -> File:
+def open(disk: BlockDevice | NativeDisk, **options: Any) -> File:
     """Serve a block device and give a file on its disk. The options are those of `BlockDevice.start`."""
     return File(disk, **options)

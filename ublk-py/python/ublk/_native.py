@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Disks that the engine serves by itself, without Python."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ublk._serving import NativeServing
+from ublk._ublk import NativeTarget
+
+if TYPE_CHECKING:
+    import os
+
+    from ublk._device import Device
+    from ublk._serving import Report, Serving
+    from ublk._ublk import FakeDriver
+
+
+class NativeDisk:
+    """What `Null`, `Mem`, `File` and `Zoned` have in common."""
+
+    def __init__(self, target: NativeTarget) -> None:
+        self._native = target
+        self.size = target.size
+
+    @property
+    def block_size(self) -> int:
+        """Logical block size in bytes."""
+        return self._native.block_size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the disk refuses writes."""
+        return self._native.read_only
+
+    def start(
+        self,
+        *,
+        queues: int = 1,
+        depth: int = 128,
+        id: int | None = None,
+        recoverable: bool | str = False,
+        _driver: FakeDriver | None = None,
+    ) -> Device:
+        """Make the device and serve it; return when its node can be used. As `BlockDevice.start`."""
+        from ublk._device import Device
+
+        device = Device._make(self, queues, depth, id, recoverable=recoverable)
+        device._start(_driver)
+        return device
+
+    def _serve(self, report: Report, *, workers: object, pull: bool, loop_factory: object) -> Serving:
+        if workers is not None or pull or loop_factory is not None:
+            raise ValueError(f"{type(self).__name__} is served without Python: no workers, no event loop, no requests")
+        return NativeServing(self._native, self._native.operations, report)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "size": self.size,
+            "block_size": self.block_size,
+            "physical_block_size": self.block_size,
+            "max_io_bytes": 0,
+            "discard_granularity": 0,
+            "rotational": False,
+            "read_only": self.read_only,
+        }
+
+    def __repr__(self) -> str:
+        return f"<ublk.{type(self).__name__} of {self.size} bytes>"
+
+
+class Null(NativeDisk):
+    """A disk that accepts everything, stores nothing, and reads as whatever was in memory: for measurements."""
+
+    def __init__(self, size: int, *, block_size: int = 512) -> None:
+        super().__init__(NativeTarget.null(size, block_size))
+
+
+class Mem(NativeDisk):
+    """A RAM disk. Its content is the object's: it is there again when the object is started again."""
+
+    def __init__(self, size: int, *, block_size: int = 512) -> None:
+        super().__init__(NativeTarget.mem(size, block_size))
+
+
+class File(NativeDisk):
+    """A disk in a file or on a block device.
+
+    The file is opened and locked when the object is made (`UblkError` with ``EAGAIN`` or ``EBUSY`` if somebody else has
+    it), and closed when the object is gone. ``direct`` is whether to go round the page cache; by default where the
+    file system can. ``block_size`` is by default the smallest that the file can serve.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        block_size: int | None = None,
+        direct: bool | None = None,
+    ) -> None:
+        super().__init__(NativeTarget.file(path, read_only, block_size, direct))
+
+
+class Zoned(NativeDisk):
+    """A zoned disk, in memory, or with a file for each zone in ``directory``. Linux 6.6.
+
+    Sizes are bytes, ``zone_size`` a power of two. The first ``conventional`` zones can be written anywhere.
+    ``max_open`` and ``max_active`` limit open and active zones; 0 is for no limit.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        zone_size: int = 64 << 20,
+        conventional: int = 0,
+        max_open: int = 0,
+        max_active: int = 0,
+        block_size: int = 4096,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> None:
+        target = NativeTarget.zoned(size, zone_size, conventional, max_open, max_active, block_size, directory)
+        super().__init__(target)

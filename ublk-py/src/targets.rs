@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The targets of `ublk-core`, made by Python and served without it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use ublk_core::targets::{File, FileOptions, Io, Mem, Null, Zoned, ZonedOptions};
+use ublk_core::{Params, Result, Target};
+
+use crate::error::to_python;
+use crate::methods::operation_names;
+
+/// A target of the core's.
+#[pyclass(frozen, module = "ublk._ublk")]
+#[derive(Debug)]
+pub(crate) struct NativeTarget(pub(crate) Arc<dyn Target>);
+
+impl NativeTarget {
+    fn make<T: Target>(py: Python<'_>, make: impl FnOnce() -> Result<T> + Send) -> PyResult<Self> {
+        py.detach(make).map(|target| NativeTarget(Arc::new(target))).map_err(|e| to_python(py, &e))
+    }
+
+    fn params(&self) -> Params {
+        self.0.params()
+    }
+}
+
+#[pymethods]
+impl NativeTarget {
+    /// Accepts everything, stores nothing.
+    #[staticmethod]
+    fn null(py: Python<'_>, size: u64, block_size: u32) -> PyResult<Self> {
+        Self::make(py, || Null::new(size, block_size))
+    }
+
+    /// A RAM disk.
+    #[staticmethod]
+    fn mem(py: Python<'_>, size: u64, block_size: u32) -> PyResult<Self> {
+        Self::make(py, || Mem::new(size, block_size))
+    }
+
+    /// A disk in a file or on a block device, opened and locked here.
+    #[staticmethod]
+    fn file(
+        py: Python<'_>,
+        path: PathBuf,
+        read_only: bool,
+        block_size: Option<u32>,
+        direct: Option<bool>,
+    ) -> PyResult<Self> {
+        let io = match direct {
+            None => Io::Auto,
+            Some(true) => Io::Direct,
+            Some(false) => Io::Buffered,
+        };
+        let options = FileOptions { io, read_only, logical_block_size: block_size };
+        Self::make(py, || File::open(path, &options))
+    }
+
+    /// A zoned disk, in memory or with a file for each zone.
+    #[staticmethod]
+    #[allow(clippy::too_many_arguments, reason = "a private function with one caller, which passes all by name")]
+    fn zoned(
+        py: Python<'_>,
+        size: u64,
+        zone_size: u32,
+        conventional: u32,
+        max_open: u32,
+        max_active: u32,
+        block_size: u32,
+        directory: Option<PathBuf>,
+    ) -> PyResult<Self> {
+        if zone_size == 0 {
+            return Err(PyValueError::new_err("zone_size = 0: a power of two is needed"));
+        }
+        let logical_block_size = block_size;
+        let options =
+            ZonedOptions { size, zone_size, conventional, max_open, max_active, logical_block_size, directory };
+        Self::make(py, || Zoned::open(&options))
+    }
+
+    #[getter]
+    fn kind(&self) -> String {
+        self.0.kind().to_owned()
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.params().size
+    }
+
+    #[getter]
+    fn block_size(&self) -> u32 {
+        self.params().logical_block_size
+    }
+
+    #[getter]
+    fn read_only(&self) -> bool {
+        self.params().read_only
+    }
+
+    /// Names of what it can do beside being read.
+    #[getter]
+    fn operations(&self) -> Vec<&'static str> {
+        operation_names(self.params().operations)
+    }
+}

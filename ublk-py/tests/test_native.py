@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Disks that the engine serves without Python."""
+
+import errno
+
+import pytest
+
+import ublk
+from ublk import testing
+
+SIZE = 1 << 20
+
+
+def test_a_ram_disk_keeps_its_content_for_as_long_as_the_object_lives():
+    disk = ublk.Mem(SIZE)
+    with testing.open(disk, queues=2) as file:
+        file.pwrite(1000, b"x" * 1000)
+        file.write_zeroes(1024, 512)
+    with testing.open(disk) as file:
+        assert file.pread(1000, 1000) == b"x" * 24 + bytes(512) + b"x" * 464
+        assert file.device.stats().entries == 0
+
+
+def test_a_null_disk_takes_everything():
+    with testing.open(ublk.Null(1 << 40, block_size=4096)) as file:
+        assert (file.size, file.device.block_size) == (1 << 40, 4096)
+        file.pwrite(1 << 39, bytes(4096))
+
+
+def test_a_file_disk_is_its_file(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"f" * SIZE)
+    disk = ublk.File(path, direct=False)
+    with testing.open(disk) as file:
+        file.pwrite(4096, b"g" * 512)
+        file.flush()
+        assert file.pread(4096, 1024) == b"g" * 512 + b"f" * 512
+        with pytest.raises(ublk.UblkError, match="another") as raised:
+            ublk.File(path)
+        assert raised.value.errno in (errno.EBUSY, errno.EAGAIN)
+    assert path.read_bytes()[4096:5120] == b"g" * 512 + b"f" * 512
+    del disk, file
+    read_only = ublk.File(path, read_only=True)
+    with testing.open(read_only) as file:
+        assert read_only.read_only
+        assert not file.writable()
+
+
+def test_a_zoned_disk_has_zones():
+    disk = ublk.Zoned(SIZE, zone_size=1 << 18, max_open=2)
+    assert (disk.size, disk.block_size) == (SIZE, 4096)
+    with disk.start(_driver=ublk._ublk.FakeDriver()) as device:
+        assert device.size == SIZE
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: ublk.Mem(1000), ValueError),
+        (lambda: ublk.Mem(-1), OverflowError),
+        (lambda: ublk.Null(SIZE, block_size=1000), ValueError),
+        (lambda: ublk.File("/nonexistent/disk.img"), ublk.UblkError),
+        (lambda: ublk.Zoned(SIZE, zone_size=0), ValueError),
+        (lambda: ublk.Zoned(SIZE, zone_size=1000), ValueError),
+        (lambda: ublk.Mem(SIZE).start(recoverable="x"), ValueError),
+    ],
+)
+def test_what_cannot_be_is_refused(make, kind):
+    with pytest.raises(kind):
+        make()
+
+
+def test_it_takes_a_disk_over_from_python_and_gives_it_back(driver):
+    class Ram(ublk.BlockDevice):
+        def read(self, offset, buf):
+            buf[:] = b"p" * len(buf)
+
+        def write(self, offset, buf): ...
+
+    device = Ram(size=SIZE).start(recoverable=True, _driver=driver)
+    device.quiesce()
+    with pytest.raises(ValueError, match="without Python"):
+        ublk.recover(device.id, ublk.Mem(SIZE), workers=2, _driver=driver)
+    device = ublk.recover(device.id, ublk.Mem(SIZE), _driver=driver)
+    assert driver.read(device.id, 0, 512) == bytes(512)
+    device.quiesce()
+    with ublk.recover(device.id, Ram(size=SIZE), _driver=driver) as device:
+        assert driver.read(device.id, 0, 512) == b"p" * 512
