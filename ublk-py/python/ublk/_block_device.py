@@ -161,8 +161,8 @@ class BlockDevice:
         place where they were can be used for something else. A handler cannot wait (`RuntimeError`), because the
         requests may be its own thread's; nor is there a need to, if it has just made a copy: who reads before a write
         was acknowledged may see the old bytes. For the same reason, whoever waits must not hold a lock that `map` or a
-        handler needs: let `map` answer ``None`` for the range, wait, and take the lock then. Raises `TimeoutError` after
-        a minute.
+        handler needs: let `map` answer ``None`` for the range, wait, and take the lock then. Raises `TimeoutError`
+        after a minute.
         """
         length = (1 << 63) - 1 - offset if length is None else length
         if wait and threading.current_thread() in _threads:
