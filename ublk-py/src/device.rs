@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use ublk_core::pull::PullQueue;
-use ublk_core::{Op, Recovery, Target};
+use ublk_core::{Features, Op, Recovery, Target};
 
 use crate::error::to_python;
 use crate::methods::{Entries, op_name};
@@ -148,6 +148,12 @@ impl NativeDevice {
     #[getter]
     fn recovery(&self) -> Option<&'static str> {
         self.device().recovery().map(Recovery::name)
+    }
+
+    /// Whether it can be left to another server without a failure.
+    #[getter]
+    fn can_be_left(&self) -> bool {
+        self.device().info().features.contains(Features::QUIESCE)
     }
 
     /// How data moves.

@@ -7,8 +7,10 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -22,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from ublk import _signals, _ublk
 from ublk._block_device import BlockDevice
 from ublk._errors import UblkError
+from ublk._reload import POLL_SECONDS, Reloader, Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import ModuleType
 
     from ublk._device import Device
@@ -95,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-q", "--queues", type=int, default=1, help="hardware queues (default: 1)")
     parser.add_argument("-d", "--depth", type=int, default=128, help="requests per queue (default: 128)")
     parser.add_argument("-w", "--workers", type=int, help="threads that call plain methods, for methods that wait")
+    parser.add_argument(
+        "-R",
+        "--reload",
+        action="store_true",
+        help="serve the disk with new code whenever the source changes: no request fails, nobody has to unmount it "
+        "(Linux 6.16, or this project's driver)",
+    )
     parser.epilog = "In COMMAND, {dev} stands for the device's path, which is also in its environment as UBLK_DEV."
     return parser
 
@@ -112,14 +122,32 @@ def _run(arguments: Sequence[str]) -> int:
             parser.error("there is no command after --")
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 2
+    shape: dict[str, Any] = {"queues": parsed.queues, "depth": parsed.depth, "id": parsed.id}
+    make = functools.partial(_make, parsed.what, parsed.size, parsed.arg)
     try:
-        target = _make(parsed.what, parsed.size, parsed.arg)
-        with target.start(queues=parsed.queues, depth=parsed.depth, id=parsed.id, workers=parsed.workers) as device:
+        target = make()
+        with contextlib.ExitStack() as stack:
+            if parsed.reload:
+                source = Source(inspect.getfile(type(target)))
+                reloader = Reloader(target, make, source, workers=parsed.workers)
+                reloader.start(**shape)
+                stack.callback(lambda: reloader.device.stop())
+            else:
+                reloader = None
+                device = stack.enter_context(target.start(**shape, workers=parsed.workers))
+
+            def running() -> Device:
+                return device if reloader is None else reloader.device
+
             if command is None:
-                print(device.path, flush=True)
-                device.wait()
+                print(running().path, flush=True)
+                if reloader is None:
+                    device.wait()
+                else:
+                    while not reloader.device.wait(POLL_SECONDS):
+                        reloader.look()
                 return 0
-            return _run_command(command, device)
+            return _run_command(command, running, reloader)
     except (_UsageError, UblkError, ValueError, TypeError) as error:
         print(f"ublk: {_describe(error)}", file=sys.stderr)
         return 1
@@ -158,14 +186,14 @@ def _make(what: str, size: int | None, arguments: Sequence[tuple[str, Any]]) -> 
 
 def _import(place: str) -> ModuleType:
     if not place.endswith(".py"):
-        sys.path.insert(0, os.getcwd())
+        _search(os.getcwd())
         with _import_errors(place):
             return importlib.import_module(place)
     path = Path(place)
     if not path.is_file():
         raise _UsageError(f"there is no file {place}")
     # As for a script: what lies beside it can be imported.
-    sys.path.insert(0, str(path.resolve().parent))
+    _search(str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise _UsageError(f"{place} cannot be imported")
@@ -174,6 +202,11 @@ def _import(place: str) -> ModuleType:
     with _import_errors(place):
         spec.loader.exec_module(module)
     return module
+
+
+def _search(place: str) -> None:
+    if place not in sys.path:
+        sys.path.insert(0, place)
 
 
 @contextlib.contextmanager
@@ -185,17 +218,18 @@ def _import_errors(place: str) -> Iterator[None]:
         raise _UsageError(f"importing {place}: {type(error).__name__}: {error}") from error
 
 
-def _run_command(command: Sequence[str], device: Device) -> int:
+def _run_command(command: Sequence[str], running: Callable[[], Device], reloader: Reloader | None) -> int:
     """Run a command on the device and return its status, as a shell would tell it."""
-    words = [word.replace("{dev}", device.path) for word in command]
-    environment = {**os.environ, "UBLK_DEV": device.path}
+    path = running().path
+    words = [word.replace("{dev}", path) for word in command]
+    environment = {**os.environ, "UBLK_DEV": path}
     try:
         child = subprocess.Popen(words, env=environment)
     except OSError as error:
         print(f"ublk: {words[0]}: {error.strerror}", file=sys.stderr)
         return 127 if isinstance(error, FileNotFoundError) else 126
     try:
-        status = child.wait()
+        status = _wait(child, reloader)
     except BaseException:
         # Ctrl-C reaches the command by itself; other ends do not.
         if child.poll() is None:
@@ -206,7 +240,17 @@ def _run_command(command: Sequence[str], device: Device) -> int:
             child.kill()
             child.wait()
         raise
-    if not device.running:
-        print(f"ublk: {device.path} ended before the command did", file=sys.stderr)
+    if not running().running:
+        print(f"ublk: {path} ended before the command did", file=sys.stderr)
         return status or 1
     return status if status >= 0 else 128 - status
+
+
+def _wait(child: subprocess.Popen[bytes], reloader: Reloader | None) -> int:
+    """Wait for a command's end, and look for new code meanwhile."""
+    if reloader is None:
+        return child.wait()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(POLL_SECONDS)
+        reloader.look()

@@ -274,6 +274,11 @@ class Device:
         return self._native.recovery
 
     @property
+    def can_be_left(self) -> bool:
+        """Whether `quiesce` works: for recoverable devices, from Linux 6.16 on."""
+        return self._native.can_be_left
+
+    @property
     def info(self) -> DeviceInfo:
         """What the driver knows about the device."""
         return DeviceInfo(**_ublk.device(self.id))

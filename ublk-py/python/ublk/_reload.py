@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""New code for a running disk: `ublk run --reload`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ublk._device import recover
+from ublk._errors import UblkError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import ModuleType
+
+    from ublk._block_device import BlockDevice
+    from ublk._device import Device
+    from ublk._ublk import FakeDriver
+
+    # What tells one state of a file from another.
+    Stamp = tuple[int, int, int]
+
+logger = logging.getLogger("ublk")
+
+POLL_SECONDS = 0.3
+
+
+class Source:
+    """The files that a class comes from: that of its module, and of all modules that lie beside it or below."""
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self._root = Path(file).resolve().parent
+        # Compiled code is told from its source by a time in seconds, and edits may be quicker.
+        sys.dont_write_bytecode = True
+        self._seen = self._stamps()
+        self._changing = self._seen
+
+    def modules(self) -> dict[str, ModuleType]:
+        """Those that are imported, by name."""
+        found = {}
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if name != "__main__" and name.partition(".")[0] != "ublk" and file and self._is_ours(Path(file)):
+                found[name] = module
+        return found
+
+    def _is_ours(self, file: Path) -> bool:
+        with contextlib.suppress(ValueError, OSError):
+            below = file.resolve().relative_to(self._root)
+            return "site-packages" not in below.parts
+        return False
+
+    def _stamps(self) -> dict[str, Stamp | None]:
+        stamps: dict[str, Stamp | None] = {}
+        for module in self.modules().values():
+            file = str(module.__file__)
+            try:
+                stat = os.stat(file)
+                stamps[file] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            except OSError:
+                # An editor is about to put another in its place.
+                stamps[file] = None
+        return stamps
+
+    def has_changed(self) -> bool:
+        """Tell whether something is new since the last time, and has been left alone since the last look."""
+        stamps = self._stamps()
+        settled = stamps == self._changing and None not in stamps.values()
+        self._changing = stamps
+        if not settled or stamps == self._seen:
+            return False
+        self._seen = stamps
+        return True
+
+    @contextlib.contextmanager
+    def forgotten(self) -> Iterator[None]:
+        """Have the modules imported anew; as it was, if that fails."""
+        modules = self.modules()
+        for name in modules:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        try:
+            yield
+        except BaseException:
+            for name in self.modules():
+                del sys.modules[name]
+            sys.modules.update(modules)
+            raise
+        finally:
+            # What the new code imports is to be watched as well.
+            self._seen = self._changing = self._stamps()
+
+
+def pass_on(old: BlockDevice, new: BlockDevice) -> None:
+    """Give the state of one object to the next: by ``take_over`` if its class has it, else as pickling does."""
+    take_over = getattr(new, "take_over", None)
+    if take_over is not None:
+        take_over(old)
+        return
+    state = old.__getstate__()
+    set_state = getattr(new, "__setstate__", None)
+    if set_state is not None:
+        set_state(state)
+        return
+    attributes, slots = state if isinstance(state, tuple) else (state, None)
+    # Attributes that only the new class knows stay as its constructor has made them.
+    for part in (attributes, slots):
+        for name, value in (part or {}).items():
+            if name != "_extents":
+                setattr(new, name, value)
+
+
+class Reloader:
+    """A device, and the object that serves it until its source changes."""
+
+    def __init__(
+        self,
+        target: BlockDevice,
+        make: Callable[[], BlockDevice],
+        source: Source,
+        *,
+        workers: int | None = None,
+        driver: FakeDriver | None = None,
+    ) -> None:
+        self._target = target
+        self._make = make
+        self._source = source
+        self._workers = workers
+        self._driver = driver
+        self.device: Device
+
+    def start(self, *, queues: int = 1, depth: int = 128, id: int | None = None) -> Device:
+        """Serve the disk with the first object."""
+        self.device = self._target.start(
+            queues=queues, depth=depth, id=id, recoverable=True, workers=self._workers, _driver=self._driver
+        )
+        if not self.device.can_be_left:
+            self.device.stop()
+            text = "--reload needs UBLK_F_QUIESCE: Linux 6.16 or newer, or the driver of this project"
+            raise UblkError(errno.EOPNOTSUPP, text)
+        return self.device
+
+    def look(self) -> bool:
+        """Serve the disk with new code, if there is some that works; tell whether that is so."""
+        if not self.device.running or not self._source.has_changed():
+            return False
+        try:
+            with self._source.forgotten():
+                self._replace(self._make())
+        except (Exception, SystemExit) as error:
+            cause = error.__cause__ or error
+            logger.error("the new code does not work, the old goes on: %s", error, exc_info=cause)
+            return False
+        logger.warning("%s is served by new code", self.device.path)
+        return True
+
+    def _replace(self, new: BlockDevice) -> None:
+        old, id = self._target, self.device.id
+        self.device.quiesce()
+        # Requests wait from here on.
+        try:
+            pass_on(old, new)
+            self.device = self._recover(id, new)
+            self._target = new
+        except BaseException:
+            self.device = self._recover(id, old)
+            raise
+
+    def _recover(self, id: int, target: BlockDevice) -> Device:
+        return recover(id, target, workers=self._workers, _driver=self._driver)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""New code for a running disk."""
+
+import sys
+import threading
+import time
+
+import pytest
+
+from ublk import _cli
+from ublk._reload import Reloader, Source
+
+FIRST = """
+import ublk
+
+class Disk(ublk.BlockDevice):
+    def __init__(self, size=1 << 20):
+        super().__init__(size=size)
+        self.data = bytearray(size)
+
+    def read(self, offset, buf):
+        buf[:] = self.data[offset : offset + len(buf)]
+
+    def write(self, offset, buf):
+        self.data[offset : offset + len(buf)] = buf
+"""
+
+
+class Live:
+    """A disk that is served from a file of its own."""
+
+    def __init__(self, directory, driver, source=FIRST):
+        self.file = directory / "livedisk.py"
+        self.file.write_text(source)
+        self.driver = driver
+        target = self.make()
+        self.reloader = Reloader(target, self.make, Source(self.file), driver=driver)
+        self.device = self.reloader.start(queues=2)
+
+    def make(self):
+        return _cli._make(f"{self.file}:Disk", None, [])
+
+    def change(self, source):
+        """Change the file, and have it looked at until it has been noticed."""
+        self.file.write_text(source)
+        before = self.reloader._source._seen
+        for _ in range(3):
+            if self.reloader.look():
+                return True
+            if self.reloader._source._seen != before:
+                return False
+        raise AssertionError("nobody noticed")
+
+    def read(self, offset=0):
+        return self.driver.read(self.device.id, offset, 512)
+
+    def write(self, data, offset=0):
+        self.driver.write(self.device.id, offset, data)
+
+
+@pytest.fixture
+def live(tmp_path, driver, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    served = []
+
+    def make(source=FIRST):
+        served.append(Live(tmp_path, driver, source))
+        return served[-1]
+
+    yield make
+    for one in served:
+        one.reloader.device.stop()
+    for name in ("livedisk", "livehelper"):
+        sys.modules.pop(name, None)
+
+
+def test_new_code_serves_the_disk_and_finds_its_state(live):
+    disk = live()
+    disk.write(b"x" * 512)
+    assert disk.change(FIRST.replace("buf[:] = self.data", "buf[:] = self.data.upper()"))
+    assert disk.read() == b"X" * 512
+    disk.write(b"y" * 512, 512)
+    assert disk.change(FIRST)
+    assert disk.read() == b"x" * 512
+    assert disk.read(512) == b"y" * 512
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("class Disk(", "SyntaxError"),
+        ("import nonexistent_module", "ModuleNotFoundError"),
+        ("raise SystemExit(3)", "3"),
+        (FIRST.replace("self.data = bytearray(size)", "1 / 0"), "ZeroDivisionError"),
+        (FIRST.replace("def write", "def wrote"), "WRITE"),
+        (FIRST + "\n    def take_over(self, old):\n        raise KeyError('state')\n", "KeyError"),
+    ],
+)
+def test_code_that_does_not_work_leaves_the_old_one_running(live, caplog, broken, words):
+    disk = live()
+    disk.write(b"x" * 512)
+    assert not disk.change(broken)
+    assert "the old goes on" in caplog.text
+    assert words in caplog.text
+    assert disk.read() == b"x" * 512
+    # And the next change is noticed again.
+    assert disk.change(FIRST.replace("buf[:] = self.data", "buf[:] = self.data.upper()"))
+    assert disk.read() == b"X" * 512
+
+
+def test_attributes_that_only_the_new_class_knows_are_its_constructors(live):
+    disk = live()
+    disk.write(b"x" * 512)
+    new = FIRST.replace("self.data = bytearray(size)", "self.data = bytearray(size)\n        self.mask = 0x20")
+    new = new.replace("buf[:] = self.data[offset : offset + len(buf)]", "buf[:] = bytes([self.mask]) * len(buf)", 1)
+    assert disk.change(new)
+    assert disk.read() == b" " * 512
+
+
+def test_a_class_may_say_what_it_takes_over(live):
+    disk = live()
+    disk.write(b"x" * 512)
+    take_over = "\n    def take_over(self, old):\n        self.data[:] = old.data.upper()\n"
+    assert disk.change(FIRST + take_over)
+    assert disk.read() == b"X" * 512
+
+
+def test_a_module_beside_the_class_is_watched_too(live, tmp_path):
+    (tmp_path / "livehelper.py").write_text("FILL = b'1'")
+    source = "import livehelper\n" + FIRST.replace(
+        "buf[:] = self.data[", "buf[:] = livehelper.FILL * len(buf); self.data["
+    )
+    disk = live(source)
+    assert disk.read() == b"1" * 512
+    (tmp_path / "livehelper.py").write_text("FILL = b'2'")
+    assert disk.change(source)
+    assert disk.read() == b"2" * 512
+
+
+def test_many_changes_under_load_fail_and_lose_nothing(live):
+    disk = live()
+    stop, failures, rounds = threading.Event(), [], [0]
+
+    def client():
+        try:
+            while not stop.is_set():
+                data = (rounds[0] % 251).to_bytes(1, "little") * 512
+                disk.write(data, 4096)
+                assert disk.read(4096) == data
+                rounds[0] += 1
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    try:
+        for number in range(20):
+            before = rounds[0]
+            assert disk.change(FIRST + f"# {number}\n")
+            deadline = time.monotonic() + 10
+            while rounds[0] == before and not failures and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert rounds[0] > before
+    finally:
+        stop.set()
+        thread.join(20)
+    assert not failures
