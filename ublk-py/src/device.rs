@@ -4,7 +4,6 @@
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
@@ -13,8 +12,9 @@ use ublk_core::pull::PullQueue;
 use ublk_core::{Features, Op, Recovery, Target};
 
 use crate::error::to_python;
-use crate::methods::{Entries, op_name};
+use crate::methods::op_name;
 use crate::pull::PyPullQueue;
+use crate::watch::Watch;
 
 /// A device of this process.
 #[pyclass(frozen, module = "ublk._ublk")]
@@ -26,7 +26,7 @@ pub(crate) struct NativeDevice {
     target: Mutex<Option<Arc<dyn Target>>>,
     /// Where its requests are taken from, if its style is to pull them.
     pull_queues: Vec<Py<PyPullQueue>>,
-    entries: Entries,
+    watch: Watch,
 }
 
 impl NativeDevice {
@@ -35,11 +35,11 @@ impl NativeDevice {
         device: ublk_core::Device,
         target: Option<Arc<dyn Target>>,
         queues: Vec<PullQueue>,
-        entries: Entries,
+        watch: Watch,
     ) -> PyResult<Self> {
-        let queues = queues.into_iter().map(|queue| Py::new(py, PyPullQueue::new(queue, entries.clone())));
+        let queues = queues.into_iter().map(|queue| Py::new(py, PyPullQueue::new(queue, watch.clone())));
         let pull_queues = queues.collect::<PyResult<_>>()?;
-        Ok(NativeDevice { device: Some(device), target: Mutex::new(target), pull_queues, entries })
+        Ok(NativeDevice { device: Some(device), target: Mutex::new(target), pull_queues, watch })
     }
 
     fn device(&self) -> &ublk_core::Device {
@@ -186,9 +186,14 @@ impl NativeDevice {
         stats.total.iter().map(one).collect()
     }
 
+    /// Threads that are in a handler: ident, a number of the call, seconds.
+    fn busy(&self) -> Vec<(u64, u64, f64)> {
+        self.watch.busy()
+    }
+
     /// How often the interpreter was entered for requests.
     #[getter]
     fn entries(&self) -> u64 {
-        self.entries.load(Ordering::Relaxed)
+        self.watch.entries()
     }
 }

@@ -2,7 +2,7 @@
 
 //! Python objects as targets: the interpreter is entered once for all requests of a wake-up.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -11,8 +11,9 @@ use ublk_core::{Access, Errno, Params, QueueHandler, QueueInfo, Request, Request
 
 use crate::buffer::Slot;
 use crate::extents::{Mapped, Mapper};
-use crate::methods::{Entries, Methods, report, to_handlers_errno};
+use crate::methods::{Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
+use crate::watch::{Seat, Watch};
 
 /// How Python gets requests on the thread of their queue.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ pub(crate) struct PythonTarget {
     pub(crate) kind: String,
     pub(crate) params: Params,
     pub(crate) style: Style,
-    pub(crate) entries: Entries,
+    pub(crate) watch: Watch,
 }
 
 impl Target for PythonTarget {
@@ -60,29 +61,29 @@ impl Target for PythonTarget {
     }
 
     fn open_queue(&self, info: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        let open = |py: Python<'_>| -> Box<dyn QueueHandler> {
-            match &self.style {
-                Style::Methods(methods) => {
-                    let slots = (0..info.depth).map(|_| Slot::default()).collect();
-                    Attached::boxed(MethodsQueue { methods: methods.clone_ref(py), slots }, &self.entries)
-                }
-                Style::Mapped(methods, mapper) => {
-                    let slots = (0..info.depth).map(|_| Slot::default()).collect();
-                    let methods = Attached {
-                        inner: Some(MethodsQueue { methods: methods.clone_ref(py), slots }),
-                        entries: self.entries.clone(),
-                    };
-                    Box::new(MappedQueue { methods, mapper: Some(mapper.clone_ref(py)) })
-                }
-                Style::Batch(Batch { handle, report }) => {
-                    let batch = Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) };
-                    Attached::boxed(batch, &self.entries)
-                }
-            }
+        let failed = |source| ublk_core::Error::Target { context: "opening a queue".into(), source };
+        Python::try_attach(|py| self.open(py, info.depth))
+            .ok_or_else(|| failed(std::io::Error::other("the interpreter is shutting down")))?
+            .map_err(|error| failed(std::io::Error::other(error)))
+    }
+}
+
+impl PythonTarget {
+    fn open(&self, py: Python<'_>, depth: u16) -> PyResult<Box<dyn QueueHandler>> {
+        let seat = self.watch.seat(py)?;
+        let methods_queue = |methods: &Methods| {
+            let slots = (0..depth).map(|_| Slot::default()).collect();
+            Attached::new(MethodsQueue { methods: methods.clone_ref(py), slots, seat: seat.clone() }, &self.watch)
         };
-        Python::try_attach(open).ok_or_else(|| ublk_core::Error::Target {
-            context: "opening a queue".into(),
-            source: std::io::Error::other("the interpreter is shutting down"),
+        Ok(match &self.style {
+            Style::Methods(methods) => Box::new(methods_queue(methods)),
+            Style::Mapped(methods, mapper) => {
+                Box::new(MappedQueue { methods: methods_queue(methods), mapper: Some(mapper.clone_ref(py)) })
+            }
+            Style::Batch(Batch { handle, report }) => {
+                let batch = Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) };
+                Box::new(Attached::new(BatchQueue { batch, seat }, &self.watch))
+            }
         })
     }
 }
@@ -95,19 +96,19 @@ trait Serve {
 /// A handler that attaches once for all requests of a wake-up. It is taken out when it is dropped.
 struct Attached<S: Serve> {
     inner: Option<S>,
-    entries: Entries,
+    watch: Watch,
 }
 
-impl<S: Serve + 'static> Attached<S> {
-    fn boxed(inner: S, entries: &Entries) -> Box<dyn QueueHandler> {
-        Box::new(Attached { inner: Some(inner), entries: entries.clone() })
+impl<S: Serve> Attached<S> {
+    fn new(inner: S, watch: &Watch) -> Self {
+        Attached { inner: Some(inner), watch: watch.clone() }
     }
 }
 
 impl<S: Serve> QueueHandler for Attached<S> {
     fn handle(&mut self, requests: Requests<'_>) {
         let Some(inner) = &mut self.inner else { return };
-        self.entries.fetch_add(1, Ordering::Relaxed);
+        self.watch.entered();
         // Without an interpreter the requests are dropped with the closure and fail.
         Python::try_attach(|py| inner.serve(py, requests));
     }
@@ -126,13 +127,14 @@ struct MethodsQueue {
     methods: Methods,
     /// By tag.
     slots: Vec<Slot>,
+    seat: Arc<Seat>,
 }
 
 impl Serve for MethodsQueue {
     fn serve(&mut self, py: Python<'_>, requests: Requests<'_>) {
         for request in requests {
             let slot = &mut self.slots[usize::from(request.tag().0)];
-            self.methods.serve(py, slot, request);
+            self.seat.during(|| self.methods.serve(py, slot, request));
         }
     }
 }
@@ -150,7 +152,7 @@ impl QueueHandler for MappedQueue {
         if unknown.is_empty() {
             return;
         }
-        self.methods.entries.fetch_add(1, Ordering::Relaxed);
+        self.methods.watch.entered();
         Python::try_attach(|py| {
             for request in unknown {
                 request.keep_pace();
@@ -169,12 +171,12 @@ impl Drop for MappedQueue {
 
 impl MethodsQueue {
     fn serve_mapped(&mut self, py: Python<'_>, mapper: &Mapper, mut request: Request<'_>) {
-        match mapper.ask(py, &request) {
+        match self.seat.during(|| mapper.ask(py, &request)) {
             Ok(Mapped::At(pieces, flight)) => request.forward_pieces(pieces, Box::new(flight)),
             Ok(Mapped::Unknown) => match request.load() {
                 Ok(()) => {
                     let slot = &mut self.slots[usize::from(request.tag().0)];
-                    self.methods.serve(py, slot, request);
+                    self.seat.during(|| self.methods.serve(py, slot, request));
                 }
                 Err(errno) => request.fail(errno),
             },
@@ -183,16 +185,25 @@ impl MethodsQueue {
     }
 }
 
-impl Serve for Batch {
+/// One queue of a device that gets requests in batches.
+struct BatchQueue {
+    batch: Batch,
+    seat: Arc<Seat>,
+}
+
+impl Serve for BatchQueue {
     fn serve(&mut self, py: Python<'_>, requests: Requests<'_>) {
         let requests: Vec<_> = requests.map(|request| PyRequest::new(request.detach())).collect();
         let endings: Vec<_> = requests.iter().map(PyRequest::ending).collect();
         let list = PyList::new(py, requests);
-        let outcome = list.as_ref().map_err(|error| error.clone_ref(py)).and_then(|list| self.call(list));
+        let outcome = list
+            .as_ref()
+            .map_err(|error| error.clone_ref(py))
+            .and_then(|list| self.seat.during(|| self.batch.call(list)));
         if let Err(error) = outcome {
             let errno = to_handlers_errno(py, &error);
             if errno.is_none() {
-                report(py, &self.report, "handle", &error);
+                report(py, &self.batch.report, "handle", &error);
             }
             endings.iter().for_each(|ending| ending.fail_if_left(py, errno.unwrap_or(Errno::EIO)));
         }

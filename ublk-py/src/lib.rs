@@ -18,6 +18,7 @@ mod start;
 mod system;
 mod targets;
 mod threads;
+mod watch;
 
 use pyo3::prelude::*;
 

@@ -2,9 +2,6 @@
 
 //! A block device's methods: one request to one call, and what comes of it.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-
 use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -12,9 +9,6 @@ use ublk_core::{Errno, Home, Op, Operations, RequestOf};
 
 use crate::buffer::Slot;
 use crate::error::to_errno;
-
-/// How often the interpreter was entered for requests of a device.
-pub(crate) type Entries = Arc<AtomicU64>;
 
 /// The bound methods of a block device.
 #[derive(Debug, FromPyObject)]

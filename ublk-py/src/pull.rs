@@ -4,7 +4,6 @@
 //! kind.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,20 +11,21 @@ use pyo3::prelude::*;
 use ublk_core::pull::PullQueue;
 
 use crate::buffer::Slot;
-use crate::methods::{Entries, Methods};
+use crate::methods::Methods;
 use crate::request::PyRequest;
+use crate::watch::Watch;
 
 /// The requests of one hardware queue.
 #[pyclass(frozen, module = "ublk._ublk", name = "PullQueue")]
 #[derive(Debug)]
 pub(crate) struct PyPullQueue {
     queue: Mutex<Option<Arc<PullQueue>>>,
-    entries: Entries,
+    watch: Watch,
 }
 
 impl PyPullQueue {
-    pub(crate) fn new(queue: PullQueue, entries: Entries) -> Self {
-        PyPullQueue { queue: Mutex::new(Some(Arc::new(queue))), entries }
+    pub(crate) fn new(queue: PullQueue, watch: Watch) -> Self {
+        PyPullQueue { queue: Mutex::new(Some(Arc::new(queue))), watch }
     }
 
     fn queue(&self) -> Option<Arc<PullQueue>> {
@@ -40,7 +40,7 @@ impl PyPullQueue {
         let Some(batch) = self.queue().and_then(|queue| queue.next_batch_within(max, Duration::ZERO)) else {
             return Ok(None);
         };
-        self.entries.fetch_add(1, Ordering::Relaxed);
+        self.watch.entered();
         batch.into_iter().map(|request| Py::new(py, PyRequest::new(request))).collect::<PyResult<_>>().map(Some)
     }
 
@@ -62,7 +62,7 @@ impl PyPullQueue {
 pub(crate) struct Worker {
     queue: Arc<PullQueue>,
     methods: Methods,
-    entries: Entries,
+    watch: Watch,
 }
 
 #[pymethods]
@@ -70,17 +70,19 @@ impl Worker {
     #[new]
     fn new(queue: &PyPullQueue, methods: Methods) -> PyResult<Self> {
         let closed = || pyo3::exceptions::PyValueError::new_err("the queue is closed");
-        Ok(Worker { queue: queue.queue().ok_or_else(closed)?, methods, entries: queue.entries.clone() })
+        Ok(Worker { queue: queue.queue().ok_or_else(closed)?, methods, watch: queue.watch.clone() })
     }
 
     /// Serve until the queue ends.
-    fn run(&self, py: Python<'_>) {
+    fn run(&self, py: Python<'_>) -> PyResult<()> {
         let mut slot = Slot::default();
+        let seat = self.watch.seat(py)?;
         while let Some(batch) = py.detach(|| self.queue.next_batch(1)) {
-            self.entries.fetch_add(1, Ordering::Relaxed);
+            self.watch.entered();
             for request in batch {
-                self.methods.serve(py, &mut slot, request);
+                seat.during(|| self.methods.serve(py, &mut slot, request));
             }
         }
+        Ok(())
     }
 }

@@ -18,9 +18,10 @@ use crate::extents::{Extents, Mapper};
 use crate::fake::FakeDriver;
 use crate::handler::{PythonTarget, Style};
 use crate::logging;
-use crate::methods::{Entries, operations};
+use crate::methods::operations;
 use crate::targets::NativeTarget;
 use crate::threads::PythonSpawn;
+use crate::watch::Watch;
 
 /// The process's server on the kernel's driver, made with the first device.
 fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
@@ -78,7 +79,7 @@ impl Description {
         self,
         handlers: &Bound<'_, PyAny>,
         queues: u32,
-        entries: &Entries,
+        watch: &Watch,
     ) -> PyResult<(Arc<dyn Target>, Vec<PullQueue>)> {
         if self.style == "native" {
             return Ok((handlers.cast::<NativeTarget>()?.get().0.clone(), Vec::new()));
@@ -97,7 +98,7 @@ impl Description {
             "batch" => Style::Batch(handlers.extract()?),
             other => return Err(PyValueError::new_err(format!("there is no style {other}"))),
         };
-        Ok((Arc::new(PythonTarget { kind: self.kind, params, style, entries: entries.clone() }), Vec::new()))
+        Ok((Arc::new(PythonTarget { kind: self.kind, params, style, watch: watch.clone() }), Vec::new()))
     }
 }
 
@@ -151,14 +152,14 @@ pub(crate) fn add(
     made: &Bound<'_, PyList>,
 ) -> PyResult<()> {
     logging::follow(py)?;
-    let entries = Entries::default();
-    let (target, queues) = description.target(handlers, options.queues, &entries)?;
+    let watch = Watch::new();
+    let (target, queues) = description.target(handlers, options.queues, &watch)?;
     let device_options = options.convert()?;
     let fake = driver.map(FakeDriver::inner);
     let device = py
         .detach(|| server(fake, spawn, options.queues)?.add(&target, &device_options))
         .map_err(|e| to_python(py, &e))?;
-    made.append(NativeDevice::new(py, device, Some(target), queues, entries)?)
+    made.append(NativeDevice::new(py, device, Some(target), queues, watch)?)
 }
 
 /// Serves a device whose last server is gone, and appends it to `made`.
@@ -173,7 +174,7 @@ pub(crate) fn recover(
     made: &Bound<'_, PyList>,
 ) -> PyResult<()> {
     logging::follow(py)?;
-    let entries = Entries::default();
+    let watch = Watch::new();
     let fake = driver.map(FakeDriver::inner);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let (server, info) = py
@@ -183,7 +184,7 @@ pub(crate) fn recover(
             Ok((server, info))
         })
         .map_err(|e| to_python(py, &e))?;
-    let (target, queues) = description.target(handlers, info.queues.into(), &entries)?;
+    let (target, queues) = description.target(handlers, info.queues.into(), &watch)?;
     let device = py.detach(|| server.recover(info.id, target)).map_err(|e| to_python(py, &e))?;
-    made.append(NativeDevice::new(py, device, None, queues, entries)?)
+    made.append(NativeDevice::new(py, device, None, queues, watch)?)
 }

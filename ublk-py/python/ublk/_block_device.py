@@ -181,6 +181,7 @@ class BlockDevice:
         depth: int = 128,
         id: int | None = None,
         recoverable: bool | str = False,
+        hang_after: float | None = 30.0,
         workers: int | None = None,
         pull: bool = False,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
@@ -199,6 +200,8 @@ class BlockDevice:
         stands for, so do those that were under way, which may be carried out twice; with ``"queue"`` those fail;
         with ``"fail-io"`` all fail. Linux 6.1, 6.13 for ``"fail-io"``.
 
+        A handler that runs for longer than ``hang_after`` seconds is reported, once, in the log with its stack.
+
         ``workers`` is how many threads call plain methods, divided among the queues, in place of the queues' own
         threads: up to ``depth`` of them for each queue have something to do. ``loop_factory`` makes the event
         loops of coroutine methods (``uvloop.new_event_loop``, say). With ``pull`` the program takes requests
@@ -215,6 +218,7 @@ class BlockDevice:
             depth,
             id,
             recoverable=recoverable,
+            hang_after=hang_after,
             workers=workers,
             pull=pull,
             loop_factory=loop_factory,
@@ -229,6 +233,7 @@ class BlockDevice:
         depth: int = 128,
         id: int | None = None,
         recoverable: bool | str = False,
+        hang_after: float | None = 30.0,
         _driver: FakeDriver | None = None,
     ) -> Device:
         """Make the device and serve it by tasks of the running event loop; for classes with coroutine methods.
@@ -238,7 +243,7 @@ class BlockDevice:
         """
         from ublk._device import Device
 
-        device = Device._make(self, queues, depth, id, recoverable=recoverable)
+        device = Device._make(self, queues, depth, id, recoverable=recoverable, hang_after=hang_after)
         await device._start_async(_driver)
         return device
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from ublk import _signals, _ublk
+from ublk import _signals, _ublk, _watchdog
 from ublk._errors import UblkError
 from ublk._numbers import number
 from ublk._requests import Requests
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ublk")
 
 _JOIN_SECONDS = 5.0
+# After which a handler that is still running is reported.
+HANG_SECONDS = 30.0
 _running: set[Device] = set()
 _running_lock = threading.Lock()
 
@@ -88,6 +90,7 @@ class Device:
     _serving: Serving
     _exception: BaseException | None
     _stopped: bool
+    _hang_after: float | None
     _owner: int
     _start_over: threading.Event
     _stopping: threading.Lock
@@ -101,6 +104,7 @@ class Device:
         id: int | None,
         *,
         recoverable: bool | str = False,
+        hang_after: float | None = HANG_SECONDS,
         workers: int | None = None,
         pull: bool = False,
         loop_factory: LoopFactory | None = None,
@@ -123,6 +127,9 @@ class Device:
             "operations": self._serving.operations,
             "style": self._serving.style,
         }
+        if hang_after is not None and not hang_after > 0:
+            raise ValueError(f"hang_after = {hang_after}: more than 0 seconds, or None")
+        self._hang_after = hang_after
         self._options = {
             "queues": number("queues", queues, 32),
             "depth": number("depth", depth, 32),
@@ -200,6 +207,8 @@ class Device:
     def _register(self) -> None:
         with _running_lock:
             _running.add(self)
+        if self._hang_after is not None:
+            _watchdog.watch(self._native, self.path, self._hang_after, self._serving.tasks)
         _signals.device_started()
 
     def _undo(self, made: list[_ublk.NativeDevice]) -> None:
@@ -411,6 +420,7 @@ class Device:
                     known = self in _running
                     _running.discard(self)
                 self._serving.release()
+                _watchdog.forget(self._native)
                 if known:
                     _signals.device_stopped()
 
@@ -516,6 +526,7 @@ def recover(
     id: int,
     target: BlockDevice | NativeDisk,
     *,
+    hang_after: float | None = HANG_SECONDS,
     workers: int | None = None,
     pull: bool = False,
     loop_factory: LoopFactory | None = None,
@@ -530,6 +541,8 @@ def recover(
     Raises `UblkError` with ``EBUSY`` if a living process serves the device, and with ``EINVAL`` if it was not made to
     be recovered, `ValueError` if the block device does not fit.
     """
-    device = Device._make(target, 1, 1, None, workers=workers, pull=pull, loop_factory=loop_factory)
+    device = Device._make(
+        target, 1, 1, None, hang_after=hang_after, workers=workers, pull=pull, loop_factory=loop_factory
+    )
     device._recover(number("id", id, 20), _driver)
     return device

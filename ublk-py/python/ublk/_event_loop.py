@@ -8,6 +8,8 @@ import asyncio
 import errno
 import inspect
 import os
+import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from ublk._requests import Op
@@ -19,6 +21,16 @@ if TYPE_CHECKING:
 
 # Requests that are taken in one go, so that other callbacks of the loop get their turn.
 _AT_ONCE = 64
+
+
+def _stack(task: asyncio.Task[None]) -> str:
+    """Tell what a task waits for, down to the innermost coroutine."""
+    lines = []
+    coroutine: Any = task.get_coro()
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        lines += traceback.format_stack(frame, limit=1)
+        coroutine = coroutine.cr_await
+    return "".join(lines)
 
 
 class LoopServer:
@@ -33,7 +45,9 @@ class LoopServer:
         self._queue = queue
         self._methods = methods
         self._report = report
-        self._tasks: set[asyncio.Task[None]] = set()
+        # Each with its number and when it began.
+        self._tasks: dict[asyncio.Task[None], tuple[int, float]] = {}
+        self._count = 0
         self._descriptor = -1
         self._ended: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -60,6 +74,13 @@ class LoopServer:
         assert self._ended is not None
         await self._ended
 
+    def waiting(self) -> list[tuple[int, float, str]]:
+        """Tell what tasks are at: a number, the seconds that each has had a request, and its stack."""
+        found = []
+        for task, (number, began) in list(self._tasks.items()):
+            found.append((number, time.monotonic() - began, _stack(task)))
+        return found
+
     def is_current(self) -> bool:
         """Whether this is the thread that runs the loop."""
         try:
@@ -83,8 +104,9 @@ class LoopServer:
             return
         for request in batch:
             task = self._loop.create_task(self._serve(request))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._count += 1
+            self._tasks[task] = (self._count, time.monotonic())
+            task.add_done_callback(self._tasks.pop)
 
     async def _serve(self, request: Request) -> None:
         method = self._methods[request.op]

@@ -46,7 +46,7 @@ class NativeDisk:
         """Make the device and serve it; return when its node can be used. As `BlockDevice.start`."""
         from ublk._device import Device
 
-        device = Device._make(self, queues, depth, id, recoverable=recoverable)
+        device = Device._make(self, queues, depth, id, recoverable=recoverable, hang_after=None)
         device._start(_driver)
         return device
 

@@ -47,6 +47,10 @@ class Serving:
         self.handlers = {}
         self._report = _ignore
 
+    def tasks(self) -> list[tuple[int, float, str]]:
+        """Tell the requests that tasks have: a number, seconds, and the task's stack."""
+        return []
+
     def check_stop(self) -> None:
         """Raise if a stop from here would wait for itself."""
         if threading.current_thread() in threads:
@@ -119,6 +123,14 @@ class LoopServing(Serving):
                 server.attach()
             else:
                 spawn(f"ublk{native.id}loop{number}", functools.partial(server.run, self._loop_factory))
+
+    def tasks(self) -> list[tuple[int, float, str]]:
+        """Ask the loops."""
+        # Numbers of different loops must differ.
+        found = []
+        for n, server in enumerate(self._servers):
+            found += [(number * len(self._servers) + n, seconds, stack) for number, seconds, stack in server.waiting()]
+        return found
 
     def check_stop(self) -> None:
         """Raise in a task of the loop."""

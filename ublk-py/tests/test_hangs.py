@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Handlers that hang are reported with their stacks."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+import ublk
+
+SIZE = 1 << 20
+
+
+class Plain(ublk.BlockDevice):
+    def __init__(self):
+        super().__init__(size=SIZE)
+        self.go = threading.Event()
+
+    def read(self, offset, buf):
+        self.wait_for_the_far_end()
+
+    def wait_for_the_far_end(self):
+        self.go.wait(20)
+
+
+class Batch(Plain):
+    read = ublk.BlockDevice.read
+
+    def handle(self, requests):
+        self.wait_for_the_far_end()
+        for request in requests:
+            request.complete()
+
+
+class Tasks(Plain):
+    async def read(self, offset, buf):
+        while not self.go.is_set():
+            await self.wait_for_the_far_end()
+
+    async def wait_for_the_far_end(self):
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("disk", "options"),
+    [(Plain, {}), (Plain, {"workers": 2}), (Batch, {}), (Tasks, {})],
+    ids=["plain", "workers", "batch", "tasks"],
+)
+def test_a_handler_that_hangs_is_reported_once(driver, caplog, disk, options):
+    disk = disk()
+    with disk.start(hang_after=0.1, _driver=driver, **options) as device:
+        client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
+        client.start()
+        deadline = time.monotonic() + 10
+        while "0.1 s" not in caplog.text and "0.2 s" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        disk.go.set()
+        client.join(10)
+    assert len(caplog.records) == 1, caplog.text
+    assert "wait_for_the_far_end" in caplog.text
+    assert "/nonexistent/ublkb0" in caplog.text
+
+
+def test_a_handler_that_is_only_busy_is_not_reported(driver, caplog):
+    class Busy(ublk.BlockDevice):
+        def read(self, offset, buf):
+            time.sleep(0.02)
+
+    with Busy(size=SIZE).start(hang_after=0.2, _driver=driver) as device:
+        for _ in range(25):
+            driver.read(device.id, 0, 512)
+    assert caplog.text == ""
+
+
+def test_who_does_not_want_reports_gets_none(driver, caplog):
+    disk = Plain()
+    with disk.start(hang_after=None, _driver=driver) as device:
+        client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
+        client.start()
+        time.sleep(0.3)
+        disk.go.set()
+        client.join(10)
+    assert caplog.text == ""
+
+
+def test_a_wait_of_no_time_is_a_value_error():
+    with pytest.raises(ValueError, match="hang_after"):
+        Plain().start(hang_after=0)
