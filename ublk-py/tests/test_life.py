@@ -4,6 +4,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -265,3 +266,33 @@ def test_statistics_count_requests_and_how_often_python_was_entered(driver):
 def test_an_unknown_way_of_recovery_is_a_value_error(driver):
     with pytest.raises(ValueError, match="fail-io"):
         Disk(size=1 << 20).start(recoverable="always", _driver=driver)
+
+
+def test_the_switch_interval_is_short_while_devices_run_and_given_back(driver):
+    before = sys.getswitchinterval()
+    with Disk(size=1 << 20).start(_driver=driver):
+        with Disk(size=1 << 20).start(_driver=driver):
+            assert sys.getswitchinterval() == pytest.approx(0.0005)
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
+    assert sys.getswitchinterval() == pytest.approx(before)
+
+
+def test_a_switch_interval_of_the_programs_own_is_left_alone(driver):
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.0001)
+        with Disk(size=1 << 20).start(_driver=driver):
+            assert sys.getswitchinterval() == pytest.approx(0.0001)
+        assert sys.getswitchinterval() == pytest.approx(0.0001)
+        sys.setswitchinterval(before)
+        with Disk(size=1 << 20).start(_driver=driver):
+            sys.setswitchinterval(0.002)
+        assert sys.getswitchinterval() == pytest.approx(0.002)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_native_disk_leaves_the_switch_interval_alone(driver):
+    before = sys.getswitchinterval()
+    with ublk.Mem(1 << 20).start(_driver=driver):
+        assert sys.getswitchinterval() == before

@@ -207,6 +207,9 @@ class BlockDevice:
         loops of coroutine methods (``uvloop.new_event_loop``, say). With ``pull`` the program takes requests
         by itself; `start` returns before the node is there then, because the kernel reads the disk first.
 
+        While devices run, threads of the program that compute give the interpreter to others every 0.5 ms
+        (`sys.setswitchinterval`; by default 5 ms, which is what each request would take then).
+
         While devices run, ``SIGTERM`` and ``SIGHUP`` raise `SystemExit` in the main thread, unless the
         program has handlers of its own, so that a killed program removes its devices.
         """

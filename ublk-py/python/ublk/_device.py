@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from ublk import _signals, _ublk, _watchdog
+from ublk import _interval, _signals, _ublk, _watchdog
 from ublk._errors import UblkError
 from ublk._numbers import number
 from ublk._requests import Requests
@@ -192,8 +192,7 @@ class Device:
             # Whoever waits for the disk goes on waiting.
             for native in made:
                 native.leave()
-            with _running_lock:
-                _running.discard(self)
+            self._forget()
             raise
         finally:
             self._start_over.set()
@@ -207,6 +206,8 @@ class Device:
     def _register(self) -> None:
         with _running_lock:
             _running.add(self)
+        if self._serving.needs_python:
+            _interval.shorten(self)
         if self._hang_after is not None:
             _watchdog.watch(self._native, self.path, self._hang_after, self._serving.tasks)
         _signals.device_started()
@@ -215,8 +216,17 @@ class Device:
         """Leave nothing of a start that failed, or was interrupted between any two of its lines."""
         for native in made:
             native.stop()
+        self._forget()
+
+    def _forget(self) -> bool:
+        """Take the device for one that does not run; tell whether it was one that does."""
         with _running_lock:
+            known = self in _running
             _running.discard(self)
+        _interval.restore(self)
+        if hasattr(self, "_native"):
+            _watchdog.forget(self._native)
+        return known
 
     def _go_live_later(self) -> None:
         """Go live while somebody takes the requests."""
@@ -416,13 +426,9 @@ class Device:
         finally:
             # After a time-out it still runs, and may be stopped again.
             if self._native.stopped:
-                with _running_lock:
-                    known = self in _running
-                    _running.discard(self)
-                self._serving.release()
-                _watchdog.forget(self._native)
-                if known:
+                if self._forget():
                     _signals.device_stopped()
+                self._serving.release()
 
     def __enter__(self) -> Self:
         return self

@@ -33,6 +33,7 @@ class Serving:
     """Requests come to methods, or to ``handle``, on the threads of their queues."""
 
     style = "methods"
+    needs_python = True
 
     def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report) -> None:
         self.operations = sorted(operations)
@@ -70,6 +71,7 @@ class NativeServing(Serving):
     """The engine serves requests by itself."""
 
     style = "native"
+    needs_python = False
 
     def __init__(self, target: _ublk.NativeTarget, operations: Iterable[str], report: Report) -> None:
         super().__init__({}, operations, report)
