@@ -109,7 +109,13 @@ def test_an_example_program_serves_until_ctrl_c(example: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("example", "more"), [("thread_pool.py:Slow", ["--workers", "32"]), ("batches.py:Batches", [])]
+    ("example", "more"),
+    [
+        ("thread_pool.py:Slow", ["--workers", "32"]),
+        ("batches.py:Batches", []),
+        ("compressed.py:Compressed", []),
+        ("numpy_disk.py:Flipped", ["-q", "2"]),
+    ],
 )
 def test_an_example_class_keeps_data(example: str, more: list[str], python) -> None:
     with Child([*python.argv, "run", str(EXAMPLES / example), "--size", "16M", *more]) as server:

@@ -2,8 +2,8 @@
 
 """A disk whose file is encrypted, block by block, by AES-XTS (with the package ``cryptography``).
 
-Run it with ``ublk run encrypted.py:Encrypted -a path=disk.img -a key_file=key``, where ``head -c 64 /dev/urandom > key`` has
-made the key.
+Run it with ``ublk run encrypted.py:Encrypted -a path=disk.img -a key_file=key``; make the key by
+``head -c 64 /dev/urandom > key``.
 """
 
 import os
