@@ -150,8 +150,20 @@ def test_a_watcher_that_nobody_reads_ends(native: Face) -> None:
     native.run("del", "-n", str(device_id(path)))
 
 
-def test_a_server_of_another_kind_is_named() -> None:
+def test_a_python_server_is_asked_as_well(native: Face) -> None:
+    with Server("Ram", count=2) as server:
+        for path in server.paths:
+            with Disk(path, direct=True) as disk:
+                disk.write(0, bytes(4096))
+            write = stat(native, path)["total"]["write"]
+            assert (write["requests"], write["bytes"], write["errors"]) == (1, 4096, 0)
+        assert Path(f"/run/ublk/server-{server.pid}.sock").exists()
+    assert not Path(f"/run/ublk/server-{server.pid}.sock").exists()
+
+
+def test_a_server_that_answers_nobody_is_named() -> None:
     with Server("Ram") as server:
+        Path(f"/run/ublk/server-{server.pid}.sock").unlink()
         refused = NATIVE.run("stat", "-n", str(server.id), check=False)
         assert refused.status == 1, str(refused)
         assert f"no server answers for device {server.id}: process {server.pid} serves it" in refused.err, str(refused)

@@ -64,7 +64,7 @@ pub use pull::pull;
 pub use request::{
     Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, Request, RequestOf, Requests,
 };
-pub use stats::{DeviceStats, Latency, OpStats};
+pub use stats::{DeviceStats, Latency, OpStats, StatsHandle};
 pub use target::{QueueHandler, QueueInfo, Target};
 pub use uapi::{DeviceState, Features};
 pub use units::{DeviceId, QueueId, Sectors, Tag};

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hdrhistogram::Histogram;
 
 use crate::request::Op;
+use crate::units::DeviceId;
 
 /// Digits of a latency that are kept: it is exact to a sixteenth, and an operation's histogram takes 4 KiB.
 const DIGITS: u8 = 1;
@@ -104,6 +105,25 @@ impl DeviceCounters {
         }
         let summary = |all: &BTreeMap<Op, Counters>| all.iter().map(|(op, c)| (*op, c.summary())).collect();
         DeviceStats { total: summary(&total), queues: queues.iter().map(|(q, all)| (*q, summary(all))).collect() }
+    }
+}
+
+/// A way to read a device's statistics that can outlive the device.
+#[derive(Clone, Debug)]
+pub struct StatsHandle {
+    pub(crate) id: DeviceId,
+    pub(crate) counters: DeviceCounters,
+}
+
+impl StatsHandle {
+    /// The device.
+    pub fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    /// What the device has done so far.
+    pub fn read(&self) -> DeviceStats {
+        self.counters.snapshot()
     }
 }
 

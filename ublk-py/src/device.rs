@@ -14,6 +14,7 @@ use ublk_core::{Features, Op, Recovery, Target};
 use crate::error::to_python;
 use crate::methods::op_name;
 use crate::pull::PyPullQueue;
+use crate::stats;
 use crate::watch::Watch;
 
 /// A device of this process.
@@ -27,6 +28,8 @@ pub(crate) struct NativeDevice {
     /// Where its requests are taken from, if its style is to pull them.
     pull_queues: Vec<Py<PyPullQueue>>,
     watch: Watch,
+    /// The device is one of the system.
+    on_kernel: bool,
 }
 
 impl NativeDevice {
@@ -36,14 +39,21 @@ impl NativeDevice {
         target: Option<Arc<dyn Target>>,
         queues: Vec<PullQueue>,
         watch: Watch,
+        on_kernel: bool,
     ) -> PyResult<Self> {
         let queues = queues.into_iter().map(|queue| Py::new(py, PyPullQueue::new(queue, watch.clone())));
         let pull_queues = queues.collect::<PyResult<_>>()?;
-        Ok(NativeDevice { device: Some(device), target: Mutex::new(target), pull_queues, watch })
+        Ok(NativeDevice { device: Some(device), target: Mutex::new(target), pull_queues, watch, on_kernel })
     }
 
     fn device(&self) -> &ublk_core::Device {
         self.device.as_ref().expect("a live object has its device")
+    }
+
+    fn withdraw(&self) {
+        if self.on_kernel {
+            stats::withdraw(self.device().id());
+        }
     }
 
     fn take_target(&self) -> Option<Arc<dyn Target>> {
@@ -118,7 +128,15 @@ impl NativeDevice {
     /// Serves the device, and returns when its node can be used.
     fn go_live(&self, py: Python<'_>) -> PyResult<()> {
         let Some(target) = self.take_target() else { return Ok(()) };
-        py.detach(|| self.device().go_live(target)).map_err(|e| to_python(py, &e))
+        py.detach(|| {
+            let device = self.device();
+            device.go_live(target)?;
+            if self.on_kernel {
+                stats::publish(device);
+            }
+            Ok(())
+        })
+        .map_err(|e| to_python(py, &e))
     }
 
     /// Stops and deletes the device; leaves one that somebody has asked to wait for another server.
@@ -127,16 +145,19 @@ impl NativeDevice {
             drop(self.take_target());
             let device = self.device();
             if device.is_ending() && device.recovery().is_some() {
-                return device.conclude().map(drop);
+                device.conclude()?;
+            } else {
+                device.stop()?;
             }
-            device.stop()
+            self.withdraw();
+            Ok(())
         })
         .map_err(|e| to_python(py, &e))
     }
 
     /// Finishes the requests in flight and leaves the device to another server.
     fn leave(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.device().leave()).map_err(|e| to_python(py, &e))
+        py.detach(|| self.device().leave().inspect(|()| self.withdraw())).map_err(|e| to_python(py, &e))
     }
 
     /// Changes the disk's capacity.

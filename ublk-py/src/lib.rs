@@ -15,6 +15,7 @@ mod methods;
 mod pull;
 mod request;
 mod start;
+mod stats;
 mod system;
 mod targets;
 mod threads;

@@ -19,6 +19,7 @@ use crate::fake::FakeDriver;
 use crate::handler::{PythonTarget, Style};
 use crate::logging;
 use crate::methods::operations;
+use crate::stats;
 use crate::targets::NativeTarget;
 use crate::threads::PythonSpawn;
 use crate::watch::Watch;
@@ -159,7 +160,7 @@ pub(crate) fn add(
     let device = py
         .detach(|| server(fake, spawn, options.queues)?.add(&target, &device_options))
         .map_err(|e| to_python(py, &e))?;
-    made.append(NativeDevice::new(py, device, Some(target), queues, watch)?)
+    made.append(NativeDevice::new(py, device, Some(target), queues, watch, driver.is_none())?)
 }
 
 /// Serves a device whose last server is gone, and appends it to `made`.
@@ -185,6 +186,14 @@ pub(crate) fn recover(
         })
         .map_err(|e| to_python(py, &e))?;
     let (target, queues) = description.target(handlers, info.queues.into(), &watch)?;
-    let device = py.detach(|| server.recover(info.id, target)).map_err(|e| to_python(py, &e))?;
-    made.append(NativeDevice::new(py, device, None, queues, watch)?)
+    let device = py
+        .detach(|| {
+            let device = server.recover(info.id, target)?;
+            if driver.is_none() {
+                stats::publish(&device);
+            }
+            Ok(device)
+        })
+        .map_err(|e| to_python(py, &e))?;
+    made.append(NativeDevice::new(py, device, None, queues, watch, driver.is_none())?)
 }

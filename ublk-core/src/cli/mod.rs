@@ -22,6 +22,7 @@ mod size;
 mod stat;
 mod state;
 mod station;
+mod stats_service;
 mod upgrade;
 
 use std::ffi::OsString;
@@ -31,6 +32,7 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub use self::stats_service::StatsService;
 use crate::control::Control;
 use crate::driver::kernel::KernelDriver;
 use crate::error::{Error, Result};

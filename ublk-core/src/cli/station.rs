@@ -131,7 +131,7 @@ impl Station {
         });
     }
 
-    fn answer_from(&mut self, report: &dyn Fn(DeviceId) -> Option<Report>) {
+    pub(super) fn answer_from(&mut self, report: &dyn Fn(DeviceId) -> Option<Report>) {
         self.accept();
         let now = Instant::now();
         let mut clients = std::mem::take(&mut self.clients);

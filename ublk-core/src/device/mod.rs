@@ -31,7 +31,7 @@ use crate::error::{Error, Result, errno_of};
 use crate::params::{Operations, Params};
 use crate::placement::Cpus;
 use crate::plan::{Demands, Plan};
-use crate::stats::{DeviceCounters, DeviceStats};
+use crate::stats::{DeviceCounters, DeviceStats, StatsHandle};
 use crate::target::{QueueInfo, Target};
 use crate::uapi::Features;
 use crate::units::{DeviceId, QueueId};
@@ -252,6 +252,11 @@ impl Device {
     /// What it has done since this server took it over.
     pub fn stats(&self) -> DeviceStats {
         self.counters.snapshot()
+    }
+
+    /// A way to read the statistics elsewhere.
+    pub fn stats_handle(&self) -> StatsHandle {
+        StatsHandle { id: self.id(), counters: self.counters.clone() }
     }
 
     /// Whether tags go to and from the driver in batches.

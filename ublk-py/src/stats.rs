@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `ublk stat` for the devices of this process.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use ublk_core::cli::StatsService;
+use ublk_core::{Device, DeviceId};
+
+/// The process that made the service, and the service.
+static SERVICE: Mutex<Option<(u32, StatsService)>> = Mutex::new(None);
+
+fn lock() -> MutexGuard<'static, Option<(u32, StatsService)>> {
+    let mut service = SERVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    if service.as_ref().is_some_and(|(owner, _)| *owner != std::process::id()) {
+        // A forked child's copy: the socket and the thread are the parent's.
+        std::mem::forget(service.take());
+    }
+    service
+}
+
+/// Answers for a device. Not to be called attached.
+pub(crate) fn publish(device: &Device) {
+    let mut service = lock();
+    if service.is_none() {
+        match StatsService::start() {
+            Ok(made) => *service = Some((std::process::id(), made)),
+            Err(error) => return log::debug!("`ublk stat` will not work: {error}"),
+        }
+    }
+    if let Some((_, service)) = service.as_ref() {
+        service.add(device.stats_handle());
+    }
+}
+
+/// Answers for a device no more, and ends the service with the last one. Not to be called attached.
+pub(crate) fn withdraw(id: DeviceId) {
+    let mut service = lock();
+    if service.as_ref().is_some_and(|(_, service)| service.remove(id)) {
+        *service = None;
+    }
+}
