@@ -19,8 +19,54 @@ pub(crate) struct Methods {
     flush: Option<Py<PyAny>>,
     discard: Option<Py<PyAny>>,
     write_zeroes: Option<Py<PyAny>>,
+    /// Of a zoned disk.
+    #[pyo3(item("zones"), default)]
+    zones: Option<Zones>,
     /// Called with `(operation, exception)` for an exception that is no errno.
     report: Py<PyAny>,
+}
+
+/// The bound methods of a zoned disk.
+#[derive(Debug, FromPyObject)]
+#[pyo3(from_item_all)]
+struct Zones {
+    zone_append: Option<Py<PyAny>>,
+    zone_open: Option<Py<PyAny>>,
+    zone_close: Option<Py<PyAny>>,
+    zone_finish: Option<Py<PyAny>>,
+    zone_reset: Option<Py<PyAny>>,
+    zone_reset_all: Option<Py<PyAny>>,
+    /// Called with `(offset, buffer)`, for an array of `struct blk_zone`.
+    report_zones: Option<Py<PyAny>>,
+}
+
+impl Zones {
+    fn clone_ref(&self, py: Python<'_>) -> Self {
+        let clone = |method: &Option<Py<PyAny>>| method.as_ref().map(|m| m.clone_ref(py));
+        Zones {
+            zone_append: clone(&self.zone_append),
+            zone_open: clone(&self.zone_open),
+            zone_close: clone(&self.zone_close),
+            zone_finish: clone(&self.zone_finish),
+            zone_reset: clone(&self.zone_reset),
+            zone_reset_all: clone(&self.zone_reset_all),
+            report_zones: clone(&self.report_zones),
+        }
+    }
+
+    /// The method for an operation.
+    fn of(&self, op: Op) -> Option<&Py<PyAny>> {
+        match op {
+            Op::ZoneAppend => self.zone_append.as_ref(),
+            Op::ZoneOpen => self.zone_open.as_ref(),
+            Op::ZoneClose => self.zone_close.as_ref(),
+            Op::ZoneFinish => self.zone_finish.as_ref(),
+            Op::ZoneReset => self.zone_reset.as_ref(),
+            Op::ZoneResetAll => self.zone_reset_all.as_ref(),
+            Op::ReportZones => self.report_zones.as_ref(),
+            _ => None,
+        }
+    }
 }
 
 impl Methods {
@@ -32,6 +78,7 @@ impl Methods {
             flush: clone(&self.flush),
             discard: clone(&self.discard),
             write_zeroes: clone(&self.write_zeroes),
+            zones: self.zones.as_ref().map(|zones| zones.clone_ref(py)),
             report: self.report.clone_ref(py),
         }
     }
@@ -46,9 +93,28 @@ impl Methods {
             Op::Flush => call(&self.flush, |method| method.bind(py).call0()),
             Op::Discard => call(&self.discard, |method| method.bind(py).call1((offset, len))),
             Op::WriteZeroes => call(&self.write_zeroes, |method| method.bind(py).call1((offset, len))),
-            // The disk has no zones.
-            _ => Ok(None),
+            _ => {
+                let method = self.zones.as_ref().and_then(|zones| zones.of(op));
+                match op {
+                    Op::ZoneAppend | Op::ReportZones => with_data(py, method, slot, &mut request),
+                    Op::ZoneResetAll => method.map(|method| method.bind(py).call0()).transpose(),
+                    _ => method.map(|method| method.bind(py).call1((offset,))).transpose(),
+                }
+            }
         };
+        if op == Op::ZoneAppend
+            && let Ok(Some(value)) = &returned
+        {
+            let landed = value.extract::<u64>();
+            match landed {
+                Ok(landed) => request.complete_append(landed),
+                Err(_) => {
+                    let text = "zone_append must return where on the disk the data is";
+                    request.fail(self.errno_of(py, op_name(op), &PyTypeError::new_err(text)));
+                }
+            }
+            return;
+        }
         let outcome = returned.and_then(|returned| match returned {
             Some(value) => check_return(&value, op.has_data().then_some(len)).map(Ok),
             None => Ok(Err(Errno::EOPNOTSUPP)),
@@ -135,7 +201,13 @@ pub(crate) fn op_name(op: Op) -> &'static str {
         Op::Flush => "flush",
         Op::Discard => "discard",
         Op::WriteZeroes => "write_zeroes",
-        _ => "a zone operation",
+        Op::ZoneAppend => "zone_append",
+        Op::ZoneOpen => "zone_open",
+        Op::ZoneClose => "zone_close",
+        Op::ZoneFinish => "zone_finish",
+        Op::ZoneReset => "zone_reset",
+        Op::ZoneResetAll => "zone_reset_all",
+        Op::ReportZones => "report_zones",
     }
 }
 

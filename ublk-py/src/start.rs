@@ -10,7 +10,7 @@ use pyo3::types::PyList;
 use ublk_core::driver::fake;
 use ublk_core::driver::kernel::KernelDriver;
 use ublk_core::pull::{PullQueue, pull_with};
-use ublk_core::{Access, DeviceId, DeviceOptions, Params, Recovery, Server, Target};
+use ublk_core::{Access, DeviceId, DeviceOptions, Params, Recovery, Server, Target, ZonedLimits};
 
 use crate::device::NativeDevice;
 use crate::error::to_python;
@@ -56,6 +56,10 @@ pub(crate) struct Description {
     rotational: bool,
     read_only: bool,
     discard_granularity: u32,
+    zone_size: u32,
+    max_open_zones: u32,
+    max_active_zones: u32,
+    max_append_bytes: u32,
     /// Names of methods: what it can do beside being read.
     operations: Vec<String>,
     /// `methods`, `mapped`, `batch`, `pull` or `native`.
@@ -72,6 +76,14 @@ impl Description {
         params.read_only = self.read_only;
         params.discard.granularity = self.discard_granularity;
         params.operations = operations(&self.operations);
+        if self.zone_size != 0 {
+            params.chunk_size = self.zone_size;
+            params.zoned = Some(ZonedLimits {
+                max_open: self.max_open_zones,
+                max_active: self.max_active_zones,
+                max_append_bytes: self.max_append_bytes,
+            });
+        }
         params
     }
 

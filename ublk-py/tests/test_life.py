@@ -296,3 +296,29 @@ def test_a_native_disk_leaves_the_switch_interval_alone(driver):
     before = sys.getswitchinterval()
     with ublk.Mem(1 << 20).start(_driver=driver):
         assert sys.getswitchinterval() == before
+
+
+def test_a_zoned_disk_says_so_in_full(driver):
+    class Zoned(Disk):
+        def report_zones(self, offset, count):
+            return []
+
+        def zone_reset(self, offset): ...
+
+    with Zoned(size=1 << 20, zone_size=1 << 18).start(_driver=driver) as device:
+        assert device.data == "user-copy"
+    with pytest.raises(TypeError, match="no zone_size"):
+        Zoned(size=1 << 20).start(_driver=driver)
+    with pytest.raises(TypeError, match="report_zones"):
+        Disk(size=1 << 20, zone_size=1 << 18).start(_driver=driver)
+    with pytest.raises(ValueError, match="power of two"):
+        Zoned(size=1 << 20, zone_size=1 << 18 | 512).start(_driver=driver)
+
+
+def test_zones_are_packed_as_the_kernel_wants_them():
+    zone = ublk.Zone(1 << 20, 1 << 20, (1 << 20) + 4096, ublk.ZoneCondition.CLOSED, capacity=1 << 19)
+    packed = zone._pack()
+    assert len(packed) == 64
+    words = [int.from_bytes(packed[at : at + 8], sys.byteorder) for at in (0, 8, 16, 32)]
+    assert words == [2048, 2048, 2056, 1024]
+    assert packed[24:28] == bytes([2, 4, 0, 0])

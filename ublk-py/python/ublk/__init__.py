@@ -19,6 +19,7 @@ from ublk._native import File, Mem, Null, Zoned
 from ublk._requests import Op, Requests
 from ublk._system import DeviceInfo, SystemDevice, devices, features, open
 from ublk._ublk import Extent, Request, Zeros, __version__
+from ublk._zones import Zone, ZoneCondition
 
 __all__ = [
     "BlockDevice",
@@ -36,6 +37,8 @@ __all__ = [
     "SystemDevice",
     "UblkError",
     "Zeros",
+    "Zone",
+    "ZoneCondition",
     "Zoned",
     "__version__",
     "devices",

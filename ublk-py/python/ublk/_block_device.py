@@ -13,14 +13,16 @@ from ublk._numbers import number
 from ublk._requests import Op
 from ublk._threads import threads as _threads
 from ublk._ublk import Extents
+from ublk._zones import ZoneCondition
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from ublk._device import Device
     from ublk._serving import Report, Serving
     from ublk._ublk import Extent, FakeDriver, Request, Zeros
+    from ublk._zones import Zone
 
 # How long requests that are under way may take to end.
 _DRAIN_SECONDS = 60.0
@@ -71,6 +73,13 @@ class BlockDevice:
         Report the disk as one with moving parts.
     read_only:
         Refuse writes even though `write` is there.
+    zone_size:
+        Make the disk a zoned one, with zones of so many bytes, a power of two: with the methods `report_zones`,
+        `zone_reset` and others. Linux 6.6.
+    max_open_zones, max_active_zones:
+        Their limits; 0 for none.
+    max_append_bytes:
+        Longest `zone_append`; ``max_io_bytes`` by default.
 
     """
 
@@ -88,6 +97,10 @@ class BlockDevice:
         discard_granularity: int | None = None,
         rotational: bool = False,
         read_only: bool = False,
+        zone_size: int = 0,
+        max_open_zones: int = 0,
+        max_active_zones: int = 0,
+        max_append_bytes: int | None = None,
     ) -> None:
         self.size = size
         self.block_size = block_size
@@ -96,6 +109,10 @@ class BlockDevice:
         self.discard_granularity = block_size if discard_granularity is None else discard_granularity
         self.rotational = rotational
         self.read_only = read_only
+        self.zone_size = zone_size
+        self.max_open_zones = max_open_zones
+        self.max_active_zones = max_active_zones
+        self.max_append_bytes = max_io_bytes if max_append_bytes is None else max_append_bytes
 
     def read(self, offset: int, buf: memoryview) -> int | None:
         """Fill ``buf`` with the disk's bytes from ``offset`` on.
@@ -130,6 +147,41 @@ class BlockDevice:
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make a range read as zeros. Without this method the kernel writes pages of zeros."""
         raise NotImplementedError
+
+    def report_zones(self, offset: int, count: int) -> Iterable[Zone]:
+        """Give the zones of a zoned disk from the one at ``offset`` on, at most ``count`` of them, in order.
+
+        A zoned disk keeps the rules itself: that sequential zones are written at their write pointers (else ``EIO``),
+        and how many of them may be open.
+        """
+        raise NotImplementedError
+
+    def zone_append(self, offset: int, buf: memoryview) -> int:
+        """Store ``buf`` at the write pointer of the zone at ``offset``, and return the disk's offset where that is."""
+        raise NotImplementedError
+
+    def zone_open(self, offset: int) -> None:
+        """Open the zone at ``offset`` explicitly."""
+        raise NotImplementedError
+
+    def zone_close(self, offset: int) -> None:
+        """Close the zone at ``offset``."""
+        raise NotImplementedError
+
+    def zone_finish(self, offset: int) -> None:
+        """Make the zone at ``offset`` full."""
+        raise NotImplementedError
+
+    def zone_reset(self, offset: int) -> None:
+        """Make the zone at ``offset`` empty."""
+        raise NotImplementedError
+
+    def zone_reset_all(self) -> None:
+        """Make all sequential zones empty; by default one after the other, by `zone_reset`."""
+        for start in range(0, self.size, self.zone_size):
+            zone = next(iter(self.report_zones(start, 1)))
+            if zone.condition not in (ZoneCondition.CONVENTIONAL, ZoneCondition.EMPTY):
+                self.zone_reset(start)
 
     def handle(self, requests: Sequence[Request]) -> None:
         """Take all requests of a wake-up, and see to it that each of them ends, now or later, on any thread.
@@ -276,6 +328,10 @@ class BlockDevice:
             "discard_granularity": number("discard_granularity", self.discard_granularity, 32),
             "rotational": bool(self.rotational),
             "read_only": bool(self.read_only),
+            "zone_size": number("zone_size", self.zone_size, 32),
+            "max_open_zones": number("max_open_zones", self.max_open_zones, 32),
+            "max_active_zones": number("max_active_zones", self.max_active_zones, 32),
+            "max_append_bytes": number("max_append_bytes", self.max_append_bytes, 32),
         }
 
     def _overridden(self, name: str) -> Callable[..., Any] | None:

@@ -64,6 +64,10 @@ class NativeDisk:
             "discard_granularity": 0,
             "rotational": False,
             "read_only": self.read_only,
+            "zone_size": 0,
+            "max_open_zones": 0,
+            "max_active_zones": 0,
+            "max_append_bytes": 0,
         }
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from ublk import _ublk
 from ublk._event_loop import LoopServer
 from ublk._requests import Op, Requests
 from ublk._threads import spawn, threads
+from ublk._zones import reporter
 
 if TYPE_CHECKING:
     import asyncio
@@ -160,6 +161,27 @@ class PullServing(Serving):
         self.requests.abandon()
 
 
+# Methods of zoned disks.
+_ZONES = ("zone_append", "zone_open", "zone_close", "zone_finish", "zone_reset")
+
+
+def _zone_methods(target: BlockDevice) -> Handlers:
+    """Find the methods of a zoned disk; none of another."""
+    name = type(target).__name__
+    found: Handlers = {method: target._overridden(method) for method in _ZONES}
+    report = target._overridden("report_zones")
+    if not target.zone_size:
+        written = [method for method, function in {**found, "report_zones": report}.items() if function is not None]
+        if written:
+            raise TypeError(f"{name} has {written[0]}(), but no zone_size")
+        return {}
+    if report is None or found["zone_reset"] is None:
+        raise TypeError(f"{name} has a zone_size, and not the methods report_zones and zone_reset")
+    if any(map(inspect.iscoroutinefunction, (report, *found.values()))):
+        raise TypeError(f"{name}: the methods for zones are plain ones")
+    return {**found, "zone_reset_all": target.zone_reset_all, "report_zones": reporter(report)}
+
+
 def choose(
     target: BlockDevice,
     report: Report,
@@ -174,6 +196,8 @@ def choose(
     written = [op for op, method in methods.items() if method is not None]
     handle = target._overridden("handle")
     coroutines = [op for op in written if inspect.iscoroutinefunction(methods[op])]
+    if (pull or handle is not None) and target.zone_size:
+        raise ValueError(f"{name} is zoned: plain methods serve it")
     if pull:
         if written or handle is not None or target._overridden("map") is not None:
             raise TypeError(f"{name} has methods, which pull=True would never call")
@@ -190,6 +214,9 @@ def choose(
             raise ValueError("handle() runs on the threads of the queues: no workers, no event loop")
         return BatchServing({"handle": handle}, _declared(target), report)
     mapping = target._overridden("map")
+    zones = _zone_methods(target)
+    if zones and (coroutines or mapping is not None):
+        raise ValueError(f"{name} is zoned: plain methods serve it, and no map()")
     if mapping is not None:
         if workers is not None or loop_factory is not None or coroutines:
             raise ValueError(f"{name}.map is called on the threads of the queues: no workers, no event loop")
@@ -204,6 +231,8 @@ def choose(
         return LoopServing(methods, written, report, loop_factory)
     if loop_factory is not None:
         raise ValueError(f"{name} has no coroutine methods for an event loop")
+    if zones:
+        methods = {**methods, "zones": zones}
     if workers is None:
         return Serving(methods, written, report)
     return WorkerServing(methods, written, report, workers)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Zoned disks in Python."""
+
+import errno
+import signal
+from pathlib import Path
+
+import pytest
+from support import fio, sysfs
+from support.blockio import Disk, error_of
+from support.command import run
+from support.features import has
+from support.server import Child
+from test_zoned import ZONE, report
+
+pytestmark = pytest.mark.skipif(not has("ZONED"), reason="zones came with Linux 6.6")
+EXAMPLE = "/opt/ublk/examples/zoned.py:ZonedRam"
+
+
+@pytest.fixture(params=[[], ["--workers", "4"]], ids=["queues", "workers"])
+def path(request: pytest.FixtureRequest, python):
+    with Child([*python.argv, "run", EXAMPLE, "--size", "64M", "-q", "2", *request.param]) as server:
+        yield server.line()
+        server.signal(signal.SIGINT)
+        assert server.wait() in (0, 130), server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.short
+@pytest.mark.io_errors
+def test_zones_are_written_opened_closed_finished_and_reset(path: str) -> None:
+    assert sysfs.attribute(path, "queue/zoned") == "host-managed"
+    assert sysfs.number(path, "queue/nr_zones") == 16
+    with Disk(path, direct=True) as disk:
+        disk.write(ZONE, b"a" * 8192)
+        assert disk.read(ZONE, 8192) == b"a" * 8192
+        assert int(report(path)[1]["wptr"], 16) * 512 == 8192
+        assert error_of(lambda: disk.write(2 * ZONE + 4096, bytes(4096))) == errno.EIO
+    second = ["-o", str(2 * ZONE // 512), "-c", "1", path]
+    for command, condition in (("open", "oe"), ("close", "em"), ("finish", "fu"), ("reset", "em")):
+        run(["blkzone", command, *second])
+        assert report(path)[2]["name"] == condition
+    run(["blkzone", "reset", path])
+    assert {zone["name"] for zone in report(path)} == {"em"}
+
+
+def test_fio_writes_and_verifies_zones(path: str) -> None:
+    fio.verify(path, rw="write", zonemode="zbd", bs="64k", iodepth=8, size=f"{4 * ZONE}", max_open_zones=4)
+    fio.measure(path, rw="randwrite", zonemode="zbd", bs="16k", iodepth=8, size=f"{4 * ZONE}", max_open_zones=4)
+
+
+def test_appends_land_behind_each_other(path: str, tmp_path: Path) -> None:
+    # zonefs writes sequential files by zone append.
+    if run(["sh", "-c", "command -v mkzonefs && modprobe zonefs"], check=False).status != 0:
+        pytest.skip("there is no zonefs here")
+    run(["mkzonefs", "-f", path])
+    run(["mount", "-t", "zonefs", path, tmp_path])
+    try:
+        with Disk(str(tmp_path / "seq" / "0"), direct=True) as file:
+            file.write(0, b"z" * 65536)
+            assert file.read(0, 65536) == b"z" * 65536
+    finally:
+        run(["umount", tmp_path])
