@@ -2,6 +2,7 @@
 """Zoned disks in Python."""
 
 import errno
+import os
 import signal
 from pathlib import Path
 
@@ -49,15 +50,22 @@ def test_fio_writes_and_verifies_zones(path: str) -> None:
     fio.measure(path, rw="randwrite", zonemode="zbd", bs="16k", iodepth=8, size=f"{4 * ZONE}", max_open_zones=4)
 
 
-def test_appends_land_behind_each_other(path: str, tmp_path: Path) -> None:
-    # zonefs writes sequential files by zone append.
-    if run(["sh", "-c", "command -v mkzonefs && modprobe zonefs"], check=False).status != 0:
-        pytest.skip("there is no zonefs here")
-    run(["mkzonefs", "-f", path])
-    run(["mount", "-t", "zonefs", path, tmp_path])
-    try:
-        with Disk(str(tmp_path / "seq" / "0"), direct=True) as file:
-            file.write(0, b"z" * 65536)
-            assert file.read(0, 65536) == b"z" * 65536
-    finally:
-        run(["umount", tmp_path])
+@pytest.mark.time_limit(180)
+def test_a_file_system_that_appends_lives_on_them(python, tmp_path: Path) -> None:
+    with Child([*python.argv, "run", EXAMPLE, "--size", "512M", "-q", "2"]) as server:
+        path = server.line()
+        run(["mkfs.btrfs", "-q", "-O", "zoned", "-d", "single", "-m", "single", path], timeout=60)
+        run(["mount", path, tmp_path])
+        try:
+            content = os.urandom(3 << 20)
+            for n in range(4):
+                (tmp_path / f"file{n}").write_bytes(content)
+            run(["sync"])
+            run(["umount", tmp_path])
+            run(["mount", path, tmp_path])
+            assert all((tmp_path / f"file{n}").read_bytes() == content for n in range(4))
+        finally:
+            run(["umount", tmp_path])
+        server.signal(signal.SIGINT)
+        assert server.wait() in (0, 130), server.log
+        assert "Traceback" not in server.log
