@@ -59,11 +59,7 @@ def test_a_mounted_busy_disk_goes_from_program_to_program(native: Face, scratch:
         run(["mkfs.ext4", "-q", path])
         run(["mount", path, tmp_path])
         try:
-            count, rate = 4096, 4096 // (10 + ROUNDS * 8)
-            argv = ["fio", "--name=job", f"--directory={tmp_path}", "--ioengine=io_uring", "--direct=1", "--iodepth=8"]
-            argv += ["--rw=randwrite", "--bs=4k", f"--size={count * 4}k", f"--rate_iops={rate}"]
-            argv += ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"]
-            with fio.Running(path, argv) as load:
+            with fio.Steady(path, tmp_path, blocks=4096, seconds=10 + ROUNDS * 8) as load:
                 for turn in range(ROUNDS):
                     load.wait_until_busy(sysfs.requests(path) + 20)
                     if turn % 2:

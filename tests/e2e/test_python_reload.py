@@ -55,11 +55,7 @@ def test_a_mounted_busy_disk_gets_new_code_without_a_failure(style: str, python,
         run(["mkfs.ext4", "-q", path])
         run(["mount", path, mount])
         try:
-            blocks, rate = 2048, 2048 // (10 + ROUNDS * 5)
-            argv = ["fio", "--name=job", f"--directory={mount}", "--ioengine=io_uring", "--direct=1", "--iodepth=8"]
-            argv += ["--rw=randwrite", "--bs=4k", f"--size={blocks * 4}k", f"--rate_iops={rate}"]
-            argv += ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"]
-            with fio.Running(path, argv) as load:
+            with fio.Steady(path, mount, blocks=2048, seconds=10 + ROUNDS * 5) as load:
                 for turn in range(ROUNDS):
                     load.wait_until_busy(sysfs.requests(path) + 20)
                     file.write_text(source + f"# {turn}\n")

@@ -2,7 +2,6 @@
 """Zoned disks in Python."""
 
 import errno
-import os
 import signal
 from pathlib import Path
 
@@ -12,9 +11,10 @@ from support.blockio import Disk, error_of
 from support.command import run
 from support.features import has
 from support.server import Child
-from test_zoned import ZONE, report
+from support.zones import keep_files, report
 
 pytestmark = pytest.mark.skipif(not has("ZONED"), reason="zones came with Linux 6.6")
+ZONE = 4 << 20
 EXAMPLE = "/opt/ublk/examples/zoned.py:ZonedRam"
 
 
@@ -54,18 +54,7 @@ def test_fio_writes_and_verifies_zones(path: str) -> None:
 def test_a_file_system_that_appends_lives_on_them(python, tmp_path: Path) -> None:
     with Child([*python.argv, "run", EXAMPLE, "--size", "512M", "-q", "2"]) as server:
         path = server.line()
-        run(["mkfs.btrfs", "-q", "-O", "zoned", "-d", "single", "-m", "single", path], timeout=60)
-        run(["mount", path, tmp_path])
-        try:
-            content = os.urandom(3 << 20)
-            for n in range(4):
-                (tmp_path / f"file{n}").write_bytes(content)
-            run(["sync"])
-            run(["umount", tmp_path])
-            run(["mount", path, tmp_path])
-            assert all((tmp_path / f"file{n}").read_bytes() == content for n in range(4))
-        finally:
-            run(["umount", tmp_path])
+        keep_files(path, tmp_path)
         server.signal(signal.SIGINT)
         assert server.wait() in (0, 130), server.log
         assert "Traceback" not in server.log

@@ -76,11 +76,7 @@ def test_a_new_server_takes_a_mounted_busy_disk_over_without_a_failure(native, s
     try:
         servers = {native.info(path)["pid"]}
         # It writes for as long as servers change, and then reads everything back.
-        count, rate = 6144, 6144 // (10 + ROUNDS * 5)
-        argv = ["fio", "--name=job", f"--directory={tmp_path}", "--ioengine=io_uring", "--direct=1", "--iodepth=8"]
-        argv += ["--rw=randwrite", "--bs=4k", f"--size={count * 4}k", f"--rate_iops={rate}"]
-        argv += ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"]
-        with fio.Running(path, argv) as load:
+        with fio.Steady(path, tmp_path, blocks=6144, seconds=10 + ROUNDS * 5) as load:
             for _ in range(ROUNDS):
                 load.wait_until_busy(sysfs.requests(path) + 50)
                 assert native.run("upgrade", "-n", str(device_id(path))).out == f"{path}\n"

@@ -3,7 +3,6 @@
 
 import errno
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from support.blockio import Disk, error_of
 from support.command import run
 from support.face import Face, device_id
 from support.features import has
+from support.zones import keep_files, report
 
 ZONE = 4 << 20
 
@@ -20,12 +20,6 @@ pytestmark = pytest.mark.skipif(not has("ZONED"), reason="zones came with Linux 
 
 def add(native: Face, *words: str | os.PathLike, zones: int = 16) -> str:
     return native.add("-t", "zoned", "--size", str(zones * ZONE), "--zone-size", "4M", *words)
-
-
-def report(path: str) -> list[dict[str, str]]:
-    lines = run(["blkzone", "report", path]).out.splitlines()
-    pattern = r"start: 0x\w+, .*wptr 0x(?P<wptr>\w+).*zcond: ?\d+\((?P<name>\w+)\) \[type: (?P<type>\d+)"
-    return [match.groupdict() for line in lines if (match := re.search(pattern, line))]
 
 
 @pytest.mark.short
@@ -128,18 +122,7 @@ def test_zones_in_a_directory_outlive_their_server(native: Face, scratch: Path) 
 @pytest.mark.time_limit(180)
 def test_a_file_system_lives_on_zones(native: Face, tmp_path: Path) -> None:
     path = native.add("-t", "zoned", "--size", "1G", "--zone-size", "16M", "-q", "2")
-    run(["mkfs.btrfs", "-q", "-O", "zoned", "-d", "single", "-m", "single", path], timeout=60)
-    run(["mount", path, tmp_path])
-    try:
-        content = os.urandom(3 << 20)
-        for n in range(4):
-            (tmp_path / f"file{n}").write_bytes(content)
-        run(["sync"])
-        run(["umount", tmp_path])
-        run(["mount", path, tmp_path])
-        assert all((tmp_path / f"file{n}").read_bytes() == content for n in range(4))
-    finally:
-        run(["umount", tmp_path])
+    keep_files(path, tmp_path)
     native.run("del", "-n", str(device_id(path)))
 
 

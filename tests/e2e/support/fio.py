@@ -2,6 +2,7 @@
 """fio as a judge of data and as a source of load."""
 
 import json
+import os
 import subprocess
 from typing import Any
 
@@ -70,6 +71,16 @@ class Running:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(patience(20))
+
+
+class Steady(Running):
+    """fio on a file of a mounted file system: writes for about so many seconds, and then reads all of it back."""
+
+    def __init__(self, path: str, directory: os.PathLike, *, blocks: int, seconds: int) -> None:
+        argv = ["fio", "--name=job", f"--directory={directory}", "--ioengine=io_uring", "--direct=1", "--iodepth=8"]
+        argv += ["--rw=randwrite", "--bs=4k", f"--size={blocks * 4}k", f"--rate_iops={blocks // seconds}"]
+        argv += ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"]
+        super().__init__(path, argv)
 
 
 class Load(Running):

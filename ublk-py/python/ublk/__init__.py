@@ -13,10 +13,11 @@ disk has them), and start it::
 """
 
 from ublk._block_device import BlockDevice
-from ublk._device import Device, OpStats, Stats, recover, run
+from ublk._device import Device, recover, run
 from ublk._errors import UblkError
 from ublk._native import File, Mem, Null, Zoned
 from ublk._requests import Op, Requests
+from ublk._stats import OpStats, Stats
 from ublk._system import DeviceInfo, SystemDevice, devices, features, open
 from ublk._ublk import Extent, Request, Zeros, __version__
 from ublk._zones import Zone, ZoneCondition

@@ -12,7 +12,6 @@ import os
 import select
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from ublk import _interval, _signals, _ublk, _watchdog
@@ -20,6 +19,7 @@ from ublk._errors import UblkError
 from ublk._numbers import number
 from ublk._requests import Requests
 from ublk._serving import LoopServing, PullServing, Serving
+from ublk._stats import OpStats, Stats
 from ublk._system import DeviceInfo
 from ublk._threads import spawn, threads
 
@@ -38,39 +38,6 @@ _JOIN_SECONDS = 5.0
 HANG_SECONDS = 30.0
 _running: set[Device] = set()
 _running_lock = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class OpStats:
-    """What one operation has done on a device since this process serves it."""
-
-    requests: int
-    """How many have ended."""
-    bytes: int
-    """Bytes of those that succeeded."""
-    errors: int
-    """How many have failed."""
-    mean: float
-    """Seconds from the wake-up that brought a request to its end; so are those below, exact to a sixteenth."""
-    p50: float
-    p99: float
-    p99_9: float
-    max: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What a device has done since this process serves it."""
-
-    operations: dict[str, OpStats]
-    """By name, for each operation that has come."""
-    entries: int
-    """How often Python was entered for requests: once per wake-up, however many there were."""
-
-    @property
-    def requests(self) -> int:
-        """Requests of all kinds."""
-        return sum(operation.requests for operation in self.operations.values())
 
 
 class Device:
@@ -309,12 +276,7 @@ class Device:
 
     def stats(self) -> Stats:
         """Tell what the device has done since this process serves it."""
-        operations = {}
-        for counts in self._native.stats():
-            name = counts.pop("op")
-            times = {key: counts.pop(key) / 1e9 for key in ("mean", "p50", "p99", "p99_9", "max")}
-            operations[name] = OpStats(**counts, **times)
-        return Stats(operations, self._native.entries)
+        return Stats(OpStats._all(self._native.stats()), self._native.entries)
 
     def resize(self, size: int) -> None:
         """Change the disk's capacity while it is in use. Linux 6.16.
