@@ -9,7 +9,7 @@ use std::time::Duration;
 use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, files};
-use ublk_core::{FilePiece, Op, Request};
+use ublk_core::{Errno, FilePiece, Op, Request};
 
 use crate::error::os_error;
 use crate::methods::op_object;
@@ -40,8 +40,12 @@ impl PyExtent {
             Ok(fd) => fd,
             Err(_) => file.call_method0("fileno")?.extract()?,
         };
-        // SAFETY: the number is looked at while this call lasts; a bad one is an error.
-        let file = unsafe { BorrowedFd::borrow_raw(fd.max(0)) };
+        if fd < 0 {
+            return Err(os_error(Errno::EBADF));
+        }
+        // SAFETY: it is not -1. The number is Python's, and used while this call lasts: if nothing is open by it, the
+        // kernel says so.
+        let file = unsafe { BorrowedFd::borrow_raw(fd) };
         let file = files::shared(file).map_err(|errno| {
             let text = "an extent lies in an open file, regular or a block device";
             PyOSError::new_err((errno as i32, format!("{}: {text}", errno.desc())))

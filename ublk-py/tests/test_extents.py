@@ -267,8 +267,9 @@ def test_an_extent_is_in_a_file():
     reader, writer = os.pipe()
     with os.fdopen(reader), os.fdopen(writer, "w"), pytest.raises(OSError, match="regular"):
         ublk.Extent(reader, 0, 512)
-    with pytest.raises(OSError):
-        ublk.Extent(9999, 0, 512)
+    for number in (9999, -1):
+        with pytest.raises(OSError, match="Bad file"):
+            ublk.Extent(number, 0, 512)
     with pytest.raises(AttributeError):
         ublk.Extent("name", 0, 512)
 
