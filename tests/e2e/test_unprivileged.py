@@ -86,9 +86,8 @@ def test_a_users_disk_from_beginning_to_end(disk: str, native: Face) -> None:
     assert not os.path.exists(disk)
     # The server's own end comes a moment after its device's.
     kept = Path("/tmp/ublk-1000")
-    until(lambda: not list(kept.glob("*.sock")), "the end of the server")
-    # A log stays if there is something in it.
-    assert not {path.name: path.read_text() for path in kept.iterdir()}
+    # A log would stay if there were something in it.
+    until(lambda: not list(kept.iterdir()), "the end of the server, with nothing to tell")
 
 
 def test_a_file_of_the_users_is_a_disk(tmp_path: Path) -> None:

@@ -119,8 +119,11 @@ impl Drop for PullQueue {
         let mut state = self.0.state();
         state.unwanted = true;
         let left = std::mem::take(&mut state.requests);
+        // Whoever polls a copy of the descriptor is to look again.
+        let signalled = self.0.signal();
         // Each is failed by its own drop, which takes another lock.
         drop(state);
+        complain(signalled);
         drop(left);
     }
 }
@@ -188,24 +191,25 @@ impl Shared {
         }
     }
 
-    fn signal(&self) {
-        if let Err(errno) = self.event.write(1) {
-            log::error!("signalling requests: {errno}");
-        }
+    /// Under the lock. The answer is to be looked at without it: a logger may wait for whoever takes requests.
+    fn signal(&self) -> nix::Result<usize> {
         self.changed.notify_all();
+        self.event.write(1)
     }
 
     fn put(&self, requests: impl Iterator<Item = DetachedRequest>) {
+        // Bringing their data takes a while, and may have something to log.
+        let requests: Vec<_> = requests.collect();
         let mut state = self.state();
         if state.unwanted {
             drop(state);
-            return requests.for_each(|request| request.fail(crate::Errno::EIO));
+            return requests.into_iter().for_each(|request| request.fail(crate::Errno::EIO));
         }
         state.requests.extend(requests);
         // All may have been failed on the way.
-        if !state.requests.is_empty() {
-            self.signal();
-        }
+        let signalled = if state.requests.is_empty() { Ok(0) } else { self.signal() };
+        drop(state);
+        complain(signalled);
     }
 
     fn open(&self) {
@@ -217,9 +221,9 @@ impl Shared {
     fn close(&self) {
         let mut state = self.state();
         state.handlers -= 1;
-        if state.handlers == 0 {
-            self.signal();
-        }
+        let signalled = if state.handlers == 0 { self.signal() } else { Ok(0) };
+        drop(state);
+        complain(signalled);
     }
 
     /// Nobody will bring requests, if nobody did yet.
@@ -227,8 +231,16 @@ impl Shared {
         let mut state = self.state();
         if !state.opened {
             state.opened = true;
-            self.signal();
+            let signalled = self.signal();
+            drop(state);
+            complain(signalled);
         }
+    }
+}
+
+fn complain(signalled: nix::Result<usize>) {
+    if let Err(errno) = signalled {
+        log::error!("signalling requests: {errno}");
     }
 }
 

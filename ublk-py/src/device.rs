@@ -50,8 +50,9 @@ impl NativeDevice {
         self.device.as_ref().expect("a live object has its device")
     }
 
-    fn withdraw(&self) {
-        if self.on_kernel {
+    /// Whatever has ended it.
+    fn withdraw_if_over(&self) {
+        if self.on_kernel && self.device().is_stopped() {
             stats::withdraw(self.device().id());
         }
     }
@@ -133,6 +134,8 @@ impl NativeDevice {
             device.go_live(target)?;
             if self.on_kernel {
                 stats::publish(device);
+                // Another thread may have stopped it meanwhile.
+                self.withdraw_if_over();
             }
             Ok(())
         })
@@ -144,20 +147,33 @@ impl NativeDevice {
         py.detach(|| {
             drop(self.take_target());
             let device = self.device();
-            if device.is_ending() && device.recovery().is_some() {
-                device.conclude()?;
+            let ended = if device.is_ending() && device.recovery().is_some() {
+                device.conclude().map(drop)
             } else {
-                device.stop()?;
-            }
-            self.withdraw();
-            Ok(())
+                device.stop()
+            };
+            self.withdraw_if_over();
+            ended
         })
         .map_err(|e| to_python(py, &e))
     }
 
     /// Finishes the requests in flight and leaves the device to another server.
     fn leave(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.device().leave().inspect(|()| self.withdraw())).map_err(|e| to_python(py, &e))
+        let left = py.detach(|| {
+            let left = self.device().leave();
+            self.withdraw_if_over();
+            left
+        });
+        left.map_err(|e| to_python(py, &e))
+    }
+
+    /// Gives up a device whose recovery has gone wrong.
+    fn abandon(&self, py: Python<'_>) {
+        py.detach(|| {
+            self.device().abandon();
+            self.withdraw_if_over();
+        });
     }
 
     /// Changes the disk's capacity.

@@ -2,13 +2,13 @@
 
 //! Extents in Python: where the bytes of a request are, instead of the bytes.
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, files};
+use ublk_core::extents::files::{self, SharedFile};
+use ublk_core::extents::{Direction, Extent, ExtentMap, Flight};
 use ublk_core::{Errno, FilePiece, Op, Request};
 
 use crate::error::os_error;
@@ -18,7 +18,7 @@ use crate::methods::op_object;
 #[pyclass(frozen, module = "ublk", name = "Extent")]
 #[derive(Debug)]
 pub(crate) struct PyExtent {
-    file: Arc<OwnedFd>,
+    file: SharedFile,
     #[pyo3(get)]
     offset: u64,
     #[pyo3(get)]
@@ -47,14 +47,14 @@ impl PyExtent {
         // kernel says so.
         let file = unsafe { BorrowedFd::borrow_raw(fd) };
         let file = files::shared(file).map_err(|errno| {
-            let text = "an extent lies in an open file, regular or a block device";
+            let text = "an extent lies in an open file, regular or a block device, and not one that is appended to";
             PyOSError::new_err((errno as i32, format!("{}: {text}", errno.desc())))
         })?;
         Ok(PyExtent { file, offset, length, start, stable })
     }
 
     fn __repr__(&self) -> String {
-        format!("<ublk.Extent {}+{} of descriptor {}>", self.offset, self.length, self.file.as_raw_fd())
+        format!("<ublk.Extent {}+{} of descriptor {}>", self.offset, self.length, self.file.file.as_raw_fd())
     }
 }
 
@@ -173,8 +173,15 @@ impl Mapper {
 fn convert(answer: &Bound<'_, PyAny>, at: u64, direction: Direction) -> PyResult<(Extent, bool)> {
     if let Ok(extent) = answer.cast::<PyExtent>() {
         let PyExtent { file, offset, length, start, stable } = extent.get();
-        let start = start.unwrap_or(at);
-        return Ok((Extent { start, len: *length, file: file.clone(), offset: *offset }, *stable));
+        let (start, usable) = match direction {
+            Direction::Read => (start.unwrap_or(at), file.readable),
+            Direction::Write => (start.unwrap_or(at), file.writable),
+        };
+        if !usable {
+            let text = format!("map answered a {direction:?} with a file that is not open for it").to_lowercase();
+            return Err(PyValueError::new_err(text));
+        }
+        return Ok((Extent { start, len: *length, file: file.file.clone(), offset: *offset }, *stable));
     }
     if let Ok(zeros_) = answer.cast::<PyZeros>() {
         if direction == Direction::Write {

@@ -207,13 +207,6 @@ impl Serve for BatchQueue {
             }
             endings.iter().for_each(|ending| ending.fail_if_left(py, errno.unwrap_or(Errno::EIO)));
         }
-        // A request that the handler keeps is its own business; a list that somebody keeps, a traceback say, is no
-        // reason to keep requests.
-        if let Ok(list) = list
-            && let Err(error) = list.del_slice(0, list.len())
-        {
-            error.write_unraisable(py, Some(&list));
-        }
     }
 }
 

@@ -293,3 +293,17 @@ def test_a_disk_that_only_maps_needs_no_other_method(file):
 def test_map_runs_on_the_threads_of_the_queues():
     with pytest.raises(ValueError, match="no workers"):
         testing.open(Mapped(None), workers=2)
+
+
+def test_a_file_that_cannot_do_it_is_refused(tmp_path, caplog):
+    path = tmp_path / "backing"
+    path.write_bytes(bytes(SIZE))
+    with open(path, "ab") as file, pytest.raises(OSError, match="appended"):
+        ublk.Extent(file, 0, 512)
+    with open(path, "rb") as file:
+        extent = ublk.Extent(file, 0, SIZE, start=0)
+    with testing.open(Mapped(lambda *_: extent)) as device:
+        assert device.pread(0, 512) == bytes(512)
+        with pytest.raises(OSError):
+            device.pwrite(0, bytes(512))
+    assert "not open for it" in caplog.text

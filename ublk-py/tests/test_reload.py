@@ -2,12 +2,14 @@
 
 """New code for a running disk."""
 
+import errno
 import sys
 import threading
 import time
 
 import pytest
 
+import ublk
 from ublk import _cli
 from ublk._reload import Reloader, Source
 
@@ -167,3 +169,38 @@ def test_many_changes_under_load_fail_and_lose_nothing(live):
         stop.set()
         thread.join(20)
     assert not failures
+
+
+def test_sigterm_ends_the_program_also_while_new_code_is_made(live, tmp_path):
+    disk = live()
+    with pytest.raises(SystemExit) as raised:
+        disk.change("import signal\nsignal.raise_signal(signal.SIGTERM)\n" + FIRST)
+    assert raised.value.code == 143
+
+
+def test_sigterm_waits_while_the_disk_has_no_server(live, driver):
+    disk = live()
+    take_over = "\n    def take_over(self, old):\n        import signal\n        signal.raise_signal(signal.SIGTERM)\n"
+    take_over += "        self.data = old.data\n"
+    disk.write(b"x" * 512)
+    with pytest.raises(SystemExit):
+        disk.change(FIRST + take_over)
+    assert disk.reloader.device.running
+    assert disk.read() == b"x" * 512
+
+
+def test_new_code_takes_over_from_a_handler_that_hangs_once_it_returns(live, monkeypatch):
+    disk = live(FIRST.replace("buf[:] =", "import livehelper; livehelper.wait(); buf[:] =", 1))
+    disk.write(b"x" * 512)
+    quiesce = type(disk.device).quiesce
+
+    def refuse(self):
+        # As if somebody were in there for a minute.
+        monkeypatch.setattr(type(disk.device), "quiesce", quiesce)
+        quiesce(self)
+        raise ublk.UblkError(errno.ETIMEDOUT, "a handler does not return")
+
+    monkeypatch.setattr(type(disk.device), "quiesce", refuse)
+    assert not disk.change(FIRST)
+    assert disk.reloader.look()
+    assert disk.read() == b"x" * 512

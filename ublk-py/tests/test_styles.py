@@ -512,3 +512,152 @@ def test_a_class_with_two_kinds_of_handlers_is_refused(driver):
 
     with pytest.raises(TypeError, match="which one is meant"):
         Both(size=SIZE).start(_driver=driver)
+
+
+class TestEnds:
+    """Whoever serves a device may end before it does."""
+
+    def test_a_loop_that_cannot_be_made_fails_the_start(self, driver):
+        def factory():
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            Tasks(1).start(loop_factory=factory, _driver=driver)
+
+    def test_a_loop_that_dies_ends_its_device(self, driver, caplog):
+        class Dying(ublk.BlockDevice):
+            async def read(self, offset, buf):
+                async def background():
+                    raise SystemExit(4)
+
+                self.task = asyncio.create_task(background())
+                await asyncio.sleep(20)
+
+        dev = Dying(size=SIZE).start(_driver=driver)
+        with pytest.raises(OSError):
+            driver.read(dev.id, 0, 512)
+        with pytest.raises((SystemExit, RuntimeError)):
+            dev.wait(10)
+        dev.stop()
+
+    def test_a_loop_that_is_closed_ends_its_device(self, driver):
+        async def main():
+            return await Tasks(1).start_async(_driver=driver)
+
+        dev = asyncio.run(main())
+        with pytest.raises(RuntimeError, match="event loop"):
+            dev.wait(10)
+        dev.stop()
+
+    def test_a_loop_that_does_not_run_is_no_reason_to_wait(self, driver):
+        loop = asyncio.new_event_loop()
+        try:
+            dev = loop.run_until_complete(Tasks(1).start_async(_driver=driver))
+            with client_pool() as pool:
+                lost = pool.submit(driver.read, dev.id, 0, 512)
+                time.sleep(0.05)
+                dev.stop()
+                with pytest.raises(OSError):
+                    lost.result(10)
+            loop.run_until_complete(asyncio.sleep(0))
+        finally:
+            loop.close()
+
+    @pytest.mark.parametrize("way", ["break", "generator", "in the body"])
+    def test_a_consumer_that_stops_its_device_does_not_wait_for_itself(self, driver, way):
+        dev = ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver)
+        with client_pool() as pool:
+            assert dev.wait_ready(10)
+            clients = [pool.submit(driver.read, dev.id, 0, 512) for _ in range(3)]
+            iterator = iter(dev.requests())
+            for request in iterator:
+                request.complete()
+                if way == "in the body":
+                    dev.stop()
+                break
+            if way == "break":
+                del iterator
+            dev.stop()
+            assert sum(client.exception(10) is None for client in clients) == 1
+
+    def test_an_async_consumer_that_left_is_waited_for_by_nobody(self, driver):
+        async def main():
+            dev = ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver)
+            assert await asyncio.to_thread(dev.wait_ready, 10)
+            clients = [asyncio.ensure_future(asyncio.to_thread(driver.read, dev.id, 0, 512)) for _ in range(2)]
+            async for request in dev.requests():
+                request.complete()
+                break
+            dev.stop()
+            results = await asyncio.gather(*clients, return_exceptions=True)
+            assert sum(isinstance(result, OSError) for result in results) == 1
+
+        asyncio.run(main())
+
+    def test_iterating_over_what_has_ended_ends_at_once(self, driver):
+        dev = ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver)
+        assert dev.wait_ready(10)
+        dev.stop()
+        assert list(dev.requests()) == []
+
+        async def main():
+            return [request async for request in dev.requests()]
+
+        assert asyncio.run(main()) == []
+
+    def test_closing_requests_ends_whoever_waits_for_some(self, driver):
+        with ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver) as dev:
+            assert dev.wait_ready(10)
+            waiter = threading.Thread(target=lambda: list(dev.requests()))
+            waiter.start()
+            time.sleep(0.05)
+            dev.requests().close()
+            waiter.join(10)
+            assert not waiter.is_alive()
+
+    def test_a_refused_quiesce_leaves_a_pulling_device_alone(self, driver):
+        with ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver) as dev:
+            assert dev.wait_ready(10)
+            taker = threading.Thread(target=TestPulling.serve, args=[dev.requests()])
+            taker.start()
+            with pytest.raises(ublk.UblkError, match="QUIESCE"):
+                dev.quiesce()
+            assert driver.read(dev.id, 512, 512) == b"\x01" * 512
+            dev.stop()
+            taker.join(10)
+
+
+def test_a_busy_queue_does_not_keep_another_from_being_served(driver):
+    with ublk.BlockDevice(size=SIZE).start(queues=2, depth=64, pull=True, _driver=driver) as dev, client_pool() as pool:
+        assert dev.wait_ready(10)
+        # Which queue a request goes to depends on its place, here.
+        clients = [pool.submit(driver.read, dev.id, 8192 * n, 512) for n in range(12)]
+        other = pool.submit(driver.read, dev.id, 4096, 512)
+        time.sleep(0.2)
+        seen = []
+        for request in dev.requests():
+            seen.append(request.queue)
+            request.complete()
+            if len(seen) == 13:
+                break
+        assert set(seen[:2]) == {0, 1}
+        for client in [*clients, other]:
+            client.result(10)
+
+
+def test_a_list_of_requests_may_be_handed_on(driver):
+    batches, done = [], threading.Event()
+
+    def worker():
+        while not done.wait(0.001):
+            for requests in batches:
+                while requests:
+                    requests.pop().complete()
+
+    thread = threading.Thread(target=worker)
+    thread.start()
+    with handler(batches.append).start(_driver=driver) as dev:
+        driver.read(dev.id, 0, 512)
+        driver.write(dev.id, 0, bytes(512))
+    done.set()
+    thread.join(10)

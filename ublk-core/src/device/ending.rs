@@ -151,6 +151,15 @@ impl Device {
         }
     }
 
+    /// Gives up the queues and leaves the device as it is, for another server: without a word to the driver, so also
+    /// before Linux 6.16. What its handlers had fails, or is sent again to the next server. Dropping it does not delete
+    /// it after that. For devices that can be recovered, and whose recovery has gone wrong.
+    pub fn abandon(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+        *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.pool.abandon(self.id());
+    }
+
     /// Finishes the requests in flight and leaves the device to another server: it stays, and requests that
     /// still come wait, or fail if it was made with [`Recovery::FailIo`](super::Recovery::FailIo). Needs
     /// [`DeviceOptions::recovery`](super::DeviceOptions::recovery) and Linux 6.16.

@@ -8,26 +8,48 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{SFlag, fstat};
 
 /// What tells files apart: device, inode, and how it was opened.
 type Identity = (u64, u64, i32);
 
+/// A file that extents lie in.
+#[derive(Clone, Debug)]
+pub struct SharedFile {
+    /// A descriptor of our own.
+    pub file: Arc<OwnedFd>,
+    /// Whether it is open for reading.
+    pub readable: bool,
+    /// Whether it is open for writing.
+    pub writable: bool,
+}
+
 /// A descriptor of our own for a file, so that its owner may close his: one for all that are open in the same way.
 ///
 /// # Errors
 ///
-/// `ESPIPE` for what is neither a regular file nor a block device; what the kernel says to a bad descriptor.
-pub fn shared(file: impl AsFd) -> Result<Arc<OwnedFd>, Errno> {
+/// `ESPIPE` for what is neither a regular file nor a block device, `EINVAL` for `O_APPEND`, by which writes go to the
+/// file's end, and `O_PATH`; what the kernel says to a bad descriptor.
+pub fn shared(file: impl AsFd) -> Result<SharedFile, Errno> {
+    let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+    if flags.intersects(OFlag::O_APPEND | OFlag::O_PATH) {
+        return Err(Errno::EINVAL);
+    }
+    let mode = flags & OFlag::O_ACCMODE;
+    let (readable, writable) = (mode != OFlag::O_WRONLY, mode != OFlag::O_RDONLY);
+    own(file, flags).map(|file| SharedFile { file, readable, writable })
+}
+
+fn own(file: impl AsFd, flags: OFlag) -> Result<Arc<OwnedFd>, Errno> {
     static FILES: Mutex<Option<HashMap<Identity, Weak<OwnedFd>>>> = Mutex::new(None);
     let stat = fstat(&file)?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     if kind != SFlag::S_IFREG && kind != SFlag::S_IFBLK {
         return Err(Errno::ESPIPE);
     }
-    let identity = (stat.st_dev, stat.st_ino, fcntl(&file, FcntlArg::F_GETFL)?);
+    let identity = (stat.st_dev, stat.st_ino, flags.bits());
     let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
     let files = files.get_or_insert_default();
     if let Some(known) = files.get(&identity).and_then(Weak::upgrade) {
@@ -66,10 +88,10 @@ mod tests {
     #[test]
     fn a_file_is_opened_once_however_often_it_is_shared() {
         let file = tempfile::tempfile().unwrap();
-        let first = shared(&file).unwrap();
-        let second = shared(file.try_clone().unwrap()).unwrap();
+        let first = shared(&file).unwrap().file;
+        let second = shared(file.try_clone().unwrap()).unwrap().file;
         assert!(Arc::ptr_eq(&first, &second));
-        let other = shared(tempfile::tempfile().unwrap()).unwrap();
+        let other = shared(tempfile::tempfile().unwrap()).unwrap().file;
         assert!(!Arc::ptr_eq(&first, &other));
         drop(file);
         assert_eq!(File::from(first.try_clone().unwrap()).metadata().unwrap().len(), 0);
@@ -79,6 +101,18 @@ mod tests {
     fn what_cannot_be_read_at_an_offset_is_refused() {
         let (pipe, _other) = nix::unistd::pipe().unwrap();
         assert_eq!(shared(pipe).unwrap_err(), Errno::ESPIPE);
+    }
+
+    #[test]
+    fn how_a_file_is_open_decides_what_it_is_good_for() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = |options: &mut std::fs::OpenOptions| shared(options.open(file.path()).unwrap());
+        let options = File::options;
+        let read = open(options().read(true)).unwrap();
+        assert_eq!((read.readable, read.writable), (true, false));
+        let both = open(options().read(true).write(true)).unwrap();
+        assert_eq!((both.readable, both.writable), (true, true));
+        assert_eq!(open(options().read(true).append(true)).unwrap_err(), Errno::EINVAL);
     }
 
     #[test]

@@ -88,6 +88,7 @@ class Device:
             raise ValueError("workers = 0: nobody would serve the device")
         shape = target._describe()
         self._serving = target._serve(self._report, workers=workers, pull=pull, loop_factory=loop_factory)
+        self._serving.die = self._die
         self._description = {
             **shape,
             "kind": type(target).__name__,
@@ -158,7 +159,7 @@ class Device:
         except BaseException:
             # Whoever waits for the disk goes on waiting.
             for native in made:
-                native.leave()
+                native.abandon()
             self._forget()
             raise
         finally:
@@ -291,8 +292,14 @@ class Device:
 
         For devices that were started with ``recoverable``. Linux 6.16.
         """
+        if self._owner != os.getpid():
+            return
         self._serving.check_stop()
-        self._end(self._native.leave)
+        if self.can_be_left:
+            self._end(self._native.leave)
+        else:
+            # Says what is missing, and touches nothing.
+            self._native.leave()
 
     @property
     def running(self) -> bool:
@@ -419,7 +426,11 @@ class Device:
             logger.error("%s failed; the request gets EIO", name, exc_info=exception)
             return
         logger.error("%s raised %s; the device stops", name, type(exception).__name__)
-        if not self._stopping.acquire(blocking=False):
+        self._die(exception)
+
+    def _die(self, exception: BaseException) -> None:
+        """Stop the device, and give the exception to whoever waits for it."""
+        if self._stopped or not self._stopping.acquire(blocking=False):
             return
         self._exception = exception
         # The thread that runs this has to go on serving until the device is stopped.

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ublk import _signals
 from ublk._device import recover
 from ublk._errors import UblkError
 
@@ -134,6 +135,8 @@ class Reloader:
         self._source = source
         self._workers = workers
         self._driver = driver
+        # What is to serve the disk as soon as the old code lets go.
+        self._next: BlockDevice | None = None
         self.device: Device
 
     def start(self, *, queues: int = 1, depth: int = 128, id: int | None = None) -> Device:
@@ -149,21 +152,35 @@ class Reloader:
 
     def look(self) -> bool:
         """Serve the disk with new code, if there is some that works; tell whether that is so."""
+        if self._next is not None:
+            return self._try_again()
         if not self.device.running or not self._source.has_changed():
             return False
         try:
             with self._source.forgotten():
-                self._replace(self._make())
+                new = self._make()
+                with _signals.deferred():
+                    self._replace(new)
+        except _signals.Terminated:
+            raise
         except (Exception, SystemExit) as error:
             cause = error.__cause__ or error
-            logger.error("the new code does not work, the old goes on: %s", error, exc_info=cause)
+            if self._next is None:
+                logger.error("the new code does not work, the old goes on: %s", error, exc_info=cause)
+            else:
+                logger.error("a handler of the old code hangs; the new one serves once it returns: %s", error)
             return False
         logger.warning("%s is served by new code", self.device.path)
         return True
 
     def _replace(self, new: BlockDevice) -> None:
         old, id = self._target, self.device.id
-        self.device.quiesce()
+        try:
+            self.device.quiesce()
+        except UblkError:
+            # The driver takes no requests to the old code any more, but somebody is still in there.
+            self._next = new
+            raise
         # Requests wait from here on.
         try:
             pass_on(old, new)
@@ -172,6 +189,30 @@ class Reloader:
         except BaseException:
             self.device = self._recover(id, old)
             raise
+
+    def _try_again(self) -> bool:
+        """Serve the disk with what was to serve it, if the old code has let go."""
+        assert self._next is not None
+        id, candidates = self.device.id, (self._next, self._target)
+        with _signals.deferred():
+            for target in candidates:
+                try:
+                    if target is self._next:
+                        pass_on(self._target, target)
+                    self.device = self._recover(id, target)
+                except UblkError as error:
+                    if error.errno == errno.EBUSY:
+                        return False
+                    logger.error("serving %s again: %s", self.device.path, error)
+                except Exception as error:
+                    logger.error("the new code does not work: %s", error, exc_info=error)
+                else:
+                    self._target, self._next = target, None
+                    logger.warning(
+                        "%s is served by %s code", self.device.path, "new" if target is candidates[0] else "old"
+                    )
+                    return target is candidates[0]
+        return False
 
     def _recover(self, id: int, target: BlockDevice) -> Device:
         return recover(id, target, workers=self._workers, _driver=self._driver)

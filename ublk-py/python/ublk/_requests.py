@@ -60,23 +60,23 @@ class Requests:
     def __init__(self, queues: Sequence[PullQueue], error: Callable[[], BaseException | None]) -> None:
         self._queues = tuple(queues)
         self._error = error
-        self._consumers = 0
+        # The threads that iterate, one entry for each iteration.
+        self._consumers: dict[object, int] = {}
 
     def __iter__(self) -> Iterator[Request]:
         """Wait for requests in this thread. In the main thread, Ctrl-C interrupts that."""
-        waiting = list(self._queues)
-        with self._consumer(), _signals.wakeup_fd() as signalled:
+        with self._consumer() as descriptors, _signals.wakeup_fd() as signalled:
             poller = select.poll()
             if signalled is not None:
                 poller.register(signalled, select.POLLIN)
-            for queue in waiting:
-                poller.register(queue.fileno(), select.POLLIN)
+            for descriptor in descriptors.values():
+                poller.register(descriptor, select.POLLIN)
+            waiting = list(descriptors)
             while waiting:
                 batch, ended = self._take(waiting)
                 yield from batch
                 for queue in ended:
-                    waiting.remove(queue)
-                    poller.unregister(queue.fileno())
+                    poller.unregister(descriptors[queue])
                 if not batch and not ended:
                     poller.poll()
                     if signalled is not None:
@@ -86,59 +86,71 @@ class Requests:
     async def __aiter__(self) -> AsyncIterator[Request]:
         """Wait for requests on the running event loop."""
         loop = asyncio.get_running_loop()
-        waiting = list(self._queues)
-        # Descriptors of this iteration's own: a loop knows one reader for each.
-        descriptors = {queue: os.dup(queue.fileno()) for queue in waiting}
         ready = asyncio.Event()
-        with self._consumer():
-            try:
-                for descriptor in descriptors.values():
-                    loop.add_reader(descriptor, ready.set)
-                while waiting:
-                    ready.clear()
-                    batch, ended = self._take(waiting)
-                    for request in batch:
-                        yield request
-                    for queue in ended:
-                        waiting.remove(queue)
+        with self._consumer() as descriptors:
+            waiting = list(descriptors)
+            while waiting:
+                batch, ended = self._take(waiting)
+                for request in batch:
+                    yield request
+                if batch or ended:
+                    continue
+                # Only for so long: while the body of the iteration waits for something, there may be more to take.
+                ready.clear()
+                for queue in waiting:
+                    loop.add_reader(descriptors[queue], ready.set)
+                try:
+                    await ready.wait()
+                finally:
+                    for queue in waiting:
                         loop.remove_reader(descriptors[queue])
-                    if not batch and not ended:
-                        await ready.wait()
-            finally:
-                for descriptor in descriptors.values():
-                    loop.remove_reader(descriptor)
-                    os.close(descriptor)
         self._raise()
 
-    def _take(self, waiting: Sequence[PullQueue]) -> tuple[list[Request], list[PullQueue]]:
-        """Take a request from the first queue that has one; and tell which queues have ended."""
+    def _take(self, waiting: list[PullQueue]) -> tuple[list[Request], list[PullQueue]]:
+        """Take a request from the first queue that has one, which is the last one next time.
+
+        Take queues that have ended out of the list, and tell which they were.
+        """
         ended = []
-        for queue in waiting:
+        for queue in list(waiting):
             batch = queue.take(1)
             if batch is None:
+                waiting.remove(queue)
                 ended.append(queue)
             elif batch:
+                waiting.remove(queue)
+                waiting.append(queue)
                 return batch, ended
         return [], ended
 
     @contextlib.contextmanager
-    def _consumer(self) -> Iterator[None]:
-        self._consumers += 1
+    def _consumer(self) -> Iterator[dict[PullQueue, int]]:
+        """Have descriptors of one's own for the queues: they stay valid, and a loop knows one reader for each."""
+        token = object()
+        self._consumers[token] = threading.get_ident()
+        descriptors: dict[PullQueue, int] = {}
         try:
-            yield
+            for queue in self._queues:
+                number = queue.fileno()
+                if number >= 0:
+                    descriptors[queue] = os.dup(number)
+            yield descriptors
         finally:
-            self._consumers -= 1
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+            del self._consumers[token]
             if not self._consumers:
                 self.close()
 
     def close(self) -> None:
-        """Fail all requests that nobody has taken, and all that still come."""
+        """Fail all requests that nobody has taken, and all that still come. Iterations end."""
         for queue in self._queues:
             queue.close()
 
     def abandon(self) -> None:
-        """Close the queues unless somebody takes requests."""
-        if not self._consumers:
+        """Close the queues if nobody takes requests: nobody but this thread, which has something else to do."""
+        living = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        if living.isdisjoint(self._consumers.values()):
             self.close()
 
     def _raise(self) -> None:

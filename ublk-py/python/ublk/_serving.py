@@ -30,6 +30,10 @@ def _ignore(operation: str, exception: BaseException) -> None:
     """Report to nobody."""
 
 
+def _die(exception: BaseException) -> None:
+    """Nobody's death."""
+
+
 class Serving:
     """Requests come to methods, or to ``handle``, on the threads of their queues."""
 
@@ -40,6 +44,8 @@ class Serving:
         self.operations = sorted(operations)
         self.handlers: Handlers | _ublk.NativeTarget = {**handlers, "report": report}
         self._report = report
+        # Ends the device, because nothing serves it any more; the device puts it in place.
+        self.die: Callable[[BaseException], None] = _die
 
     def begin(self, native: _ublk.NativeDevice) -> None:
         """Start what takes the requests, before the first one comes."""
@@ -48,6 +54,7 @@ class Serving:
         """Let go of the block device, whose device is no more."""
         self.handlers = {}
         self._report = _ignore
+        self.die = _die
 
     def tasks(self) -> list[tuple[int, float, str]]:
         """Tell the requests that tasks have: a number, seconds, and the task's stack."""
@@ -120,12 +127,13 @@ class LoopServing(Serving):
     def begin(self, native: _ublk.NativeDevice) -> None:
         """Attach to the running loop, or start threads with their own."""
         for number, queue in enumerate(native.pull_queues[: native.queues]):
-            server = LoopServer(queue, self._methods, self._report)
+            server = LoopServer(queue, self._methods, self._report, self.die)
             self._servers.append(server)
             if self.is_here:
                 server.attach()
             else:
                 spawn(f"ublk{native.id}loop{number}", functools.partial(server.run, self._loop_factory))
+                server.wait_attached()
 
     def tasks(self) -> list[tuple[int, float, str]]:
         """Ask the loops."""

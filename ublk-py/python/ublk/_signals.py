@@ -81,3 +81,22 @@ def device_stopped() -> None:
             number, previous = _replaced.popitem()
             if signal.getsignal(number) is _terminate:
                 signal.signal(number, previous)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP wait until the block is over, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_SIGNALS)}
+    for wanted in before:
+        signal.signal(wanted, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for wanted, handler in before.items():
+            signal.signal(wanted, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[0])
