@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.blockio import Disk
+from support.command import run
 from support.face import Face
 from support.pace import DEBUG_KERNEL, patience
 from support.processes import is_running, threads
@@ -26,7 +27,7 @@ def processor_time(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-@pytest.mark.time_limit(60 + COUNT * 2)
+@pytest.mark.time_limit(60 + COUNT * 3)
 def test_one_process_serves_many_devices(native: Face) -> None:
     path = native.add("-t", "null", "--no-partition-scan")
     time.sleep(patience(5))
@@ -44,6 +45,7 @@ def test_one_process_serves_many_devices(native: Face) -> None:
             disk.write(0, bytes(4096))
 
     # What udev's look at each disk has touched goes back, once nothing happens.
+    run(["udevadm", "settle", "--timeout", str(30 + COUNT)], timeout=40 + COUNT)
     def per_device() -> float:
         return (resident(pid) - alone) / (COUNT - 1)
 
