@@ -336,12 +336,9 @@ ublk.run(disk)
     with Child([sys.executable, "-c", text]) as server:
         path = server.line()
 
-        def fails() -> bool:
+        with Disk(path, direct=True) as disk:
             # Until the handler is armed.
-            with Disk(path, direct=True) as disk:
-                return error_of(lambda: disk.read(0, 512)) != 0
-
-        until(fails, "a read that fails", 15, step=0.2)
+            until(lambda: error_of(lambda: disk.read(0, 512)) != 0, "a read that fails", 15, step=0.2)
         assert server.wait() == 9, server.log
         assert gone(path)
 

@@ -82,6 +82,7 @@ def swap(path: str) -> Iterator[None]:
         run(["swapoff", path], timeout=120)
 
 
+@pytest.mark.skipif(not Path("/proc/swaps").exists(), reason="the kernel was built without swap")
 @pytest.mark.time_limit(240)
 @pytest.mark.parametrize("words", [[], ["--data", "copy"]], ids=["default", "copy"])
 def test_swap_works_while_memory_is_short(words: list[str], native: Face, scratch: Path) -> None:

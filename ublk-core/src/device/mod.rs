@@ -43,7 +43,7 @@ pub const MAX_IO_BYTES: u32 = 32 << 20;
 const DEFAULT_DMA_ALIGNMENT: u32 = 4;
 
 /// How long `/dev/ublkcN` and `/dev/ublkbN` may take to appear, and udev to let go of the former.
-const NODE_TIMEOUT: Duration = Duration::from_secs(10);
+const NODE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a thread may take to open a queue.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 
