@@ -44,6 +44,8 @@ const DEFAULT_DMA_ALIGNMENT: u32 = 4;
 
 /// How long `/dev/ublkcN` and `/dev/ublkbN` may take to appear, and udev to let go of the former.
 const NODE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long udev may take to give a user his device; without its rules it never does.
+const ACCESS_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a thread may take to open a queue.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -305,7 +307,7 @@ impl Device {
 
     /// Waits until udev has given a user's device to its user.
     fn wait_for_access(&self) -> Result<()> {
-        let deadline = Instant::now() + NODE_TIMEOUT;
+        let deadline = Instant::now() + ACCESS_TIMEOUT;
         loop {
             match self.control.info(self.id()) {
                 Err(error) if matches!(error.errno(), Errno::EACCES | Errno::EPERM | Errno::ENOENT) => {
@@ -317,7 +319,7 @@ impl Device {
                             hint: format!(
                                 "still so after {} s: are the udev rules installed that give devices to their users? \
                                  Only root can delete this one (`ublk del -n {}`)",
-                                NODE_TIMEOUT.as_secs(),
+                                ACCESS_TIMEOUT.as_secs(),
                                 self.id()
                             ),
                         });
