@@ -46,6 +46,7 @@ def test_one_process_serves_many_devices(native: Face) -> None:
 
     # What udev's look at each disk has touched goes back, once nothing happens.
     run(["udevadm", "settle", "--timeout", str(30 + COUNT)], timeout=40 + COUNT)
+
     def per_device() -> float:
         return (resident(pid) - alone) / (COUNT - 1)
 

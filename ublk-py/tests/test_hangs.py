@@ -67,10 +67,10 @@ def test_a_handler_that_hangs_is_reported_once(driver, caplog, disk, options):
 def test_a_handler_that_is_only_busy_is_not_reported(driver, caplog):
     class Busy(ublk.BlockDevice):
         def read(self, offset, buf):
-            time.sleep(0.02)
+            time.sleep(0.05)
 
-    with Busy(size=SIZE).start(hang_after=0.2, _driver=driver) as device:
-        for _ in range(25):
+    with Busy(size=SIZE).start(hang_after=1, _driver=driver) as device:
+        for _ in range(24):
             driver.read(device.id, 0, 512)
     assert caplog.text == ""
 

@@ -308,7 +308,10 @@ class TestBatches:
             go.set()
             for future in futures:
                 future.result(10)
-        assert sizes == [1, 8]
+        assert sizes[0] == 1
+        assert sum(sizes) == 9
+        # All eight, unless the machine is so busy that some come late.
+        assert max(sizes) > 1
 
     def test_requests_end_later_and_on_another_thread(self, driver):
         kept = []
@@ -633,7 +636,9 @@ def test_a_busy_queue_does_not_keep_another_from_being_served(driver):
         # Which queue a request goes to depends on its place, here.
         clients = [pool.submit(driver.read, dev.id, 8192 * n, 512) for n in range(12)]
         other = pool.submit(driver.read, dev.id, 4096, 512)
-        time.sleep(0.2)
+        while not all(client.running() for client in [*clients, other]):
+            time.sleep(0.001)
+        time.sleep(0.5)
         seen = []
         for request in dev.requests():
             seen.append(request.queue)
