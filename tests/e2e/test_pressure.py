@@ -19,27 +19,35 @@ HUGE = 2 * MIB
 # What has to be swapped, at least, in each direction. More does not fit (below); which pages go is the kernel's affair.
 SWAPPED = 4 * MIB
 
-# Needs more memory than there is: fills it with a pattern of each page, and reads it back, until so much
-# was swapped. Which pages the kernel picks differs, so how often that takes does too.
+# Fills memory with a pattern of each page, and reads it back, with more of it in every round, until so much was
+# swapped: what others do not need goes first, and how much that is nobody tells.
 HOG = """
 import mmap, sys
 pages, wanted = int(sys.argv[1]), int(sys.argv[2])
+MORE = 8192
 
 def swapped():
     counters = dict(line.split() for line in open("/proc/vmstat"))
     return int(counters["pswpout"]), int(counters["pswpin"])
 
+def free():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/meminfo") if line.startswith("SwapFree:"))
+
 before = swapped()
-memory = mmap.mmap(-1, pages * 4096)
+areas = [mmap.mmap(-1, pages * 4096)]
 for round in range(20):
-    for page in range(pages):
-        memory[page * 4096 : page * 4096 + 16] = (page * 3 + round).to_bytes(16, "little")
-    for page in range(pages):
-        found = int.from_bytes(memory[page * 4096 : page * 4096 + 16], "little")
-        assert found == page * 3 + round, (page, found)
+    for number, memory in enumerate(areas):
+        for at in range(0, len(memory), 4096):
+            memory[at : at + 16] = (at * 3 + number + round + 1).to_bytes(16, "little")
+    for number, memory in enumerate(areas):
+        for at in range(0, len(memory), 4096):
+            found = int.from_bytes(memory[at : at + 16], "little")
+            assert found == at * 3 + number + round + 1, (number, at, found)
     moved = [(now - then) * 4096 for now, then in zip(swapped(), before)]
-    if round > 0 and min(moved) >= wanted:
+    if min(moved) >= wanted:
         break
+    if free() > 3 * MORE * 4096:
+        areas.append(mmap.mmap(-1, MORE * 4096))
 print("whole", *moved)
 """
 
