@@ -501,3 +501,25 @@ fn a_device_that_starts_behind_a_blocked_handler_waits_for_it() {
     drop(first);
     finish(&driver, second);
 }
+
+#[test]
+fn whoever_waits_for_a_device_hears_of_a_start_that_failed() {
+    for command in ["START_DEV", "FETCH_REQ"] {
+        let driver = FakeDriver::new();
+        let target: Arc<dyn Target> = Arc::new(Mem::new(SIZE, 512).unwrap());
+        let options = DeviceOptions { batch: Some(false), ..options(1, 4) };
+        let device = server(&driver, 1).add(&target, &options).unwrap();
+        assert!(!device.is_ending());
+        driver.refuse_next(command, Errno::EIO);
+        device.go_live(target).unwrap_err();
+        assert!(device.wait(Some(Duration::from_secs(10))), "{command}");
+        finish(&driver, device);
+    }
+    // Stopped before it began.
+    let driver = FakeDriver::new();
+    let target: Arc<dyn Target> = Arc::new(Mem::new(SIZE, 512).unwrap());
+    let device = server(&driver, 1).add(&target, &options(1, 4)).unwrap();
+    device.stop().unwrap();
+    assert!(device.wait(Some(Duration::from_secs(10))));
+    finish(&driver, device);
+}

@@ -223,6 +223,12 @@ impl NativeDevice {
         stats.total.iter().map(one).collect()
     }
 
+    /// How many queues the driver or a handler still has.
+    #[getter]
+    fn queues_left(&self) -> usize {
+        self.device().queues_left()
+    }
+
     /// Threads that are in a handler: ident, a number of the call, seconds.
     fn busy(&self) -> Vec<(u64, u64, f64)> {
         self.watch.busy()

@@ -73,7 +73,7 @@ def live(tmp_path, driver, monkeypatch):
 
     yield make
     for one in served:
-        one.reloader.device.stop()
+        one.reloader.close()
     for name in ("livedisk", "livehelper"):
         sys.modules.pop(name, None)
 
@@ -190,17 +190,30 @@ def test_sigterm_waits_while_the_disk_has_no_server(live, driver):
 
 
 def test_new_code_takes_over_from_a_handler_that_hangs_once_it_returns(live, monkeypatch):
-    disk = live(FIRST.replace("buf[:] =", "import livehelper; livehelper.wait(); buf[:] =", 1))
-    disk.write(b"x" * 512)
-    quiesce = type(disk.device).quiesce
+    hanging = FIRST.replace("buf[:] =", "entered.set(); gate.wait(20); buf[:] =", 1)
+    events = "import threading\nimport ublk\ngate, entered = threading.Event(), threading.Event()"
+    disk = live(hanging.replace("import ublk", events))
+    module, device = sys.modules["livedisk"], disk.device
+    client = threading.Thread(target=disk.read)
+    client.start()
+    assert module.entered.wait(10)
+    patient = threading.Thread(target=device.quiesce)
 
-    def refuse(self):
-        # As if somebody were in there for a minute.
-        monkeypatch.setattr(type(disk.device), "quiesce", quiesce)
-        quiesce(self)
+    def impatient():
+        # As if a minute had passed.
+        patient.start()
+        device.wait(10)
         raise ublk.UblkError(errno.ETIMEDOUT, "a handler does not return")
 
-    monkeypatch.setattr(type(disk.device), "quiesce", refuse)
+    monkeypatch.setattr(device, "quiesce", impatient)
     assert not disk.change(FIRST)
-    assert disk.reloader.look()
-    assert disk.read() == b"x" * 512
+    assert not disk.reloader.look()
+    assert not disk.reloader.wait(0.01)
+    monkeypatch.delattr(device, "quiesce")
+    module.gate.set()
+    client.join(10)
+    patient.join(10)
+    deadline = time.monotonic() + 10
+    while not disk.reloader.look():
+        assert time.monotonic() < deadline
+    assert disk.read() == bytes(512)

@@ -65,6 +65,8 @@ impl Device {
             Err(error) => return Err(error),
         }
         *deleted = true;
+        // Whoever waits for the end of a device that never had a queue.
+        self.events.stopping();
         self.events.take_failure().map_or(Ok(()), Err)
     }
 

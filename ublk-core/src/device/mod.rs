@@ -435,6 +435,11 @@ impl Device {
         self.events.is_ending()
     }
 
+    /// How many queues are served; each of [several threads](DeviceOptions::threads_per_queue) counts.
+    pub fn queues_left(&self) -> usize {
+        self.events.open_queues()
+    }
+
     /// Whether [`stop`](Device::stop) has done its work. Does not wait for one that is at it.
     pub fn is_stopped(&self) -> bool {
         self.deleted.try_lock().is_ok_and(|deleted| *deleted)

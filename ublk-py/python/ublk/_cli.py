@@ -131,7 +131,7 @@ def _run(arguments: Sequence[str]) -> int:
                 source = Source(inspect.getfile(type(target)))
                 reloader = Reloader(target, make, source, workers=parsed.workers)
                 reloader.start(**shape)
-                stack.callback(lambda: reloader.device.stop())
+                stack.callback(reloader.close)
             else:
                 reloader = None
                 device = stack.enter_context(target.start(**shape, workers=parsed.workers))
@@ -144,7 +144,7 @@ def _run(arguments: Sequence[str]) -> int:
                 if reloader is None:
                     device.wait()
                 else:
-                    while not reloader.device.wait(POLL_SECONDS):
+                    while not reloader.wait(POLL_SECONDS):
                         reloader.look()
                 return 0
             return _run_command(command, running, reloader)

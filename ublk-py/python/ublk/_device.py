@@ -346,6 +346,8 @@ class Device:
                 poller.poll(None if left is None else left * 1000)
                 if signalled is not None:
                     _signals.drain(signalled)
+        # The thread that starts a pulling device is about to tell what went wrong.
+        self._start_over.wait(_JOIN_SECONDS)
         if self._exception is not None:
             raise self._exception
         return True
@@ -392,6 +394,10 @@ class Device:
         self._serving.abandon()
         try:
             end()
+        except BaseException:
+            # It may still have to be stopped, by a handler's exit say.
+            self._stopped = self._native.stopped
+            raise
         finally:
             # After a time-out it still runs, and may be stopped again.
             if self._native.stopped:

@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,6 +138,7 @@ class Reloader:
         self._driver = driver
         # What is to serve the disk as soon as the old code lets go.
         self._next: BlockDevice | None = None
+        self._counted = False
         self.device: Device
 
     def start(self, *, queues: int = 1, depth: int = 128, id: int | None = None) -> Device:
@@ -148,38 +150,66 @@ class Reloader:
             self.device.stop()
             text = "--reload needs UBLK_F_QUIESCE: Linux 6.16 or newer, or the driver of this project"
             raise UblkError(errno.EOPNOTSUPP, text)
+        # Between two servers there is a device all the same, which SIGTERM must not leave behind.
+        _signals.device_started()
+        self._counted = True
         return self.device
 
+    def close(self) -> None:
+        """Stop the device."""
+        try:
+            self.device.stop()
+        finally:
+            if self._counted:
+                self._counted = False
+                _signals.device_stopped()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the device's end; tell whether it came within so many seconds."""
+        if self._next is None:
+            return self.device.wait(seconds)
+        # It has begun to end, for the next one to take it over.
+        time.sleep(seconds)
+        return False
+
     def look(self) -> bool:
-        """Serve the disk with new code, if there is some that works; tell whether that is so."""
-        if self._next is not None:
-            return self._try_again()
-        if not self.device.running or not self._source.has_changed():
+        """Serve the disk with new code, if there is some that works; tell whether that is so.
+
+        Raises `UblkError` if the disk is left without a server.
+        """
+        if self._next is None:
+            if not self.device.running or not self._source.has_changed():
+                return False
+        elif self.device._native.queues_left:
             return False
         try:
-            with self._source.forgotten():
-                new = self._make()
+            with self._source.forgotten() if self._next is None else contextlib.nullcontext():
+                new = self._next or self._make()
                 with _signals.deferred():
                     self._replace(new)
         except _signals.Terminated:
             raise
         except (Exception, SystemExit) as error:
             cause = error.__cause__ or error
-            if self._next is None:
+            if self._next is not None:
+                logger.error("a handler of the old code hangs; the new one serves once it returns: %s", error)
+            elif self.device.running:
                 logger.error("the new code does not work, the old goes on: %s", error, exc_info=cause)
             else:
-                logger.error("a handler of the old code hangs; the new one serves once it returns: %s", error)
+                raise
             return False
         logger.warning("%s is served by new code", self.device.path)
         return True
 
     def _replace(self, new: BlockDevice) -> None:
         old, id = self._target, self.device.id
+        self._next = None
         try:
             self.device.quiesce()
         except UblkError:
-            # The driver takes no requests to the old code any more, but somebody is still in there.
-            self._next = new
+            # The driver takes no requests to the old code any more, but somebody may still be in there.
+            if self.device._native.queues_left and not self.device.running:
+                self._next = new
             raise
         # Requests wait from here on.
         try:
@@ -189,30 +219,6 @@ class Reloader:
         except BaseException:
             self.device = self._recover(id, old)
             raise
-
-    def _try_again(self) -> bool:
-        """Serve the disk with what was to serve it, if the old code has let go."""
-        assert self._next is not None
-        id, candidates = self.device.id, (self._next, self._target)
-        with _signals.deferred():
-            for target in candidates:
-                try:
-                    if target is self._next:
-                        pass_on(self._target, target)
-                    self.device = self._recover(id, target)
-                except UblkError as error:
-                    if error.errno == errno.EBUSY:
-                        return False
-                    logger.error("serving %s again: %s", self.device.path, error)
-                except Exception as error:
-                    logger.error("the new code does not work: %s", error, exc_info=error)
-                else:
-                    self._target, self._next = target, None
-                    logger.warning(
-                        "%s is served by %s code", self.device.path, "new" if target is candidates[0] else "old"
-                    )
-                    return target is candidates[0]
-        return False
 
     def _recover(self, id: int, target: BlockDevice) -> Device:
         return recover(id, target, workers=self._workers, _driver=self._driver)
