@@ -51,6 +51,24 @@ def test_what_was_finished_before_a_slow_handler_in_the_same_batch_is_not_held_u
         assert ended[SLOW] - ended[0] >= 1.0, "a finished request waited for its slow neighbour"
 
 
+@pytest.mark.short
+def test_python_is_entered_once_for_all_requests_that_wait_together() -> None:
+    with Server("Blocking", depth=64) as server, Disk(server.path, direct=True) as disk:
+        tasks = Tasks()
+        tasks.start(lambda: disk.read(GATE, SECTOR))
+        assert server.ask("disk.waiting.wait(10)") is True
+        for sector in range(32):
+            tasks.start(lambda offset=sector * SECTOR: disk.read(offset, SECTOR))
+        until(lambda: sysfs.in_flight(server.path) == 33, "33 requests in flight")
+        before = server.ask("[dev.stats().entries, dev.stats().requests]")
+        server.ask("disk.gate.set()")
+        tasks.join()
+        entries, requests = server.ask("[dev.stats().entries, dev.stats().requests]")
+        assert requests - before[1] >= 32
+        # The ring may hand them over in a few portions.
+        assert entries - before[0] <= 4
+
+
 def test_a_blocked_queue_does_not_hold_up_the_other() -> None:
     with Server("Blocking", queues=2) as server, Disk(server.path, direct=True) as disk:
         first, second = (min(cpus) for cpus in sysfs.queue_cpus(server.path))

@@ -101,14 +101,11 @@ def test_a_disk_grows_while_it_is_in_use(scratch: Path) -> None:
         assert sysfs.size(server.path) == server.ask("dev.info.size") == 4 << 20
 
 
-@pytest.mark.short
-def test_python_is_entered_once_per_wake_up() -> None:
+def test_a_programs_statistics_tell_of_its_requests() -> None:
     with Server("Ram", depth=64) as server:
-        before = server.ask("[dev.stats().entries, dev.stats().requests]")
+        before = server.ask("dev.stats().requests")
         fio.verify(server.path, bs="4k", iodepth=64, size=4 << 20)
-        entries, requests = server.ask("[dev.stats().entries, dev.stats().requests]")
-        assert requests - before[1] >= 2048
-        assert entries - before[0] < (requests - before[1]) / 2
+        assert server.ask("dev.stats().requests") - before >= 2048
         read = server.ask("vars_of(dev.stats().operations['read'])")
         assert read["errors"] == 0
         assert 0 < read["p50"] <= read["p99"] <= read["max"]
