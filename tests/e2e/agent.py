@@ -43,6 +43,7 @@ def main() -> None:
         raise
     names = {"disk": served[0], "dev": devices[0], "disks": served, "devs": devices, "ublk": ublk}
     names |= {"vars_of": dataclasses.asdict, "wait_for": classes.wait_for, "caught": classes.caught}
+    names |= {"compute_beside": classes.compute_beside}
     answer(value=[device.path for device in devices])
     for line in sys.stdin:
         if line == "exit\n":
@@ -55,4 +56,5 @@ def main() -> None:
         device.stop()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -203,8 +203,12 @@ class OnFile(ublk.BlockDevice):
     """A disk in a file."""
 
     def __init__(self, path: str, **shape: Any) -> None:
+        self.path = path
         self.file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         super().__init__(size=os.fstat(self.file).st_size, **shape)
+
+    def __reduce__(self):
+        return type(self), (self.path,)
 
     def read(self, offset, buf):
         return os.preadv(self.file, [buf], offset)
@@ -530,6 +534,19 @@ class ForRun(ReadWrite):
         self.data[: len(label)] = label.encode()
 
 
+class FailsAt(ReadWrite):
+    """Raises what it is told to when its sector 1000 is read."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(1 << 20)
+        self.how = how
+
+    def read(self, offset, buf):
+        if offset == 1000 * SECTOR:
+            raise eval(self.how)
+        super().read(offset, buf)
+
+
 class Dies(ReadWrite):
     """Leaves the process without any clean-up when its sector 1000 is read."""
 
@@ -539,14 +556,21 @@ class Dies(ReadWrite):
         super().read(offset, buf)
 
 
+def compute() -> None:
+    """Keeps the interpreter busy."""
+    number = 0
+    while True:
+        number = (number * 1103515245 + 12345) & 0x7FFFFFFF
+
+
+def compute_beside() -> None:
+    """Has another thread do so."""
+    threading.Thread(target=compute, daemon=True).start()
+
+
 class BusyBeside(ReadWrite):
     """Has a companion thread that computes all the time."""
 
     def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
         super().__init__(size, **shape)
-        threading.Thread(target=self.compute, daemon=True).start()
-
-    def compute(self) -> None:
-        number = 0
-        while True:
-            number = (number * 1103515245 + 12345) & 0x7FFFFFFF
+        compute_beside()

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::{PyTuple, PyType};
 use ublk_core::extents::files::{self, SharedFile};
 use ublk_core::extents::{Direction, Extent, ExtentMap, Flight};
 use ublk_core::{Errno, FilePiece, Op, Request};
@@ -220,5 +221,10 @@ impl Extents {
 
     fn __len__(&self) -> usize {
         self.0.len()
+    }
+
+    /// A copy in another process begins with none: they have this one's files.
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> (Bound<'py, PyType>, Bound<'py, PyTuple>) {
+        (slf.get_type(), PyTuple::empty(slf.py()))
     }
 }

@@ -111,9 +111,11 @@ class Server(Child):
         workers: int | None = None,
         recoverable: bool | str = False,
         recover: int | None = None,
+        isolated: bool = False,
         **args: Any,
     ) -> None:
         start: dict[str, Any] = {} if workers is None else {"workers": workers}
+        start |= {"isolated": True} if isolated else {}
         if recover is None:
             start |= {"queues": queues, "depth": depth, "recoverable": recoverable}
             start |= {} if id is None else {"id": id}

@@ -237,6 +237,7 @@ class BlockDevice:
         workers: int | None = None,
         pull: bool = False,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+        isolated: bool = False,
         _driver: FakeDriver | None = None,
     ) -> Device:
         """Make the device and serve it; return when its node can be used.
@@ -259,6 +260,12 @@ class BlockDevice:
         loops of coroutine methods (``uvloop.new_event_loop``, say). With ``pull`` the program takes requests
         by itself; `start` returns before the node is there then, because the kernel reads the disk first.
 
+        An ``isolated`` device is served by a process of its own, which nothing that the program does can hold up. It
+        gets a copy of the block device, by pickling: its class has to be importable, and what becomes of the copy's
+        attributes is not seen here. The returned `Device` does all the same; its log comes here, too. The process ends
+        with the program, and if it dies, `Device.wait` raises `UblkError` with ``EOWNERDEAD``. A script that starts
+        such devices does so under ``if __name__ == "__main__":``, because the process imports it.
+
         While devices run, threads of the program that compute give the interpreter to others every 0.5 ms
         (`sys.setswitchinterval`; by default 5 ms, which is what each request would take then).
 
@@ -277,6 +284,7 @@ class BlockDevice:
             workers=workers,
             pull=pull,
             loop_factory=loop_factory,
+            isolated=isolated,
         )
         device._start(_driver)
         return device

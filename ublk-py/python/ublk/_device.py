@@ -21,7 +21,7 @@ from ublk._requests import Requests
 from ublk._serving import LoopServing, PullServing, Serving
 from ublk._stats import OpStats, Stats
 from ublk._system import DeviceInfo
-from ublk._threads import spawn, threads
+from ublk._threads import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ublk._block_device import BlockDevice
     from ublk._native import NativeDisk
-    from ublk._serving import LoopFactory
+    from ublk._serving import LoopFactory, Native
 
 logger = logging.getLogger("ublk")
 
@@ -50,7 +50,7 @@ class Device:
     def __init__(self) -> None:
         raise TypeError("a Device is made by BlockDevice.start()")
 
-    _native: _ublk.NativeDevice
+    _native: Native
     _target: BlockDevice | NativeDisk
     _description: dict[str, Any]
     _options: dict[str, Any]
@@ -75,6 +75,7 @@ class Device:
         workers: int | None = None,
         pull: bool = False,
         loop_factory: LoopFactory | None = None,
+        isolated: bool = False,
     ) -> Device:
         """Check everything; nothing is made yet."""
         self = object.__new__(cls)
@@ -87,7 +88,17 @@ class Device:
         if workers is not None and not number("workers", workers, 16):
             raise ValueError("workers = 0: nobody would serve the device")
         shape = target._describe()
+        if hang_after is not None and not hang_after > 0:
+            raise ValueError(f"hang_after = {hang_after}: more than 0 seconds, or None")
         self._serving = target._serve(self._report, workers=workers, pull=pull, loop_factory=loop_factory)
+        if isolated:
+            # Not everybody needs another process, and what belongs to one.
+            from ublk._isolated import isolate
+
+            more = {"hang_after": hang_after, "workers": workers, "loop_factory": loop_factory}
+            self._serving = isolate(target, self._serving, self._report, more)
+            # Hanging handlers are reported there.
+            hang_after = None
         self._serving.die = self._die
         self._description = {
             **shape,
@@ -95,8 +106,6 @@ class Device:
             "operations": self._serving.operations,
             "style": self._serving.style,
         }
-        if hang_after is not None and not hang_after > 0:
-            raise ValueError(f"hang_after = {hang_after}: more than 0 seconds, or None")
         self._hang_after = hang_after
         self._options = {
             "queues": number("queues", queues, 32),
@@ -108,7 +117,7 @@ class Device:
 
     def _start(self, driver: _ublk.FakeDriver | None) -> None:
         """Make the device and serve it."""
-        made: list[_ublk.NativeDevice] = []
+        made: list[Native] = []
         try:
             self._add(driver, made)
             self._begin()
@@ -131,7 +140,7 @@ class Device:
         if not isinstance(self._serving, LoopServing):
             raise TypeError(f"{type(self._target).__name__} has no coroutine methods: use start()")
         self._serving.is_here = True
-        made: list[_ublk.NativeDevice] = []
+        made: list[Native] = []
         try:
             await _to_the_end(self._add, driver, made)
             self._begin()
@@ -144,15 +153,15 @@ class Device:
         finally:
             self._start_over.set()
 
-    def _add(self, driver: _ublk.FakeDriver | None, made: list[_ublk.NativeDevice]) -> None:
-        _ublk.add(self._description, self._serving.handlers, self._options, spawn, driver, made)
+    def _add(self, driver: _ublk.FakeDriver | None, made: list[Native]) -> None:
+        self._serving.add(self._description, self._options, driver, made)
         self._native = made[0]
 
     def _recover(self, id: int, driver: _ublk.FakeDriver | None) -> None:
         """Serve a device whose last server is gone."""
-        made: list[_ublk.NativeDevice] = []
+        made: list[Native] = []
         try:
-            _ublk.recover(self._description, self._serving.handlers, id, spawn, driver, made)
+            self._serving.recover(self._description, id, driver, made)
             self._native = made[0]
             self._begin()
             self._register()
@@ -166,7 +175,9 @@ class Device:
             self._start_over.set()
 
     def _begin(self) -> None:
-        """Have somebody take the requests."""
+        """Have somebody take the requests, unless another process does."""
+        if not isinstance(self._native, _ublk.NativeDevice):
+            return
         self._serving.begin(self._native)
         if isinstance(self._serving, PullServing):
             self._serving.requests = Requests(self._native.pull_queues, lambda: self._exception)
@@ -176,11 +187,11 @@ class Device:
             _running.add(self)
         if self._serving.needs_python:
             _interval.shorten(self)
-        if self._hang_after is not None:
+        if self._hang_after is not None and isinstance(self._native, _ublk.NativeDevice):
             _watchdog.watch(self._native, self.path, self._hang_after, self._serving.tasks)
         _signals.device_started()
 
-    def _undo(self, made: list[_ublk.NativeDevice]) -> None:
+    def _undo(self, made: list[Native]) -> None:
         """Leave nothing of a start that failed, or was interrupted between any two of its lines."""
         for native in made:
             native.stop()
@@ -192,8 +203,9 @@ class Device:
             known = self in _running
             _running.discard(self)
         _interval.restore(self)
-        if hasattr(self, "_native"):
-            _watchdog.forget(self._native)
+        native = getattr(self, "_native", None)
+        if isinstance(native, _ublk.NativeDevice):
+            _watchdog.forget(native)
         return known
 
     def _go_live_later(self) -> None:
@@ -515,6 +527,7 @@ def recover(
     workers: int | None = None,
     pull: bool = False,
     loop_factory: LoopFactory | None = None,
+    isolated: bool = False,
     _driver: _ublk.FakeDriver | None = None,
 ) -> Device:
     """Serve a device whose last server is gone, and return when its disk works again.
@@ -527,7 +540,15 @@ def recover(
     be recovered, `ValueError` if the block device does not fit.
     """
     device = Device._make(
-        target, 1, 1, None, hang_after=hang_after, workers=workers, pull=pull, loop_factory=loop_factory
+        target,
+        1,
+        1,
+        None,
+        hang_after=hang_after,
+        workers=workers,
+        pull=pull,
+        loop_factory=loop_factory,
+        isolated=isolated,
     )
     device._recover(number("id", id, 20), _driver)
     return device

@@ -17,10 +17,13 @@ from ublk._zones import reporter
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import TypeAlias
 
     from ublk._block_device import BlockDevice
+    from ublk._isolated import RemoteDevice
 
+    Native: TypeAlias = _ublk.NativeDevice | RemoteDevice
     Handlers = dict[str, Any]
     Report = Callable[[str, BaseException], None]
     LoopFactory = Callable[[], asyncio.AbstractEventLoop]
@@ -46,6 +49,22 @@ class Serving:
         self._report = report
         # Ends the device, because nothing serves it any more; the device puts it in place.
         self.die: Callable[[BaseException], None] = _die
+
+    def add(
+        self,
+        description: Mapping[str, Any],
+        options: Mapping[str, Any],
+        driver: _ublk.FakeDriver | None,
+        made: list[Native],
+    ) -> None:
+        """Make the device, and append it to ``made``."""
+        _ublk.add(description, self.handlers, options, spawn, driver, made)
+
+    def recover(
+        self, description: Mapping[str, Any], id: int, driver: _ublk.FakeDriver | None, made: list[Native]
+    ) -> None:
+        """Serve a device whose last server is gone, and append it to ``made``."""
+        _ublk.recover(description, self.handlers, id, spawn, driver, made)
 
     def begin(self, native: _ublk.NativeDevice) -> None:
         """Start what takes the requests, before the first one comes."""

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Devices that a process of their own serves: this program's side.
+
+Two pipes lead there. Over ``control`` go questions and their answers, one at a time. Over ``events`` come log records,
+and at last the news that the device has begun to end; if that is missing, the process has died.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import itertools
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import pickle
+import signal
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from ublk import _device, _isolated_server, _ublk
+from ublk._errors import UblkError
+from ublk._native import NativeDisk
+from ublk._serving import PullServing, Serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from multiprocessing.context import SpawnProcess
+    from pathlib import Path
+
+    from ublk._block_device import BlockDevice
+    from ublk._isolated_server import Answer
+    from ublk._serving import Native, Report
+
+logger = logging.getLogger("ublk")
+
+# A process that imports what the program imports, and then has the kernel read the disk.
+_START_SECONDS = 120.0
+# The other side gives up a stop after a minute by itself.
+_ANSWER_SECONDS = 75.0
+_EXIT_SECONDS = 5.0
+
+_spawn = multiprocessing.get_context("spawn")
+_remotes: weakref.WeakSet[RemoteDevice] = weakref.WeakSet()
+
+
+def isolate(
+    target: BlockDevice | NativeDisk, served: Serving, report: Report, options: Mapping[str, Any]
+) -> IsolatedServing:
+    """Have another process serve a block device in the way that was found for it."""
+    if isinstance(target, NativeDisk):
+        raise ValueError(f"{type(target).__name__} is served without Python: there is nothing to isolate")
+    if isinstance(served, PullServing):
+        raise ValueError("pull=True leaves requests to this program: it cannot be isolated from them")
+    return IsolatedServing(target, served, report, options)
+
+
+class IsolatedServing(Serving):
+    """Another process has a copy of the block device, and serves it in its own way."""
+
+    style = "isolated"
+    needs_python = False
+
+    def __init__(self, target: BlockDevice, served: Serving, report: Report, options: Mapping[str, Any]) -> None:
+        super().__init__({}, served.operations, report)
+        try:
+            self._payload = pickle.dumps(target)
+        except Exception as error:
+            error.add_note(f"isolated=True gives a copy of the {type(target).__name__} to another process, by pickling")
+            raise
+        self._options = dict(options)
+
+    def add(
+        self,
+        description: Mapping[str, Any],
+        options: Mapping[str, Any],
+        driver: _ublk.FakeDriver | None,
+        made: list[Native],
+    ) -> None:
+        """Have the process make the device and go live."""
+        recoverable = options["recovery"] or False
+        more = {"queues": options["queues"], "depth": options["depth"], "id": options["id"], "recoverable": recoverable}
+        self._start(None, {**self._options, **more}, driver, made)
+
+    def recover(
+        self,
+        description: Mapping[str, Any],
+        id: int,
+        driver: _ublk.FakeDriver | None,
+        made: list[Native],
+    ) -> None:
+        """Have the process serve a device whose last server is gone."""
+        self._start(id, self._options, driver, made)
+
+    def _start(
+        self,
+        id: int | None,
+        options: Mapping[str, Any],
+        driver: _ublk.FakeDriver | None,
+        made: list[Native],
+    ) -> None:
+        remote = RemoteDevice(self._payload, id, options, driver is not None)
+        made.append(remote)
+        self._payload = b""
+        remote.begin(self.die)
+
+
+class RemoteDevice:
+    """What a `NativeDevice` of this process would be."""
+
+    queues_left = 0
+
+    def __init__(self, payload: bytes, id: int | None, options: Mapping[str, Any], fake: bool) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._die: Callable[[BaseException], None] | None = None
+        self._last: dict[str, Any] = {}
+        self.id = -1
+        self.ending = False
+        self.stopped = False
+        self.recovery: str | None = None
+        # Readable, for ever, once the device has begun to end.
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        weakref.finalize(self, os.close, self._ended).atexit = False
+        self._owner = os.getpid()
+        self._control, control = _spawn.Pipe()
+        self._events, events = _spawn.Pipe(duplex=False)
+        levels = {name: logging.getLogger(name).level for name in ("", "ublk")}
+        arguments = (control, events, payload, id, dict(options), levels, fake)
+        self._process: SpawnProcess = _spawn.Process(
+            target=_isolated_server.serve, args=arguments, name="ublk-isolated"
+        )
+        # Theirs alone, so that their end is the process's.
+        with control, events:
+            self._process.start()
+        _remotes.add(self)
+
+    def begin(self, die: Callable[[BaseException], None]) -> None:
+        """Wait until the process serves its device, and listen to it from then on."""
+        with self._lock:
+            try:
+                shape = self._receive(next(self._numbers), _START_SECONDS)
+            except UblkError as error:
+                if error.errno != errno.EOWNERDEAD:
+                    raise
+                hint = 'a script that starts isolated devices does so under `if __name__ == "__main__":`'
+                raise UblkError(errno.EOWNERDEAD, f"{error.strerror} before the disk was there; {hint}") from None
+        self.path: Path = shape["path"]
+        self.queues: int = shape["queues"]
+        self.depth: int = shape["depth"]
+        self.max_io_bytes: int = shape["max_io_bytes"]
+        self.recovery = shape["recovery"]
+        self.can_be_left: bool = shape["can_be_left"]
+        self.data: str = shape["data"]
+        self._die = die
+        self.id = shape["id"]
+        threading.Thread(target=self._listen, name=f"ublk{self.id}events", daemon=True).start()
+
+    def fileno(self) -> int:
+        """Give what is readable once the device has begun to end."""
+        return self._ended
+
+    def go_live(self) -> None:
+        """Nothing: the process has done so."""
+
+    @property
+    def entries(self) -> int:
+        """How often that process's Python was entered for requests."""
+        return int(self._ask("entries"))
+
+    def stats(self) -> list[dict[str, Any]]:
+        """Tell what each operation has done."""
+        return [dict(operation) for operation in self._ask("stats")]
+
+    def resize(self, size: int) -> None:
+        """Change the disk's capacity."""
+        self._ask("resize", size)
+
+    def stop(self) -> None:
+        """Have the device deleted, and the process gone."""
+        self._finish("stop")
+
+    def leave(self) -> None:
+        """Have the device left to another server, and the process gone."""
+        self._finish("leave")
+
+    def abandon(self) -> None:
+        """Have the process gone, whatever becomes of the device."""
+        with self._lock:
+            self._kill()
+
+    def _ask(self, question: str, *arguments: object) -> Any:
+        with self._lock:
+            return self._last[question] if question in self._last else self._ask_locked(question, *arguments)
+
+    def _ask_locked(self, question: str, *arguments: object) -> Any:
+        number = next(self._numbers)
+        try:
+            self._control.send((number, question, arguments))
+        except OSError:
+            raise self._dead() from None
+        return self._receive(number, _ANSWER_SECONDS)
+
+    def _receive(self, number: int, seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
+        answer: Answer | None = None
+        try:
+            while answer is None and self._control.poll(max(0.0, deadline - time.monotonic())):
+                came: Answer = self._control.recv()
+                # The answer to a question that was interrupted comes all the same.
+                answer = came if came.number == number else None
+        except (EOFError, OSError):
+            raise self._dead() from None
+        if answer is None:
+            text = f"process {self._process.pid}, which serves the device, does not answer after {seconds:g} s"
+            raise UblkError(errno.ETIMEDOUT, text)
+        if answer.error is not None:
+            raise answer.error.restored()
+        return answer.value
+
+    def _dead(self) -> UblkError:
+        """Tell how the process ended."""
+        self._process.join(_EXIT_SECONDS)
+        status = self._process.exitcode
+        if status is None:
+            how = "has closed its pipes"
+        elif status < 0:
+            how = f"was killed by {_signal_name(-status)}"
+        else:
+            how = f"ended with status {status}"
+        served = f"served {self.path}" if self.id >= 0 else "was to serve the device"
+        return UblkError(errno.EOWNERDEAD, f"process {self._process.pid}, which {served}, {how}")
+
+    def _finish(self, question: str) -> None:
+        with self._lock:
+            if self.stopped:
+                return
+            try:
+                self._last = self._ask_locked(question)
+            except UblkError as error:
+                if error.errno != errno.EOWNERDEAD:
+                    raise
+                self._clean_up()
+            self._kill(_EXIT_SECONDS)
+
+    def _clean_up(self) -> None:
+        """Remove the device of a process that is gone, unless it is to wait for another."""
+        if self.id < 0:
+            return
+        if self.recovery is not None:
+            logger.warning("%s waits for another server: ublk.recover(%d, ...)", self.path, self.id)
+            return
+        try:
+            _ublk.delete(self.id, True)
+        except UblkError as error:
+            # Whoever found it without a server may have removed it.
+            if error.errno != errno.ENODEV:
+                raise
+
+    def _kill(self, seconds: float = 0.0) -> None:
+        """End the process, which has so many seconds to do so by itself."""
+        self._control.close()
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join(_EXIT_SECONDS)
+        self.stopped = True
+        self._end()
+
+    def kill(self) -> None:
+        """Remove the device, whatever its process is doing."""
+        with self._lock:
+            if not self.stopped:
+                self._kill()
+                self._clean_up()
+
+    def _end(self) -> None:
+        self.ending = True
+        os.eventfd_write(self._ended, 1)
+
+    def _listen(self) -> None:
+        told = False
+        with self._events, contextlib.suppress(EOFError, OSError):
+            while True:
+                message = self._events.recv()
+                if isinstance(message, dict):
+                    record = logging.makeLogRecord(message)
+                    log = logging.getLogger(record.name)
+                    if log.isEnabledFor(record.levelno):
+                        log.handle(record)
+                    continue
+                told = True
+                self._tell(None if message is None else message.restored())
+        if not told:
+            self._tell(None if self.stopped else self._dead())
+
+    def _tell(self, error: BaseException | None) -> None:
+        # Before whoever waits is woken.
+        if error is not None and self._die is not None:
+            self._die(error)
+        self._end()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _kill_left() -> None:
+    """Have no process left whose device did not stop in time."""
+    for remote in list(_remotes):
+        if not remote.stopped and remote._owner == os.getpid():
+            try:
+                remote.kill()
+            except UblkError as error:
+                logger.error("removing the device of process %s: %s", remote._process.pid, error)
+
+
+# Handlers run from the last to the first. That of `multiprocessing.util`, which is imported above, waits for processes.
+atexit.register(_kill_left)
+atexit.unregister(_device._stop_all)
+atexit.register(_device._stop_all)

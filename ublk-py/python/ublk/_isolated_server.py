@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Devices that a process of their own serves: that process's side."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import logging.handlers
+import multiprocessing
+import os
+import pickle
+import queue
+import select
+import threading
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ublk import _ublk
+from ublk._device import recover
+from ublk._errors import UblkError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from multiprocessing.connection import Connection
+    from typing import Self
+
+    from ublk._block_device import BlockDevice
+    from ublk._device import Device
+
+# So many log records wait for the program to take them; then they are lost. It must never hold up the disk.
+_RECORDS = 10_000
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception on its way between processes, of which one may not know its class."""
+
+    pickled: bytes
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Pack an exception; what is not the user's mistake, with its traceback."""
+        if not isinstance(error, (UblkError, ValueError, TypeError)):
+            error.add_note("".join(["in the process that serves the device:\n", *traceback.format_exception(error)]))
+        with contextlib.suppress(Exception):
+            return cls(pickle.dumps(error), _text(error))
+        return cls(b"", _text(error))
+
+    def restored(self) -> BaseException:
+        """Give the exception itself, or one that says which it was."""
+        with contextlib.suppress(Exception):
+            error = pickle.loads(self.pickled)
+            if isinstance(error, BaseException):
+                return error
+        return UblkError(errno.EIO, self.text)
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What comes back for a question; the first one tells of the start."""
+
+    number: int
+    value: Any = None
+    error: Failure | None = None
+
+
+class _ToProgram(logging.handlers.QueueHandler):
+    """Puts aside log records for a thread that sends them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Lose what does not fit."""
+
+
+class _Events:
+    """What the program is told without being asked."""
+
+    def __init__(self, pipe: Connection, levels: Mapping[str, int]) -> None:
+        self._pipe = pipe
+        self._queue: queue.Queue[logging.LogRecord | None] = queue.Queue(_RECORDS)
+        self._lock = threading.Lock()
+        # If the module that was imported for the class has seen to it by itself, its log goes where it says.
+        if not logging.getLogger().handlers:
+            logging.getLogger().addHandler(_ToProgram(self._queue))
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+        self._thread = threading.Thread(target=self._forward, name="ublk-log", daemon=True)
+        self._thread.start()
+
+    def _forward(self) -> None:
+        while (record := self._queue.get()) is not None:
+            # Whatever else a program hangs on its records may have classes that are not known there.
+            plain = {name: value for name, value in vars(record).items() if isinstance(value, (str, int, float))}
+            self._send(plain)
+
+    def _send(self, message: object) -> None:
+        # Nobody may be there any more.
+        with self._lock, contextlib.suppress(OSError):
+            self._pipe.send(message)
+
+    def ending(self, error: BaseException | None) -> None:
+        """Tell that the device begins to end, and the exception of a handler that is to blame."""
+        self._send(None if error is None else Failure.of(error))
+
+    def close(self, seconds: float = 2.0) -> None:
+        """Send what is there, if it is taken."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=seconds)
+            self._thread.join(seconds)
+
+
+def serve(
+    control: Connection,
+    pipe: Connection,
+    payload: bytes,
+    id: int | None,
+    options: Mapping[str, Any],
+    levels: Mapping[str, int],
+    fake: bool,
+) -> None:
+    """Serve a block device until the program says otherwise or is gone; the body of the process."""
+    # What the terminal sends is for the program, which stops this in order.
+    os.setpgid(0, 0)
+    events = _Events(pipe, levels)
+    try:
+        device = _start(payload, id, options, fake)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            control.send(Answer(0, error=Failure.of(error)))
+    else:
+        with device:
+            _attend(device, control, events)
+    events.close()
+
+
+def _start(payload: bytes, id: int | None, options: Mapping[str, Any], fake: bool) -> Device:
+    target: BlockDevice = pickle.loads(payload)
+    driver = _ublk.FakeDriver() if fake else None
+    if id is None:
+        return target.start(**options, _driver=driver)
+    return recover(id, target, **options, _driver=driver)
+
+
+_SHAPE = ("id", "path", "queues", "depth", "max_io_bytes", "recovery", "can_be_left", "data")
+
+
+def _attend(device: Device, control: Connection, events: _Events) -> None:
+    """Answer questions, until one of them ends the device."""
+    native = device._native
+    control.send(Answer(0, {name: getattr(native, name) for name in _SHAPE}))
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    try:
+        # The pipe alone does not tell: whatever the program has forked has it open, too.
+        program = os.pidfd_open(parent.pid)
+    except ProcessLookupError:
+        _orphaned(device)
+        return
+    try:
+        poller = select.poll()
+        for descriptor in (control.fileno(), native.fileno(), program):
+            poller.register(descriptor, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poller.poll()}
+            if native.fileno() in ready:
+                poller.unregister(native.fileno())
+                # Whatever has ended it: the exception is there first.
+                events.ending(device._exception)
+            if control.fileno() in ready:
+                try:
+                    number, question, arguments = control.recv()
+                except (EOFError, OSError):
+                    _orphaned(device)
+                    return
+                if _answer(device, control, number, question, arguments):
+                    return
+            elif program in ready:
+                _orphaned(device)
+                return
+    finally:
+        os.close(program)
+
+
+def _orphaned(device: Device) -> None:
+    """Do what the end of a program does to the devices that it serves."""
+    if device.recovery is None:
+        return
+    if device.can_be_left:
+        device.quiesce()
+    else:
+        os._exit(1)
+
+
+def _answer(device: Device, control: Connection, number: int, question: str, arguments: tuple[Any, ...]) -> bool:
+    """Answer a question; tell whether it was the last one."""
+    native = device._native
+    ends: dict[str, Callable[[], None]] = {"stop": device.stop, "leave": device.quiesce}
+    try:
+        value: Any = None
+        if question in ends:
+            ends[question]()
+            value = {"stats": native.stats(), "entries": native.entries}
+        elif question == "resize":
+            device.resize(*arguments)
+        elif question == "stats":
+            value = native.stats()
+        elif question == "entries":
+            value = native.entries
+    except Exception as error:
+        answer = Answer(number, error=Failure.of(error))
+    else:
+        answer = Answer(number, value)
+    with contextlib.suppress(OSError):
+        control.send(answer)
+    return question in ends and answer.error is None

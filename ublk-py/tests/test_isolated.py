@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Devices that a process of their own serves. Here that process has a stand-in driver of its own."""
+
+import errno
+import logging
+import os
+import signal
+import threading
+
+import pytest
+
+import ublk
+from ublk._ublk import FakeDriver
+
+SIZE = 1 << 20
+
+
+class Disk(ublk.BlockDevice):
+    """Tells of its arrival in another process, in the way it is told to."""
+
+    def __init__(self, arrival="", **options):
+        super().__init__(size=SIZE, **options)
+        self.arrival = arrival
+        self.lock = None
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        if self.arrival == "logs":
+            try:
+                raise ValueError("a cause")
+            except ValueError:
+                logging.getLogger("mydisk").warning("arrived in %d", os.getpid(), exc_info=True, extra={"x": object()})
+        elif self.arrival == "raises":
+            raise RuntimeError("the copy does not work")
+        elif self.arrival == "raises its own":
+            raise Odd(1, 2)
+        elif self.arrival == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def read(self, offset, buf):
+        buf[:] = bytes(len(buf))
+
+
+class Odd(Exception):
+    """Cannot be copied."""
+
+    def __init__(self, one, two):
+        super().__init__("odd")
+
+
+class Mapped(Disk):
+    """Has extents, which stay where they are."""
+
+    def map(self, op, offset, length):
+        return ublk.Zeros(length)
+
+
+def start(disk, **options):
+    return disk.start(isolated=True, _driver=FakeDriver(), **options)
+
+
+@pytest.mark.parametrize(("kind", "workers"), [(Disk, None), (Disk, 2), (Mapped, None)])
+def test_the_device_does_what_others_do(kind, workers):
+    with start(kind(), queues=2, depth=7, id=5, workers=workers, recoverable="queue") as dev:
+        assert (dev.id, dev.queues, dev.depth, dev.size, dev.recovery) == (5, 2, 7, SIZE, "queue")
+        assert dev.running
+        assert dev.wait(0) is False
+        assert dev.stats().requests == 0
+        dev.resize(2 * SIZE)
+        assert dev.size == 2 * SIZE
+        with pytest.raises(ValueError, match="size = 1000"):
+            dev.resize(1000)
+    assert not dev.running
+    assert dev.wait(10) is True
+    assert dev.stats().entries == 0
+    dev.stop()
+
+
+def test_its_process_ends_with_it():
+    with start(Disk()) as dev:
+        process = dev._native._process
+        assert process.is_alive()
+    assert process.exitcode == 0
+
+
+def test_several_threads_may_ask_and_stop():
+    dev = start(Disk())
+    threads = [threading.Thread(target=dev.stats) for _ in range(4)]
+    threads += [threading.Thread(target=dev.stop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not dev.running
+
+
+def test_its_log_comes_here(caplog):
+    with start(Disk("logs")) as dev:
+        pid = dev._native._process.pid
+    (record,) = [record for record in caplog.records if record.name == "mydisk"]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"arrived in {pid}\nTraceback")
+    assert record.process == pid
+
+
+def test_what_cannot_be_copied_is_said():
+    disk = Disk()
+    disk.lock = threading.Lock()
+    with pytest.raises(TypeError, match="cannot pickle") as caught:
+        start(disk)
+    assert "copy of the Disk" in caught.value.__notes__[0]
+
+
+def test_a_copy_that_does_not_work_says_why_with_its_traceback():
+    with pytest.raises(RuntimeError, match="the copy does not work") as caught:
+        start(Disk("raises"))
+    assert "__setstate__" in caught.value.__notes__[0]
+
+
+def test_an_exception_that_cannot_be_copied_is_told_by_name():
+    with pytest.raises(ublk.UblkError, match="Odd: odd"):
+        start(Disk("raises its own"))
+
+
+def test_values_that_cannot_be_are_found_before_there_is_a_process():
+    with pytest.raises(ValueError, match="size = 1000"):
+        start(Disk(block_size=1000))
+    with pytest.raises(ValueError, match="workers = 0"):
+        start(Disk(), workers=0)
+    with pytest.raises(ValueError, match="pull=True"):
+        start(ublk.BlockDevice(size=SIZE), pull=True)
+    with pytest.raises(ValueError, match="without Python"):
+        ublk.recover(3, ublk.Null(SIZE), isolated=True, _driver=FakeDriver())
+
+
+def test_a_process_that_dies_at_once_is_told_with_its_signal():
+    with pytest.raises(ublk.UblkError, match=r"was killed by SIGKILL before the disk was there.*__main__") as caught:
+        start(Disk("dies"))
+    assert caught.value.errno == errno.EOWNERDEAD
