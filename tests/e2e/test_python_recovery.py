@@ -34,7 +34,7 @@ def test_a_killed_program_is_followed_by_another_and_no_request_fails(native: Fa
         path, number = server.path, server.id
         server.expect_end()
         fio.verify(path, size="8m", bs="4k", iodepth=16)
-        with fio.Load(path, offset="32m", size="16m", rw="randwrite", numjobs=1) as load:
+        with fio.Load(path, 60 + ROUNDS * 60, offset="32m", size="16m", rw="randwrite", numjobs=1) as load:
             for _ in range(ROUNDS):
                 load.wait_until_busy(sysfs.requests(path) + 100)
                 server.kill(signal.SIGKILL)
