@@ -240,6 +240,48 @@ class Whole(OnFile):
         return super().write(offset, buf)
 
 
+class Halves(OnFile):
+    """Its first half is where it says, the second is handled."""
+
+    def map(self, op, offset, length):
+        half = self.size // 2
+        return ublk.Extent(self.file, 0, half, start=0, stable=True) if offset < half else None
+
+
+class TaskHalves(Halves):
+    """The same with coroutines."""
+
+    async def read(self, offset, buf):
+        await asyncio.sleep(0)
+        return super().read(offset, buf)
+
+    async def write(self, offset, buf):
+        await asyncio.sleep(0)
+        return super().write(offset, buf)
+
+
+class Returns(OnFile):
+    """Its handlers return where bytes lie, for every other block of 64 KiB."""
+
+    def read(self, offset, buf):
+        even = offset // 65536 % 2 == 0
+        return ublk.Extent(self.file, offset, len(buf)) if even else super().read(offset, buf)
+
+    def write(self, offset, buf):
+        even = offset // 65536 % 2 == 0
+        return ublk.Extent(self.file, offset, len(buf)) if even else super().write(offset, buf)
+
+
+class TaskReturns(Returns):
+    """The same with coroutines."""
+
+    async def read(self, offset, buf):
+        return super().read(offset, buf)
+
+    async def write(self, offset, buf):
+        return super().write(offset, buf)
+
+
 class Striped(ublk.BlockDevice):
     """A disk in several files, 8 KiB in each in turn."""
 

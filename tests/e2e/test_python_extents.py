@@ -42,6 +42,21 @@ def test_bytes_never_enter_python(scratch: Path) -> None:
             assert hashlib.sha256(model.data).hexdigest() == digest(file)
 
 
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [("Halves", 4), ("TaskHalves", None), ("Returns", None), ("Returns", 4), ("TaskReturns", None)],
+)
+def test_a_part_of_the_requests_is_handled(kind: str, workers: int | None, scratch: Path) -> None:
+    file = image(scratch, SIZE)
+    with Server(kind, path=str(file), queues=2, depth=32, workers=workers) as server:
+        fio.verify(server.path, bs="16k", iodepth=32, offset=12 << 20, size=8 << 20)
+        with Disk(server.path, direct=True) as disk:
+            model = Model(SIZE)
+            model.data[:] = disk.read(0, SIZE)
+            exercise(disk, model, unit=512, longest=1 << 18, steps=60, seed=9)
+            assert hashlib.sha256(model.data).hexdigest() == digest(file)
+
+
 def test_requests_are_put_together_from_pieces_of_several_files(scratch: Path) -> None:
     files = [image(scratch, 2 << 20, str(number)) for number in range(2)]
     with Server("Striped", paths=[str(file) for file in files], queues=2) as server:

@@ -45,6 +45,7 @@ use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::request::{DetachedRequest, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
+use crate::units::QueueId;
 
 /// Makes a target whose requests are fetched from the returned queues, one for each hardware queue. Its consumers
 /// copy data by [`read_data`](crate::RequestOf::read_data) and [`write_data`](crate::RequestOf::write_data).
@@ -71,12 +72,67 @@ pub fn pull_with(
     queues: u32,
 ) -> Result<(Arc<dyn Target>, Vec<PullQueue>)> {
     params.validate()?;
+    let (feeds, queues) = feeds(queues)?;
+    Ok((Arc::new(PullTarget { kind: kind.into(), params, access, feeds }), queues))
+}
+
+/// Makes queues for a target that hands over some of its requests, and does others by itself.
+///
+/// # Errors
+///
+/// [`Error::InvalidValue`] for an impossible number of queues.
+pub fn feeds(queues: u32) -> Result<(Feeds, Vec<PullQueue>)> {
     if !(1..=u32::from(MAX_QUEUES)).contains(&queues) {
         return Err(Error::invalid("queues", queues, format!("1 to {MAX_QUEUES} are possible")));
     }
-    let queues = (0..queues).map(|_| Shared::new().map(Arc::new)).collect::<Result<Vec<_>>>()?;
-    let handles = queues.iter().map(|shared| PullQueue(shared.clone())).collect();
-    Ok((Arc::new(PullTarget { kind: kind.into(), params, access, queues }), handles))
+    let shared = (0..queues).map(|_| Shared::new().map(Arc::new)).collect::<Result<Vec<_>>>()?;
+    let queues = shared.iter().map(|shared| PullQueue(shared.clone())).collect();
+    Ok((Feeds(shared), queues))
+}
+
+/// The other ends of [`PullQueue`]s, one for each hardware queue; part of a target.
+///
+/// The server holds its target until all queues are open: those that are not by the time that this is dropped never will
+/// be, and their consumers are told so.
+#[derive(Debug)]
+pub struct Feeds(Vec<Arc<Shared>>);
+
+impl Feeds {
+    /// The one for the handler of a hardware queue.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`] if there are not as many.
+    pub fn open(&self, queue: QueueId) -> Result<Feed> {
+        let shared = self.0.get(usize::from(queue.0)).ok_or_else(|| {
+            Error::invalid("queues", queue.0 + 1, format!("the target was made for {}", self.0.len()))
+        })?;
+        shared.open();
+        Ok(Feed(shared.clone()))
+    }
+}
+
+impl Drop for Feeds {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|shared| shared.never());
+    }
+}
+
+/// Where a queue's handler leaves requests for others to take. The last one that is dropped ends the [`PullQueue`].
+#[derive(Debug)]
+pub struct Feed(Arc<Shared>);
+
+impl Feed {
+    /// Leaves requests; their consumers are woken once.
+    pub fn put(&self, requests: impl Iterator<Item = DetachedRequest>) {
+        self.0.put(requests);
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 /// Requests of one hardware queue, to be taken.
@@ -249,7 +305,7 @@ struct PullTarget {
     kind: String,
     params: Params,
     access: Access,
-    queues: Vec<Arc<Shared>>,
+    feeds: Feeds,
 }
 
 impl Target for PullTarget {
@@ -266,31 +322,14 @@ impl Target for PullTarget {
     }
 
     fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        let shared = self.queues.get(usize::from(queue.queue.0)).ok_or_else(|| {
-            Error::invalid("queues", queue.queue.0 + 1, format!("the target was made for {}", self.queues.len()))
-        })?;
-        shared.open();
-        Ok(Box::new(PullHandler(shared.clone())))
+        Ok(Box::new(PullHandler(self.feeds.open(queue.queue)?)))
     }
 }
 
-/// The server holds its target until all queues are open: those that are not by then never will be.
-impl Drop for PullTarget {
-    fn drop(&mut self) {
-        self.queues.iter().for_each(|shared| shared.never());
-    }
-}
-
-struct PullHandler(Arc<Shared>);
+struct PullHandler(Feed);
 
 impl QueueHandler for PullHandler {
     fn handle(&mut self, requests: Requests<'_>) {
         self.0.put(requests.map(Request::detach));
-    }
-}
-
-impl Drop for PullHandler {
-    fn drop(&mut self) {
-        self.0.close();
     }
 }

@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ublk_core::driver::fake::FakeDriver;
+use ublk_core::pull::{Feed, Feeds, feeds};
 use ublk_core::targets::{File, FileOptions, Io, Mem};
 use ublk_core::{
-    Access, DataMovement, DetachedRequest, DeviceOptions, Errno, Features, FileRange, Op, Params, QueueHandler,
-    QueueInfo, Requests, Result, Target, pull,
+    Access, DataMovement, DetachedRequest, DeviceOptions, Errno, Features, FilePiece, FileRange, Op, Params,
+    QueueHandler, QueueInfo, Requests, Result, Target, pull,
 };
 
 mod support;
@@ -126,6 +127,85 @@ fn a_request_that_was_loaded_is_forwarded_with_what_its_handler_made_of_it() {
         disk.write(0, &[0x0f; 512]).unwrap();
         assert_eq!(disk.read(0, 512).unwrap(), [0xf0; 512], "{way:?}");
         finish(&driver, device);
+    }
+}
+
+/// Does reads by itself, and leaves writes to whoever takes them.
+#[derive(Debug)]
+struct Sharing {
+    file: Arc<std::fs::File>,
+    feeds: Feeds,
+}
+
+impl Target for Sharing {
+    fn kind(&self) -> &str {
+        "sharing"
+    }
+    fn params(&self) -> Params {
+        Params::new(SIZE, 512)
+    }
+    fn access(&self) -> Access {
+        Access::Forwards { memory_alignment: 1 }
+    }
+    fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(SharingQueue(self.file.clone(), self.feeds.open(queue.queue)?)))
+    }
+}
+
+struct SharingQueue(Arc<std::fs::File>, Feed);
+
+impl QueueHandler for SharingQueue {
+    fn handle(&mut self, requests: Requests<'_>) {
+        let (file, feed) = (&self.0, &self.1);
+        feed.put(requests.filter_map(|request| {
+            if request.op() == Op::Write {
+                return Some(request.detach());
+            }
+            let offset = request.offset();
+            request.forward(FileRange { fd: file.as_raw_fd(), offset });
+            None
+        }));
+    }
+}
+
+#[test]
+fn a_target_may_hand_over_some_requests_and_they_may_be_forwarded_from_there() {
+    for way in every_way() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(SIZE).unwrap();
+        let driver = FakeDriver::new();
+        let (feeds, queues) = feeds(way.queues).unwrap();
+        let kept = Arc::new(());
+        let workers: Vec<_> = queues
+            .into_iter()
+            .map(|queue| {
+                let (file, kept) = (file.clone(), kept.clone());
+                std::thread::spawn(move || {
+                    while let Some(batch) = queue.next_batch(8) {
+                        for mut request in batch {
+                            request.load().unwrap();
+                            request.data_mut().iter_mut().for_each(|byte| *byte = !*byte);
+                            let (at, len) = (request.offset(), request.len());
+                            let piece = |from: u64, len| FilePiece {
+                                file: FileRange { fd: file.as_raw_fd(), offset: at + from },
+                                len,
+                            };
+                            request.forward_pieces(vec![piece(0, 512), piece(512, len - 512)], Box::new(kept.clone()));
+                        }
+                    }
+                })
+            })
+            .collect();
+        let device = server(&driver, 6).start(Arc::new(Sharing { file, feeds }), &way).unwrap();
+        let disk = driver.disk(device.id());
+        let sent: Vec<_> = (0..16u64).map(|i| disk.send(1, i * 8192, 8192, &[i as u8; 8192]).unwrap()).collect();
+        for (i, sent) in sent.into_iter().enumerate() {
+            disk.wait(sent).unwrap();
+            assert_eq!(disk.read(i as u64 * 8192, 8192).unwrap(), [!(i as u8); 8192], "{way:?}");
+        }
+        finish(&driver, device);
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+        assert_eq!(Arc::strong_count(&kept), 1, "{way:?}");
     }
 }
 

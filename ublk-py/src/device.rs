@@ -8,12 +8,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use ublk_core::pull::PullQueue;
 use ublk_core::{Features, Op, Recovery, Target};
 
 use crate::error::to_python;
 use crate::methods::op_name;
-use crate::pull::PyPullQueue;
+use crate::pull::{Pulled, PyPullQueue};
 use crate::stats;
 use crate::watch::Watch;
 
@@ -37,12 +36,13 @@ impl NativeDevice {
         py: Python<'_>,
         device: ublk_core::Device,
         target: Option<Arc<dyn Target>>,
-        queues: Vec<PullQueue>,
+        queues: Pulled,
         watch: Watch,
         on_kernel: bool,
     ) -> PyResult<Self> {
-        let queues = queues.into_iter().map(|queue| Py::new(py, PyPullQueue::new(queue, watch.clone())));
-        let pull_queues = queues.collect::<PyResult<_>>()?;
+        let Pulled { queues, extents } = queues;
+        let wrap = |queue| Py::new(py, PyPullQueue::new(queue, watch.clone(), extents.clone()));
+        let pull_queues = queues.into_iter().map(wrap).collect::<PyResult<_>>()?;
         Ok(NativeDevice { device: Some(device), target: Mutex::new(target), pull_queues, watch, on_kernel })
     }
 

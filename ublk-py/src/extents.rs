@@ -2,6 +2,7 @@
 
 //! Extents in Python: where the bytes of a request are, instead of the bytes.
 
+use std::convert::identity;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
@@ -9,8 +10,8 @@ use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyTuple, PyType};
 use ublk_core::extents::files::{self, SharedFile};
-use ublk_core::extents::{Direction, Extent, ExtentMap, Flight};
-use ublk_core::{Errno, FilePiece, Op, Request};
+use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, Moment};
+use ublk_core::{Errno, FilePiece, Home, Op, Request, RequestOf};
 
 use crate::error::os_error;
 use crate::methods::op_object;
@@ -109,8 +110,8 @@ pub(crate) struct Mapper {
     pub(crate) extents: ExtentMap,
 }
 
-/// How often a place is asked for again that was invalidated while it was found out, before the handler has the request.
-const ATTEMPTS: u32 = 16;
+/// How often a place is asked for again that was invalidated while it was found out.
+pub(crate) const ATTEMPTS: u32 = 16;
 
 fn direction(op: Op) -> Option<Direction> {
     match op {
@@ -150,7 +151,12 @@ impl Mapper {
                 if answer.is_none() {
                     return Ok(Mapped::Unknown);
                 }
-                let (extent, stable) = convert(&answer, at, direction)?;
+                let (extent, stable) = convert(&answer, "map", at, direction)?.ok_or_else(|| {
+                    let name = answer.get_type().name();
+                    name.map_or_else(identity, |name| {
+                        PyTypeError::new_err(format!("map returned {name}; it must return Extent, Zeros or None"))
+                    })
+                })?;
                 if !(extent.start..extent.end()).contains(&at) {
                     let (start, end) = (extent.start, extent.end());
                     let text = format!("map was asked for byte {at}, and answered with {start} to {end}");
@@ -171,31 +177,76 @@ impl Mapper {
     }
 }
 
-fn convert(answer: &Bound<'_, PyAny>, at: u64, direction: Direction) -> PyResult<(Extent, bool)> {
+/// An extent that Python has answered a request for byte `at` with, and whether it is to be kept. None if it is something else.
+fn convert(answer: &Bound<'_, PyAny>, who: &str, at: u64, direction: Direction) -> PyResult<Option<(Extent, bool)>> {
+    let refused = |text: &str| Err(PyValueError::new_err(format!("{who} answered a {}", text)));
     if let Ok(extent) = answer.cast::<PyExtent>() {
         let PyExtent { file, offset, length, start, stable } = extent.get();
-        let (start, usable) = match direction {
-            Direction::Read => (start.unwrap_or(at), file.readable),
-            Direction::Write => (start.unwrap_or(at), file.writable),
-        };
-        if !usable {
-            let text = format!("map answered a {direction:?} with a file that is not open for it").to_lowercase();
-            return Err(PyValueError::new_err(text));
+        let (start, len, offset) = (start.unwrap_or(at), *length, *offset);
+        match direction {
+            Direction::Read if !file.readable => return refused("read with a file that is not open for it"),
+            Direction::Write if !file.writable => return refused("write with a file that is not open for it"),
+            _ => {}
         }
-        return Ok((Extent { start, len: *length, file: file.file.clone(), offset: *offset }, *stable));
+        return Ok(Some((Extent { start, len, file: file.file.clone(), offset }, *stable)));
     }
-    if let Ok(zeros_) = answer.cast::<PyZeros>() {
+    if let Ok(zeros) = answer.cast::<PyZeros>() {
         if direction == Direction::Write {
-            return Err(PyValueError::new_err("map answered a write with Zeros, which cannot be written to"));
+            return refused("write with Zeros, which cannot be written to");
         }
-        let PyZeros { length, start, stable } = zeros_.get();
-        return Ok((
-            Extent { start: start.unwrap_or(at), len: *length, file: files::zeros().map_err(os_error)?, offset: 0 },
-            *stable,
-        ));
+        let PyZeros { length, start, stable } = zeros.get();
+        let (start, len, file) = (start.unwrap_or(at), *length, files::zeros().map_err(os_error)?);
+        return Ok(Some((Extent { start, len, file, offset: 0 }, *stable)));
     }
-    let name = answer.get_type().name()?;
-    Err(PyTypeError::new_err(format!("map returned {name}; it must return Extent, Zeros or None")))
+    Ok(None)
+}
+
+/// What became of a request whose handler has returned something.
+pub(crate) enum Returned<H: Home> {
+    /// The engine has it now.
+    Forwarded,
+    /// It was invalidated meanwhile: the handler is to be called again.
+    Stale(RequestOf<H>),
+    /// It cannot be.
+    Refused(RequestOf<H>, PyErr),
+}
+
+/// Whether a handler has returned where the bytes are, instead of having moved them.
+pub(crate) fn is_extent(op: Op, value: &Bound<'_, PyAny>) -> bool {
+    direction(op).is_some() && (value.is_instance_of::<PyExtent>() || value.is_instance_of::<PyZeros>())
+}
+
+/// Forwards a request whose handler has returned an [extent](is_extent). `asked` is when it was called.
+pub(crate) fn forward_returned<H: Home>(
+    request: RequestOf<H>,
+    value: &Bound<'_, PyAny>,
+    who: &str,
+    extents: &ExtentMap,
+    asked: Moment,
+) -> Returned<H> {
+    let (start, end) = (request.offset(), request.offset() + request.len());
+    let found = direction(request.op()).map(|direction| convert(value, who, start, direction));
+    let extent = match found.unwrap_or(Ok(None)) {
+        Ok(Some((_, true))) => {
+            let text = format!("{who} returned a stable extent; what is to be kept is for map to say");
+            return Returned::Refused(request, PyValueError::new_err(text));
+        }
+        Ok(Some((extent, false))) if extent.start <= start && end <= extent.end() => extent.part(start, end),
+        Ok(Some((extent, false))) => {
+            let (from, to) = (extent.start, extent.end());
+            let text = format!("{who} returned an extent of {from} to {to} for a request of {start} to {end}");
+            return Returned::Refused(request, PyValueError::new_err(text));
+        }
+        Ok(None) => return Returned::Refused(request, PyTypeError::new_err(format!("{who} returned no extent"))),
+        Err(error) => return Returned::Refused(request, error),
+    };
+    match extents.admit(vec![extent], asked) {
+        Some((pieces, flight)) => {
+            request.forward_pieces(pieces, Box::new(flight));
+            Returned::Forwarded
+        }
+        None => Returned::Stale(request),
+    }
 }
 
 /// The extents of a block device, shared by all devices that serve it.

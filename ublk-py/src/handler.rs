@@ -7,9 +7,12 @@ use std::sync::Arc;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
+use ublk_core::extents::ExtentMap;
+use ublk_core::pull::{Feed, Feeds};
 use ublk_core::{Access, Errno, Params, QueueHandler, QueueInfo, Request, Requests, Result, Target};
 
 use crate::buffer::Slot;
+use crate::error::to_python;
 use crate::extents::{Mapped, Mapper};
 use crate::methods::{Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
@@ -20,8 +23,9 @@ use crate::watch::{Seat, Watch};
 pub(crate) enum Style {
     /// A method for each operation.
     Methods(Methods),
-    /// The same, and one that says where bytes lie.
-    Mapped(Methods, Mapper),
+    /// The same, and one that says where bytes lie. What it does not say goes to the methods, or to whoever takes
+    /// requests.
+    Mapped(Methods, Mapper, Option<Feeds>),
     /// One function for all requests of a wake-up.
     Batch(Batch),
 }
@@ -62,23 +66,27 @@ impl Target for PythonTarget {
 
     fn open_queue(&self, info: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         let failed = |source| ublk_core::Error::Target { context: "opening a queue".into(), source };
-        Python::try_attach(|py| self.open(py, info.depth))
+        Python::try_attach(|py| self.open(py, info))
             .ok_or_else(|| failed(std::io::Error::other("the interpreter is shutting down")))?
             .map_err(|error| failed(std::io::Error::other(error)))
     }
 }
 
 impl PythonTarget {
-    fn open(&self, py: Python<'_>, depth: u16) -> PyResult<Box<dyn QueueHandler>> {
+    fn open(&self, py: Python<'_>, info: &QueueInfo) -> PyResult<Box<dyn QueueHandler>> {
         let seat = self.watch.seat(py)?;
-        let methods_queue = |methods: &Methods| {
+        let methods_queue = |methods: &Methods, depth| {
             let slots = (0..depth).map(|_| Slot::default()).collect();
-            Attached::new(MethodsQueue { methods: methods.clone_ref(py), slots, seat: seat.clone() }, &self.watch)
+            MethodsQueue { methods: methods.clone_ref(py), slots, seat: seat.clone() }
         };
         Ok(match &self.style {
-            Style::Methods(methods) => Box::new(methods_queue(methods)),
-            Style::Mapped(methods, mapper) => {
-                Box::new(MappedQueue { methods: methods_queue(methods), mapper: Some(mapper.clone_ref(py)) })
+            Style::Methods(methods) => Box::new(Attached::new(methods_queue(methods, info.depth), &self.watch)),
+            Style::Mapped(methods, mapper, feeds) => {
+                let feed = feeds.as_ref().map(|feeds| feeds.open(info.queue)).transpose();
+                let feed = feed.map_err(|error| to_python(py, &error))?;
+                let methods = methods_queue(methods, if feed.is_some() { 0 } else { info.depth });
+                let inner = Some((methods, mapper.clone_ref(py)));
+                Box::new(MappedQueue { inner, feed, watch: self.watch.clone() })
             }
             Style::Batch(Batch { handle, report }) => {
                 let batch = Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) };
@@ -133,55 +141,79 @@ struct MethodsQueue {
 impl Serve for MethodsQueue {
     fn serve(&mut self, py: Python<'_>, requests: Requests<'_>) {
         for request in requests {
-            let slot = &mut self.slots[usize::from(request.tag().0)];
-            self.seat.during(|| self.methods.serve(py, slot, request));
+            self.serve_one(py, request);
         }
     }
 }
 
 /// One queue of a device that says where bytes lie. Python sees only what it has not told before.
 struct MappedQueue {
-    methods: Attached<MethodsQueue>,
-    mapper: Option<Mapper>,
+    /// Taken out when it is dropped.
+    inner: Option<(MethodsQueue, Mapper)>,
+    /// For what `map` leaves to others than this thread.
+    feed: Option<Feed>,
+    watch: Watch,
 }
 
 impl QueueHandler for MappedQueue {
     fn handle(&mut self, requests: Requests<'_>) {
-        let (Some(mapper), Some(queue)) = (&self.mapper, &mut self.methods.inner) else { return };
+        let Some((queue, mapper)) = &mut self.inner else { return };
         let unknown: Vec<Request<'_>> = requests.filter_map(|request| mapper.forward_known(request)).collect();
         if unknown.is_empty() {
             return;
         }
-        self.methods.watch.entered();
+        self.watch.entered();
+        let mut left = Vec::new();
         Python::try_attach(|py| {
             for request in unknown {
                 request.keep_pace();
-                queue.serve_mapped(py, mapper, request);
+                let Some(request) = queue.map(py, mapper, request) else { continue };
+                if self.feed.is_some() {
+                    left.push(request);
+                } else if let Some(request) = loaded(request) {
+                    queue.serve_one(py, request);
+                }
             }
         });
+        if let Some(feed) = &self.feed {
+            // Without the interpreter.
+            feed.put(left.into_iter().filter_map(loaded).map(Request::detach));
+        }
     }
 }
 
 impl Drop for MappedQueue {
     fn drop(&mut self) {
-        let mapper = self.mapper.take();
-        Python::try_attach(|_| drop(mapper));
+        let inner = self.inner.take();
+        Python::try_attach(|_| drop(inner));
+    }
+}
+
+/// The request with its data in memory. It has failed if that cannot be.
+fn loaded(mut request: Request<'_>) -> Option<Request<'_>> {
+    match request.load() {
+        Ok(()) => Some(request),
+        Err(errno) => {
+            request.fail(errno);
+            None
+        }
     }
 }
 
 impl MethodsQueue {
-    fn serve_mapped(&mut self, py: Python<'_>, mapper: &Mapper, mut request: Request<'_>) {
+    /// Asks where a request lies, and forwards it there. Gives it back if that is for the handler to say.
+    fn map<'q>(&self, py: Python<'_>, mapper: &Mapper, request: Request<'q>) -> Option<Request<'q>> {
         match self.seat.during(|| mapper.ask(py, &request)) {
             Ok(Mapped::At(pieces, flight)) => request.forward_pieces(pieces, Box::new(flight)),
-            Ok(Mapped::Unknown) => match request.load() {
-                Ok(()) => {
-                    let slot = &mut self.slots[usize::from(request.tag().0)];
-                    self.seat.during(|| self.methods.serve(py, slot, request));
-                }
-                Err(errno) => request.fail(errno),
-            },
+            Ok(Mapped::Unknown) => return Some(request),
             Err(error) => request.fail(self.methods.errno_of(py, "map", &error)),
         }
+        None
+    }
+
+    fn serve_one(&mut self, py: Python<'_>, request: Request<'_>) {
+        let slot = &mut self.slots[usize::from(request.tag().0)];
+        self.seat.during(|| self.methods.serve(py, slot, request));
     }
 }
 
@@ -193,7 +225,7 @@ struct BatchQueue {
 
 impl Serve for BatchQueue {
     fn serve(&mut self, py: Python<'_>, requests: Requests<'_>) {
-        let requests: Vec<_> = requests.map(|request| PyRequest::new(request.detach())).collect();
+        let requests: Vec<_> = requests.map(|request| PyRequest::new(request.detach(), &ExtentMap::new())).collect();
         let endings: Vec<_> = requests.iter().map(PyRequest::ending).collect();
         let list = PyList::new(py, requests);
         let outcome = list

@@ -9,6 +9,7 @@ use ublk_core::{Errno, Home, Op, Operations, RequestOf};
 
 use crate::buffer::Slot;
 use crate::error::to_errno;
+use crate::extents::{ATTEMPTS, Extents, Returned, forward_returned, is_extent};
 
 /// The bound methods of a block device.
 #[derive(Debug, FromPyObject)]
@@ -22,6 +23,8 @@ pub(crate) struct Methods {
     /// Of a zoned disk.
     #[pyo3(item("zones"), default)]
     zones: Option<Zones>,
+    /// Where requests may go instead.
+    extents: Py<Extents>,
     /// Called with `(operation, exception)` for an exception that is no errno.
     report: Py<PyAny>,
 }
@@ -79,14 +82,34 @@ impl Methods {
             discard: clone(&self.discard),
             write_zeroes: clone(&self.write_zeroes),
             zones: self.zones.as_ref().map(|zones| zones.clone_ref(py)),
+            extents: self.extents.clone_ref(py),
             report: self.report.clone_ref(py),
         }
     }
 
     /// Calls the method for a request and ends the request as that says. `slot` has the buffer object of its memory.
     pub(crate) fn serve<H: Home>(&self, py: Python<'_>, slot: &mut Slot, mut request: RequestOf<H>) {
+        for _ in 0..ATTEMPTS {
+            match self.try_to_serve(py, slot, request) {
+                Some(stale) => request = stale,
+                None => return,
+            }
+        }
+        log::error!("{request:?}: what its handler returned was invalidated {ATTEMPTS} times in a row");
+        request.fail(Errno::EIO);
+    }
+
+    /// Gives the request back if it went somewhere that was invalidated meanwhile.
+    fn try_to_serve<H: Home>(
+        &self,
+        py: Python<'_>,
+        slot: &mut Slot,
+        mut request: RequestOf<H>,
+    ) -> Option<RequestOf<H>> {
         let op = request.op();
         let (offset, len) = (request.offset(), request.len());
+        let extents = &self.extents.get().0;
+        let asked = extents.now();
         let returned = match op {
             Op::Read => with_data(py, Some(&self.read), slot, &mut request),
             Op::Write => with_data(py, self.write.as_ref(), slot, &mut request),
@@ -113,7 +136,17 @@ impl Methods {
                     request.fail(self.errno_of(py, op_name(op), &PyTypeError::new_err(text)));
                 }
             }
-            return;
+            return None;
+        }
+        if let Ok(Some(value)) = &returned
+            && is_extent(op, value)
+        {
+            match forward_returned(request, value, op_name(op), extents, asked) {
+                Returned::Forwarded => {}
+                Returned::Stale(request) => return Some(request),
+                Returned::Refused(request, error) => request.fail(self.errno_of(py, op_name(op), &error)),
+            }
+            return None;
         }
         let outcome = returned.and_then(|returned| match returned {
             Some(value) => check_return(&value, op.has_data().then_some(len)).map(Ok),
@@ -123,6 +156,7 @@ impl Methods {
             Ok(result) => request.finish(result),
             Err(error) => request.fail(self.errno_of(py, op_name(op), &error)),
         }
+        None
     }
 
     /// What a request fails with after an exception; `EIO`, and a report, if that is no errno.
@@ -184,7 +218,7 @@ pub(crate) fn check_return(value: &Bound<'_, PyAny>, len: Option<u64>) -> PyResu
             Err(PyValueError::new_err(format!("the handler returned {count}, but the request has {len} bytes")))
         }
         (_, Some(_)) => Err(PyTypeError::new_err(format!(
-            "the handler returned {}; it must return None or the number of bytes, and put data into the buffer",
+            "the handler returned {}; it must return None or the number of bytes, and put data into the buffer, or return an extent",
             value.get_type().name()?
         ))),
         (_, None) => {

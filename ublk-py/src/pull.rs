@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pyo3::prelude::*;
+use ublk_core::extents::ExtentMap;
 use ublk_core::pull::PullQueue;
 
 use crate::buffer::Slot;
@@ -15,17 +16,27 @@ use crate::methods::Methods;
 use crate::request::PyRequest;
 use crate::watch::Watch;
 
+/// The queues that a device's requests are taken from, if its style is to take them.
+#[derive(Debug, Default)]
+pub(crate) struct Pulled {
+    pub(crate) queues: Vec<PullQueue>,
+    /// Of the block device.
+    pub(crate) extents: ExtentMap,
+}
+
 /// The requests of one hardware queue.
 #[pyclass(frozen, module = "ublk._ublk", name = "PullQueue")]
 #[derive(Debug)]
 pub(crate) struct PyPullQueue {
     queue: Mutex<Option<Arc<PullQueue>>>,
     watch: Watch,
+    /// Of the block device.
+    extents: ExtentMap,
 }
 
 impl PyPullQueue {
-    pub(crate) fn new(queue: PullQueue, watch: Watch) -> Self {
-        PyPullQueue { queue: Mutex::new(Some(Arc::new(queue))), watch }
+    pub(crate) fn new(queue: PullQueue, watch: Watch, extents: ExtentMap) -> Self {
+        PyPullQueue { queue: Mutex::new(Some(Arc::new(queue))), watch, extents }
     }
 
     fn queue(&self) -> Option<Arc<PullQueue>> {
@@ -41,7 +52,8 @@ impl PyPullQueue {
             return Ok(None);
         };
         self.watch.entered();
-        batch.into_iter().map(|request| Py::new(py, PyRequest::new(request))).collect::<PyResult<_>>().map(Some)
+        let wrap = |request| Py::new(py, PyRequest::new(request, &self.extents));
+        batch.into_iter().map(wrap).collect::<PyResult<_>>().map(Some)
     }
 
     /// Readable while there are requests, and once no more will come. -1 after `close`.

@@ -4,12 +4,14 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
+use ublk_core::extents::{ExtentMap, Moment};
 use ublk_core::{DetachedRequest, Errno, Op};
 
 use crate::buffer::Lease;
+use crate::extents::{ATTEMPTS, Returned, forward_returned, is_extent};
 use crate::methods::{check_return, op_name, op_object, to_handlers_errno};
 
 /// One request of the block layer.
@@ -23,6 +25,7 @@ pub(crate) struct PyRequest {
     no_unmap: bool,
     queue: u16,
     device: u32,
+    extents: ExtentMap,
     ending: Arc<Ending>,
 }
 
@@ -33,6 +36,10 @@ pub(crate) struct Ending(Mutex<State>);
 #[derive(Debug)]
 struct State {
     request: Option<DetachedRequest>,
+    /// When its handler was called; to be known if that returns an extent.
+    asked: Moment,
+    /// How often what it returned was invalidated meanwhile.
+    stale: u32,
     /// What Python has of its memory.
     lease: Option<Lease>,
 }
@@ -65,7 +72,9 @@ impl Ending {
 }
 
 impl PyRequest {
-    pub(crate) fn new(request: DetachedRequest) -> Self {
+    /// `extents` are those of its block device.
+    pub(crate) fn new(request: DetachedRequest, extents: &ExtentMap) -> Self {
+        let asked = extents.now();
         PyRequest {
             op: request.op(),
             offset: request.offset(),
@@ -74,7 +83,8 @@ impl PyRequest {
             no_unmap: request.no_unmap(),
             queue: request.queue().0,
             device: request.device().0,
-            ending: Arc::new(Ending(Mutex::new(State { request: Some(request), lease: None }))),
+            extents: extents.clone(),
+            ending: Arc::new(Ending(Mutex::new(State { request: Some(request), asked, stale: 0, lease: None }))),
         }
     }
 
@@ -205,14 +215,32 @@ impl PyRequest {
         Ok(errno.is_some())
     }
 
-    /// End the request as a handler's return value says.
-    fn _finish(&self, py: Python<'_>, returned: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// End the request as a handler's return value says. False if the handler is to be called again.
+    fn _finish(&self, py: Python<'_>, returned: &Bound<'_, PyAny>) -> PyResult<bool> {
         // Whoever has ended it by itself may return what it likes.
         if self.done() {
-            return Ok(());
+            return Ok(true);
+        }
+        if is_extent(self.op, returned) {
+            let Some(request) = self.ending.take(py) else { return Ok(true) };
+            let asked = self.ending.state().asked;
+            let (request, outcome) = match forward_returned(request, returned, op_name(self.op), &self.extents, asked) {
+                Returned::Forwarded => return Ok(true),
+                Returned::Refused(request, error) => (request, Err(error)),
+                Returned::Stale(request) => (request, Ok(false)),
+            };
+            let mut state = self.ending.state();
+            (state.request, state.asked) = (Some(request), self.extents.now());
+            state.stale += 1;
+            if state.stale < ATTEMPTS {
+                return outcome;
+            }
+            let text = format!("what its handler returned was invalidated {ATTEMPTS} times in a row");
+            return outcome.and(Err(PyRuntimeError::new_err(text)));
         }
         check_return(returned, self.op.has_data().then_some(self.length))?;
-        self.end(py, Ok(()))
+        self.end(py, Ok(()))?;
+        Ok(true)
     }
 
     /// End the request as a handler's exception says. False if that is no errno: then it has not ended.

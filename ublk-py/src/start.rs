@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 use ublk_core::driver::fake;
 use ublk_core::driver::kernel::KernelDriver;
-use ublk_core::pull::{PullQueue, pull_with};
+use ublk_core::pull::{feeds, pull_with};
 use ublk_core::{Access, DeviceId, DeviceOptions, Params, Recovery, Server, Target, ZonedLimits};
 
 use crate::device::NativeDevice;
@@ -19,6 +19,7 @@ use crate::fake::FakeDriver;
 use crate::handler::{PythonTarget, Style};
 use crate::logging;
 use crate::methods::operations;
+use crate::pull::Pulled;
 use crate::stats;
 use crate::targets::NativeTarget;
 use crate::threads::PythonSpawn;
@@ -62,7 +63,7 @@ pub(crate) struct Description {
     max_append_bytes: u32,
     /// Names of methods: what it can do beside being read.
     operations: Vec<String>,
-    /// `methods`, `mapped`, `batch`, `pull` or `native`.
+    /// `methods`, `mapped`, `batch`, `pull`, `mapped-pull` or `native`.
     style: String,
 }
 
@@ -88,30 +89,33 @@ impl Description {
     }
 
     /// Makes the target, and queues if its requests are pulled.
-    fn target(
-        self,
-        handlers: &Bound<'_, PyAny>,
-        queues: u32,
-        watch: &Watch,
-    ) -> PyResult<(Arc<dyn Target>, Vec<PullQueue>)> {
+    fn target(self, handlers: &Bound<'_, PyAny>, queues: u32, watch: &Watch) -> PyResult<(Arc<dyn Target>, Pulled)> {
         if self.style == "native" {
-            return Ok((handlers.cast::<NativeTarget>()?.get().0.clone(), Vec::new()));
+            return Ok((handlers.cast::<NativeTarget>()?.get().0.clone(), Pulled::default()));
         }
+        let py = handlers.py();
         let params = self.params();
+        let part = |name: &str| handlers.get_item(name);
+        let extents = || PyResult::Ok(part("extents")?.cast::<Extents>()?.get().0.clone());
+        let mapper = || PyResult::Ok(Mapper { map: part("map")?.unbind(), extents: extents()? });
+        let mut pulled = Pulled::default();
         let style = match self.style.as_str() {
             "pull" => {
-                return pull_with(self.kind, params, Access::Bytes, queues).map_err(|e| to_python(handlers.py(), &e));
+                let made = pull_with(self.kind, params, Access::Bytes, queues);
+                let (target, queues) = made.map_err(|e| to_python(py, &e))?;
+                return Ok((target, Pulled { queues, extents: extents()? }));
             }
             "methods" => Style::Methods(handlers.extract()?),
-            "mapped" => {
-                let part = |name: &str| handlers.get_item(name);
-                let extents = part("extents")?.cast::<Extents>()?.get().0.clone();
-                Style::Mapped(handlers.extract()?, Mapper { map: part("map")?.unbind(), extents })
+            "mapped" => Style::Mapped(handlers.extract()?, mapper()?, None),
+            "mapped-pull" => {
+                let (feeds, queues) = feeds(queues).map_err(|e| to_python(py, &e))?;
+                pulled = Pulled { queues, extents: extents()? };
+                Style::Mapped(handlers.extract()?, mapper()?, Some(feeds))
             }
             "batch" => Style::Batch(handlers.extract()?),
             other => return Err(PyValueError::new_err(format!("there is no style {other}"))),
         };
-        Ok((Arc::new(PythonTarget { kind: self.kind, params, style, watch: watch.clone() }), Vec::new()))
+        Ok((Arc::new(PythonTarget { kind: self.kind, params, style, watch: watch.clone() }), pulled))
     }
 }
 

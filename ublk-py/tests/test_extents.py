@@ -2,6 +2,7 @@
 
 """Disks that say where their bytes lie."""
 
+import asyncio
 import errno
 import os
 import random
@@ -290,9 +291,177 @@ def test_a_disk_that_only_maps_needs_no_other_method(file):
         assert not device.writable()
 
 
-def test_map_runs_on_the_threads_of_the_queues():
-    with pytest.raises(ValueError, match="no workers"):
-        testing.open(Mapped(None), workers=2)
+class Shared(ublk.BlockDevice):
+    """Its first half lies in a file, its second half is handled, by threads that are noted."""
+
+    def __init__(self, file):
+        super().__init__(size=SIZE)
+        self.file = file
+        self.data = bytearray(SIZE)
+        self.mapping, self.handling = set(), set()
+
+    def map(self, op, offset, length):
+        self.mapping.add(threading.get_ident())
+        return ublk.Extent(self.file, 0, SIZE // 2, start=0, stable=True) if offset < SIZE // 2 else None
+
+    def read(self, offset, buf):
+        self.handling.add(threading.get_ident())
+        buf[:] = self.data[offset : offset + len(buf)]
+
+    def write(self, offset, buf):
+        self.handling.add(threading.get_ident())
+        self.data[offset : offset + len(buf)] = buf
+
+
+class SharedTasks(Shared):
+    """The same with coroutines."""
+
+    async def read(self, offset, buf):
+        await asyncio.sleep(0)
+        super().read(offset, buf)
+
+    async def write(self, offset, buf):
+        await asyncio.sleep(0)
+        super().write(offset, buf)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(Shared, {"workers": 3}), (SharedTasks, {})], ids=["workers", "tasks"])
+def test_what_is_not_mapped_goes_to_workers_and_tasks(file, kind, options):
+    disk = kind(file)
+    with testing.open(disk, **options) as device:
+        for offset in (0, SIZE // 2, SIZE // 2 - 4096):
+            device.pwrite(offset, bytes([offset % 251 + 1]) * 8192)
+            assert device.pread(offset, 8192) == bytes([offset % 251 + 1]) * 8192
+    # A request on both sides is handled as a whole.
+    assert os.pread(file.fileno(), 8192, 0) == bytes([1]) * 8192
+    assert disk.data[SIZE // 2 - 4096 : SIZE // 2 + 4096] == bytes([(SIZE // 2 - 4096) % 251 + 1]) * 8192
+    assert disk.handling
+    assert disk.mapping.isdisjoint(disk.handling)
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_what_nobody_handles_is_not_supported(file, tasks):
+    class Reads(ublk.BlockDevice):
+        def map(self, op, offset, length):
+            return None
+
+    async def read(offset, buf):
+        buf[:] = bytes(len(buf))
+
+    disk = Reads(size=SIZE)
+    if tasks:
+        disk.read = read
+    with testing.open(disk, **({} if tasks else {"workers": 2})) as device, pytest.raises(OSError) as raised:
+        device.pwrite(0, bytes(512))
+    assert raised.value.errno == errno.EOPNOTSUPP
+
+
+def test_map_itself_does_not_wait():
+    class Waits(ublk.BlockDevice):
+        async def map(self, op, offset, length):
+            return None
+
+    with pytest.raises(TypeError, match="map is a coroutine function"):
+        testing.open(Waits(size=SIZE))
+
+
+class Answers(ublk.BlockDevice):
+    """Its handlers answer with what a function gives."""
+
+    def __init__(self, function):
+        super().__init__(size=SIZE)
+        self.function = function
+        self.calls = 0
+
+    def answer(self, op, offset, buf):
+        self.calls += 1
+        return self.function(self, op, offset, len(buf))
+
+    def read(self, offset, buf):
+        return self.answer("read", offset, buf)
+
+    def write(self, offset, buf):
+        return self.answer("write", offset, buf)
+
+
+class AnsweringTasks(Answers):
+    """The same with coroutines."""
+
+    async def read(self, offset, buf):
+        await asyncio.sleep(0)
+        return self.answer("read", offset, buf)
+
+    async def write(self, offset, buf):
+        return self.answer("write", offset, buf)
+
+
+in_every_style = pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Answers, {}), (Answers, {"workers": 2}), (AnsweringTasks, {})],
+    ids=["plain", "workers", "tasks"],
+)
+
+
+@in_every_style
+def test_a_handler_may_return_where_the_bytes_lie(file, kind, options):
+    def where(_disk, op, offset, length):
+        if op == "read" and offset >= SIZE // 2:
+            return ublk.Zeros(length)
+        return (
+            ublk.Extent(file, SIZE + offset, length) if offset % 8192 == 0 else ublk.Extent(file, SIZE, SIZE, start=0)
+        )
+
+    with testing.open(kind(where), **options) as device:
+        device.pwrite(8192, b"a" * 8192)
+        device.pwrite(4096, b"b" * 4096)
+        assert os.pread(file.fileno(), 12288, SIZE + 4096) == b"b" * 4096 + b"a" * 8192
+        assert device.pread(4096, 12288) == b"b" * 4096 + b"a" * 8192
+        assert device.pread(SIZE - 4096, 4096) == bytes(4096)
+
+
+@in_every_style
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda file: ublk.Extent(file, 0, 512), "an extent of 0 to 512 for a request of 0 to 4096"),
+        (lambda file: ublk.Extent(file, 0, SIZE, start=0, stable=True), "is for map to say"),
+        (lambda file: [ublk.Zeros(512)], "return an extent"),
+    ],
+    ids=["short", "stable", "list"],
+)
+def test_a_wrong_extent_of_a_handler_is_eio_and_says_what_was_expected(file, caplog, kind, options, answer, words):
+    with testing.open(kind(lambda *_: answer(file)), **options) as device, pytest.raises(OSError) as raised:
+        device.pread(0, 4096)
+    assert raised.value.errno == errno.EIO
+    assert words in caplog.text
+
+
+@in_every_style
+def test_a_handler_whose_extent_was_invalidated_meanwhile_is_called_again(file, kind, options):
+    def where(disk, op, offset, length):
+        if disk.calls == 1:
+            disk.invalidate(0, 4096)
+            return ublk.Extent(file, 0, length)
+        return ublk.Extent(file, SIZE, length)
+
+    os.pwrite(file.fileno(), b"o" * 4096, 0)
+    os.pwrite(file.fileno(), b"n" * 4096, SIZE)
+    disk = kind(where)
+    with testing.open(disk, **options) as device:
+        assert device.pread(0, 4096) == b"n" * 4096
+    assert disk.calls == 2
+
+
+@in_every_style
+def test_a_handler_whose_extents_are_always_invalidated_is_given_up(file, caplog, kind, options):
+    def where(disk, op, offset, length):
+        disk.invalidate()
+        return ublk.Extent(file, offset, length)
+
+    with testing.open(kind(where), **options) as device, pytest.raises(OSError) as raised:
+        device.pread(0, 512)
+    assert raised.value.errno == errno.EIO
+    assert "16 times in a row" in caplog.text
 
 
 def test_a_file_that_cannot_do_it_is_refused(tmp_path, caplog):

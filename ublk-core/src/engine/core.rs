@@ -16,12 +16,12 @@ use super::forward::{Forwarded, Pages};
 use super::pace::{Pace, Tick, clock};
 use super::pool::Inbox;
 use super::tags::TagTable;
-use super::transfer::{Next, Parts, Transfer};
+use super::transfer::{Next, Transfer};
 use crate::data::DataMovement;
 use crate::data::pool::BufferPool;
 use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
 use crate::memory::{Descriptor, DescriptorMap, IoBuffer, PAGE_SIZE};
-use crate::request::{Answer, Op, Origin, memory_or_abort};
+use crate::request::{Answer, Errand, Op, Origin, memory_or_abort};
 use crate::stats::{Ended, QueueStats};
 use crate::target::QueueInfo;
 use crate::uapi;
@@ -302,14 +302,8 @@ impl QueueCore {
     }
 
     /// Carries the request out on a file.
-    pub(crate) fn forward(
-        &self,
-        tag: Tag,
-        buffer: Option<Arc<IoBuffer>>,
-        op: Op,
-        descriptor: Descriptor,
-        parts: Parts,
-    ) {
+    pub(crate) fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand) {
+        let Errand { op, descriptor, parts } = errand;
         let Some(transfer) = Transfer::new(op, &descriptor, parts) else {
             let own = buffer.filter(|buffer| !buffer.is_shared());
             return self.commit(tag, own, Answer::error(Errno::EOPNOTSUPP));

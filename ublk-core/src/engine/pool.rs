@@ -16,7 +16,7 @@ use super::ring_thread;
 use crate::driver::{Driver, Waker};
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
-use crate::request::Answer;
+use crate::request::Return;
 use crate::units::{DeviceId, Tag};
 
 /// Starts the threads that serve queues. A language binding uses this to make threads that its
@@ -50,14 +50,14 @@ pub(super) enum Message {
     Abandon { device: DeviceId },
 }
 
-/// A request that ended away from its queue's thread.
+/// A request that comes back from elsewhere.
 #[derive(Debug)]
-pub(super) struct Finished {
+pub(super) struct Returned {
     /// The queue's place.
     pub(super) place: u32,
     pub(super) tag: Tag,
     pub(super) buffer: Option<Arc<IoBuffer>>,
-    pub(super) answer: Answer,
+    pub(super) what: Return,
 }
 
 /// Messages to one ring thread.
@@ -70,7 +70,7 @@ pub(crate) struct Inbox {
 #[derive(Debug, Default)]
 struct InboxState {
     messages: Vec<Message>,
-    finished: Vec<Finished>,
+    returned: Vec<Returned>,
     /// Queues that the thread serves or was asked to.
     load: usize,
     /// The thread has ended or is about to.
@@ -104,19 +104,19 @@ impl Inbox {
         Ok(())
     }
 
-    /// Takes what has come: messages, and ends of requests, which go to the end of `finished`.
-    pub(super) fn take(&self, finished: &mut Vec<Finished>) -> Vec<Message> {
+    /// Takes what has come: messages, and requests, which go to the end of `returned`.
+    pub(super) fn take(&self, returned: &mut Vec<Returned>) -> Vec<Message> {
         let mut state = self.state();
-        finished.append(&mut state.finished);
+        returned.append(&mut state.returned);
         std::mem::take(&mut state.messages)
     }
 
-    /// Leaves the end of a request. If the thread has ended, its queues were given up before, and nobody
+    /// Gives back a request. If the thread has ended, its queues were given up before, and nobody
     /// waits for it.
-    pub(crate) fn finished(&self, place: u32, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
+    pub(crate) fn returned(&self, place: u32, tag: Tag, buffer: Option<Arc<IoBuffer>>, what: Return) {
         let mut state = self.state();
-        state.finished.push(Finished { place, tag, buffer, answer });
-        let first = state.finished.len() == 1;
+        state.returned.push(Returned { place, tag, buffer, what });
+        let first = state.returned.len() == 1;
         drop(state);
         // The thread takes all at once: it is awake, or about to be, if there was one before.
         if first && let Some(waker) = self.waker.get() {

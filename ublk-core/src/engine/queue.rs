@@ -21,7 +21,7 @@ use crate::driver::{CharDevice, Completion};
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::placement::CpuSet;
-use crate::request::{Answer, Origin, Requests};
+use crate::request::{Answer, Origin, Requests, Return};
 use crate::stats::QueueStats;
 use crate::target::{QueueHandler, QueueInfo, Target};
 use crate::uapi;
@@ -200,9 +200,12 @@ impl Queue {
         }
     }
 
-    /// Takes the end of a request that was elsewhere.
-    pub(super) fn finished(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
-        self.core.commit(tag, buffer, answer);
+    /// Takes back a request that was elsewhere.
+    pub(super) fn returned(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, what: Return) {
+        match what {
+            Return::Ended(answer) => self.core.commit(tag, buffer, answer),
+            Return::Forward(errand) => self.core.forward(tag, buffer, *errand),
+        }
     }
 
     /// Whether the handler has work to do.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::cookie::Cookie;
 use super::core::{Seat, SharedRing};
 use super::pace::clock;
-use super::pool::{Finished, Inbox, Message};
+use super::pool::{Inbox, Message, Returned};
 use super::queue::{Queue, panic_text, shared_zeros};
 use crate::driver::{Completion, Driver};
 use crate::memory::IoBuffer;
@@ -72,7 +72,7 @@ struct RingThread {
     /// Places whose queue got a completion in this round.
     touched: Vec<u32>,
     completions: Vec<Completion>,
-    finished: Vec<Finished>,
+    returned: Vec<Returned>,
     idle: Idle,
     thread_place: ThreadPlace,
     zeros: Rc<IoBuffer>,
@@ -90,7 +90,7 @@ impl RingThread {
             retired: Vec::new(),
             touched: Vec::new(),
             completions: Vec::new(),
-            finished: Vec::new(),
+            returned: Vec::new(),
             idle: Idle::default(),
             thread_place: ThreadPlace::default(),
             zeros: shared_zeros()?,
@@ -104,7 +104,7 @@ impl RingThread {
             if self.queues.iter().all(Option::is_none) && self.inbox.close_if_empty() {
                 return Ok(());
             }
-            self.commit_finished();
+            self.take_back();
             self.serve_touched()?;
             self.watch_idleness()?;
             self.ring.borrow_mut().wait()?;
@@ -114,14 +114,14 @@ impl RingThread {
         }
     }
 
-    /// Commits the requests that ended on other threads.
-    fn commit_finished(&mut self) {
-        for Finished { place, tag, buffer, answer } in self.finished.drain(..) {
+    /// Takes back the requests that were on other threads.
+    fn take_back(&mut self) {
+        for Returned { place, tag, buffer, what } in self.returned.drain(..) {
             let Some(queue) = self.queues.get(place as usize).and_then(Option::as_ref) else {
-                log::debug!("the end of a request whose queue was given up: tag {tag}");
+                log::debug!("a request comes back whose queue was given up: tag {tag}");
                 continue;
             };
-            queue.finished(tag, buffer, answer);
+            queue.returned(tag, buffer, what);
             touch(&mut self.touched, place);
         }
     }
@@ -148,7 +148,7 @@ impl RingThread {
     }
 
     fn read_messages(&mut self) {
-        for message in self.inbox.take(&mut self.finished) {
+        for message in self.inbox.take(&mut self.returned) {
             match message {
                 Message::Open { setup, reply } => {
                     let free = |place: &usize| self.queues[*place].is_none() && !self.retired.contains(place);

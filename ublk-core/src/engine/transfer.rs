@@ -193,6 +193,8 @@ impl Transfer {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     const FILE: FileRange = FileRange { fd: 3, offset: 1 << 20 };
@@ -206,7 +208,7 @@ mod tests {
     fn pieces_follow_one_another_and_what_they_need_is_kept_until_the_last_one_is_done() {
         let descriptor = Descriptor { op_flags: 0, nr_sectors: 8, start_sector: 0, address: 0 };
         let piece = |fd, offset, len| FilePiece { file: FileRange { fd, offset }, len };
-        let kept = std::rc::Rc::new(());
+        let kept = Arc::new(());
         let parts = Parts::pieces(vec![piece(3, 100, 1000), piece(4, 200, 3096)], Box::new(kept.clone()));
         let mut write = Transfer::new(Op::Write, &descriptor, parts).unwrap();
         let mut expect = |fd, at: u64, len, offset, done, next| {
@@ -218,9 +220,9 @@ mod tests {
         expect(3, 0, 1000, 100, 600, Next::Continue);
         expect(3, 600, 400, 700, 400, Next::Continue);
         expect(4, 1000, 3096, 200, 96, Next::Continue);
-        assert_eq!(std::rc::Rc::strong_count(&kept), 2);
+        assert_eq!(Arc::strong_count(&kept), 2);
         expect(4, 1096, 3000, 296, 3000, Next::Finished(Ok(())));
-        assert_eq!(std::rc::Rc::strong_count(&kept), 1);
+        assert_eq!(Arc::strong_count(&kept), 1);
     }
 
     #[test]

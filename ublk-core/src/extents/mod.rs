@@ -15,6 +15,7 @@ pub mod files;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -69,6 +70,8 @@ pub struct ExtentMap(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     landed: Condvar,
+    /// How many invalidations there have been; changed under the lock.
+    moment: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -78,8 +81,6 @@ struct State {
     writes: BTreeMap<u64, Extent>,
     /// Ranges that were invalidated last, oldest first.
     invalidated: VecDeque<(u64, u64)>,
-    /// How many there have been.
-    moment: u64,
     /// Requests that are under way; places are used again.
     flights: Vec<Option<Route>>,
     /// How many there have been.
@@ -117,8 +118,8 @@ impl State {
     }
 
     /// Whether something in a range was invalidated since a moment.
-    fn is_stale(&self, since: Moment, start: u64, end: u64) -> bool {
-        let new = (self.moment - since.0) as usize;
+    fn is_stale(&self, since: Moment, now: Moment, start: u64, end: u64) -> bool {
+        let new = (now.0 - since.0) as usize;
         new > self.invalidated.len() || self.invalidated.iter().rev().take(new).any(|(s, e)| *s < end && start < *e)
     }
 }
@@ -165,7 +166,7 @@ impl ExtentMap {
     /// since `asked`, the [moment](ExtentMap::now) before its place was found out.
     pub fn insert(&self, direction: Direction, extent: Extent, asked: Moment) {
         let mut state = self.state();
-        if extent.len == 0 || state.is_stale(asked, extent.start, extent.end()) {
+        if extent.len == 0 || state.is_stale(asked, self.now(), extent.start, extent.end()) {
             return;
         }
         let map = state.map(direction);
@@ -175,7 +176,7 @@ impl ExtentMap {
 
     /// The present moment.
     pub fn now(&self) -> Moment {
-        Moment(self.state().moment)
+        Moment(self.0.moment.load(Ordering::Acquire))
     }
 
     /// Admits a request to the extents that are kept; `None` if they do not cover it.
@@ -193,7 +194,7 @@ impl ExtentMap {
     pub fn admit(&self, extents: Vec<Extent>, asked: Moment) -> Option<(Vec<FilePiece>, Flight)> {
         let (start, end) = (extents.first()?.start, extents.last()?.end());
         let mut state = self.state();
-        if state.is_stale(asked, start, end) {
+        if state.is_stale(asked, self.now(), start, end) {
             return None;
         }
         let place = state.take_off(start, end);
@@ -217,7 +218,7 @@ impl ExtentMap {
         let mut state = self.state();
         cut(&mut state.reads, start, end);
         cut(&mut state.writes, start, end);
-        state.moment += 1;
+        self.0.moment.fetch_add(1, Ordering::Release);
         state.invalidated.push_back((start, end));
         if state.invalidated.len() > REMEMBERED {
             state.invalidated.pop_front();

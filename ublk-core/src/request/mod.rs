@@ -30,7 +30,7 @@ use crate::memory::{Descriptor, IoBuffer};
 use crate::uapi;
 use crate::units::{DeviceId, QueueId, Sectors, Tag};
 
-/// How a file takes the place of a request's range; see [`Request::forward`].
+/// How a file takes the place of a request's range; see [`RequestOf::forward`].
 ///
 /// The descriptor must stay open until the queue's handler is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub struct FileRange {
     pub offset: u64,
 }
 
-/// A part of a request that lies in a file; see [`Request::forward_pieces`].
+/// A part of a request that lies in a file; see [`RequestOf::forward_pieces`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FilePiece {
     /// Where its first byte lies.
@@ -51,7 +51,7 @@ pub struct FilePiece {
 }
 
 /// Something that must outlive a forwarded request.
-pub type Keep = Box<dyn Any>;
+pub type Keep = Box<dyn Any + Send>;
 
 /// Where requests come from.
 #[derive(Debug)]
@@ -83,6 +83,23 @@ impl Answer {
     }
 }
 
+/// What a forwarded request is to do.
+#[derive(Debug)]
+pub struct Errand {
+    pub(crate) op: Op,
+    pub(crate) descriptor: Descriptor,
+    pub(crate) parts: Parts,
+}
+
+/// What comes back to a queue's thread from elsewhere.
+#[derive(Debug)]
+pub(crate) enum Return {
+    /// The request's end.
+    Ended(Answer),
+    /// The request, for the engine to do.
+    Forward(Box<Errand>),
+}
+
 /// Where a request is, and so how it gets back to the driver. Not to be implemented elsewhere.
 pub trait Home {
     #[doc(hidden)]
@@ -92,6 +109,8 @@ pub trait Home {
     fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>>;
     #[doc(hidden)]
     fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer);
+    #[doc(hidden)]
+    fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand);
 }
 
 /// On the thread of its queue.
@@ -109,6 +128,10 @@ impl Home for OnQueue<'_> {
 
     fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
         self.0.commit(tag, buffer, answer);
+    }
+
+    fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand) {
+        self.0.forward(tag, buffer, errand);
     }
 }
 
@@ -130,7 +153,11 @@ impl Home for Anywhere {
     }
 
     fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
-        self.mailbox.finished(self.place, tag, buffer, answer);
+        self.mailbox.returned(self.place, tag, buffer, Return::Ended(answer));
+    }
+
+    fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand) {
+        self.mailbox.returned(self.place, tag, buffer, Return::Forward(Box::new(errand)));
     }
 }
 
@@ -217,39 +244,6 @@ impl<'q> Request<'q> {
         Some(RequestOf { home: OnQueue(core), tag, op, descriptor, buffer, spent: false })
     }
 
-    /// Lets the engine do the request on a file, on the queue's own ring: reads and writes move data
-    /// between the request and the file (durably for [FUA](RequestOf::force_unit_access)), flush becomes
-    /// `fdatasync`, discard punches a hole, write-zeroes zeroes the range. Short transfers are
-    /// continued; the end of the file inside the range is an `EIO`. Operations on zones fail with
-    /// `EOPNOTSUPP`.
-    ///
-    /// Where the device's [data movement](DataMovement) is without copies, the file reads and writes the
-    /// request's own pages, unless the request was [loaded](RequestOf::load) before.
-    pub fn forward(mut self, file: FileRange) {
-        self.spent = true;
-        let parts = Parts::whole(file, self.len());
-        self.home.0.forward(self.tag, self.buffer.take(), self.op, self.descriptor, parts);
-    }
-
-    /// As [`forward`](Request::forward), for a read or write whose bytes lie in several places, one after the other.
-    /// `keep` is dropped when the last of them has been read or written: descriptors need not stay open for
-    /// longer.
-    ///
-    /// Fails the request with `EIO` unless the pieces have its length, and with `EOPNOTSUPP` if it is no read or write.
-    pub fn forward_pieces(mut self, pieces: Vec<FilePiece>, keep: Keep) {
-        if !matches!(self.op, Op::Read | Op::Write) {
-            return self.fail(Errno::EOPNOTSUPP);
-        }
-        let found = pieces.iter().try_fold(0u64, |sum, piece| sum.checked_add(piece.len).filter(|_| piece.len != 0));
-        if found != Some(self.len()) {
-            log::error!("{self:?}: was to be forwarded to {pieces:?}");
-            return self.fail(Errno::EIO);
-        }
-        self.spent = true;
-        let parts = Parts::pieces(pieces, keep);
-        self.home.0.forward(self.tag, self.buffer.take(), self.op, self.descriptor, parts);
-    }
-
     /// Lets what ended before go to the driver, if it has waited for long. [`Requests`] does so by itself; this is for
     /// handlers that collect requests before they serve them one by one.
     pub fn keep_pace(&self) {
@@ -331,6 +325,41 @@ impl<H: Home> RequestOf<H> {
 
     fn data_len(&self) -> usize {
         if self.op.has_data() { self.len() as usize } else { 0 }
+    }
+
+    /// Lets the engine do the request on a file, on the queue's own ring: reads and writes move data
+    /// between the request and the file (durably for [FUA](RequestOf::force_unit_access)), flush becomes
+    /// `fdatasync`, discard punches a hole, write-zeroes zeroes the range. Short transfers are
+    /// continued; the end of the file inside the range is an `EIO`. Operations on zones fail with
+    /// `EOPNOTSUPP`.
+    ///
+    /// Where the device's [data movement](DataMovement) is without copies, the file reads and writes the
+    /// request's own pages, unless the request was [loaded](RequestOf::load) before.
+    pub fn forward(mut self, file: FileRange) {
+        self.send(Parts::whole(file, self.len()));
+    }
+
+    /// As [`forward`](RequestOf::forward), for a read or write whose bytes lie in several places, one after the other.
+    /// `keep` is dropped when the last of them has been read or written: descriptors need not stay open for
+    /// longer.
+    ///
+    /// Fails the request with `EIO` unless the pieces have its length, and with `EOPNOTSUPP` if it is no read or write.
+    pub fn forward_pieces(mut self, pieces: Vec<FilePiece>, keep: Keep) {
+        if !matches!(self.op, Op::Read | Op::Write) {
+            return self.fail(Errno::EOPNOTSUPP);
+        }
+        let found = pieces.iter().try_fold(0u64, |sum, piece| sum.checked_add(piece.len).filter(|_| piece.len != 0));
+        if found != Some(self.len()) {
+            log::error!("{self:?}: was to be forwarded to {pieces:?}");
+            return self.fail(Errno::EIO);
+        }
+        self.send(Parts::pieces(pieces, keep));
+    }
+
+    fn send(&mut self, parts: Parts) {
+        self.spent = true;
+        let errand = Errand { op: self.op, descriptor: self.descriptor, parts };
+        self.home.forward(self.tag, self.buffer.take(), errand);
     }
 
     /// Brings the request's data to memory of this process, where it is not there already: a write's data

@@ -114,20 +114,24 @@ class BlockDevice:
         self.max_active_zones = max_active_zones
         self.max_append_bytes = max_io_bytes if max_append_bytes is None else max_append_bytes
 
-    def read(self, offset: int, buf: memoryview) -> int | None:
+    def read(self, offset: int, buf: memoryview) -> int | Extent | Zeros | None:
         """Fill ``buf`` with the disk's bytes from ``offset`` on.
 
         ``buf`` is the request's own memory, writable, and lent for the time of the call: used
         afterwards it raises `ValueError`. Objects that hold on to it (a numpy array over it, a slice)
         stay valid memory of their own and never see another request. Fill all of it: what is left
         untouched holds bytes of earlier requests.
+
+        In place of that it may return an `Extent` or `Zeros` that covers the request, and is not ``stable``: the engine
+        reads from there then. If that is invalidated in the meantime, this is called again.
         """
         raise NotImplementedError
 
-    def write(self, offset: int, buf: memoryview) -> int | None:
+    def write(self, offset: int, buf: memoryview) -> int | Extent | None:
         """Store the bytes of ``buf`` at ``offset``.
 
-        ``buf`` is read-only and lent as in `read`. Without this method the disk is read-only.
+        ``buf`` is read-only and lent as in `read`. Without this method the disk is read-only. It may return an `Extent`
+        that covers the request: the engine writes to that then.
         """
         raise NotImplementedError
 
@@ -196,8 +200,9 @@ class BlockDevice:
 
         Called for each, before `read` or `write`, on the threads of the queues. The engine then reads or writes the
         file itself, without a copy where the kernel can (Linux 6.15). An extent that is shorter than what was asked
-        for makes the engine ask again for the rest; ``None`` leaves the whole request to `read` or `write`. An extent
-        that is ``stable`` is kept: Python is not asked again for what lies inside it.
+        for makes the engine ask again for the rest; ``None`` leaves the whole request to `read` or `write`, which may
+        be coroutines, or run on ``workers``. An extent that is ``stable`` is kept: Python is not asked again for what
+        lies inside it.
 
         The disk can do what it has methods for, and what `operations` says: writes, by default. `flush` is still its
         own: without one, what was written to a file counts as durable. A file that is opened with ``O_DIRECT`` needs
@@ -206,9 +211,9 @@ class BlockDevice:
         raise NotImplementedError
 
     def invalidate(self, offset: int = 0, length: int | None = None, *, wait: bool = False) -> None:
-        """Take back what `map` has said of a range, by default of the whole disk, whether it was kept or not.
+        """Take back what `map` or a handler has said of a range, by default of the whole disk, kept or not.
 
-        Once this has returned, `map` is asked for every request that comes to the range. Requests that came before may
+        Once this has returned, Python is asked for every request that comes to the range. Requests that came before may
         still be under way on the old extents. With ``wait`` they are not: this returns when they have ended, and the
         place where they were can be used for something else. A handler cannot wait (`RuntimeError`), because the
         requests may be its own thread's; nor is there a need to, if it has just made a copy: who reads before a write

@@ -145,18 +145,23 @@ class LoopServer:
 
     async def _serve(self, request: Request) -> None:
         method = self._methods[request.op]
-        assert method is not None, "the kernel sends what is advertised"
         try:
-            if request.op is Op.READ or request.op is Op.WRITE:
-                returned = method(request.offset, request.buffer)
-            elif request.op is Op.FLUSH:
-                returned = method()
-            else:
-                returned = method(request.offset, request.length)
-            # A class may have methods of both kinds.
-            if inspect.isawaitable(returned):
-                returned = await returned
-            request._finish(returned)
+            if method is None:
+                # What a class declares, for its `map` to do all of.
+                raise NotImplementedError
+            ended = False
+            while not ended:
+                if request.op is Op.READ or request.op is Op.WRITE:
+                    returned = method(request.offset, request.buffer)
+                elif request.op is Op.FLUSH:
+                    returned = method()
+                else:
+                    returned = method(request.offset, request.length)
+                # A class may have methods of both kinds.
+                if inspect.isawaitable(returned):
+                    returned = await returned
+                # Again, if what it has returned was invalidated meanwhile.
+                ended = request._finish(returned)
         except asyncio.CancelledError:
             if not request.done:
                 request.fail(errno.ECANCELED)

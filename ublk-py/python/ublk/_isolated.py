@@ -63,11 +63,11 @@ def isolate(
 class IsolatedServing(Serving):
     """Another process has a copy of the block device, and serves it in its own way."""
 
-    style = "isolated"
     needs_python = False
 
     def __init__(self, target: BlockDevice, served: Serving, report: Report, options: Mapping[str, Any]) -> None:
         super().__init__({}, served.operations, report)
+        self.style = "isolated"
         try:
             self._payload = pickle.dumps(target)
         except Exception as error:

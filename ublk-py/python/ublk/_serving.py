@@ -40,10 +40,11 @@ def _die(exception: BaseException) -> None:
 class Serving:
     """Requests come to methods, or to ``handle``, on the threads of their queues."""
 
-    style = "methods"
     needs_python = True
 
     def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report) -> None:
+        # With `map`, which says where bytes lie, before everything else.
+        self.style = "mapped" if "map" in handlers else "methods"
         self.operations = sorted(operations)
         self.handlers: Handlers | _ublk.NativeTarget = {**handlers, "report": report}
         self._report = report
@@ -88,36 +89,36 @@ class Serving:
         """Let requests fail that nobody will take any more; called before the device stops."""
 
 
-class MappedServing(Serving):
-    """The same, and ``map`` says where bytes lie."""
-
-    style = "mapped"
-
-
 class NativeServing(Serving):
     """The engine serves requests by itself."""
 
-    style = "native"
     needs_python = False
 
     def __init__(self, target: _ublk.NativeTarget, operations: Iterable[str], report: Report) -> None:
         super().__init__({}, operations, report)
+        self.style = "native"
         self.handlers = target
 
 
 class BatchServing(Serving):
     """All requests of a wake-up go to ``handle`` at once."""
 
-    style = "batch"
+    def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report) -> None:
+        super().__init__(handlers, operations, report)
+        self.style = "batch"
+
+
+def _pulled(style: str) -> str:
+    """Name the style in which others than the queues' threads take what is to be handled."""
+    return "mapped-pull" if style == "mapped" else "pull"
 
 
 class WorkerServing(Serving):
     """A pool of threads calls the methods, so that they may wait."""
 
-    style = "pull"
-
     def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report, workers: int) -> None:
         super().__init__(handlers, operations, report)
+        self.style = _pulled(self.style)
         self._methods = {**handlers, "report": report}
         self._workers = workers
 
@@ -132,12 +133,11 @@ class WorkerServing(Serving):
 class LoopServing(Serving):
     """Coroutine methods run as tasks: on a loop of each queue's own, or on the caller's."""
 
-    style = "pull"
-
     def __init__(
         self, handlers: Handlers, operations: Iterable[str], report: Report, loop_factory: LoopFactory | None
     ) -> None:
         super().__init__(handlers, operations, report)
+        self.style = _pulled(self.style)
         self._methods = handlers
         self._loop_factory = loop_factory
         self._servers: list[LoopServer] = []
@@ -177,8 +177,11 @@ class LoopServing(Serving):
 class PullServing(Serving):
     """The program takes requests by itself."""
 
-    style = "pull"
     requests: Requests
+
+    def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report) -> None:
+        super().__init__(handlers, operations, report)
+        self.style = "pull"
 
     def begin(self, native: _ublk.NativeDevice) -> None:
         """Have the queues ready to be iterated over."""
@@ -230,7 +233,7 @@ def choose(
             raise TypeError(f"{name} has methods, which pull=True would never call")
         if workers is not None or loop_factory is not None:
             raise ValueError("pull=True leaves threads and loops to the program")
-        return PullServing({}, _declared(target), report)
+        return PullServing({"extents": target._extents}, _declared(target), report)
     if handle is not None:
         others = [*written, *(["map"] if target._overridden("map") is not None else [])]
         if others:
@@ -244,25 +247,26 @@ def choose(
     zones = _zone_methods(target)
     if zones and (coroutines or mapping is not None):
         raise ValueError(f"{name} is zoned: plain methods serve it, and no map()")
-    if mapping is not None:
-        if workers is not None or loop_factory is not None or coroutines:
-            raise ValueError(f"{name}.map is called on the threads of the queues: no workers, no event loop")
-        operations = {*_declared(target), *written}
-        handlers = {**methods, "read": target.read, "map": mapping, "extents": target._extents}
-        return MappedServing(handlers, operations, report)
-    if methods["read"] is None:
+    if methods["read"] is None and mapping is None:
         raise TypeError(f"{name} has no read(self, offset, buf) method")
-    if coroutines:
-        if workers is not None:
-            raise ValueError(f"{name}.{coroutines[0]} is a coroutine function: workers are for plain methods")
-        return LoopServing(methods, written, report, loop_factory)
-    if loop_factory is not None:
+    if workers is not None and coroutines:
+        raise ValueError(f"{name}.{coroutines[0]} is a coroutine function: workers are for plain methods")
+    if loop_factory is not None and not coroutines:
         raise ValueError(f"{name} has no coroutine methods for an event loop")
+    handlers: Handlers = {**methods, "extents": target._extents}
     if zones:
-        methods = {**methods, "zones": zones}
-    if workers is None:
-        return Serving(methods, written, report)
-    return WorkerServing(methods, written, report, workers)
+        handlers["zones"] = zones
+    if mapping is not None:
+        if inspect.iscoroutinefunction(mapping):
+            raise TypeError(f"{name}.map is a coroutine function; it is called on the threads of the queues")
+        handlers |= {"read": target.read, "map": mapping}
+        written = [*_declared(target), *written]
+    operations = sorted(set(written))
+    if coroutines:
+        return LoopServing(handlers, operations, report, loop_factory)
+    if workers is not None:
+        return WorkerServing(handlers, operations, report, workers)
+    return Serving(handlers, operations, report)
 
 
 def _declared(target: BlockDevice) -> list[str]:
