@@ -24,7 +24,7 @@ mod watch;
 use pyo3::prelude::*;
 
 /// The native half of the `ublk` package. Private: use `ublk`.
-#[pymodule(name = "_ublk", gil_used = true)]
+#[pymodule(name = "_ublk", gil_used = false)]
 mod module {
     #[pymodule_export]
     use super::buffer::Buffer;

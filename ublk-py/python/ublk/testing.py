@@ -119,7 +119,8 @@ class File(io.RawIOBase):
 
     def flush(self) -> None:
         """Make what was written durable; nothing, for disks without a cache."""
-        if not self.closed and "flush" in self.device.operations:
+        # Closing flushes, also a file whose device could not be started.
+        if not self.closed and hasattr(self, "device") and "flush" in self.device.operations:
             self._driver.flush(self.device.id)
 
     def discard(self, offset: int, length: int) -> None:
