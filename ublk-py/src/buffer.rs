@@ -8,18 +8,22 @@
 //!    outlives all views.
 //! 2. Views are exported only while a lease is active, that is while the request is the server's and
 //!    its handler runs. The engine reuses the memory only if no view is left when the lease ends; else
-//!    it takes fresh memory for the tag, and what was exported stays what it was.
+//!    it takes fresh memory for the tag, and what was exported stays what it was. A view that is being made
+//!    is counted before the lease is looked at, and the lease ends before the count is: one of both sees the other.
 //! 3. Python code may race with itself on a view it shares between its threads, as with any writable
 //!    buffer; nothing in Rust holds a reference to the bytes meanwhile.
+//! 4. Without the interpreter lock another thread may be in the middle of a copy when its view is released, which
+//!    no count tells. So memory is not used again if anybody else has the view when the lease ends, and the `Buffer`
+//!    lives until that view is gone, which whoever uses it holds.
 
 use std::ffi::c_int;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::PyMemoryView;
+use pyo3::types::{PyMemoryView, PyWeakref, PyWeakrefReference};
 use ublk_core::IoBuffer;
 
 /// The memory of one tag.
@@ -39,7 +43,9 @@ impl Buffer {
     // SAFETY (of being called): Python passes a live `view` to fill.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         let this = slf.get();
-        if !this.active.load(Ordering::Acquire) {
+        this.exports.fetch_add(1, Ordering::SeqCst);
+        if !this.active.load(Ordering::SeqCst) {
+            this.exports.fetch_sub(1, Ordering::SeqCst);
             // SAFETY: `view` is valid for writes (caller); an exporter must clear `obj` when it refuses.
             unsafe { (*view).obj = std::ptr::null_mut() };
             return Err(PyBufferError::new_err("the request that this buffer belonged to is over"));
@@ -51,15 +57,15 @@ impl Buffer {
         // view now holds. The call raises by itself if the flags ask for what it is not.
         let result = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address, len, readonly, flags) };
         if result != 0 {
+            this.exports.fetch_sub(1, Ordering::SeqCst);
             return Err(PyErr::fetch(slf.py()));
         }
-        this.exports.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }
 
     // SAFETY (of being called): Python passes a view that `__getbuffer__` filled, once.
     unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
-        self.exports.fetch_sub(1, Ordering::AcqRel);
+        self.exports.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -84,8 +90,9 @@ impl Slot {
 
     /// Ends a lease. False if Python still holds a view: the memory is its own from now on.
     pub(crate) fn end(&mut self, py: Python<'_>, lease: Lease) -> bool {
-        self.0 = lease.end(py);
-        self.0.is_some()
+        let (memory_is_free, buffer) = lease.end(py);
+        self.0 = buffer;
+        memory_is_free
     }
 }
 
@@ -124,18 +131,71 @@ impl Lease {
         self.view.bind(py)
     }
 
-    /// Ends the lease, and gives the buffer object, to be used again; none if Python still holds a view.
-    pub(crate) fn end(self, py: Python<'_>) -> Option<Py<Buffer>> {
+    /// Ends the lease. Tells whether the memory may be used again, which it may not if Python still holds a view, and gives
+    /// the buffer object if nobody else knows that.
+    pub(crate) fn end(self, py: Python<'_>) -> (bool, Option<Py<Buffer>>) {
         let Lease { buffer, view } = self;
-        buffer.get().active.store(false, Ordering::Release);
-        // SAFETY: `view` is a live object; reading its count needs no more than being attached.
-        if unsafe { ffi::Py_REFCNT(view.as_ptr()) } > 1 {
+        buffer.get().active.store(false, Ordering::SeqCst);
+        let shared = is_shared(view.as_ptr());
+        if shared && cfg!(Py_GIL_DISABLED) {
+            Keeper::until_gone(py, view.bind(py), &buffer);
+        }
+        if shared {
             // Refused if something was made from the view itself, an array say; the count of exports
             // tells then.
             let _ = view.call_method0(py, pyo3::intern!(py, "release"));
         }
         view.drop_ref(py);
-        let free = buffer.get().exports.load(Ordering::Acquire) == 0;
-        free.then_some(buffer)
+        if shared && cfg!(Py_GIL_DISABLED) || buffer.get().exports.load(Ordering::SeqCst) != 0 {
+            return (false, None);
+        }
+        // Whoever has the object itself could have a view of the next request made.
+        let known = is_shared(buffer.as_ptr());
+        (true, (!known).then_some(buffer))
+    }
+}
+
+/// Whether there are other references to an object than the caller's, by which others can come to be.
+fn is_shared(object: *mut ffi::PyObject) -> bool {
+    // SAFETY: the caller's reference keeps the object alive; reading its count needs no more than being attached.
+    let count = || unsafe { ffi::Py_REFCNT(object) };
+    if cfg!(Py_GIL_DISABLED) && count() == 1 {
+        // It is the sum of two, and a reference may move from one to the other between looking at them.
+        fence(Ordering::SeqCst);
+    }
+    count() > 1
+}
+
+/// Holds a buffer until a view of it is gone, see (4).
+#[pyclass(frozen, module = "ublk._ublk")]
+struct Keeper {
+    buffer: Mutex<Option<Py<Buffer>>>,
+    /// What calls this; they hold each other until it has.
+    reference: Mutex<Option<Py<PyWeakref>>>,
+}
+
+impl Keeper {
+    fn until_gone(py: Python<'_>, view: &Bound<'_, PyMemoryView>, buffer: &Py<Buffer>) {
+        let keeper = Keeper { buffer: Mutex::new(Some(buffer.clone_ref(py))), reference: Mutex::default() };
+        let made = Bound::new(py, keeper).and_then(|keeper| {
+            let reference = PyWeakrefReference::new_with(view, &keeper)?;
+            *keeper.get().reference.lock().unwrap_or_else(PoisonError::into_inner) =
+                Some(reference.cast_into::<PyWeakref>()?.unbind());
+            Ok(())
+        });
+        if made.is_err() {
+            // Without memory for that, it is never freed.
+            std::mem::forget(buffer.clone_ref(py));
+        }
+    }
+}
+
+#[pymethods]
+impl Keeper {
+    fn __call__(&self, _reference: &Bound<'_, PyAny>) {
+        let buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let reference = self.reference.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // Not under the locks.
+        drop((buffer, reference));
     }
 }

@@ -56,7 +56,7 @@ impl Ending {
             (state.request.take(), state.lease.take())
         };
         let mut request = request?;
-        if lease.is_some_and(|lease| lease.end(py).is_none()) {
+        if lease.is_some_and(|lease| !lease.end(py).0) {
             // A view is still alive: the memory stays with it, and the tag gets fresh memory.
             request.replace_buffer();
         }

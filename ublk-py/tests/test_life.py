@@ -2,6 +2,7 @@
 
 """Starting and ending devices; values that cannot be."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import threading
 import pytest
 
 import ublk
+from ublk import _device, _interval, _signals, _threads, _watchdog
 from ublk._ublk import FakeDriver
 
 SIZE = 1 << 20
@@ -194,6 +196,36 @@ def test_a_forked_child_can_make_a_device_of_its_own(driver):
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_forked_child_waits_for_no_thread_of_its_parent(driver):
+    held, release = threading.Event(), threading.Event()
+    locks = [_device._running_lock, _interval._lock, _signals._lock, _threads._lock, _watchdog._wake]
+
+    def hold():
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            release.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        assert held.wait(10)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.alarm(20)
+                with Disk(size=SIZE).start(_driver=FakeDriver()) as dev:
+                    status = 0 if dev.running else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        release.set()
+        holder.join()
 
 
 @pytest.mark.parametrize("recoverable", [True, "queue", "reissue", "fail-io"])

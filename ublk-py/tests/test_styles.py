@@ -5,6 +5,7 @@
 import asyncio
 import concurrent.futures
 import errno
+import select
 import threading
 import time
 from pathlib import Path
@@ -636,9 +637,8 @@ def test_a_busy_queue_does_not_keep_another_from_being_served(driver):
         # Which queue a request goes to depends on its place, here.
         clients = [pool.submit(driver.read, dev.id, 8192 * n, 512) for n in range(12)]
         other = pool.submit(driver.read, dev.id, 4096, 512)
-        while not all(client.running() for client in [*clients, other]):
-            time.sleep(0.001)
-        time.sleep(0.5)
+        for queue in dev._native.pull_queues:
+            assert select.select([queue], [], [], 10)[0] == [queue]
         seen = []
         for request in dev.requests():
             seen.append(request.queue)

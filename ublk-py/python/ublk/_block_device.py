@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -227,9 +226,11 @@ class BlockDevice:
         if not self._extents.invalidate(offset, length, _DRAIN_SECONDS if wait else None):
             raise TimeoutError(errno.ETIMEDOUT, f"requests to {offset}+{length} are still under way")
 
-    @functools.cached_property
+    @property
     def _extents(self) -> Extents:
-        return Extents()
+        # One for all threads, whichever comes first; and not from `__init__`, for classes whose own does not call it.
+        extents: Extents = self.__dict__.setdefault("_extents", Extents())
+        return extents
 
     def start(
         self,

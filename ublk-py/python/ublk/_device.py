@@ -21,7 +21,7 @@ from ublk._requests import Requests
 from ublk._serving import LoopServing, PullServing, Serving
 from ublk._stats import OpStats, Stats
 from ublk._system import DeviceInfo
-from ublk._threads import threads
+from ublk._threads import running
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -481,18 +481,28 @@ async def _to_the_end(function: Callable[..., None], *arguments: object) -> None
 def _stop_all() -> None:
     """Leave nothing behind when the interpreter exits."""
     with _running_lock:
-        devices = [device for device in _running if device._owner == os.getpid()]
+        devices = list(_running)
     for device in devices:
         logger.warning("%s was still running when the program ended", device.path)
         try:
             device.stop()
         except UblkError as error:
             logger.error("stopping %s: %s", device.path, error)
-    for thread in list(threads):
+    for thread in running():
         thread.join(_JOIN_SECONDS)
 
 
 atexit.register(_stop_all)
+
+
+def _in_forked_child() -> None:
+    """Forget the parent's devices, and the lock that one of its threads may have held."""
+    global _running_lock
+    _running_lock = threading.Lock()
+    _running.clear()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def run(

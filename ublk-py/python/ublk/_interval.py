@@ -8,6 +8,7 @@ what a request then takes at least. While devices run it is a tenth of that.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 
@@ -30,10 +31,25 @@ def shorten(device: object) -> None:
 
 def restore(device: object) -> None:
     """A device has stopped, perhaps the last one. What the program has set meanwhile stays so."""
-    global _before
     with _lock:
         _devices.discard(device)
-        if not _devices and _before is not None:
-            if abs(sys.getswitchinterval() - SECONDS) < 1e-6:
-                sys.setswitchinterval(_before)
-            _before = None
+        if not _devices:
+            _restore()
+
+
+def _restore() -> None:
+    global _before
+    if _before is not None and abs(sys.getswitchinterval() - SECONDS) < 1e-6:
+        sys.setswitchinterval(_before)
+    _before = None
+
+
+def _in_forked_child() -> None:
+    """Forget the parent's devices, and the lock that one of its threads may have held."""
+    global _lock
+    _lock = threading.Lock()
+    _devices.clear()
+    _restore()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

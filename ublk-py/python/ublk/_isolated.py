@@ -224,7 +224,7 @@ class RemoteDevice:
         return answer.value
 
     def _dead(self) -> UblkError:
-        """Tell how the process ended."""
+        """Tell how the process ended. Under the lock: only one thread at a time can learn of that."""
         self._process.join(_EXIT_SECONDS)
         status = self._process.exitcode
         if status is None:
@@ -297,7 +297,9 @@ class RemoteDevice:
                 told = True
                 self._tell(None if message is None else message.restored())
         if not told:
-            self._tell(None if self.stopped else self._dead())
+            with self._lock:
+                error = None if self.stopped else self._dead()
+            self._tell(error)
 
     def _tell(self, error: BaseException | None) -> None:
         # Before whoever waits is woken.

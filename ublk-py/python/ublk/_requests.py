@@ -150,7 +150,7 @@ class Requests:
     def abandon(self) -> None:
         """Close the queues if nobody takes requests: nobody but this thread, which has something else to do."""
         living = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-        if living.isdisjoint(self._consumers.values()):
+        if living.isdisjoint(list(self._consumers.values())):
             self.close()
 
     def _raise(self) -> None:

@@ -83,6 +83,16 @@ def device_stopped() -> None:
                 signal.signal(number, previous)
 
 
+def _in_forked_child() -> None:
+    """Forget the parent's devices, and the lock that one of its threads may have held."""
+    global _lock, _devices
+    _lock = threading.Lock()
+    _devices = 0
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP wait until the block is over, in the main thread."""

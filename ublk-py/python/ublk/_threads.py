@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -15,10 +16,30 @@ if TYPE_CHECKING:
 threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
+_lock = threading.Lock()
+
+
+def running() -> list[threading.Thread]:
+    """List those that there are."""
+    with _lock:
+        return list(threads)
+
+
+def _in_forked_child() -> None:
+    """Forget the parent's threads, and the lock that one of them may have held."""
+    global _lock
+    _lock = threading.Lock()
+    threads.clear()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+
 def spawn(name: str, body: Callable[[], None]) -> None:
     """Start a thread that serves requests."""
     # A daemon, because the interpreter joins the others before it runs exit handlers, and it is one of those that
     # stops forgotten devices and joins these.
     thread = threading.Thread(target=body, name=name, daemon=True)
-    threads.add(thread)
+    with _lock:
+        threads.add(thread)
     thread.start()

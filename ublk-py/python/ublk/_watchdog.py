@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import traceback
@@ -51,6 +52,17 @@ def forget(native: NativeDevice) -> None:
     with _wake:
         _watched.pop(native, None)
         _wake.notify()
+
+
+def _in_forked_child() -> None:
+    """Forget the parent's devices, and the lock that one of its threads may have held."""
+    global _wake, _thread
+    _wake = threading.Condition()
+    _watched.clear()
+    _thread = None
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _run() -> None:
