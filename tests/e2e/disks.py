@@ -427,6 +427,22 @@ class Blocking(ReadWrite):
             time.sleep(self.SECONDS)
 
 
+class Gated(ReadWrite):
+    """Once armed, it fills what is read at sector 0, and waits for a gate before it returns."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size, **shape)
+        self.filled, self.gate = threading.Event(), threading.Event()
+        self.armed = False
+
+    def read(self, offset, buf):
+        super().read(offset, buf)
+        if self.armed and offset == 0:
+            buf[:] = b"\x5a" * len(buf)
+            self.filled.set()
+            self.gate.wait(20)
+
+
 class KeepsViews(ReadWrite):
     """Keeps the buffers of its requests, as they are."""
 

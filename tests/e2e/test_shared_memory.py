@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from support import sysfs
 from support.backends import image
+from support.blockio import Tasks
 from support.face import Face, device_id
 from support.features import has
+from support.server import Server, ServerFailed
 
 SIZE = 8 << 20
 SHARED = 1 << 20
@@ -37,6 +39,12 @@ def test_data_goes_from_and_to_shared_memory(kind: str, batch: str, native: Face
         return
     path = native.add(*words)
     assert "SHMEM_ZC" in native.info(path)["features"]
+    exchange(path, memory)
+    native.run("del", "-n", str(device_id(path)))
+
+
+def exchange(path: str, memory: Path) -> None:
+    """Writes and reads, from and to shared memory and other memory."""
     fd = os.open(path, os.O_RDWR | os.O_DIRECT)
     try:
         with memory.open("r+b") as file, mmap.mmap(file.fileno(), SHARED) as mapped:
@@ -63,7 +71,46 @@ def test_data_goes_from_and_to_shared_memory(kind: str, batch: str, native: Face
     finally:
         os.close(fd)
     assert sysfs.in_flight(path) == 0
-    native.run("del", "-n", str(device_id(path)))
+
+
+@pytest.mark.skipif(not has("SHMEM_ZC"), reason="SHMEM_ZC came with Linux 7.1")
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("Ram", None), ("Ram", 2), ("TaskRam", None), ("BatchRam", None), ("Halves", None)]
+)
+def test_handlers_in_python_work_on_shared_memory(kind: str, workers: int | None, memory: Path, scratch: Path) -> None:
+    args = {"path": str(image(scratch, SIZE))} if kind == "Halves" else {}
+    with Server(kind, shared_memory=True, workers=workers, **args) as server:
+        number = server.ask(f"dev.share_memory(open('{memory}', 'r+b'))")
+        exchange(server.path, memory)
+        server.ask(f"dev.unshare_memory({number})")
+        assert server.ask(f"caught(lambda: dev.unshare_memory({number}))") == "UblkError"
+        exchange(server.path, memory)
+
+
+@pytest.mark.skipif(not has("SHMEM_ZC"), reason="SHMEM_ZC came with Linux 7.1")
+def test_a_handler_in_python_fills_the_clients_own_memory(memory: Path) -> None:
+    with Server("Gated", shared_memory=True) as server:
+        server.ask(f"dev.share_memory(open('{memory}', 'r+b'))")
+        server.ask("setattr(disk, 'armed', True)")
+        fd = os.open(server.path, os.O_RDWR | os.O_DIRECT)
+        try:
+            with memory.open("r+b") as file, mmap.mmap(file.fileno(), SHARED) as mapped:
+                tasks = Tasks()
+                with memoryview(mapped)[8192:12288] as part:
+                    tasks.start(lambda: os.preadv(fd, [part], 0))
+                    # The handler has written, and not returned.
+                    assert server.ask("disk.filled.wait(10)") is True
+                    assert mapped[8192:12288] == b"\x5a" * 4096
+                    server.ask("disk.gate.set()")
+                    tasks.join()
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.skipif(has("SHMEM_ZC"), reason="this driver has it")
+def test_an_older_driver_is_named_as_the_reason() -> None:
+    with pytest.raises(ServerFailed, match=r"7\.1"):
+        Server("Ram", shared_memory=True)
 
 
 def test_memory_that_cannot_be_shared_is_named(native: Face, scratch: Path) -> None:

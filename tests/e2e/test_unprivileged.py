@@ -8,6 +8,7 @@ import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import fio, sysfs
@@ -15,6 +16,7 @@ from support.command import Result, run
 from support.face import Face, device_id
 from support.features import has
 from support.processes import is_running
+from support.server import Child
 from support.waiting import until
 
 RULES = Path(__file__).parents[2] / "udev" / "60-ublk.rules"
@@ -42,9 +44,14 @@ def rules() -> Iterator[None]:
     os.chmod(CONTROL, before)
 
 
+def user(uid: int) -> dict[str, Any]:
+    """How a program is started for a user."""
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    return {"cwd": "/", "env": environment | {"HOME": "/"}, "user": uid, "group": uid, "extra_groups": []}
+
+
 def as_user(uid: int, *argv: str | os.PathLike, check: bool = True) -> Result:
-    environment = {"PATH": os.environ["PATH"], "HOME": "/"}
-    return run(argv, check=check, cwd="/", env=environment, user=uid, group=uid, extra_groups=[])
+    return run(argv, check=check, **user(uid))
 
 
 def ublk(uid: int, *words: str | os.PathLike, check: bool = True) -> Result:
@@ -104,6 +111,32 @@ def test_a_file_of_the_users_is_a_disk(tmp_path: Path) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             file.unlink()
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("style", [[], ["--workers", "4"]], ids=["plain", "workers"])
+def test_a_disk_in_python_is_a_users_from_beginning_to_end(style: list[str], python: Face, native: Face) -> None:
+    words = ["run", "/opt/ublk/examples/ramdisk.py:RamDisk", "--size", "32M", *style]
+    with Child([*python.argv, *words], **user(ALICE)) as server:
+        disk = server.line()
+        assert owner(disk) == owner(disk.replace("ublkb", "ublkc")) == (ALICE, ALICE, 0o600)
+        assert "UNPRIVILEGED_DEV" in native.info(disk)["features"]
+        job = ["--rw=randwrite", "--bs=4k", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--size=4m"]
+        as_user(ALICE, "fio", "--name=job", f"--filename={disk}", "--ioengine=io_uring", "--direct=1", *job)
+        if has("UPDATE_SIZE"):
+            number = device_id(disk)
+            as_user(ALICE, *python.argv[:1], "-c", f"import ublk; ublk.open({number}).resize(16 << 20)")
+            assert sysfs.size(disk) == 16 << 20
+        server.signal(signal.SIGINT)
+        assert server.wait() in (0, 130), server.log
+    assert native.list() == []
+
+
+def test_a_recoverable_disk_in_python_takes_root(python: Face) -> None:
+    code = "import ublk; ublk.Mem(1 << 20).start(recoverable=True)"
+    refused = as_user(ALICE, *python.argv[:1], "-c", code, check=False)
+    assert refused.status == 1, str(refused)
+    assert "CAP_SYS_ADMIN" in refused.err, str(refused)
 
 
 def test_it_is_nobody_elses(disk: str) -> None:

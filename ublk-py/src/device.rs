@@ -2,14 +2,17 @@
 
 //! Devices of this process, as Python sees them.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use ublk_core::{Features, Op, Recovery, Target};
+use ublk_core::{Features, Op, Recovery, SharedMemory, Target};
 
+use crate::descriptor::with_descriptor;
 use crate::error::to_python;
 use crate::methods::op_name;
 use crate::pull::{Pulled, PyPullQueue};
@@ -179,6 +182,24 @@ impl NativeDevice {
     /// Changes the disk's capacity.
     fn resize(&self, py: Python<'_>, size: u64) -> PyResult<()> {
         py.detach(|| self.device().resize(size)).map_err(|e| to_python(py, &e))
+    }
+
+    /// Lets clients use memory of a file that they map, too; gives its number.
+    fn share_memory(&self, py: Python<'_>, file: &Bound<'_, PyAny>, read_only: bool) -> PyResult<u16> {
+        let file = with_descriptor(file, |file| Ok(File::from(file.try_clone_to_owned()?)))?;
+        let len = file.metadata()?.len();
+        let memory = SharedMemory::map(&file, len, read_only).map_err(|error| {
+            if error.raw_os_error().is_some() {
+                return error.into();
+            }
+            PyValueError::new_err(format!("memory to share has whole pages, up to 4 GiB; the file has {len} bytes"))
+        })?;
+        py.detach(|| self.device().share_memory(memory)).map_err(|e| to_python(py, &e))
+    }
+
+    /// Takes shared memory back.
+    fn unshare_memory(&self, py: Python<'_>, number: u16) -> PyResult<()> {
+        py.detach(|| self.device().unshare_memory(number)).map_err(|e| to_python(py, &e))
     }
 
     /// What becomes of the device when its server is gone.

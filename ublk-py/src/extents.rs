@@ -3,7 +3,7 @@
 //! Extents in Python: where the bytes of a request are, instead of the bytes.
 
 use std::convert::identity;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
@@ -11,8 +11,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyTuple, PyType};
 use ublk_core::extents::files::{self, SharedFile};
 use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, Moment};
-use ublk_core::{Errno, FilePiece, Home, Op, Request, RequestOf};
+use ublk_core::{FilePiece, Home, Op, Request, RequestOf};
 
+use crate::descriptor::with_descriptor;
 use crate::error::os_error;
 use crate::methods::op_object;
 
@@ -38,19 +39,11 @@ impl PyExtent {
     #[pyo3(signature = (file, offset, length, *, start = None, stable = false))]
     fn new(file: &Bound<'_, PyAny>, offset: u64, length: u64, start: Option<u64>, stable: bool) -> PyResult<Self> {
         check_length(length, offset, start)?;
-        let fd = match file.extract::<RawFd>() {
-            Ok(fd) => fd,
-            Err(_) => file.call_method0("fileno")?.extract()?,
-        };
-        if fd < 0 {
-            return Err(os_error(Errno::EBADF));
-        }
-        // SAFETY: it is not -1. The number is Python's, and used while this call lasts: if nothing is open by it, the
-        // kernel says so.
-        let file = unsafe { BorrowedFd::borrow_raw(fd) };
-        let file = files::shared(file).map_err(|errno| {
-            let text = "an extent lies in an open file, regular or a block device, and not one that is appended to";
-            PyOSError::new_err((errno as i32, format!("{}: {text}", errno.desc())))
+        let file = with_descriptor(file, |file| {
+            files::shared(file).map_err(|errno| {
+                let text = "an extent lies in an open file, regular or a block device, and not one that is appended to";
+                PyOSError::new_err((errno as i32, format!("{}: {text}", errno.desc())))
+            })
         })?;
         Ok(PyExtent { file, offset, length, start, stable })
     }

@@ -5,6 +5,7 @@
 
 mod buffer;
 mod cli;
+mod descriptor;
 mod device;
 mod error;
 mod extents;

@@ -136,6 +136,7 @@ pub(crate) struct Options {
     depth: u32,
     id: Option<u32>,
     recovery: Option<String>,
+    shared_memory: bool,
 }
 
 impl Options {
@@ -151,6 +152,7 @@ impl Options {
             queues: self.queues,
             depth: self.depth,
             recovery: self.recovery.as_ref().map(recovery).transpose()?,
+            shared_memory: self.shared_memory,
             ..DeviceOptions::default()
         })
     }

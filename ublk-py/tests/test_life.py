@@ -2,6 +2,7 @@
 
 """Starting and ending devices; values that cannot be."""
 
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -354,3 +355,46 @@ def test_zones_are_packed_as_the_kernel_wants_them():
     words = [int.from_bytes(packed[at : at + 8], sys.byteorder) for at in (0, 8, 16, 32)]
     assert words == [2048, 2048, 2056, 1024]
     assert packed[24:28] == bytes([2, 4, 0, 0])
+
+
+def test_shared_memory_is_for_devices_that_were_made_for_it(driver, tmp_path):
+    with pytest.raises(ValueError, match="isolated"):
+        Disk(size=SIZE).start(shared_memory=True, isolated=True, _driver=driver)
+    with pytest.raises(ValueError, match="not with recovery"):
+        Disk(size=SIZE).start(shared_memory=True, recoverable=True, _driver=driver)
+    with open(tmp_path / "memory", "w+b") as file:
+        with Disk(size=SIZE).start(_driver=driver) as dev, pytest.raises(ublk.UblkError, match="shared_memory=True"):
+            dev.share_memory(file)
+        with Disk(size=SIZE).start(shared_memory=True, _driver=driver) as dev:
+            for size in (0, 1000):
+                file.truncate(size)
+                with pytest.raises(ValueError, match=f"has {size} bytes"):
+                    dev.share_memory(file)
+            with pytest.raises(OSError, match="Bad file"):
+                dev.share_memory(9999)
+
+
+def test_iterations_may_end_in_any_order(driver):
+    def iteration(dev):
+        requests = iter(dev.requests())
+        threading.Timer(0.1, lambda: pool.submit(driver.read, dev.id, 0, 512)).start()
+        with next(requests) as request:
+            request.buffer[:] = bytes(512)
+        return requests
+
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        disks = [ublk.BlockDevice(size=SIZE) for _ in range(4)]
+        devices = [stack.enter_context(disk.start(pull=True, _driver=driver)) for disk in disks]
+        one, two = iteration(devices[0]), iteration(devices[1])
+        one.close()
+        two.close()
+        assert signal.set_wakeup_fd(before) == before
+        # One that is collected by another thread, where the descriptor cannot be put back.
+        requests = [iteration(devices[2])]
+        thread = threading.Thread(target=lambda: requests.pop().close())
+        thread.start()
+        thread.join()
+        iteration(devices[3]).close()
+        assert signal.set_wakeup_fd(before) == before

@@ -112,10 +112,12 @@ class Server(Child):
         recoverable: bool | str = False,
         recover: int | None = None,
         isolated: bool = False,
+        shared_memory: bool = False,
         **args: Any,
     ) -> None:
         start: dict[str, Any] = {} if workers is None else {"workers": workers}
         start |= {"isolated": True} if isolated else {}
+        start |= {"shared_memory": True} if shared_memory else {}
         if recover is None:
             start |= {"queues": queues, "depth": depth, "recoverable": recoverable}
             start |= {} if id is None else {"id": id}

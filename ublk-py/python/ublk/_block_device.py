@@ -244,6 +244,7 @@ class BlockDevice:
         pull: bool = False,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
         isolated: bool = False,
+        shared_memory: bool = False,
         _driver: FakeDriver | None = None,
     ) -> Device:
         """Make the device and serve it; return when its node can be used.
@@ -272,6 +273,9 @@ class BlockDevice:
         with the program, and if it dies, `Device.wait` raises `UblkError` with ``EOWNERDEAD``. A script that starts
         such devices does so under ``if __name__ == "__main__":``, because the process imports it.
 
+        With ``shared_memory`` the device can have memory in common with its clients: `Device.share_memory`. Linux 7.1;
+        not for recoverable devices.
+
         While devices run, threads of the program that compute give the interpreter to others every 0.5 ms
         (`sys.setswitchinterval`; by default 5 ms, which is what each request would take then).
 
@@ -291,6 +295,7 @@ class BlockDevice:
             pull=pull,
             loop_factory=loop_factory,
             isolated=isolated,
+            shared_memory=shared_memory,
         )
         device._start(_driver)
         return device

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -26,6 +27,8 @@ from ublk._threads import running
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
+
+    from _typeshed import FileDescriptorLike
 
     from ublk._block_device import BlockDevice
     from ublk._native import NativeDisk
@@ -76,6 +79,7 @@ class Device:
         pull: bool = False,
         loop_factory: LoopFactory | None = None,
         isolated: bool = False,
+        shared_memory: bool = False,
     ) -> Device:
         """Check everything; nothing is made yet."""
         self = object.__new__(cls)
@@ -92,6 +96,8 @@ class Device:
             raise ValueError(f"hang_after = {hang_after}: more than 0 seconds, or None")
         self._serving = target._serve(self._report, workers=workers, pull=pull, loop_factory=loop_factory)
         if isolated:
+            if shared_memory:
+                raise ValueError("memory is shared with this program: the device cannot be isolated from it")
             # Not everybody needs another process, and what belongs to one.
             from ublk._isolated import isolate
 
@@ -112,6 +118,7 @@ class Device:
             "depth": number("depth", depth, 32),
             "id": None if id is None else number("id", id, 20),
             "recovery": ("reissue" if recoverable else None) if isinstance(recoverable, bool) else recoverable,
+            "shared_memory": bool(shared_memory),
         }
         return self
 
@@ -298,6 +305,27 @@ class Device:
         """
         self._native.resize(number("size", size, 64))
         self._description["size"] = self._target.size = size
+
+    def share_memory(self, file: FileDescriptorLike, *, read_only: bool = False) -> int:
+        """Let clients that map the same file use it for direct I/O without any copy. Linux 7.1.
+
+        ``file`` is a memfd, or a file on tmpfs or hugetlbfs, of whole pages and up to 4 GiB, as a descriptor or an
+        object with a ``fileno()``. If all of a request's memory lies in it, in order, then the handler's buffer *is*
+        that memory: the client sees what is done to it at once, and can change it at any time. Other requests move as
+        ever. With ``read_only`` only writes use it. The device must have been started with ``shared_memory=True``.
+
+        Return a number for `unshare_memory`. Without that, the pages stay pinned until the device goes.
+        """
+        return self._shareable().share_memory(file, read_only)
+
+    def unshare_memory(self, number: int) -> None:
+        """Take shared memory back, once no request is in it. Raises `UblkError` with ``ENOENT`` if there is none."""
+        self._shareable().unshare_memory(number)
+
+    def _shareable(self) -> _ublk.NativeDevice:
+        if not isinstance(self._native, _ublk.NativeDevice) or not self._options["shared_memory"]:
+            raise UblkError(errno.EOPNOTSUPP, f"{self.path} was not started with shared_memory=True")
+        return self._native
 
     def quiesce(self) -> None:
         """Finish the requests in flight and leave the disk to another server (`recover`); whoever uses it waits.

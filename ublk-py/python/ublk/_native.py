@@ -41,12 +41,15 @@ class NativeDisk:
         depth: int = 128,
         id: int | None = None,
         recoverable: bool | str = False,
+        shared_memory: bool = False,
         _driver: FakeDriver | None = None,
     ) -> Device:
         """Make the device and serve it; return when its node can be used. As `BlockDevice.start`."""
         from ublk._device import Device
 
-        device = Device._make(self, queues, depth, id, recoverable=recoverable, hang_after=None)
+        device = Device._make(
+            self, queues, depth, id, recoverable=recoverable, hang_after=None, shared_memory=shared_memory
+        )
         device._start(_driver)
         return device
 

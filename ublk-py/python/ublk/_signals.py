@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
-_lock = threading.Lock()
+# Signal handlers and finalizers may come in between.
+_lock = threading.RLock()
 _devices = 0
 _replaced: dict[int, Any] = {}
 
@@ -29,6 +30,12 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
     raise Terminated(128 + number)
 
 
+# The pipe that every signal writes to while somebody waits, how many do, and what was in its place.
+_pipe: tuple[int, int] | None = None
+_waiting = 0
+_before = -1
+
+
 @contextlib.contextmanager
 def wakeup_fd() -> Iterator[int | None]:
     """Give the main thread a descriptor that becomes readable with every signal.
@@ -36,19 +43,29 @@ def wakeup_fd() -> Iterator[int | None]:
     The kernel may deliver a signal to any thread, and only the one that gets it is interrupted. Other
     threads get ``None``: signals are none of their business.
     """
+    global _pipe, _waiting, _before
     if threading.current_thread() is not threading.main_thread():
         yield None
         return
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    with _lock:
+        # Kept for ever: those who wait end in any order, some when they are collected, on any thread.
+        if _pipe is None:
+            _pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        if _waiting == 0:
+            before = signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
+            # It is still in place if the last one that waited was collected elsewhere.
+            _before = _before if before == _pipe[1] else before
+        _waiting += 1
     try:
-        previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        try:
-            yield reader
-        finally:
-            signal.set_wakeup_fd(previous)
+        yield _pipe[0]
     finally:
-        os.close(reader)
-        os.close(writer)
+        with _lock:
+            _waiting -= 1
+            if _waiting == 0 and threading.current_thread() is threading.main_thread():
+                present = signal.set_wakeup_fd(_before)
+                if present != _pipe[1]:
+                    # The program has set its own meanwhile.
+                    signal.set_wakeup_fd(present)
 
 
 def drain(descriptor: int) -> None:
@@ -85,9 +102,15 @@ def device_stopped() -> None:
 
 def _in_forked_child() -> None:
     """Forget the parent's devices, and the lock that one of its threads may have held."""
-    global _lock, _devices
-    _lock = threading.Lock()
-    _devices = 0
+    global _lock, _devices, _pipe, _waiting
+    _lock = threading.RLock()
+    _devices = _waiting = 0
+    if _pipe is not None:
+        # Its signals are none of the parent's.
+        present = signal.set_wakeup_fd(-1)
+        if present != _pipe[1]:
+            signal.set_wakeup_fd(present)
+        _pipe = None
 
 
 os.register_at_fork(after_in_child=_in_forked_child)

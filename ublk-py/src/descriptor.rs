@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Open files that Python names.
+
+use std::os::fd::{BorrowedFd, RawFd};
+
+use pyo3::prelude::*;
+use ublk_core::Errno;
+
+use crate::error::os_error;
+
+/// Does something with a file that is a descriptor, or has a `fileno()`.
+pub(crate) fn with_descriptor<T>(
+    file: &Bound<'_, PyAny>,
+    act: impl FnOnce(BorrowedFd<'_>) -> PyResult<T>,
+) -> PyResult<T> {
+    let number = match file.extract::<RawFd>() {
+        Ok(number) => number,
+        Err(_) => file.call_method0("fileno")?.extract()?,
+    };
+    if number < 0 {
+        return Err(os_error(Errno::EBADF));
+    }
+    // SAFETY: it is not -1. The number is Python's, and used while this call lasts: if nothing is open by it, the
+    // kernel says so.
+    act(unsafe { BorrowedFd::borrow_raw(number) })
+}
