@@ -174,6 +174,19 @@ class TestCoroutines:
             driver.read(dev.id, 0, 512)
         assert list(disk.loops) == made
 
+    def test_the_loop_may_be_uvloops(self, driver):
+        uvloop = pytest.importorskip("uvloop")
+        disk = Tasks(1)
+        with disk.start(queues=2, loop_factory=uvloop.new_event_loop, _driver=driver) as dev:
+            driver.read(dev.id, 0, 512)
+
+        async def main():
+            async with await disk.start_async(_driver=driver) as dev:
+                await asyncio.to_thread(driver.read, dev.id, 0, 512)
+
+        uvloop.run(main())
+        assert {type(loop) for loop in disk.loops} == {uvloop.Loop}
+
     def test_exceptions_are_those_of_the_request(self, driver, caplog):
         dev = Tasks(1).start(_driver=driver)
         with pytest.raises(OSError) as raised:
@@ -535,6 +548,7 @@ class TestEnds:
                     raise SystemExit(4)
 
                 self.task = asyncio.create_task(background())
+                self.task.add_done_callback(lambda task: task.exception())
                 await asyncio.sleep(20)
 
         dev = Dying(size=SIZE).start(_driver=driver)

@@ -16,12 +16,17 @@ from ublk._zones import ZoneCondition
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+    from typing import TypeAlias, TypeVar
 
     from ublk._device import Device
     from ublk._serving import Report, Serving
     from ublk._ublk import Extent, FakeDriver, Request, Zeros
     from ublk._zones import Zone
+
+    Result = TypeVar("Result")
+    # What a method returns, or a coroutine method in the end.
+    MaybeAsync: TypeAlias = Result | Awaitable[Result]
 
 # How long requests that are under way may take to end.
 _DRAIN_SECONDS = 60.0
@@ -103,17 +108,17 @@ class BlockDevice:
     ) -> None:
         self.size = size
         self.block_size = block_size
-        self.physical_block_size = block_size if physical_block_size is None else physical_block_size
+        self.physical_block_size: int = block_size if physical_block_size is None else physical_block_size
         self.max_io_bytes = max_io_bytes
-        self.discard_granularity = block_size if discard_granularity is None else discard_granularity
+        self.discard_granularity: int = block_size if discard_granularity is None else discard_granularity
         self.rotational = rotational
         self.read_only = read_only
         self.zone_size = zone_size
         self.max_open_zones = max_open_zones
         self.max_active_zones = max_active_zones
-        self.max_append_bytes = max_io_bytes if max_append_bytes is None else max_append_bytes
+        self.max_append_bytes: int = max_io_bytes if max_append_bytes is None else max_append_bytes
 
-    def read(self, offset: int, buf: memoryview) -> int | Extent | Zeros | None:
+    def read(self, offset: int, buf: memoryview) -> MaybeAsync[int | Extent | Zeros | None]:
         """Fill ``buf`` with the disk's bytes from ``offset`` on.
 
         ``buf`` is the request's own memory, writable, and lent for the time of the call: used
@@ -126,7 +131,7 @@ class BlockDevice:
         """
         raise NotImplementedError
 
-    def write(self, offset: int, buf: memoryview) -> int | Extent | None:
+    def write(self, offset: int, buf: memoryview) -> MaybeAsync[int | Extent | None]:
         """Store the bytes of ``buf`` at ``offset``.
 
         ``buf`` is read-only and lent as in `read`. Without this method the disk is read-only. It may return an `Extent`
@@ -134,7 +139,7 @@ class BlockDevice:
         """
         raise NotImplementedError
 
-    def flush(self) -> None:
+    def flush(self) -> MaybeAsync[None]:
         """Make everything durable whose `write` has returned.
 
         A disk with this method has a volatile write cache in the kernel's eyes: ``fsync`` ends here, and
@@ -143,11 +148,11 @@ class BlockDevice:
         """
         raise NotImplementedError
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int) -> MaybeAsync[None]:
         """Forget a range; it may read as anything until it is written again."""
         raise NotImplementedError
 
-    def write_zeroes(self, offset: int, length: int) -> None:
+    def write_zeroes(self, offset: int, length: int) -> MaybeAsync[None]:
         """Make a range read as zeros. Without this method the kernel writes pages of zeros."""
         raise NotImplementedError
 

@@ -22,7 +22,7 @@ class NativeDisk:
 
     def __init__(self, target: NativeTarget) -> None:
         self._native = target
-        self.size = target.size
+        self.size: int = target.size
 
     @property
     def block_size(self) -> int:

@@ -36,7 +36,7 @@ class SystemDevice:
     def __init__(self, id: int) -> None:
         self.id = id
         """The number N of ``/dev/ublkbN``."""
-        self.path = self.info.path
+        self.path: str = self.info.path
         """The block device's node."""
 
     @property
