@@ -113,6 +113,10 @@ pub(crate) struct Run {
     /// Directory of the host whose content the guest has in /opt/ublk/extra.
     #[arg(long, value_name = "DIR")]
     pub(crate) extra: Option<PathBuf>,
+    /// File of the host for the instructions that the guest had executed at each mark it made (vm/README.md); the machine
+    /// is emulated then, at half its speed.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) count: Option<PathBuf>,
     /// Environment variable for the command.
     #[arg(long = "env", value_name = "NAME=VALUE", value_parser = parse_variable)]
     pub(crate) variables: Vec<(String, String)>,

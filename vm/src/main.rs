@@ -10,6 +10,7 @@ mod build_tree;
 mod cache;
 mod cli;
 mod console;
+mod counter;
 mod debug_kernel;
 mod driver;
 mod host;

@@ -75,7 +75,7 @@ pub(crate) fn obtain(
     Ok(image)
 }
 
-fn target_dir(repository: &Path) -> PathBuf {
+pub(crate) fn target_dir(repository: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR")
         .filter(|dir| !dir.is_empty())
         .map_or_else(|| repository.join("target"), PathBuf::from)

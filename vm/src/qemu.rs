@@ -96,6 +96,11 @@ impl Machine {
         }
     }
 
+    /// Has instructions counted by a plugin, which writes to `out`.
+    pub(crate) fn count(&mut self, plugin: &Path, out: &Path) {
+        self.command.arg("-plugin").arg(format!("file={},out={}", plugin.display(), out.display()));
+    }
+
     /// For trials that are expected to fail: what QEMU says is not shown.
     pub(crate) fn hush(&mut self) {
         self.command.stderr(Stdio::null());

@@ -21,7 +21,7 @@ use crate::kernel::Kernel;
 use crate::process::{kill_group, run_quietly};
 use crate::qemu::{Accelerator, Machine};
 use crate::report::note;
-use crate::{accel, console, host, initramfs, payload, rootfs, terminal};
+use crate::{accel, console, counter, host, initramfs, payload, rootfs, terminal};
 
 /// The guest's kernel failed, or the machine ended without a status.
 const GUEST_FAILED: u8 = 123;
@@ -84,7 +84,10 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     let driver = options.driver.prepare(cache, &apt, repository, &kernel)?;
     let root = rootfs::obtain(cache)?;
     let payload = payload::obtain(cache, repository, driver, extra, !options.no_build)?;
+    let counter = options.count.as_deref().map(|out| counter::prepare(repository, out)).transpose()?;
     let accelerator = match options.accel {
+        Some(Accelerator::Kvm) if counter.is_some() => bail!("--count needs emulation: a processor does not tell"),
+        _ if counter.is_some() => Accelerator::Tcg,
         Some(accelerator) => accelerator,
         None => accel::choose(cache, &kernel)?,
     };
@@ -106,6 +109,9 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
         let mut machine = Machine::new(accelerator, options.cpus, memory, scratch.path());
         if options.nodes > 1 {
             machine.nodes(options.nodes, options.cpus, memory);
+        }
+        if let Some((plugin, out)) = &counter {
+            machine.count(plugin, out);
         }
         machine.expect(&kernel);
         machine.boot(&kernel.vmlinuz(), &initrd);
