@@ -185,6 +185,8 @@ fn a_target_may_hand_over_some_requests_and_they_may_be_forwarded_from_there() {
                         for mut request in batch {
                             request.load().unwrap();
                             request.data_mut().iter_mut().for_each(|byte| *byte = !*byte);
+                            // Somebody holds on to the old memory; the bytes are the request's all the same.
+                            request.replace_buffer();
                             let (at, len) = (request.offset(), request.len());
                             let piece = |from: u64, len| FilePiece {
                                 file: FileRange { fd: file.as_raw_fd(), offset: at + from },

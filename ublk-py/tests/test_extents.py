@@ -419,6 +419,44 @@ def test_a_handler_may_return_where_the_bytes_lie(file, kind, options):
         assert device.pread(SIZE - 4096, 4096) == bytes(4096)
 
 
+class KeepsWrites(Answers):
+    """Holds on to what is written, and remembers how it began."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self.kept, self.seen = [], []
+
+    def answer(self, op, offset, buf):
+        if op == "write":
+            self.kept.append(buf[:16])
+            self.seen.append(bytes(buf[:4]))
+        return super().answer(op, offset, buf)
+
+
+class KeepingTasks(KeepsWrites, AnsweringTasks):
+    """The same with coroutines."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(KeepsWrites, {}), (KeepsWrites, {"workers": 2}), (KeepingTasks, {})],
+    ids=["plain", "workers", "tasks"],
+)
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_write_that_is_returned_an_extent_for_arrives_though_its_buffer_is_kept(file, kind, options, stale):
+    def where(disk, op, offset, length):
+        if stale and disk.calls == 1:
+            disk.invalidate()
+        return ublk.Extent(file, offset, length)
+
+    disk = kind(where)
+    with testing.open(disk, **options) as device:
+        device.pwrite(0, b"abcd" * 1024)
+        assert os.pread(file.fileno(), 4096, 0) == b"abcd" * 1024
+    assert disk.seen == [b"abcd"] * (2 if stale else 1)
+    assert all(bytes(kept) == b"abcd" * 4 for kept in disk.kept)
+
+
 @in_every_style
 @pytest.mark.parametrize(
     ("answer", "words"),

@@ -496,20 +496,22 @@ impl<H: Home> RequestOf<H> {
         self.buffer.as_ref().expect("the request's data is not in memory; `load` brings it there")
     }
 
-    /// Moves the request to fresh memory and leaves the old one to whoever still holds it. A read's data
-    /// is copied over first, because the driver takes it from the new memory.
+    /// Moves the request to fresh memory and leaves the old one to whoever still holds it. The data is copied
+    /// over first: the driver takes a read's from the new memory, and a write may still be [forwarded] or looked at.
     ///
     /// Shared memory stays what it is: the client expects its data there.
     ///
     /// There is no going back from here: others hold the old memory, and the driver needs an address for
     /// the tag's next request. Without memory this waits for some, and after ten seconds it ends the
     /// process, which the driver survives and silently mixed up data would not be.
+    ///
+    /// [forwarded]: RequestOf::forward
     pub fn replace_buffer(&mut self) {
         if self.buffer().is_shared() {
             return;
         }
         let fresh = memory_or_abort(self.buffer().len(), &self);
-        if self.op.fills() {
+        if self.op.has_data() {
             // SAFETY: memory.rs (3): nobody else knows `fresh`, and the old buffer is this request's.
             unsafe { fresh.copy_from(self.buffer(), self.data_len()) };
         }
