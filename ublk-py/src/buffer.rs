@@ -91,7 +91,8 @@ impl Slot {
     /// Ends a lease. False if Python still holds a view: the memory is its own from now on.
     pub(crate) fn end(&mut self, py: Python<'_>, lease: Lease) -> bool {
         let (memory_is_free, buffer) = lease.end(py);
-        self.0 = buffer;
+        // Memory that is shared with clients is not kept mapped.
+        self.0 = buffer.filter(|buffer| !buffer.get().memory.is_shared());
         memory_is_free
     }
 }

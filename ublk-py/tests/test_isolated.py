@@ -2,15 +2,21 @@
 
 """Devices that a process of their own serves. Here that process has a stand-in driver of its own."""
 
+import atexit
+import contextlib
 import errno
 import logging
+import multiprocessing
 import os
 import signal
+import subprocess
 import threading
+import time
 
 import pytest
 
 import ublk
+from ublk import _isolated
 from ublk._ublk import FakeDriver
 
 SIZE = 1 << 20
@@ -35,6 +41,12 @@ class Disk(ublk.BlockDevice):
             raise RuntimeError("the copy does not work")
         elif self.arrival == "raises its own":
             raise Odd(1, 2)
+        elif self.arrival == "forks":
+            if os.fork() == 0:
+                time.sleep(60)
+                os._exit(0)
+        elif self.arrival == "sleeps":
+            time.sleep(2)
         elif self.arrival == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -138,3 +150,99 @@ def test_a_process_that_dies_at_once_is_told_with_its_signal():
     with pytest.raises(ublk.UblkError, match=r"was killed by SIGKILL before the disk was there.*__main__") as caught:
         start(Disk("dies"))
     assert caught.value.errno == errno.EOWNERDEAD
+
+
+def ends_as_told(dev, seconds=20):
+    with pytest.raises(ublk.UblkError, match="was killed by SIGKILL") as caught:
+        assert dev.wait(seconds)
+    assert caught.value.errno == errno.EOWNERDEAD
+    assert not dev.running
+
+
+@pytest.mark.parametrize("arrival", ["", "forks"])
+def test_a_process_that_is_killed_is_told_whoever_has_its_pipes(arrival):
+    with start(Disk(arrival)) as dev:
+        os.kill(dev._native._process.pid, signal.SIGKILL)
+        ends_as_told(dev)
+        with contextlib.suppress(ublk.UblkError):
+            dev.stats()
+    subprocess.run(["pkill", "-KILL", "-g", str(dev._native._process.pid)], check=False)
+
+
+def test_a_program_whose_logging_fails_is_told_of_the_end(capsys):
+    def refuse(record):
+        raise ZeroDivisionError("in a filter")
+
+    logger = logging.getLogger("mydisk")
+    logger.addFilter(refuse)
+    try:
+        with start(Disk("logs")) as dev:
+            os.kill(dev._native._process.pid, signal.SIGKILL)
+            ends_as_told(dev)
+    finally:
+        logger.removeFilter(refuse)
+    assert "ZeroDivisionError: in a filter" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_process_starts_leaves_nothing():
+    made = []
+    remember = _isolated._remotes.add
+    _isolated._remotes.add, before = lambda remote: (made.append(remote), remember(remote)), time.monotonic()
+    try:
+        threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            start(Disk("sleeps"))
+    finally:
+        _isolated._remotes.add = remember
+    assert time.monotonic() - before < 30
+    assert [remote._process.exitcode for remote in made] == [0]
+
+
+def test_a_stop_that_is_interrupted_may_be_repeated():
+    dev = start(Disk())
+    join, calls = dev._native._process.join, []
+
+    def interrupted(seconds=None):
+        calls.append(seconds)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        join(seconds)
+
+    dev._native._process.join = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        dev.stop()
+    dev.stop()
+    assert dev._native._process.exitcode == 0
+    assert not dev.running
+
+
+def test_a_forked_child_leaves_the_process_to_its_parent(capfd):
+    with start(Disk()) as dev:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                dev.stop()
+                with contextlib.suppress(ublk.UblkError):
+                    dev.stats()
+                    os._exit(2)
+                status = 0
+            finally:
+                # As `sys.exit` does.
+                atexit._run_exitfuncs()
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert dev.stats().requests == 0
+        assert dev.running
+    assert "Error" not in capfd.readouterr().err
+
+
+def serve_and_return():
+    start(Disk())
+
+
+def test_a_worker_of_multiprocessing_ends_without_a_stop():
+    worker = multiprocessing.get_context("fork").Process(target=serve_and_return)
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 0

@@ -35,6 +35,10 @@ const PACKAGES: &[&str] = &[
     "kmod",
     // Thousands of files for the demo to copy.
     "libpython3.13-testsuite",
+    // Benchmarks compare with them.
+    "nbd-client",
+    "nbdkit",
+    "nbdkit-plugin-python",
     "parted",
     "procps",
     "psmisc",

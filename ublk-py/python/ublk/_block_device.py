@@ -127,7 +127,7 @@ class BlockDevice:
         untouched holds bytes of earlier requests.
 
         In place of that it may return an `Extent` or `Zeros` that covers the request, and is not ``stable``: the engine
-        reads from there then. If that is invalidated in the meantime, this is called again.
+        reads from there then. If that is invalidated in the meantime, this is called again, up to 16 times.
         """
         raise NotImplementedError
 
@@ -135,7 +135,7 @@ class BlockDevice:
         """Store the bytes of ``buf`` at ``offset``.
 
         ``buf`` is read-only and lent as in `read`. Without this method the disk is read-only. It may return an `Extent`
-        that covers the request: the engine writes to that then.
+        that covers the request: the engine writes to that then, or calls this again, as with `read`.
         """
         raise NotImplementedError
 
@@ -273,9 +273,10 @@ class BlockDevice:
         by itself; `start` returns before the node is there then, because the kernel reads the disk first.
 
         An ``isolated`` device is served by a process of its own, which nothing that the program does can hold up. It
-        gets a copy of the block device, by pickling: its class has to be importable, and what becomes of the copy's
-        attributes is not seen here. The returned `Device` does all the same; its log comes here, too. The process ends
-        with the program, and if it dies, `Device.wait` raises `UblkError` with ``EOWNERDEAD``. A script that starts
+        gets a copy of the block device, by pickling: its class has to be importable, and what becomes of the copy is
+        not seen here, nor what is done to the original (`invalidate`, say) there. The returned `Device` does all the
+        same; its log comes here, too, unless the class's module sets up logging by itself when it is imported. The
+        process ends with the program, and if it dies, `Device.wait` raises `UblkError` with ``EOWNERDEAD``. A script that starts
         such devices does so under ``if __name__ == "__main__":``, because the process imports it.
 
         With ``shared_memory`` the device can have memory in common with its clients: `Device.share_memory`. Linux 7.1;

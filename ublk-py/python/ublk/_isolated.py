@@ -14,13 +14,16 @@ import errno
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.process
 import multiprocessing.util
 import os
 import pickle
 import signal
 import threading
 import time
+import traceback
 import weakref
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 from ublk import _device, _isolated_server, _ublk
@@ -44,6 +47,7 @@ _START_SECONDS = 120.0
 # The other side gives up a stop after a minute by itself.
 _ANSWER_SECONDS = 75.0
 _EXIT_SECONDS = 5.0
+_GIVE_UP_SECONDS = 30.0
 
 _spawn = multiprocessing.get_context("spawn")
 _remotes: weakref.WeakSet[RemoteDevice] = weakref.WeakSet()
@@ -128,6 +132,7 @@ class RemoteDevice:
         self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self._ended).atexit = False
         self._owner = os.getpid()
+        self._fake = fake
         self._control, control = _spawn.Pipe()
         self._events, events = _spawn.Pipe(duplex=False)
         levels = {name: logging.getLogger(name).level for name in ("", "ublk")}
@@ -139,6 +144,11 @@ class RemoteDevice:
         with control, events:
             self._process.start()
         _remotes.add(self)
+        _end_with_workers()
+        assert self._process.pid is not None
+        # The pipes alone do not tell of its end: whatever it has forked has them open, too.
+        self._running = os.pidfd_open(self._process.pid)
+        weakref.finalize(self, os.close, self._running).atexit = False
 
     def begin(self, die: Callable[[BaseException], None]) -> None:
         """Wait until the process serves its device, and listen to it from then on."""
@@ -159,6 +169,9 @@ class RemoteDevice:
         self.data: str = shape["data"]
         self._die = die
         self.id = shape["id"]
+        with self._lock, contextlib.suppress(OSError):
+            # From now on a device that is to be recovered is kept when this program dies.
+            self._control.send((-1, "", ()))
         threading.Thread(target=self._listen, name=f"ublk{self.id}events", daemon=True).start()
 
     def fileno(self) -> int:
@@ -195,6 +208,10 @@ class RemoteDevice:
             self._kill()
 
     def _ask(self, question: str, *arguments: object) -> Any:
+        if self._owner != os.getpid():
+            raise UblkError(
+                errno.ESRCH, f"{self.path} is a device of process {self._owner}, from which this was forked"
+            )
         with self._lock:
             return self._last[question] if question in self._last else self._ask_locked(question, *arguments)
 
@@ -210,7 +227,12 @@ class RemoteDevice:
         deadline = time.monotonic() + seconds
         answer: Answer | None = None
         try:
-            while answer is None and self._control.poll(max(0.0, deadline - time.monotonic())):
+            while answer is None:
+                ready = wait([self._control, self._running], max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    break
+                if self._control not in ready:
+                    raise EOFError
                 came: Answer = self._control.recv()
                 # The answer to a question that was interrupted comes all the same.
                 answer = came if came.number == number else None
@@ -240,25 +262,36 @@ class RemoteDevice:
         with self._lock:
             if self.stopped:
                 return
+            if self.id < 0:
+                # A start that was given up. It removes what it has made when it finds nobody to tell of it.
+                self._kill(_GIVE_UP_SECONDS)
+                return
             try:
-                self._last = self._ask_locked(question)
+                # Not again, if only the end of the process was not waited for.
+                self._last = self._last or self._ask_locked(question)
             except UblkError as error:
                 if error.errno != errno.EOWNERDEAD:
                     raise
-                self._clean_up()
+                try:
+                    self._clean_up()
+                finally:
+                    self._kill(_EXIT_SECONDS)
+                return
             self._kill(_EXIT_SECONDS)
 
     def _clean_up(self) -> None:
         """Remove the device of a process that is gone, unless it is to wait for another."""
-        if self.id < 0:
-            return
-        if self.recovery is not None:
-            logger.warning("%s waits for another server: ublk.recover(%d, ...)", self.path, self.id)
+        if self.id < 0 or self._fake or self._last:
             return
         try:
-            _ublk.delete(self.id, True)
+            # Whoever found it without a server may have removed it, and another may have its number.
+            if _ublk.device(self.id)["pid"] not in (-1, self._process.pid):
+                return
+            if self.recovery is not None:
+                logger.warning("%s waits for another server: ublk.recover(%d, ...)", self.path, self.id)
+            else:
+                _ublk.delete(self.id, True)
         except UblkError as error:
-            # Whoever found it without a server may have removed it.
             if error.errno != errno.ENODEV:
                 raise
 
@@ -286,13 +319,10 @@ class RemoteDevice:
     def _listen(self) -> None:
         told = False
         with self._events, contextlib.suppress(EOFError, OSError):
-            while True:
+            while self._events in wait([self._events, self._running]):
                 message = self._events.recv()
                 if isinstance(message, dict):
-                    record = logging.makeLogRecord(message)
-                    log = logging.getLogger(record.name)
-                    if log.isEnabledFor(record.levelno):
-                        log.handle(record)
+                    _log(logging.makeLogRecord(message))
                     continue
                 told = True
                 self._tell(None if message is None else message.restored())
@@ -308,6 +338,16 @@ class RemoteDevice:
         self._end()
 
 
+def _log(record: logging.LogRecord) -> None:
+    """Have the program's handlers log a record. What they raise is told, as they do it, and no reason to stop."""
+    try:
+        log = logging.getLogger(record.name)
+        if log.isEnabledFor(record.levelno):
+            log.handle(record)
+    except Exception:
+        traceback.print_exc()
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -315,17 +355,42 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _kill_left() -> None:
-    """Have no process left whose device did not stop in time."""
+def _end_left() -> None:
+    """Have no process left, whether its device stops in time or not."""
     for remote in list(_remotes):
-        if not remote.stopped and remote._owner == os.getpid():
+        if remote.stopped or remote._owner != os.getpid():
+            continue
+        for end in (remote.stop, remote.kill):
             try:
-                remote.kill()
+                end()
+                break
             except UblkError as error:
-                logger.error("removing the device of process %s: %s", remote._process.pid, error)
+                logger.error("stopping the device of process %s: %s", remote._process.pid, error)
+
+
+_ends_with_worker = -1
+
+
+def _end_with_workers() -> None:
+    """See to it that this happens in processes of multiprocessing's, too, where exit handlers do not run."""
+    global _ends_with_worker
+    if _ends_with_worker != os.getpid():
+        _ends_with_worker = os.getpid()
+        multiprocessing.util.Finalize(None, _end_left, exitpriority=10)
+
+
+def _in_forked_child() -> None:
+    """Forget the parent's processes, which are not this one's to wait for."""
+    children: set[object] = getattr(multiprocessing.process, "_children", set())
+    for remote in list(_remotes):
+        children.discard(remote._process)
+    _remotes.clear()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 
 # Handlers run from the last to the first. That of `multiprocessing.util`, which is imported above, waits for processes.
-atexit.register(_kill_left)
+atexit.register(_end_left)
 atexit.unregister(_device._stop_all)
 atexit.register(_device._stop_all)

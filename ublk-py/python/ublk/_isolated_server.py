@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ublk._block_device import BlockDevice
     from ublk._device import Device
 
+logger = logging.getLogger("ublk")
+
 # So many log records wait for the program to take them; then they are lost. It must never hold up the disk.
 _RECORDS = 10_000
 
@@ -136,7 +138,8 @@ def serve(
             control.send(Answer(0, error=Failure.of(error)))
     else:
         with device:
-            _attend(device, control, events)
+            # One that is recovered was there before.
+            _attend(device, control, events, announced=id is not None)
     events.close()
 
 
@@ -151,10 +154,9 @@ def _start(payload: bytes, id: int | None, options: Mapping[str, Any], fake: boo
 _SHAPE = ("id", "path", "queues", "depth", "max_io_bytes", "recovery", "can_be_left", "data")
 
 
-def _attend(device: Device, control: Connection, events: _Events) -> None:
-    """Answer questions, until one of them ends the device."""
+def _attend(device: Device, control: Connection, events: _Events, announced: bool) -> None:
+    """Answer questions, until one of them ends the device. ``announced`` is whether the program knows of it."""
     native = device._native
-    control.send(Answer(0, {name: getattr(native, name) for name in _SHAPE}))
     parent = multiprocessing.parent_process()
     assert parent is not None
     assert parent.pid is not None
@@ -162,9 +164,10 @@ def _attend(device: Device, control: Connection, events: _Events) -> None:
         # The pipe alone does not tell: whatever the program has forked has it open, too.
         program = os.pidfd_open(parent.pid)
     except ProcessLookupError:
-        _orphaned(device)
+        _orphaned(device, announced)
         return
     try:
+        control.send(Answer(0, {name: getattr(native, name) for name in _SHAPE}))
         poller = select.poll()
         for descriptor in (control.fileno(), native.fileno(), program):
             poller.register(descriptor, select.POLLIN)
@@ -175,28 +178,31 @@ def _attend(device: Device, control: Connection, events: _Events) -> None:
                 # Whatever has ended it: the exception is there first.
                 events.ending(device._exception)
             if control.fileno() in ready:
-                try:
-                    number, question, arguments = control.recv()
-                except (EOFError, OSError):
-                    _orphaned(device)
-                    return
-                if _answer(device, control, number, question, arguments):
+                number, question, arguments = control.recv()
+                announced = True
+                if question and _answer(device, control, number, question, arguments):
                     return
             elif program in ready:
-                _orphaned(device)
+                _orphaned(device, announced)
                 return
+    except (EOFError, OSError):
+        _orphaned(device, announced)
     finally:
         os.close(program)
 
 
-def _orphaned(device: Device) -> None:
-    """Do what the end of a program does to the devices that it serves."""
-    if device.recovery is None:
+def _orphaned(device: Device, announced: bool) -> None:
+    """Do what the end of a program does to the devices that it serves. One that it never heard of goes."""
+    if device.recovery is None or not announced:
         return
-    if device.can_be_left:
-        device.quiesce()
-    else:
-        os._exit(1)
+    try:
+        if device.can_be_left:
+            device.quiesce()
+            return
+    except UblkError as error:
+        logger.error("leaving %s: %s", device.path, error)
+    # As if killed: the driver then keeps the device for another server.
+    os._exit(1)
 
 
 def _answer(device: Device, control: Connection, number: int, question: str, arguments: tuple[Any, ...]) -> bool:

@@ -56,14 +56,17 @@ def wakeup_fd() -> Iterator[int | None]:
             # It is still in place if the last one that waited was collected elsewhere.
             _before = _before if before == _pipe[1] else before
         _waiting += 1
+        pipe = _pipe
     try:
-        yield _pipe[0]
+        yield pipe[0]
     finally:
         with _lock:
-            _waiting -= 1
-            if _waiting == 0 and threading.current_thread() is threading.main_thread():
+            # In a forked child that was the parent's.
+            ours = pipe == _pipe
+            _waiting -= ours
+            if ours and _waiting == 0 and threading.current_thread() is threading.main_thread():
                 present = signal.set_wakeup_fd(_before)
-                if present != _pipe[1]:
+                if present != pipe[1]:
                     # The program has set its own meanwhile.
                     signal.set_wakeup_fd(present)
 

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Measures every peer in the guest: one after the other, a job at a time, as often as there are rounds.
+
+Each measurement is a window of some seconds in the middle of a run of fio. With `--count` its ends are marked for the
+plugin that counts instructions (vm/counter); without it, fio's rates and latencies are what is wanted.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SIZE = 256 << 20
+FILE = Path("/dev/shm/bench.img")
+
+# What is done to each disk: fio's options.
+JOBS = {
+    "randread-4k-qd1": {"rw": "randread", "bs": "4k", "iodepth": 1},
+    "randread-4k-qd32": {"rw": "randread", "bs": "4k", "iodepth": 32},
+    "randread-4k-qd128": {"rw": "randread", "bs": "4k", "iodepth": 128},
+    "randwrite-4k-qd1": {"rw": "randwrite", "bs": "4k", "iodepth": 1},
+    "randwrite-4k-qd32": {"rw": "randwrite", "bs": "4k", "iodepth": 32},
+    "randwrite-4k-qd128": {"rw": "randwrite", "bs": "4k", "iodepth": 128},
+    "mixed-4k-qd32": {"rw": "randrw", "rwmixread": 70, "bs": "4k", "iodepth": 32},
+    "read-128k-qd32": {"rw": "read", "bs": "128k", "iodepth": 32},
+    "write-128k-qd32": {"rw": "write", "bs": "128k", "iodepth": 32},
+}
+QUICK = ["randread-4k-qd1", "randread-4k-qd32", "randwrite-4k-qd32", "read-128k-qd32"]
+# Handlers that sleep are only asked how many of them overlap.
+SLEEPING = {"randread-4k-qd64": {"rw": "randread", "bs": "4k", "iodepth": 64}}
+
+
+class Marks:
+    """Instructions that do nothing but to be seen by the plugin."""
+
+    def __init__(self):
+        self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        # nop [rax + 0x75626c00], ret
+        self._page[:8] = bytes.fromhex("0f1f80006c6275c3")
+        self._function = ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(self._page)))
+
+    def make(self):
+        self._function()
+
+
+class Absent(Exception):
+    """A peer that cannot be had; the text says why."""
+
+
+@contextlib.contextmanager
+def served(peer, queues):
+    """A peer's disk, for as long as the block runs."""
+    environment = os.environ | {"QUEUES": str(queues), "DEPTH": "128", "SIZE": str(SIZE), "FILE": str(FILE)}
+    with open("/tmp/peer.log", "w+") as log:
+        process = subprocess.Popen(
+            [HERE / "peers" / peer],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            text=True,
+        )
+        try:
+            path = process.stdout.readline().rstrip("\n")
+            if not path:
+                status = process.wait(30)
+                log.seek(0)
+                said = " ".join(log.read().split())
+                raise Absent(said if status == 77 else f"ended with status {status}: {said}")
+            subprocess.run(["udevadm", "settle", "--timeout=20"], check=False)
+            yield path
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def requests_of(process, size):
+    """How many requests of a size a process has sent to disks. Not every disk counts its own."""
+    fields = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
+    return (int(fields["read_bytes"]) + int(fields["write_bytes"])) // size
+
+
+def busy_seconds():
+    """What all CPUs have worked, in seconds."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(path, options, queues, seconds, marks):
+    """One window of one job."""
+    ramp = 1.5
+    argv = ["fio", "--name=job", f"--filename={path}", "--ioengine=io_uring", "--direct=1", "--allow_file_create=0"]
+    argv += [
+        "--time_based=1",
+        f"--runtime={seconds + 1}",
+        f"--ramp_time={ramp}",
+        f"--numjobs={queues}",
+        "--group_reporting=1",
+        "--thread=1",
+    ]
+    argv += ["--output-format=json", "--randrepeat=0"] + [f"--{name}={value}" for name, value in options.items()]
+    fio = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        size = int(options["bs"][:-1]) << 10
+        deadline = time.monotonic() + 60
+        while requests_of(fio, size) < 20:
+            if fio.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"fio does not get going on {path}")
+            time.sleep(0.02)
+        time.sleep(ramp)
+        began, worked, requests = time.monotonic(), busy_seconds(), requests_of(fio, size)
+        if marks is not None:
+            marks.make()
+        time.sleep(seconds)
+        if marks is not None:
+            marks.make()
+        requests = requests_of(fio, size) - requests
+        worked, lasted = busy_seconds() - worked, time.monotonic() - began
+        said = fio.communicate(timeout=120)[0]
+    finally:
+        if fio.poll() is None:
+            fio.kill()
+            fio.wait()
+    job = json.loads(said[said.index("{") :])["jobs"][0]
+    if job["error"]:
+        raise RuntimeError(f"fio's error {job['error']} on {path}")
+    sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
+    main = max(sides, key=lambda side: side["total_ios"])
+    percentiles = main["clat_ns"]["percentile"]
+    return {
+        "requests": requests,
+        "seconds": lasted,
+        "iops": requests / lasted,
+        "p50_us": percentiles["50.000000"] / 1000,
+        "p99_us": percentiles["99.000000"] / 1000,
+        "cpu_us": worked / max(requests, 1) * 1e6,
+    }
+
+
+def idle_devices(count):
+    """Many devices of one process that have nothing to do."""
+    began = time.monotonic()
+    subprocess.run(
+        ["ublk", "add", "-t", "null", "-d", "64", "--size", "1G", "--count", str(count)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    lasted = time.monotonic() - began
+    try:
+        subprocess.run(["udevadm", "settle", "--timeout=120"], check=False)
+        listed = json.loads(subprocess.run(["ublk", "list", "--json"], check=True, capture_output=True).stdout)
+        process = Path("/proc", str(listed[0]["pid"]))
+        # Memory that a burst has touched, of the kernel's first look at each disk, is given back meanwhile.
+        time.sleep(6)
+        ticks = sum(map(int, (process / "stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+        time.sleep(5)
+        ticks = sum(map(int, (process / "stat").read_text().rsplit(")", 1)[1].split()[11:13])) - ticks
+        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        memory = int(status["VmRSS"].split()[0])
+    finally:
+        subprocess.run(["ublk", "del", "-a"], check=True, stdout=subprocess.DEVNULL)
+    cpu = ticks / os.sysconf("SC_CLK_TCK") / 5
+    return {"count": count, "add_s": lasted, "rss_kib": memory, "threads": int(status["Threads"]), "cpu": cpu}
+
+
+def conditions():
+    """Where all this was measured."""
+    cpu = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    versions = {}
+    for name, argv in {
+        "fio": ["fio", "--version"],
+        "nbdkit": ["nbdkit", "--version"],
+        "rublk": ["rublk", "--version"],
+    }.items():
+        with contextlib.suppress(OSError):
+            versions[name] = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "kernel": platform.release(),
+        "driver": os.environ.get("UBLK_DRIVER"),
+        "cpus": os.cpu_count(),
+        "cpu": cpu[0],
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--count", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--queues", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--peers", nargs="*")
+    options = parser.parse_args()
+    os.environ["PATH"] += f":{HERE.parent.parent / 'extra'}"
+    with FILE.open("wb") as file:
+        # There from the beginning, so that no job has to make pages.
+        for _ in range(SIZE >> 20):
+            file.write(bytes(1 << 20))
+    marks = Marks() if options.count else None
+    jobs = {name: JOBS[name] for name in (QUICK if options.quick else JOBS)}
+    peers = options.peers or sorted(path.name for path in (HERE / "peers").iterdir())
+    found, absent = [], {}
+    for turn in range(options.rounds):
+        for queues in options.queues:
+            for peer in peers:
+                if peer in absent:
+                    continue
+                try:
+                    with served(peer, queues) as path:
+                        for job, how in (SLEEPING if "sleeping" in peer else jobs).items():
+                            result = measure(path, how, queues, options.seconds, marks)
+                            found.append({"round": turn, "peer": peer, "queues": queues, "job": job, **result})
+                            print(f"{peer} {job} q{queues}: {result['iops']:.0f}/s", file=sys.stderr, flush=True)
+                except Absent as why:
+                    absent[peer] = str(why)
+                    print(f"{peer} is absent: {why}", file=sys.stderr, flush=True)
+    counts = [1, 100] if options.quick else [1, 10, 100, 1000]
+    idle = [] if options.count or options.peers else [idle_devices(count) for count in counts]
+    document = {"conditions": conditions(), "results": found, "absent": absent, "idle": idle}
+    Path("/results/bench.json").write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()
