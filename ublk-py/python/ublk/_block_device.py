@@ -276,8 +276,8 @@ class BlockDevice:
         gets a copy of the block device, by pickling: its class has to be importable, and what becomes of the copy is
         not seen here, nor what is done to the original (`invalidate`, say) there. The returned `Device` does all the
         same; its log comes here, too, unless the class's module sets up logging by itself when it is imported. The
-        process ends with the program, and if it dies, `Device.wait` raises `UblkError` with ``EOWNERDEAD``. A script that starts
-        such devices does so under ``if __name__ == "__main__":``, because the process imports it.
+        process ends with the program, and if it dies, `Device.wait` raises `UblkError` with ``EOWNERDEAD``. A script
+        that starts such devices does so under ``if __name__ == "__main__":``, because the process imports it.
 
         With ``shared_memory`` the device can have memory in common with its clients: `Device.share_memory`. Linux 7.1;
         not for recoverable devices.
