@@ -2,9 +2,16 @@
 
 """Tests of the Python package on the stand-in driver: no kernel, no privileges."""
 
+import signal
+
 import pytest
 
 from ublk._ublk import FakeDriver
+
+
+def pytest_sessionstart():
+    # Whoever starts this in the background may have SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

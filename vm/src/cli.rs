@@ -117,6 +117,10 @@ pub(crate) struct Run {
     /// is emulated then, at half its speed.
     #[arg(long, value_name = "FILE")]
     pub(crate) count: Option<PathBuf>,
+    /// File of the host for a profile of the guest's programs: the address of each block of instructions, and how many it
+    /// executed, between marks with the numbers 1 and 2. With --count.
+    #[arg(long, value_name = "FILE", requires = "count")]
+    pub(crate) profile: Option<PathBuf>,
     /// Environment variable for the command.
     #[arg(long = "env", value_name = "NAME=VALUE", value_parser = parse_variable)]
     pub(crate) variables: Vec<(String, String)>,

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::Result;
 
+use crate::counter::Counter;
 use crate::kernel::Kernel;
 use crate::ports::Channel;
 use crate::process::{End, Supervised, spawn};
@@ -97,8 +98,12 @@ impl Machine {
     }
 
     /// Has instructions counted by a plugin, which writes to `out`.
-    pub(crate) fn count(&mut self, plugin: &Path, out: &Path) {
-        self.command.arg("-plugin").arg(format!("file={},out={}", plugin.display(), out.display()));
+    pub(crate) fn count(&mut self, counter: &Counter) {
+        let mut plugin = format!("file={},out={}", counter.plugin.display(), counter.out.display());
+        if let Some(profile) = &counter.profile {
+            plugin += &format!(",profile={}", profile.display());
+        }
+        self.command.arg("-plugin").arg(plugin);
     }
 
     /// For trials that are expected to fail: what QEMU says is not shown.

@@ -17,11 +17,12 @@ use anyhow::{Context, Result, bail};
 use crate::apt::Apt;
 use crate::cache::{Cache, prune};
 use crate::cli::Run;
+use crate::counter::Counter;
 use crate::kernel::Kernel;
 use crate::process::{kill_group, run_quietly};
 use crate::qemu::{Accelerator, Machine};
 use crate::report::note;
-use crate::{accel, console, counter, host, initramfs, payload, rootfs, terminal};
+use crate::{accel, console, host, initramfs, payload, rootfs, terminal};
 
 /// The guest's kernel failed, or the machine ended without a status.
 const GUEST_FAILED: u8 = 123;
@@ -84,7 +85,8 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     let driver = options.driver.prepare(cache, &apt, repository, &kernel)?;
     let root = rootfs::obtain(cache)?;
     let payload = payload::obtain(cache, repository, driver, extra, !options.no_build)?;
-    let counter = options.count.as_deref().map(|out| counter::prepare(repository, out)).transpose()?;
+    let counter = options.count.as_deref().map(|out| Counter::prepare(repository, out, options.profile.as_deref()));
+    let counter = counter.transpose()?;
     let accelerator = match options.accel {
         Some(Accelerator::Kvm) if counter.is_some() => bail!("--count needs emulation: a processor does not tell"),
         _ if counter.is_some() => Accelerator::Tcg,
@@ -110,8 +112,8 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
         if options.nodes > 1 {
             machine.nodes(options.nodes, options.cpus, memory);
         }
-        if let Some((plugin, out)) = &counter {
-            machine.count(plugin, out);
+        if let Some(counter) = &counter {
+            machine.count(counter);
         }
         machine.expect(&kernel);
         machine.boot(&kernel.vmlinuz(), &initrd);

@@ -7,6 +7,9 @@
 //! 80`, N, `6c 62 75`. For each one a line goes to the file that the option `out` names: N, and the instructions of kernel and
 //! user so far.
 //!
+//! With the option `profile` the blocks of user programs are counted apart, between a mark with the number 1 and one with the
+//! number 2, and the file that it names gets a line for each at the end: its address, and the instructions of its runs.
+//!
 //! Instructions are counted by blocks when they begin; one that is left by an exception counts whole. Whether a block is the
 //! kernel's is told by its address: x86-64 kernels have the upper half.
 //!
@@ -19,7 +22,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fs::File;
 use std::io::Write;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 type PluginId = u64;
@@ -49,6 +52,7 @@ unsafe extern "C" {
         flags: c_int,
         data: *mut c_void,
     );
+    fn qemu_plugin_register_atexit_cb(id: PluginId, callback: extern "C" fn(PluginId, *mut c_void), data: *mut c_void);
     fn qemu_plugin_tb_n_insns(block: *const Block) -> usize;
     fn qemu_plugin_tb_vaddr(block: *const Block) -> u64;
     fn qemu_plugin_tb_get_insn(block: *const Block, index: usize) -> *mut Instruction;
@@ -71,6 +75,20 @@ struct Counters([AtomicU64; 2]);
 static COUNTERS: [Counters; CPUS] = [const { Counters([const { AtomicU64::new(0) }; 2]) }; CPUS];
 static OUT: Mutex<Option<File>> = Mutex::new(None);
 
+/// A block of a user program.
+struct Profiled {
+    address: u64,
+    length: u64,
+    runs: AtomicU64,
+}
+
+/// Where the profile goes, if one is wanted, and every block so far; they are never freed.
+static PROFILE: Mutex<Option<(File, Vec<&'static Profiled>)>> = Mutex::new(None);
+static PROFILING: AtomicBool = AtomicBool::new(false);
+/// Marks that begin and end the profile.
+const BEGIN: usize = 1;
+const END: usize = 2;
+
 /// Where the upper half of the address space begins.
 const KERNEL: u64 = 1 << 63;
 
@@ -92,13 +110,22 @@ pub unsafe extern "C" fn qemu_plugin_install(
     for index in 0..usize::try_from(count).unwrap_or(0) {
         // SAFETY: there are `count` arguments (caller), each of them a C string.
         let argument = unsafe { CStr::from_ptr(*arguments.add(index)) }.to_string_lossy();
-        let Some(path) = argument.strip_prefix("out=") else {
-            eprintln!("counter: {argument:?} is no option; there is out=FILE");
+        let Some((name, path)) = argument.split_once('=') else {
+            eprintln!("counter: {argument:?} is no option; there are out=FILE and profile=FILE");
             return 1;
         };
-        match File::create(path) {
-            Ok(file) => *OUT.lock().unwrap_or_else(PoisonError::into_inner) = Some(file),
-            Err(error) => {
+        match (name, File::create(path)) {
+            ("out", Ok(file)) => *OUT.lock().unwrap_or_else(PoisonError::into_inner) = Some(file),
+            ("profile", Ok(file)) => {
+                *PROFILE.lock().unwrap_or_else(PoisonError::into_inner) = Some((file, Vec::new()));
+                // SAFETY: (1).
+                unsafe { qemu_plugin_register_atexit_cb(id, finished, std::ptr::null_mut()) };
+            }
+            (_, Ok(_)) => {
+                eprintln!("counter: {name:?} is no option; there are out=FILE and profile=FILE");
+                return 1;
+            }
+            (_, Err(error)) => {
                 eprintln!("counter: {path}: {error}");
                 return 1;
             }
@@ -115,6 +142,22 @@ extern "C" fn translated(_id: PluginId, block: *mut Block) {
     let what = length << 1 | usize::from(address < KERNEL);
     // SAFETY: (1), (2). The data is a number.
     unsafe { qemu_plugin_register_vcpu_tb_exec_cb(block, began, NO_REGISTERS, std::ptr::without_provenance_mut(what)) };
+    if address < KERNEL
+        && let Some((_, blocks)) = &mut *PROFILE.lock().unwrap_or_else(PoisonError::into_inner)
+    {
+        let profiled: &'static Profiled =
+            Box::leak(Box::new(Profiled { address, length: length as u64, runs: AtomicU64::new(0) }));
+        blocks.push(profiled);
+        // SAFETY: (1), (2). The data is a reference that stays valid.
+        unsafe {
+            qemu_plugin_register_vcpu_tb_exec_cb(
+                block,
+                ran,
+                NO_REGISTERS,
+                std::ptr::from_ref(profiled).cast_mut().cast(),
+            );
+        }
+    }
     for index in 0..length {
         // SAFETY: (1), (2). There are as many.
         let (instruction, size, data) = unsafe {
@@ -141,8 +184,35 @@ extern "C" fn began(cpu: c_uint, what: *mut c_void) {
     counter.store(counter.load(Ordering::Relaxed) + (what >> 1) as u64, Ordering::Relaxed);
 }
 
+extern "C" fn ran(_cpu: c_uint, block: *mut c_void) {
+    if PROFILING.load(Ordering::Relaxed) {
+        // SAFETY: it is what `translated` gave: a `Profiled` that is never freed, and only read but for its counter.
+        let block = unsafe { &*block.cast::<Profiled>() };
+        block.runs.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+extern "C" fn finished(_id: PluginId, _data: *mut c_void) {
+    let Some((file, blocks)) = &mut *PROFILE.lock().unwrap_or_else(PoisonError::into_inner) else { return };
+    let mut text = String::new();
+    for block in blocks {
+        let runs = block.runs.load(Ordering::Relaxed);
+        if runs != 0 {
+            text += &format!("{:x} {}\n", block.address, runs * block.length);
+        }
+    }
+    if let Err(error) = file.write_all(text.as_bytes()) {
+        eprintln!("counter: the profile is lost: {error}");
+    }
+}
+
 extern "C" fn marked(_cpu: c_uint, number: *mut c_void) {
     let sum = |which: usize| COUNTERS.iter().map(|counters| counters.0[which].load(Ordering::Relaxed)).sum::<u64>();
+    match number.addr() {
+        BEGIN => PROFILING.store(true, Ordering::Relaxed),
+        END => PROFILING.store(false, Ordering::Relaxed),
+        _ => {}
+    }
     let line = format!("{} {} {}\n", number.addr(), sum(0), sum(1));
     if let Some(out) = &mut *OUT.lock().unwrap_or_else(PoisonError::into_inner)
         && let Err(error) = out.write_all(line.as_bytes())

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Puts together what both machines measured: one JSON document, and tables of it.
+
+    tests/bench/report.py DIR [--compare OLD.json]
+
+DIR has what tests/bench/run left there: `rate/bench.json`, `count/bench.json` with the counter's `marks`, or one of
+them.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+# What other peers are compared with, in the order of the tables.
+REFERENCE = "kublk-null"
+
+
+def windows(marks):
+    """Instructions between each mark and the next, of kernel and user."""
+    lines = [[int(word) for word in line.split()[1:]] for line in marks.read_text().splitlines()]
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(lines[::2], lines[1::2], strict=True)]
+
+
+def gather(directory):
+    """Median figures of each peer, number of queues and job, over the rounds."""
+    conditions, absent, idle, found = {}, {}, [], {}
+    for kind in ("count", "rate"):
+        path = directory / kind / "bench.json"
+        if not path.exists():
+            continue
+        document = json.loads(path.read_text())
+        conditions[kind] = document["conditions"]
+        absent |= document["absent"]
+        idle = document["idle"] or idle
+        counted = windows(directory / "marks") if kind == "count" else []
+        for number, result in enumerate(document["results"]):
+            figures = found.setdefault((result["peer"], result["queues"], result["job"]), {})
+            if kind == "count":
+                kernel, user = counted[number]
+                figures.setdefault("kernel", []).append(kernel / result["requests"])
+                figures.setdefault("user", []).append(user / result["requests"])
+            else:
+                for name in ("iops", "p50_us", "p99_us", "cpu_us"):
+                    if name in result:
+                        figures.setdefault(name, []).append(result[name])
+    results = [
+        {"peer": peer, "queues": queues, "job": job}
+        | {name: statistics.median(values) for name, values in figures.items()}
+        | {"rounds": max(map(len, figures.values()))}
+        for (peer, queues, job), figures in found.items()
+    ]
+    return {"conditions": conditions, "results": results, "absent": absent, "idle": idle}
+
+
+def table(document, title, cell, queues):
+    """A table of peers and jobs in Markdown."""
+    rows = [result for result in document["results"] if result["queues"] == queues]
+    jobs = list(dict.fromkeys(row["job"] for row in rows if "sleeping" not in row["peer"]))
+    peers = dict.fromkeys(row["peer"] for row in rows if "sleeping" not in row["peer"])
+    if not jobs:
+        return ""
+    lines = [f"### {title}", "", f"| peer | {' | '.join(jobs)} |", "|---|" + "---:|" * len(jobs)]
+    by_place = {(row["peer"], row["job"]): row for row in rows}
+    if not any(cell(row, None) for row in rows):
+        return ""
+    for peer in peers:
+        cells = []
+        for job in jobs:
+            row, reference = by_place.get((peer, job)), by_place.get((REFERENCE, job))
+            cells.append(cell(row, reference) if row else "")
+        lines.append(f"| {peer} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def instructions(row, reference):
+    """Thousands of instructions per request, and how many times the reference's."""
+    if "kernel" not in row:
+        return ""
+    total = row["kernel"] + row["user"]
+    text = f"{total / 1000:.1f} ({row['kernel'] / 1000:.1f}+{row['user'] / 1000:.1f})"
+    if reference and "kernel" in reference:
+        text += f" {total / (reference['kernel'] + reference['user']):.2f}x"
+    return text
+
+
+def rate(row, reference):
+    """Requests per second, and how many times the reference's."""
+    if "iops" not in row:
+        return ""
+    text = f"{row['iops']:,.0f}"
+    return text + (f" {row['iops'] / reference['iops']:.2f}x" if reference and "iops" in reference else "")
+
+
+def latency(row, _reference):
+    """Median and 99th percentile of the latency in microseconds, and CPU time per request."""
+    return f"{row['p50_us']:,.0f} / {row['p99_us']:,.0f} / {row['cpu_us']:,.0f}" if "p50_us" in row else ""
+
+
+def sleeping(document):
+    """How many requests overlap whose handlers sleep."""
+    rows = [row for row in document["results"] if "sleeping" in row["peer"] and "iops" in row]
+    serial = next((row["iops"] for row in rows if row["peer"] == "python-sleeping"), None)
+    if serial is None:
+        return ""
+    lines = [
+        "### Handlers that take 10 ms, depth 64",
+        "",
+        "| peer | per second | times the serial rate |",
+        "|---|---:|---:|",
+    ]
+    lines += [
+        f"| {row['peer']} | {row['iops']:,.0f} | {row['iops'] / serial:.1f} |" for row in rows if row["queues"] == 1
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def idle(document):
+    """What many devices of one process take that have nothing to do."""
+    if not document["idle"]:
+        return ""
+    lines = ["### Idle devices of one process", "", "| devices | added in | memory, each | threads | CPU |"]
+    lines.append("|---:|---:|---:|---:|---:|")
+    for row in document["idle"]:
+        each = row["rss_kib"] / row["count"]
+        lines.append(
+            f"| {row['count']} | {row['add_s']:.1f} s | {each:,.0f} KiB | {row['threads']} | {row['cpu']:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def compare(document, old):
+    """What has changed by more than the figures usually differ: 2 % of instructions."""
+    before = {(row["peer"], row["queues"], row["job"]): row for row in old["results"]}
+    lines = []
+    for row in document["results"]:
+        was = before.get((row["peer"], row["queues"], row["job"]))
+        if was and "kernel" in was and "kernel" in row:
+            now, then = row["kernel"] + row["user"], was["kernel"] + was["user"]
+            if abs(now / then - 1) > 0.02:
+                place = f"{row['peer']} {row['job']} queues={row['queues']}"
+                lines.append(f"{place}: {then:,.0f} to {now:,.0f} instructions, {now / then - 1:+.1%}")
+    return "\n".join(lines) or "no change of more than 2 %"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--compare", type=Path)
+    options = parser.parse_args()
+    document = gather(options.directory)
+    (options.directory / "bench.json").write_text(json.dumps(document, indent=1))
+    parts = [f"    {kind}: {json.dumps(where)}" for kind, where in document["conditions"].items()]
+    for queues in sorted({row["queues"] for row in document["results"]}):
+        with_queues = f"{queues} queue{'s' if queues > 1 else ''}"
+        parts.append(
+            table(document, f"Thousands of instructions per request (kernel+user), {with_queues}", instructions, queues)
+        )
+        parts.append(table(document, f"Requests per second, {with_queues}", rate, queues))
+        parts.append(table(document, f"Latency (median / 99 %) and CPU time, in µs, {with_queues}", latency, queues))
+    parts += [sleeping(document), idle(document)]
+    parts += [f"absent: {peer}: {why}" for peer, why in document["absent"].items()]
+    text = "\n".join(part for part in parts if part)
+    (options.directory / "tables.md").write_text(text + "\n")
+    print(text)
+    if options.compare:
+        print(f"\nsince {options.compare}:\n{compare(document, json.loads(options.compare.read_text()))}")
+
+
+if __name__ == "__main__":
+    main()
