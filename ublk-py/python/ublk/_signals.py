@@ -51,10 +51,10 @@ def wakeup_fd() -> Iterator[int | None]:
         # Kept for ever: those who wait end in any order, some when they are collected, on any thread.
         if _pipe is None:
             _pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        if _waiting == 0:
-            before = signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
-            # It is still in place if the last one that waited was collected elsewhere.
-            _before = _before if before == _pipe[1] else before
+        # Also while others wait: an event loop may have put its own in place, and taken it away.
+        before = signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
+        if before != _pipe[1]:
+            _before = before
         _waiting += 1
         pipe = _pipe
     try:
