@@ -101,6 +101,12 @@ def test_wrong_usage_is_refused_alike(native: Face, python: Face, words: list[st
     assert (ours.status, ours.out) == (theirs.status, theirs.out) == (USAGE, "")
 
 
+def test_the_native_command_says_where_run_is(native: Face) -> None:
+    result = native.run("run", "ramdisk.py:RamDisk", check=False)
+    assert (result.status, result.out) == (USAGE, ""), str(result)
+    assert "python3 -m ublk run" in result.err, str(result)
+
+
 @pytest.mark.short
 def test_a_file_that_does_not_exist(face: Face) -> None:
     refused(

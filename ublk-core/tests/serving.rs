@@ -523,3 +523,18 @@ fn whoever_waits_for_a_device_hears_of_a_start_that_failed() {
     assert!(device.wait(Some(Duration::from_secs(10))));
     finish(&driver, device);
 }
+
+#[test]
+fn a_ram_disk_whose_device_was_made_larger_fails_what_lies_beyond_and_nothing_else() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(1, 4)).unwrap();
+    device.resize(2 * SIZE).unwrap();
+    let disk = driver.disk(device.id());
+    for at in [SIZE - 512, SIZE, 2 * SIZE - 512] {
+        assert_eq!(disk.read(at, 1024.min((2 * SIZE - at) as usize)), Err(Errno::EIO), "{at}");
+        assert_eq!(disk.write(at, &vec![1; 1024.min((2 * SIZE - at) as usize)]), Err(Errno::EIO), "{at}");
+    }
+    disk.write(SIZE - 512, &[1; 512]).unwrap();
+    disk.flush().unwrap();
+    finish(&driver, device);
+}

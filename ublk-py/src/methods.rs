@@ -197,7 +197,9 @@ fn call<'py>(
 
 /// Tells Python about an exception that is no errno.
 pub(crate) fn report(py: Python<'_>, report: &Py<PyAny>, operation: &str, error: &PyErr) {
-    if let Err(second) = report.call1(py, (operation, error.value(py))) {
+    // Not `value`, which before Python 3.12 knows nothing of its traceback.
+    let exception = error.clone_ref(py).into_value(py);
+    if let Err(second) = report.call1(py, (operation, exception)) {
         second.write_unraisable(py, None);
     }
 }

@@ -11,6 +11,7 @@ import numpy
 import pytest
 
 import ublk
+from ublk import testing
 
 SIZE = 1 << 20
 
@@ -260,3 +261,17 @@ def test_a_handler_cannot_wait_for_its_own_device(driver):
     with disk.start(_driver=driver) as disk.dev:
         driver.read(disk.dev.id, 0, 512)
     assert "raise SystemExit instead" in raised[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=["plain", "workers"])
+def test_a_mistake_is_logged_with_its_traceback(caplog, options):
+    class Mistaken(ublk.BlockDevice):
+        def read(self, offset, buf):
+            self.helper()
+
+        def helper(self):
+            return {}[0]
+
+    with testing.open(Mistaken(size=1 << 20), **options) as device, pytest.raises(OSError):
+        device.pread(0, 512)
+    assert "in helper" in caplog.text

@@ -267,7 +267,7 @@ def test_what_does_not_fit_leaves_the_device_waiting(driver):
 
 def test_a_device_that_was_not_made_for_it_is_not_left(driver):
     with Disk(size=1 << 20).start(_driver=driver) as device:
-        with pytest.raises(ublk.UblkError, match="QUIESCE"):
+        with pytest.raises(ublk.UblkError, match="not started with recoverable"):
             device.quiesce()
         with pytest.raises(ublk.UblkError, match="not made to be recovered"):
             ublk.recover(device.id, Disk(size=1 << 20), _driver=driver)

@@ -3,6 +3,7 @@
 """Disks that the engine serves without Python."""
 
 import errno
+import os
 
 import pytest
 
@@ -87,3 +88,19 @@ def test_it_takes_a_disk_over_from_python_and_gives_it_back(driver):
     device.quiesce()
     with ublk.recover(device.id, Ram(size=SIZE), _driver=driver) as device:
         assert driver.read(device.id, 0, 512) == b"p" * 512
+
+
+@pytest.mark.parametrize("kind", ["mem", "file"])
+def test_a_disk_does_not_grow_beyond_what_it_has(driver, tmp_path, kind):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    disk = ublk.Mem(1 << 20) if kind == "mem" else ublk.File(path)
+    with disk.start(_driver=driver) as dev:
+        with pytest.raises(ValueError, match="1048576 bytes behind"):
+            dev.resize(2 << 20)
+        dev.resize(1 << 19)
+        dev.resize(1 << 20)
+        if kind == "file":
+            os.truncate(path, 2 << 20)
+            dev.resize(2 << 20)
+            assert dev.size == 2 << 20

@@ -489,6 +489,30 @@ class TestPulling:
             with pytest.raises(OSError):
                 lost.result(10)
 
+    def test_an_iteration_that_is_left_with_a_request_in_hand_holds_up_no_stop(self, driver, caplog):
+        with client_pool() as pool:
+            with pytest.raises(ZeroDivisionError), self.disk().start(pull=True, _driver=driver) as dev:
+                assert dev.wait_ready(10)
+                lost = pool.submit(driver.read, dev.id, 0, 512)
+                for request in dev.requests():  # noqa: B007
+                    1 / 0  # noqa: B018
+            # It is held, and so not dropped.
+            assert request.done
+            with pytest.raises(OSError):
+                lost.result(10)
+        assert "was dropped" in caplog.text
+
+    def test_a_request_that_was_handed_on_is_ended_by_whoever_has_it(self, driver):
+        with client_pool() as pool:
+            with self.disk().start(pull=True, _driver=driver) as dev:
+                assert dev.wait_ready(10)
+                read = pool.submit(driver.read, dev.id, 0, 512)
+                for request in dev.requests():
+                    request.buffer[:] = bytes(512)
+                    threading.Timer(0.2, request.complete).start()
+                    break
+            assert read.result(10) == bytes(512)
+
     def test_ctrl_c_interrupts_the_iteration(self, driver):
         import signal
 
@@ -638,7 +662,7 @@ class TestEnds:
             assert dev.wait_ready(10)
             taker = threading.Thread(target=TestPulling.serve, args=[dev.requests()])
             taker.start()
-            with pytest.raises(ublk.UblkError, match="QUIESCE"):
+            with pytest.raises(ublk.UblkError, match="not started with recoverable"):
                 dev.quiesce()
             assert driver.read(dev.id, 512, 512) == b"\x01" * 512
             dev.stop()

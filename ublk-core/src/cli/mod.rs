@@ -103,6 +103,10 @@ pub fn main() -> ExitCode {
 /// Runs the command with the given arguments (without a program name) and returns its exit status: 0,
 /// 1 for a failure, 2 for wrong usage.
 pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
+    if arguments.first().is_some_and(|first| first == "run") && !host.extra.iter().any(|extra| extra.name == "run") {
+        eprintln!("ublk: `run` serves disks in Python, and comes with the Python package: `python3 -m ublk run`");
+        return 2;
+    }
     let named = std::iter::once(OsString::from("ublk")).chain(arguments.iter().cloned());
     let parsed = with_extra(host).try_get_matches_from(named).and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
@@ -199,5 +203,6 @@ mod tests {
     fn wrong_usage_is_status_2() {
         assert_eq!(run(vec!["frobnicate".into()], &Host::default()), 2);
         assert_eq!(run(vec!["del".into()], &Host::default()), 2);
+        assert_eq!(run(vec!["run".into(), "disk.py:Disk".into()], &Host::default()), 2);
     }
 }

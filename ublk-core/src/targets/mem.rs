@@ -73,6 +73,11 @@ impl Mem {
         }
         request.finish(checked);
     }
+
+    /// Whether a request lies on what there is: a device may have been made larger than its target.
+    fn has(&self, request: &Request<'_>) -> bool {
+        request.offset().checked_add(request.len()).is_some_and(|end| end <= self.params.size)
+    }
 }
 
 impl Target for Mem {
@@ -93,6 +98,13 @@ struct MemQueue(Mem);
 
 impl QueueHandler for MemQueue {
     fn handle(&mut self, requests: Requests<'_>) {
-        requests.for_each(|request| self.0.serve(request));
+        requests.for_each(|request| {
+            if self.0.has(&request) {
+                self.0.serve(request);
+            } else {
+                log::error!("{request:?} lies beyond the {} bytes of this RAM disk", self.0.params.size);
+                request.fail(Errno::EIO);
+            }
+        });
     }
 }

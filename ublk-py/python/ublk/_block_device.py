@@ -340,6 +340,9 @@ class BlockDevice:
 
         return _serving.choose(self, report, workers=workers, pull=pull, loop_factory=loop_factory)
 
+    def _check_size(self, size: int) -> None:
+        """Refuse a size that the disk cannot have; its own business, here."""
+
     def _describe(self) -> dict[str, Any]:
         """Tell the disk's shape."""
         if not hasattr(self, "size"):

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import select
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
@@ -60,6 +61,7 @@ class Device:
     _serving: Serving
     _exception: BaseException | None
     _stopped: bool
+    _hangs: bool
     _hang_after: float | None
     _owner: int
     _start_over: threading.Event
@@ -86,6 +88,7 @@ class Device:
         self._target = target
         self._exception = None
         self._stopped = False
+        self._hangs = False
         self._start_over = threading.Event()
         self._stopping = threading.Lock()
         self._owner = os.getpid()
@@ -303,7 +306,9 @@ class Device:
 
         The block device must be able to serve the new size when it grows; its ``size`` follows.
         """
-        self._native.resize(number("size", size, 64))
+        number("size", size, 64)
+        self._target._check_size(size)
+        self._native.resize(size)
         self._description["size"] = self._target.size = size
 
     def share_memory(self, file: FileDescriptorLike, *, read_only: bool = False) -> int:
@@ -335,6 +340,10 @@ class Device:
         if self._owner != os.getpid():
             return
         self._serving.check_stop()
+        if self.recovery is None:
+            raise UblkError(
+                errno.EINVAL, f"{self.path} was not started with recoverable=True: nobody could take it over"
+            )
         if self.can_be_left:
             self._end(self._native.leave)
         else:
@@ -434,9 +443,10 @@ class Device:
         self._serving.abandon()
         try:
             end()
-        except BaseException:
+        except BaseException as error:
             # It may still have to be stopped, by a handler's exit say.
             self._stopped = self._native.stopped
+            self._hangs = isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT
             raise
         finally:
             # After a time-out it still runs, and may be stopped again.
@@ -510,12 +520,21 @@ def _stop_all() -> None:
     """Leave nothing behind when the interpreter exits."""
     with _running_lock:
         devices = list(_running)
+    hang = False
     for device in devices:
-        logger.warning("%s was still running when the program ended", device.path)
-        try:
-            device.stop()
-        except UblkError as error:
-            logger.error("stopping %s: %s", device.path, error)
+        if not device._hangs:
+            logger.warning("%s was still running when the program ended", device.path)
+            try:
+                device.stop()
+            except UblkError as error:
+                logger.error("stopping %s: %s", device.path, error)
+        hang = hang or (device._hangs and isinstance(device._native, _ublk.NativeDevice))
+    if hang:
+        # The interpreter's end would take away what a thread needs that is still in a handler.
+        logger.critical("a handler hangs: the program ends without further ado; `ublk del --dead` removes its devices")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     for thread in running():
         thread.join(_JOIN_SECONDS)
 

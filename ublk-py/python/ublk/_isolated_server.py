@@ -144,7 +144,11 @@ def serve(
 
 
 def _start(payload: bytes, id: int | None, options: Mapping[str, Any], fake: bool) -> Device:
-    target: BlockDevice = pickle.loads(payload)
+    try:
+        target: BlockDevice = pickle.loads(payload)
+    except (AttributeError, ImportError) as error:
+        # Of an interactive program, say.
+        raise TypeError(f"isolated=True needs a class that can be imported from a file: {error}") from None
     driver = _ublk.FakeDriver() if fake else None
     if id is None:
         return target.start(**options, _driver=driver)

@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from ublk._serving import NativeServing
 from ublk._ublk import NativeTarget
 
 if TYPE_CHECKING:
-    import os
-
     from ublk._device import Device
     from ublk._serving import Report, Serving
     from ublk._ublk import FakeDriver
@@ -23,6 +22,7 @@ class NativeDisk:
     def __init__(self, target: NativeTarget) -> None:
         self._native = target
         self.size: int = target.size
+        self._made_for = target.size
 
     @property
     def block_size(self) -> int:
@@ -58,6 +58,15 @@ class NativeDisk:
             raise ValueError(f"{type(self).__name__} is served without Python: no workers, no event loop, no requests")
         return NativeServing(self._native, self._native.operations, report)
 
+    def _check_size(self, size: int) -> None:
+        room = self._room()
+        if room is not None and size > room:
+            raise ValueError(f"size = {size}: there are {room} bytes behind {self!r}")
+
+    def _room(self) -> int | None:
+        """Tell how many bytes there are, if there is a limit."""
+        return self._made_for
+
     def _describe(self) -> dict[str, Any]:
         return {
             "size": self.size,
@@ -82,6 +91,9 @@ class Null(NativeDisk):
 
     def __init__(self, size: int, *, block_size: int = 512) -> None:
         super().__init__(NativeTarget.null(size, block_size))
+
+    def _room(self) -> None:
+        return None
 
 
 class Mem(NativeDisk):
@@ -108,6 +120,11 @@ class File(NativeDisk):
         direct: bool | None = None,
     ) -> None:
         super().__init__(NativeTarget.file(path, read_only, block_size, direct))
+        self._path = os.path.abspath(path)
+
+    def _room(self) -> int:
+        with open(self._path, "rb") as file:
+            return file.seek(0, os.SEEK_END)
 
 
 class Zoned(NativeDisk):

@@ -12,6 +12,8 @@ import os
 import select
 import sys
 import threading
+import time
+import weakref
 from typing import TYPE_CHECKING
 
 from ublk import _signals
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from ublk._ublk import PullQueue, Request
 
 logger = logging.getLogger("ublk")
+
+# For requests that an iteration was left with.
+_GRACE_SECONDS = 1.0
 
 
 class Op(enum.StrEnum):
@@ -62,6 +67,8 @@ class Requests:
         self._error = error
         # The threads that iterate, one entry for each iteration.
         self._consumers: dict[object, int] = {}
+        # What the bodies of iterations had in hand when they were left.
+        self._left: list[weakref.ref[Request]] = []
 
     def __iter__(self) -> Iterator[Request]:
         """Wait for requests in this thread. In the main thread, Ctrl-C interrupts that."""
@@ -74,7 +81,12 @@ class Requests:
             waiting = list(descriptors)
             while waiting:
                 batch, ended = self._take(waiting)
-                yield from batch
+                for request in batch:
+                    try:
+                        yield request
+                    except GeneratorExit:
+                        self._left.append(weakref.ref(request))
+                        raise
                 for queue in ended:
                     poller.unregister(descriptors[queue])
                 if not batch and not ended:
@@ -92,7 +104,11 @@ class Requests:
             while waiting:
                 batch, ended = self._take(waiting)
                 for request in batch:
-                    yield request
+                    try:
+                        yield request
+                    except GeneratorExit:
+                        self._left.append(weakref.ref(request))
+                        raise
                 if batch or ended:
                     continue
                 # Only for so long: while the body of the iteration waits for something, there may be more to take.
@@ -149,6 +165,15 @@ class Requests:
 
     def abandon(self) -> None:
         """Close the queues if nobody takes requests: nobody but this thread, which has something else to do."""
+        # An exception's traceback keeps them, so that they are not dropped. Another thread may have been given one.
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for request in [left() for left in self._left]:
+            while request is not None and not request.done and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if request is not None and not request.done:
+                dropped(repr(request).strip("<>"))
+                with contextlib.suppress(ValueError):
+                    request.fail()
         living = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         if living.isdisjoint(list(self._consumers.values())):
             self.close()

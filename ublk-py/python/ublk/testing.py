@@ -43,6 +43,8 @@ class File(io.RawIOBase):
 
     def __init__(self, disk: BlockDevice | NativeDisk, **options: Any) -> None:
         super().__init__()
+        if options.get("isolated"):
+            raise ValueError("a disk without a kernel is served in this process: it cannot be isolated")
         self._driver = _ublk.FakeDriver()
         self._position = 0
         self.device: Device = disk.start(**options, _driver=self._driver)
