@@ -82,11 +82,8 @@ class Requests:
             while waiting:
                 batch, ended = self._take(waiting)
                 for request in batch:
-                    try:
+                    with self._in_hand(request):
                         yield request
-                    except GeneratorExit:
-                        self._left.append(weakref.ref(request))
-                        raise
                 for queue in ended:
                     poller.unregister(descriptors[queue])
                 if not batch and not ended:
@@ -104,11 +101,8 @@ class Requests:
             while waiting:
                 batch, ended = self._take(waiting)
                 for request in batch:
-                    try:
+                    with self._in_hand(request):
                         yield request
-                    except GeneratorExit:
-                        self._left.append(weakref.ref(request))
-                        raise
                 if batch or ended:
                     continue
                 # Only for so long: while the body of the iteration waits for something, there may be more to take.
@@ -121,6 +115,15 @@ class Requests:
                     for queue in waiting:
                         loop.remove_reader(descriptors[queue])
         self._raise()
+
+    @contextlib.contextmanager
+    def _in_hand(self, request: Request) -> Iterator[None]:
+        """Remember a request that an iteration is left with."""
+        try:
+            yield
+        except GeneratorExit:
+            self._left.append(weakref.ref(request))
+            raise
 
     def _take(self, waiting: list[PullQueue]) -> tuple[list[Request], list[PullQueue]]:
         """Take a request from the first queue that has one, which is the last one next time.
