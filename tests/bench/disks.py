@@ -8,6 +8,9 @@ import time
 
 import ublk
 
+sys.path.insert(0, "/opt/ublk/examples")
+from ramdisk import RamDisk
+
 SIZE = int(os.environ["SIZE"])
 START = {"queues": int(os.environ["QUEUES"]), "depth": int(os.environ["DEPTH"])}
 
@@ -20,20 +23,6 @@ class Null(ublk.BlockDevice):
 
     def write(self, offset, buf):
         pass
-
-
-class Ram(ublk.BlockDevice):
-    """A RAM disk in a bytearray."""
-
-    def __init__(self, size):
-        super().__init__(size=size)
-        self.data = bytearray(size)
-
-    def read(self, offset, buf):
-        buf[:] = self.data[offset : offset + len(buf)]
-
-    def write(self, offset, buf):
-        self.data[offset : offset + len(buf)] = buf
 
 
 class Tasks(Null):
@@ -81,7 +70,7 @@ class SleepingTasks(ublk.BlockDevice):
 
 KINDS = {
     "Null": (Null, {}),
-    "Ram": (Ram, {}),
+    "Ram": (RamDisk, {}),
     "Workers": (Null, {"workers": 2}),
     "Tasks": (Tasks, {}),
     "Batch": (Batch, {}),
@@ -95,7 +84,7 @@ KINDS = {
 
 def main():
     kind, more = KINDS[sys.argv[1]]
-    disk = kind(SIZE) if kind in (Ram, Mapped) else kind(size=SIZE)
+    disk = kind(SIZE) if kind in (RamDisk, Mapped) else kind(size=SIZE)
     with disk.start(**START, **more) as device:
         print(device.path, flush=True)
         sys.stdin.read()

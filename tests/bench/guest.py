@@ -190,6 +190,7 @@ def conditions():
     return {
         "kernel": platform.release(),
         "driver": os.environ.get("UBLK_DRIVER"),
+        "qemu": os.environ.get("UBLK_QEMU"),
         "cpus": os.cpu_count(),
         "cpu": cpu[0],
         "python": platform.python_version(),

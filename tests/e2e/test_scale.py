@@ -52,11 +52,14 @@ def test_one_process_serves_many_devices(native: Face) -> None:
 
     until(lambda: per_device() < 64 << 10, "the return of memory", 20)
     print(f"{COUNT} devices: {len(threads(pid))} threads, {per_device() / 1024:.1f} KiB each")
-    # Timers are over.
-    time.sleep(patience(5))
-    before = processor_time(pid)
-    time.sleep(3)
-    assert processor_time(pid) - before <= 1
+
+    def at_rest() -> bool:
+        before = processor_time(pid)
+        time.sleep(3)
+        return processor_time(pid) - before <= 1
+
+    # On a busy machine somebody may still look at the disks.
+    until(at_rest, "three seconds without work", 60)
     native.run("del", "-a", timeout=60 + COUNT)
     until(lambda: not is_running(pid), "the server's end")
 

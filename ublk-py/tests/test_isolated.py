@@ -16,7 +16,7 @@ import time
 import pytest
 
 import ublk
-from ublk import _isolated
+from ublk import _isolated, testing
 from ublk._ublk import FakeDriver
 
 SIZE = 1 << 20
@@ -140,6 +140,8 @@ def test_values_that_cannot_be_are_found_before_there_is_a_process():
         start(Disk(block_size=1000))
     with pytest.raises(ValueError, match="workers = 0"):
         start(Disk(), workers=0)
+    with pytest.raises(ValueError, match="cannot be isolated"):
+        testing.open(Disk(), isolated=True)
     with pytest.raises(ValueError, match="pull=True"):
         start(ublk.BlockDevice(size=SIZE), pull=True)
     with pytest.raises(ValueError, match="without Python"):

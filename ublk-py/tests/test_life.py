@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -398,3 +399,43 @@ def test_iterations_may_end_in_any_order(driver):
         thread.join()
         iteration(devices[3]).close()
         assert signal.set_wakeup_fd(before) == before
+
+
+HUNG = """
+import errno, threading, time
+import ublk
+from ublk._ublk import FakeDriver
+
+class Hangs(ublk.BlockDevice):
+    def read(self, offset, buf):
+        entered.set()
+        leave.wait()
+
+def time_out():
+    raise ublk.UblkError(errno.ETIMEDOUT, "a handler does not return")
+
+entered, leave = threading.Event(), threading.Event()
+driver = FakeDriver()
+dev = Hangs(size=1 << 20).start(_driver=driver)
+client = threading.Thread(target=driver.read, args=(dev.id, 0, 512), daemon=True)
+client.start()
+assert entered.wait(10)
+try:
+    # As a stop does after a minute.
+    dev._end(time_out)
+except ublk.UblkError:
+    pass
+"""
+
+
+def test_a_program_ends_at_once_if_a_handler_has_made_a_stop_time_out():
+    ended = subprocess.run([sys.executable, "-c", HUNG], capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "a handler hangs" in ended.stderr
+
+
+def test_a_handler_that_has_returned_since_is_no_reason_to_leave_the_device():
+    late = HUNG + "leave.set()\nclient.join()\n"
+    ended = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "was still running when the program ended" in ended.stderr

@@ -492,6 +492,11 @@ class Device:
         # The thread that runs this has to go on serving until the device is stopped.
         threading.Thread(target=self._stop_quietly, name="ublk-stop", daemon=True).start()
 
+    def _is_hung(self) -> bool:
+        """Whether a handler has made a stop time out, and is still running."""
+        native = self._native
+        return self._hangs and isinstance(native, _ublk.NativeDevice) and bool(native.busy())
+
     def _stop_quietly(self) -> None:
         # A handler may end the device before `start` has finished with it, or given it up.
         self._start_over.wait()
@@ -522,13 +527,13 @@ def _stop_all() -> None:
         devices = list(_running)
     hang = False
     for device in devices:
-        if not device._hangs:
+        if not device._is_hung():
             logger.warning("%s was still running when the program ended", device.path)
             try:
                 device.stop()
             except UblkError as error:
                 logger.error("stopping %s: %s", device.path, error)
-        hang = hang or (device._hangs and isinstance(device._native, _ublk.NativeDevice))
+        hang = hang or device._is_hung()
     if hang:
         # The interpreter's end would take away what a thread needs that is still in a handler.
         logger.critical("a handler hangs: the program ends without further ado; `ublk del --dead` removes its devices")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import logging
 import logging.handlers
@@ -77,8 +78,21 @@ class Answer:
 class _ToProgram(logging.handlers.QueueHandler):
     """Puts aside log records for a thread that sends them."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Lose what does not fit."""
+    queue: queue.SimpleQueue[logging.LogRecord | Failure | _Word]
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Lose what is too much."""
+        if self.queue.qsize() < _RECORDS:
+            self.queue.put(record)
+
+
+class _Word(enum.Enum):
+    """What there is to say besides."""
+
+    ENDED = enum.auto()
+    """The device begins to end, and no handler is to blame."""
+    OVER = enum.auto()
+    """Nothing more will come."""
 
 
 class _Events:
@@ -86,36 +100,34 @@ class _Events:
 
     def __init__(self, pipe: Connection, levels: Mapping[str, int]) -> None:
         self._pipe = pipe
-        self._queue: queue.Queue[logging.LogRecord | None] = queue.Queue(_RECORDS)
-        self._lock = threading.Lock()
+        # Whoever has something to say never waits for the program to listen.
+        self._queue: queue.SimpleQueue[logging.LogRecord | Failure | _Word] = queue.SimpleQueue()
         # If the module that was imported for the class has seen to it by itself, its log goes where it says.
         if not logging.getLogger().handlers:
             logging.getLogger().addHandler(_ToProgram(self._queue))
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
-        self._thread = threading.Thread(target=self._forward, name="ublk-log", daemon=True)
+        self._thread = threading.Thread(target=self._forward, name="ublk-events", daemon=True)
         self._thread.start()
 
     def _forward(self) -> None:
-        while (record := self._queue.get()) is not None:
-            # Whatever else a program hangs on its records may have classes that are not known there.
-            plain = {name: value for name, value in vars(record).items() if isinstance(value, (str, int, float))}
-            self._send(plain)
-
-    def _send(self, message: object) -> None:
-        # Nobody may be there any more.
-        with self._lock, contextlib.suppress(OSError):
-            self._pipe.send(message)
+        while (event := self._queue.get()) is not _Word.OVER:
+            message: object = event if isinstance(event, Failure) else None
+            if isinstance(event, logging.LogRecord):
+                # Whatever else a program hangs on its records may have classes that are not known there.
+                message = {name: value for name, value in vars(event).items() if isinstance(value, (str, int, float))}
+            # Nobody may be there any more.
+            with contextlib.suppress(OSError):
+                self._pipe.send(message)
 
     def ending(self, error: BaseException | None) -> None:
         """Tell that the device begins to end, and the exception of a handler that is to blame."""
-        self._send(None if error is None else Failure.of(error))
+        self._queue.put(_Word.ENDED if error is None else Failure.of(error))
 
     def close(self, seconds: float = 2.0) -> None:
         """Send what is there, if it is taken."""
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=seconds)
-            self._thread.join(seconds)
+        self._queue.put(_Word.OVER)
+        self._thread.join(seconds)
 
 
 def serve(
