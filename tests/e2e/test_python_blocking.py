@@ -57,9 +57,11 @@ def test_python_is_entered_once_for_all_requests_that_wait_together() -> None:
         tasks = Tasks()
         tasks.start(lambda: disk.read(GATE, SECTOR))
         assert server.ask("disk.waiting.wait(10)") is True
-        for sector in range(32):
-            tasks.start(lambda offset=sector * SECTOR: disk.read(offset, SECTOR))
-        until(lambda: sysfs.in_flight(server.path) == 33, "33 requests in flight")
+        for index in range(32):
+            # Not side by side: a scheduler may merge neighbours, and there would be fewer requests.
+            tasks.start(lambda offset=2 * index * SECTOR: disk.read(offset, SECTOR))
+        # Somebody else, udev for one, may read as well.
+        until(lambda: sysfs.in_flight(server.path) >= 33, "33 requests in flight")
         before = server.ask("[dev.stats().entries, dev.stats().requests]")
         server.ask("disk.gate.set()")
         tasks.join()
