@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Where a server's own instructions go, function by function.
+"""Where a server's own instructions and the kernel's go, function by function.
 
 tests/bench/profile.py guest PEER JOB QUEUES      in the guest: makes the marks, writes /results/profile.json
 tests/bench/profile.py show DIR [LINES]           on the host: DIR as tests/bench/run --profile leaves it
@@ -45,7 +45,9 @@ def guest(peer, job, queues):
                 maps[(process / "comm").read_text().strip() + " " + process.name] = [x for x in lines if " r-xp " in x]
         fio.kill()
         fio.wait()
-    Path("/results/profile.json").write_text(json.dumps({"requests": requests, "maps": maps}))
+    lines = [line.split() for line in Path("/proc/kallsyms").read_text().splitlines()]
+    kernel = sorted((address, name) for address, kind, name, *_ in lines if kind in "tTwW")
+    Path("/results/profile.json").write_text(json.dumps({"requests": requests, "maps": maps, "kernel": kernel}))
 
 
 def symbols(program):
@@ -59,7 +61,7 @@ def symbols(program):
 
 
 def show(directory, lines=40):
-    """Print the functions that take most instructions per request."""
+    """Print the functions that take most instructions per request, and how often each is called."""
     known = json.loads((Path(directory) / "count/profile.json").read_text())
     regions = []
     for process, maps in known["maps"].items():
@@ -67,29 +69,43 @@ def show(directory, lines=40):
             span, _, offset, _, _, *file = line.split(None, 5)
             low, high = (int(bound, 16) for bound in span.split("-"))
             regions.append((low, high, int(offset, 16), process, file[0] if file else "?"))
-    tables, functions, others = {}, Counter(), Counter()
+    requests = known["requests"]
+    kernel = [int(address, 16) for address, _ in known["kernel"]], [name for _, name in known["kernel"]]
+    tables, programs = {}, Counter()
+    functions, calls = {"kernel": Counter(), "user": Counter()}, Counter()
+
+    def add(side, table, place, instructions, runs):
+        starts, names = table
+        at = max(bisect.bisect_right(starts, place) - 1, 0)
+        functions[side][names[at]] += instructions
+        if starts[at] == place:
+            calls[names[at]] += runs
+
     for line in (Path(directory) / "profile").read_text().splitlines():
-        address, instructions = line.split()
-        address, instructions = int(address, 16), int(instructions)
+        address, instructions, runs = line.split()
+        address, instructions, runs = int(address, 16), int(instructions), int(runs)
+        if address >= 1 << 63:
+            programs["kernel"] += instructions
+            add("kernel", kernel, address, instructions, runs)
+            continue
         region = next((r for r in regions if r[0] <= address < r[1]), None)
         if region is None:
-            others["unknown"] += instructions
+            programs["unknown"] += instructions
             continue
         low, _, offset, process, file = region
         host = Path("target/release", Path(file).name)
-        others[f"{process.split()[0]}: {Path(file).name}"] += instructions
-        if not host.is_file():
-            continue
-        starts, names = tables.setdefault(file, symbols(host) if file not in tables else None)
-        place = address - low + offset + _bias(host, offset)
-        functions[names[max(bisect.bisect_right(starts, place) - 1, 0)]] += instructions
-    requests = known["requests"]
-    print(f"{requests} requests; user instructions per request:")
-    for name, instructions in others.most_common(12):
+        programs[f"{process.split()[0]}: {Path(file).name}"] += instructions
+        if host.is_file():
+            if file not in tables:
+                tables[file] = symbols(host)
+            add("user", tables[file], address - low + offset + _bias(host, offset), instructions, runs)
+    print(f"{requests} requests; instructions per request:")
+    for name, instructions in programs.most_common(12):
         print(f"{instructions / requests:9.1f}  {name}")
-    print()
-    for name, instructions in functions.most_common(int(lines)):
-        print(f"{instructions / requests:9.1f}  {name}")
+    for side, counted in functions.items():
+        print(f"\n{side}: instructions and calls per request")
+        for name, instructions in counted.most_common(int(lines)):
+            print(f"{instructions / requests:9.1f} {calls[name] / requests:7.2f}  {name}")
 
 
 def _bias(program, offset):

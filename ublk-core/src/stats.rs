@@ -2,9 +2,9 @@
 
 //! What a device's queues have done: counts, bytes, errors and latencies per operation.
 //!
-//! Always on, because it costs next to nothing: a queue notes each request that ends in a list of its own,
-//! and adds the list to what others can see once per round of its thread, under one lock that nobody else
-//! holds but for a look. The clock is read twice per round.
+//! Always on, because it costs next to nothing: a queue counts the requests that end in a list of its own, in which those
+//! that came together are one entry, and adds the list to what others can see once per round of its thread, under
+//! one lock that nobody else holds but for a look. The clock is read twice per round.
 //!
 //! A request's latency is the time from the wake-up that brought it to the submission of the commit that
 //! ended it: what the server took, without the block layer's share.
@@ -30,15 +30,41 @@ struct Counters {
     latency: Option<Histogram<u64>>,
 }
 
-/// A request that has ended.
+/// Requests of one operation that came together and have ended.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Ended {
-    pub(crate) op: Op,
-    pub(crate) bytes: u64,
-    pub(crate) failed: bool,
-    /// When it came, in nanoseconds of the queue's clock; `None` for a request that has ended before, whose end
+struct Group {
+    op: Op,
+    /// When they came, in nanoseconds of the queue's clock; `None` for requests that have ended before, whose end
     /// the driver refused.
-    pub(crate) came: Option<u64>,
+    came: Option<u64>,
+    requests: u64,
+    bytes: u64,
+    errors: u64,
+}
+
+/// Requests that have ended in a round, before others can see it.
+#[derive(Debug, Default)]
+pub(crate) struct Ended(Vec<Group>);
+
+impl Ended {
+    /// A request ended, which covered so many bytes.
+    pub(crate) fn add(&mut self, op: Op, bytes: u64, failed: bool, came: Option<u64>) {
+        let bytes = if failed { 0 } else { bytes };
+        let errors = u64::from(failed);
+        match self.0.last_mut() {
+            // As nearly always: those of a round.
+            Some(last) if last.op == op && last.came == came => {
+                last.requests += 1;
+                last.bytes += bytes;
+                last.errors += errors;
+            }
+            _ => self.0.push(Group { op, came, requests: 1, bytes, errors }),
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 /// What one queue, or a thread's share of it, has done.
@@ -47,18 +73,14 @@ pub(crate) struct QueueStats(Mutex<BTreeMap<Op, Counters>>);
 
 impl QueueStats {
     /// Adds requests that were handed over for submission at `now`.
-    pub(crate) fn add(&self, ended: &mut Vec<Ended>, now: u64) {
+    pub(crate) fn add(&self, ended: &mut Ended, now: u64) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for Ended { op, bytes, failed, came } in ended.drain(..) {
+        for Group { op, came, requests, bytes, errors } in ended.0.drain(..) {
             let counters = all.entry(op).or_default();
-            if failed {
-                counters.errors += 1;
-            }
+            counters.errors += errors;
             let Some(came) = came else { continue };
-            counters.requests += 1;
-            if !failed {
-                counters.bytes += bytes;
-            }
+            counters.requests += requests;
+            counters.bytes += bytes;
             let latency = match &mut counters.latency {
                 Some(latency) => latency,
                 // Two digits are always possible.
@@ -68,7 +90,7 @@ impl QueueStats {
                 },
             };
             // It grows to whatever 64 bits can be; without memory for that, a latency is lost.
-            if let Err(error) = latency.record(now.saturating_sub(came).max(1)) {
+            if let Err(error) = latency.record_n(now.saturating_sub(came).max(1), requests) {
                 log::debug!("noting a latency: {error}");
             }
         }
@@ -239,6 +261,12 @@ impl Latency {
 mod tests {
     use super::*;
 
+    fn ended(requests: impl IntoIterator<Item = (Op, u64, bool, Option<u64>)>) -> Ended {
+        let mut ended = Ended::default();
+        requests.into_iter().for_each(|(op, bytes, failed, came)| ended.add(op, bytes, failed, came));
+        ended
+    }
+
     #[test]
     fn queues_are_added_up_and_errors_move_no_bytes() {
         let device = DeviceCounters::default();
@@ -246,7 +274,7 @@ mod tests {
             [(0, Op::Read, false), (1, Op::Read, false), (1, Op::Read, true), (1, Op::Flush, false)]
         {
             let bytes = if op == Op::Read { 4096 } else { 0 };
-            device.queue(queue).add(&mut vec![Ended { op, bytes, failed, came: Some(1000) }], 3000);
+            device.queue(queue).add(&mut ended([(op, bytes, failed, Some(1000))]), 3000);
         }
         let stats = device.snapshot();
         let read = &stats.total[&Op::Read];
@@ -258,9 +286,7 @@ mod tests {
     #[test]
     fn latencies_are_exact_to_a_sixteenth() {
         let device = DeviceCounters::default();
-        let mut ended: Vec<_> = (1..=1000)
-            .map(|n| Ended { op: Op::Write, bytes: 512, failed: false, came: Some(10_000_000 - n * 1000) })
-            .collect();
+        let mut ended = ended((1..=1000).map(|n| (Op::Write, 512, false, Some(10_000_000 - n * 1000))));
         device.queue(0).add(&mut ended, 10_000_000);
         assert!(ended.is_empty());
         let latency = &device.snapshot().total[&Op::Write].latency_ns;
@@ -273,10 +299,10 @@ mod tests {
     fn a_difference_has_only_what_came_since() {
         let device = DeviceCounters::default();
         let queue = device.queue(0);
-        let ended = |took: u64| Ended { op: Op::Read, bytes: 512, failed: false, came: Some(1_000_000_000 - took) };
-        queue.add(&mut vec![ended(5_000_000); 100], 1_000_000_000);
+        let took = |time: u64, count| ended(vec![(Op::Read, 512, false, Some(1_000_000_000 - time)); count]);
+        queue.add(&mut took(5_000_000, 100), 1_000_000_000);
         let before = device.snapshot().total[&Op::Read].clone();
-        queue.add(&mut vec![ended(1_000); 10], 1_000_000_000);
+        queue.add(&mut took(1_000, 10), 1_000_000_000);
         let now = device.snapshot().total[&Op::Read].clone();
         assert!(now.latency_ns.p50 > 4_000_000, "{now:?}");
         let new = now.since(&before);
@@ -297,8 +323,7 @@ mod tests {
     #[test]
     fn a_request_that_ends_again_only_fails() {
         let device = DeviceCounters::default();
-        let end = |failed, came| Ended { op: Op::Write, bytes: 512, failed, came };
-        device.queue(0).add(&mut vec![end(false, Some(1000)), end(true, None)], 3000);
+        device.queue(0).add(&mut ended([(Op::Write, 512, false, Some(1000)), (Op::Write, 512, true, None)]), 3000);
         let write = device.snapshot().total[&Op::Write].clone();
         assert_eq!((write.requests, write.bytes, write.errors), (1, 512, 1));
         assert_eq!(write.latency_ns.buckets.len(), 1);

@@ -346,7 +346,8 @@ pub trait Ring: Debug {
     /// Submits what is queued, without waiting.
     fn submit(&mut self) -> io::Result<()>;
 
-    /// Submits what is queued and waits until there is a completion or a wake-up, or the timer ends.
+    /// Submits what is queued and waits until there is a completion or a wake-up, or the timer ends. Completions of
+    /// commits that the driver has carried out meanwhile may come with it, but need not end the wait.
     fn wait(&mut self) -> io::Result<()>;
 
     /// Starts the ring's timer; it must not be running.

@@ -87,12 +87,12 @@ impl Batch {
 
     /// Adds a commit to the next array.
     pub(super) fn gather(&mut self, element: Element) {
-        self.gathered.extend_from_slice(&element.tag.0.to_ne_bytes());
-        self.gathered.extend_from_slice(&element.register.to_ne_bytes());
-        self.gathered.extend_from_slice(&element.result.to_ne_bytes());
-        if self.tail != Tail::Nothing {
-            self.gathered.extend_from_slice(&element.tail.to_ne_bytes());
-        }
+        let mut bytes = [0; 16];
+        bytes[..2].copy_from_slice(&element.tag.0.to_ne_bytes());
+        bytes[2..4].copy_from_slice(&element.register.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&element.result.to_ne_bytes());
+        bytes[8..].copy_from_slice(&element.tail.to_ne_bytes());
+        self.gathered.extend_from_slice(&bytes[..self.tail.stride()]);
     }
 
     /// Turns what was gathered into an array to send: its number and where it is.

@@ -51,6 +51,26 @@ pub(super) enum Deliveries {
     Ended,
 }
 
+/// What the engine keeps of one tag.
+#[derive(Debug, Default)]
+struct Slot {
+    /// The tag's buffer, where tags have some; `None` while a request holds it.
+    buffer: Option<Arc<IoBuffer>>,
+    /// The present request, until it ends for the first time.
+    arrival: Option<Arrival>,
+    /// The driver may be copying a write's data, outside of this thread's calls too.
+    asked: bool,
+}
+
+/// What statistics want to know of a request.
+#[derive(Clone, Copy, Debug)]
+struct Arrival {
+    op: Op,
+    bytes: u64,
+    /// In nanoseconds of the queue's clock.
+    at: u64,
+}
+
 /// What a queue's requests refer to.
 pub(crate) struct QueueCore {
     pub(super) info: QueueInfo,
@@ -62,10 +82,7 @@ pub(crate) struct QueueCore {
     slot: FileSlot,
     descriptors: DescriptorMap,
     pub(super) tags: RefCell<TagTable>,
-    /// Tags whose write's data the driver may be copying, outside of this thread's calls too.
-    asked: RefCell<Vec<bool>>,
-    /// Each tag's buffer, where tags have some; `None` while a request holds it.
-    buffers: RefCell<Vec<Option<Arc<IoBuffer>>>>,
+    slots: RefCell<Vec<Slot>>,
     /// Memory for requests without a buffer of their tag's.
     memory: RefCell<BufferPool>,
     /// Where in the ring's table of buffers the pages of tag 0 are registered.
@@ -80,11 +97,10 @@ pub(crate) struct QueueCore {
     /// Set when the ring itself failed.
     pub(super) broken: RefCell<Option<io::Error>>,
     stats: Arc<QueueStats>,
-    /// When the requests of this round came, and the present one of each tag.
+    /// When the requests of this round came.
     pub(super) round: Cell<u64>,
-    came: RefCell<Vec<u64>>,
     /// Requests that have ended in this round.
-    ended: RefCell<Vec<Ended>>,
+    ended: RefCell<Ended>,
 }
 
 impl std::fmt::Debug for QueueCore {
@@ -106,13 +122,12 @@ impl QueueCore {
         let depth = usize::from(info.depth);
         let descriptors = origin.file.map_descriptors(info.queue, info.depth);
         let descriptors = descriptors.map_err(|e| ("mapping the descriptors".to_owned(), e))?.0;
-        let buffers = if origin.data == DataMovement::Copy {
+        let mut slots: Vec<_> = (0..depth).map(|_| Slot::default()).collect();
+        if origin.data == DataMovement::Copy {
             let buffers = IoBuffer::many(depth, info.max_io_bytes as usize)
                 .map_err(|e| (format!("{depth} buffers of {} bytes", info.max_io_bytes), e))?;
-            buffers.into_iter().map(|b| Some(Arc::new(b))).collect()
-        } else {
-            vec![None; depth]
-        };
+            slots.iter_mut().zip(buffers).for_each(|(slot, buffer)| slot.buffer = Some(Arc::new(buffer)));
+        }
         let zero_copy = origin.data.is_zero_copy();
         let registered = zero_copy
             .then(|| ring.borrow_mut().reserve_buffers(info.depth))
@@ -139,8 +154,7 @@ impl QueueCore {
             slot,
             descriptors,
             tags: RefCell::new(TagTable::new(info.depth)),
-            asked: RefCell::new(vec![false; depth]),
-            buffers: RefCell::new(buffers),
+            slots: RefCell::new(slots),
             memory: RefCell::default(),
             registered,
             forwarded: RefCell::new((0..depth).map(|_| None).collect()),
@@ -152,7 +166,6 @@ impl QueueCore {
             broken: RefCell::new(None),
             stats,
             round: Cell::new(0),
-            came: RefCell::new(vec![0; depth]),
             ended: RefCell::default(),
         })
     }
@@ -175,14 +188,18 @@ impl QueueCore {
     }
 
     /// A request comes out of this round.
-    pub(crate) fn arrived(&self, tag: Tag) {
+    pub(crate) fn arrived(&self, tag: Tag, op: Op, bytes: u64) {
         self.warm.set(true);
-        self.came.borrow_mut()[tag.index()] = self.round.get();
+        self.slots.borrow_mut()[tag.index()].arrival = Some(Arrival { op, bytes, at: self.round.get() });
     }
 
     /// The tag's buffer, if tags have some.
     pub(crate) fn take_buffer(&self, tag: Tag) -> Option<Arc<IoBuffer>> {
-        self.buffers.borrow_mut()[tag.index()].take()
+        self.slots.borrow_mut()[tag.index()].buffer.take()
+    }
+
+    fn keep_buffer(&self, tag: Tag, buffer: Arc<IoBuffer>) {
+        self.slots.borrow_mut()[tag.index()].buffer = Some(buffer);
     }
 
     /// Memory for a request without a buffer.
@@ -194,7 +211,7 @@ impl QueueCore {
     pub(super) fn lend_all(&self, tags: Range<u16>) {
         for tag in tags.map(Tag) {
             self.tags.borrow_mut().fetch(tag);
-            let address = self.buffers.borrow()[tag.index()].as_ref().map_or(0, |b| b.user_address());
+            let address = self.slots.borrow()[tag.index()].buffer.as_ref().map_or(0, |b| b.user_address());
             self.lend(Kind::Fetch, tag, address, Answer::new(0));
         }
         if let Some(batch) = &self.batch
@@ -229,36 +246,36 @@ impl QueueCore {
     /// The driver wants to know where a write's data shall go.
     pub(super) fn get_data(&self, tag: Tag) {
         let len = self.descriptor(tag).nr_sectors as usize * 512;
-        let mut buffers = self.buffers.borrow_mut();
-        let slot = &mut buffers[tag.index()];
-        let fits = slot.take().filter(|buffer| buffer.len() >= len);
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[tag.index()];
+        let fits = slot.buffer.take().filter(|buffer| buffer.len() >= len);
         let buffer = fits.unwrap_or_else(|| {
             let taken = self.memory.borrow_mut().take(len);
             taken.unwrap_or_else(|_| Arc::new(memory_or_abort(len, &self.name(tag))))
         });
         let address = buffer.user_address();
-        *slot = Some(buffer);
-        drop(buffers);
-        self.asked.borrow_mut()[tag.index()] = true;
+        slot.buffer = Some(buffer);
+        slot.asked = true;
+        drop(slots);
         let operation = Operation::GetData { file: self.slot, queue: self.info.queue, tag, address };
         self.push(Kind::GetData, tag, operation);
     }
 
     /// The driver has answered where a write's data went.
     pub(super) fn got_data(&self, tag: Tag) {
-        self.asked.borrow_mut()[tag.index()] = false;
+        self.slots.borrow_mut()[tag.index()].asked = false;
     }
 
     /// The address to commit a request with that has no buffer here: the tag's own, which it has kept while the
     /// request was in shared memory. For a read the driver insists on one, also if it fails.
     fn address_without_buffer(&self, tag: Tag) -> u64 {
         let fills = Op::decode(self.descriptor(tag).op_flags).is_some_and(Op::fills);
-        let mut buffers = self.buffers.borrow_mut();
-        let slot = &mut buffers[tag.index()];
-        if slot.is_none() && fills {
-            *slot = Some(Arc::new(memory_or_abort(PAGE_SIZE, &self.name(tag))));
+        let mut slots = self.slots.borrow_mut();
+        let buffer = &mut slots[tag.index()].buffer;
+        if buffer.is_none() && fills {
+            *buffer = Some(Arc::new(memory_or_abort(PAGE_SIZE, &self.name(tag))));
         }
-        slot.as_ref().map_or(0, |buffer| buffer.user_address())
+        buffer.as_ref().map_or(0, |buffer| buffer.user_address())
     }
 
     /// Finishes the tag's request and lends the tag again.
@@ -270,7 +287,7 @@ impl QueueCore {
             // buffers of their own for longer, the buffer stays.
             (DataMovement::Copy | DataMovement::GetData, Some(buffer)) => {
                 let address = buffer.user_address();
-                self.buffers.borrow_mut()[tag.index()] = Some(buffer);
+                self.keep_buffer(tag, buffer);
                 address
             }
             (_, Some(buffer)) => {
@@ -283,14 +300,16 @@ impl QueueCore {
         self.lend(Kind::Commit, tag, address, answer);
     }
 
-    /// Keeps in mind what a request was and how it ended, while its descriptor says so.
+    /// Counts a request that ends.
     fn note_end(&self, tag: Tag, answer: Answer) {
-        let descriptor = self.descriptor(tag);
-        let Some(op) = Op::decode(descriptor.op_flags) else { return };
+        let failed = answer.result < 0;
+        let mut ended = self.ended.borrow_mut();
         // Taken, so that a second end, after the driver has refused the first, is known as one.
-        let came = Some(std::mem::take(&mut self.came.borrow_mut()[tag.index()])).filter(|came| *came != 0);
-        let ended = Ended { op, bytes: op.len(&descriptor), failed: answer.result < 0, came };
-        self.ended.borrow_mut().push(ended);
+        if let Some(Arrival { op, bytes, at }) = self.slots.borrow_mut()[tag.index()].arrival.take() {
+            ended.add(op, bytes, failed, Some(at));
+        } else if let Some(op) = Op::decode(self.descriptor(tag).op_flags) {
+            ended.add(op, 0, failed, None);
+        }
     }
 
     /// Makes the ends of this round public; they are about to be submitted.
@@ -313,7 +332,7 @@ impl QueueCore {
             (_, Some(_)) => Pages::Copied,
             (None, None) => match self.bring_data(tag, op, &descriptor) {
                 Ok(memory) => {
-                    self.buffers.borrow_mut()[tag.index()] = Some(memory);
+                    self.keep_buffer(tag, memory);
                     Pages::Copied
                 }
                 Err(errno) => return self.commit(tag, None, Answer::error(errno)),
@@ -329,8 +348,8 @@ impl QueueCore {
             Some(buffer) if buffer.is_shared() => (Some(buffer), None),
             own => (None, own),
         };
-        if own.is_some() {
-            self.buffers.borrow_mut()[tag.index()] = own;
+        if let Some(own) = own {
+            self.keep_buffer(tag, own);
         }
         let forwarded = Forwarded { transfer, op, pages, shared };
         self.push_transfer(tag, &forwarded);
@@ -365,8 +384,8 @@ impl QueueCore {
             }
             Pages::RegisteredByDriver(index) | Pages::Registered(index) => Memory::Registered { index, offset: 0 },
             Pages::Copied | Pages::Nowhere => {
-                let buffers = self.buffers.borrow();
-                let buffer = forwarded.shared.as_ref().or(buffers[tag.index()].as_ref());
+                let slots = self.slots.borrow();
+                let buffer = forwarded.shared.as_ref().or(slots[tag.index()].buffer.as_ref());
                 Memory::At(buffer.map_or(0, |b| b.user_address()))
             }
         };
@@ -512,17 +531,16 @@ impl QueueCore {
         self.warm.set(false);
         self.memory.borrow_mut().clear();
         let tags = self.tags.borrow();
-        let asked = self.asked.borrow();
-        for (tag, slot) in self.buffers.borrow_mut().iter_mut().enumerate() {
-            if !tags.is_armed(Tag(tag as u16)) || asked[tag] {
+        for (tag, slot) in self.slots.borrow_mut().iter_mut().enumerate() {
+            if !tags.is_armed(Tag(tag as u16)) || slot.asked {
                 // A forwarded request's, or one that a write's data is on the way to.
                 self.warm.set(true);
             } else if self.origin.data == DataMovement::Copy {
-                if let Some(buffer) = slot {
+                if let Some(buffer) = &slot.buffer {
                     buffer.give_back_pages();
                 }
             } else {
-                *slot = None;
+                slot.buffer = None;
             }
         }
     }
@@ -542,7 +560,7 @@ impl QueueCore {
 
     /// Leaves memory that the driver may still refer to where it is, for good.
     pub(super) fn leak_memory(&self) {
-        std::mem::forget(self.buffers.take());
+        std::mem::forget(self.slots.take());
         // Shared memory of requests that are on their way.
         std::mem::forget(self.forwarded.take());
         std::mem::forget(self.zeros.clone());

@@ -3,19 +3,24 @@
 //! When finished requests are submitted before their batch is done; and the clocks.
 
 use std::cell::Cell;
-use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
 /// The monotonic clock in nanoseconds.
 pub(super) fn clock() -> u64 {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| Duration::from(now).as_nanos() as u64)
+    nanoseconds(ClockId::CLOCK_MONOTONIC)
+}
+
+fn nanoseconds(clock: ClockId) -> u64 {
+    clock_gettime(clock).map_or(0, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
 }
 
 /// Decides when the finished requests of a batch are submitted before its end.
 ///
-/// Fast handlers get one system call per batch. Once a request took long, each one is submitted before
-/// the next is begun, for a while: the next might take long again.
+/// Fast handlers get one system call per batch, or one per tick of the coarse clock. Once a request took long, each one
+/// is submitted before the next is begun: the next might take long again. That is over when some were fast in a row,
+/// so that a processor that was away for a moment, which looks the same, costs some system calls and not
+/// thousands.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     /// The handler has taken its first request. Before that it may wait for an interpreter, say, which
@@ -27,15 +32,15 @@ pub(super) struct Pace {
     submitted: Cell<Tick>,
     /// When the last request was handed out.
     stepped: Cell<Tick>,
-    /// Until when each request is submitted on its own.
-    eager_until: Cell<Tick>,
+    /// How many more requests are submitted on their own, if all of them are fast.
+    eager: Cell<u16>,
 }
 
 impl Pace {
-    /// A request that took this long is slow.
-    const SLOW: Duration = Duration::from_millis(5);
-    /// How long a slow request is remembered.
-    const MEMORY: Duration = Duration::from_secs(10);
+    /// A request that took this many nanoseconds is slow.
+    const SLOW: u64 = 5_000_000;
+    /// Fast requests in a row after which a slow one is forgotten.
+    const MEMORY: u16 = 64;
 
     /// A batch is there; the last one was submitted.
     pub(super) fn begin(&self) {
@@ -61,10 +66,12 @@ impl Pace {
             return false;
         }
         if now.0.saturating_sub(self.stepped.get().0) >= Self::SLOW {
-            self.eager_until.set(Tick(now.0 + Self::MEMORY));
+            self.eager.set(Self::MEMORY);
+        } else {
+            self.eager.set(self.eager.get().saturating_sub(1));
         }
         self.stepped.set(now);
-        let late = now < self.eager_until.get() || now != self.submitted.get();
+        let late = self.eager.get() != 0 || now != self.submitted.get();
         if late && self.unsubmitted.replace(false) {
             self.submitted.set(now);
             return true;
@@ -73,13 +80,13 @@ impl Pace {
     }
 }
 
-/// The kernel's coarse clock: a few milliseconds exact, and nearly free to read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd)]
-pub(super) struct Tick(Duration);
+/// The kernel's coarse clock in nanoseconds: a few milliseconds exact, and nearly free to read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tick(u64);
 
 impl Tick {
     pub(super) fn now() -> Self {
-        Tick(clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(Duration::ZERO, Duration::from))
+        Tick(nanoseconds(ClockId::CLOCK_MONOTONIC_COARSE))
     }
 }
 
@@ -88,7 +95,7 @@ mod tests {
     use super::*;
 
     fn at(millis: u64) -> Tick {
-        Tick(Duration::from_millis(millis))
+        Tick(millis * 1_000_000)
     }
 
     #[test]
@@ -123,8 +130,12 @@ mod tests {
             pace.step(at(end))
         };
         assert!(one_request_each(100, 200));
-        assert!(one_request_each(300, 300));
+        for _ in 1..Pace::MEMORY {
+            assert!(one_request_each(20_000, 20_000));
+        }
         assert!(!one_request_each(20_000, 20_000), "it is forgotten in the end");
+        assert!(one_request_each(30_000, 30_100));
+        assert!(one_request_each(40_000, 40_000), "and the next one is remembered anew");
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -64,6 +65,8 @@ pub(super) struct Returned {
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
     state: Mutex<InboxState>,
+    /// Set behind whatever is put in, before the thread is woken: it need not look without.
+    filled: AtomicBool,
     waker: OnceLock<Arc<dyn Waker>>,
 }
 
@@ -96,6 +99,7 @@ impl Inbox {
             state.load += 1;
         }
         state.messages.push(message);
+        self.filled.store(true, Ordering::Release);
         drop(state);
         // A thread that has no waker yet reads its messages before it first waits.
         if let Some(waker) = self.waker.get() {
@@ -106,7 +110,11 @@ impl Inbox {
 
     /// Takes what has come: messages, and requests, which go to the end of `returned`.
     pub(super) fn take(&self, returned: &mut Vec<Returned>) -> Vec<Message> {
+        if !self.filled.load(Ordering::Acquire) {
+            return Vec::new();
+        }
         let mut state = self.state();
+        self.filled.store(false, Ordering::Relaxed);
         returned.append(&mut state.returned);
         std::mem::take(&mut state.messages)
     }
@@ -116,6 +124,7 @@ impl Inbox {
     pub(crate) fn returned(&self, place: u32, tag: Tag, buffer: Option<Arc<IoBuffer>>, what: Return) {
         let mut state = self.state();
         state.returned.push(Returned { place, tag, buffer, what });
+        self.filled.store(true, Ordering::Release);
         let first = state.returned.len() == 1;
         drop(state);
         // The thread takes all at once: it is awake, or about to be, if there was one before.

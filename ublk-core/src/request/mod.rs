@@ -198,7 +198,6 @@ impl<H: Home> fmt::Debug for RequestOf<H> {
 impl<'q> Request<'q> {
     /// Takes over a tag that the server owns, and its buffer. What cannot be served is failed at once.
     pub(crate) fn adopt(core: &'q QueueCore, tag: Tag) -> Option<Self> {
-        core.arrived(tag);
         let descriptor = core.descriptor(tag);
         if descriptor.op_flags & uapi::UBLK_IO_F_SHMEM_ZC != 0 {
             return Self::adopt_shared(core, tag, descriptor);
@@ -209,6 +208,7 @@ impl<'q> Request<'q> {
             core.commit(tag, buffer, Answer::error(Errno::EOPNOTSUPP));
             return None;
         };
+        core.arrived(tag, op, op.len(&descriptor));
         // What was left from the tag's last request may be too short, where tags have no buffers of their own.
         let keeps = core.origin().data == DataMovement::Copy || !op.fills();
         let buffer = buffer.filter(|buffer| keeps || buffer.len() as u64 >= op.len(&descriptor));
@@ -235,6 +235,7 @@ impl<'q> Request<'q> {
             core.commit(tag, None, Answer::error(Errno::EOPNOTSUPP));
             return None;
         };
+        core.arrived(tag, op, op.len(&descriptor));
         let buffer = core.origin().shared.find(descriptor.address, op.len(&descriptor) as usize);
         if buffer.is_none() {
             log::error!("{}: shared memory {:#x} is not known here", core.name(tag), descriptor.address);

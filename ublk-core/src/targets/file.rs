@@ -174,6 +174,7 @@ impl File {
 }
 
 /// The size of a regular file or block device in bytes.
+#[cfg(feature = "cli")]
 pub(crate) fn size(path: &Path) -> Result<u64> {
     let file = fs::File::open(path).map_err(|e| Error::file("open", path, &e))?;
     size_of(&file, path)

@@ -10,6 +10,7 @@ mod protection;
 mod sparse;
 mod zoned;
 
+#[cfg(feature = "cli")]
 pub(crate) use file::size as file_size;
 pub use file::{File, FileOptions, Io};
 pub use mem::Mem;

@@ -7,8 +7,8 @@
 //! 80`, N, `6c 62 75`. For each one a line goes to the file that the option `out` names: N, and the instructions of kernel and
 //! user so far.
 //!
-//! With the option `profile` the blocks of user programs are counted apart, between a mark with the number 1 and one with the
-//! number 2, and the file that it names gets a line for each at the end: its address, and the instructions of its runs.
+//! With the option `profile` each block is counted apart, between a mark with the number 1 and one with the number 2, and the
+//! file that it names gets a line for each at the end: its address, the instructions of its runs, and how many runs they were.
 //!
 //! Instructions are counted by blocks when they begin; one that is left by an exception counts whole. Whether a block is the
 //! kernel's is told by its address: x86-64 kernels have the upper half.
@@ -75,7 +75,7 @@ struct Counters([AtomicU64; 2]);
 static COUNTERS: [Counters; CPUS] = [const { Counters([const { AtomicU64::new(0) }; 2]) }; CPUS];
 static OUT: Mutex<Option<File>> = Mutex::new(None);
 
-/// A block of a user program.
+/// A block of code.
 struct Profiled {
     address: u64,
     length: u64,
@@ -142,9 +142,7 @@ extern "C" fn translated(_id: PluginId, block: *mut Block) {
     let what = length << 1 | usize::from(address < KERNEL);
     // SAFETY: (1), (2). The data is a number.
     unsafe { qemu_plugin_register_vcpu_tb_exec_cb(block, began, NO_REGISTERS, std::ptr::without_provenance_mut(what)) };
-    if address < KERNEL
-        && let Some((_, blocks)) = &mut *PROFILE.lock().unwrap_or_else(PoisonError::into_inner)
-    {
+    if let Some((_, blocks)) = &mut *PROFILE.lock().unwrap_or_else(PoisonError::into_inner) {
         let profiled: &'static Profiled =
             Box::leak(Box::new(Profiled { address, length: length as u64, runs: AtomicU64::new(0) }));
         blocks.push(profiled);
@@ -198,7 +196,7 @@ extern "C" fn finished(_id: PluginId, _data: *mut c_void) {
     for block in blocks {
         let runs = block.runs.load(Ordering::Relaxed);
         if runs != 0 {
-            text += &format!("{:x} {}\n", block.address, runs * block.length);
+            text += &format!("{:x} {} {runs}\n", block.address, runs * block.length);
         }
     }
     if let Err(error) = file.write_all(text.as_bytes()) {

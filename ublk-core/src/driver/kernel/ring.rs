@@ -80,6 +80,9 @@ pub(super) struct KernelRing {
     tag_buffers: Option<TagBuffers>,
     /// Entries that found no room in the submission queue.
     backlog: VecDeque<Entry>,
+    /// Commands among those since completions were last taken whose completions are no news: the driver carries them out
+    /// while it takes them. A wait is for something else as well.
+    prompt: usize,
     /// The kernel reads it when the timer is submitted.
     timer: Box<types::Timespec>,
     timer_ended: bool,
@@ -118,6 +121,7 @@ impl KernelRing {
             free_buffers: None,
             tag_buffers: None,
             backlog: VecDeque::new(),
+            prompt: 0,
             timer: Box::default(),
             timer_ended: false,
         })
@@ -237,6 +241,9 @@ impl Ring for KernelRing {
     fn push(&mut self, submission: Submission) -> io::Result<()> {
         let entry = self.entry(submission.operation)?;
         debug_assert!(submission.user_data < TIMER);
+        if matches!(submission.operation, Operation::CommitBatch { .. } | Operation::Unregister { .. }) {
+            self.prompt += 1;
+        }
         self.push_entry(entry.user_data(submission.user_data))
     }
 
@@ -266,7 +273,8 @@ impl Ring for KernelRing {
             self.submit()?;
         }
         // What the kernel does not take now it takes when completions were taken: no sleep before that.
-        self.enter(usize::from(self.backlog.is_empty())).map(drop)
+        let want = if self.backlog.is_empty() { self.prompt + 1 } else { 0 };
+        self.enter(want).map(drop)
     }
 
     fn start_timer(&mut self, after: Duration) -> io::Result<()> {
@@ -322,6 +330,7 @@ impl Ring for KernelRing {
     }
 
     fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
+        self.prompt = 0;
         for entry in self.uring.completion() {
             match entry.user_data() {
                 WAKE => {
