@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The Python disks that are measured. `disks.py CLASS` serves one until the end of its standard input."""
+"""The Python disks that are measured. `disks.py CLASS [COALESCE_USECS]` serves one until the end of its standard input."""
 
 import asyncio
 import os
@@ -85,7 +85,8 @@ KINDS = {
 def main():
     kind, more = KINDS[sys.argv[1]]
     disk = kind(SIZE) if kind in (RamDisk, Mapped) else kind(size=SIZE)
-    with disk.start(**START, **more) as device:
+    coalesce_usecs = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    with disk.start(**START, **more, coalesce_usecs=coalesce_usecs) as device:
         print(device.path, flush=True)
         sys.stdin.read()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SIZE = 256 << 20
-FILE = Path("/dev/shm/bench.img")
+FILE = Path("/mnt/bench.img")
 
 # What is done to each disk: fio's options.
 JOBS = {
@@ -36,6 +36,19 @@ JOBS = {
 QUICK = ["randread-4k-qd1", "randread-4k-qd32", "randwrite-4k-qd32", "read-128k-qd32"]
 # Handlers that sleep are only asked how many of them overlap.
 SLEEPING = {"randread-4k-qd64": {"rw": "randread", "bs": "4k", "iodepth": 64}}
+
+
+def make_file():
+    """The backing file: on ext4, on a disk in memory."""
+    size = (SIZE >> 10) + (64 << 10)
+    subprocess.run(["modprobe", "brd", "rd_nr=2", f"rd_size={size}"], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "/dev/ram1"], check=True)
+    subprocess.run(["mount", "/dev/ram1", FILE.parent], check=True)
+    with FILE.open("wb") as file:
+        # There from the beginning, so that no job has to find room.
+        for _ in range(SIZE >> 20):
+            file.write(bytes(1 << 20))
+        os.fsync(file.fileno())
 
 
 class Marks:
@@ -209,10 +222,7 @@ def main():
     parser.add_argument("--peers", nargs="*")
     options = parser.parse_args()
     os.environ["PATH"] += f":{HERE.parent.parent / 'extra'}"
-    with FILE.open("wb") as file:
-        # There from the beginning, so that no job has to make pages.
-        for _ in range(SIZE >> 20):
-            file.write(bytes(1 << 20))
+    make_file()
     marks = Marks() if options.count else None
     jobs = {name: JOBS[name] for name in (QUICK if options.quick else JOBS)}
     peers = options.peers or sorted(path.name for path in (HERE / "peers").iterdir())

@@ -81,7 +81,7 @@ nbd() {
 	modprobe -r nbd
 }
 
-# python CLASS
+# python CLASS [COALESCE_USECS]
 python() {
-	exec python3 "$BENCH/disks.py" "$1"
+	exec python3 "$BENCH/disks.py" "$@"
 }

@@ -21,8 +21,7 @@ def guest(peer, job, queues):
     import guest as bench
 
     os.environ["PATH"] += f":{bench.HERE.parent.parent / 'extra'}"
-    with bench.FILE.open("wb") as file:
-        file.truncate(bench.SIZE)
+    bench.make_file()
     begin, end = bench.Marks(1), bench.Marks(2)
     how = bench.JOBS[job]
     with bench.served(peer, int(queues)) as path:

@@ -52,7 +52,7 @@ mod units;
 
 pub use data::shared::SharedMemory;
 pub use data::{Access, DataMovement};
-pub use device::{Device, DeviceOptions, Ending, MAX_IO_BYTES, Recovery, Server};
+pub use device::{Device, DeviceOptions, Ending, MAX_COALESCING, MAX_IO_BYTES, Recovery, Server};
 pub use engine::{Spawn, StdSpawn};
 pub use error::{Error, Result};
 pub use memory::IoBuffer;

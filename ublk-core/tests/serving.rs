@@ -191,6 +191,56 @@ fn a_handlers_errno_reaches_the_client() {
     finish(&driver, device);
 }
 
+/// Counts the rounds in which requests come; the first one takes long enough for others to come meanwhile.
+#[derive(Debug, Default, Clone)]
+struct Rounds(Arc<AtomicUsize>);
+
+impl Target for Rounds {
+    fn kind(&self) -> &str {
+        "rounds"
+    }
+
+    fn params(&self) -> Params {
+        Params::new(SIZE, 512)
+    }
+
+    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+impl QueueHandler for Rounds {
+    fn handle(&mut self, requests: Requests<'_>) {
+        if self.0.fetch_add(1, Ordering::Relaxed) == 0 {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        requests.for_each(|request| request.complete());
+    }
+}
+
+#[test]
+fn requests_gather_while_several_are_under_way() {
+    let driver = FakeDriver::new();
+    let rounds = Rounds::default();
+    let server = server(&driver, 1).coalescing(Duration::from_millis(10)).unwrap();
+    let device = server.start(Arc::new(rounds.clone()), &options(1, 16)).unwrap();
+    let disk = driver.disk(device.id());
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| (0..20).for_each(|_| disk.read(0, 512).map(drop).unwrap()));
+        }
+    });
+    let rounds = rounds.0.load(Ordering::Relaxed);
+    assert!(rounds * 2 <= 8 * 20, "160 requests in {rounds} rounds");
+    finish(&driver, device);
+}
+
+#[test]
+fn requests_cannot_gather_for_long() {
+    let error = server(&FakeDriver::new(), 1).coalescing(Duration::from_millis(11)).unwrap_err();
+    assert!(error.to_string().contains("10000 µs at most"), "{error}");
+}
+
 #[test]
 fn a_slow_request_does_not_hold_up_those_finished_before_it() {
     let driver = FakeDriver::new();

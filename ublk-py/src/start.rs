@@ -3,6 +3,7 @@
 //! How devices are made, and taken over.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -65,6 +66,8 @@ pub(crate) struct Description {
     operations: Vec<String>,
     /// `methods`, `mapped`, `batch`, `pull`, `mapped-pull` or `native`.
     style: String,
+    /// How long requests may gather.
+    coalesce_usecs: u32,
 }
 
 impl Description {
@@ -172,11 +175,12 @@ pub(crate) fn add(
 ) -> PyResult<()> {
     logging::follow(py)?;
     let watch = Watch::new();
+    let window = Duration::from_micros(description.coalesce_usecs.into());
     let (target, queues) = description.target(handlers, options.queues, &watch)?;
     let device_options = options.convert()?;
     let fake = driver.map(FakeDriver::inner);
     let device = py
-        .detach(|| server(fake, spawn, options.queues)?.add(&target, &device_options))
+        .detach(|| server(fake, spawn, options.queues)?.coalescing(window)?.add(&target, &device_options))
         .map_err(|e| to_python(py, &e))?;
     made.append(NativeDevice::new(py, device, Some(target), queues, watch, driver.is_none())?)
 }
@@ -196,9 +200,10 @@ pub(crate) fn recover(
     let watch = Watch::new();
     let fake = driver.map(FakeDriver::inner);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let window = Duration::from_micros(description.coalesce_usecs.into());
     let (server, info) = py
         .detach(|| {
-            let server = server(fake, spawn, threads)?;
+            let server = server(fake, spawn, threads)?.coalescing(window)?;
             let info = server.wait_for_vacancy(DeviceId(id))?;
             Ok((server, info))
         })

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -295,6 +296,37 @@ def test_statistics_count_requests_and_how_often_python_was_entered(driver):
         assert stats.operations["read"].errors == 0
         assert 0 < stats.operations["read"].p50 <= stats.operations["read"].max < 60
         assert 1 <= stats.entries <= 5
+
+
+class SlowAtFirst(ublk.BlockDevice):
+    entered = 0
+
+    def handle(self, requests):
+        self.entered += 1
+        if self.entered == 1:
+            time.sleep(0.2)
+        for request in requests:
+            request.complete()
+
+
+def test_requests_gather_while_several_are_under_way(driver):
+    disk = SlowAtFirst(size=1 << 20)
+    with disk.start(coalesce_usecs=10_000, _driver=driver) as device:
+        readers = [
+            threading.Thread(target=lambda: [driver.read(device.id, 0, 4096) for _ in range(20)]) for _ in range(8)
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        assert device.stats().requests == 160
+        assert disk.entered <= 80
+
+
+@pytest.mark.parametrize("usecs", [-1, 10_001])
+def test_requests_cannot_gather_for_long(driver, usecs):
+    with pytest.raises(ValueError, match="coalesc"):
+        Disk(size=1 << 20).start(coalesce_usecs=usecs, _driver=driver)
 
 
 def test_an_unknown_way_of_recovery_is_a_value_error(driver):

@@ -113,11 +113,13 @@ class Server(Child):
         recover: int | None = None,
         isolated: bool = False,
         shared_memory: bool = False,
+        coalesce_usecs: int = 0,
         **args: Any,
     ) -> None:
         start: dict[str, Any] = {} if workers is None else {"workers": workers}
         start |= {"isolated": True} if isolated else {}
         start |= {"shared_memory": True} if shared_memory else {}
+        start |= {"coalesce_usecs": coalesce_usecs} if coalesce_usecs else {}
         if recover is None:
             start |= {"queues": queues, "depth": depth, "recoverable": recoverable}
             start |= {} if id is None else {"id": id}

@@ -152,6 +152,10 @@ pub(super) struct Args {
     /// CPUs that serve the queues: `auto` for those whose requests each queue gets, a list like 0-3,8, or `off`
     #[arg(long, value_name = "CPUS", default_value = "off", value_parser = cpus)]
     cpus: Cpus,
+    /// Let requests gather for so many microseconds while several are under way: less work per request and more
+    /// latency
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    coalesce_usecs: u32,
     /// Keep the server's memory in RAM, for disks that carry swap or a root file system
     #[arg(long)]
     lock_memory: bool,
@@ -202,7 +206,9 @@ pub(super) fn serve(
     if args.lock_memory {
         pressure::lock_memory()?;
     }
-    let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads).on_cpus(args.cpus)?;
+    let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads)
+        .on_cpus(args.cpus)?
+        .coalescing(Duration::from_micros(args.coalesce_usecs.into()))?;
     let options = DeviceOptions {
         id: args.id.map(DeviceId),
         queues: args.queues,

@@ -305,6 +305,13 @@ pub enum Operation {
     },
 }
 
+impl Operation {
+    /// Whether the driver carries it out while it takes it, and nothing follows: its completion is no news.
+    pub(crate) fn is_prompt(&self) -> bool {
+        matches!(self, Operation::CommitBatch { .. } | Operation::Unregister { .. })
+    }
+}
+
 /// One completed submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
@@ -349,6 +356,10 @@ pub trait Ring: Debug {
     /// Submits what is queued and waits until there is a completion or a wake-up, or the timer ends. Completions of
     /// commits that the driver has carried out meanwhile may come with it, but need not end the wait.
     fn wait(&mut self) -> io::Result<()>;
+
+    /// Submits what is queued, and sleeps for `window` in a way that no completion ends: they gather meanwhile, and the
+    /// driver has nobody to wake. Not if there are some already that are news.
+    fn gather(&mut self, window: Duration) -> io::Result<()>;
 
     /// Starts the ring's timer; it must not be running.
     fn start_timer(&mut self, after: Duration) -> io::Result<()>;

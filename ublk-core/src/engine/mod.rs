@@ -8,12 +8,14 @@
 //! * [`batch`] — commits gathered into one command, without I/O.
 //! * [`forward`], [`transfer`] — requests that the engine carries out itself on a file.
 //! * [`pace`] — when finished requests are submitted before their batch is done.
+//! * [`coalescing`] — whether requests are to gather before the thread looks for them.
 //! * [`cookie`] — what a completion says about its submission.
 //! * [`ring_thread`] — the loop around one ring: one system call per wake-up, whatever came.
 //! * [`pool`] — which queue is served by which thread.
 //! * [`events`] — what queues tell whoever waits for their device.
 
 mod batch;
+mod coalescing;
 mod cookie;
 mod core;
 mod events;

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -43,6 +44,8 @@ pub(crate) struct QueueSetup {
     pub(crate) stats: Arc<QueueStats>,
     /// Where it wants to be served; `None` for anywhere.
     pub(crate) cpus: Option<CpuSet>,
+    /// How long its requests may gather; zero for not at all.
+    pub(crate) coalescing: Duration,
 }
 
 /// One queue and its handler.
@@ -54,6 +57,7 @@ pub(crate) struct Queue {
     ready: Vec<Tag>,
     events: Arc<QueueEvents>,
     cpus: Option<CpuSet>,
+    coalescing: Duration,
 }
 
 impl std::fmt::Debug for Queue {
@@ -89,6 +93,7 @@ impl Queue {
             ready: Vec::with_capacity(usize::from(info.depth)),
             events: setup.events,
             cpus: setup.cpus,
+            coalescing: setup.coalescing,
         };
         queue.core.lend_all(setup.tags);
         // Now, not with the next wait: whoever hears that the queue is open may stop the device, and a
@@ -208,9 +213,14 @@ impl Queue {
         }
     }
 
-    /// Whether the handler has work to do.
-    pub(crate) fn has_requests(&self) -> bool {
-        !self.ready.is_empty()
+    /// How many requests the handler has to do.
+    pub(super) fn waiting(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// How long its requests may gather.
+    pub(super) fn coalescing(&self) -> Duration {
+        self.coalescing
     }
 
     /// Hands the requests that came to the handler; `now` is when they came.

@@ -10,7 +10,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::cookie::Cookie;
+use super::coalescing::Coalescing;
+use super::cookie::{Cookie, Kind};
 use super::core::{Seat, SharedRing};
 use super::pace::clock;
 use super::pool::{Inbox, Message, Returned};
@@ -50,6 +51,15 @@ fn become_io_flusher() {
     }
 }
 
+/// Has this thread's sleeps end on time: by default the kernel adds up to 50 µs.
+fn exact_timers() {
+    // SAFETY: this prctl takes a number of nanoseconds and concerns the calling thread only.
+    let result = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
+    if result != 0 {
+        log::debug!("PR_SET_TIMERSLACK: {}", io::Error::last_os_error());
+    }
+}
+
 /// How long nothing may happen before memory is given back: once at least, twice at most.
 const IDLE: Duration = Duration::from_secs(2);
 
@@ -74,6 +84,7 @@ struct RingThread {
     completions: Vec<Completion>,
     returned: Vec<Returned>,
     idle: Idle,
+    coalescing: Coalescing,
     thread_place: ThreadPlace,
     zeros: Rc<IoBuffer>,
     // Last: closing it ends whatever the fields above still had in flight.
@@ -92,6 +103,7 @@ impl RingThread {
             completions: Vec::new(),
             returned: Vec::new(),
             idle: Idle::default(),
+            coalescing: Coalescing::default(),
             thread_place: ThreadPlace::default(),
             zeros: shared_zeros()?,
             ring: Rc::new(RefCell::new(ring)),
@@ -107,6 +119,9 @@ impl RingThread {
             self.take_back();
             self.serve_touched()?;
             self.watch_idleness()?;
+            if let Some(window) = self.coalescing.end_round() {
+                self.ring.borrow_mut().gather(window)?;
+            }
             self.ring.borrow_mut().wait()?;
             self.ring.borrow_mut().take_completions(&mut self.completions)?;
             self.dispatch();
@@ -164,6 +179,7 @@ impl RingThread {
                         } else {
                             self.queues[place] = Some(queue);
                         }
+                        self.agree_on_coalescing();
                     });
                     if result.is_err() {
                         self.inbox.unload();
@@ -182,6 +198,7 @@ impl RingThread {
                             self.inbox.unload();
                         }
                     }
+                    self.agree_on_coalescing();
                 }
             }
         }
@@ -198,6 +215,7 @@ impl RingThread {
                 }
                 continue;
             };
+            self.coalescing.note(usize::from(cookie.kind == Kind::Transfer));
             queue.completed(cookie, completion);
             touch(&mut self.touched, cookie.queue);
         }
@@ -212,8 +230,9 @@ impl RingThread {
         for place in self.touched.drain(..) {
             let slot = &mut self.queues[place as usize];
             let Some(queue) = slot else { continue };
-            if queue.has_requests() {
+            if queue.waiting() != 0 {
                 self.idle.active = true;
+                self.coalescing.note(queue.waiting());
                 queue.serve(now);
             }
             queue.flush();
@@ -230,8 +249,16 @@ impl RingThread {
         }
         if closed {
             self.find_place(None);
+            self.agree_on_coalescing();
         }
         Ok(())
+    }
+
+    /// The thread has other queues than before.
+    fn agree_on_coalescing(&mut self) {
+        if self.coalescing.agree(self.queues.iter().flatten().map(Queue::coalescing)) {
+            exact_timers();
+        }
     }
 
     /// Goes to the CPUs that the queues want, and one that is about to come.

@@ -99,6 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-d", "--depth", type=int, default=128, help="requests per queue (default: 128)")
     parser.add_argument("-w", "--workers", type=int, help="threads that call plain methods, for methods that wait")
     parser.add_argument(
+        "--coalesce-usecs",
+        metavar="N",
+        type=int,
+        default=0,
+        help="let requests gather for so many microseconds while several are under way: less work per request and more "
+        "latency (default: 0)",
+    )
+    parser.add_argument(
         "-R",
         "--reload",
         action="store_true",
@@ -123,18 +131,19 @@ def _run(arguments: Sequence[str]) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 2
     shape: dict[str, Any] = {"queues": parsed.queues, "depth": parsed.depth, "id": parsed.id}
+    serving: dict[str, Any] = {"workers": parsed.workers, "coalesce_usecs": parsed.coalesce_usecs}
     make = functools.partial(_make, parsed.what, parsed.size, parsed.arg)
     try:
         target = make()
         with contextlib.ExitStack() as stack:
             if parsed.reload:
                 source = Source(inspect.getfile(type(target)))
-                reloader = Reloader(target, make, source, workers=parsed.workers)
+                reloader = Reloader(target, make, source, **serving)
                 reloader.start(**shape)
                 stack.callback(reloader.close)
             else:
                 reloader = None
-                device = stack.enter_context(target.start(**shape, workers=parsed.workers))
+                device = stack.enter_context(target.start(**shape, **serving))
 
             def running() -> Device:
                 return device if reloader is None else reloader.device

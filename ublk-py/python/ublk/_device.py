@@ -82,6 +82,7 @@ class Device:
         loop_factory: LoopFactory | None = None,
         isolated: bool = False,
         shared_memory: bool = False,
+        coalesce_usecs: int = 0,
     ) -> Device:
         """Check everything; nothing is made yet."""
         self = object.__new__(cls)
@@ -98,6 +99,7 @@ class Device:
         if hang_after is not None and not hang_after > 0:
             raise ValueError(f"hang_after = {hang_after}: more than 0 seconds, or None")
         self._serving = target._serve(self._report, workers=workers, pull=pull, loop_factory=loop_factory)
+        coalesce_usecs = number("coalesce_usecs", coalesce_usecs, 32)
         if isolated:
             if shared_memory:
                 raise ValueError("memory is shared with this program: the device cannot be isolated from it")
@@ -105,6 +107,7 @@ class Device:
             from ublk._isolated import isolate
 
             more = {"hang_after": hang_after, "workers": workers, "loop_factory": loop_factory}
+            more["coalesce_usecs"] = coalesce_usecs
             self._serving = isolate(target, self._serving, self._report, more)
             # Hanging handlers are reported there.
             hang_after = None
@@ -114,6 +117,7 @@ class Device:
             "kind": type(target).__name__,
             "operations": self._serving.operations,
             "style": self._serving.style,
+            "coalesce_usecs": coalesce_usecs,
         }
         self._hang_after = hang_after
         self._options = {
@@ -590,6 +594,7 @@ def recover(
     pull: bool = False,
     loop_factory: LoopFactory | None = None,
     isolated: bool = False,
+    coalesce_usecs: int = 0,
     _driver: _ublk.FakeDriver | None = None,
 ) -> Device:
     """Serve a device whose last server is gone, and return when its disk works again.
@@ -611,6 +616,7 @@ def recover(
         pull=pull,
         loop_factory=loop_factory,
         isolated=isolated,
+        coalesce_usecs=coalesce_usecs,
     )
     device._recover(number("id", id, 20), _driver)
     return device

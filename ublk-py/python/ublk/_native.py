@@ -42,13 +42,21 @@ class NativeDisk:
         id: int | None = None,
         recoverable: bool | str = False,
         shared_memory: bool = False,
+        coalesce_usecs: int = 0,
         _driver: FakeDriver | None = None,
     ) -> Device:
         """Make the device and serve it; return when its node can be used. As `BlockDevice.start`."""
         from ublk._device import Device
 
         device = Device._make(
-            self, queues, depth, id, recoverable=recoverable, hang_after=None, shared_memory=shared_memory
+            self,
+            queues,
+            depth,
+            id,
+            recoverable=recoverable,
+            hang_after=None,
+            shared_memory=shared_memory,
+            coalesce_usecs=coalesce_usecs,
         )
         device._start(_driver)
         return device

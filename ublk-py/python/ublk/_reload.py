@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ublk import _signals
 from ublk._device import recover
@@ -129,13 +129,13 @@ class Reloader:
         source: Source,
         *,
         workers: int | None = None,
+        coalesce_usecs: int = 0,
         driver: FakeDriver | None = None,
     ) -> None:
         self._target = target
         self._make = make
         self._source = source
-        self._workers = workers
-        self._driver = driver
+        self._how: dict[str, Any] = {"workers": workers, "coalesce_usecs": coalesce_usecs, "_driver": driver}
         # What is to serve the disk as soon as the old code lets go.
         self._next: BlockDevice | None = None
         self._counted = False
@@ -143,9 +143,7 @@ class Reloader:
 
     def start(self, *, queues: int = 1, depth: int = 128, id: int | None = None) -> Device:
         """Serve the disk with the first object."""
-        self.device = self._target.start(
-            queues=queues, depth=depth, id=id, recoverable=True, workers=self._workers, _driver=self._driver
-        )
+        self.device = self._target.start(queues=queues, depth=depth, id=id, recoverable=True, **self._how)
         if not self.device.can_be_left:
             self.device.stop()
             text = "--reload needs UBLK_F_QUIESCE: Linux 6.16 or newer, or the driver of this project"
@@ -221,4 +219,4 @@ class Reloader:
             raise
 
     def _recover(self, id: int, target: BlockDevice) -> Device:
-        return recover(id, target, workers=self._workers, _driver=self._driver)
+        return recover(id, target, **self._how)

@@ -35,8 +35,13 @@ impl FakeDisk {
     /// The errno that the server failed the request with; `ENODEV` without a live device, `ETIMEDOUT`
     /// if it does not answer. The same holds for all calls here.
     pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
-        let sent = self.send(uapi::UBLK_IO_OP_READ.into(), offset, len, &[])?;
+        let sent = self.send_read(offset, len)?;
         self.wait(sent)
+    }
+
+    /// Sends a read and does not wait.
+    pub fn send_read(&self, offset: u64, len: usize) -> Result<Sent, Errno> {
+        self.send(uapi::UBLK_IO_OP_READ.into(), offset, len, &[])
     }
 
     /// Writes.

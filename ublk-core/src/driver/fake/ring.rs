@@ -208,6 +208,25 @@ struct FakeElement {
     tail: u64,
 }
 
+impl FakeRing {
+    /// Carries out what is queued; whether some of it has completed that is news.
+    fn submit_all(&mut self) -> bool {
+        let mut news = false;
+        for Submission { user_data, operation } in std::mem::take(&mut self.queued) {
+            let prompt = operation.is_prompt();
+            let result = match self.carry_out(user_data, operation) {
+                Ok(None) => continue,
+                Ok(Some(result)) => result,
+                Err(errno) => -(errno as i32),
+            };
+            news |= !prompt;
+            self.completions.push(user_data, result);
+        }
+        self.shared.changed.notify_all();
+        news
+    }
+}
+
 impl Ring for FakeRing {
     fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot> {
         let slot = self.files.iter().position(Option::is_none).unwrap_or_else(|| {
@@ -229,14 +248,7 @@ impl Ring for FakeRing {
     }
 
     fn submit(&mut self) -> io::Result<()> {
-        for Submission { user_data, operation } in std::mem::take(&mut self.queued) {
-            match self.carry_out(user_data, operation) {
-                Ok(None) => {}
-                Ok(Some(result)) => self.completions.push(user_data, result),
-                Err(errno) => self.completions.push(user_data, -(errno as i32)),
-            }
-        }
-        self.shared.changed.notify_all();
+        self.submit_all();
         Ok(())
     }
 
@@ -252,6 +264,13 @@ impl Ring for FakeRing {
             state = self.completions.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         state.woken = false;
+        Ok(())
+    }
+
+    fn gather(&mut self, window: Duration) -> io::Result<()> {
+        if !self.submit_all() {
+            std::thread::sleep(window);
+        }
         Ok(())
     }
 

@@ -80,8 +80,8 @@ pub(super) struct KernelRing {
     tag_buffers: Option<TagBuffers>,
     /// Entries that found no room in the submission queue.
     backlog: VecDeque<Entry>,
-    /// Commands among those since completions were last taken whose completions are no news: the driver carries them out
-    /// while it takes them. A wait is for something else as well.
+    /// Commands since completions were last taken whose completions are no news: a wait is for something else as
+    /// well.
     prompt: usize,
     /// The kernel reads it when the timer is submitted.
     timer: Box<types::Timespec>,
@@ -241,9 +241,7 @@ impl Ring for KernelRing {
     fn push(&mut self, submission: Submission) -> io::Result<()> {
         let entry = self.entry(submission.operation)?;
         debug_assert!(submission.user_data < TIMER);
-        if matches!(submission.operation, Operation::CommitBatch { .. } | Operation::Unregister { .. }) {
-            self.prompt += 1;
-        }
+        self.prompt += usize::from(submission.operation.is_prompt());
         self.push_entry(entry.user_data(submission.user_data))
     }
 
@@ -275,6 +273,14 @@ impl Ring for KernelRing {
         // What the kernel does not take now it takes when completions were taken: no sleep before that.
         let want = if self.backlog.is_empty() { self.prompt + 1 } else { 0 };
         self.enter(want).map(drop)
+    }
+
+    fn gather(&mut self, window: Duration) -> io::Result<()> {
+        self.submit()?;
+        if self.backlog.is_empty() && self.uring.completion().len() <= self.prompt {
+            std::thread::sleep(window);
+        }
+        Ok(())
     }
 
     fn start_timer(&mut self, after: Duration) -> io::Result<()> {
