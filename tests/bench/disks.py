@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The Python disks that are measured. `disks.py CLASS [COALESCE_USECS]` serves one until the end of its standard input."""
+"""The Python disks that are measured: `disks.py CLASS [COALESCE_USECS]` serves one until its standard input ends."""
 
 import asyncio
 import os

@@ -38,8 +38,9 @@ QUICK = ["randread-4k-qd1", "randread-4k-qd32", "randwrite-4k-qd32", "read-128k-
 SLEEPING = {"randread-4k-qd64": {"rw": "randread", "bs": "4k", "iodepth": 64}}
 
 
-def make_file():
-    """The backing file: on ext4, on a disk in memory."""
+def prepare():
+    """Make the backing file, on ext4 on a disk in memory; and keep the kernel from collecting huge pages meanwhile."""
+    Path("/sys/kernel/mm/transparent_hugepage/enabled").write_text("never")
     size = (SIZE >> 10) + (64 << 10)
     subprocess.run(["modprobe", "brd", "rd_nr=2", f"rd_size={size}"], check=True)
     subprocess.run(["mkfs.ext4", "-q", "/dev/ram1"], check=True)
@@ -89,6 +90,8 @@ def served(peer, queues):
                 said = " ".join(log.read().split())
                 raise Absent(said if status == 77 else f"ended with status {status}: {said}")
             subprocess.run(["udevadm", "settle", "--timeout=20"], check=False)
+            if "sleeping" not in peer:
+                fill(path)
             yield path
         finally:
             process.stdin.close()
@@ -97,6 +100,17 @@ def served(peer, queues):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def fill(path):
+    """Have whatever lies behind a disk be there, so that no job measures how it comes to be."""
+    zeros = mmap.mmap(-1, 1 << 20)
+    disk = os.open(path, os.O_WRONLY | os.O_DIRECT)
+    try:
+        for offset in range(0, SIZE, len(zeros)):
+            os.pwrite(disk, zeros, offset)
+    finally:
+        os.close(disk)
 
 
 def requests_of(process, size):
@@ -222,7 +236,7 @@ def main():
     parser.add_argument("--peers", nargs="*")
     options = parser.parse_args()
     os.environ["PATH"] += f":{HERE.parent.parent / 'extra'}"
-    make_file()
+    prepare()
     marks = Marks() if options.count else None
     jobs = {name: JOBS[name] for name in (QUICK if options.quick else JOBS)}
     peers = options.peers or sorted(path.name for path in (HERE / "peers").iterdir())

@@ -21,9 +21,9 @@ def guest(peer, job, queues):
     import guest as bench
 
     os.environ["PATH"] += f":{bench.HERE.parent.parent / 'extra'}"
-    bench.make_file()
+    bench.prepare()
     begin, end = bench.Marks(1), bench.Marks(2)
-    how = bench.JOBS[job]
+    how = (bench.JOBS | bench.SLEEPING)[job]
     with bench.served(peer, int(queues)) as path:
         argv = ["fio", "--name=job", f"--filename={path}", "--ioengine=io_uring", "--direct=1", "--allow_file_create=0"]
         argv += ["--time_based=1", "--runtime=60", "--gtod_reduce=1", "--thread=1", f"--numjobs={queues}"]
@@ -92,12 +92,16 @@ def show(directory, lines=40):
             programs["unknown"] += instructions
             continue
         low, _, offset, process, file = region
-        host = Path("target/release", Path(file).name)
+        name = Path(file).name
+        in_wheel = name.startswith("_ublk.")
+        host = Path("target/vm/wheel-build/release/lib_ublk.so") if in_wheel else Path("target/release", name)
         programs[f"{process.split()[0]}: {Path(file).name}"] += instructions
         if host.is_file():
             if file not in tables:
                 tables[file] = symbols(host)
-            add("user", tables[file], address - low + offset + _bias(host, offset), instructions, runs)
+            # The wheel's library has no names unless it was built with `strip = false`.
+            if tables[file][0]:
+                add("user", tables[file], address - low + offset + _bias(host, offset), instructions, runs)
     print(f"{requests} requests; instructions per request:")
     for name, instructions in programs.most_common(12):
         print(f"{instructions / requests:9.1f}  {name}")

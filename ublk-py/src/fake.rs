@@ -43,20 +43,14 @@ impl FakeDriver {
         check(py.detach(|| self.disk(id).write(offset, data)))
     }
 
-    /// Sends so many reads, `depth` at a time; for those who measure what a device does with them.
-    fn load(&self, py: Python<'_>, id: u32, requests: usize, depth: usize) -> PyResult<()> {
-        const LENGTH: usize = 4096;
+    /// Sends `rounds` times `depth` reads of 4 KiB, for those who measure what a device does with them. It has one
+    /// queue, of that depth at least.
+    fn load(&self, py: Python<'_>, id: u32, rounds: usize, depth: usize) -> PyResult<()> {
         check(py.detach(|| {
             let disk = self.disk(id);
-            let mut left = requests;
-            while left != 0 {
-                let round = left.min(depth.max(1));
-                let send = |n| disk.send_read((n * LENGTH) as u64, LENGTH);
-                let sent = (0..round).map(send).collect::<Result<Vec<_>, _>>()?;
-                sent.into_iter().try_for_each(|sent| disk.wait(sent).map(drop))?;
-                left -= round;
-            }
-            Ok(())
+            // So that all tags have been lent.
+            disk.read(0, 4096)?;
+            (0..rounds).try_for_each(|_| disk.read_at_once(depth, 4096))
         }))
     }
 

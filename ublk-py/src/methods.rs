@@ -125,6 +125,14 @@ impl Methods {
                 }
             }
         };
+        // As nearly always.
+        if let Ok(Some(value)) = &returned
+            && value.is_none()
+            && op != Op::ZoneAppend
+        {
+            request.complete();
+            return None;
+        }
         if op == Op::ZoneAppend
             && let Ok(Some(value)) = &returned
         {

@@ -4,8 +4,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Instant;
 
+use nix::time::{ClockId, clock_gettime};
 use pyo3::prelude::*;
 
 /// One for each device.
@@ -16,22 +16,20 @@ pub(crate) struct Watch(Arc<Shared>);
 struct Shared {
     entries: AtomicU64,
     seats: Mutex<Vec<Weak<Seat>>>,
-    born: Instant,
 }
 
 /// A thread that calls handlers.
 #[derive(Debug)]
 pub(crate) struct Seat {
-    watch: Watch,
     /// As `threading.get_ident()` tells it.
     thread: u64,
-    /// When the call that is going on began, in microseconds of the watch; 0 without one.
+    /// When the call that is going on began, in nanoseconds of the clock; 0 without one.
     since: AtomicU64,
 }
 
 impl Watch {
     pub(crate) fn new() -> Self {
-        Watch(Arc::new(Shared { entries: AtomicU64::new(0), seats: Mutex::default(), born: Instant::now() }))
+        Watch(Arc::new(Shared { entries: AtomicU64::new(0), seats: Mutex::default() }))
     }
 
     /// Python is entered for requests.
@@ -43,14 +41,10 @@ impl Watch {
         self.0.entries.load(Ordering::Relaxed)
     }
 
-    fn now(&self) -> u64 {
-        self.0.born.elapsed().as_micros() as u64 + 1
-    }
-
     /// A seat for the calling thread.
     pub(crate) fn seat(&self, py: Python<'_>) -> PyResult<Arc<Seat>> {
         let thread = py.import("threading")?.call_method0("get_ident")?.extract()?;
-        let seat = Arc::new(Seat { watch: self.clone(), thread, since: AtomicU64::new(0) });
+        let seat = Arc::new(Seat { thread, since: AtomicU64::new(0) });
         let mut seats = self.0.seats.lock().unwrap_or_else(PoisonError::into_inner);
         seats.retain(|seat| seat.strong_count() != 0);
         seats.push(Arc::downgrade(&seat));
@@ -60,20 +54,26 @@ impl Watch {
     /// Threads that are in a handler: which, when it was called (a number that tells calls apart), and for how many
     /// seconds it has run.
     pub(crate) fn busy(&self) -> Vec<(u64, u64, f64)> {
-        let now = self.now();
+        let now = now();
         let seats = self.0.seats.lock().unwrap_or_else(PoisonError::into_inner);
         let busy = |seat: Arc<Seat>| {
             let since = Some(seat.since.load(Ordering::Relaxed)).filter(|since| *since != 0)?;
-            Some((seat.thread, since, now.saturating_sub(since) as f64 / 1e6))
+            Some((seat.thread, since, now.saturating_sub(since) as f64 / 1e9))
         };
         seats.iter().filter_map(Weak::upgrade).filter_map(busy).collect()
     }
 }
 
+/// The kernel's coarse clock: exact enough for seconds, and nearly free to read.
+fn now() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)
+        .map_or(1, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+}
+
 impl Seat {
     /// Calls a handler.
     pub(crate) fn during<T>(&self, call: impl FnOnce() -> T) -> T {
-        self.since.store(self.watch.now(), Ordering::Relaxed);
+        self.since.store(now(), Ordering::Relaxed);
         let result = call();
         self.since.store(0, Ordering::Relaxed);
         result

@@ -64,6 +64,31 @@ def test_a_handler_that_hangs_is_reported_once(driver, caplog, disk, options):
     assert "/nonexistent/ublkb0" in caplog.text
 
 
+@pytest.mark.parametrize("waited", [False, True], ids=["at once", "after a wait"])
+def test_a_coroutine_that_blocks_its_loop_is_reported_with_what_it_is_at(driver, caplog, waited):
+    go = threading.Event()
+
+    class Blocking(ublk.BlockDevice):
+        async def read(self, offset, buf):
+            if waited:
+                await asyncio.sleep(0)
+            self.block_the_loop()
+
+        def block_the_loop(self):
+            go.wait(10)
+
+    with Blocking(size=SIZE).start(hang_after=0.1, _driver=driver) as device:
+        client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
+        client.start()
+        deadline = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+        go.set()
+        client.join(10)
+    assert "block_the_loop" in caplog.text
+    assert caplog.text.index("in read") < caplog.text.index("in block_the_loop")
+
+
 def test_a_handler_that_is_only_busy_is_not_reported(driver, caplog):
     class Busy(ublk.BlockDevice):
         def read(self, offset, buf):

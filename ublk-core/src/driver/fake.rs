@@ -20,6 +20,7 @@ mod tags;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ pub struct FakeDriver {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// A client sends more: rings do not look yet.
+    holding: AtomicBool,
 }
 
 #[derive(Debug, Default)]

@@ -7,17 +7,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import inspect
 import os
+import sys
 import threading
 import time
 import traceback
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from ublk._requests import Op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from ublk._ublk import PullQueue, Request
 
@@ -25,10 +28,14 @@ if TYPE_CHECKING:
 _AT_ONCE = 64
 
 
-def _stack(task: asyncio.Task[None]) -> str:
-    """Tell what a task waits for, down to the innermost coroutine."""
+def _stack(coroutine: Any, thread: int) -> str:
+    """Tell what a coroutine waits for, down to the innermost one; or what it is at on that thread."""
+    if getattr(coroutine, "cr_running", False) and (frame := sys._current_frames().get(thread)) is not None:
+        outermost = coroutine.cr_frame
+        frames = [found for found, _ in traceback.walk_stack(frame)]
+        inner = frames[: frames.index(outermost) + 1] if outermost in frames else frames
+        return "".join(line for found in reversed(inner) for line in traceback.format_stack(found, limit=1))
     lines = []
-    coroutine: Any = task.get_coro()
     while (frame := getattr(coroutine, "cr_frame", None)) is not None:
         lines += traceback.format_stack(frame, limit=1)
         coroutine = coroutine.cr_await
@@ -49,9 +56,10 @@ class LoopServer:
         self._methods = methods
         self._report = report
         self._die = die
-        # Each with its number, when it began, and its request.
-        self._tasks: dict[asyncio.Task[None], tuple[int, float, Request]] = {}
+        # What is under way, by a number: when it began, its request, and the coroutine that serves that.
+        self._serving: dict[int, tuple[float, Request, Coroutine[Any, Any, None]]] = {}
         self._count = 0
+        self._thread = 0
         self._descriptor = -1
         self._ended: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -62,6 +70,7 @@ class LoopServer:
     def attach(self) -> None:
         """Begin to serve on the running loop."""
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._ended = asyncio.Event()
         # A loop knows one reader for each descriptor.
         self._descriptor = os.dup(self._queue.fileno())
@@ -108,8 +117,8 @@ class LoopServer:
     def waiting(self) -> list[tuple[int, float, str]]:
         """Tell what tasks are at: a number, the seconds that each has had a request, and its stack."""
         found = []
-        for task, (number, began, _request) in list(self._tasks.items()):
-            found.append((number, time.monotonic() - began, _stack(task)))
+        for number, (began, _request, coroutine) in list(self._serving.items()):
+            found.append((number, time.monotonic() - began, _stack(coroutine, self._thread)))
         return found
 
     def is_current(self) -> bool:
@@ -124,7 +133,7 @@ class LoopServer:
         if self._loop is None or self._loop.is_running():
             return
         self._queue.close()
-        for _number, _began, request in list(self._tasks.values()):
+        for _began, request, _coroutine in list(self._serving.values()):
             with contextlib.suppress(ValueError):
                 request.fail()
 
@@ -137,11 +146,24 @@ class LoopServer:
             assert self._ended is not None
             self._ended.set()
             return
+        began = time.monotonic()
         for request in batch:
-            task = self._loop.create_task(self._serve(request))
-            self._count += 1
-            self._tasks[task] = (self._count, time.monotonic(), request)
-            task.add_done_callback(self._tasks.pop)
+            self._count = number = self._count + 1
+            coroutine = self._serve(request)
+            self._serving[number] = (began, request, coroutine)
+            task = self._task(coroutine)
+            if task.done():
+                del self._serving[number]
+            else:
+                task.add_done_callback(functools.partial(self._serving.pop, number))
+
+    def _task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Make a task. From Python 3.12 on it runs at once to where it first waits, unless the loop makes its own."""
+        assert self._loop is not None
+        if sys.version_info >= (3, 12) and self._loop.get_task_factory() is None:
+            # Most of what a request that does not wait would take is its way through the loop.
+            return asyncio.Task(coroutine, loop=self._loop, eager_start=True)
+        return self._loop.create_task(coroutine)
 
     async def _serve(self, request: Request) -> None:
         method = self._methods[request.op]
@@ -158,7 +180,7 @@ class LoopServer:
                 else:
                     returned = method(request.offset, request.length)
                 # A class may have methods of both kinds.
-                if inspect.isawaitable(returned):
+                if isinstance(returned, CoroutineType) or inspect.isawaitable(returned):
                     returned = await returned
                 # Again, if what it has returned was invalidated meanwhile.
                 ended = request._finish(returned)

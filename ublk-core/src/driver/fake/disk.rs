@@ -3,6 +3,7 @@
 //! The block layer's part: requests to a device, and their ends.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
@@ -35,13 +36,20 @@ impl FakeDisk {
     /// The errno that the server failed the request with; `ENODEV` without a live device, `ETIMEDOUT`
     /// if it does not answer. The same holds for all calls here.
     pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
-        let sent = self.send_read(offset, len)?;
+        let sent = self.send(uapi::UBLK_IO_OP_READ.into(), offset, len, &[])?;
         self.wait(sent)
     }
 
-    /// Sends a read and does not wait.
-    pub fn send_read(&self, offset: u64, len: usize) -> Result<Sent, Errno> {
-        self.send(uapi::UBLK_IO_OP_READ.into(), offset, len, &[])
+    /// Reads `count` times `len` bytes from the disk's beginning on. Servers see the first request when the last is
+    /// there: the disk's only queue must have as many tags, and have been read from before.
+    pub fn read_at_once(&self, count: usize, len: usize) -> Result<(), Errno> {
+        let send = |n: usize| {
+            self.shared.holding.store(n + 1 != count, Ordering::Relaxed);
+            self.send(uapi::UBLK_IO_OP_READ.into(), (n * len) as u64, len, &[])
+        };
+        let sent: Result<Vec<_>, _> = (0..count).map(send).collect();
+        self.shared.holding.store(false, Ordering::Relaxed);
+        sent?.into_iter().try_for_each(|sent| self.wait(sent).map(drop))
     }
 
     /// Writes.

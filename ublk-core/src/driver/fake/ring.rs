@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -255,7 +256,7 @@ impl Ring for FakeRing {
     fn wait(&mut self) -> io::Result<()> {
         self.submit()?;
         let mut state = self.completions.state();
-        while state.list.is_empty() && !state.woken {
+        while (state.list.is_empty() || self.shared.holding.load(Ordering::Relaxed)) && !state.woken {
             let left = state.timer.map(|end| end.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 break;
