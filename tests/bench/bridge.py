@@ -4,8 +4,8 @@
     PYTHON tests/bench/bridge.py [--requests N] [--depth N] [--rounds N] [--json FILE]
 
 PYTHON is an interpreter that has this project's package. A stand-in for the driver in the same process sends reads of
-4 KiB, `depth` at a time, and waits for all of them. Told are, per request, the time from the wake-up that brings them until
-the last one's end is submitted (by the device's own statistics, exact to a sixteenth; the least of some rounds, on
+4 KiB, `depth` at a time, and waits for all of them. Told are, per request, the time from the wake-up that brings them
+until the last one's end is submitted (by the device's statistics, exact to a sixteenth; the least of some rounds, on
 one CPU); and calls of malloc, calloc and realloc, the client's among them (by glibc's libmemusage; a free-threaded
 interpreter's own objects come from elsewhere and are not counted). First comes what a disk in Rust that does nothing
 takes.
