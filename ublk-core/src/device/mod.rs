@@ -92,8 +92,9 @@ impl Server {
     /// The same server with requests that gather: where a round has brought a thread two requests or more, it sleeps for
     /// `window` before it looks for the next ones, and nobody has to wake it up for each of them. That is less work per
     /// request and more latency: up to `window` for each request while several are under way. A client that sends one
-    /// at a time does not wait: after four rounds with one request that is over. Zero, the default, is for not at all; some 50 µs are a beginning. A thread that also
-    /// serves queues with a shorter window takes that. Devices that the server has already stay as they are.
+    /// at a time does not wait: after four rounds with one request that is over. Zero, the default, is for not at all;
+    /// some 20 µs are a beginning. A thread that also serves queues with a shorter window takes that. Devices that the
+    /// server has already stay as they are.
     ///
     /// # Errors
     ///

@@ -358,8 +358,8 @@ pub trait Ring: Debug {
     fn wait(&mut self) -> io::Result<()>;
 
     /// Submits what is queued, and sleeps for `window` in a way that no completion ends: they gather meanwhile, and the
-    /// driver has nobody to wake. Not if there are some already that are news.
-    fn gather(&mut self, window: Duration) -> io::Result<()>;
+    /// driver has nobody to wake. Not if there are some already that are news, which it tells: no need to wait then.
+    fn gather(&mut self, window: Duration) -> io::Result<bool>;
 
     /// Starts the ring's timer; it must not be running.
     fn start_timer(&mut self, after: Duration) -> io::Result<()>;

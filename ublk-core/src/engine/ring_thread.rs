@@ -119,10 +119,13 @@ impl RingThread {
             self.take_back();
             self.serve_touched()?;
             self.watch_idleness()?;
-            if let Some(window) = self.coalescing.end_round() {
-                self.ring.borrow_mut().gather(window)?;
+            let news = match self.coalescing.end_round() {
+                Some(window) => self.ring.borrow_mut().gather(window)?,
+                None => false,
+            };
+            if !news {
+                self.ring.borrow_mut().wait()?;
             }
-            self.ring.borrow_mut().wait()?;
             self.ring.borrow_mut().take_completions(&mut self.completions)?;
             self.dispatch();
             self.serve_touched()?;

@@ -268,11 +268,12 @@ impl Ring for FakeRing {
         Ok(())
     }
 
-    fn gather(&mut self, window: Duration) -> io::Result<()> {
-        if !self.submit_all() {
+    fn gather(&mut self, window: Duration) -> io::Result<bool> {
+        let news = self.submit_all();
+        if !news {
             std::thread::sleep(window);
         }
-        Ok(())
+        Ok(news)
     }
 
     fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {

@@ -275,12 +275,13 @@ impl Ring for KernelRing {
         self.enter(want).map(drop)
     }
 
-    fn gather(&mut self, window: Duration) -> io::Result<()> {
+    fn gather(&mut self, window: Duration) -> io::Result<bool> {
         self.submit()?;
-        if self.backlog.is_empty() && self.uring.completion().len() <= self.prompt {
+        let news = self.uring.completion().len() > self.prompt;
+        if !news && self.backlog.is_empty() {
             std::thread::sleep(window);
         }
-        Ok(())
+        Ok(news)
     }
 
     fn start_timer(&mut self, after: Duration) -> io::Result<()> {
