@@ -75,6 +75,9 @@ def show(directory, lines=40):
 
     def add(side, table, place, instructions, runs):
         starts, names = table
+        if not starts:
+            # Stripped, or not to be seen.
+            return
         at = max(bisect.bisect_right(starts, place) - 1, 0)
         functions[side][names[at]] += instructions
         if starts[at] == place:
@@ -100,8 +103,7 @@ def show(directory, lines=40):
             if file not in tables:
                 tables[file] = symbols(host)
             # The wheel's library has no names unless it was built with `strip = false`.
-            if tables[file][0]:
-                add("user", tables[file], address - low + offset + _bias(host, offset), instructions, runs)
+            add("user", tables[file], address - low + offset + _bias(host, offset), instructions, runs)
     print(f"{requests} requests; instructions per request:")
     for name, instructions in programs.most_common(12):
         print(f"{instructions / requests:9.1f}  {name}")

@@ -112,6 +112,34 @@ fn a_request_that_a_handler_has_is_finished_before_its_server_leaves() {
 }
 
 #[test]
+fn a_server_leaves_as_soon_as_the_last_request_has_ended_elsewhere() {
+    for way in every_way() {
+        let driver = FakeDriver::new();
+        let held = Arc::new(Mutex::new(None));
+        let theirs = held.clone();
+        let first = Arc::new(
+            server(&driver, 2).start(custom(move |r| *theirs.lock().unwrap() = Some(r.detach())), &way).unwrap(),
+        );
+        let disk = driver.disk(first.id());
+        let sent = disk.send(1, 0, 512, &[0; 512]).unwrap();
+        while held.lock().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        let leaving = first.clone();
+        let leaver = std::thread::spawn(move || leaving.leave());
+        // The driver's deliveries have ended by then.
+        std::thread::sleep(Duration::from_millis(50));
+        let ended = Instant::now();
+        held.lock().unwrap().take().unwrap().complete();
+        disk.wait(sent).unwrap();
+        leaver.join().unwrap().unwrap();
+        assert!(ended.elapsed() < Duration::from_millis(1500), "{way:?}: {:?}", ended.elapsed());
+        let second = server(&driver, 2).recover(first.id(), custom(|r| r.complete())).unwrap();
+        finish(&driver, second);
+    }
+}
+
+#[test]
 fn somebody_elses_stop_deletes_and_somebody_elses_quiesce_leaves() {
     for quiesce in [false, true] {
         let driver = FakeDriver::new();

@@ -310,6 +310,19 @@ fn a_refused_commit_fails_the_request_once() {
 }
 
 #[test]
+fn a_refused_commit_of_a_batch_fails_its_request_although_nothing_else_happens() {
+    let driver = FakeDriver::new();
+    let options = DeviceOptions { batch: Some(true), ..options(1, 4) };
+    let device = server(&driver, 1).start(custom(|r| r.complete()), &options).unwrap();
+    let disk = driver.disk(device.id());
+    disk.read(0, 512).unwrap();
+    driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EINVAL);
+    assert_eq!(disk.read(0, 512), Err(Errno::EIO));
+    disk.read(0, 512).unwrap();
+    finish(&driver, device);
+}
+
+#[test]
 fn a_start_that_fails_at_any_step_leaves_no_device() {
     use ublk_core::driver::Driver;
     for step in ["ADD_DEV", "SET_PARAMS", "FETCH_REQ", "PREP_IO_CMDS", "START_DEV"] {

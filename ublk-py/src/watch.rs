@@ -51,8 +51,8 @@ impl Watch {
         Ok(seat)
     }
 
-    /// Threads that are in a handler: which, when it was called (a number that tells calls apart), and for how many
-    /// seconds it has run.
+    /// Threads that are in a handler: which, when it was called (a number that tells calls apart unless they began in
+    /// the same tick of the clock, a few milliseconds), and for how many seconds it has run.
     pub(crate) fn busy(&self) -> Vec<(u64, u64, f64)> {
         let now = now();
         let seats = self.0.seats.lock().unwrap_or_else(PoisonError::into_inner);

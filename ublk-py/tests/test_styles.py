@@ -230,6 +230,22 @@ class TestCoroutines:
 
         asyncio.run(main())
 
+    def test_a_loop_that_makes_no_task_fails_the_request(self, driver, caplog):
+        async def main():
+            loop = asyncio.get_running_loop()
+            async with await Tasks(1).start_async(_driver=driver) as dev:
+                read = loop.run_in_executor(None, driver.read, dev.id, 0, 512)
+                loop.set_task_factory(lambda loop, coroutine, **options: 1 / 0)
+                try:
+                    with pytest.raises(OSError) as raised:
+                        await read
+                finally:
+                    loop.set_task_factory(None)
+                assert raised.value.errno == errno.EIO
+
+        asyncio.run(main())
+        assert "ZeroDivisionError" in caplog.text
+
     def test_a_cancelled_start_leaves_nothing(self, driver):
         class Hanging(ublk.BlockDevice):
             async def read(self, offset, buf): ...

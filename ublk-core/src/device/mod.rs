@@ -91,10 +91,12 @@ impl Server {
 
     /// The same server with requests that gather: where a round has brought a thread two requests or more, it sleeps for
     /// `window` before it looks for the next ones, and nobody has to wake it up for each of them. That is less work per
-    /// request and more latency: up to `window` for each request while several are under way. A client that sends one
-    /// at a time does not wait: after four rounds with one request that is over. Zero, the default, is for not at all;
-    /// some 20 µs are a beginning. A thread that also serves queues with a shorter window takes that. Devices that the
-    /// server has already stay as they are.
+    /// request and more latency: up to `window` for each step of a request (to be seen, and to be answered if a file or
+    /// another thread has served it) while the thread has several. A client that sends one at a time to a thread without
+    /// others does not wait: after four rounds with one request that is over. Statistics begin when the thread sees a
+    /// request. Zero, the default, is for not at all; some 20 µs are a beginning. A thread that also serves queues with
+    /// a shorter window takes that. Devices that the server has already stay as they are. Before Linux 6.1 the thread is
+    /// woken up all the same.
     ///
     /// # Errors
     ///

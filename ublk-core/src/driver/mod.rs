@@ -132,6 +132,9 @@ pub struct Submission {
     pub user_data: u64,
     /// What to do.
     pub operation: Operation,
+    /// The driver carries it out while it takes it, and nothing depends on its completion unless that is a failure: the
+    /// completion alone is no reason to end a wait.
+    pub prompt: bool,
 }
 
 /// Where the bytes of a transfer are.
@@ -305,13 +308,6 @@ pub enum Operation {
     },
 }
 
-impl Operation {
-    /// Whether the driver carries it out while it takes it, and nothing follows: its completion is no news.
-    pub(crate) fn is_prompt(&self) -> bool {
-        matches!(self, Operation::CommitBatch { .. } | Operation::Unregister { .. })
-    }
-}
-
 /// One completed submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
@@ -354,11 +350,16 @@ pub trait Ring: Debug {
     fn submit(&mut self) -> io::Result<()>;
 
     /// Submits what is queued and waits until there is a completion or a wake-up, or the timer ends. Completions of
-    /// commits that the driver has carried out meanwhile may come with it, but need not end the wait.
+    /// what is [prompt](Submission::prompt) may come with that, but need not end the wait.
     fn wait(&mut self) -> io::Result<()>;
 
+    /// Whether something prompt was queued since completions were last taken. What has become of it may be known only
+    /// when the next wait ends.
+    fn has_prompt(&self) -> bool;
+
     /// Submits what is queued, and sleeps for `window` in a way that no completion ends: they gather meanwhile, and the
-    /// driver has nobody to wake. Not if there are some already that are news, which it tells: no need to wait then.
+    /// driver has nobody to wake. Not if something else than what is prompt has completed while it was submitted,
+    /// which it tells: no need to wait then.
     fn gather(&mut self, window: Duration) -> io::Result<bool>;
 
     /// Starts the ring's timer; it must not be running.

@@ -19,7 +19,7 @@ impl Coalescing {
     /// So many rounds in a row with a single request show that there is nothing to gather.
     const PATIENCE: u8 = 4;
 
-    /// What each queue of the thread allows: the shortest time is taken. True if that is the first.
+    /// What each queue of the thread allows: the shortest time is taken. True if there was none before.
     pub(super) fn agree(&mut self, wishes: impl Iterator<Item = Duration>) -> bool {
         let before = std::mem::replace(&mut self.window, wishes.min().unwrap_or_default());
         before.is_zero() && !self.window.is_zero()

@@ -444,7 +444,13 @@ impl QueueCore {
 
     fn push(&self, kind: Kind, tag: Tag, operation: Operation) {
         let user_data = Cookie { kind, queue: self.place, tag }.encode();
-        if let Err(error) = self.ring.borrow_mut().push(Submission { user_data, operation }) {
+        let prompt = match kind {
+            // Behind the last delivery, it is this completion that drains the queue.
+            Kind::CommitBatch => self.deliveries.get() == Deliveries::Running,
+            Kind::Unregister => true,
+            _ => false,
+        };
+        if let Err(error) = self.ring.borrow_mut().push(Submission { user_data, operation, prompt }) {
             self.broken.borrow_mut().get_or_insert(error);
         }
         self.pace.queued();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The loop around one ring: take messages and completions, let handlers work, submit and wait, with
-//! one system call per round.
+//! one system call per round, and a sleep where requests are to gather.
 
 use std::cell::RefCell;
 use std::io;
@@ -54,7 +54,7 @@ fn become_io_flusher() {
 /// Has this thread's sleeps end on time: by default the kernel adds up to 50 µs.
 fn exact_timers() {
     // SAFETY: this prctl takes a number of nanoseconds and concerns the calling thread only.
-    let result = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
+    let result = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1 as libc::c_ulong) };
     if result != 0 {
         log::debug!("PR_SET_TIMERSLACK: {}", io::Error::last_os_error());
     }
@@ -111,6 +111,7 @@ impl RingThread {
     }
 
     fn serve(&mut self) -> io::Result<()> {
+        let mut skipped = false;
         loop {
             self.read_messages();
             if self.queues.iter().all(Option::is_none) && self.inbox.close_if_empty() {
@@ -123,9 +124,12 @@ impl RingThread {
                 Some(window) => self.ring.borrow_mut().gather(window)?,
                 None => false,
             };
-            if !news {
+            // Not twice in a row: nothing but the wait has the kernel hand over what came from elsewhere.
+            let skip = news && !skipped;
+            if !skip {
                 self.ring.borrow_mut().wait()?;
             }
+            skipped = skip;
             self.ring.borrow_mut().take_completions(&mut self.completions)?;
             self.dispatch();
             self.serve_touched()?;
@@ -158,7 +162,8 @@ impl RingThread {
                 self.idle.active = self.queues.iter().flatten().any(Queue::is_warm);
             }
         }
-        if self.idle.timer_runs || !self.idle.active {
+        // A driver that refuses a commit says so in a completion that need not end the wait: the timer does.
+        if self.idle.timer_runs || !self.idle.active && !ring.has_prompt() {
             return Ok(());
         }
         self.idle = Idle { active: false, timer_runs: true };

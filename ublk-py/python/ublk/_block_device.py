@@ -285,7 +285,8 @@ class BlockDevice:
 
         With ``coalesce_usecs``, up to 10,000, requests gather for so many microseconds while several are under way:
         the queue's thread sleeps instead of being woken up for each. That is less work per request, and up to so much
-        more latency; a client that sends one request at a time sees nothing of it. Some 20 are a beginning.
+        more latency for each step: to be seen, and to be answered by workers, coroutines or files. A client that
+        sends one request at a time does not wait, unless the thread has other devices. Some 20 are a beginning.
 
         While devices run, threads of the program that compute give the interpreter to others every 0.5 ms
         (`sys.setswitchinterval`; by default 5 ms, which is what each request would take then).

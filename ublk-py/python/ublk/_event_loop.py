@@ -33,13 +33,24 @@ def _stack(coroutine: Any, thread: int) -> str:
     if getattr(coroutine, "cr_running", False) and (frame := sys._current_frames().get(thread)) is not None:
         outermost = coroutine.cr_frame
         frames = [found for found, _ in traceback.walk_stack(frame)]
-        inner = frames[: frames.index(outermost) + 1] if outermost in frames else frames
-        return "".join(line for found in reversed(inner) for line in traceback.format_stack(found, limit=1))
+        # Unless it has begun to wait meanwhile.
+        if outermost in frames:
+            inner = frames[: frames.index(outermost) + 1]
+            return "".join(line for found in reversed(inner) for line in traceback.format_stack(found, limit=1))
     lines = []
     while (frame := getattr(coroutine, "cr_frame", None)) is not None:
         lines += traceback.format_stack(frame, limit=1)
         coroutine = coroutine.cr_await
     return "".join(lines)
+
+
+def _starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
+    """Tell whether tasks may begin at once: from Python 3.12 on, if the loop has no way of its own to make them."""
+    if sys.version_info < (3, 12):
+        return False
+    kind = type(loop)
+    known = getattr(kind, "create_task", None) is asyncio.BaseEventLoop.create_task or kind.__module__ == "uvloop"
+    return known and loop.get_task_factory() is None
 
 
 class LoopServer:
@@ -70,7 +81,6 @@ class LoopServer:
     def attach(self) -> None:
         """Begin to serve on the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
         self._ended = asyncio.Event()
         # A loop knows one reader for each descriptor.
         self._descriptor = os.dup(self._queue.fileno())
@@ -146,21 +156,33 @@ class LoopServer:
             assert self._ended is not None
             self._ended.set()
             return
-        began = time.monotonic()
+        began, first = time.monotonic(), self._count + 1
+        # All of them before the first runs, which may hold up the others.
         for request in batch:
-            self._count = number = self._count + 1
-            coroutine = self._serve(request)
-            self._serving[number] = (began, request, coroutine)
-            task = self._task(coroutine)
+            self._count += 1
+            self._serving[self._count] = (began, request, self._serve(request))
+        self._thread = threading.get_ident()
+        eager = _starts_eagerly(self._loop)
+        for number in range(first, self._count + 1):
+            _began, request, coroutine = self._serving[number]
+            try:
+                task = self._task(coroutine, eager)
+            except BaseException as exception:
+                # The loop makes no tasks.
+                del self._serving[number]
+                coroutine.close()
+                self._report(request.op, exception)
+                if not request.done:
+                    request.fail()
+                continue
             if task.done():
                 del self._serving[number]
             else:
                 task.add_done_callback(functools.partial(self._serving.pop, number))
 
-    def _task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Make a task. From Python 3.12 on it runs at once to where it first waits, unless the loop makes its own."""
+    def _task(self, coroutine: Coroutine[Any, Any, None], eager: bool) -> asyncio.Task[None]:
         assert self._loop is not None
-        if sys.version_info >= (3, 12) and self._loop.get_task_factory() is None:
+        if eager and sys.version_info >= (3, 12):
             # Most of what a request that does not wait would take is its way through the loop.
             return asyncio.Task(coroutine, loop=self._loop, eager_start=True)
         return self._loop.create_task(coroutine)

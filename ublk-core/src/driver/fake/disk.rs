@@ -40,8 +40,8 @@ impl FakeDisk {
         self.wait(sent)
     }
 
-    /// Reads `count` times `len` bytes from the disk's beginning on. Servers see the first request when the last is
-    /// there: the disk's only queue must have as many tags, and have been read from before.
+    /// Reads `count` times `len` bytes from the disk's beginning on. Servers do not look before all but the last are
+    /// there, unless somebody wakes them: the disk's only queue must have as many tags, and have been read from before.
     pub fn read_at_once(&self, count: usize, len: usize) -> Result<(), Errno> {
         let send = |n: usize| {
             self.shared.holding.store(n + 1 != count, Ordering::Relaxed);

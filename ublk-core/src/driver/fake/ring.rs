@@ -71,13 +71,15 @@ pub(super) struct FakeRing {
     completions: Arc<Completions>,
     files: Vec<Option<Arc<dyn CharDevice>>>,
     queued: Vec<Submission>,
+    /// Prompt submissions whose completions were not taken yet.
+    prompt: usize,
     /// Places given out in the table of buffers.
     buffers: u16,
 }
 
 impl FakeRing {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        FakeRing { shared, completions: Arc::default(), files: Vec::new(), queued: Vec::new(), buffers: 0 }
+        FakeRing { shared, completions: Arc::default(), files: Vec::new(), queued: Vec::new(), prompt: 0, buffers: 0 }
     }
 
     /// The device behind a place in the ring's table of files.
@@ -213,13 +215,13 @@ impl FakeRing {
     /// Carries out what is queued; whether some of it has completed that is news.
     fn submit_all(&mut self) -> bool {
         let mut news = false;
-        for Submission { user_data, operation } in std::mem::take(&mut self.queued) {
-            let prompt = operation.is_prompt();
+        for Submission { user_data, operation, prompt } in std::mem::take(&mut self.queued) {
             let result = match self.carry_out(user_data, operation) {
                 Ok(None) => continue,
                 Ok(Some(result)) => result,
                 Err(errno) => -(errno as i32),
             };
+            self.prompt += usize::from(prompt);
             news |= !prompt;
             self.completions.push(user_data, result);
         }
@@ -256,7 +258,7 @@ impl Ring for FakeRing {
     fn wait(&mut self) -> io::Result<()> {
         self.submit()?;
         let mut state = self.completions.state();
-        while (state.list.is_empty() || self.shared.holding.load(Ordering::Relaxed)) && !state.woken {
+        while (state.list.len() <= self.prompt || self.shared.holding.load(Ordering::Relaxed)) && !state.woken {
             let left = state.timer.map(|end| end.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 break;
@@ -268,6 +270,10 @@ impl Ring for FakeRing {
         Ok(())
     }
 
+    fn has_prompt(&self) -> bool {
+        self.prompt != 0
+    }
+
     fn gather(&mut self, window: Duration) -> io::Result<bool> {
         let news = self.submit_all();
         if !news {
@@ -277,6 +283,7 @@ impl Ring for FakeRing {
     }
 
     fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
+        self.prompt = 0;
         into.append(&mut self.completions.state().list);
         Ok(())
     }

@@ -80,8 +80,7 @@ pub(super) struct KernelRing {
     tag_buffers: Option<TagBuffers>,
     /// Entries that found no room in the submission queue.
     backlog: VecDeque<Entry>,
-    /// Commands since completions were last taken whose completions are no news: a wait is for something else as
-    /// well.
+    /// Prompt submissions since completions were last taken: a wait is for something else as well.
     prompt: usize,
     /// The kernel reads it when the timer is submitted.
     timer: Box<types::Timespec>,
@@ -241,7 +240,7 @@ impl Ring for KernelRing {
     fn push(&mut self, submission: Submission) -> io::Result<()> {
         let entry = self.entry(submission.operation)?;
         debug_assert!(submission.user_data < TIMER);
-        self.prompt += usize::from(submission.operation.is_prompt());
+        self.prompt += usize::from(submission.prompt);
         self.push_entry(entry.user_data(submission.user_data))
     }
 
@@ -273,6 +272,10 @@ impl Ring for KernelRing {
         // What the kernel does not take now it takes when completions were taken: no sleep before that.
         let want = if self.backlog.is_empty() { self.prompt + 1 } else { 0 };
         self.enter(want).map(drop)
+    }
+
+    fn has_prompt(&self) -> bool {
+        self.prompt != 0
     }
 
     fn gather(&mut self, window: Duration) -> io::Result<bool> {
@@ -429,7 +432,7 @@ mod tests {
         let count = u64::from(SUBMISSION_ENTRIES) * 5;
         let fd = file.as_file().as_raw_fd();
         for user_data in 0..count {
-            ring.push(Submission { user_data, operation: Operation::SyncData { fd } }).unwrap();
+            ring.push(Submission { user_data, operation: Operation::SyncData { fd }, prompt: false }).unwrap();
         }
         let mut completions = Vec::new();
         while (completions.len() as u64) < count {
