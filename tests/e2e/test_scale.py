@@ -74,3 +74,20 @@ def test_memory_of_a_burst_is_given_back(native: Face) -> None:
     # Two periods of two seconds without a request.
     until(lambda: resident(pid) < before + (4 << 20), "the return of the memory", 15)
     native.run("del", "-a")
+
+
+@pytest.mark.short
+def test_a_server_that_runs_out_of_descriptors_fails_and_leaves_nothing(native: Face) -> None:
+    limited = ["prlimit", "--nofile=64:64", *native.argv, "add", "-t", "null", "--count", "60"]
+    result = run(limited, check=False, timeout=120)
+    assert result.status == 1
+    assert "EMFILE" in result.err, result.err
+    assert native.list() == []
+
+
+@pytest.mark.short
+def test_the_usual_limit_of_open_files_is_raised_as_far_as_it_may_be(native: Face) -> None:
+    limited = ["prlimit", "--nofile=64:512", *native.argv, "add", "-t", "null", "--count", "60"]
+    result = run(limited, timeout=120)
+    assert len(result.out.split()) == 60
+    native.run("del", "-a", timeout=120)

@@ -200,6 +200,7 @@ pub(super) fn serve(
     if threads == 0 {
         return Err(Error::invalid("threads", 0, "at least one is needed").into());
     }
+    serve::raise_file_limit();
     if args.protect {
         pressure::refuse_oom_kill()?;
     }

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -27,6 +28,15 @@ impl Signals {
             .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK))
             .map(Signals)
             .map_err(|errno| Failure::Text(format!("blocking signals: {errno}")))
+    }
+}
+
+/// Lets this process have as many descriptors as it may: each device takes two, and the usual limit is 1,024.
+pub(super) fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(now, most)| if now < most { setrlimit(Resource::RLIMIT_NOFILE, most, most) } else { Ok(()) });
+    if let Err(errno) = raised {
+        log::debug!("raising the limit of open files: {errno}");
     }
 }
 

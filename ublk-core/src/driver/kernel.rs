@@ -53,6 +53,7 @@ pub struct KernelDriver {
     rings: Mutex<Vec<IoUring<Entry128, cqueue::Entry>>>,
     /// This process has, or had, a char device open: commands that may block go through a helper.
     serving: AtomicBool,
+    reserve: detached::Reserve,
 }
 
 impl std::fmt::Debug for KernelDriver {
@@ -92,11 +93,14 @@ impl KernelDriver {
             })?;
         // One ring up front, so that a system without io_uring is found out here.
         let ring = control_ring()?;
+        let reserve = detached::Reserve::default();
+        reserve.fill();
         Ok(KernelDriver {
             control,
             dev: dev.to_owned(),
             rings: Mutex::new(vec![ring]),
             serving: AtomicBool::new(false),
+            reserve,
         })
     }
 
@@ -136,7 +140,7 @@ impl Driver for KernelDriver {
         give_up: &dyn Fn() -> bool,
     ) -> Result<(i32, Vec<u8>), ControlFailure> {
         if command.may_block && self.serving.load(Ordering::Relaxed) {
-            return detached::control(self.control.as_fd(), &command, timeout, give_up);
+            return detached::control(self.control.as_fd(), &self.reserve, &command, timeout, give_up);
         }
         let bytes = control_bytes(&command, &command.payload);
         let payload = command.payload.into_boxed_slice();

@@ -22,7 +22,8 @@
 
 use std::io::{self, Read};
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry128;
@@ -49,17 +50,40 @@ const ENDED: i32 = 1;
 const FAILED: i32 = 2;
 const MESSAGE: usize = 8;
 
+/// A pipe for the case that a process has no descriptors left: a device could not even be removed then.
+#[derive(Debug, Default)]
+pub(super) struct Reserve(Mutex<Option<(OwnedFd, OwnedFd)>>);
+
+impl Reserve {
+    fn pipe(&self) -> io::Result<(OwnedFd, OwnedFd)> {
+        pipe2(OFlag::O_CLOEXEC).or_else(|errno| self.slot().take().ok_or_else(|| errno.into()))
+    }
+
+    /// To be called when a pipe was closed, and once in the beginning.
+    pub(super) fn fill(&self) {
+        let mut slot = self.slot();
+        if slot.is_none() {
+            *slot = pipe2(OFlag::O_CLOEXEC).ok();
+        }
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<(OwnedFd, OwnedFd)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Sends a command from a process of its own; as [`Driver::control`](super::super::Driver::control)
 /// otherwise.
 pub(super) fn control(
     device: BorrowedFd<'_>,
+    reserve: &Reserve,
     command: &ControlCommand,
     timeout: Duration,
     give_up: &dyn Fn() -> bool,
 ) -> Result<(i32, Vec<u8>), ControlFailure> {
     let payload = SharedBytes::new(&command.payload).map_err(ControlFailure::Io)?;
     let (op, header) = (command.op, super::control_bytes(command, payload.bytes()));
-    let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(to_io)?;
+    let (reader, writer) = reserve.pipe().map_err(ControlFailure::Io)?;
     let (control, report) = (device.as_raw_fd(), writer.as_raw_fd());
     // SAFETY: (1).
     match unsafe { fork() }.map_err(to_io)? {
@@ -77,8 +101,9 @@ pub(super) fn control(
             drop(writer);
             // Somebody else may have collected it; it is gone either way.
             while waitpid(child, None) == Err(Errno::EINTR) {}
-            let result = receive(reader.into(), timeout, give_up)?;
-            Ok((result, payload.bytes().to_vec()))
+            let result = receive(reader.into(), timeout, give_up);
+            reserve.fill();
+            Ok((result?, payload.bytes().to_vec()))
         }
     }
 }
@@ -146,19 +171,28 @@ fn decode(message: [u8; MESSAGE]) -> [i32; 2] {
 ///
 /// Runs in a forked child (1).
 unsafe fn helper(control: i32, report: i32, op: u32, header: [u8; 80]) -> ! {
-    // SAFETY: (1): plain system calls on numbers. The two descriptors are moved away from the places
-    // that they shall have before those are overwritten. Above all, this closes our copies of
-    // `/dev/ublkcN` and of the rings.
+    // SAFETY: (1): plain system calls on numbers. Above all, this closes our copies of `/dev/ublkcN` and of the
+    // rings. That comes first: there may be no descriptor left otherwise. Then the two are moved away from the
+    // places that they shall have before those are overwritten.
     let ready = unsafe {
         libc::prctl(libc::PR_SET_NAME, c"ublk-control".as_ptr());
         let mut all = std::mem::zeroed();
         libc::sigfillset(&raw mut all);
         libc::sigprocmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
+        let (low, high) = (control.min(report), control.max(report));
+        let close = |first: i32, last: u32| libc::syscall(libc::SYS_close_range, first, last, 0);
+        if low > 0 {
+            close(0, low as u32 - 1);
+        }
+        if low + 1 < high {
+            close(low + 1, high as u32 - 1);
+        }
+        close(high + 1, u32::MAX);
         let control = libc::fcntl(control, libc::F_DUPFD, 8);
         let report = libc::fcntl(report, libc::F_DUPFD, 8);
         libc::dup2(control, CONTROL) == CONTROL
             && libc::dup2(report, REPORT) == REPORT
-            && libc::syscall(libc::SYS_close_range, REPORT + 1, u32::MAX, 0) == 0
+            && close(REPORT + 1, u32::MAX) == 0
     };
     let tell = |kind: i32, value: i32| {
         let message = encode(kind, value);
@@ -236,6 +270,16 @@ mod tests {
     }
 
     #[test]
+    fn a_reserved_pipe_is_there_once_and_can_be_had_again() {
+        let reserve = Reserve::default();
+        reserve.fill();
+        let taken = reserve.slot().take();
+        assert!(taken.is_some() && reserve.slot().is_none());
+        reserve.fill();
+        assert!(reserve.slot().is_some());
+    }
+
+    #[test]
     fn a_helper_process_brings_the_kernels_answer() {
         // A command that the null device does not know; what counts is that the answer is the kernel's.
         let null = std::fs::File::open("/dev/null").unwrap();
@@ -248,7 +292,7 @@ mod tests {
             path_len: 0,
             may_block: true,
         };
-        let got = control(null.as_fd(), &command, Duration::from_secs(20), &|| false);
+        let got = control(null.as_fd(), &Reserve::default(), &command, Duration::from_secs(20), &|| false);
         match got {
             // Without io_uring the set-up's error comes back instead.
             Ok(_) | Err(ControlFailure::Refused(_) | ControlFailure::Io(_)) => {}

@@ -21,6 +21,7 @@ use io_uring::squeue::Entry;
 use io_uring::{IoUring, cqueue, opcode, types};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::super::{CharDevice, Completion, Elements, FileSlot, Memory, Operation, Ring, Submission, Waker};
 use super::tag_buffers::TagBuffers;
@@ -106,10 +107,7 @@ impl KernelRing {
             }
             other => (other.map_err(|e| describe_ring_error(&e))?, true),
         };
-        let slots = if fixed_files_are_released() { FILE_SLOTS } else { 0 };
-        if slots != 0 {
-            uring.submitter().register_files_sparse(slots)?;
-        }
+        let slots = if fixed_files_are_released() { make_file_table(&uring)? } else { 0 };
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(KernelRing {
             uring,
@@ -209,6 +207,15 @@ impl KernelRing {
             }
         })
     }
+}
+
+/// Makes the table of files; how many places it has.
+fn make_file_table(uring: &IoUring<Entry, cqueue::Entry>) -> io::Result<u32> {
+    // The kernel makes none that is longer than the limit of open files.
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let slots = FILE_SLOTS.min(u32::try_from(limit).unwrap_or(FILE_SLOTS));
+    uring.submitter().register_files_sparse(slots)?;
+    Ok(slots)
 }
 
 fn describe_ring_error(source: &io::Error) -> io::Error {
