@@ -195,6 +195,24 @@ impl IoBuffer {
         self.region.advise(self.offset, self.len.next_multiple_of(PAGE_SIZE), MmapAdvise::MADV_DONTNEED);
     }
 
+    /// The same for many buffers: those that lie side by side take one system call, of which each interrupts all
+    /// CPUs that run this process.
+    pub(crate) fn give_back_all<'b>(buffers: impl Iterator<Item = &'b IoBuffer>) {
+        let mut run: Option<(&Region, usize, usize)> = None;
+        for buffer in buffers {
+            let (region, first) = (&*buffer.region, buffer.offset);
+            let end = first + buffer.len.next_multiple_of(PAGE_SIZE);
+            run = match run {
+                Some((same, begin, last)) if std::ptr::eq(same, region) && last == first => Some((same, begin, end)),
+                other => {
+                    give_back(other);
+                    Some((region, first, end))
+                }
+            };
+        }
+        give_back(run);
+    }
+
     pub(crate) fn user_address(&self) -> u64 {
         self.as_ptr() as u64
     }
@@ -235,6 +253,13 @@ impl IoBuffer {
         assert!(len <= self.len && len <= from.len);
         // SAFETY: (2) both ranges are mapped and disjoint; the assertion bounds them.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.as_ptr(), len) };
+    }
+}
+
+/// Gives a stretch of a region back to the system.
+fn give_back(stretch: Option<(&Region, usize, usize)>) {
+    if let Some((region, begin, end)) = stretch {
+        region.advise(begin, end - begin, MmapAdvise::MADV_DONTNEED);
     }
 }
 
@@ -339,6 +364,21 @@ mod tests {
         let addresses: Vec<u64> = buffers.iter().map(IoBuffer::user_address).collect();
         assert!(addresses.iter().all(|a| a.is_multiple_of(PAGE_SIZE as u64)));
         assert!(addresses.windows(2).all(|pair| pair[1] - pair[0] >= 5000));
+    }
+
+    #[test]
+    fn memory_is_given_back_of_just_the_buffers_that_were_named() {
+        let buffers = IoBuffer::many(5, 5000).unwrap();
+        let others = IoBuffer::many(1, 4096).unwrap();
+        for buffer in buffers.iter().chain(&others) {
+            // SAFETY: nobody else knows this buffer.
+            unsafe { buffer.bytes_mut(4096) }.fill(7);
+        }
+        IoBuffer::give_back_all([&buffers[0], &buffers[1], &others[0], &buffers[3]].into_iter());
+        // SAFETY: as above.
+        let first = |buffer: &IoBuffer| unsafe { buffer.bytes(4096)[4095] };
+        assert_eq!(buffers.iter().map(first).collect::<Vec<_>>(), [0, 0, 7, 0, 7]);
+        assert_eq!(first(&others[0]), 0);
     }
 
     #[test]

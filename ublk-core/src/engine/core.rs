@@ -537,18 +537,19 @@ impl QueueCore {
         self.warm.set(false);
         self.memory.borrow_mut().clear();
         let tags = self.tags.borrow();
-        for (tag, slot) in self.slots.borrow_mut().iter_mut().enumerate() {
+        let mut slots = self.slots.borrow_mut();
+        let mut idle = Vec::with_capacity(slots.len());
+        for (tag, slot) in slots.iter_mut().enumerate() {
             if !tags.is_armed(Tag(tag as u16)) || slot.asked {
                 // A forwarded request's, or one that a write's data is on the way to.
                 self.warm.set(true);
             } else if self.origin.data == DataMovement::Copy {
-                if let Some(buffer) = &slot.buffer {
-                    buffer.give_back_pages();
-                }
+                idle.extend(slot.buffer.as_deref());
             } else {
                 slot.buffer = None;
             }
         }
+        IoBuffer::give_back_all(idle.into_iter());
     }
 
     /// Takes what belongs to the queue out of the ring.
