@@ -12,7 +12,6 @@ takes.
 """
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -23,6 +22,8 @@ import sysconfig
 import time
 from pathlib import Path
 
+from handlers import Batch, Null, Sleeping, SleepingTasks, Tasks
+
 import ublk
 from ublk._ublk import FakeDriver
 
@@ -30,13 +31,6 @@ SIZE = 64 << 20
 ALL_CPUS = os.sched_getaffinity(0)
 COUNTER = "libmemusage.so"
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-
-
-class Methods(ublk.BlockDevice):
-    """A plain method."""
-
-    def read(self, offset, buf):
-        pass
 
 
 class Ram(ublk.BlockDevice):
@@ -50,42 +44,13 @@ class Ram(ublk.BlockDevice):
         buf[:] = self.memory[offset : offset + len(buf)]
 
 
-class Batch(ublk.BlockDevice):
-    """All requests of a wake-up."""
-
-    def handle(self, requests):
-        for request in requests:
-            request.complete()
-
-
-class Tasks(ublk.BlockDevice):
-    """A coroutine."""
-
-    async def read(self, offset, buf):
-        pass
-
-
-class Sleeping(ublk.BlockDevice):
-    """Takes 10 ms for each request."""
-
-    def read(self, offset, buf):
-        time.sleep(0.01)
-
-
-class SleepingTasks(ublk.BlockDevice):
-    """Takes as long, in coroutines."""
-
-    async def read(self, offset, buf):
-        await asyncio.sleep(0.01)
-
-
 # Name, class, and how it is started.
 STYLES = {
     "native": (ublk.Null, {}),
     "handle": (Batch, {}),
-    "read": (Methods, {}),
+    "read": (Null, {}),
     "read that copies 4 KiB": (Ram, {}),
-    "read, workers=2": (Methods, {"workers": 2}),
+    "read, workers=2": (Null, {"workers": 2}),
     "async read": (Tasks, {}),
 }
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The Python disks that are measured: `disks.py CLASS [COALESCE_USECS]` serves one until its standard input ends."""
 
-import asyncio
 import os
 import sys
-import time
+
+from handlers import Batch, Null, Sleeping, SleepingTasks, Tasks
 
 import ublk
 
@@ -13,34 +13,6 @@ from ramdisk import RamDisk
 
 SIZE = int(os.environ["SIZE"])
 START = {"queues": int(os.environ["QUEUES"]), "depth": int(os.environ["DEPTH"])}
-
-
-class Null(ublk.BlockDevice):
-    """Does nothing."""
-
-    def read(self, offset, buf):
-        pass
-
-    def write(self, offset, buf):
-        pass
-
-
-class Tasks(Null):
-    """Does nothing, in coroutines."""
-
-    async def read(self, offset, buf):
-        pass
-
-    async def write(self, offset, buf):
-        pass
-
-
-class Batch(ublk.BlockDevice):
-    """Does nothing, for all requests of a wake-up."""
-
-    def handle(self, requests):
-        for request in requests:
-            request.complete()
 
 
 class Mapped(ublk.BlockDevice):
@@ -52,20 +24,6 @@ class Mapped(ublk.BlockDevice):
 
     def map(self, op, offset, length):
         return ublk.Extent(self.file, 0, self.size, start=0, stable=True)
-
-
-class Sleeping(ublk.BlockDevice):
-    """Takes 10 ms for each request."""
-
-    def read(self, offset, buf):
-        time.sleep(0.01)
-
-
-class SleepingTasks(ublk.BlockDevice):
-    """Takes as long, in coroutines."""
-
-    async def read(self, offset, buf):
-        await asyncio.sleep(0.01)
 
 
 KINDS = {

@@ -4,14 +4,12 @@
 from pathlib import Path
 
 import pytest
-from support import fio, sysfs
+from support import fio
 from support.backends import image
-from support.blockio import SECTOR, Disk, Tasks
+from support.blockio import SECTOR, Disk
 from support.face import Face, device_id
+from support.gate import wait_behind
 from support.server import Server
-from support.waiting import until
-
-GATE = 1000 * SECTOR
 
 
 @pytest.mark.short
@@ -26,12 +24,7 @@ def test_data_is_right_where_requests_gather(native: Face, scratch: Path, kind: 
 @pytest.mark.short
 def test_python_is_entered_for_several_requests_at_once_where_they_gather() -> None:
     with Server("Blocking", coalesce_usecs=10_000) as server, Disk(server.path, direct=True) as disk:
-        tasks = Tasks()
-        tasks.start(lambda: disk.read(GATE, SECTOR))
-        assert server.ask("disk.waiting.wait(10)") is True
-        for index in range(16):
-            tasks.start(lambda offset=2 * index * SECTOR: [disk.read(offset, SECTOR) for _ in range(20)])
-        until(lambda: sysfs.in_flight(server.path) >= 17, "17 requests in flight")
+        tasks = wait_behind(server, disk, 16 * [lambda offset: [disk.read(offset, SECTOR) for _ in range(20)]])
         before = server.ask("[dev.stats().entries, dev.stats().requests]")
         server.ask("disk.gate.set()")
         tasks.join()

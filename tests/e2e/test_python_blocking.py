@@ -6,11 +6,12 @@ import time
 import pytest
 from support import kernel, sysfs
 from support.blockio import SECTOR, Disk, Tasks
+from support.gate import GATE, wait_behind
 from support.pace import patience
 from support.server import Server
 from support.waiting import until
 
-GATE, SLOW = 1000 * SECTOR, 1200 * SECTOR
+SLOW = 1200 * SECTOR
 
 
 def test_a_handler_may_block_for_two_seconds() -> None:
@@ -54,14 +55,7 @@ def test_what_was_finished_before_a_slow_handler_in_the_same_batch_is_not_held_u
 @pytest.mark.short
 def test_python_is_entered_once_for_all_requests_that_wait_together() -> None:
     with Server("Blocking", depth=64) as server, Disk(server.path, direct=True) as disk:
-        tasks = Tasks()
-        tasks.start(lambda: disk.read(GATE, SECTOR))
-        assert server.ask("disk.waiting.wait(10)") is True
-        for index in range(32):
-            # Not side by side: a scheduler may merge neighbours, and there would be fewer requests.
-            tasks.start(lambda offset=2 * index * SECTOR: disk.read(offset, SECTOR))
-        # Somebody else, udev for one, may read as well.
-        until(lambda: sysfs.in_flight(server.path) >= 33, "33 requests in flight")
+        tasks = wait_behind(server, disk, 32 * [lambda offset: disk.read(offset, SECTOR)])
         before = server.ask("[dev.stats().entries, dev.stats().requests]")
         server.ask("disk.gate.set()")
         tasks.join()

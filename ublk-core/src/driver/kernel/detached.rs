@@ -86,8 +86,13 @@ pub(super) fn control(
     let (reader, writer) = reserve.pipe().map_err(ControlFailure::Io)?;
     let (control, report) = (device.as_raw_fd(), writer.as_raw_fd());
     // SAFETY: (1).
-    match unsafe { fork() }.map_err(to_io)? {
-        ForkResult::Child => {
+    match unsafe { fork() } {
+        Err(errno) => {
+            drop((reader, writer));
+            reserve.fill();
+            Err(to_io(errno))
+        }
+        Ok(ForkResult::Child) => {
             // A second fork, so that nobody has to collect the helper, however long it takes.
             // SAFETY: (1).
             if let Ok(ForkResult::Child) = unsafe { fork() } {
@@ -97,7 +102,7 @@ pub(super) fn control(
             // SAFETY: (1); `_exit` runs no handlers of the parent's.
             unsafe { libc::_exit(0) }
         }
-        ForkResult::Parent { child } => {
+        Ok(ForkResult::Parent { child }) => {
             drop(writer);
             // Somebody else may have collected it; it is gone either way.
             while waitpid(child, None) == Err(Errno::EINTR) {}
