@@ -113,6 +113,11 @@ def fill(path):
         os.close(disk)
 
 
+def counts_idleness(options, queues, marks):
+    """Whether CPUs that wait would be a part of what is counted: one CPU, that always has something to do, is better."""
+    return marks is not None and queues == 1 and options["iodepth"] == 1
+
+
 def requests_of(process, size):
     """How many requests of a size a process has sent to disks. Not every disk counts its own."""
     fields = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
@@ -123,6 +128,19 @@ def busy_seconds():
     """What all CPUs have worked, in seconds."""
     fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def one_cpu():
+    """Take all CPUs but the first away for a while."""
+    others = [path / "online" for path in sorted(Path("/sys/devices/system/cpu").glob("cpu[1-9]*"))]
+    try:
+        for other in others:
+            other.write_text("0")
+        yield
+    finally:
+        for other in others:
+            other.write_text("1")
 
 
 def measure(path, options, queues, seconds, marks):
@@ -250,8 +268,12 @@ def main():
                     continue
                 try:
                     with served(peer, queues) as path:
-                        for job, how in (SLEEPING if "sleeping" in peer else jobs).items():
-                            result = measure(path, how, queues, options.seconds, marks)
+                        # On one CPU last: a thread that was pinned to another does not go back there.
+                        todo = (SLEEPING if "sleeping" in peer else jobs).items()
+                        for job, how in sorted(todo, key=lambda item: counts_idleness(item[1], queues, marks)):
+                            alone = counts_idleness(how, queues, marks)
+                            with one_cpu() if alone else contextlib.nullcontext():
+                                result = measure(path, how, queues, options.seconds, marks)
                             found.append({"round": turn, "peer": peer, "queues": queues, "job": job, **result})
                             print(f"{peer} {job} q{queues}: {result['iops']:.0f}/s", file=sys.stderr, flush=True)
                 except Absent as why:

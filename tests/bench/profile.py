@@ -6,6 +6,7 @@ tests/bench/profile.py show DIR [LINES]           on the host: DIR as tests/benc
 """
 
 import bisect
+import contextlib
 import json
 import os
 import re
@@ -24,7 +25,8 @@ def guest(peer, job, queues):
     bench.prepare()
     begin, end = bench.Marks(1), bench.Marks(2)
     how = (bench.JOBS | bench.SLEEPING)[job]
-    with bench.served(peer, int(queues)) as path:
+    alone = bench.counts_idleness(how, int(queues), begin)
+    with bench.served(peer, int(queues)) as path, bench.one_cpu() if alone else contextlib.nullcontext():
         argv = ["fio", "--name=job", f"--filename={path}", "--ioengine=io_uring", "--direct=1", "--allow_file_create=0"]
         argv += ["--time_based=1", "--runtime=60", "--gtod_reduce=1", "--thread=1", f"--numjobs={queues}"]
         fio = subprocess.Popen(

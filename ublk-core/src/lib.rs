@@ -62,7 +62,7 @@ pub use params::{
 };
 pub use pull::pull;
 pub use request::{
-    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, Request, RequestOf, Requests,
+    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, Pieces, Request, RequestOf, Requests,
 };
 pub use stats::{DeviceStats, Latency, OpStats, StatsHandle};
 pub use target::{QueueHandler, QueueInfo, Target};

@@ -10,7 +10,7 @@ use ublk_core::driver::fake::FakeDriver;
 use ublk_core::pull::{Feed, Feeds, feeds};
 use ublk_core::targets::{File, FileOptions, Io, Mem};
 use ublk_core::{
-    Access, DataMovement, DetachedRequest, DeviceOptions, Errno, Features, FilePiece, FileRange, Op, Params,
+    Access, DataMovement, DetachedRequest, DeviceOptions, Errno, Features, FilePiece, FileRange, Keep, Op, Params,
     QueueHandler, QueueInfo, Requests, Result, Target, pull,
 };
 
@@ -192,7 +192,10 @@ fn a_target_may_hand_over_some_requests_and_they_may_be_forwarded_from_there() {
                                 file: FileRange { fd: file.as_raw_fd(), offset: at + from },
                                 len,
                             };
-                            request.forward_pieces(vec![piece(0, 512), piece(512, len - 512)], Box::new(kept.clone()));
+                            request.forward_pieces(
+                                vec![piece(0, 512), piece(512, len - 512)],
+                                Keep::Any(Box::new(kept.clone())),
+                            );
                         }
                     }
                 })

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyTuple, PyType};
 use ublk_core::extents::files::{self, SharedFile};
 use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, Moment};
-use ublk_core::{FilePiece, Home, Op, Request, RequestOf};
+use ublk_core::{Home, Op, Pieces, Request, RequestOf};
 
 use crate::descriptor::with_descriptor;
 use crate::error::os_error;
@@ -91,7 +91,7 @@ fn check_length(length: u64, offset: u64, start: Option<u64>) -> PyResult<()> {
 /// What came of asking where a request lies.
 pub(crate) enum Mapped {
     /// There.
-    At(Vec<FilePiece>, Flight),
+    At(Pieces, Flight),
     /// Nobody knows: the handler has it.
     Unknown,
 }
@@ -124,7 +124,7 @@ impl Mapper {
         let found = direction(request.op()).and_then(|d| self.extents.find(d, request.offset(), request.len()));
         match found {
             Some((pieces, flight)) => {
-                request.forward_pieces(pieces, Box::new(flight));
+                request.forward_pieces(pieces, flight);
                 None
             }
             None => Some(request),
@@ -235,7 +235,7 @@ pub(crate) fn forward_returned<H: Home>(
     };
     match extents.admit(vec![extent], asked) {
         Some((pieces, flight)) => {
-            request.forward_pieces(pieces, Box::new(flight));
+            request.forward_pieces(pieces, flight);
             Returned::Forwarded
         }
         None => Returned::Stale(request),

@@ -118,7 +118,10 @@ impl<S: Serve> QueueHandler for Attached<S> {
         let Some(inner) = &mut self.inner else { return };
         self.watch.entered();
         // Without an interpreter the requests are dropped with the closure and fail.
-        Python::try_attach(|py| inner.serve(py, requests));
+        Python::try_attach(|py| {
+            requests.waited();
+            inner.serve(py, requests);
+        });
     }
 }
 
@@ -204,7 +207,7 @@ impl MethodsQueue {
     /// Asks where a request lies, and forwards it there. Gives it back if that is for the handler to say.
     fn map<'q>(&self, py: Python<'_>, mapper: &Mapper, request: Request<'q>) -> Option<Request<'q>> {
         match self.seat.during(|| mapper.ask(py, &request)) {
-            Ok(Mapped::At(pieces, flight)) => request.forward_pieces(pieces, Box::new(flight)),
+            Ok(Mapped::At(pieces, flight)) => request.forward_pieces(pieces, flight),
             Ok(Mapped::Unknown) => return Some(request),
             Err(error) => request.fail(self.methods.errno_of(py, "map", &error)),
         }

@@ -92,7 +92,11 @@ impl Batch {
         bytes[2..4].copy_from_slice(&element.register.to_ne_bytes());
         bytes[4..8].copy_from_slice(&element.result.to_ne_bytes());
         bytes[8..].copy_from_slice(&element.tail.to_ne_bytes());
-        self.gathered.extend_from_slice(&bytes[..self.tail.stride()]);
+        // Two lengths that the compiler knows, instead of one that it does not.
+        match self.tail {
+            Tail::Nothing => self.gathered.extend_from_slice(&bytes[..8]),
+            Tail::Address | Tail::ZoneSector => self.gathered.extend_from_slice(&bytes),
+        }
     }
 
     /// Turns what was gathered into an array to send: its number and where it is.

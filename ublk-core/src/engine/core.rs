@@ -13,10 +13,10 @@ use nix::errno::Errno;
 use super::batch::{After, Batch, Element, Tail};
 use super::cookie::{Cookie, Kind};
 use super::forward::{Forwarded, Pages};
-use super::pace::{Pace, Tick, clock};
+use super::pace::{Pace, clock};
 use super::pool::Inbox;
 use super::tags::TagTable;
-use super::transfer::{Next, Transfer};
+use super::transfer::{Next, Step, Transfer};
 use crate::data::DataMovement;
 use crate::data::pool::BufferPool;
 use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
@@ -312,22 +312,30 @@ impl QueueCore {
         }
     }
 
-    /// Makes the ends of this round public; they are about to be submitted.
-    pub(super) fn count(&self) {
+    /// Makes the ends of this round public; they are about to be submitted. The time, if it was needed for that.
+    pub(super) fn count(&self) -> Option<u64> {
         let mut ended = self.ended.borrow_mut();
-        if !ended.is_empty() {
-            self.stats.add(&mut ended, clock());
+        if ended.is_empty() {
+            return None;
         }
+        let now = clock();
+        self.stats.add(&mut ended, now);
+        Some(now)
+    }
+
+    /// The handler had to wait before it could take the first request.
+    pub(crate) fn waited(&self) {
+        self.pace.begin(clock());
     }
 
     /// Carries the request out on a file.
     pub(crate) fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand) {
-        let Errand { op, descriptor, parts } = errand;
-        let Some(transfer) = Transfer::new(op, &descriptor, parts) else {
+        let Errand { op, descriptor, pieces, keep } = errand;
+        let Some(step) = Step::first(op, descriptor.op_flags) else {
             let own = buffer.filter(|buffer| !buffer.is_shared());
             return self.commit(tag, own, Answer::error(Errno::EOPNOTSUPP));
         };
-        let pages = match (self.registered, &buffer) {
+        let at = match (self.registered, &buffer) {
             _ if !op.has_data() => Pages::Nowhere,
             (_, Some(_)) => Pages::Copied,
             (None, None) => match self.bring_data(tag, op, &descriptor) {
@@ -351,9 +359,10 @@ impl QueueCore {
         if let Some(own) = own {
             self.keep_buffer(tag, own);
         }
-        let forwarded = Forwarded { transfer, op, pages, shared };
-        self.push_transfer(tag, &forwarded);
-        self.forwarded.borrow_mut()[tag.index()] = Some(forwarded);
+        let transfer = Transfer::new(step, &descriptor, pieces, keep);
+        let forwarded = &mut self.forwarded.borrow_mut()[tag.index()];
+        let forwarded = forwarded.insert(Forwarded { transfer, op, pages: at, shared });
+        self.push_transfer(tag, forwarded);
     }
 
     /// Memory for a request that is forwarded without any, with a write's data.
@@ -405,19 +414,25 @@ impl QueueCore {
             }
             _ => forwarded.transfer.completed(result),
         };
-        match next {
-            Next::Continue => self.push_transfer(tag, forwarded),
-            Next::Finished(outcome) => {
-                let forwarded = slot.take().expect("it is there");
-                drop(all);
-                self.transfer_finished(tag, forwarded, outcome);
-            }
-        }
+        let outcome = match next {
+            Next::Continue => return self.push_transfer(tag, forwarded),
+            Next::Finished(outcome) => outcome,
+        };
+        let (buffer, answer) = self.transfer_finished(tag, forwarded, outcome);
+        *slot = None;
+        drop(all);
+        self.commit(tag, buffer, answer);
     }
 
-    fn transfer_finished(&self, tag: Tag, forwarded: Forwarded, outcome: Result<(), Errno>) {
+    /// What a forwarded request is to be committed with.
+    fn transfer_finished(
+        &self,
+        tag: Tag,
+        forwarded: &Forwarded,
+        outcome: Result<(), Errno>,
+    ) -> (Option<Arc<IoBuffer>>, Answer) {
         let Forwarded { transfer, op, pages, shared } = forwarded;
-        if let Pages::Registered(index) = pages {
+        if let Pages::Registered(index) = *pages {
             let operation = Operation::Unregister { file: self.slot, queue: self.info.queue, tag, index };
             self.push(Kind::Unregister, tag, operation);
         }
@@ -439,7 +454,7 @@ impl QueueCore {
                 Answer::error(errno)
             }
         };
-        self.commit(tag, buffer, answer);
+        (buffer, answer)
     }
 
     fn push(&self, kind: Kind, tag: Tag, operation: Operation) {
@@ -451,9 +466,14 @@ impl QueueCore {
             _ => false,
         };
         if let Err(error) = self.ring.borrow_mut().push(Submission { user_data, operation, prompt }) {
-            self.broken.borrow_mut().get_or_insert(error);
+            self.ring_failed(error);
         }
         self.pace.queued();
+    }
+
+    #[cold]
+    fn ring_failed(&self, error: io::Error) {
+        self.broken.borrow_mut().get_or_insert(error);
     }
 
     /// Queues the commits that were gathered.
@@ -509,7 +529,7 @@ impl QueueCore {
 
     /// Submits finished requests if the handler is slow, so that nobody waits for a whole batch.
     pub(crate) fn submit_if_late(&self) {
-        if self.pace.step(Tick::now()) {
+        if self.pace.next() {
             self.flush();
             self.count();
             self.submit();
@@ -518,7 +538,7 @@ impl QueueCore {
 
     pub(super) fn submit(&self) {
         if let Err(error) = self.ring.borrow_mut().submit() {
-            self.broken.borrow_mut().get_or_insert(error);
+            self.ring_failed(error);
         }
     }
 

@@ -33,4 +33,3 @@ pub(crate) use pool::Inbox;
 pub(crate) use pool::ThreadPool;
 pub use pool::{Spawn, StdSpawn};
 pub(crate) use queue::QueueSetup;
-pub(crate) use transfer::Parts;

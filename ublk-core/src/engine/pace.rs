@@ -21,17 +21,19 @@ fn nanoseconds(clock: ClockId) -> u64 {
 /// is submitted before the next is begun: the next might take long again. That is over when some were fast in a row,
 /// so that a processor that was away for a moment, which looks the same, costs some system calls and not
 /// thousands.
+///
+/// Times are nanoseconds of the monotonic clock, exact where somebody has looked at it anyway, and of its last tick
+/// where not. A tick is behind an exact time only if there was one since.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
-    /// The handler has taken its first request. Before that it may wait for an interpreter, say, which
-    /// is not the requests' slowness.
+    /// The handler has taken a request of this batch.
     begun: Cell<bool>,
     /// Something was queued since the last submission.
     unsubmitted: Cell<bool>,
     /// When the batch began or something of it was last submitted.
-    submitted: Cell<Tick>,
+    submitted: Cell<u64>,
     /// When the last request was handed out.
-    stepped: Cell<Tick>,
+    stepped: Cell<u64>,
     /// How many more requests are submitted on their own, if all of them are fast.
     eager: Cell<u16>,
 }
@@ -42,15 +44,24 @@ impl Pace {
     /// Fast requests in a row after which a slow one is forgotten.
     const MEMORY: u16 = 64;
 
-    /// A batch is there; the last one was submitted.
-    pub(super) fn begin(&self) {
+    /// A batch is there, or the handler begins with it only now; the last one was submitted.
+    pub(super) fn begin(&self, now: u64) {
         self.begun.set(false);
         self.unsubmitted.set(false);
+        self.submitted.set(now);
+        self.stepped.set(now);
     }
 
-    /// The handler is done with the batch; submitting is its thread's next step anyway.
-    pub(super) fn end(&self) {
-        self.step(Tick::now());
+    /// The handler is done with the batch; submitting is its thread's next step anyway. `now` is the time, if it is
+    /// known.
+    pub(super) fn end(&self, now: Option<u64>) {
+        if !self.begun.replace(false) {
+            return;
+        }
+        match now {
+            Some(now) if now.saturating_sub(self.stepped.get()) < Self::SLOW => self.was_fast(),
+            _ => drop(self.step(tick())),
+        }
     }
 
     /// Something waits for the next submission.
@@ -58,76 +69,84 @@ impl Pace {
         self.unsubmitted.set(true);
     }
 
-    /// The handler is done with a request and takes the next; whether to submit now.
-    pub(super) fn step(&self, now: Tick) -> bool {
-        if !self.begun.replace(true) {
-            self.submitted.set(now);
-            self.stepped.set(now);
-            return false;
-        }
-        if now.0.saturating_sub(self.stepped.get().0) >= Self::SLOW {
+    /// The handler takes the next request; whether to submit now what is done with those before.
+    pub(super) fn next(&self) -> bool {
+        // Before the first one there is nothing to submit.
+        self.begun.replace(true) && self.step(tick())
+    }
+
+    fn step(&self, now: u64) -> bool {
+        if now.saturating_sub(self.stepped.get()) >= Self::SLOW {
             self.eager.set(Self::MEMORY);
         } else {
-            self.eager.set(self.eager.get().saturating_sub(1));
+            self.was_fast();
         }
         self.stepped.set(now);
-        let late = self.eager.get() != 0 || now != self.submitted.get();
+        let late = self.eager.get() != 0 || now > self.submitted.get();
         if late && self.unsubmitted.replace(false) {
             self.submitted.set(now);
             return true;
         }
         false
     }
+
+    fn was_fast(&self) {
+        self.eager.set(self.eager.get().saturating_sub(1));
+    }
 }
 
-/// The kernel's coarse clock in nanoseconds: a few milliseconds exact, and nearly free to read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Tick(u64);
-
-impl Tick {
-    pub(super) fn now() -> Self {
-        Tick(nanoseconds(ClockId::CLOCK_MONOTONIC_COARSE))
-    }
+/// The last tick of the monotonic clock in nanoseconds: a few milliseconds old at most, and nearly free to read.
+fn tick() -> u64 {
+    nanoseconds(ClockId::CLOCK_MONOTONIC_COARSE)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn at(millis: u64) -> Tick {
-        Tick(millis * 1_000_000)
+    const fn ms(millis: u64) -> u64 {
+        millis * 1_000_000
     }
 
     #[test]
     fn a_fast_batch_is_not_submitted_in_pieces() {
         let pace = Pace::default();
-        pace.begin();
+        pace.begin(ms(100));
         for _ in 0..1000 {
-            assert!(!pace.step(at(100)));
-            pace.unsubmitted.set(true);
+            assert!(!pace.step(ms(100)));
+            pace.queued();
         }
+    }
+
+    #[test]
+    fn the_first_request_of_a_batch_submits_nothing() {
+        let pace = Pace::default();
+        pace.eager.set(Pace::MEMORY);
+        pace.begin(0);
+        pace.queued();
+        assert!(!pace.next());
+        assert!(pace.next());
     }
 
     #[test]
     fn a_batch_that_takes_long_is_submitted_with_every_tick() {
         let pace = Pace::default();
-        pace.begin();
-        assert!(!pace.step(at(100)));
-        pace.unsubmitted.set(true);
-        assert!(!pace.step(at(100)));
-        assert!(pace.step(at(104)));
-        pace.unsubmitted.set(true);
-        assert!(!pace.step(at(104)));
+        // Between two ticks.
+        pace.begin(ms(102));
+        pace.queued();
+        assert!(!pace.step(ms(100)));
+        assert!(pace.step(ms(104)));
+        pace.queued();
+        assert!(!pace.step(ms(104)));
     }
 
     #[test]
     fn behind_a_slow_request_each_one_is_submitted_on_its_own() {
         let pace = Pace::default();
         let one_request_each = |begin, end| {
-            pace.begin();
-            pace.step(at(begin));
-            pace.unsubmitted.set(true);
-            pace.step(at(end))
+            pace.begin(ms(begin));
+            pace.queued();
+            pace.step(ms(end))
         };
         assert!(one_request_each(100, 200));
         for _ in 1..Pace::MEMORY {
@@ -139,13 +158,29 @@ mod tests {
     }
 
     #[test]
+    fn the_last_request_of_a_batch_counts_too() {
+        let pace = Pace::default();
+        let one_request = |took| {
+            pace.begin(tick());
+            pace.begun.set(true);
+            // Long ago, for a clock that cannot be set.
+            pace.stepped.set(tick().saturating_sub(took));
+            pace.end(Some(clock()));
+            pace.eager.get()
+        };
+        assert_eq!(one_request(ms(100)), Pace::MEMORY);
+        assert_eq!(one_request(0), Pace::MEMORY - 1);
+        pace.end(Some(clock() + ms(100)));
+        assert_eq!(pace.eager.get(), Pace::MEMORY - 1, "nothing was handed out since");
+    }
+
+    #[test]
     fn waiting_before_the_first_request_is_not_slowness() {
         let pace = Pace::default();
-        pace.begin();
-        assert!(!pace.step(at(100)));
-        pace.begin();
-        assert!(!pace.step(at(900)));
-        pace.unsubmitted.set(true);
-        assert!(!pace.step(at(900)));
+        pace.begin(ms(100));
+        // The interpreter is there.
+        pace.begin(ms(900));
+        pace.queued();
+        assert!(!pace.step(ms(900)));
     }
 }

@@ -108,11 +108,13 @@ impl Inbox {
         Ok(())
     }
 
+    /// Whether something has come.
+    pub(super) fn is_filled(&self) -> bool {
+        self.filled.load(Ordering::Acquire)
+    }
+
     /// Takes what has come: messages, and requests, which go to the end of `returned`.
     pub(super) fn take(&self, returned: &mut Vec<Returned>) -> Vec<Message> {
-        if !self.filled.load(Ordering::Acquire) {
-            return Vec::new();
-        }
         let mut state = self.state();
         self.filled.store(false, Ordering::Relaxed);
         returned.append(&mut state.returned);

@@ -226,7 +226,7 @@ impl Queue {
     /// Hands the requests that came to the handler; `now` is when they came.
     pub(crate) fn serve(&mut self, now: u64) {
         self.core.round.set(now);
-        self.core.pace.begin();
+        self.core.pace.begin(now);
         let Queue { handler, core, ready, .. } = self;
         let result = catch_unwind(AssertUnwindSafe(|| handler.handle(Requests::new(core, ready))));
         if let Err(panic) = result {
@@ -237,14 +237,12 @@ impl Queue {
                 panic_text(&*panic)
             );
         }
-        // The last request's time counts too; submitting is the ring thread's next step anyway.
-        self.core.pace.end();
     }
 
     /// Queues what was gathered for the next submission.
     pub(super) fn flush(&self) {
         self.core.flush();
-        self.core.count();
+        self.core.pace.end(self.core.count());
     }
 
     /// Whether nothing refers to the queue any more and it can be closed.

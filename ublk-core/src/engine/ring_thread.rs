@@ -113,11 +113,13 @@ impl RingThread {
     fn serve(&mut self) -> io::Result<()> {
         let mut skipped = false;
         loop {
-            self.read_messages();
+            if self.inbox.is_filled() {
+                self.read_messages();
+                self.take_back();
+            }
             if self.queues.iter().all(Option::is_none) && self.inbox.close_if_empty() {
                 return Ok(());
             }
-            self.take_back();
             self.serve_touched()?;
             self.watch_idleness()?;
             let news = match self.coalescing.end_round() {
@@ -229,10 +231,12 @@ impl RingThread {
         }
     }
 
+    #[inline(always)]
     fn serve_touched(&mut self) -> io::Result<()> {
-        if self.touched.is_empty() {
-            return Ok(());
-        }
+        if self.touched.is_empty() { Ok(()) } else { self.serve_some() }
+    }
+
+    fn serve_some(&mut self) -> io::Result<()> {
         let now = clock();
         let mut closed = false;
         for place in self.touched.drain(..) {
@@ -241,6 +245,8 @@ impl RingThread {
             if queue.waiting() != 0 {
                 self.idle.active = true;
                 self.coalescing.note(queue.waiting());
+                // What is done goes first: the client can go on while the driver, and the kernel's files, take the rest.
+                queue.flush();
                 queue.serve(now);
             }
             queue.flush();

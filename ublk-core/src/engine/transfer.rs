@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use crate::driver::{Memory, Operation};
 use crate::memory::Descriptor;
-use crate::request::{FilePiece, FileRange, Keep, Op};
+use crate::request::{FilePiece, FileRange, Keep, Op, Pieces};
 use crate::uapi;
 use crate::units::Sectors;
 
@@ -17,8 +17,9 @@ pub(crate) const ZEROS_LEN: u32 = 64 << 10;
 /// How often an interrupted operation is tried again before the interruption counts as its failure.
 const MAX_RETRIES: u8 = 16;
 
+/// What a transfer does at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
+pub(crate) enum Step {
     Read,
     Write {
         durable: bool,
@@ -34,39 +35,13 @@ enum Step {
     WriteZeros,
 }
 
-/// Where the bytes of a forwarded request lie: pieces, one after the other.
-pub(crate) struct Parts {
-    /// The one at work.
-    first: FilePiece,
-    rest: std::vec::IntoIter<FilePiece>,
-    /// What has to outlive the request.
-    keep: Option<Keep>,
-}
-
-impl std::fmt::Debug for Parts {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Parts").field("first", &self.first).field("rest", &self.rest).finish_non_exhaustive()
-    }
-}
-
-impl Parts {
-    /// One place for the whole request.
-    pub(crate) fn whole(file: FileRange, len: u64) -> Self {
-        Parts { first: FilePiece { file, len }, rest: Vec::new().into_iter(), keep: None }
-    }
-
-    /// At least one piece, each with a length.
-    pub(crate) fn pieces(pieces: Vec<FilePiece>, keep: Keep) -> Self {
-        let mut rest = pieces.into_iter();
-        let first = rest.next().expect("a request has a length, and so have its pieces");
-        Parts { first, rest, keep: Some(keep) }
-    }
-}
-
 /// The progress of one forwarded request.
 #[derive(Debug)]
 pub(crate) struct Transfer {
-    parts: Parts,
+    /// The first is at work.
+    pieces: Pieces,
+    /// What has to outlive the request.
+    keep: Option<Keep>,
     step: Step,
     len: u64,
     /// Bytes of the whole that were done before the piece at work.
@@ -86,11 +61,11 @@ pub(crate) enum Next {
     Finished(Result<(), Errno>),
 }
 
-impl Transfer {
-    /// `None` for operations that files do not have.
-    pub(crate) fn new(op: Op, descriptor: &Descriptor, parts: Parts) -> Option<Self> {
-        let flag = |bit: u32| descriptor.op_flags & bit != 0;
-        let step = match op {
+impl Step {
+    /// How an operation begins; `None` for those that files do not have.
+    pub(crate) fn first(op: Op, flags: u32) -> Option<Self> {
+        let flag = |bit: u32| flags & bit != 0;
+        Some(match op {
             Op::Read => Step::Read,
             Op::Write => Step::Write { durable: flag(uapi::UBLK_IO_F_FUA) },
             Op::Flush => Step::SyncData,
@@ -104,9 +79,15 @@ impl Transfer {
             | Op::ZoneReset
             | Op::ZoneResetAll
             | Op::ReportZones => return None,
-        };
+        })
+    }
+}
+
+impl Transfer {
+    /// A request's transfer from its first step on.
+    pub(crate) fn new(step: Step, descriptor: &Descriptor, pieces: Pieces, keep: Option<Keep>) -> Self {
         let len = Sectors(u64::from(descriptor.nr_sectors)).bytes();
-        Some(Transfer { parts, step, len, before: 0, done: 0, retries: 0 })
+        Transfer { pieces, keep, step, len, before: 0, done: 0, retries: 0 }
     }
 
     /// The result to commit on success: bytes for operations with data, 0 for the others.
@@ -119,7 +100,7 @@ impl Transfer {
 
     /// The next operation. `data` is the request's memory, `zeros` [`ZEROS_LEN`] bytes of zeros.
     pub(crate) fn operation(&self, data: Memory, zeros: u64) -> Operation {
-        let FilePiece { file: FileRange { fd, offset }, len } = self.parts.first;
+        let FilePiece { file: FileRange { fd, offset }, len } = *self.pieces.first();
         let at = offset + self.done;
         let left = len - self.done;
         let data = data.skip(self.before + self.done);
@@ -148,7 +129,7 @@ impl Transfer {
             Step::SyncData | Step::Punch { .. } | Step::ZeroRange => Next::Finished(Ok(())),
             Step::Read | Step::Write { .. } | Step::WriteZeros => {
                 self.done += u64::from(result as u32);
-                if self.done >= self.parts.first.len {
+                if self.done >= self.pieces.first().len {
                     self.next_part()
                 } else if result == 0 {
                     // The file is shorter than the disk that it backs, or the file system is confused.
@@ -162,13 +143,13 @@ impl Transfer {
 
     /// Goes on with the next piece.
     fn next_part(&mut self) -> Next {
-        let Some(next) = self.parts.rest.next() else {
-            self.parts.keep = None;
+        let done = self.pieces.first().len;
+        if !self.pieces.advance() {
+            self.keep = None;
             return Next::Finished(Ok(()));
-        };
-        self.before += self.parts.first.len;
+        }
+        self.before += done;
         self.done = 0;
-        self.parts.first = next;
         Next::Continue
     }
 
@@ -201,7 +182,8 @@ mod tests {
 
     fn transfer(op: Op, flags: u32, sectors: u32) -> Transfer {
         let descriptor = Descriptor { op_flags: flags, nr_sectors: sectors, start_sector: 0, address: 0 };
-        Transfer::new(op, &descriptor, Parts::whole(FILE, op.len(&descriptor))).expect("files have the operation")
+        let step = Step::first(op, flags).expect("files have the operation");
+        Transfer::new(step, &descriptor, FilePiece { file: FILE, len: op.len(&descriptor) }.into(), None)
     }
 
     #[test]
@@ -209,8 +191,9 @@ mod tests {
         let descriptor = Descriptor { op_flags: 0, nr_sectors: 8, start_sector: 0, address: 0 };
         let piece = |fd, offset, len| FilePiece { file: FileRange { fd, offset }, len };
         let kept = Arc::new(());
-        let parts = Parts::pieces(vec![piece(3, 100, 1000), piece(4, 200, 3096)], Box::new(kept.clone()));
-        let mut write = Transfer::new(Op::Write, &descriptor, parts).unwrap();
+        let pieces = vec![piece(3, 100, 1000), piece(4, 200, 3096)].into();
+        let keep = Keep::Any(Box::new(kept.clone()));
+        let mut write = Transfer::new(Step::Write { durable: false }, &descriptor, pieces, Some(keep));
         let mut expect = |fd, at: u64, len, offset, done, next| {
             let memory = Memory::At(0x1000 + at);
             let expected = Operation::Write { fd, memory, len, offset, durable: false };

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::request::{FilePiece, FileRange};
+use crate::request::{FilePiece, FileRange, Pieces};
 
 /// Where a range of a disk lies.
 #[derive(Clone, Debug)]
@@ -82,12 +82,46 @@ struct State {
     /// Ranges that were invalidated last, oldest first.
     invalidated: VecDeque<(u64, u64)>,
     /// Requests that are under way; places are used again.
-    flights: Vec<Option<Route>>,
+    flights: Vec<Place>,
     /// How many there have been.
     taken_off: u64,
     free: Vec<usize>,
     /// Somebody waits for flights to land.
     waiting: usize,
+}
+
+/// A place for a request that is under way.
+#[derive(Debug, Default)]
+struct Place {
+    route: Option<Route>,
+    /// What its pieces lie in.
+    files: Files,
+}
+
+/// The files of a request; nearly always it is one, and takes no memory of its own.
+#[derive(Debug, Default)]
+struct Files {
+    _first: Option<Arc<OwnedFd>>,
+    _rest: Vec<Arc<OwnedFd>>,
+}
+
+/// The extents of a request, in order.
+#[derive(Debug)]
+struct Cover {
+    first: Extent,
+    rest: Vec<Extent>,
+}
+
+impl Cover {
+    fn into_pieces(self) -> (Pieces, Files) {
+        let piece = |extent: &Extent| FilePiece {
+            file: FileRange { fd: extent.file.as_raw_fd(), offset: extent.offset },
+            len: extent.len,
+        };
+        let pieces = Pieces::new(piece(&self.first), self.rest.iter().map(piece).collect());
+        let rest = self.rest.into_iter().map(|extent| extent.file).collect();
+        (pieces, Files { _first: Some(self.first.file), _rest: rest })
+    }
 }
 
 /// The range of a request that is under way.
@@ -107,13 +141,13 @@ impl State {
         }
     }
 
-    fn take_off(&mut self, start: u64, end: u64) -> usize {
+    fn take_off(&mut self, start: u64, end: u64, files: Files) -> usize {
         let place = self.free.pop().unwrap_or_else(|| {
-            self.flights.push(None);
+            self.flights.push(Place::default());
             self.flights.len() - 1
         });
         self.taken_off += 1;
-        self.flights[place] = Some(Route { start, end, number: self.taken_off });
+        self.flights[place] = Place { route: Some(Route { start, end, number: self.taken_off }), files };
         place
     }
 
@@ -140,14 +174,17 @@ fn cut(map: &mut BTreeMap<u64, Extent>, start: u64, end: u64) {
 }
 
 /// The extents that cover a range, cut to it; `None` if they do not.
-fn cover(map: &BTreeMap<u64, Extent>, start: u64, end: u64) -> Option<Vec<Extent>> {
-    let mut found = Vec::new();
-    let mut at = start;
-    while at < end {
+fn cover(map: &BTreeMap<u64, Extent>, start: u64, end: u64) -> Option<Cover> {
+    let part = |at: u64| {
         let (_, extent) = map.range(..=at).next_back().filter(|(_, extent)| extent.end() > at)?;
-        let to = extent.end().min(end);
-        found.push(extent.part(at, to));
-        at = to;
+        Some(extent.part(at, extent.end().min(end)))
+    };
+    let mut found = Cover { first: part(start)?, rest: Vec::new() };
+    let mut at = found.first.end();
+    while at < end {
+        let next = part(at)?;
+        at = next.end();
+        found.rest.push(next);
     }
     Some(found)
 }
@@ -180,36 +217,30 @@ impl ExtentMap {
     }
 
     /// Admits a request to the extents that are kept; `None` if they do not cover it.
-    pub fn find(&self, direction: Direction, start: u64, len: u64) -> Option<(Vec<FilePiece>, Flight)> {
+    pub fn find(&self, direction: Direction, start: u64, len: u64) -> Option<(Pieces, Flight)> {
         let end = start.checked_add(len)?;
         let mut state = self.state();
-        let extents = cover(state.map(direction), start, end)?;
-        let place = state.take_off(start, end);
+        let (pieces, files) = cover(state.map(direction), start, end)?.into_pieces();
+        let place = state.take_off(start, end, files);
         drop(state);
-        Some(self.flight(extents, place))
+        Some((pieces, Flight { shared: self.0.clone(), place }))
     }
 
     /// Admits a request to extents that were found out just now, which cover it; `None` if something in its range was
     /// invalidated since `asked`: they are to be found out again.
-    pub fn admit(&self, extents: Vec<Extent>, asked: Moment) -> Option<(Vec<FilePiece>, Flight)> {
-        let (start, end) = (extents.first()?.start, extents.last()?.end());
+    pub fn admit(&self, extents: Vec<Extent>, asked: Moment) -> Option<(Pieces, Flight)> {
+        let mut extents = extents.into_iter();
+        let first = extents.next()?;
+        let cover = Cover { first, rest: extents.collect() };
+        let (start, end) = (cover.first.start, cover.rest.last().unwrap_or(&cover.first).end());
         let mut state = self.state();
         if state.is_stale(asked, self.now(), start, end) {
             return None;
         }
-        let place = state.take_off(start, end);
+        let (pieces, files) = cover.into_pieces();
+        let place = state.take_off(start, end, files);
         drop(state);
-        Some(self.flight(extents, place))
-    }
-
-    fn flight(&self, extents: Vec<Extent>, place: usize) -> (Vec<FilePiece>, Flight) {
-        let piece = |extent: &Extent| FilePiece {
-            file: FileRange { fd: extent.file.as_raw_fd(), offset: extent.offset },
-            len: extent.len,
-        };
-        let pieces = extents.iter().map(piece).collect();
-        let files = extents.into_iter().map(|extent| extent.file).collect();
-        (pieces, Flight { shared: self.0.clone(), place, _files: files })
+        Some((pieces, Flight { shared: self.0.clone(), place }))
     }
 
     /// Takes extents back. Requests that were admitted before may still be under way.
@@ -233,12 +264,12 @@ impl ExtentMap {
         let deadline = Instant::now() + timeout;
         let mut state = self.state();
         let overlaps = |route: &Route| route.start < end && start < route.end;
-        let pending: Vec<(usize, Route)> = (state.flights.iter().copied().enumerate())
-            .filter_map(|(place, route)| Some((place, route.filter(overlaps)?)))
+        let pending: Vec<(usize, Route)> = (state.flights.iter().enumerate())
+            .filter_map(|(place, taken)| Some((place, taken.route.filter(overlaps)?)))
             .collect();
         state.waiting += 1;
         let landed = loop {
-            if pending.iter().all(|(place, route)| state.flights[*place] != Some(*route)) {
+            if pending.iter().all(|(place, route)| state.flights[*place].route != Some(*route)) {
                 break true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -268,17 +299,19 @@ impl ExtentMap {
 pub struct Flight {
     shared: Arc<Shared>,
     place: usize,
-    _files: Vec<Arc<OwnedFd>>,
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
         let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.flights[self.place] = None;
+        let Place { files, .. } = std::mem::take(&mut state.flights[self.place]);
         state.free.push(self.place);
         if state.waiting != 0 {
             self.shared.landed.notify_all();
         }
+        drop(state);
+        // Closing a file can take its time.
+        drop(files);
     }
 }
 
@@ -298,7 +331,7 @@ mod tests {
         Extent { start, len, file: file.clone(), offset }
     }
 
-    fn pieces(found: Option<(Vec<FilePiece>, Flight)>) -> Option<Vec<(RawFd, u64, u64)>> {
+    fn pieces(found: Option<(Pieces, Flight)>) -> Option<Vec<(RawFd, u64, u64)>> {
         found.map(|(pieces, _)| pieces.iter().map(|p| (p.file.fd, p.file.offset, p.len)).collect())
     }
 

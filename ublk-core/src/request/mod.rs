@@ -10,48 +10,25 @@
 //! the server's, and `&self`/`&mut self` order the accesses.
 
 mod op;
+mod pieces;
 
-use std::any::Any;
 use std::fmt;
 use std::io;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 pub use self::op::Op;
+pub use self::pieces::{FilePiece, FileRange, Keep, Pieces};
 use crate::data::shared::SharedTable;
 use crate::data::{Access, DataMovement};
 use crate::driver::{CharDevice, RequestPlace};
-use crate::engine::{Inbox, Parts, QueueCore};
+use crate::engine::{Inbox, QueueCore};
 use crate::error::errno_of;
 use crate::memory::{Descriptor, IoBuffer};
 use crate::uapi;
 use crate::units::{DeviceId, QueueId, Sectors, Tag};
-
-/// How a file takes the place of a request's range; see [`RequestOf::forward`].
-///
-/// The descriptor must stay open until the queue's handler is dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileRange {
-    /// The file.
-    pub fd: RawFd,
-    /// Where in the file the request's first byte lies.
-    pub offset: u64,
-}
-
-/// A part of a request that lies in a file; see [`RequestOf::forward_pieces`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FilePiece {
-    /// Where its first byte lies.
-    pub file: FileRange,
-    /// Its length in bytes.
-    pub len: u64,
-}
-
-/// Something that must outlive a forwarded request.
-pub type Keep = Box<dyn Any + Send>;
 
 /// Where requests come from.
 #[derive(Debug)]
@@ -88,7 +65,8 @@ impl Answer {
 pub struct Errand {
     pub(crate) op: Op,
     pub(crate) descriptor: Descriptor,
-    pub(crate) parts: Parts,
+    pub(crate) pieces: Pieces,
+    pub(crate) keep: Option<Keep>,
 }
 
 /// What comes back to a queue's thread from elsewhere.
@@ -337,7 +315,8 @@ impl<H: Home> RequestOf<H> {
     /// Where the device's [data movement](DataMovement) is without copies, the file reads and writes the
     /// request's own pages, unless the request was [loaded](RequestOf::load) before.
     pub fn forward(mut self, file: FileRange) {
-        self.send(Parts::whole(file, self.len()));
+        let piece = FilePiece { file, len: self.len() };
+        self.send(piece.into(), None);
     }
 
     /// As [`forward`](RequestOf::forward), for a read or write whose bytes lie in several places, one after the other.
@@ -345,21 +324,21 @@ impl<H: Home> RequestOf<H> {
     /// longer.
     ///
     /// Fails the request with `EIO` unless the pieces have its length, and with `EOPNOTSUPP` if it is no read or write.
-    pub fn forward_pieces(mut self, pieces: Vec<FilePiece>, keep: Keep) {
+    pub fn forward_pieces(mut self, pieces: impl Into<Pieces>, keep: impl Into<Keep>) {
         if !matches!(self.op, Op::Read | Op::Write) {
             return self.fail(Errno::EOPNOTSUPP);
         }
-        let found = pieces.iter().try_fold(0u64, |sum, piece| sum.checked_add(piece.len).filter(|_| piece.len != 0));
-        if found != Some(self.len()) {
+        let pieces = pieces.into();
+        if pieces.len() != Some(self.len()) {
             log::error!("{self:?}: was to be forwarded to {pieces:?}");
             return self.fail(Errno::EIO);
         }
-        self.send(Parts::pieces(pieces, keep));
+        self.send(pieces, Some(keep.into()));
     }
 
-    fn send(&mut self, parts: Parts) {
+    fn send(&mut self, pieces: Pieces, keep: Option<Keep>) {
         self.spent = true;
-        let errand = Errand { op: self.op, descriptor: self.descriptor, parts };
+        let errand = Errand { op: self.op, descriptor: self.descriptor, pieces, keep };
         self.home.forward(self.tag, self.buffer.take(), errand);
     }
 
@@ -620,13 +599,22 @@ impl<'q> Requests<'q> {
     pub(crate) fn new(core: &'q QueueCore, tags: &'q mut Vec<Tag>) -> Self {
         Requests { core, tags: tags.drain(..) }
     }
+
+    /// The handler had to wait for something else than a request, as for an interpreter, before it takes the first one:
+    /// that does not make its requests slow ones, behind which each is submitted at once.
+    pub fn waited(&self) {
+        self.core.waited();
+    }
 }
 
 impl<'q> Iterator for Requests<'q> {
     type Item = Request<'q>;
 
     fn next(&mut self) -> Option<Request<'q>> {
-        self.core.submit_if_late();
+        // Behind the last one all of them are submitted anyway.
+        if !self.tags.as_slice().is_empty() {
+            self.core.submit_if_late();
+        }
         self.tags.by_ref().find_map(|tag| Request::adopt(self.core, tag))
     }
 

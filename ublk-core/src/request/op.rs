@@ -38,6 +38,22 @@ pub enum Op {
 }
 
 impl Op {
+    /// All of them, each at the place of its number.
+    pub(crate) const ALL: [Op; 12] = [
+        Op::Read,
+        Op::Write,
+        Op::Flush,
+        Op::Discard,
+        Op::WriteZeroes,
+        Op::ZoneOpen,
+        Op::ZoneClose,
+        Op::ZoneFinish,
+        Op::ZoneAppend,
+        Op::ZoneReset,
+        Op::ZoneResetAll,
+        Op::ReportZones,
+    ];
+
     pub(crate) fn decode(op_flags: u32) -> Option<Self> {
         match op_flags as u8 {
             uapi::UBLK_IO_OP_READ => Some(Op::Read),
@@ -111,6 +127,13 @@ mod tests {
         assert_eq!(Op::ReportZones.len(&descriptor(3)), 192);
         assert_eq!(Op::Read.len(&descriptor(3)), 1536);
         assert_eq!(Op::Flush.len(&descriptor(3)), 0);
+    }
+
+    #[test]
+    fn each_operation_is_at_the_place_of_its_number() {
+        assert!(Op::ALL.iter().enumerate().all(|(place, op)| *op as usize == place));
+        let known = (0..=u8::MAX).filter_map(|number| Op::decode(number.into()));
+        assert_eq!(known.collect::<std::collections::BTreeSet<_>>(), Op::ALL.into());
     }
 
     #[test]
