@@ -161,7 +161,8 @@ struct MappedQueue {
 impl QueueHandler for MappedQueue {
     fn handle(&mut self, requests: Requests<'_>) {
         let Some((queue, mapper)) = &mut self.inner else { return };
-        let unknown: Vec<Request<'_>> = requests.filter_map(|request| mapper.forward_known(request)).collect();
+        let unknown: Vec<Request<'_>> =
+            requests.untimed().filter_map(|request| mapper.forward_known(request)).collect();
         if unknown.is_empty() {
             return;
         }

@@ -593,11 +593,19 @@ impl<H: Home> Drop for RequestOf<H> {
 pub struct Requests<'q> {
     core: &'q QueueCore,
     tags: std::vec::Drain<'q, Tag>,
+    timed: bool,
 }
 
 impl<'q> Requests<'q> {
     pub(crate) fn new(core: &'q QueueCore, tags: &'q mut Vec<Tag>) -> Self {
-        Requests { core, tags: tags.drain(..) }
+        Requests { core, tags: tags.drain(..), timed: true }
+    }
+
+    /// For handlers that take next to no time for a request, whatever it is, as one that forwards it: nobody looks at the
+    /// clock between them, and what ends is submitted behind the last one.
+    pub fn untimed(mut self) -> Self {
+        self.timed = false;
+        self
     }
 
     /// The handler had to wait for something else than a request, as for an interpreter, before it takes the first one:
@@ -612,7 +620,7 @@ impl<'q> Iterator for Requests<'q> {
 
     fn next(&mut self) -> Option<Request<'q>> {
         // Behind the last one all of them are submitted anyway.
-        if !self.tags.as_slice().is_empty() {
+        if self.timed && !self.tags.as_slice().is_empty() {
             self.core.submit_if_late();
         }
         self.tags.by_ref().find_map(|tag| Request::adopt(self.core, tag))

@@ -324,7 +324,7 @@ struct FileQueue(Arc<fs::File>);
 
 impl QueueHandler for FileQueue {
     fn handle(&mut self, requests: Requests<'_>) {
-        for request in requests {
+        for request in requests.untimed() {
             let offset = request.offset();
             request.forward(FileRange { fd: self.0.as_raw_fd(), offset });
         }
