@@ -114,7 +114,7 @@ def fill(path):
 
 
 def counts_idleness(options, queues, marks):
-    """Whether CPUs that wait would be a part of what is counted: one CPU, that always has something to do, is better."""
+    """Whether CPUs that wait would be a part of what is counted: one CPU, which always works, is better."""
     return marks is not None and queues == 1 and options["iodepth"] == 1
 
 

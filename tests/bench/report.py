@@ -9,8 +9,11 @@ them.
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
+
+import goals
 
 # What other peers are compared with, in the order of the tables.
 REFERENCE = "kublk-null"
@@ -53,10 +56,15 @@ def gather(directory):
     return {"conditions": conditions, "results": results, "absent": absent, "idle": idle}
 
 
+def by_numbers(job):
+    """Sorts depth 32 before 128."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", job)]
+
+
 def table(document, title, cell, queues):
     """A table of peers and jobs in Markdown."""
     rows = [result for result in document["results"] if result["queues"] == queues]
-    jobs = list(dict.fromkeys(row["job"] for row in rows if "sleeping" not in row["peer"]))
+    jobs = sorted({row["job"] for row in rows if "sleeping" not in row["peer"]}, key=by_numbers)
     peers = dict.fromkeys(row["peer"] for row in rows if "sleeping" not in row["peer"])
     if not jobs:
         return ""
@@ -158,7 +166,7 @@ def main():
         )
         parts.append(table(document, f"Requests per second, {with_queues}", rate, queues))
         parts.append(table(document, f"Latency (median / 99 %) and CPU time, in µs, {with_queues}", latency, queues))
-    parts += [sleeping(document), idle(document)]
+    parts += [sleeping(document), idle(document), goals.table(document)]
     parts += [f"absent: {peer}: {why}" for peer, why in document["absent"].items()]
     text = "\n".join(part for part in parts if part)
     (options.directory / "tables.md").write_text(text + "\n")

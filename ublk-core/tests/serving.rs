@@ -270,6 +270,46 @@ fn a_slow_request_does_not_hold_up_those_finished_before_it() {
 }
 
 #[test]
+fn a_slow_request_does_not_hold_up_what_another_queue_of_its_thread_has_done() {
+    let driver = FakeDriver::new();
+    let served = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+    let seen = served.clone();
+    let target = custom(move |request| {
+        seen[usize::from(request.queue().0)].fetch_add(1, Ordering::Relaxed);
+        if request.op() == Op::Write {
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        request.complete();
+    });
+    let device = server(&driver, 1).start(target, &options(2, 8)).unwrap();
+    let disk = driver.disk(device.id());
+    let begin = Instant::now();
+    let counts = || [0, 1].map(|queue: usize| served[queue].load(Ordering::Relaxed));
+    // The stand-in sends what lies in even pages through queue 1, once both queues are there.
+    while counts().contains(&0) {
+        assert!(begin.elapsed() < Duration::from_secs(10));
+        disk.read(0, 512).unwrap();
+        disk.read(4096, 512).unwrap();
+    }
+    // It keeps the thread busy until the next two are there, and shows that writes, all in queue 1, are slow.
+    let before = counts()[1];
+    let first = disk.send(1, 0, 512, &[0; 512]).unwrap();
+    while counts()[1] == before {
+        assert!(begin.elapsed() < Duration::from_secs(10));
+        std::thread::yield_now();
+    }
+    let read = disk.send(0, 4096, 512, &[]).unwrap();
+    let slow = disk.send(1, 0, 512, &[0; 512]).unwrap();
+    disk.wait(first).unwrap();
+    let begin = Instant::now();
+    disk.wait(read).unwrap();
+    let waited = begin.elapsed();
+    disk.wait(slow).unwrap();
+    assert!(waited < begin.elapsed() / 2, "the read waited for the other queue's write: {waited:?}");
+    finish(&driver, device);
+}
+
+#[test]
 fn a_kept_buffer_is_never_reused() {
     let kept = Arc::new(Mutex::new(Vec::new()));
     let theirs = kept.clone();

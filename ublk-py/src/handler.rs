@@ -163,9 +163,8 @@ impl QueueHandler for MappedQueue {
         let Some((queue, mapper)) = &mut self.inner else { return };
         let unknown: Vec<Request<'_>> =
             requests.untimed().filter_map(|request| mapper.forward_known(request)).collect();
-        if unknown.is_empty() {
-            return;
-        }
+        let Some(first) = unknown.first() else { return };
+        first.submit_others();
         self.watch.entered();
         let mut left = Vec::new();
         Python::try_attach(|py| {

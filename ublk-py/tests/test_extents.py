@@ -107,6 +107,17 @@ def test_python_is_not_asked_again_for_a_stable_extent(file):
         assert len(disk.asked) == 3
 
 
+def test_a_file_that_is_shorter_than_said_fails_the_requests_and_the_log_says_so_once(file, caplog):
+    with testing.open(Mapped(lambda op, offset, length: ublk.Extent(file, 2 * SIZE - 512 + offset, length))) as device:
+        assert device.pread(0, 512) == bytes(512)
+        for _ in range(3):
+            with pytest.raises(OSError) as raised:
+                device.pread(0, 1024)
+            assert raised.value.errno == errno.EIO
+    (told,) = [record for record in caplog.records if "ends at byte" in record.message]
+    assert f"ends at byte {2 * SIZE}, in the middle of the request" in told.message
+
+
 def test_a_program_may_close_its_file(tmp_path):
     (tmp_path / "backing").write_bytes(b"c" * SIZE)
     with open(tmp_path / "backing", "rb") as file:

@@ -21,7 +21,7 @@ use crate::data::DataMovement;
 use crate::data::pool::BufferPool;
 use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
 use crate::memory::{Descriptor, DescriptorMap, IoBuffer, PAGE_SIZE};
-use crate::request::{Answer, Errand, Op, Origin, memory_or_abort};
+use crate::request::{Answer, Errand, FileRange, Op, Origin, memory_or_abort};
 use crate::stats::{Ended, QueueStats};
 use crate::target::QueueInfo;
 use crate::uapi;
@@ -94,6 +94,8 @@ pub(crate) struct QueueCore {
     pub(super) pace: Pace,
     /// Requests came since idle memory was last given back.
     pub(super) warm: Cell<bool>,
+    /// It was told that a file is shorter than what is said to lie there.
+    told_of_end: Cell<bool>,
     /// Set when the ring itself failed.
     pub(super) broken: RefCell<Option<io::Error>>,
     stats: Arc<QueueStats>,
@@ -163,6 +165,7 @@ impl QueueCore {
             deliveries: Cell::new(Deliveries::None),
             pace: Pace::default(),
             warm: Cell::new(false),
+            told_of_end: Cell::new(false),
             broken: RefCell::new(None),
             stats,
             round: Cell::new(0),
@@ -229,7 +232,6 @@ impl QueueCore {
             let tail = if address == 0 { answer.zone_sector } else { address };
             let register = register.unwrap_or(0);
             batch.borrow_mut().gather(Element { tag, register, result: answer.result, tail });
-            self.pace.queued();
             return;
         }
         let (file, queue) = (self.slot, self.info.queue);
@@ -418,6 +420,14 @@ impl QueueCore {
             Next::Continue => return self.push_transfer(tag, forwarded),
             Next::Finished(outcome) => outcome,
         };
+        if result == 0 && outcome.is_err() && !self.told_of_end.replace(true) {
+            let FileRange { fd, offset } = forwarded.transfer.position();
+            log::error!(
+                "{}: descriptor {fd}, where its data lies, ends at byte {offset}, in the middle of the request, which fails; \
+                 the queue's next such requests are not told",
+                self.name(tag)
+            );
+        }
         let (buffer, answer) = self.transfer_finished(tag, forwarded, outcome);
         *slot = None;
         drop(all);
@@ -468,7 +478,6 @@ impl QueueCore {
         if let Err(error) = self.ring.borrow_mut().push(Submission { user_data, operation, prompt }) {
             self.ring_failed(error);
         }
-        self.pace.queued();
     }
 
     #[cold]
@@ -530,10 +539,15 @@ impl QueueCore {
     /// Submits finished requests if the handler is slow, so that nobody waits for a whole batch.
     pub(crate) fn submit_if_late(&self) {
         if self.pace.next() {
-            self.flush();
-            self.count();
-            self.submit();
+            self.submit_done();
         }
+    }
+
+    /// Submits what is done, and what other queues of the thread have done.
+    pub(crate) fn submit_done(&self) {
+        self.flush();
+        self.count();
+        self.submit();
     }
 
     pub(super) fn submit(&self) {

@@ -28,9 +28,7 @@ fn nanoseconds(clock: ClockId) -> u64 {
 pub(super) struct Pace {
     /// The handler has taken a request of this batch.
     begun: Cell<bool>,
-    /// Something was queued since the last submission.
-    unsubmitted: Cell<bool>,
-    /// When the batch began or something of it was last submitted.
+    /// When the batch began, or it was last time to submit.
     submitted: Cell<u64>,
     /// When the last request was handed out.
     stepped: Cell<u64>,
@@ -44,10 +42,9 @@ impl Pace {
     /// Fast requests in a row after which a slow one is forgotten.
     const MEMORY: u16 = 64;
 
-    /// A batch is there, or the handler begins with it only now; the last one was submitted.
+    /// A batch is there, or the handler begins with it only now.
     pub(super) fn begin(&self, now: u64) {
         self.begun.set(false);
-        self.unsubmitted.set(false);
         self.submitted.set(now);
         self.stepped.set(now);
     }
@@ -64,15 +61,16 @@ impl Pace {
         }
     }
 
-    /// Something waits for the next submission.
-    pub(super) fn queued(&self) {
-        self.unsubmitted.set(true);
+    /// The handler takes the next request; whether to submit now what is done.
+    pub(super) fn next(&self) -> bool {
+        // What is done before the first one, by other queues of the thread too, need not wait if it can be foreseen to be
+        // slow.
+        if self.begun.replace(true) { self.step(tick()) } else { self.is_slow() }
     }
 
-    /// The handler takes the next request; whether to submit now what is done with those before.
-    pub(super) fn next(&self) -> bool {
-        // Before the first one there is nothing to submit.
-        self.begun.replace(true) && self.step(tick())
+    /// Whether one of the last requests was slow.
+    pub(super) fn is_slow(&self) -> bool {
+        self.eager.get() != 0
     }
 
     fn step(&self, now: u64) -> bool {
@@ -82,12 +80,11 @@ impl Pace {
             self.was_fast();
         }
         self.stepped.set(now);
-        let late = self.eager.get() != 0 || now > self.submitted.get();
-        if late && self.unsubmitted.replace(false) {
+        let late = self.is_slow() || now > self.submitted.get();
+        if late {
             self.submitted.set(now);
-            return true;
         }
-        false
+        late
     }
 
     fn was_fast(&self) {
@@ -114,17 +111,16 @@ mod tests {
         pace.begin(ms(100));
         for _ in 0..1000 {
             assert!(!pace.step(ms(100)));
-            pace.queued();
         }
     }
 
     #[test]
-    fn the_first_request_of_a_batch_submits_nothing() {
+    fn before_the_first_request_is_submitted_only_if_the_last_ones_were_slow() {
         let pace = Pace::default();
+        pace.begin(0);
+        assert!(!pace.next());
         pace.eager.set(Pace::MEMORY);
         pace.begin(0);
-        pace.queued();
-        assert!(!pace.next());
         assert!(pace.next());
     }
 
@@ -133,10 +129,8 @@ mod tests {
         let pace = Pace::default();
         // Between two ticks.
         pace.begin(ms(102));
-        pace.queued();
         assert!(!pace.step(ms(100)));
         assert!(pace.step(ms(104)));
-        pace.queued();
         assert!(!pace.step(ms(104)));
     }
 
@@ -145,7 +139,6 @@ mod tests {
         let pace = Pace::default();
         let one_request_each = |begin, end| {
             pace.begin(ms(begin));
-            pace.queued();
             pace.step(ms(end))
         };
         assert!(one_request_each(100, 200));
@@ -180,7 +173,6 @@ mod tests {
         pace.begin(ms(100));
         // The interpreter is there.
         pace.begin(ms(900));
-        pace.queued();
         assert!(!pace.step(ms(900)));
     }
 }

@@ -213,6 +213,11 @@ impl Queue {
         }
     }
 
+    /// Whether its handler took long for one of its last requests.
+    pub(super) fn is_slow(&self) -> bool {
+        self.core.pace.is_slow()
+    }
+
     /// How many requests the handler has to do.
     pub(super) fn waiting(&self) -> usize {
         self.ready.len()
@@ -239,7 +244,12 @@ impl Queue {
         }
     }
 
-    /// Queues what was gathered for the next submission.
+    /// Queues what is done, before the handler gets more to do.
+    pub(super) fn flush_done(&self) {
+        self.core.flush();
+    }
+
+    /// Queues what was gathered for the next submission, which follows now.
     pub(super) fn flush(&self) {
         self.core.flush();
         self.core.pace.end(self.core.count());

@@ -239,14 +239,19 @@ impl RingThread {
     fn serve_some(&mut self) -> io::Result<()> {
         let now = clock();
         let mut closed = false;
+        if self.touched.len() > 1 {
+            // Those that keep the others waiting come last.
+            let queues = &self.queues;
+            self.touched.sort_by_key(|place| queues[*place as usize].as_ref().is_some_and(Queue::is_slow));
+        }
         for place in self.touched.drain(..) {
             let slot = &mut self.queues[place as usize];
             let Some(queue) = slot else { continue };
             if queue.waiting() != 0 {
                 self.idle.active = true;
                 self.coalescing.note(queue.waiting());
-                // What is done goes first: the client can go on while the driver, and the kernel's files, take the rest.
-                queue.flush();
+                // First in the submission: the client can go on while files of the kernel's do what comes behind.
+                queue.flush_done();
                 queue.serve(now);
             }
             queue.flush();

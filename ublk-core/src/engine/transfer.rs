@@ -98,10 +98,16 @@ impl Transfer {
         }
     }
 
+    /// How far the piece at work has come: the file, and the byte in it.
+    pub(crate) fn position(&self) -> FileRange {
+        let FileRange { fd, offset } = self.pieces.first().file;
+        FileRange { fd, offset: offset + self.done }
+    }
+
     /// The next operation. `data` is the request's memory, `zeros` [`ZEROS_LEN`] bytes of zeros.
     pub(crate) fn operation(&self, data: Memory, zeros: u64) -> Operation {
         let FilePiece { file: FileRange { fd, offset }, len } = *self.pieces.first();
-        let at = offset + self.done;
+        let at = self.position().offset;
         let left = len - self.done;
         let data = data.skip(self.before + self.done);
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

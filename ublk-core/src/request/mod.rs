@@ -229,6 +229,12 @@ impl<'q> Request<'q> {
         self.home.0.submit_if_late();
     }
 
+    /// Lets what ended or was forwarded before go to the driver now: for handlers that may have to wait, for an interpreter
+    /// say, before they serve this request.
+    pub fn submit_others(&self) {
+        self.home.0.submit_done();
+    }
+
     /// Makes the request independent of its queue's thread.
     pub fn detach(mut self) -> DetachedRequest {
         let (origin, mailbox, place) = self.home.0.address();

@@ -252,6 +252,9 @@ impl Ring for KernelRing {
     }
 
     fn submit(&mut self) -> io::Result<()> {
+        if self.backlog.is_empty() && self.uring.submission().is_empty() {
+            return Ok(());
+        }
         loop {
             let taken = self.enter(0)?;
             while let Some(entry) = self.backlog.pop_front() {
