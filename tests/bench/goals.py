@@ -66,7 +66,9 @@ def _scaling(rows):
 
 
 def _row(what, goal, ratios, met):
-    cells = ", ".join(f"{job} {'**' * (not met(ratio))}{ratio:.2f}{'**' * (not met(ratio))}" for job, ratio in ratios)
+    """A line of the table. Figures are good to two digits at most, and so is what is made of them."""
+    marks = [(job, f"{ratio:.2f}", "" if met(round(ratio, 2)) else "**") for job, ratio in ratios]
+    cells = ", ".join(f"{job} {mark}{ratio}{mark}" for job, ratio, mark in marks)
     return f"| {what} | {goal} | {cells} |"
 
 

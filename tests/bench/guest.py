@@ -252,12 +252,13 @@ def main():
     parser.add_argument("--queues", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--peers", nargs="*")
+    parser.add_argument("--jobs", nargs="*", choices=JOBS)
     parser.add_argument("--idle", action="store_true", help="measure many idle devices and nothing else")
     options = parser.parse_args()
     os.environ["PATH"] += f":{HERE.parent.parent / 'extra'}"
     prepare()
     marks = Marks() if options.count else None
-    jobs = {name: JOBS[name] for name in (QUICK if options.quick else JOBS)}
+    jobs = {name: JOBS[name] for name in options.jobs or (QUICK if options.quick else JOBS)}
     peers = options.peers or sorted(path.name for path in (HERE / "peers").iterdir())
     peers = [] if options.idle else peers
     found, absent = [], {}
