@@ -65,7 +65,7 @@ def table(document, title, cell, queues):
     """A table of peers and jobs in Markdown."""
     rows = [result for result in document["results"] if result["queues"] == queues]
     jobs = sorted({row["job"] for row in rows if "sleeping" not in row["peer"]}, key=by_numbers)
-    peers = dict.fromkeys(row["peer"] for row in rows if "sleeping" not in row["peer"])
+    peers = sorted({row["peer"] for row in rows if "sleeping" not in row["peer"]})
     if not jobs:
         return ""
     lines = [f"### {title}", "", f"| peer | {' | '.join(jobs)} |", "|---|" + "---:|" * len(jobs)]
@@ -77,7 +77,8 @@ def table(document, title, cell, queues):
         for job in jobs:
             row, reference = by_place.get((peer, job)), by_place.get((REFERENCE, job))
             cells.append(cell(row, reference) if row else "")
-        lines.append(f"| {peer} | {' | '.join(cells)} |")
+        if any(cells):
+            lines.append(f"| {peer} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
