@@ -11,12 +11,36 @@ import dataclasses
 import json
 import logging
 import os
+import select
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import disks as classes
 
 import ublk
+
+
+def lines() -> Iterator[str]:
+    """Standard input line by line, with signals heeded whenever they come.
+
+    CPython runs a handler between two of its instructions. A signal that comes after the last one before a `read`
+    has no effect until that returns, so nothing here waits in a `read`.
+    """
+    signalled, wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    pending = b""
+    while True:
+        ready, _, _ = select.select([0, signalled], [], [])
+        if signalled in ready:
+            os.read(signalled, 64)
+        if 0 in ready:
+            chunk = os.read(0, 1 << 16)
+            *whole, pending = (pending + chunk).split(b"\n")
+            yield from (line.decode() for line in whole)
+            if not chunk:
+                return
 
 
 def main() -> None:
@@ -45,8 +69,8 @@ def main() -> None:
     names |= {"vars_of": dataclasses.asdict, "wait_for": classes.wait_for, "caught": classes.caught}
     names |= {"compute_beside": classes.compute_beside}
     answer(value=[device.path for device in devices])
-    for line in sys.stdin:
-        if line == "exit\n":
+    for line in lines():
+        if line == "exit":
             sys.exit()
         try:
             answer(value=eval(line, names))

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import errno
 import select
+import signal
 import threading
 import time
 from pathlib import Path
@@ -49,6 +50,29 @@ def read_together(driver, dev, count):
         futures = [pool.submit(driver.read, dev.id, 512 * n, 512) for n in range(count)]
         for number, future in enumerate(futures):
             assert future.result() == number.to_bytes(2, "little") * 256
+
+
+def wakes_for_ctrl_c(waits):
+    """Whether an event loop that waits for that alone heeds Ctrl-C, though another thread is the one it interrupts."""
+    late = threading.Event()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+
+        def interrupt():
+            signal.raise_signal(signal.SIGINT)
+            if not over.wait(5):
+                late.set()
+                loop.call_soon_threadsafe(lambda: None)
+
+        threading.Timer(0.1, interrupt).start()
+        await waits()
+
+    over = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    over.set()
+    return not late.is_set()
 
 
 class TestWorkers:
@@ -214,6 +238,27 @@ class TestCoroutines:
                 assert dev.running
 
         asyncio.run(main())
+
+    def test_ctrl_c_interrupts_an_asynchronous_wait(self, driver):
+        with Tasks(1).start(_driver=driver) as dev:
+            assert wakes_for_ctrl_c(dev.wait_async)
+            assert dev.running
+
+    def test_a_wait_leaves_the_loops_own_signal_handlers_alone(self, driver):
+        came = []
+
+        async def main():
+            loop = asyncio.get_running_loop()
+            async with await Tasks(1).start_async(_driver=driver) as dev:
+                loop.add_signal_handler(signal.SIGUSR1, lambda: (came.append(True), stop.set()))
+                stop = asyncio.Event()
+                wait = asyncio.create_task(dev.wait_async())
+                threading.Timer(0.1, signal.raise_signal, [signal.SIGUSR1]).start()
+                await asyncio.wait_for(stop.wait(), 10)
+                wait.cancel()
+
+        asyncio.run(main())
+        assert came
 
     def test_cancelled_tasks_fail_their_requests(self, driver):
         async def main():
@@ -529,9 +574,17 @@ class TestPulling:
                     break
             assert read.result(10) == bytes(512)
 
-    def test_ctrl_c_interrupts_the_iteration(self, driver):
-        import signal
+    def test_ctrl_c_interrupts_an_asynchronous_iteration(self, driver):
+        with self.disk().start(pull=True, _driver=driver) as dev:
+            assert dev.wait_ready(10)
 
+            async def serve():
+                async for request in dev.requests():
+                    request.complete()
+
+            assert wakes_for_ctrl_c(serve)
+
+    def test_ctrl_c_interrupts_the_iteration(self, driver):
         with self.disk().start(pull=True, _driver=driver) as dev:
             assert dev.wait_ready(10)
             threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()

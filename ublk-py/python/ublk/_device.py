@@ -413,7 +413,8 @@ class Device:
         descriptor = os.dup(self._native.fileno())
         try:
             loop.add_reader(descriptor, ending.set)
-            await ending.wait()
+            with _signals.waking(loop):
+                await ending.wait()
         finally:
             loop.remove_reader(descriptor)
             os.close(descriptor)

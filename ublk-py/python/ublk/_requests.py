@@ -96,7 +96,7 @@ class Requests:
         """Wait for requests on the running event loop."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
-        with self._consumer() as descriptors:
+        with self._consumer() as descriptors, _signals.waking(loop):
             waiting = list(descriptors)
             while waiting:
                 batch, ended = self._take(waiting)

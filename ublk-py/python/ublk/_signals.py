@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterator
     from types import FrameType
 
@@ -76,6 +77,35 @@ def drain(descriptor: int) -> None:
     with contextlib.suppress(BlockingIOError):
         while os.read(descriptor, 64):
             pass
+
+
+@contextlib.contextmanager
+def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Have signals wake the event loop of this thread, which otherwise may sleep while their handlers wait for it.
+
+    Not if the program has a wakeup descriptor: then it is the loop's own, which does the same.
+    """
+    present = -1
+    if threading.current_thread() is threading.main_thread():
+        with _lock:
+            present = signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(present)
+    if present != -1 and (_pipe is None or present != _pipe[1]):
+        yield
+        return
+    with wakeup_fd() as signalled:
+        if signalled is None:
+            yield
+            return
+        # A loop knows one reader for each descriptor.
+        descriptor = os.dup(signalled)
+        try:
+            loop.add_reader(descriptor, drain, descriptor)
+            yield
+        finally:
+            if not loop.is_closed():
+                loop.remove_reader(descriptor)
+            os.close(descriptor)
 
 
 def device_started() -> None:
