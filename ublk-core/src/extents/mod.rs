@@ -44,6 +44,11 @@ impl Extent {
     pub fn part(&self, from: u64, to: u64) -> Extent {
         Extent { start: from, len: to - from, file: self.file.clone(), offset: self.offset + (from - self.start) }
     }
+
+    /// Where so many bytes of the disk lie, all of them in this extent.
+    fn piece(&self, from: u64, len: u64) -> FilePiece {
+        FilePiece { file: FileRange { fd: self.file.as_raw_fd(), offset: self.offset + (from - self.start) }, len }
+    }
 }
 
 /// For what an extent holds.
@@ -100,9 +105,15 @@ struct Place {
 
 /// The files of a request; nearly always it is one, and takes no memory of its own.
 #[derive(Debug, Default)]
-struct Files {
-    _first: Option<Arc<OwnedFd>>,
-    _rest: Vec<Arc<OwnedFd>>,
+enum Files {
+    #[default]
+    None,
+    One {
+        _file: Arc<OwnedFd>,
+    },
+    Several {
+        _files: Vec<Arc<OwnedFd>>,
+    },
 }
 
 /// The extents of a request, in order.
@@ -114,13 +125,14 @@ struct Cover {
 
 impl Cover {
     fn into_pieces(self) -> (Pieces, Files) {
-        let piece = |extent: &Extent| FilePiece {
-            file: FileRange { fd: extent.file.as_raw_fd(), offset: extent.offset },
-            len: extent.len,
-        };
-        let pieces = Pieces::new(piece(&self.first), self.rest.iter().map(piece).collect());
-        let rest = self.rest.into_iter().map(|extent| extent.file).collect();
-        (pieces, Files { _first: Some(self.first.file), _rest: rest })
+        let piece = |extent: &Extent| extent.piece(extent.start, extent.len);
+        let first = piece(&self.first);
+        if self.rest.is_empty() {
+            return (first.into(), Files::One { _file: self.first.file });
+        }
+        let pieces = Pieces::new(first, self.rest.iter().map(piece).collect());
+        let files = std::iter::once(self.first).chain(self.rest).map(|extent| extent.file);
+        (pieces, Files::Several { _files: files.collect() })
     }
 }
 
@@ -141,6 +153,7 @@ impl State {
         }
     }
 
+    #[inline]
     fn take_off(&mut self, start: u64, end: u64, files: Files) -> usize {
         let place = self.free.pop().unwrap_or_else(|| {
             self.flights.push(Place::default());
@@ -220,7 +233,16 @@ impl ExtentMap {
     pub fn find(&self, direction: Direction, start: u64, len: u64) -> Option<(Pieces, Flight)> {
         let end = start.checked_add(len)?;
         let mut state = self.state();
-        let (pieces, files) = cover(state.map(direction), start, end)?.into_pieces();
+        let map = state.map(direction);
+        let (_, extent) = map.range(..=start).next_back()?;
+        if end <= extent.end() {
+            // Nearly always, and then nothing is to be collected.
+            let (piece, files) = (extent.piece(start, len), Files::One { _file: extent.file.clone() });
+            let place = state.take_off(start, end, files);
+            drop(state);
+            return Some((piece.into(), Flight { shared: self.0.clone(), place }));
+        }
+        let (pieces, files) = cover(map, start, end)?.into_pieces();
         let place = state.take_off(start, end, files);
         drop(state);
         Some((pieces, Flight { shared: self.0.clone(), place }))
