@@ -107,9 +107,10 @@ def _sleeping(rows):
 
 
 def _idle(document):
-    most = max(document["idle"], key=lambda row: row["count"], default=None)
+    ours = [row for row in document["many"] if row["peer"] == "ublk" and "memory_kib" in row]
+    most = max(ours, key=lambda row: row["count"], default=None)
     if most is None or most["count"] < 1000:
         return []
-    each = most["rss_kib"] / most["count"]
+    each = most["memory_kib"] / most["count"]
     reached = f"{each:.0f} KiB, {most['threads']} threads, {most['cpu']:.1%}"
     return [f"| 1,000 idle devices of one process | 64 KiB each, 20 threads, no CPU | {reached} |"]

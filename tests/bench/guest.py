@@ -8,6 +8,7 @@ plugin that counts instructions (vm/counter); without it, fio's rates and latenc
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import mmap
 import os
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import many
 
 HERE = Path(__file__).resolve().parent
 SIZE = 256 << 20
@@ -143,28 +146,29 @@ def one_cpu():
             other.write_text("1")
 
 
-def measure(path, options, queues, seconds, marks):
-    """One window of one job."""
+def measure(clients, options, seconds, marks):
+    """One window of one job. Each client has a path, or several with colons between them."""
     ramp = 1.5
-    argv = ["fio", "--name=job", f"--filename={path}", "--ioengine=io_uring", "--direct=1", "--allow_file_create=0"]
+    argv = ["fio", "--name=global", "--ioengine=io_uring", "--direct=1", "--allow_file_create=0"]
     argv += [
         "--time_based=1",
         f"--runtime={seconds + 1}",
         f"--ramp_time={ramp}",
-        f"--numjobs={queues}",
         "--group_reporting=1",
         "--thread=1",
     ]
     argv += ["--output-format=json", "--norandommap=1"] + [f"--{name}={value}" for name, value in options.items()]
     # Looking at the clock twice for each request is half of fio's work.
     argv += ["--gtod_reduce=1"] if marks is not None else []
+    for client in clients:
+        argv += ["--name=client", f"--filename={client}"]
     fio = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         size = int(options["bs"][:-1]) << 10
         deadline = time.monotonic() + 60
         while requests_of(fio, size) < 20:
             if fio.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"fio does not get going on {path}")
+                raise RuntimeError(f"fio does not get going on {clients}")
             time.sleep(0.02)
         time.sleep(ramp)
         began, worked, requests = time.monotonic(), busy_seconds(), requests_of(fio, size)
@@ -182,7 +186,7 @@ def measure(path, options, queues, seconds, marks):
             fio.wait()
     job = json.loads(said[said.index("{") :])["jobs"][0]
     if job["error"]:
-        raise RuntimeError(f"fio's error {job['error']} on {path}")
+        raise RuntimeError(f"fio's error {job['error']} on {clients}")
     sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
     main = max(sides, key=lambda side: side["total_ios"])
     percentiles = main["clat_ns"].get("percentile", {})
@@ -191,32 +195,6 @@ def measure(path, options, queues, seconds, marks):
     }
     rates = {"iops": requests / lasted, "cpu_us": worked / max(requests, 1) * 1e6}
     return {"requests": requests, "seconds": lasted, **rates, **latencies}
-
-
-def idle_devices(count):
-    """Many devices of one process that have nothing to do."""
-    began = time.monotonic()
-    subprocess.run(
-        ["ublk", "add", "-t", "null", "-d", "64", "--size", "1G", "--count", str(count)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    lasted = time.monotonic() - began
-    try:
-        subprocess.run(["udevadm", "settle", "--timeout=120"], check=False)
-        listed = json.loads(subprocess.run(["ublk", "list", "--json"], check=True, capture_output=True).stdout)
-        process = Path("/proc", str(listed[0]["pid"]))
-        # Memory that a burst has touched, of the kernel's first look at each disk, is given back meanwhile.
-        time.sleep(6)
-        ticks = sum(map(int, (process / "stat").read_text().rsplit(")", 1)[1].split()[11:13]))
-        time.sleep(5)
-        ticks = sum(map(int, (process / "stat").read_text().rsplit(")", 1)[1].split()[11:13])) - ticks
-        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-        memory = int(status["VmRSS"].split()[0])
-    finally:
-        subprocess.run(["ublk", "del", "-a"], check=True, stdout=subprocess.DEVNULL)
-    cpu = ticks / os.sysconf("SC_CLK_TCK") / 5
-    return {"count": count, "add_s": lasted, "rss_kib": memory, "threads": int(status["Threads"]), "cpu": cpu}
 
 
 def conditions():
@@ -253,7 +231,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--peers", nargs="*")
     parser.add_argument("--jobs", nargs="*", choices=JOBS)
-    parser.add_argument("--idle", action="store_true", help="measure many idle devices and nothing else")
+    parser.add_argument("--many", action="store_true", help="measure many devices at a time and nothing else")
     options = parser.parse_args()
     os.environ["PATH"] += f":{HERE.parent.parent / 'extra'}"
     prepare()
@@ -262,7 +240,7 @@ def main():
     # Handlers that sleep are of interest for their rates alone.
     known = (path.name for path in (HERE / "peers").iterdir() if not (options.count and "sleeping" in path.name))
     peers = options.peers or sorted(known)
-    peers = [] if options.idle else peers
+    peers = [] if options.many else peers
     found, absent = [], {}
     for turn in range(options.rounds):
         for queues in options.queues:
@@ -276,15 +254,18 @@ def main():
                         for job, how in sorted(todo, key=lambda item: counts_idleness(item[1], queues, marks)):
                             alone = counts_idleness(how, queues, marks)
                             with one_cpu() if alone else contextlib.nullcontext():
-                                result = measure(path, how, queues, options.seconds, marks)
+                                result = measure([path] * queues, how, options.seconds, marks)
                             found.append({"round": turn, "peer": peer, "queues": queues, "job": job, **result})
                             print(f"{peer} {job} q{queues}: {result['iops']:.0f}/s", file=sys.stderr, flush=True)
                 except Absent as why:
                     absent[peer] = str(why)
                     print(f"{peer} is absent: {why}", file=sys.stderr, flush=True)
-    counts = [1, 100] if options.quick else [1, 10, 100, 1000]
-    idle = [] if options.count or options.peers else [idle_devices(count) for count in counts]
-    document = {"conditions": conditions(), "results": found, "absent": absent, "idle": idle}
+    together = []
+    if not options.peers:
+        counts = many.QUICK if options.quick else many.COUNTS
+        work = functools.partial(measure, seconds=options.seconds, marks=marks)
+        together = many.measure(counts, work, with_idleness=marks is None)
+    document = {"conditions": conditions(), "results": found, "absent": absent, "many": together}
     Path("/results/bench.json").write_text(json.dumps(document, indent=1))
 
 

@@ -27,7 +27,7 @@ def windows(marks):
 
 def gather(directory):
     """Median figures of each peer, number of queues and job, over the rounds."""
-    conditions, absent, idle, found = {}, {}, [], {}
+    conditions, absent, together, found = {}, {}, {}, {}
     for kind in ("count", "rate"):
         path = directory / kind / "bench.json"
         if not path.exists():
@@ -35,7 +35,6 @@ def gather(directory):
         document = json.loads(path.read_text())
         conditions[kind] = document["conditions"]
         absent |= document["absent"]
-        idle = document["idle"] or idle
         counted = windows(directory / "marks") if kind == "count" else []
         for number, result in enumerate(document["results"]):
             figures = found.setdefault((result["peer"], result["queues"], result["job"]), {})
@@ -47,13 +46,19 @@ def gather(directory):
                 for name in ("iops", "p50_us", "p99_us", "cpu_us"):
                     if name in result:
                         figures.setdefault(name, []).append(result[name])
+        for number, row in enumerate(document["many"], len(document["results"])):
+            if kind == "count":
+                row |= {name: n / row["requests"] for name, n in zip(("kernel", "user"), counted[number], strict=True)}
+                # Of a window for the sake of counting.
+                row = {name: row[name] for name in ("peer", "count", "kernel", "user")}
+            together.setdefault((row["peer"], row["count"]), {}).update(row)
     results = [
         {"peer": peer, "queues": queues, "job": job}
         | {name: statistics.median(values) for name, values in figures.items()}
         | {"rounds": max(map(len, figures.values()))}
         for (peer, queues, job), figures in found.items()
     ]
-    return {"conditions": conditions, "results": results, "absent": absent, "idle": idle}
+    return {"conditions": conditions, "results": results, "absent": absent, "many": list(together.values())}
 
 
 def by_numbers(job):
@@ -124,17 +129,23 @@ def sleeping(document):
     return "\n".join(lines) + "\n"
 
 
-def idle(document):
-    """What many devices of one process take that have nothing to do."""
-    if not document["idle"]:
+def many(document):
+    """What many devices take: each while it has nothing to do, and a request while a client uses all of them."""
+    if not document["many"]:
         return ""
-    lines = ["### Idle devices of one process", "", "| devices | added in | memory, each | threads | CPU |"]
-    lines.append("|---:|---:|---:|---:|---:|")
-    for row in document["idle"]:
-        each = row["rss_kib"] / row["count"]
-        lines.append(
-            f"| {row['count']} | {row['add_s']:.1f} s | {each:,.0f} KiB | {row['threads']} | {row['cpu']:.1%} |"
-        )
+    lines = ["### Many devices", "", "| | added in | memory, each | threads | CPU, idle | busy: per second | µs |"]
+    lines[-1] += " instructions, thousands |"
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in sorted(document["many"], key=lambda row: (row["peer"], row["count"])):
+        cells = [f"{row['peer']}, {row['count']:,}", "", "", "", "", "", "", ""]
+        if "memory_kib" in row:
+            each = row["memory_kib"] / row["count"]
+            cells[1:5] = f"{row['add_s']:.1f} s", f"{each:,.0f} KiB", f"{row['threads']}", f"{row['cpu']:.1%}"
+        if "iops" in row:
+            cells[5:7] = f"{row['iops']:,.0f}", f"{row['p50_us']:,.0f} / {row['p99_us']:,.0f}"
+        if "kernel" in row:
+            cells[7] = instructions(row, None)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -167,7 +178,7 @@ def main():
         )
         parts.append(table(document, f"Requests per second, {with_queues}", rate, queues))
         parts.append(table(document, f"Latency (median / 99 %) and CPU time, in µs, {with_queues}", latency, queues))
-    parts += [sleeping(document), idle(document), goals.table(document)]
+    parts += [sleeping(document), many(document), goals.table(document)]
     parts += [f"absent: {peer}: {why}" for peer, why in document["absent"].items()]
     text = "\n".join(part for part in parts if part)
     (options.directory / "tables.md").write_text(text + "\n")

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Many devices at a time: what they take while they have nothing to do, and what a request costs when one client uses
+all of them."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+COUNTS = [1, 10, 100, 1000]
+QUICK = [1, 100]
+# 32 requests at a time, whatever the number of devices. One client could not be told of a thousand.
+CLIENTS = 4
+JOB = {"rw": "randread", "bs": "4k", "iodepth": 8, "file_service_type": "random"}
+
+
+class Devices:
+    """Some devices with the processes that serve them."""
+
+    def __init__(self, paths, pids, seconds):
+        self.paths = paths
+        self.pids = sorted(set(pids))
+        self.add_seconds = seconds
+
+    def sections(self):
+        """The devices of each of the clients, in fio's notation: each has its share, or all if there are few."""
+        shares = [self.paths[client::CLIENTS] for client in range(CLIENTS)]
+        return [":".join(share if len(self.paths) >= CLIENTS else self.paths) for share in shares]
+
+    def _sum(self, name, pattern):
+        found = (re.search(pattern, Path(f"/proc/{pid}/{name}").read_text(), re.M) for pid in self.pids)
+        return sum(int(match[1]) for match in found)
+
+    def _ticks(self):
+        return sum(
+            sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) for pid in self.pids
+        )
+
+    def idle(self):
+        """What they take now that nobody wants anything of them."""
+        # Memory that a burst has touched, of the kernel's first look at each disk, is given back meanwhile.
+        time.sleep(6)
+        ticks = self._ticks()
+        time.sleep(5)
+        ticks = self._ticks() - ticks
+        # What processes share is divided among them.
+        memory = self._sum("smaps_rollup", r"^Pss:\s+(\d+) kB")
+        threads = self._sum("status", r"^Threads:\s+(\d+)")
+        cpu = ticks / os.sysconf("SC_CLK_TCK") / 5
+        return {"add_s": self.add_seconds, "memory_kib": memory, "threads": threads, "cpu": cpu}
+
+
+@contextlib.contextmanager
+def _ublk(count):
+    """All of them in one process."""
+    began = time.monotonic()
+    argv = ["ublk", "add", "-t", "null", "-d", "64", "--size", "1G", "--count", str(count)]
+    try:
+        said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+        seconds = time.monotonic() - began
+        listed = json.loads(subprocess.run(["ublk", "list", "--json"], check=True, capture_output=True).stdout)
+        yield Devices(said.split(), [device["pid"] for device in listed], seconds)
+    finally:
+        subprocess.run(["ublk", "del", "-a"], check=True, stdout=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def _kublk(count):
+    """Each in a process of its own: there is no other way."""
+    began = time.monotonic()
+    numbers, pids = [], []
+    try:
+        for _ in range(count):
+            argv = ["kublk", "add", "-t", "null", "-q", "1", "-d", "64"]
+            said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+            numbers.append(re.search(r"dev id (\d+)", said)[1])
+            pids.append(int(re.search(r"daemon pid (\d+)", said)[1]))
+        yield Devices([f"/dev/ublkb{number}" for number in numbers], pids, time.monotonic() - began)
+    finally:
+        for number in numbers:
+            subprocess.run(["kublk", "del", "-n", number], check=False, stdout=subprocess.DEVNULL)
+
+
+# With so many devices at most: a thousand processes need more memory than the machine has.
+PEERS = {"ublk": (_ublk, 1000), "kublk": (_kublk, 100)}
+
+
+def measure(counts, work, with_idleness):
+    """Rows of figures by peer and number of devices. `work` measures a job on sections of devices."""
+    rows = []
+    for count in counts:
+        for peer, (add, most) in PEERS.items():
+            if count > most or shutil.which(peer) is None:
+                continue
+            with add(count) as devices:
+                subprocess.run(["udevadm", "settle", "--timeout=120"], check=False)
+                row = {"peer": peer, "count": count} | (devices.idle() if with_idleness else {})
+                rows.append(row | work(devices.sections(), JOB))
+    return rows
