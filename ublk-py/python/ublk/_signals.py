@@ -50,14 +50,12 @@ def wakeup_fd() -> Iterator[int | None]:
         return
     with _lock:
         # Kept for ever: those who wait end in any order, some when they are collected, on any thread.
-        if _pipe is None:
-            _pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        pipe = _pipe = _pipe or os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # Also while others wait: an event loop may have put its own in place, and taken it away.
-        before = signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
-        if before != _pipe[1]:
+        before = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
+        if before != pipe[1]:
             _before = before
         _waiting += 1
-        pipe = _pipe
     try:
         yield pipe[0]
     finally:
@@ -79,22 +77,27 @@ def drain(descriptor: int) -> None:
             pass
 
 
+def _is_needed() -> bool:
+    """Give the wakeup descriptor back to a program that had its own. Others have none."""
+    with _lock:
+        if _before == -1:
+            return True
+        signal.set_wakeup_fd(_before)
+        if _pipe is not None:
+            # What came meanwhile.
+            with contextlib.suppress(OSError):
+                os.write(_before, os.read(_pipe[0], 64))
+        return False
+
+
 @contextlib.contextmanager
 def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     """Have signals wake the event loop of this thread, which otherwise may sleep while their handlers wait for it.
 
     Not if the program has a wakeup descriptor: then it is the loop's own, which does the same.
     """
-    present = -1
-    if threading.current_thread() is threading.main_thread():
-        with _lock:
-            present = signal.set_wakeup_fd(-1)
-            signal.set_wakeup_fd(present)
-    if present != -1 and (_pipe is None or present != _pipe[1]):
-        yield
-        return
     with wakeup_fd() as signalled:
-        if signalled is None:
+        if signalled is None or not _is_needed():
             yield
             return
         # A loop knows one reader for each descriptor.
