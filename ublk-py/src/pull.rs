@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pyo3::prelude::*;
+use pyo3::types::{PyList, PyWeakrefReference};
 use ublk_core::extents::ExtentMap;
 use ublk_core::pull::PullQueue;
 
@@ -47,12 +48,24 @@ impl PyPullQueue {
 #[pymethods]
 impl PyPullQueue {
     /// Take the requests that are there, at most `max`. `None` when no request will come any more.
-    fn take(&self, py: Python<'_>, max: usize) -> PyResult<Option<Vec<Py<PyRequest>>>> {
+    ///
+    /// Weak references to them are in `hand` before a signal's handler can raise anything: whoever is interrupted before
+    /// he knows what he has finds it there.
+    fn take<'py>(
+        &self,
+        py: Python<'py>,
+        max: usize,
+        hand: &Bound<'py, PyList>,
+    ) -> PyResult<Option<Vec<Bound<'py, PyRequest>>>> {
         let Some(batch) = self.queue().and_then(|queue| queue.next_batch_within(max, Duration::ZERO)) else {
             return Ok(None);
         };
         self.watch.entered();
-        let wrap = |request| Py::new(py, PyRequest::new(request, &self.extents));
+        let wrap = |request| {
+            let request = Bound::new(py, PyRequest::new(request, &self.extents))?;
+            hand.append(PyWeakrefReference::new(&request)?)?;
+            Ok(request)
+        };
         batch.into_iter().map(wrap).collect::<PyResult<_>>().map(Some)
     }
 

@@ -75,6 +75,22 @@ def wakes_for_ctrl_c(waits):
     return not late.is_set()
 
 
+class Interrupting:
+    """A queue whose taker is interrupted by a signal before he knows what he has taken."""
+
+    def __init__(self, queue):
+        self.queue = queue
+
+    def take(self, *arguments):
+        batch = self.queue.take(*arguments)
+        if batch:
+            signal.raise_signal(signal.SIGTERM)
+        return batch
+
+    def __getattr__(self, name):
+        return getattr(self.queue, name)
+
+
 class TestWorkers:
     def test_methods_that_wait_overlap(self, driver):
         disk = Waiting(8)
@@ -238,6 +254,23 @@ class TestCoroutines:
                 assert dev.running
 
         asyncio.run(main())
+
+    def test_requests_that_were_taken_when_a_signal_came_hold_up_no_stop(self, driver):
+        async def main():
+            async with await Tasks(1).start_async(_driver=driver) as dev:
+                devices.append(dev)
+                server = dev._serving._servers[0]
+                server._queue = Interrupting(server._queue)
+                lost.append(pool.submit(driver.read, dev.id, 0, 512))
+                await dev.wait_async()
+
+        devices, lost = [], []
+        with client_pool() as pool:
+            with pytest.raises(SystemExit):
+                asyncio.run(main())
+            assert not devices[0].running
+            with pytest.raises(OSError):
+                lost[0].result(10)
 
     def test_ctrl_c_interrupts_an_asynchronous_wait(self, driver):
         with Tasks(1).start(_driver=driver) as dev:
@@ -573,6 +606,18 @@ class TestPulling:
                     threading.Timer(0.2, request.complete).start()
                     break
             assert read.result(10) == bytes(512)
+
+    def test_a_request_that_was_taken_when_a_signal_came_holds_up_no_stop(self, driver):
+        with client_pool() as pool:
+            with pytest.raises(SystemExit), self.disk().start(pull=True, _driver=driver) as dev:
+                assert dev.wait_ready(10)
+                requests = dev.requests()
+                requests._queues = tuple(map(Interrupting, requests._queues))
+                lost = pool.submit(driver.read, dev.id, 0, 512)
+                self.serve(requests)
+            assert not dev.running
+            with pytest.raises(OSError):
+                lost.result(10)
 
     def test_ctrl_c_interrupts_an_asynchronous_iteration(self, driver):
         with self.disk().start(pull=True, _driver=driver) as dev:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,8 @@ class LoopServer:
         # What is under way, by a number: when it began, its request, and the coroutine that serves that.
         self._serving: dict[int, tuple[float, Request, Coroutine[Any, Any, None]]] = {}
         self._count = 0
+        # What was taken and is not in there yet: a signal's handler may raise anything at any place.
+        self._hand: list[weakref.ref[Request]] = []
         self._thread = 0
         self._descriptor = -1
         self._ended: asyncio.Event | None = None
@@ -121,6 +124,7 @@ class LoopServer:
         except BaseException:
             # As all tasks are when a loop ends.
             self._queue.close()
+            self._fail_unbegun()
             self._die(RuntimeError("the event loop that served the device has ended"))
             raise
 
@@ -143,13 +147,24 @@ class LoopServer:
         if self._loop is None or self._loop.is_running():
             return
         self._queue.close()
+        self._fail_unbegun()
         for _began, request, _coroutine in list(self._serving.values()):
+            with contextlib.suppress(ValueError):
+                request.fail()
+
+    def _fail_unbegun(self) -> None:
+        """Fail what an exception kept from being served."""
+        taken = [request for reference in self._hand if (request := reference()) is not None]
+        for _began, request, coroutine in list(self._serving.values()):
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                taken.append(request)
+        for request in taken:
             with contextlib.suppress(ValueError):
                 request.fail()
 
     def _ready(self) -> None:
         assert self._loop is not None
-        batch = self._queue.take(_AT_ONCE)
+        batch = self._queue.take(_AT_ONCE, self._hand)
         if batch is None:
             self._loop.remove_reader(self._descriptor)
             os.close(self._descriptor)
@@ -161,6 +176,7 @@ class LoopServer:
         for request in batch:
             self._count += 1
             self._serving[self._count] = (began, request, self._serve(request))
+        self._hand.clear()
         self._thread = threading.get_ident()
         eager = _starts_eagerly(self._loop)
         for number in range(first, self._count + 1):

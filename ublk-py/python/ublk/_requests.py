@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import itertools
 import logging
 import os
 import select
@@ -54,6 +55,10 @@ def dropped(what: str) -> None:
     logger.warning("request %s was dropped %s and gets EIO: end requests by complete() or fail()", what, place)
 
 
+def _unfinished(hand: list[weakref.ref[Request]]) -> list[Request]:
+    return [request for reference in hand if (request := reference()) is not None and not request.done]
+
+
 class Requests:
     """The requests of a device, to be taken one at a time, by ``for`` or by ``async for``.
 
@@ -67,12 +72,12 @@ class Requests:
         self._error = error
         # The threads that iterate, one entry for each iteration.
         self._consumers: dict[object, int] = {}
-        # What the bodies of iterations had in hand when they were left.
-        self._left: list[weakref.ref[Request]] = []
+        # What each iteration has in hand, also after it was left with that.
+        self._hands: dict[object, list[weakref.ref[Request]]] = {}
 
     def __iter__(self) -> Iterator[Request]:
         """Wait for requests in this thread. In the main thread, Ctrl-C interrupts that."""
-        with self._consumer() as descriptors, _signals.wakeup_fd() as signalled:
+        with self._consumer() as (descriptors, hand), _signals.wakeup_fd() as signalled:
             poller = select.poll()
             if signalled is not None:
                 poller.register(signalled, select.POLLIN)
@@ -80,10 +85,8 @@ class Requests:
                 poller.register(descriptor, select.POLLIN)
             waiting = list(descriptors)
             while waiting:
-                batch, ended = self._take(waiting)
-                for request in batch:
-                    with self._in_hand(request):
-                        yield request
+                batch, ended = self._take(waiting, hand)
+                yield from batch
                 for queue in ended:
                     poller.unregister(descriptors[queue])
                 if not batch and not ended:
@@ -96,13 +99,12 @@ class Requests:
         """Wait for requests on the running event loop."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
-        with self._consumer() as descriptors, _signals.waking(loop):
+        with self._consumer() as (descriptors, hand), _signals.waking(loop):
             waiting = list(descriptors)
             while waiting:
-                batch, ended = self._take(waiting)
+                batch, ended = self._take(waiting, hand)
                 for request in batch:
-                    with self._in_hand(request):
-                        yield request
+                    yield request
                 if batch or ended:
                     continue
                 # Only for so long: while the body of the iteration waits for something, there may be more to take.
@@ -116,23 +118,18 @@ class Requests:
                         loop.remove_reader(descriptors[queue])
         self._raise()
 
-    @contextlib.contextmanager
-    def _in_hand(self, request: Request) -> Iterator[None]:
-        """Remember a request that an iteration is left with."""
-        try:
-            yield
-        except GeneratorExit:
-            self._left.append(weakref.ref(request))
-            raise
-
-    def _take(self, waiting: list[PullQueue]) -> tuple[list[Request], list[PullQueue]]:
+    def _take(
+        self, waiting: list[PullQueue], hand: list[weakref.ref[Request]]
+    ) -> tuple[list[Request], list[PullQueue]]:
         """Take a request from the first queue that has one, which is the last one next time.
 
         Take queues that have ended out of the list, and tell which they were.
         """
         ended = []
+        # The body is done with the one before, or has handed it on.
+        hand.clear()
         for queue in list(waiting):
-            batch = queue.take(1)
+            batch = queue.take(1, hand)
             if batch is None:
                 waiting.remove(queue)
                 ended.append(queue)
@@ -143,9 +140,14 @@ class Requests:
         return [], ended
 
     @contextlib.contextmanager
-    def _consumer(self) -> Iterator[dict[PullQueue, int]]:
-        """Have descriptors of one's own for the queues: they stay valid, and a loop knows one reader for each."""
+    def _consumer(self) -> Iterator[tuple[dict[PullQueue, int], list[weakref.ref[Request]]]]:
+        """Have descriptors of one's own for the queues: they stay valid, and a loop knows one reader for each.
+
+        And a place for what one has in hand.
+        """
         token = object()
+        hand: list[weakref.ref[Request]] = []
+        self._hands[token] = hand
         self._consumers[token] = threading.get_ident()
         descriptors: dict[PullQueue, int] = {}
         try:
@@ -153,10 +155,12 @@ class Requests:
                 number = queue.fileno()
                 if number >= 0:
                     descriptors[queue] = os.dup(number)
-            yield descriptors
+            yield descriptors, hand
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
+            if not _unfinished(hand):
+                del self._hands[token]
             del self._consumers[token]
             if not self._consumers:
                 self.close()
@@ -168,12 +172,14 @@ class Requests:
 
     def abandon(self) -> None:
         """Close the queues if nobody takes requests: nobody but this thread, which has something else to do."""
-        # An exception's traceback keeps them, so that they are not dropped. Another thread may have been given one.
+        # What iterations were left with: an exception's traceback keeps it, so that it is not dropped. Another thread
+        # may have been given it.
+        left = [hand for token, hand in list(self._hands.items()) if token not in self._consumers]
         deadline = time.monotonic() + _GRACE_SECONDS
-        for request in [left() for left in self._left]:
-            while request is not None and not request.done and time.monotonic() < deadline:
+        for request in itertools.chain(*map(_unfinished, left)):
+            while not request.done and time.monotonic() < deadline:
                 time.sleep(0.01)
-            if request is not None and not request.done:
+            if not request.done:
                 dropped(repr(request).strip("<>"))
                 with contextlib.suppress(ValueError):
                     request.fail()

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
+from weakref import ref
 
 from _typeshed import FileDescriptorLike
 
@@ -182,7 +183,7 @@ class NativeTarget:
 class PullQueue:
     """Requests of one hardware queue, to be taken."""
 
-    def take(self, max: int) -> list[Request] | None: ...
+    def take(self, max: int, hand: list[ref[Request]]) -> list[Request] | None: ...
     def fileno(self) -> int: ...
     def close(self) -> None: ...
 
