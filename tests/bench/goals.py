@@ -6,7 +6,7 @@ import re
 NULL = ("ublk-null", "ublk-null-tuned", "ublk-null-no-batch")
 # As python-mapped opens its file.
 DIRECT = ("ublk-file", "ublk-file-tuned")
-FILE = (*DIRECT, "ublk-file-buffered", "ublk-file-buffered-no-batch")
+FILE = (*DIRECT, "ublk-file-no-batch", "ublk-file-buffered", "ublk-file-buffered-no-batch")
 MAPPED = ("python-mapped", "python-mapped-tuned")
 PYTHON_NULL = ("python-null", "python-null-tuned", "python-handle")
 PYTHON_RAM = ("python-ram", "python-ram-tuned")
