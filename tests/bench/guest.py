@@ -162,13 +162,14 @@ def measure(clients, options, seconds, marks):
     argv += ["--gtod_reduce=1"] if marks is not None else []
     for client in clients:
         argv += ["--name=client", f"--filename={client}"]
-    fio = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    fio = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
         size = int(options["bs"][:-1]) << 10
-        deadline = time.monotonic() + 60
+        # It opens a thousand disks one after the other.
+        deadline = time.monotonic() + 240
         while requests_of(fio, size) < 20:
             if fio.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"fio does not get going on {clients}")
+                raise RuntimeError(f"fio does not get going on {clients[0][:80]} (status {fio.poll()})")
             time.sleep(0.02)
         time.sleep(ramp)
         began, worked, requests = time.monotonic(), busy_seconds(), requests_of(fio, size)
@@ -186,7 +187,7 @@ def measure(clients, options, seconds, marks):
             fio.wait()
     job = json.loads(said[said.index("{") :])["jobs"][0]
     if job["error"]:
-        raise RuntimeError(f"fio's error {job['error']} on {clients}")
+        raise RuntimeError(f"fio's error {job['error']} on {clients[0][:80]}")
     sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
     main = max(sides, key=lambda side: side["total_ios"])
     percentiles = main["clat_ns"].get("percentile", {})
