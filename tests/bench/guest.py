@@ -264,7 +264,7 @@ def main():
     if not options.peers:
         counts = many.QUICK if options.quick else many.COUNTS
         work = functools.partial(measure, seconds=options.seconds, marks=marks)
-        together = many.measure(counts, work, with_idleness=marks is None)
+        together = many.measure(counts, work, marks is None, absent)
     document = {"conditions": conditions(), "results": found, "absent": absent, "many": together}
     Path("/results/bench.json").write_text(json.dumps(document, indent=1))
 

@@ -108,7 +108,7 @@ pub(super) struct Args {
     /// How data moves [default: what fits the target best among what the driver offers]
     #[arg(long, value_name = "MOVEMENT", value_parser = movement())]
     data: Option<DataMovement>,
-    /// Whether requests go to and from the driver in batches, which is faster unless they come one at a time [default:
+    /// Whether requests go to and from the driver in batches; those that come one at a time cost less without [default:
     /// where the driver has them, but not with --recovery nor a depth of 1]
     #[arg(long, value_enum, value_name = "SWITCH")]
     batch: Option<Switch>,

@@ -145,10 +145,14 @@ class Requests:
 
         And a place for what one has in hand.
         """
+        for over in self._hands.keys() - self._consumers.keys():
+            # Of an iteration that was left with a request that has ended since.
+            if not _unfinished(self._hands.get(over, [])):
+                self._hands.pop(over, None)
         token = object()
         hand: list[weakref.ref[Request]] = []
-        self._hands[token] = hand
         self._consumers[token] = threading.get_ident()
+        self._hands[token] = hand
         descriptors: dict[PullQueue, int] = {}
         try:
             for queue in self._queues:
@@ -160,7 +164,7 @@ class Requests:
             for descriptor in descriptors.values():
                 os.close(descriptor)
             if not _unfinished(hand):
-                del self._hands[token]
+                self._hands.pop(token, None)
             del self._consumers[token]
             if not self._consumers:
                 self.close()

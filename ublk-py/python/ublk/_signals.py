@@ -77,17 +77,17 @@ def drain(descriptor: int) -> None:
             pass
 
 
-def _is_needed() -> bool:
-    """Give the wakeup descriptor back to a program that had its own. Others have none."""
+def _give_back() -> bool:
+    """Give a program that had a wakeup descriptor of its own that one back; tell whether it had."""
     with _lock:
         if _before == -1:
-            return True
+            return False
         signal.set_wakeup_fd(_before)
         if _pipe is not None:
             # What came meanwhile.
             with contextlib.suppress(OSError):
                 os.write(_before, os.read(_pipe[0], 64))
-        return False
+        return True
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     Not if the program has a wakeup descriptor: then it is the loop's own, which does the same.
     """
     with wakeup_fd() as signalled:
-        if signalled is None or not _is_needed():
+        if signalled is None or _give_back():
             yield
             return
         # A loop knows one reader for each descriptor.
