@@ -15,8 +15,6 @@ from pathlib import Path
 
 COUNTS = [1, 10, 100, 1000]
 QUICK = [1, 100]
-# More are not used all at a time: fio alone takes minutes for a thousand.
-BUSY = 100
 # 32 requests at a time, whatever the number of devices. One client could not be told of a thousand.
 CLIENTS = 4
 JOB = {"rw": "randread", "bs": "4k", "iodepth": 8, "file_service_type": "random"}
@@ -102,7 +100,7 @@ def measure(counts, work, with_idleness, absent):
     # A client has all of its devices open.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    for count in counts if with_idleness else [count for count in counts if count <= BUSY]:
+    for count in counts:
         for peer, (add, most) in PEERS.items():
             name = f"{peer}, {count} devices"
             if count > most or shutil.which(peer) is None:
@@ -112,7 +110,7 @@ def measure(counts, work, with_idleness, absent):
                 with add(count) as devices:
                     subprocess.run(["udevadm", "settle", "--timeout=120"], check=False)
                     row = {"peer": peer, "count": count} | (devices.idle() if with_idleness else {})
-                    rows.append(row | (work(devices.shares(), JOB) if count <= BUSY else {}))
+                    rows.append(row | work(devices.shares(), JOB))
             except (RuntimeError, subprocess.SubprocessError) as error:
                 # Whatever else was measured is not to be lost.
                 absent[name] = str(error)
