@@ -16,6 +16,21 @@ from support.zones import keep_files, report
 pytestmark = pytest.mark.skipif(not has("ZONED"), reason="zones came with Linux 6.6")
 ZONE = 4 << 20
 EXAMPLE = "/opt/ublk/examples/zoned.py:ZonedRam"
+WRONG = """
+import ublk
+
+class Wrong(ublk.BlockDevice):
+    def __init__(self, size):
+        super().__init__(size=size, block_size=4096, zone_size=4 << 20)
+
+    def report_zones(self, offset, count):
+        starts = range(offset, self.size, self.zone_size)[:count]
+        return [ublk.Zone(start, self.zone_size, 0, ublk.ZoneCondition.EMPTY) for start in starts]
+
+    def zone_reset(self, offset): ...
+
+    def read(self, offset, buf): ...
+"""
 
 
 @pytest.fixture(params=[[], ["--workers", "4"]], ids=["queues", "workers"])
@@ -58,3 +73,12 @@ def test_a_file_system_that_appends_lives_on_them(python, tmp_path: Path) -> Non
         server.signal(signal.SIGINT)
         assert server.wait() in (0, 130), server.log
         assert "Traceback" not in server.log
+
+
+@pytest.mark.short
+@pytest.mark.io_errors
+def test_zones_that_cannot_be_are_named_before_there_is_a_disk(python, tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(WRONG)
+    with Child([*python.argv, "run", f"{tmp_path}/wrong.py:Wrong", "--size", "16M"]) as server:
+        assert server.wait() not in (0, None)
+        assert "the write pointer 0 is not in the zone at 4194304" in server.log

@@ -134,6 +134,21 @@ fn a_dropped_request_fails_with_eio_and_the_device_lives_on() {
 }
 
 #[test]
+fn a_request_is_shown_as_people_would_tell_of_it() {
+    let driver = FakeDriver::new();
+    let (tell, told) = std::sync::mpsc::channel();
+    let target = custom(move |request| {
+        let _ = tell.send(request.to_string());
+        request.complete();
+    });
+    let device = server(&driver, 1).start(target, &options(1, 1)).unwrap();
+    driver.disk(device.id()).write(4096, &[0; 512]).unwrap();
+    let expected = format!("Write of 512 bytes at 4096, ublkb{} queue 0 tag 0", device.id());
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [expected]);
+    finish(&driver, device);
+}
+
+#[test]
 fn a_panicking_handler_fails_its_request_and_the_device_lives_on() {
     let driver = FakeDriver::new();
     let target = custom(|request| match request.op() {

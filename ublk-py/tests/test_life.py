@@ -14,8 +14,9 @@ import time
 import pytest
 
 import ublk
-from ublk import _device, _interval, _signals, _threads, _watchdog
+from ublk import ZoneCondition, _device, _interval, _signals, _threads, _watchdog
 from ublk._ublk import FakeDriver
+from ublk._zones import reporter
 
 SIZE = 1 << 20
 
@@ -388,6 +389,48 @@ def test_zones_are_packed_as_the_kernel_wants_them():
     words = [int.from_bytes(packed[at : at + 8], sys.byteorder) for at in (0, 8, 16, 32)]
     assert words == [2048, 2048, 2056, 1024]
     assert packed[24:28] == bytes([2, 4, 0, 0])
+
+
+def _reported(zones, offset=0):
+    report = bytearray(64 * 4)
+    reporter(lambda _offset, _count: iter(zones), 4 << 20, 1 << 20)(offset, memoryview(report))
+    return report
+
+
+def _empty(number, **others):
+    start = number << 20
+    return ublk.Zone(start, **({"length": 1 << 20, "write_pointer": start, "condition": ZoneCondition.EMPTY} | others))
+
+
+def test_a_report_ends_with_the_disk():
+    zones = [_empty(2), _empty(3)]
+    report = _reported(zones, offset=2 << 20)
+    assert report[:128] == b"".join(zone._pack() for zone in zones)
+    assert report[128:] == bytes(128)
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (_empty(2), "a zone at 2097152 where that at 1048576 belongs"),
+        (_empty(1, length=1 << 19), "has 1048576 bytes, not 524288"),
+        (_empty(1, capacity=2 << 20), "no capacity of 2097152"),
+        (_empty(1, write_pointer=0), "the write pointer 0 is not in the zone at 1048576"),
+    ],
+)
+def test_zones_that_the_kernel_would_refuse_are_named(second, reason):
+    with pytest.raises(ValueError, match=reason):
+        _reported([_empty(0), second, _empty(2), _empty(3)])
+
+
+def test_a_report_that_lacks_zones_is_refused():
+    with pytest.raises(ValueError, match="gives 1 zones"):
+        _reported([_empty(0)])
+
+
+def test_write_pointers_of_zones_without_one_mean_nothing():
+    full = [_empty(number, write_pointer=0, condition=ZoneCondition.FULL) for number in range(4)]
+    assert _reported(full) == b"".join(zone._pack() for zone in full)
 
 
 def test_shared_memory_is_for_devices_that_were_made_for_it(driver, tmp_path):

@@ -173,6 +173,13 @@ impl<H: Home> fmt::Debug for RequestOf<H> {
     }
 }
 
+impl<H: Home> fmt::Display for RequestOf<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (op, len, offset) = (self.op, self.len(), self.offset());
+        write!(f, "{op:?} of {len} bytes at {offset}, ublkb{} queue {} tag {}", self.device(), self.queue(), self.tag)
+    }
+}
+
 impl<'q> Request<'q> {
     /// Takes over a tag that the server owns, and its buffer. What cannot be served is failed at once.
     pub(crate) fn adopt(core: &'q QueueCore, tag: Tag) -> Option<Self> {
@@ -586,7 +593,7 @@ pub(crate) fn memory_or_abort(len: usize, for_whom: &dyn fmt::Debug) -> IoBuffer
 impl<H: Home> Drop for RequestOf<H> {
     fn drop(&mut self) {
         if !self.spent {
-            log::error!("{self:?} was dropped by its handler; it fails with EIO");
+            log::error!("{self} was dropped by its handler, and fails with EIO: end requests by complete() or fail()");
             self.commit(Answer::error(Errno::EIO));
         }
     }

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,6 +36,15 @@ class ZoneCondition(enum.IntEnum):
     OFFLINE = 15
 
 
+# Those in which a zone has a write pointer.
+_WRITABLE = (
+    ZoneCondition.EMPTY,
+    ZoneCondition.IMPLICITLY_OPEN,
+    ZoneCondition.EXPLICITLY_OPEN,
+    ZoneCondition.CLOSED,
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Zone:
     """One zone of a disk; offsets and lengths in bytes."""
@@ -63,15 +73,34 @@ class Zone:
         )
 
 
-def reporter(report_zones: Callable[[int, int], Iterable[Zone]]) -> Callable[[int, memoryview], None]:
+def _check(zone: Zone, start: int, size: int, zone_size: int) -> None:
+    """Raise ValueError if the kernel would refuse a zone, as it does without a reason."""
+    length = min(zone_size, size - start)
+    capacity = length if zone.capacity is None else zone.capacity
+    if zone.start != start:
+        raise ValueError(f"report_zones() gives a zone at {zone.start} where that at {start} belongs")
+    if zone.length != length:
+        raise ValueError(f"report_zones(): the zone at {start} has {length} bytes, not {zone.length}")
+    if not 0 < capacity <= length:
+        raise ValueError(f"report_zones(): the zone at {start} with {length} bytes has no capacity of {capacity}")
+    if zone.condition in _WRITABLE and not start <= zone.write_pointer <= start + capacity:
+        raise ValueError(f"report_zones(): the write pointer {zone.write_pointer} is not in the zone at {start}")
+
+
+def reporter(
+    report_zones: Callable[[int, int], Iterable[Zone]], size: int, zone_size: int
+) -> Callable[[int, memoryview], None]:
     """Make a function that fills a report's memory from a class's method."""
 
     def report(offset: int, buf: memoryview) -> None:
+        starts = range(offset, size, zone_size)[: len(buf) // _LAYOUT.size]
+        zones = list(itertools.islice(report_zones(offset, len(starts)), len(starts)))
+        if len(zones) < len(starts):
+            raise ValueError(f"report_zones({offset}, {len(starts)}) gives {len(zones)} zones")
         # The kernel takes zeros for the end of the zones.
         buf[:] = bytes(len(buf))
-        for number, zone in zip(
-            range(len(buf) // _LAYOUT.size), report_zones(offset, len(buf) // _LAYOUT.size), strict=False
-        ):
+        for number, (start, zone) in enumerate(zip(starts, zones, strict=True)):
+            _check(zone, start, size, zone_size)
             buf[number * _LAYOUT.size : (number + 1) * _LAYOUT.size] = zone._pack()
 
     return report
