@@ -87,7 +87,7 @@ def _kublk(count):
             subprocess.run(["kublk", "del", "-n", number], check=False, stdout=subprocess.DEVNULL)
 
 
-# With so many devices at most: a thousand processes need more memory than the machine has.
+# With so many devices at most: a thousand processes take ten minutes to begin, to be measured and to end.
 PEERS = {"ublk": (_ublk, 1000), "kublk": (_kublk, 100)}
 
 

@@ -58,6 +58,8 @@ def test_zones_are_written_opened_closed_finished_and_reset(path: str) -> None:
         assert report(path)[2]["name"] == condition
     run(["blkzone", "reset", path])
     assert {zone["name"] for zone in report(path)} == {"em"}
+    inside = run(["blkzone", "report", "-o", str(ZONE // 512 + 8), "-c", "1", path]).out
+    assert f"start: {ZONE // 512:#011x}" in inside
 
 
 def test_fio_writes_and_verifies_zones(path: str) -> None:

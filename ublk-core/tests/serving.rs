@@ -143,7 +143,7 @@ fn a_request_is_shown_as_people_would_tell_of_it() {
     });
     let device = server(&driver, 1).start(target, &options(1, 1)).unwrap();
     driver.disk(device.id()).write(4096, &[0; 512]).unwrap();
-    let expected = format!("Write of 512 bytes at 4096, ublkb{} queue 0 tag 0", device.id());
+    let expected = format!("write of 512 bytes at 4096, ublkb{} queue 0 tag 0", device.id());
     assert_eq!(told.try_iter().collect::<Vec<_>>(), [expected]);
     finish(&driver, device);
 }

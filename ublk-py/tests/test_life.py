@@ -391,9 +391,12 @@ def test_zones_are_packed_as_the_kernel_wants_them():
     assert packed[24:28] == bytes([2, 4, 0, 0])
 
 
-def _reported(zones, offset=0):
+def _reported(zones, offset=0, size=4 << 20):
     report = bytearray(64 * 4)
-    reporter(lambda _offset, _count: iter(zones), 4 << 20, 1 << 20)(offset, memoryview(report))
+    disk = Disk(size=4 << 20, zone_size=1 << 20)
+    fill = reporter(disk, lambda first, count: (zone for zone in zones if zone.start >= first))
+    disk.size = size
+    fill(offset, memoryview(report))
     return report
 
 
@@ -407,6 +410,16 @@ def test_a_report_ends_with_the_disk():
     report = _reported(zones, offset=2 << 20)
     assert report[:128] == b"".join(zone._pack() for zone in zones)
     assert report[128:] == bytes(128)
+
+
+def test_a_report_from_the_middle_of_a_zone_begins_with_that_zone():
+    zones = [_empty(number) for number in range(4)]
+    assert _reported(zones, offset=(3 << 20) + 512) == zones[3]._pack() + bytes(3 * 64)
+
+
+def test_a_report_follows_the_disk_s_size():
+    zones = [_empty(number) for number in range(2)]
+    assert _reported(zones, size=2 << 20) == zones[0]._pack() + zones[1]._pack() + bytes(2 * 64)
 
 
 @pytest.mark.parametrize(

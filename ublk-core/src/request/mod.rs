@@ -175,8 +175,8 @@ impl<H: Home> fmt::Debug for RequestOf<H> {
 
 impl<H: Home> fmt::Display for RequestOf<H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (op, len, offset) = (self.op, self.len(), self.offset());
-        write!(f, "{op:?} of {len} bytes at {offset}, ublkb{} queue {} tag {}", self.device(), self.queue(), self.tag)
+        let (op, len, offset) = (self.op.name(), self.len(), self.offset());
+        write!(f, "{op} of {len} bytes at {offset}, ublkb{} queue {} tag {}", self.device(), self.queue(), self.tag)
     }
 }
 
@@ -593,7 +593,7 @@ pub(crate) fn memory_or_abort(len: usize, for_whom: &dyn fmt::Debug) -> IoBuffer
 impl<H: Home> Drop for RequestOf<H> {
     fn drop(&mut self) {
         if !self.spent {
-            log::error!("{self} was dropped by its handler, and fails with EIO: end requests by complete() or fail()");
+            log::error!("{self} was dropped by its handler, and fails with EIO");
             self.commit(Answer::error(Errno::EIO));
         }
     }

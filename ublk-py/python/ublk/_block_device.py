@@ -159,7 +159,8 @@ class BlockDevice:
     def report_zones(self, offset: int, count: int) -> Iterable[Zone]:
         """Give the zones of a zoned disk from the one at ``offset`` on, ``count`` of them, in order.
 
-        A report that contradicts itself or the disk's size fails with the reason in the log, and so does the start.
+        A report that contradicts itself or the disk's size fails with the reason in the log; a device whose first
+        report fails does not start.
 
         A zoned disk keeps the rules itself: that sequential zones are written at their write pointers (else ``EIO``),
         and how many of them may be open.

@@ -209,11 +209,7 @@ def _zone_methods(target: BlockDevice) -> Handlers:
         raise TypeError(f"{name} has a zone_size, and not the methods report_zones and zone_reset")
     if any(map(inspect.iscoroutinefunction, (report, *found.values()))):
         raise TypeError(f"{name}: the methods for zones are plain ones")
-    return {
-        **found,
-        "zone_reset_all": target.zone_reset_all,
-        "report_zones": reporter(report, target.size, target.zone_size),
-    }
+    return {**found, "zone_reset_all": target.zone_reset_all, "report_zones": reporter(target, report)}
 
 
 def choose(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from ublk._block_device import BlockDevice
+
 # `struct blk_zone` of linux/blkzoned.h: start, length, write pointer, type, condition, two flags, reserved, capacity,
 # reserved; places and lengths in sectors.
 _LAYOUT = struct.Struct("=QQQBBBB4xQ24x")
@@ -74,7 +76,7 @@ class Zone:
 
 
 def _check(zone: Zone, start: int, size: int, zone_size: int) -> None:
-    """Raise ValueError if the kernel would refuse a zone, as it does without a reason."""
+    """Raise ValueError for a zone that cannot be. The kernel refuses most of these, and does not say which or why."""
     length = min(zone_size, size - start)
     capacity = length if zone.capacity is None else zone.capacity
     if zone.start != start:
@@ -88,15 +90,18 @@ def _check(zone: Zone, start: int, size: int, zone_size: int) -> None:
 
 
 def reporter(
-    report_zones: Callable[[int, int], Iterable[Zone]], size: int, zone_size: int
+    target: BlockDevice, report_zones: Callable[[int, int], Iterable[Zone]]
 ) -> Callable[[int, memoryview], None]:
-    """Make a function that fills a report's memory from a class's method."""
+    """Make a function that fills a report's memory from a zoned disk's method."""
 
     def report(offset: int, buf: memoryview) -> None:
-        starts = range(offset, size, zone_size)[: len(buf) // _LAYOUT.size]
-        zones = list(itertools.islice(report_zones(offset, len(starts)), len(starts)))
+        size, zone_size = target.size, target.zone_size
+        # Whoever asks for a report may do so in the middle of a zone.
+        first = offset - offset % zone_size
+        starts = range(first, size, zone_size)[: len(buf) // _LAYOUT.size]
+        zones = list(itertools.islice(report_zones(first, len(starts)), len(starts)))
         if len(zones) < len(starts):
-            raise ValueError(f"report_zones({offset}, {len(starts)}) gives {len(zones)} zones")
+            raise ValueError(f"report_zones({first}, {len(starts)}) gives {len(zones)} zones")
         # The kernel takes zeros for the end of the zones.
         buf[:] = bytes(len(buf))
         for number, (start, zone) in enumerate(zip(starts, zones, strict=True)):
