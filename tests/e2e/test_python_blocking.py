@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Handlers that take their time, and how many requests wait meanwhile."""
 
+import os
 import time
 
 import pytest
@@ -8,6 +9,7 @@ from support import kernel, sysfs
 from support.blockio import SECTOR, Disk, Tasks
 from support.gate import GATE, wait_behind
 from support.pace import patience
+from support.processes import is_blocked
 from support.server import Server
 from support.waiting import until
 
@@ -41,10 +43,11 @@ def test_what_was_finished_before_a_slow_handler_in_the_same_batch_is_not_held_u
         tasks.start(read, GATE)
         assert server.ask("disk.waiting.wait(10)") is True
         # While the queue is busy these two arrive, in this order: one batch for the next round.
-        tasks.start(read, 0)
-        until(lambda: sysfs.in_flight(server.path) == 2, "2 requests in flight")
-        tasks.start(read, SLOW)
-        until(lambda: sysfs.in_flight(server.path) == 3, "3 requests in flight")
+        for offset in 0, SLOW:
+            thread = tasks.start(read, offset)
+            until(lambda waiting=thread: is_blocked(os.getpid(), waiting.native_id), f"the reader of {offset} blocked")
+        # Requests are submitted one by one behind a handler that took 5 ms or more.
+        time.sleep(0.02)
         opened = time.monotonic()
         server.ask("disk.gate.set()")
         tasks.join()

@@ -88,6 +88,12 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
         os.kill(pid, number)
 
 
+def is_blocked(pid: int, task: int) -> bool:
+    """Whether a thread is in an uninterruptible wait, such as for a request that the driver has."""
+    fields = _fields(f"/proc/{pid}/task/{task}/stat")
+    return fields is not None and fields[1][0] == "D"
+
+
 def blocked_stacks() -> str:
     """Where in the kernel tasks are stuck, for the report of a test that takes too long."""
     lines = []

@@ -4,7 +4,8 @@
 
 use std::cell::Cell;
 
-use nix::time::{ClockId, clock_gettime};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_getres, clock_gettime};
 
 /// The monotonic clock in nanoseconds.
 pub(super) fn clock() -> u64 {
@@ -12,7 +13,11 @@ pub(super) fn clock() -> u64 {
 }
 
 fn nanoseconds(clock: ClockId) -> u64 {
-    clock_gettime(clock).map_or(0, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+    clock_gettime(clock).map_or(0, whole_nanoseconds)
+}
+
+fn whole_nanoseconds(time: TimeSpec) -> u64 {
+    time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64
 }
 
 /// Decides when the finished requests of a batch are submitted before its end.
@@ -22,18 +27,28 @@ fn nanoseconds(clock: ClockId) -> u64 {
 /// so that a processor that was away for a moment, which looks the same, costs some system calls and not
 /// thousands.
 ///
-/// Times are nanoseconds of the monotonic clock, exact where somebody has looked at it anyway, and of its last tick
-/// where not. A tick is behind an exact time only if there was one since.
-#[derive(Debug, Default)]
+/// Times are nanoseconds of the monotonic clock. It is looked at exactly where a batch begins and ends, and between its
+/// requests only if there was a tick.
+#[derive(Debug)]
 pub(super) struct Pace {
+    /// The time between two ticks.
+    resolution: u64,
     /// The handler has taken a request of this batch.
     begun: Cell<bool>,
     /// When the batch began, or it was last time to submit.
     submitted: Cell<u64>,
-    /// When the last request was handed out.
+    /// The latest time at which the last request can have been handed out. It is exact for the first one of a batch and for
+    /// the first one behind a tick.
     stepped: Cell<u64>,
     /// How many more requests are submitted on their own, if all of them are fast.
     eager: Cell<u16>,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        let resolution = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).map_or(0, whole_nanoseconds);
+        Pace::with_resolution(resolution)
+    }
 }
 
 impl Pace {
@@ -41,6 +56,16 @@ impl Pace {
     const SLOW: u64 = 5_000_000;
     /// Fast requests in a row after which a slow one is forgotten.
     const MEMORY: u16 = 64;
+
+    fn with_resolution(resolution: u64) -> Self {
+        Pace {
+            resolution,
+            begun: Cell::default(),
+            submitted: Cell::default(),
+            stepped: Cell::default(),
+            eager: Cell::default(),
+        }
+    }
 
     /// A batch is there, or the handler begins with it only now.
     pub(super) fn begin(&self, now: u64) {
@@ -56,8 +81,8 @@ impl Pace {
             return;
         }
         match now {
-            Some(now) if now.saturating_sub(self.stepped.get()) < Self::SLOW => self.was_fast(),
-            _ => drop(self.step(tick())),
+            Some(now) => self.ended(now),
+            None => drop(self.step(tick(), clock)),
         }
     }
 
@@ -65,7 +90,7 @@ impl Pace {
     pub(super) fn next(&self) -> bool {
         // What is done before the first one, by other queues of the thread too, need not wait if it can be foreseen to be
         // slow.
-        if self.begun.replace(true) { self.step(tick()) } else { self.is_slow() }
+        if self.begun.replace(true) { self.step(tick(), clock) } else { self.is_slow() }
     }
 
     /// Whether one of the last requests was slow.
@@ -73,18 +98,27 @@ impl Pace {
         self.eager.get() != 0
     }
 
-    fn step(&self, now: u64) -> bool {
+    fn step(&self, tick: u64, clock: impl FnOnce() -> u64) -> bool {
+        let ticked = tick > self.submitted.get();
+        if ticked {
+            let now = clock();
+            self.ended(now);
+            self.stepped.set(now);
+            self.submitted.set(now);
+        } else {
+            self.was_fast();
+            self.stepped.set(tick + self.resolution);
+        }
+        ticked || self.is_slow()
+    }
+
+    /// The last request took until `now`.
+    fn ended(&self, now: u64) {
         if now.saturating_sub(self.stepped.get()) >= Self::SLOW {
             self.eager.set(Self::MEMORY);
         } else {
             self.was_fast();
         }
-        self.stepped.set(now);
-        let late = self.is_slow() || now > self.submitted.get();
-        if late {
-            self.submitted.set(now);
-        }
-        late
     }
 
     fn was_fast(&self) {
@@ -101,16 +135,24 @@ fn tick() -> u64 {
 mod tests {
     use super::*;
 
+    /// Between two ticks, as where CONFIG_HZ is 100.
+    const TICK: u64 = ms(10);
+
     const fn ms(millis: u64) -> u64 {
         millis * 1_000_000
     }
 
+    /// A request ends at `now` and the next is taken.
+    fn step(pace: &Pace, now: u64) -> bool {
+        pace.step(now / TICK * TICK, || now)
+    }
+
     #[test]
     fn a_fast_batch_is_not_submitted_in_pieces() {
-        let pace = Pace::default();
-        pace.begin(ms(100));
+        let pace = Pace::with_resolution(TICK);
+        pace.begin(ms(102));
         for _ in 0..1000 {
-            assert!(!pace.step(ms(100)));
+            assert!(!step(&pace, ms(102)));
         }
     }
 
@@ -125,21 +167,20 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_that_takes_long_is_submitted_with_every_tick() {
-        let pace = Pace::default();
-        // Between two ticks.
+    fn a_batch_that_takes_long_is_submitted_with_every_tick_and_no_request_of_it_is_slow() {
+        let pace = Pace::with_resolution(TICK);
         pace.begin(ms(102));
-        assert!(!pace.step(ms(100)));
-        assert!(pace.step(ms(104)));
-        assert!(!pace.step(ms(104)));
+        for now in 103..150 {
+            assert_eq!(step(&pace, ms(now)), ms(now) % TICK == 0, "at {now} ms");
+        }
     }
 
     #[test]
     fn behind_a_slow_request_each_one_is_submitted_on_its_own() {
-        let pace = Pace::default();
+        let pace = Pace::with_resolution(TICK);
         let one_request_each = |begin, end| {
             pace.begin(ms(begin));
-            pace.step(ms(end))
+            step(&pace, ms(end))
         };
         assert!(one_request_each(100, 200));
         for _ in 1..Pace::MEMORY {
@@ -151,28 +192,40 @@ mod tests {
     }
 
     #[test]
+    fn a_request_that_may_have_begun_just_before_the_tick_is_not_slow() {
+        let pace = Pace::with_resolution(TICK);
+        pace.begin(ms(100));
+        step(&pace, ms(101));
+        // Handed out before 110, for all that is known.
+        step(&pace, ms(114));
+        assert!(!pace.is_slow());
+        step(&pace, ms(119));
+        step(&pace, ms(125));
+        assert!(pace.is_slow(), "it ran from 120 at the latest");
+    }
+
+    #[test]
     fn the_last_request_of_a_batch_counts_too() {
         let pace = Pace::default();
-        // The clock cannot be set: it is asked again about what seems slow, and that began long ago.
-        let begin = tick() - ms(100);
         let one_request = |took| {
-            pace.begin(begin);
+            pace.begin(ms(100));
             assert_eq!(pace.next(), pace.is_slow());
-            pace.end(Some(begin + took));
+            pace.end(Some(ms(100) + took));
             pace.eager.get()
         };
-        assert_eq!(one_request(ms(100)), Pace::MEMORY);
-        assert_eq!(one_request(0), Pace::MEMORY - 1);
-        pace.end(Some(begin + ms(100)));
+        // However the ticks lie.
+        assert_eq!(one_request(Pace::SLOW), Pace::MEMORY);
+        assert_eq!(one_request(Pace::SLOW - 1), Pace::MEMORY - 1);
+        pace.end(Some(ms(300)));
         assert_eq!(pace.eager.get(), Pace::MEMORY - 1, "nothing was handed out since");
     }
 
     #[test]
     fn waiting_before_the_first_request_is_not_slowness() {
-        let pace = Pace::default();
+        let pace = Pace::with_resolution(TICK);
         pace.begin(ms(100));
         // The interpreter is there.
         pace.begin(ms(900));
-        assert!(!pace.step(ms(900)));
+        assert!(!step(&pace, ms(900)));
     }
 }
