@@ -93,7 +93,8 @@ def test_as_many_requests_as_the_queue_is_deep_are_taken_at_once(depth: int) -> 
         assert sysfs.in_flight(server.path) == depth
         server.ask("disk.gate.set()")
         tasks.join()
-        assert sysfs.in_flight(server.path) == 0
+        # A reader may go on before the kernel has put its request away.
+        until(lambda: sysfs.in_flight(server.path) == 0, "no request in flight")
 
 
 def test_stop_waits_for_the_handler_that_runs() -> None:
