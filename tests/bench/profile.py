@@ -98,14 +98,12 @@ def show(directory, lines=40):
             continue
         low, _, offset, process, file = region
         name = Path(file).name
-        in_wheel = name.startswith("_ublk.")
-        host = Path("target/vm/wheel-build/release/lib_ublk.so") if in_wheel else Path("target/release", name)
-        programs[f"{process.split()[0]}: {Path(file).name}"] += instructions
-        if host.is_file():
+        programs[f"{process.split()[0]}: {name}"] += instructions
+        program = Path(directory, "programs", "lib_ublk.so" if name.startswith("_ublk.") else name)
+        if program.is_file():
             if file not in tables:
-                tables[file] = symbols(host)
-            # The wheel's library has no names unless it was built with `strip = false`.
-            add("user", tables[file], address - low + offset + _bias(host, offset), instructions, runs)
+                tables[file] = symbols(program)
+            add("user", tables[file], address - low + offset + _bias(program, offset), instructions, runs)
     print(f"{requests} requests; instructions per request:")
     for name, instructions in programs.most_common(12):
         print(f"{instructions / requests:9.1f}  {name}")
