@@ -133,6 +133,45 @@ def busy_seconds():
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
+def worked(pid):
+    """What a process has worked, in seconds: its own code, and the kernel on its behalf."""
+    # The 14th field and the next; the second, the name, may have spaces.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+
+
+def own_code(pid):
+    """What a process's own code has worked, in seconds, if the process is there: one that ends serves nothing."""
+    with contextlib.suppress(OSError):
+        return worked(pid)[0]
+    return None
+
+
+def servers(client):
+    """Processes that may have to do with serving the disk: all programs but the client and this one."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            # The kernel's threads have none.
+            os.readlink(f"/proc/{entry}/exe")
+            found.append(int(entry))
+    return [pid for pid in found if pid not in (client.pid, os.getpid())]
+
+
+class Work:
+    """What is worked from now on, in seconds: by everybody, by the client, by the code of servers."""
+
+    def __init__(self, client):
+        self._client = client
+        self._servers = {pid: own for pid in servers(client) if (own := own_code(pid)) is not None}
+        self._before = busy_seconds(), sum(worked(client.pid))
+
+    def so_far(self):
+        everybody, client = busy_seconds(), sum(worked(self._client.pid))
+        served = sum(own - then for pid, then in self._servers.items() if (own := own_code(pid)) is not None)
+        return everybody - self._before[0], client - self._before[1], served
+
+
 @contextlib.contextmanager
 def one_cpu():
     """Take all CPUs but the first away for a while."""
@@ -173,14 +212,15 @@ def measure(clients, options, seconds, marks):
                 raise RuntimeError(f"fio does not get going on {clients[0][:80]} (status {fio.poll()})")
             time.sleep(0.02)
         time.sleep(ramp)
-        began, worked, requests = time.monotonic(), busy_seconds(), requests_of(fio, size)
+        work = Work(fio)
+        began, requests = time.monotonic(), requests_of(fio, size)
         if marks is not None:
             marks.make()
         time.sleep(seconds)
         if marks is not None:
             marks.make()
         requests = requests_of(fio, size) - requests
-        worked, lasted = busy_seconds() - worked, time.monotonic() - began
+        lasted, work = time.monotonic() - began, work.so_far()
         said = fio.communicate(timeout=120)[0]
     finally:
         if fio.poll() is None:
@@ -195,7 +235,8 @@ def measure(clients, options, seconds, marks):
     latencies = {
         f"p{name[:2]}_us": percentiles[name] / 1000 for name in ("50.000000", "99.000000") if name in percentiles
     }
-    rates = {"iops": requests / lasted, "cpu_us": worked / max(requests, 1) * 1e6}
+    everybody, client, server_user = (seconds / max(requests, 1) * 1e6 for seconds in work)
+    rates = {"iops": requests / lasted, "cpu_us": everybody, "client_us": client, "server_user_us": server_user}
     return {"requests": requests, "seconds": lasted, **rates, **latencies}
 
 

@@ -43,7 +43,7 @@ def gather(directory):
                 figures.setdefault("kernel", []).append(kernel / result["requests"])
                 figures.setdefault("user", []).append(user / result["requests"])
             else:
-                for name in ("iops", "p50_us", "p99_us", "cpu_us"):
+                for name in ("iops", "p50_us", "p99_us", "cpu_us", "client_us", "server_user_us"):
                     if name in result:
                         figures.setdefault(name, []).append(result[name])
         for number, row in enumerate(document["many"], len(document["results"])):
@@ -107,8 +107,16 @@ def rate(row, reference):
 
 
 def latency(row, _reference):
-    """Median and 99th percentile of the latency in microseconds, and CPU time per request."""
-    return f"{row['p50_us']:,.0f} / {row['p99_us']:,.0f} / {row['cpu_us']:,.0f}" if "p50_us" in row else ""
+    """Median and 99th percentile of the latency in microseconds."""
+    return f"{row['p50_us']:,.0f} / {row['p99_us']:,.0f}" if "p50_us" in row else ""
+
+
+def work(row, _reference):
+    """CPU time per request in microseconds: the client's, all other, and how much of that is a server's own code."""
+    if "client_us" not in row:
+        return ""
+    server = row["cpu_us"] - row["client_us"]
+    return f"{row['client_us']:,.1f} + {server:,.1f} ({row['server_user_us']:,.1f})"
 
 
 def sleeping(document):
@@ -177,7 +185,9 @@ def main():
             table(document, f"Thousands of instructions per request (kernel+user), {with_queues}", instructions, queues)
         )
         parts.append(table(document, f"Requests per second, {with_queues}", rate, queues))
-        parts.append(table(document, f"Latency (median / 99 %) and CPU time, in µs, {with_queues}", latency, queues))
+        parts.append(table(document, f"Latency (median / 99 %) in µs, {with_queues}", latency, queues))
+        title = f"CPU time per request in µs: client + server (its own code), {with_queues}"
+        parts.append(table(document, title, work, queues))
     parts += [sleeping(document), many(document), goals.table(document)]
     parts += [f"absent: {peer}: {why}" for peer, why in document["absent"].items()]
     text = "\n".join(part for part in parts if part)
