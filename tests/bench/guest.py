@@ -127,49 +127,38 @@ def requests_of(process, size):
     return (int(fields["read_bytes"]) + int(fields["write_bytes"])) // size
 
 
-def busy_seconds():
-    """What all CPUs have worked, in seconds."""
-    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-
-
 def worked(pid):
-    """What a process has worked, in seconds: its own code, and the kernel on its behalf."""
+    """How long a process has run, in seconds: its own code, and the kernel on its behalf. The sum is exact, which the
+    shares of CPUs in /proc/stat are not: those are counted by a clock that stands still while a CPU is idle."""
     # The 14th field and the next; the second, the name, may have spaces.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+    own, kernel = (int(field) / os.sysconf("SC_CLK_TCK") for field in fields)
+    return own, kernel
 
 
-def own_code(pid):
-    """What a process's own code has worked, in seconds, if the process is there: one that ends serves nothing."""
-    with contextlib.suppress(OSError):
-        return worked(pid)[0]
-    return None
-
-
-def servers(client):
-    """Processes that may have to do with serving the disk: all programs but the client and this one."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
+def all_but(*pids):
+    """What every other process has worked, the kernel's own among them: disks are served by these, too."""
+    found = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        # It may have ended.
         with contextlib.suppress(OSError):
-            # The kernel's threads have none.
-            os.readlink(f"/proc/{entry}/exe")
-            found.append(int(entry))
-    return [pid for pid in found if pid not in (client.pid, os.getpid())]
+            if pid not in pids:
+                found[pid] = worked(pid)
+    return found
 
 
 class Work:
-    """What is worked from now on, in seconds: by everybody, by the client, by the code of servers."""
+    """What is worked from now on, in seconds: by the client, by all others, and how much of that by their own code."""
 
     def __init__(self, client):
-        self._client = client
-        self._servers = {pid: own for pid in servers(client) if (own := own_code(pid)) is not None}
-        self._before = busy_seconds(), sum(worked(client.pid))
+        self._client = client.pid
+        self._before = sum(worked(self._client)), all_but(self._client, os.getpid())
 
     def so_far(self):
-        everybody, client = busy_seconds(), sum(worked(self._client.pid))
-        served = sum(own - then for pid, then in self._servers.items() if (own := own_code(pid)) is not None)
-        return everybody - self._before[0], client - self._before[1], served
+        client, others = sum(worked(self._client)), all_but(self._client, os.getpid())
+        then, before = self._before
+        own, kernel = (sum(now[side] - before.get(pid, (0, 0))[side] for pid, now in others.items()) for side in (0, 1))
+        return client - then, own + kernel, own
 
 
 @contextlib.contextmanager
@@ -235,8 +224,8 @@ def measure(clients, options, seconds, marks):
     latencies = {
         f"p{name[:2]}_us": percentiles[name] / 1000 for name in ("50.000000", "99.000000") if name in percentiles
     }
-    everybody, client, server_user = (seconds / max(requests, 1) * 1e6 for seconds in work)
-    rates = {"iops": requests / lasted, "cpu_us": everybody, "client_us": client, "server_user_us": server_user}
+    client, server, own = (seconds / max(requests, 1) * 1e6 for seconds in work)
+    rates = {"iops": requests / lasted, "client_us": client, "server_us": server, "server_user_us": own}
     return {"requests": requests, "seconds": lasted, **rates, **latencies}
 
 

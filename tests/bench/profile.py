@@ -106,11 +106,14 @@ def show(directory, lines=40):
             add("user", tables[file], address - low + offset + _bias(program, offset), instructions, runs)
     print(f"{requests} requests; instructions per request:")
     for name, instructions in programs.most_common(12):
-        print(f"{instructions / requests:9.1f}  {name}")
+        if instructions >= requests:
+            print(f"{instructions / requests:9.1f}  {name}")
     for side, counted in functions.items():
-        print(f"\n{side}: instructions and calls per request")
+        if counted:
+            print(f"\n{side}: instructions and calls per request")
         for name, instructions in counted.most_common(int(lines)):
-            print(f"{instructions / requests:9.1f} {calls[name] / requests:7.2f}  {name}")
+            if instructions >= requests:
+                print(f"{instructions / requests:9.1f} {calls[name] / requests:7.2f}  {name}")
 
 
 def _bias(program, offset):
