@@ -128,8 +128,10 @@ def requests_of(process, size):
 
 
 def worked(pid):
-    """How long a process has run, in seconds: its own code, and the kernel on its behalf. The sum is exact, which the
-    shares of CPUs in /proc/stat are not: those are counted by a clock that stands still while a CPU is idle."""
+    """How long a process has run, in seconds: its own code, and the kernel on its behalf.
+
+    The sum is exact to a tick. Those of CPUs in /proc/stat are not, whose clock stands still while a CPU is idle.
+    """
     # The 14th field and the next; the second, the name, may have spaces.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     own, kernel = (int(field) / os.sysconf("SC_CLK_TCK") for field in fields)
@@ -226,7 +228,7 @@ def measure(clients, options, seconds, marks):
     }
     client, server, own = (seconds / max(requests, 1) * 1e6 for seconds in work)
     rates = {"iops": requests / lasted, "client_us": client, "server_us": server, "server_user_us": own}
-    return {"requests": requests, "seconds": lasted, **rates, **latencies}
+    return {"requests": requests, "seconds": lasted, **rates, **latencies, "fio": job}
 
 
 def conditions():

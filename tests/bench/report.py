@@ -51,6 +51,8 @@ def gather(directory):
                 row |= {name: n / row["requests"] for name, n in zip(("kernel", "user"), counted[number], strict=True)}
                 # Of a window for the sake of counting.
                 row = {name: row[name] for name in ("peer", "count", "kernel", "user")}
+            # What fio said stays with the run.
+            row.pop("fio", None)
             together.setdefault((row["peer"], row["count"]), {}).update(row)
     results = [
         {"peer": peer, "queues": queues, "job": job}

@@ -192,6 +192,15 @@ mod tests {
     }
 
     #[test]
+    fn the_first_request_of_a_batch_is_measured_exactly() {
+        let pace = Pace::with_resolution(TICK);
+        pace.begin(ms(106));
+        // 4 ms by the ticks.
+        assert!(step(&pace, ms(114)));
+        assert!(pace.is_slow());
+    }
+
+    #[test]
     fn a_request_that_may_have_begun_just_before_the_tick_is_not_slow() {
         let pace = Pace::with_resolution(TICK);
         pace.begin(ms(100));
@@ -207,16 +216,17 @@ mod tests {
     #[test]
     fn the_last_request_of_a_batch_counts_too() {
         let pace = Pace::default();
+        // Behind the last tick: nobody may judge by that one.
+        let begin = clock();
         let one_request = |took| {
-            pace.begin(ms(100));
+            pace.begin(begin);
             assert_eq!(pace.next(), pace.is_slow());
-            pace.end(Some(ms(100) + took));
+            pace.end(Some(begin + took));
             pace.eager.get()
         };
-        // However the ticks lie.
         assert_eq!(one_request(Pace::SLOW), Pace::MEMORY);
         assert_eq!(one_request(Pace::SLOW - 1), Pace::MEMORY - 1);
-        pace.end(Some(ms(300)));
+        pace.end(Some(begin + ms(100)));
         assert_eq!(pace.eager.get(), Pace::MEMORY - 1, "nothing was handed out since");
     }
 
