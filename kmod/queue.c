@@ -39,7 +39,7 @@ void ublk_no_server(struct ublk_queue *q, struct request *req)
 	}
 	spin_unlock(&q->ub->lock);
 	if (gate < UBLK_GATE_HOLD)
-		blk_mq_end_request(req, ublk_gate_status(gate));
+		ublk_end_request(req, ublk_gate_status(gate));
 }
 
 /*
@@ -149,21 +149,20 @@ static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx,
 	blk_status_t status;
 
 	if (unlikely(gate < UBLK_GATE_HOLD))
-		return ublk_gate_status(gate);
-	if (unlikely(gate == UBLK_GATE_HOLD))
+		status = ublk_gate_status(gate);
+	else if (unlikely(gate == UBLK_GATE_HOLD))
 		status = BLK_STS_AGAIN;
 	else
 		status = ublk_win_slot(q, req);
-	if (likely(status == BLK_STS_OK)) {
-		if (ublk_is_batch(q))
-			ublk_batch_send(q, req->tag);
-		else
-			ublk_send(&q->ios[req->tag]);
-		return BLK_STS_OK;
-	}
-	if (status != BLK_STS_AGAIN)
-		return status;
-	ublk_no_server(q, req);
+	if (unlikely(status == BLK_STS_AGAIN))
+		ublk_no_server(q, req);
+	else if (unlikely(status))
+		/* A status that is returned would be ended by the block layer. */
+		ublk_end_request(req, status);
+	else if (ublk_is_batch(q))
+		ublk_batch_send(q, req->tag);
+	else
+		ublk_send(&q->ios[req->tag]);
 	return BLK_STS_OK;
 }
 
@@ -199,7 +198,7 @@ static void ublk_queue_rqs(struct rq_list *rqlist)
 			continue;
 		}
 		if (unlikely(status)) {
-			blk_mq_end_request(req, status);
+			ublk_end_request(req, status);
 			continue;
 		}
 		if (ublk_is_batch(q)) {

@@ -3,6 +3,7 @@
  * What a request looks like to the server, and how it ends.
  */
 #include <linux/blk-integrity.h>
+#include <linux/bottom_half.h>
 #include <linux/err.h>
 #include <linux/rcupdate.h>
 
@@ -115,6 +116,35 @@ int ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
 }
 
 /*
+ * Ends the first @bytes of a request. True if there are more.
+ *
+ * The completion of a client's I/O may drop the last reference to its file. In
+ * a task, fput() puts the file's release off until that task returns to user
+ * space. That task would be the server, and closing a disk may wait for the
+ * server: for dirty pages, or for a holder of the disk's open_mutex that does
+ * I/O. With bottom halves off, as in an interrupt, fput() leaves the release to
+ * a kernel worker.
+ */
+static bool ublk_end_bytes(struct request *req, blk_status_t status,
+			   unsigned int bytes)
+{
+	bool more;
+
+	local_bh_disable();
+	more = blk_update_request(req, status, bytes);
+	if (!more)
+		__blk_mq_end_request(req, status);
+	local_bh_enable();
+	return more;
+}
+
+/* Ends all of a request. No other function of the driver may do so. */
+void ublk_end_request(struct request *req, blk_status_t status)
+{
+	WARN_ON_ONCE(ublk_end_bytes(req, status, blk_rq_bytes(req)));
+}
+
+/*
  * Part of a read or write was done: ends that, and gives the rest to the
  * server as a new request. Only whole logical blocks count.
  */
@@ -126,14 +156,10 @@ static void ublk_end_part(struct request *req, unsigned int done)
 		done = round_down(done, queue_logical_block_size(req->q));
 	else
 		done = bytes;
-	if (!done) {
-		blk_mq_end_request(req, BLK_STS_IOERR);
-		return;
-	}
-	if (blk_update_request(req, BLK_STS_OK, done))
+	if (!done)
+		ublk_end_request(req, BLK_STS_IOERR);
+	else if (ublk_end_bytes(req, BLK_STS_OK, done))
 		blk_mq_requeue_request(req, true);
-	else
-		__blk_mq_end_request(req, BLK_STS_OK);
 }
 
 static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
@@ -146,11 +172,11 @@ static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
 		if (q->flags & UBLK_F_USER_RECOVERY_REISSUE)
 			ublk_no_server(q, req);
 		else
-			blk_mq_end_request(req, BLK_STS_IOERR);
+			ublk_end_request(req, BLK_STS_IOERR);
 		return;
 	}
 	if (unlikely(result < 0)) {
-		blk_mq_end_request(req, errno_to_blk_status(result));
+		ublk_end_request(req, errno_to_blk_status(result));
 		return;
 	}
 	switch (req_op(req)) {
@@ -160,11 +186,11 @@ static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
 		break;
 	case REQ_OP_ZONE_APPEND:
 		/* The rest cannot be appended elsewhere. */
-		blk_mq_end_request(req, result < blk_rq_bytes(req) ?
-				   BLK_STS_IOERR : BLK_STS_OK);
+		ublk_end_request(req, result < blk_rq_bytes(req) ?
+				 BLK_STS_IOERR : BLK_STS_OK);
 		break;
 	default:
-		blk_mq_end_request(req, BLK_STS_OK);
+		ublk_end_request(req, BLK_STS_OK);
 		break;
 	}
 }

@@ -337,6 +337,7 @@ void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
 blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req);
 int ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
 		     int result, u64 lba);
+void ublk_end_request(struct request *req, blk_status_t status);
 void ublk_finish(struct ublk_queue *q, struct ublk_io *io, int result);
 bool ublk_io_get(struct ublk_io *io);
 void ublk_io_put(struct ublk_io *io);
