@@ -10,6 +10,8 @@
 #include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/nospec.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
@@ -28,8 +30,9 @@ struct ublk_fetch {
 	struct list_head	node;		/* ublk_batch.fetches */
 	struct ublk_queue	*q;
 	struct io_uring_cmd	*cmd;
+	struct task_struct	*task;		/* that sent it and runs its task work */
 	u16			buf_group;
-	bool			retired;	/* somebody is completing it */
+	bool			retired;	/* is being completed */
 };
 
 struct ublk_batch {
@@ -73,6 +76,12 @@ void ublk_batch_exit(struct ublk_queue *q)
 	q->batch = NULL;
 }
 
+static void ublk_fetch_free(struct ublk_fetch *fetch)
+{
+	put_task_struct(fetch->task);
+	kfree(fetch);
+}
+
 /* For the next server: what was on its way has been aborted. */
 void ublk_batch_reset(struct ublk_queue *q)
 {
@@ -113,29 +122,131 @@ void ublk_batch_send(struct ublk_queue *q, u16 tag)
 }
 
 /*
- * Takes up to @max tags out of the ring. If there is none, the command is
- * idle again; 0 then, or UBLK_IO_RES_ABORT if it is to end.
+ * Notes to which thread a tag goes. A queue is mostly served by one thread, so
+ * there is seldom anything to do. b->lock is held.
  */
-static int ublk_batch_take(struct ublk_batch *b, const struct ublk_device *ub,
-			   u16 *tags, unsigned int max)
+static void ublk_batch_hand_to(struct ublk_io *io, struct task_struct *task)
 {
+	if (likely(io->daemon == task))
+		return;
+	if (io->daemon)
+		put_task_struct(io->daemon);
+	io->daemon = get_task_struct(task);
+}
+
+/*
+ * Takes up to @max tags out of the ring for the current thread. If there is
+ * none, the command is idle again; 0 then, or UBLK_IO_RES_ABORT if it is to end.
+ */
+static int ublk_batch_take(struct ublk_queue *q, u16 *tags, unsigned int max)
+{
+	struct ublk_batch *b = q->batch;
 	unsigned int i, n;
 	int ret;
 
 	spin_lock(&b->lock);
 	n = min(b->nr, max);
-	for (i = 0; i < n; i++)
+	for (i = 0; i < n; i++) {
 		tags[i] = b->tags[b->head++ & b->mask];
+		ublk_batch_hand_to(&q->ios[tags[i]], current);
+	}
 	b->nr -= n;
 	ret = n;
 	if (!n) {
-		if (READ_ONCE(ub->canceling))
+		if (READ_ONCE(q->ub->canceling))
 			ret = UBLK_IO_RES_ABORT;
 		else
 			b->active = NULL;
 	}
 	spin_unlock(&b->lock);
 	return ret;
+}
+
+/*
+ * Takes a tag out of the ring that is not to be delivered any more. False if it
+ * is not there: a delivery has it. From there on the caller owns its request.
+ */
+bool ublk_batch_revoke(struct ublk_queue *q, struct ublk_io *io)
+{
+	struct ublk_batch *b = q->batch;
+	unsigned int i;
+
+	spin_lock(&b->lock);
+	for (i = 0; i < b->nr; i++)
+		if (b->tags[(b->head + i) & b->mask] == io->tag)
+			break;
+	if (i == b->nr) {
+		spin_unlock(&b->lock);
+		return false;
+	}
+	for (; i + 1 < b->nr; i++)
+		b->tags[(b->head + i) & b->mask] =
+			b->tags[(b->head + i + 1) & b->mask];
+	b->nr--;
+	atomic_set(&io->state, UBLK_IO_CANCELED);
+	spin_unlock(&b->lock);
+	return true;
+}
+
+/*
+ * The thread that a request depends on: the one it was delivered to, or the one
+ * that is to deliver it. b->lock is held.
+ */
+static struct task_struct *ublk_batch_holder(struct ublk_batch *b,
+					     const struct ublk_io *io)
+{
+	if (atomic_read(&io->state) != UBLK_IO_DISPATCH)
+		return io->daemon;
+	return b->active ? b->active->task : NULL;
+}
+
+/*
+ * Whether a request will get no answer. Any thread may commit, so that the end
+ * of one means nothing; a process that is gone has nothing more to commit. What
+ * is in the ring while all fetch commands are being canceled stays there.
+ */
+bool ublk_batch_holder_gone(struct ublk_queue *q, struct ublk_io *io)
+{
+	struct ublk_batch *b = q->batch;
+	struct task_struct *holder;
+	bool gone;
+
+	spin_lock(&b->lock);
+	holder = ublk_batch_holder(b, io);
+	if (holder)
+		gone = READ_ONCE(holder->signal->flags) & SIGNAL_GROUP_EXIT ||
+		       !atomic_read(&holder->signal->live);
+	else
+		gone = READ_ONCE(q->ub->canceling);
+	spin_unlock(&b->lock);
+	return gone;
+}
+
+void ublk_batch_kill_holder(struct ublk_queue *q, struct ublk_io *io)
+{
+	struct ublk_batch *b = q->batch;
+	struct task_struct *holder;
+
+	spin_lock(&b->lock);
+	holder = ublk_batch_holder(b, io);
+	if (holder)
+		send_sig(SIGKILL, holder, 0);
+	spin_unlock(&b->lock);
+}
+
+/* A thread that fetches from this queue, with a reference, or NULL. */
+struct task_struct *ublk_batch_fetcher(struct ublk_queue *q)
+{
+	struct ublk_batch *b = q->batch;
+	struct ublk_fetch *fetch;
+	struct task_struct *task = NULL;
+
+	spin_lock(&b->lock);
+	fetch = list_first_entry_or_null(&b->fetches, struct ublk_fetch, node);
+	if (fetch)
+		task = get_task_struct(fetch->task);
+	spin_unlock(&b->lock);
+	return task;
 }
 
 /* Puts tags back to where they came from, in order. */
@@ -179,6 +290,7 @@ static unsigned int ublk_batch_prepare(struct ublk_queue *q,
 		struct ublk_io *io = &q->ios[tags[i]];
 
 		if (ublk_prepare_delivery(q, io, cmd, issue_flags) < 0) {
+			atomic_set(&io->state, UBLK_IO_BUSY);
 			ublk_undeliverable(q, io, issue_flags);
 			continue;
 		}
@@ -202,7 +314,7 @@ static int ublk_batch_deliver(struct ublk_fetch *fetch, unsigned int issue_flags
 	size_t len;
 	int ret;
 
-	ret = ublk_batch_take(q->batch, q->ub, tags, ARRAY_SIZE(tags));
+	ret = ublk_batch_take(q, tags, ARRAY_SIZE(tags));
 	if (ret <= 0)
 		return ret;
 	n = ret;
@@ -249,7 +361,7 @@ static void ublk_batch_end_active(struct ublk_fetch *fetch, int ret,
 	spin_unlock(&b->lock);
 	ublk_batch_kick(next);
 	io_uring_cmd_done(fetch->cmd, ret, issue_flags);
-	kfree(fetch);
+	ublk_fetch_free(fetch);
 }
 
 static void ublk_batch_tw(struct io_tw_req tw_req, io_tw_token_t tw)
@@ -299,7 +411,7 @@ void ublk_batch_cancel_fetch(struct ublk_fetch *fetch, unsigned int issue_flags)
 	if (!retired)
 		return;
 	io_uring_cmd_done(fetch->cmd, UBLK_IO_RES_ABORT, issue_flags);
-	kfree(fetch);
+	ublk_fetch_free(fetch);
 }
 
 /* Cancels what is pending on a queue whose device takes no more requests. */
@@ -319,7 +431,7 @@ void ublk_batch_cancel_fetches(struct ublk_queue *q)
 	list_for_each_entry_safe(fetch, next, &idle, node) {
 		io_uring_cmd_done(fetch->cmd, UBLK_IO_RES_ABORT,
 				  IO_URING_F_UNLOCKED);
-		kfree(fetch);
+		ublk_fetch_free(fetch);
 	}
 }
 
@@ -335,11 +447,13 @@ static int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 		return -EINVAL;
 	if (!(cmd->flags & IORING_URING_CMD_MULTISHOT))
 		return -EINVAL;
-	fetch = kzalloc_obj(*fetch);
+	/* The memory must not be had by writing to this disk. */
+	fetch = kzalloc(sizeof(*fetch), GFP_NOIO);
 	if (!fetch)
 		return -ENOMEM;
 	fetch->q = q;
 	fetch->cmd = cmd;
+	fetch->task = get_task_struct(current);
 	fetch->buf_group = READ_ONCE(cmd->sqe->buf_index);
 	io_uring_cmd_to_pdu(cmd, struct ublk_cmd_pdu)->fetch = fetch;
 	io_uring_cmd_mark_cancelable(cmd, issue_flags);
@@ -354,7 +468,7 @@ static int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	ublk_batch_kick(active);
 	if (cancel) {
 		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
-		kfree(fetch);
+		ublk_fetch_free(fetch);
 	}
 	return -EIOCBQUEUED;
 }
@@ -477,6 +591,7 @@ static int ublk_commit_elem(struct ublk_queue *q, struct io_uring_cmd *cmd,
 			    unsigned int issue_flags)
 {
 	struct ublk_elem elem;
+	struct request *req;
 	struct ublk_io *io;
 	int ret;
 
@@ -490,8 +605,9 @@ static int ublk_commit_elem(struct ublk_queue *q, struct io_uring_cmd *cmd,
 			       elem.zone_lba);
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_elem_set_buf(q, args, &elem, io);
+	req = io->req;
 	ublk_slot_arm(q, io, issue_flags);
-	ublk_finish(q, io, ret);
+	ublk_finish(q, io, req, ret);
 	return 0;
 }
 

@@ -68,6 +68,8 @@ int ublk_auto_register(struct ublk_queue *q, struct ublk_io *io,
 	if (likely(!ret)) {
 		io->reg_ring = io_uring_cmd_ctx_handle(cmd);
 		io->reg_index = io->auto_reg.index;
+		/* A delivery that failed may have left it. */
+		ublk_desc(q, io->tag)->op_flags &= ~UBLK_IO_F_NEED_REG_BUF;
 		return UBLK_IO_RES_OK;
 	}
 	/* Not the last one: the delivery holds the first. */

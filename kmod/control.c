@@ -5,6 +5,8 @@
 #include <linux/capability.h>
 #include <linux/pid.h>
 #include <linux/rcupdate.h>
+#include <linux/sched.h>
+#include <linux/sched/task.h>
 #include <linux/uaccess.h>
 
 #include "ublk.h"
@@ -64,20 +66,47 @@ static int ublk_ctrl_add_dev(const struct ublksrv_ctrl_cmd *header)
 	return ret;
 }
 
-/* What a process that looks at the device may know of the server. */
+/* A thread that waits for requests of this queue, with a reference, or NULL. */
+static struct task_struct *ublk_fetcher(struct ublk_queue *q)
+{
+	unsigned int tag;
+
+	if (ublk_is_batch(q))
+		return ublk_batch_fetcher(q);
+	for (tag = 0; tag < q->depth; tag++) {
+		struct task_struct *daemon = q->ios[tag].daemon;
+
+		if (daemon && !ublk_task_gone(daemon))
+			return get_task_struct(daemon);
+	}
+	return NULL;
+}
+
+/*
+ * The process that serves, as the caller counts processes, or -1. If the one
+ * that opened the char device is gone, one that it has left the device to.
+ */
 static s32 ublk_server_pid(struct ublk_device *ub)
 {
 	struct task_struct *task = NULL;
 	s32 nr = -1;
+	unsigned int i;
 
 	spin_lock(&ub->lock);
+	if (!ub->server)
+		goto out;
 	rcu_read_lock();
-	if (ub->server)
-		task = pid_task(ub->server, PIDTYPE_TGID);
-	if (task)
+	if (pid_task(ub->server, PIDTYPE_TGID))
 		nr = pid_vnr(ub->server) ?: -1;
 	rcu_read_unlock();
+	for (i = 0; nr < 0 && !task && i < ub->dev_info.nr_hw_queues; i++)
+		task = ublk_fetcher(ub->queues[i]);
+	if (task)
+		nr = task_tgid_vnr(task) ?: -1;
+out:
 	spin_unlock(&ub->lock);
+	if (task)
+		put_task_struct(task);
 	return nr;
 }
 
@@ -88,7 +117,9 @@ static int ublk_ctrl_get_info(struct ublk_device *ub,
 
 	if (header->len < sizeof(info) || !header->addr)
 		return -EINVAL;
+	spin_lock(&ub->lock);
 	info = ub->dev_info;
+	spin_unlock(&ub->lock);
 	info.ublksrv_pid = ublk_server_pid(ub);
 	if (copy_to_user(ublk_arg(header), &info, sizeof(info)))
 		return -EFAULT;

@@ -106,7 +106,7 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 	u64 lba = 0;
 
 	if (state != UBLK_IO_SERVED)
-		return state == UBLK_IO_CANCELED ? -ENODEV : -EINVAL;
+		return state >= UBLK_IO_REVOKED ? -ENODEV : -EINVAL;
 
 	/* Takes the place of the address, which no zoned device has. */
 	if (req_op(req) == REQ_OP_ZONE_APPEND)
@@ -117,13 +117,15 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 	if (ret)
 		return ret;
 
-	atomic_set(&io->state, UBLK_IO_BUSY);
+	/* The time-out may have taken the request back. */
+	if (!ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_BUSY))
+		return -ENODEV;
 	result = ublk_take_result(q, io, args->addr, args->result, lba);
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_park(q, io, cmd, args, issue_flags);
 	/* The tag stays the request's until it has ended: nothing can use the slot. */
 	ublk_slot_arm(q, io, issue_flags);
-	ublk_finish(q, io, result);
+	ublk_finish(q, io, req, result);
 	return -EIOCBQUEUED;
 }
 
@@ -133,7 +135,7 @@ static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 			 const struct ublk_io_args *args,
 			 unsigned int issue_flags)
 {
-	if (atomic_read(&io->state) != UBLK_IO_ASKED || !args->addr)
+	if (!args->addr || !ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_BUSY))
 		return -EINVAL;
 	io->buf_addr = args->addr;
 	ublk_desc(q, io->tag)->addr = args->addr;
@@ -141,10 +143,9 @@ static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 		atomic_set_release(&io->state, UBLK_IO_SERVED);
 		return UBLK_IO_RES_OK;
 	}
-	/* The request has failed, and the command waits for the next one. */
+	/* The request ends, and the command waits for the next one. */
 	ublk_park(q, io, cmd, args, issue_flags);
-	ublk_slot_arm(q, io, issue_flags);
-	ublk_finish(q, io, -EIO);
+	ublk_undeliverable(q, io, issue_flags);
 	return -EIOCBQUEUED;
 }
 

@@ -119,9 +119,12 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 	}
 	spin_lock(&ub->lock);
 	ub->recoverable = ub->dev_info.flags & UBLK_F_USER_RECOVERY;
+	/* The server may have died meanwhile: requests wait from here on. */
+	if (ub->canceling)
+		ublk_gates_close(ub);
 	spin_unlock(&ub->lock);
 	/* What a user's server says about partitions is not to be trusted. */
-	if (ub->untrusted)
+	if (READ_ONCE(ub->untrusted))
 		goto out;
 	if (ub->dev_info.flags & UBLK_F_NO_AUTO_PART_SCAN)
 		ublk_allow_scan(disk);
@@ -167,6 +170,8 @@ static void ublk_remove_disk(struct ublk_device *ub)
 			WRITE_ONCE(ub->queues[i]->gate, UBLK_GATE_FAIL);
 	spin_unlock(&ub->lock);
 	blk_mq_kick_requeue_list(disk->queue);
+	/* A server that has been killed may not be able to die without this. */
+	ublk_take_back_gone(ub);
 
 	cancel_work_sync(&ub->scan_work);
 	del_gendisk(disk);
@@ -180,7 +185,7 @@ static void ublk_remove_disk(struct ublk_device *ub)
 	put_disk(disk);
 }
 
-/* As a job, or where nothing can wait for the caller. */
+/* As a job, or where the caller is not waited for. */
 int ublk_do_stop(struct ublk_device *ub, struct pid *unused)
 {
 	mutex_lock(&ub->mutex);
@@ -225,8 +230,12 @@ int ublk_try_stop_dev(struct ublk_device *ub)
 		set_bit(UBLK_DEV_NO_OPEN, &ub->bits);
 	mutex_unlock(&disk->open_mutex);
 	/* As long as this disk is referred to, there cannot be another one. */
-	if (!ret)
+	if (!ret) {
 		ret = ublk_stop_dev(ub);
+		/* Not even begun: the disk is there to be opened. */
+		if (ret && ret != -EINTR)
+			clear_bit(UBLK_DEV_NO_OPEN, &ub->bits);
+	}
 	put_disk(disk);
 	return ret;
 }

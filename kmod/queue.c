@@ -55,7 +55,12 @@ static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
 	if (unlikely(status))
 		return status;
 	blk_mq_start_request(req);
-	io->req = req;
+	/*
+	 * Ahead of winning the slot, because a time-out that finds DISPATCH needs
+	 * them. As long as it is not won, no other code looks at them: the tag
+	 * is this request's.
+	 */
+	WRITE_ONCE(io->req, req);
 	io->next = NULL;
 	if (unlikely(!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_DISPATCH)))
 		return BLK_STS_AGAIN;
@@ -87,30 +92,49 @@ int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 	return ublk_copy_to_server(req, io->buf_addr) ? UBLK_IO_RES_OK : -EFAULT;
 }
 
-/* Ends a request that ublk_prepare_delivery() refused, and arms its slot again. */
+/* Whether the server, whose task this is, will not return to user space. */
+bool ublk_server_dying(void)
+{
+	return fatal_signal_pending(current) || current->flags & PF_EXITING;
+}
+
+/*
+ * Ends a request that ublk_prepare_delivery() refused, and arms its slot, which
+ * is BUSY, again. A page fault of a task that is being killed may fail, which is
+ * no fault of the request: it has met no server then.
+ */
 void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
 			unsigned int issue_flags)
 {
-	pr_err_ratelimited("ublk%u: tag %u of queue %u: the request's data cannot be given to the server\n",
-			   q->ub->dev_info.dev_id, io->tag, q->q_id);
+	struct request *req = io->req;
+	bool dying = ublk_server_dying();
+
+	if (dying)
+		ublk_server_leaves(q->ub);
+	else
+		pr_err_ratelimited("ublk%u: tag %u of queue %u: the request's data cannot be given to the server\n",
+				   q->ub->dev_info.dev_id, io->tag, q->q_id);
 	ublk_slot_arm(q, io, issue_flags);
-	ublk_finish(q, io, -EIO);
+	ublk_finish(q, io, req, dying ? UBLK_RES_UNSEEN : -EIO);
 }
 
 static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flags)
 {
 	struct ublk_queue *q = ublk_io_queue(io);
 	struct io_uring_cmd *cmd = io->cmd;
+	bool ours = ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY);
 	int res;
 
-	if (unlikely(dying)) {
+	if (unlikely(dying || !ours)) {
 		struct request *req = io->req;
 
 		ublk_server_leaves(q->ub);
 		io->cmd = NULL;
 		atomic_set(&io->state, UBLK_IO_CANCELED);
-		ublk_no_server(q, req);
+		if (ours)
+			ublk_no_server(q, req);
 		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
+		wake_up_all(&q->ub->wait);
 		return;
 	}
 	res = ublk_prepare_delivery(q, io, cmd, issue_flags);
@@ -228,43 +252,45 @@ static int ublk_init_hctx(struct blk_mq_hw_ctx *hctx, void *data, unsigned int i
 }
 
 /* The opener may have left the device to a child. */
-static void ublk_kill_server(struct ublk_device *ub, struct task_struct *daemon)
+static void ublk_kill_server(struct ublk_queue *q, struct ublk_io *io)
 {
+	struct ublk_device *ub = q->ub;
 	struct task_struct *task;
 
-	lockdep_assert_held(&ub->lock);
+	spin_lock(&ub->lock);
 	rcu_read_lock();
 	task = pid_task(ub->server, PIDTYPE_TGID);
 	if (task)
 		send_sig(SIGKILL, task, 0);
 	rcu_read_unlock();
-	if (daemon)
-		send_sig(SIGKILL, daemon, 0);
+	if (ublk_is_batch(q))
+		ublk_batch_kill_holder(q, io);
+	else if (io->daemon)
+		send_sig(SIGKILL, io->daemon, 0);
+	spin_unlock(&ub->lock);
 }
 
 /*
  * A server may take its time, unless it is a user's: the user's disk must not
- * be able to block whoever opens it for longer. But a thread that is dead will
- * not answer, whoever else still holds the char device.
+ * block those who open it for longer, whatever its server does and which process
+ * it is. A server that is dead, or has been killed and cannot die because it
+ * waits for this very disk, will not answer.
  */
 static enum blk_eh_timer_return ublk_timeout(struct request *req)
 {
 	struct ublk_queue *q = req->mq_hctx->driver_data;
-	struct ublk_io *io = ublk_rq_io(req);
-	struct ublk_device *ub = q->ub;
-	struct task_struct *daemon;
-	bool dead;
+	bool of_user = q->flags & UBLK_F_UNPRIVILEGED_DEV;
+	int tag = READ_ONCE(req->tag);
+	struct ublk_io *io;
 
-	spin_lock(&ub->lock);
-	daemon = io->daemon;
-	dead = daemon && READ_ONCE(daemon->exit_state);
-	if (!dead && (ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV))
-		ublk_kill_server(ub, daemon);
-	spin_unlock(&ub->lock);
-	if (!dead)
+	/* With a scheduler, a request that is being requeued has no tag. */
+	if (tag < 0 || tag >= q->depth)
 		return BLK_EH_RESET_TIMER;
-	ublk_server_leaves(ub);
-	return ublk_abort_slot(q, io) ? BLK_EH_DONE : BLK_EH_RESET_TIMER;
+	io = &q->ios[tag];
+	if (of_user)
+		ublk_kill_server(q, io);
+	return ublk_take_back(q, io, req, of_user) ? BLK_EH_DONE :
+						     BLK_EH_RESET_TIMER;
 }
 
 const struct blk_mq_ops ublk_mq_ops = {

@@ -110,8 +110,15 @@ int ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
 	if (req_op(req) == REQ_OP_ZONE_APPEND && result >= 0)
 		req->__sector = lba;
 	if (result > 0 && !ublk_no_copy(q) && ublk_rq_from_server(req) &&
-	    !(ublk_desc(q, io->tag)->op_flags & UBLK_IO_F_SHMEM_ZC))
-		return ublk_copy_from_server(req, addr, result);
+	    !(ublk_desc(q, io->tag)->op_flags & UBLK_IO_F_SHMEM_ZC)) {
+		int copied = ublk_copy_from_server(req, addr, result);
+
+		/* The memory of a server that is being killed may fault. */
+		if (unlikely(copied < result && copied < blk_rq_bytes(req)) &&
+		    ublk_server_dying())
+			return UBLK_RES_ABORTED;
+		return copied;
+	}
 	return result;
 }
 
@@ -200,10 +207,11 @@ static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
  * its data any more; until then its tag stays taken, so that @io's members that
  * belong to the request stay as they are even if the slot is armed again.
  */
-void ublk_finish(struct ublk_queue *q, struct ublk_io *io, int result)
+void ublk_finish(struct ublk_queue *q, struct ublk_io *io, struct request *req,
+		 int result)
 {
 	if (!ublk_no_copy(q)) {
-		ublk_end_rq(q, io->req, result);
+		ublk_end_rq(q, req, result);
 		return;
 	}
 	io->result = result;

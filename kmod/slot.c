@@ -9,6 +9,7 @@
  * "canceling" makes every slot that is armed from then on be canceled at once.
  */
 #include <linux/capability.h>
+#include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 
 #include "ublk.h"
@@ -134,14 +135,20 @@ bool ublk_slot_cancel(struct ublk_io *io, unsigned int issue_flags)
 	return true;
 }
 
+static void ublk_mark_leaving(struct ublk_device *ub)
+{
+	lockdep_assert_held(&ub->lock);
+	if (ub->canceling)
+		return;
+	WRITE_ONCE(ub->canceling, true);
+	ublk_gates_close(ub);
+}
+
 /* The server goes, or is asked to: no request reaches it unless it is on the way. */
 void ublk_server_leaves(struct ublk_device *ub)
 {
 	spin_lock(&ub->lock);
-	if (!ub->canceling) {
-		WRITE_ONCE(ub->canceling, true);
-		ublk_gates_close(ub);
-	}
+	ublk_mark_leaving(ub);
 	spin_unlock(&ub->lock);
 	/* Pairs with the exchange in ublk_slot_arm(). */
 	smp_mb();
@@ -184,32 +191,97 @@ bool ublk_server_told(const struct ublk_device *ub)
 	return true;
 }
 
-/*
- * Ends the request that the owner of a slot holds, who is dead, in the manner
- * of the recovery that was asked for. False if there is none.
- */
-bool ublk_abort_slot(struct ublk_queue *q, struct ublk_io *io)
+/* Whether a task runs no code of its program any more: it is dead, or killed. */
+bool ublk_task_gone(const struct task_struct *task)
 {
-	if (!ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_CANCELED) &&
-	    !ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_CANCELED))
-		return false;
-	ublk_finish(q, io, UBLK_RES_ABORTED);
-	return true;
+	return READ_ONCE(task->exit_state) ||
+	       READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT;
 }
 
 /*
- * A request of a batch that no server has got to know. Elsewhere the command
- * that would deliver it keeps the char device open.
+ * Whether the one that would answer the request of a slot, or take it to the
+ * server, is gone, whichever process still holds the char device.
  */
-static void ublk_abort_undelivered(struct ublk_queue *q, struct ublk_io *io)
+static bool ublk_holder_gone(struct ublk_queue *q, struct ublk_io *io)
 {
-	if (!ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_CANCELED))
-		return;
-	/* A delivery that was tried may have left references. */
-	if (ublk_no_copy(q) && refcount_read(&io->ref))
-		ublk_finish(q, io, UBLK_RES_UNSEEN);
+	lockdep_assert_held(&q->ub->lock);
+	if (ublk_is_batch(q))
+		return ublk_batch_holder_gone(q, io);
+	return io->daemon && ublk_task_gone(io->daemon);
+}
+
+/*
+ * Makes the caller the owner of the request of a slot. Returns how it is to
+ * end, UBLK_RES_ABORTED or UBLK_RES_UNSEEN, or 0 if others own it.
+ */
+static int ublk_win_back(struct ublk_queue *q, struct ublk_io *io)
+{
+	if (ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_CANCELED) ||
+	    ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_CANCELED))
+		return UBLK_RES_ABORTED;
+	if (ublk_is_batch(q) ? ublk_batch_revoke(q, io) :
+	    ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_REVOKED))
+		return UBLK_RES_UNSEEN;
+	return 0;
+}
+
+/* Ends what ublk_win_back() has won. */
+static void ublk_end_won(struct ublk_queue *q, struct ublk_io *io,
+			 struct request *req, int res)
+{
+	/* Without references if no delivery was tried yet. */
+	if (res == UBLK_RES_UNSEEN &&
+	    !(ublk_no_copy(q) && refcount_read(&io->ref)))
+		ublk_no_server(q, req);
 	else
-		ublk_no_server(q, io->req);
+		ublk_finish(q, io, req, res);
+}
+
+/*
+ * Ends the request of a slot whose server is gone, or @always, as the recovery
+ * mode wants it. False if it is in other hands: being delivered, or committed,
+ * or ended.
+ *
+ * All of this is decided in one critical section, which ublk_reset_slots() needs
+ * to enter: a request that a later server holds is never taken for one of the
+ * server that is gone.
+ */
+bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
+		    struct request *req, bool always)
+{
+	struct ublk_device *ub = q->ub;
+	int res = 0;
+
+	spin_lock(&ub->lock);
+	if (READ_ONCE(io->req) == req && (always || ublk_holder_gone(q, io)))
+		res = ublk_win_back(q, io);
+	/* What finds the slot gone looks for the reason under this lock. */
+	if (res)
+		ublk_mark_leaving(ub);
+	spin_unlock(&ub->lock);
+	if (!res)
+		return false;
+	ublk_end_won(q, io, req, res);
+	return true;
+}
+
+/* Takes all requests back whose server is gone, but has not closed the device. */
+void ublk_take_back_gone(struct ublk_device *ub)
+{
+	unsigned int i, tag;
+
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
+		struct ublk_queue *q = ub->queues[i];
+
+		for (tag = 0; tag < q->depth; tag++) {
+			struct ublk_io *io = &q->ios[tag];
+			struct request *req = READ_ONCE(io->req);
+
+			/* No reference: only whoever wins it back looks at it. */
+			if (req)
+				ublk_take_back(q, io, req, false);
+		}
+	}
 }
 
 /* The char device has no holder any more, hence no command is pending. */
@@ -221,8 +293,11 @@ void ublk_abort_slots(struct ublk_device *ub)
 		struct ublk_queue *q = ub->queues[i];
 
 		for (tag = 0; tag < q->depth; tag++) {
-			ublk_abort_slot(q, &q->ios[tag]);
-			ublk_abort_undelivered(q, &q->ios[tag]);
+			struct ublk_io *io = &q->ios[tag];
+			int res = ublk_win_back(q, io);
+
+			if (res)
+				ublk_end_won(q, io, io->req, res);
 		}
 	}
 }
@@ -263,7 +338,7 @@ void ublk_reset_slots(struct ublk_device *ub)
 			if (daemon)
 				put_task_struct(daemon);
 			io->cmd = NULL;
-			io->req = NULL;
+			WRITE_ONCE(io->req, NULL);
 			io->reg_ring = NULL;
 			io->buf_addr = 0;
 			atomic_set(&io->state, UBLK_IO_EMPTY);

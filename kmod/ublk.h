@@ -11,12 +11,16 @@
  *	DISPATCH   a request has won the slot and is on its way to the server
  *	ASKED      NEED_GET_DATA: the server was told, it has not named a buffer
  *	SERVED     the server holds the request
+ *	REVOKED    the request was taken back before its task work ran, which will
+ *		   complete the command
  *	CANCELED   the command was completed with UBLK_IO_RES_ABORT
  *
- * The way out of ARMED is a race between a request and a cancellation, and
- * compare-and-exchange decides it. In all other states the slot has one owner:
- * in DISPATCH the task work, in BUSY the command, in ASKED and SERVED the
- * server, until the last reference to the char device is gone.
+ * The ways out of ARMED, DISPATCH, ASKED and SERVED are races, and
+ * compare-and-exchange decides them: a request against a cancellation for an
+ * armed slot; task work, or a command of the server, against a time-out that
+ * takes the request back from a server that is gone. The winner owns the
+ * request. A slot in another state has one owner: in BUSY the command or the
+ * task work, else the release of the char device.
  *
  * Locks, outer to inner:
  *
@@ -71,6 +75,7 @@ enum ublk_io_state {
 	UBLK_IO_DISPATCH,
 	UBLK_IO_ASKED,
 	UBLK_IO_SERVED,
+	UBLK_IO_REVOKED,
 	UBLK_IO_CANCELED,
 };
 
@@ -104,7 +109,11 @@ struct ublk_io {
 
 	/* Slots delivered by one task work. */
 	struct ublk_io		*next;
-	/* The thread that fetched this tag, and nobody with UBLK_F_BATCH_IO. */
+	/*
+	 * The thread that fetched this tag; with UBLK_F_BATCH_IO, the one that
+	 * the tag was last delivered to. Written under ub->lock, or with
+	 * UBLK_F_BATCH_IO under ublk_batch.lock.
+	 */
 	struct task_struct	*daemon;
 } ____cacheline_aligned_in_smp;
 
@@ -316,8 +325,11 @@ void ublk_gates_open(struct ublk_device *ub);
 void ublk_server_leaves(struct ublk_device *ub);
 void ublk_cancel_slots(struct ublk_device *ub);
 bool ublk_server_told(const struct ublk_device *ub);
-bool ublk_abort_slot(struct ublk_queue *q, struct ublk_io *io);
+bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
+		    struct request *req, bool always);
+void ublk_take_back_gone(struct ublk_device *ub);
 void ublk_abort_slots(struct ublk_device *ub);
+bool ublk_task_gone(const struct task_struct *task);
 void ublk_reset_slots(struct ublk_device *ub);
 bool ublk_refs_gone(const struct ublk_device *ub);
 
@@ -328,6 +340,7 @@ int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 void ublk_no_server(struct ublk_queue *q, struct request *req);
 void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
 			unsigned int issue_flags);
+bool ublk_server_dying(void);
 
 /* request.c: what a request looks like to the server, and how it ends */
 /* Results that no server gives. */
@@ -338,7 +351,8 @@ blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req);
 int ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
 		     int result, u64 lba);
 void ublk_end_request(struct request *req, blk_status_t status);
-void ublk_finish(struct ublk_queue *q, struct ublk_io *io, int result);
+void ublk_finish(struct ublk_queue *q, struct ublk_io *io, struct request *req,
+		 int result);
 bool ublk_io_get(struct ublk_io *io);
 void ublk_io_put(struct ublk_io *io);
 
@@ -394,6 +408,10 @@ void ublk_batch_send(struct ublk_queue *q, u16 tag);
 void ublk_batch_cancel_fetch(struct ublk_fetch *fetch, unsigned int issue_flags);
 void ublk_batch_cancel_fetches(struct ublk_queue *q);
 void ublk_batch_reset(struct ublk_queue *q);
+bool ublk_batch_revoke(struct ublk_queue *q, struct ublk_io *io);
+bool ublk_batch_holder_gone(struct ublk_queue *q, struct ublk_io *io);
+void ublk_batch_kill_holder(struct ublk_queue *q, struct ublk_io *io);
+struct task_struct *ublk_batch_fetcher(struct ublk_queue *q);
 #else
 static inline int ublk_batch_init(struct ublk_queue *q)
 {
@@ -426,6 +444,27 @@ static inline void ublk_batch_cancel_fetches(struct ublk_queue *q)
 
 static inline void ublk_batch_reset(struct ublk_queue *q)
 {
+}
+
+static inline bool ublk_batch_revoke(struct ublk_queue *q, struct ublk_io *io)
+{
+	return false;
+}
+
+static inline bool ublk_batch_holder_gone(struct ublk_queue *q,
+					  struct ublk_io *io)
+{
+	return false;
+}
+
+static inline void ublk_batch_kill_holder(struct ublk_queue *q,
+					  struct ublk_io *io)
+{
+}
+
+static inline struct task_struct *ublk_batch_fetcher(struct ublk_queue *q)
+{
+	return NULL;
 }
 #endif
 
