@@ -60,7 +60,7 @@ int ublk_batch_init(struct ublk_queue *q)
 	unsigned int size = roundup_pow_of_two(q->depth);
 	struct ublk_batch *b;
 
-	b = kvzalloc(struct_size(b, tags, size), GFP_KERNEL);
+	b = kvzalloc(struct_size(b, tags, size), GFP_KERNEL_ACCOUNT);
 	if (!b)
 		return -ENOMEM;
 	spin_lock_init(&b->lock);

@@ -7,7 +7,9 @@
  */
 #include <linux/cred.h>
 #include <linux/miscdevice.h>
+#include <linux/list.h>
 #include <linux/mm.h>
+#include <linux/rcupdate.h>
 #include <linux/slab.h>
 #include <linux/uidgid.h>
 #include <linux/xarray.h>
@@ -17,7 +19,8 @@
 /* Devices by number; a number without a device is reserved. */
 static DEFINE_XARRAY_ALLOC(ublk_devs);
 static DECLARE_WAIT_QUEUE_HEAD(ublk_devs_wait);
-/* Both under the array's lock. */
+/* All under the array's lock. */
+static LIST_HEAD(ublk_user_devs);
 static unsigned int ublk_nr_unprivileged;
 static u64 ublk_last_serial;
 
@@ -43,7 +46,7 @@ static struct ublk_queue *ublk_alloc_queue(struct ublk_device *ub, u16 q_id)
 	struct page *pages;
 	unsigned int tag;
 
-	q = kvzalloc(struct_size(q, ios, depth), GFP_KERNEL);
+	q = kvzalloc(struct_size(q, ios, depth), GFP_KERNEL_ACCOUNT);
 	if (!q)
 		return ERR_PTR(-ENOMEM);
 	q->ub = ub;
@@ -55,7 +58,7 @@ static struct ublk_queue *ublk_alloc_queue(struct ublk_device *ub, u16 q_id)
 	for (tag = 0; tag < depth; tag++)
 		q->ios[tag].tag = tag;
 
-	pages = alloc_pages(GFP_KERNEL | __GFP_ZERO,
+	pages = alloc_pages(GFP_KERNEL_ACCOUNT | __GFP_ZERO,
 			    get_order(ublk_desc_area(ub, depth)));
 	if (!pages) {
 		kvfree(q);
@@ -113,8 +116,37 @@ static int ublk_alloc_tag_set(struct ublk_device *ub)
 }
 
 /*
- * Takes the number that is wished for, or the lowest free one. Nobody finds
- * the device before ublk_publish().
+ * What the tags of a device occupy, roughly: most of it is the block layer's,
+ * which does not account it.
+ */
+static unsigned long ublk_nr_pages(const struct ublk_device *ub)
+{
+	size_t tag = sizeof(struct ublk_io) + sizeof(struct request) +
+		     sizeof(struct ublk_rq) + ub->dev_info.io_desc_size;
+	size_t queue = tag * ub->dev_info.queue_depth;
+
+	return DIV_ROUND_UP(queue * ub->dev_info.nr_hw_queues, PAGE_SIZE);
+}
+
+/*
+ * Whether another unprivileged device may exist. One user cannot have them all.
+ * The array's lock is held.
+ */
+static bool ublk_user_may_add(const struct ublk_device *ub)
+{
+	const struct ublk_device *other;
+	unsigned int nr = 0;
+
+	if (ublk_nr_unprivileged >= READ_ONCE(ublks_max))
+		return false;
+	list_for_each_entry(other, &ublk_user_devs, user_node)
+		nr += other->dev_info.owner_uid == ub->dev_info.owner_uid;
+	return nr < READ_ONCE(ublks_max_per_user);
+}
+
+/*
+ * Takes the number that is wished for, or the lowest free one. The device is
+ * not found before ublk_publish().
  */
 static int ublk_claim_number(struct ublk_device *ub)
 {
@@ -123,12 +155,15 @@ static int ublk_claim_number(struct ublk_device *ub)
 	int ret;
 
 	xa_lock(&ublk_devs);
-	if (unprivileged && ublk_nr_unprivileged >= READ_ONCE(ublks_max)) {
-		xa_unlock(&ublk_devs);
-		return -EACCES;
+	if (unprivileged) {
+		if (!ublk_user_may_add(ub)) {
+			xa_unlock(&ublk_devs);
+			return -EACCES;
+		}
+		/* Counted at once, as the lock may be dropped for memory. */
+		ublk_nr_unprivileged++;
+		list_add(&ub->user_node, &ublk_user_devs);
 	}
-	/* The lock may be dropped for memory. */
-	ublk_nr_unprivileged += unprivileged;
 	if (dev_id == U32_MAX) {
 		ret = __xa_alloc(&ublk_devs, &dev_id, NULL,
 				 XA_LIMIT(0, UBLK_MINORS - 1), GFP_KERNEL);
@@ -139,9 +174,10 @@ static int ublk_claim_number(struct ublk_device *ub)
 		if (ret == -EBUSY)
 			ret = -EEXIST;
 	}
-	if (ret) {
-		ublk_nr_unprivileged -= unprivileged;
-	} else {
+	if (ret && unprivileged) {
+		ublk_nr_unprivileged--;
+		list_del(&ub->user_node);
+	} else if (!ret) {
 		ub->dev_info.dev_id = dev_id;
 		ub->serial = ++ublk_last_serial;
 	}
@@ -155,12 +191,21 @@ static void ublk_publish(struct ublk_device *ub)
 	xa_store(&ublk_devs, ub->dev_info.dev_id, ub, GFP_KERNEL);
 }
 
+/* The number stays taken. */
+static void ublk_unpublish(struct ublk_device *ub)
+{
+	xa_cmpxchg(&ublk_devs, ub->dev_info.dev_id, ub, XA_ZERO_ENTRY,
+		   GFP_KERNEL);
+}
+
 static void ublk_release_number(struct ublk_device *ub)
 {
 	xa_lock(&ublk_devs);
 	__xa_erase(&ublk_devs, ub->dev_info.dev_id);
-	if (ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV)
+	if (ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV) {
 		ublk_nr_unprivileged--;
+		list_del(&ub->user_node);
+	}
 	wake_up_all(&ublk_devs_wait);
 	xa_unlock(&ublk_devs);
 }
@@ -173,9 +218,12 @@ static void ublk_free_dev(struct ublk_device *ub)
 	ublk_free_queues(ub);
 	ublk_shmem_exit(ub);
 	mutex_destroy(&ub->mutex);
-	/* Whoever waits for this finds all else done. */
+	ublk_uncharge_pages(ub->payer, ub->nr_pages);
+	/* Those that wait for this find all else done. See ublk_remove_all(). */
+	rcu_read_lock();
 	ublk_release_number(ub);
 	kfree(ub);
+	rcu_read_unlock();
 }
 
 static void ublk_dev_release(struct device *dev)
@@ -201,11 +249,17 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 	if (!ub)
 		return ERR_PTR(-ENOMEM);
 	ub->dev_info = *info;
+	/* Before the number is taken, as it is counted by owner. */
+	current_uid_gid(&uid, &gid);
+	ub->dev_info.owner_uid = from_kuid(&init_user_ns, uid);
+	ub->dev_info.owner_gid = from_kgid(&init_user_ns, gid);
 	mutex_init(&ub->mutex);
 	spin_lock_init(&ub->lock);
 	init_waitqueue_head(&ub->wait);
 	INIT_WORK(&ub->release_work, ublk_release_work);
 	INIT_WORK(&ub->scan_work, ublk_scan_work);
+	INIT_WORK(&ub->job_work, ublk_job_work);
+	INIT_LIST_HEAD(&ub->jobs);
 
 	ret = ublk_claim_number(ub);
 	if (ret) {
@@ -216,9 +270,12 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 	ret = ublk_check_zoned(&ub->dev_info);
 	if (ret)
 		goto out_free;
-	current_uid_gid(&uid, &gid);
-	ub->dev_info.owner_uid = from_kuid(&init_user_ns, uid);
-	ub->dev_info.owner_gid = from_kgid(&init_user_ns, gid);
+	if (ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV) {
+		ub->nr_pages = ublk_nr_pages(ub);
+		ret = ublk_charge_pages(ub->nr_pages, &ub->payer);
+		if (ret)
+			goto out_free;
+	}
 
 	ret = ublk_alloc_queues(ub);
 	if (ret)
@@ -243,11 +300,21 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 		goto out_put;
 	cdev_init(&ub->cdev, &ublk_ch_fops);
 	*info = ub->dev_info;
-	ret = cdev_device_add(&ub->cdev, &ub->dev);
-	if (ret)
-		goto out_put;
-	get_device(&ub->dev);
+
+	/*
+	 * The uevent of the char device invites commands, which find the device
+	 * therefore. Those that remove it wait for the mutex.
+	 */
+	mutex_lock(&ub->mutex);
 	ublk_publish(ub);
+	ret = cdev_device_add(&ub->cdev, &ub->dev);
+	ub->added = !ret;
+	mutex_unlock(&ub->mutex);
+	if (ret) {
+		ublk_unpublish(ub);
+		goto out_put;
+	}
+	get_device(&ub->dev);
 	return ub;
 
 out_put:
@@ -282,12 +349,18 @@ void ublk_put_dev(struct ublk_device *ub)
  */
 static int ublk_do_remove(struct ublk_device *ub, struct pid *unused)
 {
-	/* Keeps START_DEV out. It and END_USER_RECOVERY may be waiting. */
-	bool first = !test_and_set_bit(UBLK_DEV_DELETED, &ub->bits);
+	bool added;
 
+	/* Keeps START_DEV out. It and END_USER_RECOVERY may be waiting. */
+	set_bit(UBLK_DEV_DELETED, &ub->bits);
 	wake_up_all(&ub->wait);
 	ublk_do_stop(ub, NULL);
-	if (first) {
+
+	mutex_lock(&ub->mutex);
+	added = ub->added;
+	ub->added = false;
+	mutex_unlock(&ub->mutex);
+	if (added) {
 		cdev_device_del(&ub->cdev, &ub->dev);
 		put_device(&ub->dev);
 	}
@@ -342,4 +415,6 @@ void ublk_remove_all(void)
 		ublk_put_dev(ub);
 	}
 	wait_event(ublk_devs_wait, xa_empty(&ublk_devs));
+	/* The one that has freed the last device is still in ublk_free_dev(). */
+	synchronize_rcu();
 }

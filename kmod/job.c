@@ -8,15 +8,16 @@
  * out, and their senders can be killed while they wait.
  */
 #include <linux/completion.h>
+#include <linux/list.h>
 #include <linux/pid.h>
 #include <linux/slab.h>
 
 #include "ublk.h"
 
 struct ublk_job {
-	struct work_struct	work;
+	struct list_head	node;		/* ublk_device.jobs, until it begins */
 	struct completion	done;
-	refcount_t		users;		/* who waits, and who works */
+	refcount_t		users;		/* sender and worker */
 	struct ublk_device	*ub;
 	ublk_job_fn		*fn;
 	struct pid		*pid;
@@ -32,41 +33,79 @@ static void ublk_job_put(struct ublk_job *job)
 	kfree(job);
 }
 
-static void ublk_job_work(struct work_struct *work)
+/*
+ * Carries out the jobs of a device, which would wait for each other anyway: a
+ * device occupies one worker, however many commands its users send.
+ */
+void ublk_job_work(struct work_struct *work)
 {
-	struct ublk_job *job = container_of(work, struct ublk_job, work);
+	struct ublk_device *ub =
+		container_of(work, struct ublk_device, job_work);
+	struct ublk_job *job;
 
-	job->ret = job->fn(job->ub, job->pid);
-	complete(&job->done);
-	ublk_job_put(job);
+	for (;;) {
+		spin_lock(&ub->lock);
+		job = list_first_entry_or_null(&ub->jobs, struct ublk_job, node);
+		if (job)
+			list_del_init(&job->node);
+		spin_unlock(&ub->lock);
+		if (!job)
+			break;
+		job->ret = job->fn(ub, job->pid);
+		complete(&job->done);
+		ublk_job_put(job);
+	}
+	/* Of the work, as its jobs may all have been withdrawn. */
+	put_device(&ub->dev);
+}
+
+/* Takes a job back that has not begun. */
+static bool ublk_job_withdraw(struct ublk_job *job)
+{
+	struct ublk_device *ub = job->ub;
+	bool waiting;
+
+	spin_lock(&ub->lock);
+	waiting = !list_empty(&job->node);
+	list_del_init(&job->node);
+	spin_unlock(&ub->lock);
+	if (waiting)
+		ublk_job_put(job);
+	return waiting;
 }
 
 /*
- * What @fn returns, or -EINTR: it goes on then. @pid, for which a reference is
- * handed over, is for @fn.
+ * Returns what @fn returns. If the sender is killed: -EINTR if @fn goes on, and
+ * -ECANCELED if it will not be called. @pid, for which a reference is handed
+ * over, is for @fn.
  */
 int ublk_run_job(struct ublk_device *ub, ublk_job_fn *fn, struct pid *pid)
 {
 	struct ublk_job *job;
 	int ret;
 
-	job = kzalloc_obj(*job);
+	job = kzalloc(sizeof(*job), GFP_KERNEL_ACCOUNT);
 	if (!job) {
 		put_pid(pid);
 		return -ENOMEM;
 	}
-	INIT_WORK(&job->work, ublk_job_work);
 	init_completion(&job->done);
 	refcount_set(&job->users, 2);
 	get_device(&ub->dev);
 	job->ub = ub;
 	job->fn = fn;
 	job->pid = pid;
-	queue_work(ublk_job_wq, &job->work);
-	if (wait_for_completion_killable(&job->done))
-		ret = -EINTR;
-	else
+	spin_lock(&ub->lock);
+	list_add_tail(&job->node, &ub->jobs);
+	spin_unlock(&ub->lock);
+	get_device(&ub->dev);
+	if (!queue_work(ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV ?
+			ublk_user_job_wq : ublk_job_wq, &ub->job_work))
+		put_device(&ub->dev);
+	if (!wait_for_completion_killable(&job->done))
 		ret = job->ret;
+	else
+		ret = ublk_job_withdraw(job) ? -ECANCELED : -EINTR;
 	ublk_job_put(job);
 	return ret;
 }

@@ -12,9 +12,11 @@
 #define UBLK_MAX_UNPRIVILEGED	UBLK_MINORS
 
 unsigned int ublks_max = 64;
+unsigned int ublks_max_per_user = 16;
 dev_t ublk_chr_devt;
 struct workqueue_struct *ublk_wq;
 struct workqueue_struct *ublk_job_wq;
+struct workqueue_struct *ublk_user_job_wq;
 struct workqueue_struct *ublk_scan_wq;
 
 struct class ublk_chr_class = {
@@ -46,11 +48,16 @@ static const struct kernel_param_ops ublks_max_ops = {
 module_param_cb(ublks_max, &ublks_max_ops, &ublks_max, 0644);
 MODULE_PARM_DESC(ublks_max,
 		 "how many unprivileged devices may exist (default 64)");
+module_param_cb(ublks_max_per_user, &ublks_max_ops, &ublks_max_per_user, 0644);
+MODULE_PARM_DESC(ublks_max_per_user,
+		 "how many of them one user may have (default 16)");
 
 static void ublk_destroy_workqueues(void)
 {
 	if (ublk_scan_wq)
 		destroy_workqueue(ublk_scan_wq);
+	if (ublk_user_job_wq)
+		destroy_workqueue(ublk_user_job_wq);
 	if (ublk_job_wq)
 		destroy_workqueue(ublk_job_wq);
 	if (ublk_wq)
@@ -58,16 +65,18 @@ static void ublk_destroy_workqueues(void)
 }
 
 /*
- * Three of them, since each may be full of work that waits for work in the one
- * before.
+ * Each may be full of work that waits for work in an earlier one, and jobs on
+ * users' devices, for as long as these users like.
  */
 static int ublk_alloc_workqueues(void)
 {
 	ublk_wq = alloc_workqueue("ublk", WQ_UNBOUND | WQ_MEM_RECLAIM,
 				  WQ_MAX_ACTIVE);
 	ublk_job_wq = alloc_workqueue("ublk-job", WQ_UNBOUND, WQ_MAX_ACTIVE);
+	ublk_user_job_wq = alloc_workqueue("ublk-user-job", WQ_UNBOUND,
+					   WQ_MAX_ACTIVE);
 	ublk_scan_wq = alloc_workqueue("ublk-scan", WQ_UNBOUND, WQ_MAX_ACTIVE);
-	if (ublk_wq && ublk_job_wq && ublk_scan_wq)
+	if (ublk_wq && ublk_job_wq && ublk_user_job_wq && ublk_scan_wq)
 		return 0;
 	ublk_destroy_workqueues();
 	return -ENOMEM;

@@ -55,7 +55,7 @@ struct ublk_shmem_buf {
 	bool			read_only;
 	u32			index;
 	unsigned long		nr_pages;
-	struct user_struct	*user;	/* pays for the pages, or nobody */
+	struct user_struct	*user;	/* pays for the pages, or NULL */
 	u32			nr_ranges;
 	struct ublk_shmem_range	ranges[] __counted_by(nr_ranges);
 };
@@ -72,39 +72,6 @@ int ublk_shmem_init(struct ublk_device *ub)
 	xa_init_flags(&shmem->bufs, XA_FLAGS_ALLOC);
 	ub->shmem = shmem;
 	return 0;
-}
-
-/*
- * Pinned pages outlive the process, so they are charged to its user, together
- * with the buffers of io_uring and for the same callers: a user may own many
- * unprivileged devices.
- */
-static int ublk_shmem_charge(unsigned long nr_pages, struct user_struct **payer)
-{
-	unsigned long limit = rlimit(RLIMIT_MEMLOCK) >> PAGE_SHIFT;
-	struct user_struct *user = current_user();
-	long old, new;
-
-	*payer = NULL;
-	if (capable(CAP_IPC_LOCK))
-		return 0;
-	old = atomic_long_read(&user->locked_vm);
-	do {
-		new = old + nr_pages;
-		if (new > limit)
-			return -ENOMEM;
-	} while (!atomic_long_try_cmpxchg(&user->locked_vm, &old, new));
-	*payer = get_uid(user);
-	return 0;
-}
-
-static void ublk_shmem_uncharge(struct user_struct *payer,
-				unsigned long nr_pages)
-{
-	if (!payer)
-		return;
-	atomic_long_sub(nr_pages, &payer->locked_vm);
-	free_uid(payer);
 }
 
 static int ublk_shmem_pin(unsigned long addr, unsigned long nr_pages,
@@ -188,7 +155,7 @@ static void ublk_shmem_free(struct ublk_shmem_buf *buf)
 						 range->nr_pages, false);
 		cond_resched();
 	}
-	ublk_shmem_uncharge(buf->user, buf->nr_pages);
+	ublk_uncharge_pages(buf->user, buf->nr_pages);
 	kvfree_rcu(buf, rcu);
 }
 
@@ -202,7 +169,7 @@ ublk_shmem_pin_buf(const struct ublk_shmem_buf_reg *reg)
 	struct page **pages;
 	int ret;
 
-	ret = ublk_shmem_charge(nr_pages, &payer);
+	ret = ublk_charge_pages(nr_pages, &payer);
 	if (ret)
 		return ERR_PTR(ret);
 	ret = -ENOMEM;
@@ -227,7 +194,7 @@ unpin:
 free_pages:
 	kvfree(pages);
 uncharge:
-	ublk_shmem_uncharge(payer, nr_pages);
+	ublk_uncharge_pages(payer, nr_pages);
 	return ERR_PTR(ret);
 }
 

@@ -144,12 +144,16 @@ struct ublk_device {
 
 	struct device		dev;		/* char device, owns this structure */
 	u64			serial;		/* no other device had or will have it */
+	struct list_head	user_node;	/* unprivileged devices */
+	struct user_struct	*payer;		/* of nr_pages, or NULL */
+	unsigned long		nr_pages;
 	struct cdev		cdev;
 	struct blk_mq_tag_set	tag_set;
 	struct ublk_queue	**queues;
 	unsigned long		bits;
 
 	struct mutex		mutex;		/* life cycle, see above */
+	bool			added;		/* char device exists; mutex */
 	struct gendisk		*disk;		/* changed under mutex and lock */
 	struct work_struct	scan_work;	/* reads the partition table */
 
@@ -163,6 +167,8 @@ struct ublk_device {
 
 	wait_queue_head_t	wait;		/* readiness, references of requests */
 	struct work_struct	release_work;	/* cleans up after a server */
+	struct work_struct	job_work;	/* carries out jobs, one by one */
+	struct list_head	jobs;		/* under lock */
 
 	/* From open to the end of release_work. */
 	struct pid		*opener;
@@ -246,8 +252,10 @@ extern struct class ublk_chr_class;
 extern dev_t ublk_chr_devt;
 extern struct miscdevice ublk_misc;
 extern unsigned int ublks_max;
+extern unsigned int ublks_max_per_user;
 extern struct workqueue_struct *ublk_wq;	/* cleans up after servers */
 extern struct workqueue_struct *ublk_job_wq;	/* waits for servers */
+extern struct workqueue_struct *ublk_user_job_wq; /* ... of unprivileged devices */
 extern struct workqueue_struct *ublk_scan_wq;	/* reads what servers serve */
 
 /* features.c */
@@ -286,6 +294,7 @@ void ublk_release_work(struct work_struct *work);
 /* job.c: commands that wait for requests */
 typedef int (ublk_job_fn)(struct ublk_device *ub, struct pid *pid);
 int ublk_run_job(struct ublk_device *ub, ublk_job_fn *fn, struct pid *pid);
+void ublk_job_work(struct work_struct *work);
 
 /* disk.c: /dev/ublkbN */
 struct gendisk *ublk_alloc_disk(struct ublk_device *ub);
@@ -377,6 +386,10 @@ int ublk_auto_register(struct ublk_queue *q, struct ublk_io *io,
 		       struct io_uring_cmd *cmd, unsigned int issue_flags);
 void ublk_auto_unregister(struct ublk_io *io, struct io_uring_cmd *cmd,
 			  unsigned int issue_flags);
+
+/* charge.c: memory that users pay for */
+int ublk_charge_pages(unsigned long nr_pages, struct user_struct **payer);
+void ublk_uncharge_pages(struct user_struct *payer, unsigned long nr_pages);
 
 /* shmem.c: memory that client and server share */
 int ublk_shmem_init(struct ublk_device *ub);
