@@ -607,6 +607,7 @@ static int ublk_commit_elem(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	ublk_elem_set_buf(q, args, &elem, io);
 	req = io->req;
 	ublk_slot_arm(q, io, issue_flags);
+	ublk_race(UBLK_RACE_COMMIT);
 	ublk_finish(q, io, req, ret);
 	return 0;
 }

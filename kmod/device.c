@@ -307,6 +307,7 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 	 */
 	mutex_lock(&ub->mutex);
 	ublk_publish(ub);
+	ublk_race(UBLK_RACE_ADD);
 	ret = cdev_device_add(&ub->cdev, &ub->dev);
 	ub->added = !ret;
 	mutex_unlock(&ub->mutex);

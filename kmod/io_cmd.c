@@ -125,6 +125,7 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 	ublk_park(q, io, cmd, args, issue_flags);
 	/* The tag stays the request's until it has ended: nothing can use the slot. */
 	ublk_slot_arm(q, io, issue_flags);
+	ublk_race(UBLK_RACE_COMMIT);
 	ublk_finish(q, io, req, result);
 	return -EIOCBQUEUED;
 }

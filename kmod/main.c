@@ -52,6 +52,16 @@ module_param_cb(ublks_max_per_user, &ublks_max_ops, &ublks_max_per_user, 0644);
 MODULE_PARM_DESC(ublks_max_per_user,
 		 "how many of them one user may have (default 16)");
 
+#ifdef UBLK_DEBUG
+unsigned long ublk_widen;
+unsigned int ublk_widen_us = 500;
+
+module_param_named(widen, ublk_widen, ulong, 0644);
+MODULE_PARM_DESC(widen, "races to widen, a bit for each of enum ublk_race");
+module_param_named(widen_us, ublk_widen_us, uint, 0644);
+MODULE_PARM_DESC(widen_us, "for how long, in microseconds (at most 2000)");
+#endif
+
 static void ublk_destroy_workqueues(void)
 {
 	if (ublk_scan_wq)

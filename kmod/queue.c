@@ -62,6 +62,7 @@ static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
 	 */
 	WRITE_ONCE(io->req, req);
 	io->next = NULL;
+	ublk_race(UBLK_RACE_QUEUE);
 	if (unlikely(!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_DISPATCH)))
 		return BLK_STS_AGAIN;
 	return BLK_STS_OK;
@@ -137,6 +138,7 @@ static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flag
 		wake_up_all(&q->ub->wait);
 		return;
 	}
+	ublk_race(UBLK_RACE_DELIVER);
 	res = ublk_prepare_delivery(q, io, cmd, issue_flags);
 	if (unlikely(res < 0)) {
 		ublk_undeliverable(q, io, issue_flags);

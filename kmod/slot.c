@@ -83,7 +83,9 @@ void ublk_slot_unreserve(struct ublk_io *io)
 void ublk_slot_arm(struct ublk_queue *q, struct ublk_io *io,
 		   unsigned int issue_flags)
 {
-	atomic_xchg(&io->state, UBLK_IO_ARMED);
+	int old = atomic_xchg(&io->state, UBLK_IO_ARMED);
+
+	ublk_assert(old == UBLK_IO_BUSY);
 	if (unlikely(READ_ONCE(q->ub->canceling)))
 		ublk_slot_cancel(io, issue_flags);
 }
@@ -261,6 +263,7 @@ bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 	spin_unlock(&ub->lock);
 	if (!res)
 		return false;
+	ublk_race(UBLK_RACE_TAKE_BACK);
 	ublk_end_won(q, io, req, res);
 	return true;
 }
@@ -319,6 +322,21 @@ bool ublk_refs_gone(const struct ublk_device *ub)
 	return true;
 }
 
+/* Whether a command or a request still has a slot of a device that is closed. */
+static bool __maybe_unused ublk_slot_in_use(const struct ublk_io *io)
+{
+	switch (atomic_read(&io->state)) {
+	case UBLK_IO_BUSY:
+	case UBLK_IO_DISPATCH:
+	case UBLK_IO_ASKED:
+	case UBLK_IO_SERVED:
+	case UBLK_IO_REVOKED:
+		return true;
+	default:
+		return io->cmd || refcount_read(&io->ref);
+	}
+}
+
 /* Makes the slots ready for the next server; ub->mutex is held. */
 void ublk_reset_slots(struct ublk_device *ub)
 {
@@ -337,6 +355,7 @@ void ublk_reset_slots(struct ublk_device *ub)
 			spin_unlock(&ub->lock);
 			if (daemon)
 				put_task_struct(daemon);
+			ublk_assert(!ublk_slot_in_use(io));
 			io->cmd = NULL;
 			WRITE_ONCE(io->req, NULL);
 			io->reg_ring = NULL;

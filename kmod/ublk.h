@@ -54,6 +54,7 @@
 #include <uapi/linux/ublk_cmd.h>
 
 #include "caps.h"
+#include "debug.h"
 
 #define UBLK_MINORS		BIT(MINORBITS)
 

@@ -41,15 +41,18 @@ pub(crate) fn check(cache: &Cache, options: &Kmod) -> Result<u8> {
             let _lock = cache.lock("driver")?;
             Kernel::build_tree_of(cache, &apt, kernel)?
         };
-        if !build(cache, &source, &tree, kernel)? {
+        if !build(cache, &source, &tree, kernel, &[])? {
             failed.push(format!("Linux {kernel}"));
         }
-        newest = Some(tree);
+        newest = Some((tree, kernel));
     }
-    if let Some(tree) = newest
-        && !style(cache, &apt, &source, &tree)?
-    {
-        failed.push("checkpatch".to_owned());
+    if let Some((tree, kernel)) = newest {
+        if !build(cache, &source, &tree, kernel, &["UBLK_DEBUG=1"])? {
+            failed.push(format!("Linux {kernel} with assertions"));
+        }
+        if !style(cache, &apt, &source, &tree)? {
+            failed.push("checkpatch".to_owned());
+        }
     }
     if failed.is_empty() {
         return Ok(0);
@@ -59,13 +62,13 @@ pub(crate) fn check(cache: &Cache, options: &Kmod) -> Result<u8> {
 }
 
 /// Whether a strict build for one kernel says nothing.
-fn build(cache: &Cache, source: &Path, tree: &BuildTree, kernel: &str) -> Result<bool> {
-    note(format_args!("kmod/ for Linux {kernel}: compiler and sparse"));
+fn build(cache: &Cache, source: &Path, tree: &BuildTree, kernel: &str, words: &[&str]) -> Result<bool> {
+    note(format_args!("kmod/ for Linux {kernel}: compiler and sparse {}", words.join(" ")));
     let temporary = cache.temporary("kmod")?;
     let work = temporary.path().join("kmod");
     copy_tree(source, &work)?;
     // C=1 would ask a script of the kernel's that Debian's headers lack whether sparse is there.
-    let (success, text) = answer(&mut tree.make(&work, &["W=1", "KBUILD_CHECKSRC=1"]))?;
+    let (success, text) = answer(&mut tree.make(&work, &[&["W=1", "KBUILD_CHECKSRC=1"], words].concat()))?;
     let complaints = if success { complaints(&text) } else { text.lines().collect() };
     show(&complaints);
     Ok(success && complaints.is_empty())
