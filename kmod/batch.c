@@ -214,8 +214,7 @@ bool ublk_batch_holder_gone(struct ublk_queue *q, struct ublk_io *io)
 	spin_lock(&b->lock);
 	holder = ublk_batch_holder(b, io);
 	if (holder)
-		gone = READ_ONCE(holder->signal->flags) & SIGNAL_GROUP_EXIT ||
-		       !atomic_read(&holder->signal->live);
+		gone = ublk_process_gone(holder);
 	else
 		gone = READ_ONCE(q->ub->canceling);
 	spin_unlock(&b->lock);

@@ -6,6 +6,7 @@
 #include <linux/pid.h>
 #include <linux/rcupdate.h>
 #include <linux/sched.h>
+#include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/uaccess.h>
 
@@ -88,7 +89,7 @@ static struct task_struct *ublk_fetcher(struct ublk_queue *q)
  */
 static s32 ublk_server_pid(struct ublk_device *ub)
 {
-	struct task_struct *task = NULL;
+	struct task_struct *opener, *task = NULL;
 	s32 nr = -1;
 	unsigned int i;
 
@@ -96,7 +97,9 @@ static s32 ublk_server_pid(struct ublk_device *ub)
 	if (!ub->server)
 		goto out;
 	rcu_read_lock();
-	if (pid_task(ub->server, PIDTYPE_TGID))
+	opener = pid_task(ub->server, PIDTYPE_TGID);
+	/* One that was killed and cannot die is still what there is to know. */
+	if (opener && atomic_read(&opener->signal->live))
 		nr = pid_vnr(ub->server) ?: -1;
 	rcu_read_unlock();
 	for (i = 0; nr < 0 && !task && i < ub->dev_info.nr_hw_queues; i++)

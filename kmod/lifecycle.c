@@ -85,7 +85,7 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 	if (ub->closing)
 		goto out;
 	ret = -ENODEV;
-	if (ub->canceling)
+	if (READ_ONCE(ub->canceling))
 		goto out;
 	ret = -EINVAL;
 	if (!(ub->params.types & UBLK_PARAM_TYPE_BASIC))
@@ -285,7 +285,7 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data)
 	if (!ublk_waits_for_server(ub))
 		goto out;
 	ret = -ENODEV;
-	if (ub->canceling)
+	if (READ_ONCE(ub->canceling))
 		goto out;
 	ublk_set_state(ub, UBLK_S_DEV_LIVE, get_pid(ub->opener));
 	spin_lock(&ub->lock);

@@ -193,10 +193,17 @@ bool ublk_server_told(const struct ublk_device *ub)
 	return true;
 }
 
-/* Whether a task runs no code of its program any more: it is dead, or killed. */
+/* Whether a thread runs no code of its program any more: it is dead, or killed. */
 bool ublk_task_gone(const struct task_struct *task)
 {
 	return READ_ONCE(task->exit_state) ||
+	       READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT;
+}
+
+/* The same of all threads of its process. */
+bool ublk_process_gone(const struct task_struct *task)
+{
+	return !atomic_read(&task->signal->live) ||
 	       READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT;
 }
 

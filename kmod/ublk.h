@@ -340,6 +340,7 @@ bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 void ublk_take_back_gone(struct ublk_device *ub);
 void ublk_abort_slots(struct ublk_device *ub);
 bool ublk_task_gone(const struct task_struct *task);
+bool ublk_process_gone(const struct task_struct *task);
 void ublk_reset_slots(struct ublk_device *ub);
 bool ublk_refs_gone(const struct ublk_device *ub);
 
