@@ -24,7 +24,7 @@ _report = pytest.StashKey[dict[str, pytest.TestReport]]()
 
 def _load_loop_devices() -> None:
     # Nothing loads this by itself where no node of it exists.
-    subprocess.run(["modprobe", "loop"], check=True, timeout=patience(30))
+    subprocess.run(["modprobe", "loop"], check=True, timeout=patience(300))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

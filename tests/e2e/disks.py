@@ -5,6 +5,7 @@ import asyncio
 import concurrent.futures
 import errno  # noqa: F401 (for the expressions that Failing evaluates)
 import hashlib
+import mmap
 import os
 import threading
 import time
@@ -425,6 +426,32 @@ class Blocking(ReadWrite):
                 raise TimeoutError("nobody opened the gate")
         elif offset // SECTOR == self.slow_sector:
             time.sleep(self.SECONDS)
+
+
+class ReadsItself(ReadWrite):
+    """Has a thread that reads its own disk; the handler never answers that, or does the same."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size, **shape)
+        self.waiting = threading.Event()
+        self.path = ""
+
+    def read_oneself(self, path: str, nested: bool) -> None:
+        self.path, self.nested = path, nested
+        threading.Thread(target=self.read_sector, args=[1000], daemon=True).start()
+
+    def read_sector(self, sector: int) -> None:
+        file = os.open(self.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        os.preadv(file, [mmap.mmap(-1, 4096)], sector * SECTOR)
+
+    def read(self, offset, buf):
+        super().read(offset, buf)
+        if self.path and offset == 1000 * SECTOR:
+            self.waiting.set()
+            if self.nested:
+                self.read_sector(1200)
+            else:
+                time.sleep(1e6)
 
 
 class Gated(ReadWrite):

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""A ublk server that speaks the driver's protocol itself, for tests of what servers can do to the driver.
+
+Argument: a JSON object with the fields of `Options`. Prints the device's number, then, when it serves, the process
+that does and the keeper; then it answers Python expressions over `server`, one JSON line each. A read of the sector
+`hold` is kept until `server.release()`.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import select
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+
+from support.raw import (
+    BATCH_IO,
+    BUFFER_BYTES,
+    CHAR_DEVICE,
+    COMMIT,
+    COMMIT_BATCH,
+    FETCH,
+    FETCH_BATCH,
+    PREPARE_BATCH,
+    Control,
+    Ring,
+    address_of,
+    describe,
+)
+
+DESCRIPTOR_BYTES = 24
+READ, WRITE = 0, 1
+USERFAULTFD, UFFDIO_API, UFFDIO_REGISTER = 323, 0xC018AA3F, 0xC020AA00
+
+
+@dataclass
+class Options:
+    flags: int = 0
+    depth: int = 8
+    sectors: int = 1 << 16
+    hold: int = 8 * 55
+    uid: int = 0
+    # The process that has opened the device leaves it to a child, which serves.
+    in_child: bool = False
+    # A child keeps the char device open, and does nothing.
+    keeper: bool = False
+
+
+@dataclass
+class Server:
+    options: Options
+    control: Control
+    id: int
+    keeper: int = 0
+    held: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.fd = os.open(CHAR_DEVICE.format(self.id), os.O_RDWR | os.O_CLOEXEC)
+
+    @property
+    def batch(self) -> bool:
+        return bool(self.options.flags & BATCH_IO)
+
+    def prepare(self) -> None:
+        """Fetch all tags, in the process that is to serve."""
+        depth = self.options.depth
+        self.descriptors = mmap.mmap(self.fd, -(-depth * DESCRIPTOR_BYTES // 4096) * 4096, prot=mmap.PROT_READ)
+        self.memory = mmap.mmap(-1, depth * BUFFER_BYTES)
+        self.buffers = address_of(self.memory)
+        self.ring = Ring(max(64, 2 * depth))
+        if self.batch:
+            self.ring.provide_buffers(64, 256)
+            self._batch_command(PREPARE_BATCH, [self._element(tag, 0) for tag in range(depth)])
+            self.ring.fetch_multishot(self.fd, FETCH_BATCH)
+        else:
+            for tag in range(depth):
+                self._command(FETCH, tag, 0)
+        self.ring.enter()
+
+    def make_unreachable(self) -> None:
+        """Have faults on the memory for data wait for a handler, which there is not."""
+        assert not self.held
+        self.memory.madvise(mmap.MADV_DONTNEED)
+        self.faults = ctypes.CDLL(None).syscall(USERFAULTFD, os.O_CLOEXEC)
+        assert self.faults >= 0
+        for request, argument in (
+            (UFFDIO_API, (ctypes.c_uint64 * 3)(0xAA)),
+            (UFFDIO_REGISTER, (ctypes.c_uint64 * 4)(self.buffers, len(self.memory), 1)),
+        ):
+            assert ctypes.CDLL(None).ioctl(self.faults, ctypes.c_ulong(request), argument) == 0
+
+    def _buffer(self, tag: int) -> int:
+        return self.buffers + tag * BUFFER_BYTES
+
+    def _command(self, command: int, tag: int, result: int) -> None:
+        self.ring.queue_io(self.fd, command, tag, result, self._buffer(tag))
+
+    def _element(self, tag: int, result: int) -> tuple[int, int, int]:
+        return tag, result, self._buffer(tag)
+
+    def _batch_command(self, command: int, elements: list[tuple[int, int, int]]) -> None:
+        self.ring.queue_batch(self.fd, command, elements)
+
+    def request(self, tag: int) -> tuple[int, int, int]:
+        """Operation, sectors and first sector of the request in a tag."""
+        return describe(self.descriptors, tag * DESCRIPTOR_BYTES)
+
+    def serve(self) -> None:
+        """Answer what has come."""
+        self.ring.enter()
+        for tag in self.ring.tags():
+            operation, _sectors, start = self.request(tag)
+            if operation == READ and start == self.options.hold:
+                self.held.append(tag)
+            else:
+                self.commit(tag)
+        self.ring.enter()
+
+    def commit(self, tag: int) -> None:
+        operation, sectors, _start = self.request(tag)
+        result = sectors * 512 if operation in (READ, WRITE) else 0
+        if self.batch:
+            self._batch_command(COMMIT_BATCH, [self._element(tag, result)])
+        else:
+            self._command(COMMIT, tag, result)
+
+    def release(self) -> int:
+        """Answer what is held; how many that were."""
+        count = len(self.held)
+        for tag in self.held:
+            self.commit(tag)
+        self.held.clear()
+        self.ring.enter()
+        return count
+
+
+def main() -> None:
+    options = Options(**json.loads(sys.argv[1]))
+    if options.uid:
+        os.setresgid(options.uid, options.uid, options.uid)
+        os.setresuid(options.uid, options.uid, options.uid)
+    control = Control()
+    number = control.add(options.flags, options.depth)
+    print(number, flush=True)
+    wait_for_node(CHAR_DEVICE.format(number))
+    control.set_parameters(number, options.sectors)
+    server = Server(options, control, number)
+    opener = os.getpid()
+    if options.keeper and (child := os.fork()) == 0:
+        signal.pause()
+    elif options.keeper:
+        server.keeper = child
+    if not options.in_child:
+        server.prepare()
+        control.start(number, opener)
+    elif os.fork() == 0:
+        server.prepare()
+        control = Control()
+        control.start(number, opener)
+        os.kill(opener, signal.SIGKILL)
+    else:
+        signal.pause()
+    print(json.dumps({"pid": os.getpid(), "keeper": server.keeper}), flush=True)
+    answer(server)
+
+
+def wait_for_node(path: str) -> None:
+    """Until this process may use a device's node, which udev gives it."""
+    deadline = time.monotonic() + 30
+    while not os.access(path, os.R_OK | os.W_OK):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} is not there for this user")
+        time.sleep(0.01)
+
+
+def answer(server: Server) -> None:
+    pending = b""
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    poll.register(server.ring.fd, select.POLLIN)
+    while True:
+        for fd, _events in poll.poll(50):
+            if fd != 0:
+                continue
+            chunk = os.read(0, 4096)
+            if not chunk:
+                return
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                print(json.dumps(eval(line, {"server": server, "os": os})), flush=True)
+        server.serve()
+
+
+if __name__ == "__main__":
+    main()
