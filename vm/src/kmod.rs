@@ -18,6 +18,7 @@ use crate::driver;
 use crate::kernel::Kernel;
 use crate::process::{answer, run_quietly};
 use crate::report::note;
+use crate::repository;
 use crate::tree::copy_tree;
 
 /// There are complaints.
@@ -29,8 +30,7 @@ const IGNORED: &str = "LINUX_VERSION_CODE,ALLOC_WITH_SIZEOF";
 
 /// Builds for all kernels that `options` names and looks at the style; the exit status.
 pub(crate) fn check(cache: &Cache, options: &Kmod) -> Result<u8> {
-    let repository =
-        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the program was built outside its repository")?;
+    let repository = &repository::find()?;
     let source = driver::source(repository)?;
     let apt = Apt::open(cache)?;
     let kernels = if options.kernels.is_empty() { Kernel::buildable(&apt)? } else { options.kernels.clone() };

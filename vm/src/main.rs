@@ -23,6 +23,7 @@ mod ports;
 mod process;
 mod qemu;
 mod report;
+mod repository;
 mod rootfs;
 mod run;
 mod terminal;

@@ -22,7 +22,7 @@ use crate::kernel::Kernel;
 use crate::process::{kill_group, run_quietly};
 use crate::qemu::{Accelerator, Machine};
 use crate::report::note;
-use crate::{accel, console, host, initramfs, payload, rootfs, terminal};
+use crate::{accel, console, host, initramfs, payload, repository, rootfs, terminal};
 
 /// The guest's kernel failed, or the machine ended without a status.
 const GUEST_FAILED: u8 = 123;
@@ -67,8 +67,7 @@ enum Event {
 
 /// Makes everything ready and runs the machine; the exit status.
 pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
-    let repository =
-        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the program was built outside its repository")?;
+    let repository = &repository::find()?;
     if let Some(dir) = &options.results {
         check_writable(dir)?;
     }
