@@ -56,9 +56,13 @@ def prepare():
 
 
 class Marks:
-    """Instructions that do nothing but to be seen by the plugin."""
+    """Instructions that do nothing but to be seen by the plugin.
+
+    `window` counts the windows between two marks: results name theirs, since not every window has a result.
+    """
 
     def __init__(self, number=0):
+        self.window = -1
         self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         # nop [rax + 0x75626c00 + number], ret
         self._page[:8] = bytes.fromhex(f"0f1f80{number:02x}6c6275c3")
@@ -66,6 +70,20 @@ class Marks:
 
     def make(self):
         self._function()
+
+    @contextlib.contextmanager
+    def around(self):
+        """One window. Its second mark is made whatever happens, so that the next window is not taken for its end."""
+        self.window += 1
+        self.make()
+        try:
+            yield
+        finally:
+            self.make()
+
+
+class Failed(Exception):
+    """A window that nothing can be said about; the text says why."""
 
 
 class Absent(Exception):
@@ -200,18 +218,17 @@ def measure(clients, options, seconds, marks):
         deadline = time.monotonic() + 60
         while requests_of(fio, size) < 20:
             if fio.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"fio does not get going on {clients[0][:80]} (status {fio.poll()})")
+                raise Failed(f"fio does not get going on {clients[0][:80]} (status {fio.poll()})")
             time.sleep(0.02)
         time.sleep(ramp)
         work = Work(fio)
         began, requests = time.monotonic(), requests_of(fio, size)
-        if marks is not None:
-            marks.make()
-        time.sleep(seconds)
-        if marks is not None:
-            marks.make()
+        with marks.around() if marks is not None else contextlib.nullcontext():
+            time.sleep(seconds)
         requests = requests_of(fio, size) - requests
         lasted, work = time.monotonic() - began, work.so_far()
+        if not requests:
+            raise Failed(f"no request ended within {lasted:.1f} s on {clients[0][:80]}")
         said = fio.communicate(timeout=120)[0]
     finally:
         if fio.poll() is None:
@@ -219,16 +236,19 @@ def measure(clients, options, seconds, marks):
             fio.wait()
     job = json.loads(said[said.index("{") :])["jobs"][0]
     if job["error"]:
-        raise RuntimeError(f"fio's error {job['error']} on {clients[0][:80]}")
+        raise Failed(f"fio's error {job['error']} on {clients[0][:80]}")
     sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
+    if not sides:
+        raise Failed(f"fio counted no requests on {clients[0][:80]}")
     main = max(sides, key=lambda side: side["total_ios"])
     percentiles = main["clat_ns"].get("percentile", {})
     latencies = {
         f"p{name[:2]}_us": percentiles[name] / 1000 for name in ("50.000000", "99.000000") if name in percentiles
     }
-    client, server, own = (seconds / max(requests, 1) * 1e6 for seconds in work)
+    client, server, own = (seconds / requests * 1e6 for seconds in work)
     rates = {"iops": requests / lasted, "client_us": client, "server_us": server, "server_user_us": own}
-    return {"requests": requests, "seconds": lasted, **rates, **latencies, "fio": job}
+    window = {} if marks is None else {"window": marks.window}
+    return {"requests": requests, "seconds": lasted, **window, **rates, **latencies, "fio": job}
 
 
 def conditions():
@@ -275,33 +295,77 @@ def main():
     known = (path.name for path in (HERE / "peers").iterdir() if not (options.count and "sleeping" in path.name))
     peers = options.peers or sorted(known)
     peers = [] if options.many else peers
-    found, absent = [], {}
+    results = Results(Path("/results/bench.json"))
     for turn in range(options.rounds):
         for queues in options.queues:
             for peer in peers:
-                if peer in absent:
-                    continue
-                try:
-                    with served(peer, queues) as path:
-                        # On one CPU last: a thread that was pinned to another does not go back there.
-                        todo = (SLEEPING if "sleeping" in peer else jobs).items()
-                        for job, how in sorted(todo, key=lambda item: counts_idleness(item[1], queues, marks)):
-                            alone = counts_idleness(how, queues, marks)
-                            with one_cpu() if alone else contextlib.nullcontext():
-                                result = measure([path] * queues, how, options.seconds, marks)
-                            found.append({"round": turn, "peer": peer, "queues": queues, "job": job, **result})
-                            print(f"{peer} {job} q{queues}: {result['iops']:.0f}/s", file=sys.stderr, flush=True)
-                except Absent as why:
-                    absent[peer] = str(why)
-                    print(f"{peer} is absent: {why}", file=sys.stderr, flush=True)
-    together = []
+                if peer not in results.absent:
+                    measure_peer(peer, queues, turn, jobs, options.seconds, marks, results)
     if not options.peers:
         counts = many.QUICK if options.quick else many.COUNTS
         work = functools.partial(measure, seconds=options.seconds, marks=marks)
-        together = many.measure(counts, work, marks is None, absent)
-    document = {"conditions": conditions(), "results": found, "absent": absent, "many": together}
-    Path("/results/bench.json").write_text(json.dumps(document, indent=1))
+        many.measure(counts, work, marks is None, results)
+    return 1 if results.failed else 0
+
+
+def measure_peer(peer, queues, turn, jobs, seconds, marks, results):
+    """All jobs on one peer. Whatever goes wrong is the peer's or the job's alone."""
+    name = f"{peer} q{queues} round {turn}"
+    try:
+        with served(peer, queues) as path:
+            # On one CPU last: a thread that was pinned to another does not go back there.
+            todo = (SLEEPING if "sleeping" in peer else jobs).items()
+            for job, how in sorted(todo, key=lambda item: counts_idleness(item[1], queues, marks)):
+                try:
+                    with one_cpu() if counts_idleness(how, queues, marks) else contextlib.nullcontext():
+                        result = measure([path] * queues, how, seconds, marks)
+                except (Failed, OSError, ValueError, KeyError, subprocess.SubprocessError) as why:
+                    results.fail(f"{name} {job}", why)
+                    continue
+                results.add("results", {"round": turn, "peer": peer, "queues": queues, "job": job, **result})
+                print(f"{peer} {job} q{queues}: {result['iops']:.0f}/s", file=sys.stderr, flush=True)
+    except Absent as why:
+        results.leave_out(peer, why)
+    except (OSError, subprocess.SubprocessError) as why:
+        results.fail(name, why)
+
+
+class Results:
+    """What was measured so far, in a file that is complete after each window."""
+
+    def __init__(self, path):
+        self._path = path
+        self._document = {"conditions": conditions(), "results": [], "absent": {}, "many": [], "failed": {}}
+        self._write()
+
+    @property
+    def absent(self):
+        return self._document["absent"]
+
+    @property
+    def failed(self):
+        return self._document["failed"]
+
+    def add(self, kind, row):
+        self._document[kind].append(row)
+        self._write()
+
+    def leave_out(self, name, why):
+        print(f"{name} is absent: {why}", file=sys.stderr, flush=True)
+        self.absent[name] = str(why)
+        self._write()
+
+    def fail(self, name, why):
+        print(f"{name} FAILED: {why}", file=sys.stderr, flush=True)
+        self.failed[name] = str(why) or type(why).__name__
+        self._write()
+
+    def _write(self):
+        # The machine may end at any time.
+        temporary = self._path.with_suffix(".new")
+        temporary.write_text(json.dumps(self._document, indent=1))
+        temporary.rename(self._path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

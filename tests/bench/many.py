@@ -91,12 +91,8 @@ def _kublk(count):
 PEERS = {"ublk": (_ublk, 1000), "kublk": (_kublk, 100)}
 
 
-def measure(counts, work, with_idleness, absent):
-    """Rows of figures by peer and number of devices. `work` measures a job on what it is told of devices.
-
-    What cannot be measured is told in `absent`.
-    """
-    rows = []
+def measure(counts, work, with_idleness, results):
+    """Adds a row to `results` by peer and number of devices. `work` measures a job on what it is given of devices."""
     # A client has all of its devices open.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -104,15 +100,17 @@ def measure(counts, work, with_idleness, absent):
         for peer, (add, most) in PEERS.items():
             name = f"{peer}, {count} devices"
             if count > most or shutil.which(peer) is None:
-                absent[name] = f"there is no {peer} here" if count <= most else f"measured with {most} at most"
+                why = f"there is no {peer} here" if count <= most else f"measured with {most} at most"
+                results.leave_out(name, why)
                 continue
             try:
                 with add(count) as devices:
                     subprocess.run(["udevadm", "settle", "--timeout=120"], check=False)
                     row = {"peer": peer, "count": count} | (devices.idle() if with_idleness else {})
-                    rows.append(row | work(devices.shares(), JOB))
-            except (RuntimeError, subprocess.SubprocessError) as error:
+                    row |= work(devices.shares(), JOB)
+            except Exception as why:
                 # Whatever else was measured is not to be lost.
-                absent[name] = str(error)
-            print(f"{name}: {absent.get(name) or rows[-1]}", file=sys.stderr, flush=True)
-    return rows
+                results.fail(name, why)
+                continue
+            results.add("many", row)
+            print(f"{name}: {row}", file=sys.stderr, flush=True)

@@ -57,7 +57,9 @@ def chart(title, rows):
 
 def main():
     document, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    where = next(iter(document["conditions"].values()))
+    where = next(iter(document["conditions"].values()), None)
+    if where is None:
+        sys.exit("tests/bench/plots.py: nothing was measured")
     jobs = {}
     for row in document["results"]:
         if row["queues"] == 1 and "kernel" in row and LEFT_OUT not in row["peer"]:

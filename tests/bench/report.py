@@ -22,12 +22,13 @@ REFERENCE = "kublk-null"
 def windows(marks):
     """Instructions between each mark and the next, of kernel and user."""
     lines = [[int(word) for word in line.split()[1:]] for line in marks.read_text().splitlines()]
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(lines[::2], lines[1::2], strict=True)]
+    # The last window of a machine that was stopped may have no end.
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(lines[::2], lines[1::2], strict=False)]
 
 
 def gather(directory):
     """Median figures of each peer, number of queues and job, over the rounds."""
-    conditions, absent, together, found = {}, {}, {}, {}
+    conditions, absent, failed, together, found = {}, {}, {}, {}, {}
     for kind in ("count", "rate"):
         path = directory / kind / "bench.json"
         if not path.exists():
@@ -35,20 +36,22 @@ def gather(directory):
         document = json.loads(path.read_text())
         conditions[kind] = document["conditions"]
         absent |= document["absent"]
+        failed |= {f"{kind}: {name}": why for name, why in document["failed"].items()}
         counted = windows(directory / "marks") if kind == "count" else []
-        for number, result in enumerate(document["results"]):
+        for result in document["results"]:
             figures = found.setdefault((result["peer"], result["queues"], result["job"]), {})
             if kind == "count":
-                kernel, user = counted[number]
+                kernel, user = counted[result["window"]]
                 figures.setdefault("kernel", []).append(kernel / result["requests"])
                 figures.setdefault("user", []).append(user / result["requests"])
             else:
                 for name in ("iops", "p50_us", "p99_us", "client_us", "server_us", "server_user_us"):
                     if name in result:
                         figures.setdefault(name, []).append(result[name])
-        for number, row in enumerate(document["many"], len(document["results"])):
+        for row in document["many"]:
             if kind == "count":
-                row |= {name: n / row["requests"] for name, n in zip(("kernel", "user"), counted[number], strict=True)}
+                of_window = zip(("kernel", "user"), counted[row["window"]], strict=True)
+                row |= {name: count / row["requests"] for name, count in of_window}
                 # Of a window for the sake of counting.
                 row = {name: row[name] for name in ("peer", "count", "kernel", "user")}
             # What fio said stays with the run.
@@ -60,7 +63,13 @@ def gather(directory):
         | {"rounds": max(map(len, figures.values()))}
         for (peer, queues, job), figures in found.items()
     ]
-    return {"conditions": conditions, "results": results, "absent": absent, "many": list(together.values())}
+    return {
+        "conditions": conditions,
+        "results": results,
+        "absent": absent,
+        "failed": failed,
+        "many": list(together.values()),
+    }
 
 
 def by_numbers(job):
@@ -191,6 +200,7 @@ def main():
         parts.append(table(document, title, work, queues))
     parts += [sleeping(document), many(document), goals.table(document)]
     parts += [f"absent: {peer}: {why}" for peer, why in document["absent"].items()]
+    parts += [f"FAILED: {name}: {why}" for name, why in document["failed"].items()]
     text = "\n".join(part for part in parts if part)
     (options.directory / "tables.md").write_text(text + "\n")
     print(text)
