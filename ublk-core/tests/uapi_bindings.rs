@@ -47,12 +47,17 @@ const PREAMBLE: &str = "\
 const INTEGERS: [&str; 5] =
     ["-D__u8=uint8_t", "-D__u16=uint16_t", "-D__u32=uint32_t", "-D__s32=int32_t", "-D__u64=uint64_t"];
 
+/// The directory of this package: where cargo runs the test, not where the test was built.
+fn package() -> PathBuf {
+    env::var_os("CARGO_MANIFEST_DIR").expect("cargo runs this").into()
+}
+
 fn header_path() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../kmod/include/uapi/linux/ublk_cmd.h")
+    package().join("../kmod/include/uapi/linux/ublk_cmd.h")
 }
 
 fn bindings_path() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src/uapi/bindings.rs")
+    package().join("src/uapi/bindings.rs")
 }
 
 fn read(path: &Path) -> String {
@@ -205,7 +210,7 @@ fn rustfmt(source: &str) -> String {
     let program = env::var_os("RUSTFMT").unwrap_or_else(|| "rustfmt".into());
     let mut child = Command::new(&program)
         .args(["--edition", "2024", "--emit", "stdout", "--quiet"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .current_dir(package())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()

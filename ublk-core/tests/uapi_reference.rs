@@ -89,8 +89,13 @@ struct Field {
     kind: String,
 }
 
+/// The directory of this package: where cargo runs the test, not where the test was built.
+fn package() -> PathBuf {
+    env::var_os("CARGO_MANIFEST_DIR").expect("cargo runs this").into()
+}
+
 fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    package().join("..")
 }
 
 /// The directory of the reference header; found once for all tests.
@@ -562,7 +567,7 @@ fn inline_functions_return_the_same() {
 /// bindgen evaluates macros itself; a C compiler must come to the same values.
 #[test]
 fn the_bindings_have_the_values_that_c_sees() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/uapi/bindings.rs");
+    let path = package().join("src/uapi/bindings.rs");
     let text = fs::read_to_string(&path).expect("cannot read bindings.rs");
     let bindings: BTreeMap<String, i128> = syn::parse_file(&text)
         .expect("bindings.rs is not Rust")
