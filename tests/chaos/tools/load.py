@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Clients of a disk that note what they were told, and check what they read."""
+
+import mmap
+import os
+import random
+import threading
+import time
+from dataclasses import dataclass
+
+from support.blockio import Disk
+
+from . import content
+from .history import SECTOR, Extent, History, Write, Wrong
+
+# Lengths of extents, in sectors of 512 bytes.
+COUNTS = (1, 8, 8, 8, 24, 32, 128)
+# How long a client waits after an error before it goes on.
+PAUSE = 0.02
+
+
+def lay_out(dice: random.Random, size: int, clients: int, block: int) -> list[list[Extent]]:
+    """Extents for each client, each client's in a part of the disk of its own. Lengths are multiples of `block`."""
+    share = size // clients // 65536 * 65536
+    parts = []
+    for client in range(clients):
+        part, at, end = [], client * share, (client + 1) * share
+        while len(part) < 12:
+            length = max(block, dice.choice(COUNTS) * SECTOR) // block * block
+            # Pages of the page cache are one client's alone.
+            if at + (length + 4095) // 4096 * 4096 > end:
+                break
+            part.append(Extent(at // SECTOR, length // SECTOR))
+            at += (length + 4095) // 4096 * 4096
+        parts.append(part)
+    return parts
+
+
+@dataclass
+class Counts:
+    """What a client has done."""
+
+    writes: int = 0
+    durable: int = 0
+    flushes: int = 0
+    reads: int = 0
+    errors: int = 0
+
+    def all(self) -> int:
+        return self.writes + self.flushes + self.reads + self.errors
+
+
+class Client(threading.Thread):
+    """Writes, flushes and reads its extents, one request at a time, until it is stopped."""
+
+    def __init__(
+        self,
+        path: str,
+        history: History,
+        part: list[Extent],
+        seed: str,
+        *,
+        cpu: int,
+        direct: bool = True,
+        cached: bool = True,
+        zeros: bool = False,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._path = path
+        self._history = history
+        self._part = part
+        self._dice = random.Random(seed)
+        self._cpu = cpu
+        self._direct = direct
+        # Without a volatile cache every direct write is durable when it is acknowledged.
+        self._durable = direct and not cached
+        self._zeros = zeros
+        self._over = threading.Event()
+        self._memory = mmap.mmap(-1, 1 << 20)
+        self.counts = Counts()
+        self.wrong: list[Wrong] = []
+        self.errors: list[tuple[int, OSError]] = []
+        self.last = time.monotonic()
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def run(self) -> None:
+        os.sched_setaffinity(threading.get_native_id(), {self._cpu % (os.cpu_count() or 1)})
+        while not self._over.is_set():
+            try:
+                with Disk(self._path, direct=self._direct) as disk:
+                    while not self._over.is_set():
+                        self._step(disk)
+                        self.last = time.monotonic()
+            except OSError as error:
+                self.counts.errors += 1
+                self.errors.append((time.monotonic_ns(), error))
+                time.sleep(PAUSE)
+
+    def _step(self, disk: Disk) -> None:
+        what = self._dice.random()
+        extent = self._dice.choice(self._part)
+        if what < 0.2:
+            began = time.monotonic_ns()
+            disk.sync()
+            self._history.flushed(began, time.monotonic_ns())
+            self.counts.flushes += 1
+        elif what < 0.35:
+            self._check(disk, extent)
+        else:
+            self._write(disk, extent, durable=what < 0.5, zeros=self._zeros and what > 0.93)
+
+    def _write(self, disk: Disk, extent: Extent, *, durable: bool, zeros: bool) -> None:
+        number = len(extent.writes) + 1
+        data = bytes(extent.length) if zeros else content.sectors(self._history.run, extent.first, extent.count, number)
+        durable = durable and not zeros
+        write = Write(number, time.monotonic_ns(), durable=durable or (self._durable and not zeros), zeros=zeros)
+        extent.writes.append(write)
+        if zeros:
+            disk.zero_range(extent.offset, extent.length)
+        else:
+            view = memoryview(self._memory)[: extent.length]
+            view[:] = data
+            done = os.pwritev(disk.fd, [view], extent.offset, os.RWF_DSYNC if durable else 0)
+            if done != extent.length:
+                raise OSError(5, f"{done} bytes written of {extent.length}")
+        write.acked = time.monotonic_ns()
+        self.counts.writes += 1
+        self.counts.durable += durable
+
+    def _check(self, disk: Disk, extent: Extent) -> None:
+        data = disk.read(extent.offset, extent.length)
+        if len(data) != extent.length:
+            raise OSError(5, f"{len(data)} bytes read of {extent.length}")
+        self.counts.reads += 1
+        self.wrong += self._history.check_live(extent, data)
