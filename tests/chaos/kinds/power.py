@@ -19,7 +19,7 @@ from support.features import has
 from tools import rig
 from tools.findings import Findings, Stuck
 from tools.history import Extent, History, Wrong
-from tools.load import Client, lay_out
+from tools.load import Client, ZoneClient, lay_out, lay_out_zones
 from tools.power_log import MODES, PowerLog
 from tools.store import Store
 
@@ -81,9 +81,10 @@ class Recording:
     def _record_mounted(self, store: Store) -> PowerLog:
         run(["mkfs.ext4", "-q", store.path], timeout=60)
         with rig.mounted(store.path, "/mnt/chaos") as place:
-            image = place / "disk.img"
-            with image.open("wb") as file:
-                file.truncate(FILE_SIZE)
+            image = place / "disk"
+            if not self._kind.zoned:
+                with image.open("wb") as file:
+                    file.truncate(FILE_SIZE)
             run(["sync"], timeout=60)
             log, upper = self._record(store, str(image), FILE_SIZE)
         assert upper
@@ -92,9 +93,7 @@ class Recording:
     def _record(self, store: Store, backing: str, size: int) -> tuple[PowerLog, rig.Upper]:
         recovery = "" if self.change == "none" else self._dice.choice(("reissue", "queue"))
         upper = rig.add(self._kind, backing, self._dice, queues=self.queues, recovery=recovery)
-        parts = lay_out(self._dice, size, CLIENTS, self._block(upper.path))
-        self.history = History(self._number + 1, [extent for part in parts for extent in part])
-        clients = [self._client(upper, part, index) for index, part in enumerate(parts)]
+        clients = self._zone_clients(upper) if self._kind.zoned else self._clients(upper, size)
         try:
             for client in clients:
                 client.start()
@@ -115,6 +114,20 @@ class Recording:
                 client.stop()
             upper.close()
         return log, upper
+
+    def _clients(self, upper: rig.Upper, size: int) -> list[Client]:
+        parts = lay_out(self._dice, size, CLIENTS, self._block(upper.path))
+        self.history = History(self._number + 1, [extent for part in parts for extent in part])
+        return [self._client(upper, part, index) for index, part in enumerate(parts)]
+
+    def _zone_clients(self, upper: rig.Upper) -> list[Client]:
+        parts = lay_out_zones(rig.ZONED_SIZE, rig.ZONE, 32768, CLIENTS)
+        chunks = [chunk for part in parts for zone in part for chunk in zone]
+        self.history = History(self._number + 1, chunks)
+        seed = f"{self._findings.seed}/power/{self._number}"
+        return [
+            ZoneClient(upper.path, self.history, part, f"{seed}/{index}", cpu=index) for index, part in enumerate(parts)
+        ]
 
     def _block(self, path: str) -> int:
         return int(Path("/sys/block", path.removeprefix("/dev/"), "queue/logical_block_size").read_text())
@@ -184,7 +197,7 @@ class Recording:
 
     def _look_through_disk(self, cut: int) -> None:
         with rig.loop_of("/tmp/cut.img") as loop, rig.mounted(loop, "/mnt/cut") as place:
-            upper = rig.add(self._kind, str(place / "disk.img"), self._dice, queues=1)
+            upper = rig.add(self._kind, str(place / "disk"), self._dice, queues=1)
             try:
                 with Disk(upper.path, direct=True, read_only=True) as disk:
                     found = []

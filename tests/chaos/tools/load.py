@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Clients of a disk that note what they were told, and check what they read."""
 
+import fcntl
 import mmap
 import os
 import random
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from .history import SECTOR, Extent, History, Write, Wrong
 
 # Lengths of extents, in sectors of 512 bytes.
 COUNTS = (1, 8, 8, 8, 24, 32, 128)
+BLKRESETZONE = 0x40101283
 # How long a client waits after an error before it goes on.
 PAUSE = 0.02
 
@@ -34,6 +37,15 @@ def lay_out(dice: random.Random, size: int, clients: int, block: int) -> list[li
             at += (length + 4095) // 4096 * 4096
         parts.append(part)
     return parts
+
+
+def lay_out_zones(size: int, zone: int, chunk: int, clients: int) -> list[list[list[Extent]]]:
+    """Zones for each client, each of them a list of chunks."""
+    zones = [
+        [Extent(at // SECTOR, chunk // SECTOR) for at in range(start, start + zone, chunk)]
+        for start in range(0, size, zone)
+    ]
+    return [zones[client::clients] for client in range(clients)]
 
 
 @dataclass
@@ -135,3 +147,40 @@ class Client(threading.Thread):
             raise OSError(5, f"{len(data)} bytes read of {extent.length}")
         self.counts.reads += 1
         self.wrong += self._history.check_live(extent, data)
+
+
+class ZoneClient(Client):
+    """The same on zones: chunks are written one after the other at the write pointer, and full zones are reset.
+
+    A chunk is an extent; a reset is a write of zeros to all of a zone's chunks.
+    """
+
+    def __init__(self, path: str, history: History, zones: list[list[Extent]], seed: str, *, cpu: int) -> None:
+        super().__init__(path, history, [chunk for zone in zones for chunk in zone], seed, cpu=cpu)
+        self._zones = zones
+        # The next chunk of each zone; None after an error, when only a reset helps.
+        self._next: list[int | None] = [0] * len(zones)
+
+    def _write(self, disk: Disk, extent: Extent, *, durable: bool, zeros: bool) -> None:
+        index = self._dice.randrange(len(self._zones))
+        zone, at = self._zones[index], self._next[index]
+        self._next[index] = None
+        if at is None or at == len(zone):
+            self._reset(disk, zone)
+            self._next[index] = 0
+        else:
+            super()._write(disk, zone[at], durable=durable, zeros=False)
+            self._next[index] = at + 1
+
+    def _reset(self, disk: Disk, zone: list[Extent]) -> None:
+        began = time.monotonic_ns()
+        resets = []
+        for chunk in zone:
+            resets.append(Write(len(chunk.writes) + 1, began, zeros=True))
+            chunk.writes.append(resets[-1])
+        sectors = sum(chunk.count for chunk in zone)
+        fcntl.ioctl(disk.fd, BLKRESETZONE, struct.pack("QQ", zone[0].first, sectors))
+        acked = time.monotonic_ns()
+        for reset in resets:
+            reset.acked = acked
+        self.counts.writes += 1

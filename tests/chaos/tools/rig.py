@@ -50,6 +50,7 @@ class Kind:
 
 
 FILE = ("-t", "file")
+ZONE, ZONED_SIZE = 512 << 10, 8 << 20
 KINDS = {
     kind.name: kind
     for kind in (
@@ -60,6 +61,13 @@ KINDS = {
         Kind("file-buffered-no-cache", (*FILE, "--io", "buffered", "--write-cache", "off"), cached=False),
         Kind("file-in-ext4", (*FILE, "--io", "auto"), mounted=True),
         Kind("integrity", (*FILE, "--io", "auto", "--integrity", "crc16-t10dif"), mounted=True, needs=("INTEGRITY",)),
+        Kind(
+            "zoned",
+            ("-t", "zoned", "--zone-size", str(ZONE), "--size", str(ZONED_SIZE)),
+            mounted=True,
+            zoned=True,
+            needs=("ZONED",),
+        ),
         Kind("python", python="Straight"),
         Kind("python-mapped", python="Mapped"),
         Kind("python-returned", python="Returned"),
@@ -130,8 +138,18 @@ def wait_for_end(pid: int) -> None:
     deadline = time.monotonic() + patience(NOTICE)
     while is_running(pid):
         if time.monotonic() > deadline:
-            raise Stuck(f"server {pid} has not ended {NOTICE:g} s after SIGKILL", blocked_stacks())
+            raise Stuck(f"server {pid} has not ended {NOTICE:g} s after SIGKILL", stacks_of(pid) + blocked_stacks())
         time.sleep(0.01)
+
+
+def stacks_of(pid: int) -> str:
+    """Where in the kernel the tasks of a process are, with their states."""
+    lines = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            lines.append(f"task {task.name} of {pid}, {state}:\n{(task / 'stack').read_text()}")
+    return "".join(lines)
 
 
 def serve_python(name: str, backing: str, start: dict) -> Child:
@@ -157,7 +175,7 @@ def add(kind: Kind, backing: str, dice: random.Random, *, queues: int, recovery:
     words = [*kind.words, "-f", backing, "-q", str(queues)]
     words += ["--recovery", recovery] if recovery else []
     movements = ["copy", "user-copy"] + (["auto-zero-copy"] if has("AUTO_BUF_REG") and kind.name != "integrity" else [])
-    if dice.random() < 0.5:
+    if dice.random() < 0.5 and not kind.zoned:
         words += ["--data", dice.choice(movements)]
     path = NATIVE.add(*words, timeout=60)
     return Upper(kind, backing, path, NATIVE.info(path)["pid"], recovery)
