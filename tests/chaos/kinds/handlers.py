@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Python handlers that go wrong in every way of the catalogue (`misbehaviour.py`).
+
+Each round is a case in one style of handlers, for one operation. The client must get an errno or, where the case allows
+it, the right answer, and never wrong bytes; it must get it in time, except from handlers that block. Other blocks
+are right before and after. SIGTERM must end the server, and nothing of the device may be left.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import misbehaviour
+from misbehaving import LENGTH, RUN, WRONG, bytes_of
+from misbehaviour import ENDS, ERROR, LIVES, RIGHT, Case
+from support import udev
+from support.face import NATIVE, device_id
+from support.pace import patience
+from support.processes import blocked_stacks, is_running
+from support.server import Child
+from tools import content, rig
+from tools.findings import Findings, Stuck
+from tools.one_request import OneRequest
+
+PROGRAM = Path(__file__).resolve().parent.parent / "misbehaving.py"
+GOOD = 1 << 20
+# How long a request of a handler that does not block may take.
+ANSWER = 30.0
+# How long a server may take to end after SIGTERM, handlers that block included.
+END = 75.0
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
+MEANT_TO_CRASH = ("aborts", "reads_address_zero", "sends_itself_SIGBUS")
+
+
+def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -> None:
+    chosen = [misbehaviour.PLANTED[plant]] if plant else list(misbehaviour.CASES.values())
+    only = list(only)
+    todo = [
+        (case, style, operation)
+        for case in chosen
+        for style in case.styles
+        for operation in case.operations
+        if not only or case.name in only
+    ]
+    # All of them, in an order of the seed's.
+    random.Random(f"{findings.seed}/handlers").shuffle(todo)
+    for number, (case, style, operation) in enumerate(todo[:rounds]):
+        findings.round = number
+        Trial(findings, case, style, operation, plant or case.name).run()
+        findings.count(cases=1)
+
+
+class Trial:
+    """One case, with a server and a client of its own."""
+
+    def __init__(self, findings: Findings, case: Case, style: str, operation: str, name: str) -> None:
+        self._findings = findings
+        self._case = case
+        self._style = style
+        self._operation = operation
+        self._name = name
+
+    def __str__(self) -> str:
+        return f"{self._case.name}, {self._style}, {self._operation}"
+
+    def run(self) -> None:
+        since = udev.now()
+        with Child([sys.executable, "-u", str(PROGRAM), self._name, self._style, "{}"]) as server:
+            self._server = server
+            self._path = json.loads(server.line(60))
+            udev.wait_until_seen(self._path, since)
+            server.say("arm")
+            assert json.loads(server.line(60)) == "armed"
+            self._check_others("before")
+            request = self._ask()
+            lived = self._is_served()
+            if lived:
+                self._check_others("after")
+            elif self._case.server == LIVES:
+                self._add("the server is gone", server.log[-400:])
+            if self._case.server == ENDS and lived:
+                self._add("the server goes on", "")
+            self._end(request)
+        self._findings.say(f"{self}: done")
+
+    def _add(self, what: str, detail: object) -> None:
+        self._findings.add(f"handlers: {what}", f"{self}: {detail}")
+
+    def _is_served(self) -> bool:
+        """Whether the server is there, some time after the answer in which it may end."""
+        if self._case.server == LIVES:
+            return self._server.process.poll() is None
+        deadline = time.monotonic() + patience(30 if self._case.server == ENDS else 3)
+        while self._server.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self._server.process.poll() is None
+
+    def _check_others(self, when: str) -> None:
+        if self._case.blocks and when == "after":
+            return
+        number, data = OneRequest("read", self._path, GOOD, LENGTH).answer(ANSWER) or (-1, b"")
+        if number != 0:
+            # It may be about to end.
+            if self._case.server == LIVES or when == "before":
+                self._add(f"another block cannot be read {when}", os.strerror(number) if number > 0 else "no answer")
+        elif data != bytes_of(GOOD, LENGTH):
+            self._add("another block has wrong bytes", content.describe(data))
+
+    def _ask(self) -> OneRequest | None:
+        """Sends the request; it is returned if it has no answer yet."""
+        request = OneRequest(self._operation, self._path, WRONG, LENGTH)
+        answer = request.answer(2 if self._case.blocks else ANSWER)
+        if answer is None:
+            if not self._case.blocks:
+                self._add("a request is not answered", f"{blocked_stacks()}; {self._server.log[-400:]}")
+            return request
+        self._judge(*answer)
+        return None
+
+    def _judge(self, number: int, data: bytes) -> None:
+        if number:
+            if self._case.client == RIGHT:
+                self._add("a request fails that was answered right", os.strerror(number))
+            return
+        if self._case.client == ERROR:
+            self._add("a failure is acknowledged as success", "")
+        if self._operation == "read" and data != bytes_of(WRONG, LENGTH):
+            self._judge_bytes(data)
+
+    def _judge_bytes(self, data: bytes) -> None:
+        """Says whose bytes an answer has. What a handler leaves untouched may be zeros, and nothing of others."""
+        for index in range(LENGTH // 512):
+            part, number = data[index * 512 : (index + 1) * 512], WRONG // 512 + index
+            if content.version_of(RUN, number, part) == 1:
+                continue
+            if part != content.ZEROS or "fills" not in self._case.name:
+                self._add("a read is answered with bytes that are not the disk's", content.describe(part))
+                return
+
+    def _end(self, request: OneRequest | None) -> None:
+        began = time.monotonic()
+        if self._server.process.poll() is None:
+            self._server.signal(signal.SIGTERM)
+        while is_running(self._server.pid) and time.monotonic() < began + patience(END):
+            time.sleep(0.02)
+        if is_running(self._server.pid):
+            self._add(f"a server does not end within {END:g} s of SIGTERM", self._server.log[-400:])
+            self._server.signal(signal.SIGKILL)
+            rig.wait_for_end(self._server.pid)
+        self._findings.count(slow_ends=int(time.monotonic() - began > 20))
+        status = self._server.process.wait(20)
+        if status in CRASHES and self._case.name not in MEANT_TO_CRASH:
+            self._add(f"a server ends with signal {-status}", self._server.log[-800:])
+        self._clear(status)
+        if request is not None:
+            answer = request.answer(60)
+            if answer is None:
+                raise Stuck(f"{self}: a client has no answer when the server is gone", blocked_stacks())
+            self._judge(*answer)
+
+    def _clear(self, status: int) -> None:
+        """The device must be gone, or be removed where its server could not do so."""
+        deadline = time.monotonic() + patience(30)
+        number = str(device_id(self._path))
+        while os.path.exists(f"/dev/ublkc{number}") and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if status < 0 or self._case.server != LIVES:
+                NATIVE.run("del", "--dead", timeout=60, check=False)
+        if os.path.exists(f"/dev/ublkc{number}"):
+            self._add("a device is left behind", f"status {status}; {self._server.log[-400:]}")
+            NATIVE.run("del", "--force", "-n", number, timeout=90, check=False)
