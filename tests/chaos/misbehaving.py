@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Serves a disk whose handler goes wrong in one way of the catalogue (`misbehaviour.py`) at one block.
 
-Arguments: the case, the style of the handlers, and a JSON object with keyword arguments of `start`. Prints the path; a
-line on standard input arms the fault, and is answered. Other blocks are answered right, before and after.
+Arguments: the case, the style of the handlers, and `kernel` or `stand-in`. Prints the path; a line on standard input
+arms the fault, and is answered. Other blocks are answered right, before and after.
+
+With the stand-in driver this process is the client, too: each further line, an object with `operation` and `offset`, is
+answered by the errno, 0 for success, and the bytes that were read, in hexadecimal digits.
 """
 
+import errno
 import inspect
 import json
 import logging
+import os
 import sys
 import threading
 
@@ -124,9 +129,30 @@ def pull(disk: Objects, device: ublk.Device) -> None:
     device.wait_ready()
 
 
+def be_client(driver, device: ublk.Device, lines, answers) -> None:
+    """Sends the requests that are asked for to the stand-in driver."""
+    for line in lines:
+        asked = json.loads(line)
+        data, number = b"", 0
+        try:
+            if asked["operation"] == "read":
+                data = driver.read(device.id, asked["offset"], LENGTH)
+            else:
+                driver.write(device.id, asked["offset"], bytes_of(asked["offset"], LENGTH))
+        except OSError as error:
+            number = error.errno or errno.EIO
+        answers.write(json.dumps([number, data.hex()]) + "\n")
+        answers.flush()
+
+
 def main() -> None:
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", level=logging.WARNING)
-    name, style, start = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    name, style, start = sys.argv[1], sys.argv[2], {}
+    # Handlers may close the standard ones.
+    answers, lines = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    driver = None
+    if sys.argv[3] == "stand-in":
+        driver = start["_driver"] = ublk._ublk.FakeDriver()
     case = misbehaviour.PLANTED.get(name) or misbehaviour.CASES[name]
     disk = {TASKS: Tasks, HANDLE: Handle, PULL: Objects}.get(style, Plain)(case)
     if style == misbehaviour.WORKERS:
@@ -134,10 +160,14 @@ def main() -> None:
     device = disk.start(pull=True, **start) if style == PULL else disk.start(**start)
     if style == PULL:
         pull(disk, device)
-    print(json.dumps(device.path), flush=True)
-    sys.stdin.readline()
+    answers.write(json.dumps(device.path) + "\n")
+    answers.flush()
+    lines.readline()
     disk.device = device
-    print(json.dumps("armed"), flush=True)
+    answers.write(json.dumps("armed") + "\n")
+    answers.flush()
+    if driver is not None:
+        threading.Thread(target=be_client, args=[driver, device, lines, answers], daemon=True).start()
     try:
         # Until SIGTERM, `ublk del`, or an exception that ends the device.
         device.wait()

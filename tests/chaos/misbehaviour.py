@@ -47,6 +47,8 @@ class Case:
     server: str = LIVES
     styles: tuple[str, ...] = STYLES
     operations: tuple[str, ...] = ("read", "write")
+    # It harms the stand-in driver's client as well, which is a thread of the server.
+    needs_kernel: bool = False
     # The request does not end by itself: what counts is that the server can be ended.
     blocks: bool = False
 
@@ -507,7 +509,7 @@ def interrupts_the_main_thread(disk, op, offset, buf):
     right(disk, op, offset, buf)
 
 
-@case(EITHER, MAY_END)
+@case(EITHER, MAY_END, needs_kernel=True)
 def raises_in_every_other_thread(disk, op, offset, buf):
     for thread in threading.enumerate():
         if thread.ident != threading.get_ident():
@@ -518,7 +520,7 @@ def raises_in_every_other_thread(disk, op, offset, buf):
 # -- What the process has.
 
 
-@case(EITHER, MAY_END)
+@case(EITHER, MAY_END, needs_kernel=True)
 def closes_all_descriptors(disk, op, offset, buf):
     os.closerange(3, 4096)
     right(disk, op, offset, buf)
@@ -541,7 +543,7 @@ def uses_a_closed_descriptor(*_):
     os.read(read, 1)
 
 
-@case(RIGHT)
+@case(RIGHT, needs_kernel=True)
 def uses_up_all_descriptors(disk, op, offset, buf):
     with contextlib.suppress(OSError):
         while True:
@@ -554,7 +556,7 @@ def allocates_too_much(*_):
     bytearray(1 << 50)
 
 
-@case(EITHER, MAY_END)
+@case(EITHER, MAY_END, needs_kernel=True)
 def has_no_memory_left(disk, op, offset, buf):
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (1 << 20, before[1]))
@@ -564,7 +566,7 @@ def has_no_memory_left(disk, op, offset, buf):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@case(RIGHT)
+@case(RIGHT, needs_kernel=True)
 def keeps_a_limit_of_memory(disk, op, offset, buf):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), resource.RLIM_INFINITY))
@@ -593,7 +595,7 @@ def blocks_all_signals(disk, op, offset, buf):
 # -- The interpreter.
 
 
-@case(RIGHT)
+@case(RIGHT, needs_kernel=True)
 def installs_a_trace_function_that_raises(disk, op, offset, buf):
     right(disk, op, offset, buf)
 
@@ -736,7 +738,7 @@ def starts_itself_again(disk, op, offset, buf):
     right(disk, op, offset, buf)
 
 
-@case(EITHER, MAY_END)
+@case(EITHER, MAY_END, needs_kernel=True)
 def closes_its_char_device(disk, op, offset, buf):
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):

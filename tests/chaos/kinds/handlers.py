@@ -6,6 +6,7 @@ it, the right answer, and never wrong bytes; it must get it in time, except from
 are right before and after. SIGTERM must end the server, and nothing of the device may be left.
 """
 
+import errno
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import misbehaviour
 from misbehaving import LENGTH, RUN, WRONG, bytes_of
-from misbehaviour import ENDS, ERROR, LIVES, RIGHT, Case
+from misbehaviour import ENDS, ERROR, LIVES, PULL, RIGHT, Case
 from support import udev
 from support.face import NATIVE, device_id
 from support.pace import patience
@@ -34,10 +35,13 @@ ANSWER = 30.0
 # How long a server may take to end after SIGTERM, handlers that block included.
 END = 75.0
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
+RAISED = ("raises_KeyboardInterrupt", "raises_SystemExit")
 MEANT_TO_CRASH = ("aborts", "reads_address_zero", "sends_itself_SIGBUS")
 
 
-def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -> None:
+def campaign(
+    findings: Findings, rounds: int, only: Iterable[str], plant: str, back_end: type["BackEnd"] | None = None
+) -> None:
     chosen = [misbehaviour.PLANTED[plant]] if plant else list(misbehaviour.CASES.values())
     only = list(only)
     todo = [
@@ -45,35 +49,92 @@ def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -
         for case in chosen
         for style in case.styles
         for operation in case.operations
-        if not only or case.name in only
+        if (not only or case.name in only) and not (back_end is StandIn and case.needs_kernel)
     ]
     # All of them, in an order of the seed's.
     random.Random(f"{findings.seed}/handlers").shuffle(todo)
     for number, (case, style, operation) in enumerate(todo[:rounds]):
         findings.round = number
-        Trial(findings, case, style, operation, plant or case.name).run()
+        Trial(findings, case, style, operation, plant or case.name, back_end or Kernel).run()
         findings.count(cases=1)
+
+
+class BackEnd:
+    """What a case's disk is served with, and how requests get to it."""
+
+    name = ""
+
+    def __init__(self, server: Child, path: str) -> None:
+        self.server = server
+        self.path = path
+
+    def request(self, operation: str, offset: int):
+        """Sends a request; what it returns has a method `answer`."""
+        raise NotImplementedError
+
+    def is_there(self) -> bool:
+        """Whether the device is there."""
+        raise NotImplementedError
+
+
+class Kernel(BackEnd):
+    """The kernel's driver and a client in a process of its own."""
+
+    name = "kernel"
+
+    def __init__(self, server: Child, path: str) -> None:
+        super().__init__(server, path)
+        udev.wait_until_seen(path, udev.now() - 60)
+
+    def request(self, operation: str, offset: int) -> OneRequest:
+        return OneRequest(operation, self.path, offset, LENGTH)
+
+    def is_there(self) -> bool:
+        return os.path.exists(f"/dev/ublkc{device_id(self.path)}")
+
+
+class StandIn(BackEnd):
+    """The stand-in driver, whose client is a thread of the server: without a kernel."""
+
+    name = "stand-in"
+
+    def request(self, operation: str, offset: int) -> "StandIn":
+        self.server.say(json.dumps({"operation": operation, "offset": offset}))
+        return self
+
+    def answer(self, seconds: float) -> tuple[int, bytes] | None:
+        try:
+            number, data = json.loads(self.server.line(seconds))
+        except AssertionError:
+            # A process that ends takes the stand-in and its requests with it.
+            return (errno.EIO, b"") if self.server.process.poll() is not None else None
+        return number, bytes.fromhex(data)
+
+    def is_there(self) -> bool:
+        return False
 
 
 class Trial:
     """One case, with a server and a client of its own."""
 
-    def __init__(self, findings: Findings, case: Case, style: str, operation: str, name: str) -> None:
+    def __init__(
+        self, findings: Findings, case: Case, style: str, operation: str, name: str, back_end: type[BackEnd]
+    ) -> None:
         self._findings = findings
         self._case = case
         self._style = style
         self._operation = operation
         self._name = name
+        self._back_end = back_end
 
     def __str__(self) -> str:
         return f"{self._case.name}, {self._style}, {self._operation}"
 
     def run(self) -> None:
-        since = udev.now()
-        with Child([sys.executable, "-u", str(PROGRAM), self._name, self._style, "{}"]) as server:
+        argv = [sys.executable, "-u", str(PROGRAM), self._name, self._style, self._back_end.name]
+        with Child(argv) as server:
             self._server = server
-            self._path = json.loads(server.line(60))
-            udev.wait_until_seen(self._path, since)
+            self._disk = self._back_end(server, json.loads(server.line(60)))
             server.say("arm")
             assert json.loads(server.line(60)) == "armed"
             self._check_others("before")
@@ -83,7 +144,8 @@ class Trial:
                 self._check_others("after")
             elif self._case.server == LIVES:
                 self._add("the server is gone", server.log[-400:])
-            if self._case.server == ENDS and lived:
+            # Threads that pull are the program's own: an exception ends them and nothing else.
+            if self._case.server == ENDS and lived and not (self._style == PULL and self._case.name in RAISED):
                 self._add("the server goes on", "")
             self._end(request)
         self._findings.say(f"{self}: done")
@@ -103,7 +165,7 @@ class Trial:
     def _check_others(self, when: str) -> None:
         if self._case.blocks and when == "after":
             return
-        number, data = OneRequest("read", self._path, GOOD, LENGTH).answer(ANSWER) or (-1, b"")
+        number, data = self._disk.request("read", GOOD).answer(ANSWER) or (-1, b"")
         if number != 0:
             # It may be about to end.
             if self._case.server == LIVES or when == "before":
@@ -111,9 +173,9 @@ class Trial:
         elif data != bytes_of(GOOD, LENGTH):
             self._add("another block has wrong bytes", content.describe(data))
 
-    def _ask(self) -> OneRequest | None:
+    def _ask(self) -> OneRequest | StandIn | None:
         """Sends the request; it is returned if it has no answer yet."""
-        request = OneRequest(self._operation, self._path, WRONG, LENGTH)
+        request = self._disk.request(self._operation, WRONG)
         answer = request.answer(2 if self._case.blocks else ANSWER)
         if answer is None:
             if not self._case.blocks:
@@ -129,7 +191,7 @@ class Trial:
             return
         if self._case.client == ERROR:
             self._add("a failure is acknowledged as success", "")
-        if self._operation == "read" and data != bytes_of(WRONG, LENGTH):
+        if self._operation == "read" and len(data) == LENGTH and data != bytes_of(WRONG, LENGTH):
             self._judge_bytes(data)
 
     def _judge_bytes(self, data: bytes) -> None:
@@ -142,7 +204,7 @@ class Trial:
                 self._add("a read is answered with bytes that are not the disk's", content.describe(part))
                 return
 
-    def _end(self, request: OneRequest | None) -> None:
+    def _end(self, request: OneRequest | StandIn | None) -> None:
         began = time.monotonic()
         if self._server.process.poll() is None:
             self._server.signal(signal.SIGTERM)
@@ -166,11 +228,10 @@ class Trial:
     def _clear(self, status: int) -> None:
         """The device must be gone, or be removed where its server could not do so."""
         deadline = time.monotonic() + patience(30)
-        number = str(device_id(self._path))
-        while os.path.exists(f"/dev/ublkc{number}") and time.monotonic() < deadline:
+        while self._disk.is_there() and time.monotonic() < deadline:
             time.sleep(0.05)
             if status < 0 or self._case.server != LIVES:
                 NATIVE.run("del", "--dead", timeout=60, check=False)
-        if os.path.exists(f"/dev/ublkc{number}"):
+        if self._disk.is_there():
             self._add("a device is left behind", f"status {status}; {self._server.log[-400:]}")
-            NATIVE.run("del", "--force", "-n", number, timeout=90, check=False)
+            NATIVE.run("del", "--force", "-n", str(device_id(self._disk.path)), timeout=90, check=False)
