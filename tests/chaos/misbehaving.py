@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Serves a disk whose handler goes wrong in one way of the catalogue (`misbehaviour.py`) at one block.
+"""Serves a disk whose handler goes wrong in one way of the catalogue (`catalogue`) at one block.
 
 Arguments: the case, the style of the handlers, and `kernel` or `stand-in`. Prints the path; a line on standard input
 arms the fault, and is answered. Other blocks are answered right, before and after.
@@ -16,8 +16,8 @@ import os
 import sys
 import threading
 
-import misbehaviour
-from misbehaviour import HANDLE, PULL, TASKS
+import catalogue
+from catalogue import HANDLE, PULL, TASKS
 from tools import content
 
 import ublk
@@ -36,11 +36,11 @@ def bytes_of(offset: int, length: int) -> bytes:
 class Base(ublk.BlockDevice):
     """A disk with the same content for ever, which counts writes right that bring what is there."""
 
-    def __init__(self, case: misbehaviour.Case) -> None:
+    def __init__(self, case: catalogue.Case) -> None:
         super().__init__(size=SIZE)
         self.act = case.act
         # The case is about the request, not about its buffer.
-        self.whole = case.styles == misbehaviour.OBJECTS
+        self.whole = case.styles == catalogue.OBJECTS
         self.kept: list = []
         self.device: ublk.Device | None = None
 
@@ -153,9 +153,9 @@ def main() -> None:
     driver = None
     if sys.argv[3] == "stand-in":
         driver = start["_driver"] = ublk._ublk.FakeDriver()
-    case = misbehaviour.PLANTED.get(name) or misbehaviour.CASES[name]
+    case = catalogue.PLANTED.get(name) or catalogue.CASES[name]
     disk = {TASKS: Tasks, HANDLE: Handle, PULL: Objects}.get(style, Plain)(case)
-    if style == misbehaviour.WORKERS:
+    if style == catalogue.WORKERS:
         start["workers"] = 2
     device = disk.start(pull=True, **start) if style == PULL else disk.start(**start)
     if style == PULL:

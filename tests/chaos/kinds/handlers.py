@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Python handlers that go wrong in every way of the catalogue (`misbehaviour.py`).
+"""Python handlers that go wrong in every way of the catalogue (`catalogue`).
 
 Each round is a case in one style of handlers, for one operation. The client must get an errno or, where the case allows
 it, the right answer, and never wrong bytes; it must get it in time, except from handlers that block. Other blocks
@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import misbehaviour
+import catalogue
+from catalogue import ENDS, ERROR, LIVES, PULL, RIGHT, Case
 from misbehaving import LENGTH, RUN, WRONG, bytes_of
-from misbehaviour import ENDS, ERROR, LIVES, PULL, RIGHT, Case
 from support import udev
 from support.face import NATIVE, device_id
 from support.pace import patience
@@ -42,7 +42,7 @@ MEANT_TO_CRASH = ("aborts", "reads_address_zero", "sends_itself_SIGBUS")
 def campaign(
     findings: Findings, rounds: int, only: Iterable[str], plant: str, back_end: type["BackEnd"] | None = None
 ) -> None:
-    chosen = [misbehaviour.PLANTED[plant]] if plant else list(misbehaviour.CASES.values())
+    chosen = [catalogue.PLANTED[plant]] if plant else list(catalogue.CASES.values())
     only = list(only)
     todo = [
         (case, style, operation)
