@@ -42,7 +42,7 @@ class Lower(ublk.BlockDevice):
         if self.slow and self.dice.random() < 0.3:
             time.sleep(self.dice.random() * self.slow)
         if self.failing == kind:
-            raise OSError(errno.EIO, f"{kind} fails, as it was told to")
+            raise OSError(errno.EIO, f"{kind} fails on request")
         return began
 
     def read(self, offset, buf):

@@ -42,7 +42,7 @@ def waits_for_a_lock_it_has(*_):
 
 
 @case(EITHER, MAY_END, blocks=True)
-def reads_a_pipe_nobody_writes(*_):
+def reads_a_pipe_without_a_writer(*_):
     os.read(os.pipe()[0], 1)
 
 

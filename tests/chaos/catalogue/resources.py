@@ -72,7 +72,7 @@ def leaves_its_directory(disk, op, offset, buf):
 
 
 @case(RIGHT)
-def becomes_somebody_else(disk, op, offset, buf):
+def changes_its_user(disk, op, offset, buf):
     # The thread's alone; the C library would do so for all of them.
     ctypes.CDLL(None).syscall(105, 65534)
     right(disk, op, offset, buf)

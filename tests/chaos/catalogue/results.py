@@ -54,7 +54,7 @@ def _extent_of_closed(length: int) -> ublk.Extent:
 
 
 @case(styles=(PLAIN, WORKERS))
-def returns_a_coroutine_nobody_awaits(*_):
+def returns_a_coroutine_that_is_not_awaited(*_):
     async def never():
         pass
 

@@ -82,7 +82,7 @@ class World:
 
     @contextlib.contextmanager
     def load(self, path: str, *, size: int = SIZE, errors: bool = True) -> Iterator[list[Client]]:
-        """Clients beside the block. Afterwards what they read and were told is judged."""
+        """Clients beside the block. Afterwards, checks what they read and what was acknowledged."""
         parts = lay_out(self.dice, size, 2, 4096)
         self.history = History(self._number + 1, [extent for part in parts for extent in part])
         clients = [
@@ -115,7 +115,7 @@ class World:
                 self.add_finding("clients do not get on", f"{error}\n{blocked_stacks()}")
 
     def check(self, path: str) -> None:
-        """Compares the disk with what clients were told."""
+        """Compares the disk with what was acknowledged."""
         with Disk(path, direct=True, read_only=True) as disk:
             for extent in self.history.extents:
                 self.report(self.history.check_live(extent, disk.read(extent.offset, extent.length)))

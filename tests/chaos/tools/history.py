@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What clients of a disk were told, and which contents that leaves possible after a power cut.
+"""What was acknowledged to the clients of a disk, and which contents that leaves possible after a power cut.
 
 Times are nanoseconds of CLOCK_MONOTONIC, which all processes share. Writes of one extent are never under way at the
 same time, so their versions are in the order of their times. An acknowledged flush makes durable what was acknowledged

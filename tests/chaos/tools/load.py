@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Clients of a disk that note what they were told, and check what they read."""
+"""Clients of a disk that note what was acknowledged, and check what they read."""
 
 import fcntl
 import mmap

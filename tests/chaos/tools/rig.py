@@ -155,7 +155,7 @@ def stacks_of(pid: int) -> str:
 def serve_python(name: str, backing: str, start: dict) -> Child:
     child = Child([sys.executable, "-u", str(PROGRAM), name, backing, json.dumps(start)])
     try:
-        child.told = json.loads(child.line(60))
+        child.answered = json.loads(child.line(60))
     except BaseException:
         child.close()
         raise
@@ -168,7 +168,7 @@ def add(kind: Kind, backing: str, dice: random.Random, *, queues: int, recovery:
     if kind.python:
         start = {"queues": queues, "recoverable": recovery or False}
         child = serve_python(kind.python, backing, start)
-        path = child.told
+        path = child.answered
         upper = Upper(kind, backing, path, child.pid, recovery, child=child, _children=[child])
         udev.wait_until_seen(path, since)
         return upper
