@@ -44,7 +44,12 @@ def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -
         # Every mode meets every disk in turn.
         kind = rig.PLANTED[plant] if plant else rig.KINDS[disks[(session + session // len(modes)) % len(disks)]]
         deaths = min(DEATHS, rounds - done)
-        Session(findings, kind, modes[session % len(modes)], dice, session, done, deaths, plant).run()
+        made = Session(findings, kind, modes[session % len(modes)], dice, session, done, deaths, plant)
+        try:
+            made.run()
+        except (AssertionError, OSError) as error:
+            findings.add(f"{kind.name}: a session does not come to its end", f"{made}: {error}")
+            rig.clear()
         done += deaths
         session += 1
 

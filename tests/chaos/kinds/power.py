@@ -42,7 +42,12 @@ def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -
         kind = wanted[recording % len(wanted)]
         cuts = min(MOUNTED_CUTS if kind.mounted else CUTS, rounds - done)
         dice = random.Random(f"{findings.seed}/power/{recording}")
-        Recording(findings, kind, dice, recording, done, cuts, plant).make()
+        made = Recording(findings, kind, dice, recording, done, cuts, plant)
+        try:
+            made.make()
+        except (AssertionError, OSError) as error:
+            findings.add(f"{kind.name}: a recording does not come to its end", f"{made}: {error}")
+            rig.clear()
         done += cuts
         recording += 1
 

@@ -134,6 +134,12 @@ class Upper:
             child.close()
 
 
+def clear() -> None:
+    """Removes what a recording or session left that did not come to its end."""
+    for words in (["umount", "/mnt/cut"], ["umount", "/mnt/chaos"], ["ublk", "del", "-a", "--force"]):
+        run(words, check=False, timeout=90)
+
+
 def wait_for_end(pid: int) -> None:
     deadline = time.monotonic() + patience(NOTICE)
     while is_running(pid):
@@ -174,8 +180,9 @@ def add(kind: Kind, backing: str, dice: random.Random, *, queues: int, recovery:
         return upper
     words = [*kind.words, "-f", backing, "-q", str(queues)]
     words += ["--recovery", recovery] if recovery else []
-    movements = ["copy", "user-copy"] + (["auto-zero-copy"] if has("AUTO_BUF_REG") and kind.name != "integrity" else [])
-    if dice.random() < 0.5 and not kind.zoned:
+    movements = ["copy", "user-copy"] + (["auto-zero-copy"] if has("AUTO_BUF_REG") else [])
+    # Zones and integrity metadata leave no choice.
+    if dice.random() < 0.5 and not kind.zoned and not kind.needs:
         words += ["--data", dice.choice(movements)]
     path = NATIVE.add(*words, timeout=60)
     return Upper(kind, backing, path, NATIVE.info(path)["pid"], recovery)
