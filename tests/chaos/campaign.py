@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Runs a campaign in the guest: `tests/chaos/run` starts it there.
 
-    campaign.py --kind KIND [--rounds N] [--seed N] [--only NAME]... [--plant FAULT] [--results DIR]
+    campaign.py --kind KIND [--rounds N] [--seconds N] [--seed N] [--only NAME]... [--plant FAULT] [--results DIR]
 
 Ends with status 0 if nothing was found, 1 if something was, 2 for wrong usage.
 """
@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--rounds", type=int, help="how many; each kind has its own number by default")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins after that")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", action="append", default=[], help="disks, cases or ways; may be given again")
     parser.add_argument("--plant", default="", help="a fault that the campaign has to find")
@@ -48,7 +49,7 @@ def main() -> int:
     # A task that hangs is a finding, which has to be written down before the machine ends.
     Path("/proc/sys/kernel/hung_task_panic").write_text("0")
     udev.look_only_at_new_disks()
-    findings = Findings(options.kind, options.seed, options.results)
+    findings = Findings(options.kind, options.seed, options.results, options.seconds)
     kind = importlib.import_module(f"kinds.{options.kind}")
     log = KernelLog()
     before = Snapshot()

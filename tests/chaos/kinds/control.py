@@ -94,6 +94,8 @@ class Worker(threading.Thread):
         names = [*ways, *(["add"] * 4 if "add" in ways else [])]
         try:
             for _ in range(self._count):
+                if self._findings.time_is_over():
+                    break
                 name = self._dice.choice(names)
                 ways[name]()
                 self._findings.count(**{name: 1})

@@ -38,6 +38,8 @@ def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -
     if plant:
         ways = [planted_wrong_bytes]
     for number in range(rounds):
+        if findings.time_is_over():
+            break
         turn, index = divmod(number, len(ways))
         # Each of them once before one comes again.
         order = ways[:]

@@ -54,6 +54,8 @@ def campaign(
     # All of them, in an order of the seed's.
     random.Random(f"{findings.seed}/handlers").shuffle(todo)
     for number, (case, style, operation) in enumerate(todo[:rounds]):
+        if findings.time_is_over():
+            break
         findings.round = number
         Trial(findings, case, style, operation, plant or case.name, back_end or Kernel).run()
         findings.count(cases=1)

@@ -39,7 +39,7 @@ def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -
     disks = [name for name in DISKS if name in only or not set(only) & set(DISKS)]
     modes = [mode for mode in modes if mode in only or not set(only) & set(modes)]
     done = session = 0
-    while done < rounds:
+    while done < rounds and not findings.time_is_over():
         dice = random.Random(f"{findings.seed}/kill/{session}")
         # Every mode meets every disk in turn.
         kind = rig.PLANTED[plant] if plant else rig.KINDS[disks[(session + session // len(modes)) % len(disks)]]

@@ -38,7 +38,7 @@ def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -
     wanted = [kind for kind in rig.KINDS.values() if kind.available() and (not only or kind.name in only)]
     wanted = [rig.PLANTED[plant]] if plant else wanted
     done = recording = 0
-    while done < rounds:
+    while done < rounds and not findings.time_is_over():
         kind = wanted[recording % len(wanted)]
         cuts = min(MOUNTED_CUTS if kind.mounted else CUTS, rounds - done)
         dice = random.Random(f"{findings.seed}/power/{recording}")

@@ -72,6 +72,8 @@ def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -
         disks: dict[int, str] = {}
         try:
             for number in range(rounds):
+                if findings.time_is_over():
+                    break
                 findings.round = number
                 for owner in (ALICE, BOB, ROOT):
                     if owner not in disks:

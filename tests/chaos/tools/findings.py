@@ -30,7 +30,7 @@ class Stuck(Exception):
 class Findings:
     """All that was wrong, grouped by what it was, with the round in which it was seen."""
 
-    def __init__(self, kind: str, seed: int, results: Path) -> None:
+    def __init__(self, kind: str, seed: int, results: Path, seconds: float = float("inf")) -> None:
         self.kind = kind
         self.seed = seed
         self.counts: dict[str, int] = {}
@@ -38,10 +38,15 @@ class Findings:
         self._examples: dict[str, list[str]] = {}
         self._results = results
         self._began = time.monotonic()
+        self._seconds = seconds
         self.round = -1
 
     def __bool__(self) -> bool:
         return bool(self.counts)
+
+    def time_is_over(self) -> bool:
+        """Whether no further round should begin."""
+        return time.monotonic() - self._began >= self._seconds
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:7.1f}] {self.kind}: {text}", flush=True)

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-# `Child` ends what does not end by itself.
 BLKRRPART = 0x125F
 NETLINK_KOBJECT_UEVENT = 15
 
@@ -84,12 +83,16 @@ def open_and_close(path: str, _dice: random.Random) -> None:
 WAYS = (leave_with_io_in_flight, close_with_aio_in_flight, reread_partitions, open_and_close)
 
 
-def listen() -> None:
+def listen(parent: int) -> None:
     """Opens and reads every disk of ours at its uevents."""
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_KOBJECT_UEVENT)
     events.bind((0, 1))
-    while True:
-        fields = events.recv(8192).decode(errors="replace").split("\0")
+    events.settimeout(1)
+    while os.getppid() == parent:
+        try:
+            fields = events.recv(8192).decode(errors="replace").split("\0")
+        except OSError:
+            continue
         name = next((field[8:] for field in fields if field.startswith("DEVNAME=ublkb")), None)
         if name:
             with contextlib.suppress(OSError):
@@ -101,11 +104,13 @@ def listen() -> None:
 
 
 def main() -> None:
-    """Annoys one disk, or listens, until it is killed."""
+    """Annoys one disk, or listens, until it is killed or its parent has ended."""
+    parent = os.getppid()
     if sys.argv[1] == "listen":
-        listen()
+        listen(parent)
+        return
     path, dice = sys.argv[1], random.Random(sys.argv[2])
-    while True:
+    while os.getppid() == parent:
         if Path(path).exists():
             dice.choice(WAYS)(path, dice)
         time.sleep(dice.random() * 0.1)
