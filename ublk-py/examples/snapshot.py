@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""A writable snapshot of a disk image, thin: what was written lies in a file of its own, the rest in the image.
+"""A writable snapshot of a disk image, thin: what was written is in a file of its own, the rest in the image.
 
-Python decides where each block lies, once. The kernel reads and writes it there, without a copy where it can. What was
-written is known again after a restart, by a file with a byte for each block, which is written with every flush.
+Python decides where each block is stored, once. The kernel reads and writes it there, without a copy where it can. An
+index, a file with a byte for each block, says which blocks were written: after a crash as well, because a block is
+durable before the index names it.
 
 Run it with ``ublk run snapshot.py:Snapshot -a image=disk.img -a changes=changes``.
 """
@@ -57,15 +58,16 @@ class Snapshot(ublk.BlockDevice):
                 if not self.changed[number]:
                     block = os.pread(self.image, min(BLOCK, self.size - number * BLOCK), number * BLOCK)
                     write_all(self.changes, block, number * BLOCK)
+                    # The next server, after a kill, knows the block by the index; and if the machine fails, the
+                    # index may be on the disk without the block, unless that is durable first.
+                    os.fdatasync(self.changes)
+                    write_all(self.index, b"\1", number)
                     self.changed[number] = 1
                     # Reads from now on find the copy.
                     self.invalidate(number * BLOCK, BLOCK)
             write_all(self.changes, buf, offset)
 
     def flush(self):
-        """Make the blocks durable before the index, which is what makes them count."""
-        with self.lock:
-            changed = bytes(self.changed)
+        """Make the blocks and the index durable, including what the last server wrote."""
         os.fdatasync(self.changes)
-        write_all(self.index, changed, 0)
         os.fdatasync(self.index)

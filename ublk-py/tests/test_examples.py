@@ -107,6 +107,18 @@ def test_a_snapshot_leaves_the_image_alone_and_is_found_again(tmp_path, queues):
         assert file.pread(0, SIZE) == model
 
 
+def test_a_snapshot_whose_server_was_killed_has_what_was_written(tmp_path):
+    snapshot = load("snapshot").Snapshot
+    image, changes = tmp_path / "image", tmp_path / "changes"
+    image.write_bytes(os.urandom(SIZE))
+    data = os.urandom(4096)
+    with testing.open(snapshot(image, changes)) as file:
+        file.pwrite(70_000, data)
+        # As after SIGKILL: nothing was flushed, and the first server does nothing more.
+        with testing.open(snapshot(image, changes)) as recovered:
+            assert recovered.pread(70_000, len(data)) == data
+
+
 def test_bytes_of_a_web_server_are_a_disk():
     content = os.urandom(SIZE)
 

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FlockArg, fallocate};
 
+use super::files::sync_name;
 use super::protected_file::ProtectedQueue;
 use super::protection::Metadata;
 use crate::data::Access;
@@ -154,9 +155,13 @@ impl File {
         params.operations -= Operations::WRITE_ZEROES;
         params.validate()?;
         let writable = !self.options.read_only;
+        let is_new = !path.exists();
         let file = fs::OpenOptions::new().read(true).write(writable).create(writable).truncate(false).open(path);
         let file = file.map_err(|e| Error::file("open", path, &e))?;
         lock(&file, path, &self.options, Duration::ZERO)?;
+        if is_new {
+            sync_name(path);
+        }
         self.metadata = Some(Arc::new(Metadata::in_file(integrity, file)));
         self.params = params;
         Ok(self)

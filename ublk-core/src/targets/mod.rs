@@ -3,6 +3,7 @@
 //! Targets that come with the crate.
 
 mod file;
+mod files;
 mod mem;
 mod null;
 mod protected_file;

@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use nix::fcntl::FlockArg;
 
+use super::super::files::{sync_directory, sync_name};
 use super::super::sparse::Sparse;
 use crate::error::{Error, Result};
 
@@ -28,7 +29,8 @@ pub(super) enum Store {
 pub(super) struct Files {
     zone_size: u64,
     files: Vec<File>,
-    /// Zones with writes that may not be durable.
+    /// Zones with writes that may not be durable: all of them at first, as the last server may have acknowledged
+    /// writes that no client has flushed yet.
     dirty: Mutex<Vec<bool>>,
     /// One flush at a time: what one has begun to make durable is not durable yet for the next.
     flushing: Mutex<()>,
@@ -44,6 +46,7 @@ impl Files {
         conventional: usize,
         count: usize,
     ) -> Result<(Self, Vec<Option<u64>>)> {
+        let is_new = !directory.exists();
         std::fs::create_dir_all(directory).map_err(|e| Error::file("make", directory, &e))?;
         let lock = File::open(directory).map_err(|e| Error::file("open", directory, &e))?;
         #[allow(deprecated, reason = "the replacement insists on owning the file")]
@@ -78,7 +81,12 @@ impl Files {
             written.push((!is_conventional).then_some(len));
             files.push(file);
         }
-        let dirty = Mutex::new(vec![false; count]);
+        // A flush syncs the files, not their names.
+        sync_directory(directory);
+        if is_new {
+            sync_name(directory);
+        }
+        let dirty = Mutex::new(vec![true; count]);
         Ok((Files { zone_size, files, dirty, flushing: Mutex::default(), _lock: lock }, written))
     }
 
@@ -220,6 +228,22 @@ mod tests {
         drop(store);
         let (_, written) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
         assert_eq!(written, [None, Some(4096), Some(ZONE)]);
+    }
+
+    #[test]
+    fn a_new_server_flushes_what_the_last_one_had_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let (files, _) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        let store = Store::Files(files);
+        store.write(ZONE, &[7; 4096], false).unwrap();
+        // Killed: nothing was flushed, and the next server's client waits for its flush.
+        drop(store);
+        let (files, _) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        assert_eq!(files.dirty().to_vec(), [true; 3]);
+        let store = Store::Files(files);
+        store.flush().unwrap();
+        let Store::Files(files) = store else { unreachable!() };
+        assert_eq!(files.dirty().to_vec(), [false; 3]);
     }
 
     #[test]
