@@ -168,6 +168,54 @@ def test_flush_fua_discard_and_zeroing_reach_the_device_below() -> None:
             assert seen("write") == [], "zeroes were sent as data"
 
 
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_without_a_write_cache_each_change_is_durable(io: str) -> None:
+    words = ("--io", io, "--write-cache", "off")
+    with Server("Ram", size=SIZE) as server, added("-t", "file", "-f", server.path, *words) as path:
+        assert not sysfs.advertised(path)["flush"]
+        with Disk(path, direct=True) as disk:
+            changes = {
+                "write": lambda: disk.write(0, b"\x42" * 4096),
+                "hole": lambda: disk.punch(65536, 32768),
+                "zeros": lambda: disk.zero_range(131072, 32768),
+                "discard": lambda: disk.discard(1 << 20, 1 << 20),
+            }
+            for name, change in changes.items():
+                server.ask("disk.forget()")
+                change()
+                assert server.ask("disk.log[-1][0]") == "flush", name
+
+
+@pytest.mark.io_errors
+def test_no_flush_of_any_queue_succeeds_after_writes_were_lost() -> None:
+    def sync_errors() -> list[int]:
+        errors = []
+        for cpu in sorted(everywhere):
+            os.sched_setaffinity(0, {cpu})
+            errors.append(error_of(disk.sync))
+        os.sched_setaffinity(0, everywhere)
+        return errors
+
+    everywhere = os.sched_getaffinity(0)
+    with Server("Failing", size=SIZE) as server:
+        words = ("-t", "file", "-f", server.path, "--io", "buffered", "-q", str(len(everywhere)))
+        with added(*words) as path, Disk(path, direct=True) as disk:
+            disk.write(0, b"\x01" * 4096)
+            assert sync_errors() == [0] * len(everywhere)
+            server.ask("disk.fail('write', 'OSError(5, \"the store below is gone\")')")
+            disk.write(4096, b"\x02" * 4096)
+            assert sync_errors() == [errno.EIO] * len(everywhere)
+            # The store is back, and the page cache counts the lost pages as written.
+            server.ask("disk.fail('', 'None')")
+            disk.write(8192, b"\x03" * 4096)
+            assert sync_errors() == [errno.EIO] * len(everywhere)
+            assert disk.read(8192, 4096) == b"\x03" * 4096
+        # A new server starts afresh.
+        with added(*words) as path, Disk(path, direct=True) as disk:
+            disk.write(4096, b"\x04" * 4096)
+            assert sync_errors() == [0] * len(everywhere)
+
+
 def test_a_deleted_file_is_served_on(scratch: Path) -> None:
     file = image(scratch, SIZE)
     with added("-t", "file", "-f", str(file)) as path:

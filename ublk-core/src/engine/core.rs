@@ -15,13 +15,14 @@ use super::cookie::{Cookie, Kind};
 use super::forward::{Forwarded, Pages};
 use super::pace::{Pace, clock};
 use super::pool::Inbox;
+use super::syncs::Syncs;
 use super::tags::TagTable;
 use super::transfer::{Next, Step, Transfer};
 use crate::data::DataMovement;
 use crate::data::pool::BufferPool;
 use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
 use crate::memory::{Descriptor, DescriptorMap, IoBuffer, PAGE_SIZE};
-use crate::request::{Answer, Errand, FileRange, Op, Origin, memory_or_abort};
+use crate::request::{Answer, Errand, FileRange, Op, Origin, WriteBack, memory_or_abort};
 use crate::stats::{Ended, QueueStats};
 use crate::target::QueueInfo;
 use crate::uapi;
@@ -88,6 +89,7 @@ pub(crate) struct QueueCore {
     /// Where in the ring's table of buffers the pages of tag 0 are registered.
     registered: Option<u16>,
     forwarded: RefCell<Vec<Option<Forwarded>>>,
+    syncs: RefCell<Syncs>,
     zeros: Rc<IoBuffer>,
     batch: Option<RefCell<Batch>>,
     pub(super) deliveries: Cell<Deliveries>,
@@ -160,6 +162,7 @@ impl QueueCore {
             memory: RefCell::default(),
             registered,
             forwarded: RefCell::new((0..depth).map(|_| None).collect()),
+            syncs: RefCell::default(),
             zeros: zeros.clone(),
             batch: batch.then(|| RefCell::new(Batch::new(tail, auto))),
             deliveries: Cell::new(Deliveries::None),
@@ -332,7 +335,11 @@ impl QueueCore {
 
     /// Carries the request out on a file.
     pub(crate) fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand) {
-        let Errand { op, descriptor, pieces, keep } = errand;
+        let Errand { op, descriptor, pieces, keep, durability } = errand;
+        if let Some(Err(errno)) = durability.sync.as_ref().map(|sync| sync.write_back.check()) {
+            let own = buffer.filter(|buffer| !buffer.is_shared());
+            return self.commit(tag, own, Answer::error(errno));
+        }
         let Some(step) = Step::first(op, descriptor.op_flags) else {
             let own = buffer.filter(|buffer| !buffer.is_shared());
             return self.commit(tag, own, Answer::error(Errno::EOPNOTSUPP));
@@ -361,7 +368,7 @@ impl QueueCore {
         if let Some(own) = own {
             self.keep_buffer(tag, own);
         }
-        let transfer = Transfer::new(step, &descriptor, pieces, keep);
+        let transfer = Transfer::new(step, &descriptor, pieces, keep).durably(durability);
         let forwarded = &mut self.forwarded.borrow_mut()[tag.index()];
         let forwarded = forwarded.insert(Forwarded { transfer, op, pages: at, shared });
         self.push_transfer(tag, forwarded);
@@ -400,6 +407,9 @@ impl QueueCore {
                 Memory::At(buffer.map_or(0, |b| b.user_address()))
             }
         };
+        if forwarded.transfer.syncing().is_some() {
+            self.syncs.borrow_mut().begin(tag);
+        }
         self.push(Kind::Transfer, tag, forwarded.transfer.operation(memory, self.zeros.user_address()));
     }
 
@@ -408,6 +418,10 @@ impl QueueCore {
         let mut all = self.forwarded.borrow_mut();
         let slot = &mut all[tag.index()];
         let forwarded = slot.as_mut().expect("a completed transfer was started");
+        let syncing = forwarded.transfer.syncing().is_some();
+        if syncing {
+            self.syncs.borrow_mut().end(tag);
+        }
         let next = match forwarded.pages {
             Pages::ToRegister(_) if result < 0 => Next::Finished(Err(Errno::from_raw(-result))),
             Pages::ToRegister(index) => {
@@ -428,9 +442,34 @@ impl QueueCore {
                 self.name(tag)
             );
         }
-        let (buffer, answer) = self.transfer_finished(tag, forwarded, outcome);
-        *slot = None;
+        let Some(forwarded) = slot.take() else { return };
         drop(all);
+        match (syncing, outcome) {
+            (true, Ok(())) => self.syncs.borrow_mut().succeeded(tag, forwarded),
+            (_, outcome) => {
+                if let (Some(write_back), Err(errno)) = (forwarded.transfer.syncing(), outcome) {
+                    write_back.fail(errno);
+                }
+                self.end_transfer(tag, &forwarded, outcome);
+            }
+        }
+        if syncing {
+            self.end_settled();
+        }
+    }
+
+    /// Ends requests whose syncs count: none of those that could have taken their errors is under way any more.
+    fn end_settled(&self) {
+        loop {
+            let settled = self.syncs.borrow_mut().settled();
+            let Some((tag, forwarded)) = settled else { break };
+            let outcome = forwarded.transfer.syncing().map_or(Ok(()), WriteBack::check);
+            self.end_transfer(tag, &forwarded, outcome);
+        }
+    }
+
+    fn end_transfer(&self, tag: Tag, forwarded: &Forwarded, outcome: Result<(), Errno>) {
+        let (buffer, answer) = self.transfer_finished(tag, forwarded, outcome);
         self.commit(tag, buffer, answer);
     }
 

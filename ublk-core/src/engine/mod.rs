@@ -7,6 +7,7 @@
 //! * [`core`] — what its requests refer to: memory, and the way back to the driver.
 //! * [`batch`] — commits gathered into one command, without I/O.
 //! * [`forward`], [`transfer`] — requests that the engine carries out itself on a file.
+//! * [`syncs`] — which sync of a file can be believed.
 //! * [`pace`] — when finished requests are submitted before their batch is done.
 //! * [`coalescing`] — whether requests are to gather before the thread looks for them.
 //! * [`cookie`] — what a completion says about its submission.
@@ -24,6 +25,7 @@ mod pace;
 mod pool;
 mod queue;
 mod ring_thread;
+mod syncs;
 mod tags;
 mod transfer;
 

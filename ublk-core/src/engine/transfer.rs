@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use crate::driver::{Memory, Operation};
 use crate::memory::Descriptor;
-use crate::request::{FilePiece, FileRange, Keep, Op, Pieces};
+use crate::request::{Durability, FilePiece, FileRange, Keep, Op, Pieces, WriteBack};
 use crate::uapi;
 use crate::units::Sectors;
 
@@ -44,6 +44,11 @@ pub(crate) struct Transfer {
     keep: Option<Keep>,
     step: Step,
     len: u64,
+    /// The request carries data.
+    has_data: bool,
+    /// A sync follows what is done to the file.
+    sync_after: bool,
+    durability: Durability,
     /// Bytes of the whole that were done before the piece at work.
     before: u64,
     /// Bytes of the piece at work.
@@ -87,15 +92,38 @@ impl Transfer {
     /// A request's transfer from its first step on.
     pub(crate) fn new(step: Step, descriptor: &Descriptor, pieces: Pieces, keep: Option<Keep>) -> Self {
         let len = Sectors(u64::from(descriptor.nr_sectors)).bytes();
-        Transfer { pieces, keep, step, len, before: 0, done: 0, retries: 0 }
+        let has_data = matches!(step, Step::Read | Step::Write { .. });
+        let changes_ranges = matches!(step, Step::Punch { .. } | Step::ZeroRange | Step::WriteZeros);
+        let sync_after = changes_ranges && descriptor.op_flags & uapi::UBLK_IO_F_FUA != 0;
+        let durability = Durability::default();
+        Transfer { pieces, keep, step, len, has_data, sync_after, durability, before: 0, done: 0, retries: 0 }
+    }
+
+    /// Says how a transfer that has not begun becomes durable.
+    pub(crate) fn durably(mut self, durability: Durability) -> Self {
+        match &mut self.step {
+            Step::Write { durable } => {
+                *durable |= durability.at_once;
+                if durability.sync.as_ref().is_some_and(|sync| sync.buffered) {
+                    self.sync_after = std::mem::take(durable);
+                }
+            }
+            Step::Punch { .. } | Step::ZeroRange | Step::WriteZeros => self.sync_after |= durability.at_once,
+            Step::Read | Step::SyncData => {}
+        }
+        self.durability = durability;
+        self
+    }
+
+    /// What has to know of the outcome of the operation at work, if that is a sync.
+    pub(crate) fn syncing(&self) -> Option<&WriteBack> {
+        let sync = self.durability.sync.as_ref().filter(|_| self.step == Step::SyncData)?;
+        Some(&sync.write_back)
     }
 
     /// The result to commit on success: bytes for operations with data, 0 for the others.
     pub(crate) fn data_len(&self) -> i32 {
-        match self.step {
-            Step::Read | Step::Write { .. } => self.len as i32,
-            Step::SyncData | Step::Punch { .. } | Step::ZeroRange | Step::WriteZeros => 0,
-        }
+        if self.has_data { self.len as i32 } else { 0 }
     }
 
     /// How far the piece at work has come: the file, and the byte in it.
@@ -115,7 +143,7 @@ impl Transfer {
         match self.step {
             Step::Read => Operation::Read { fd, memory: data, len: left as u32, offset: at },
             Step::Write { durable } => Operation::Write { fd, memory: data, len: left as u32, offset: at, durable },
-            Step::SyncData => Operation::SyncData { fd },
+            Step::SyncData => Operation::SyncData { fd: self.durability.sync.as_ref().map_or(fd, |sync| sync.fd) },
             Step::Punch { .. } => Operation::Allocate { fd, mode: punch, offset, len: self.len },
             Step::ZeroRange => Operation::Allocate { fd, mode: zero, offset, len: self.len },
             Step::WriteZeros => {
@@ -132,7 +160,8 @@ impl Transfer {
         }
         self.retries = 0;
         match self.step {
-            Step::SyncData | Step::Punch { .. } | Step::ZeroRange => Next::Finished(Ok(())),
+            Step::SyncData => Next::Finished(Ok(())),
+            Step::Punch { .. } | Step::ZeroRange => self.changed(),
             Step::Read | Step::Write { .. } | Step::WriteZeros => {
                 self.done += u64::from(result as u32);
                 if self.done >= self.pieces.first().len {
@@ -147,12 +176,21 @@ impl Transfer {
         }
     }
 
+    /// Goes on with the sync of what is done to the file.
+    fn changed(&mut self) -> Next {
+        if !std::mem::take(&mut self.sync_after) {
+            return Next::Finished(Ok(()));
+        }
+        self.step = Step::SyncData;
+        Next::Continue
+    }
+
     /// Goes on with the next piece.
     fn next_part(&mut self) -> Next {
         let done = self.pieces.first().len;
         if !self.pieces.advance() {
             self.keep = None;
-            return Next::Finished(Ok(()));
+            return self.changed();
         }
         self.before += done;
         self.done = 0;
@@ -183,6 +221,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::request::FileSync;
 
     const FILE: FileRange = FileRange { fd: 3, offset: 1 << 20 };
 
@@ -240,6 +279,50 @@ mod tests {
         assert!(matches!(write.operation(Memory::At(0), 0), Operation::Write { durable: true, .. }));
         let write = transfer(Op::Write, 0, 1);
         assert!(matches!(write.operation(Memory::At(0), 0), Operation::Write { durable: false, .. }));
+    }
+
+    #[test]
+    fn a_change_of_a_range_with_fua_is_synced() {
+        for (op, flags) in [(Op::Discard, 0), (Op::WriteZeroes, 0), (Op::WriteZeroes, uapi::UBLK_IO_F_NOUNMAP)] {
+            let mut change = transfer(op, flags | uapi::UBLK_IO_F_FUA, 8);
+            assert_eq!(change.completed(0), Next::Continue, "{op:?}");
+            assert_eq!(change.operation(Memory::At(0), 0), Operation::SyncData { fd: 3 });
+            assert_eq!(change.completed(0), Next::Finished(Ok(())));
+            assert_eq!(transfer(op, flags, 8).completed(0), Next::Finished(Ok(())), "{op:?}");
+        }
+    }
+
+    #[test]
+    fn zeros_that_are_written_are_synced_once() {
+        let mut zero = transfer(Op::WriteZeroes, uapi::UBLK_IO_F_FUA | uapi::UBLK_IO_F_NOUNMAP, 256);
+        assert_eq!(zero.completed(-libc::EOPNOTSUPP), Next::Continue);
+        assert_eq!(zero.completed(ZEROS_LEN as i32), Next::Continue);
+        assert!(matches!(zero.operation(Memory::At(0), 0), Operation::Write { .. }));
+        assert_eq!(zero.completed(ZEROS_LEN as i32), Next::Continue);
+        assert_eq!(zero.operation(Memory::At(0), 0), Operation::SyncData { fd: 3 });
+        assert_eq!(zero.completed(0), Next::Finished(Ok(())));
+    }
+
+    #[test]
+    fn without_a_write_cache_each_change_is_durable() {
+        let at_once = |buffered| {
+            let write_back = Arc::new(WriteBack::new("test"));
+            Durability { at_once: true, sync: Some(FileSync { fd: 9, buffered, write_back }) }
+        };
+        let write = transfer(Op::Write, 0, 8).durably(Durability { at_once: true, sync: None });
+        assert!(matches!(write.operation(Memory::At(0), 0), Operation::Write { durable: true, .. }));
+        let mut direct = transfer(Op::Write, 0, 8).durably(at_once(false));
+        assert!(matches!(direct.operation(Memory::At(0), 0), Operation::Write { durable: true, .. }));
+        assert_eq!(direct.completed(4096), Next::Finished(Ok(())));
+        for (op, done) in [(Op::Write, 4096), (Op::Discard, 0), (Op::WriteZeroes, 0)] {
+            let mut change = transfer(op, 0, 8).durably(at_once(true));
+            assert!(change.syncing().is_none());
+            assert_eq!(change.completed(done), Next::Continue, "{op:?}");
+            assert_eq!(change.operation(Memory::At(0), 0), Operation::SyncData { fd: 9 });
+            assert!(change.syncing().is_some());
+            assert_eq!(change.completed(0), Next::Finished(Ok(())));
+            assert_eq!(change.data_len(), done);
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! The `unsafe` blocks here rest on invariant 3 of `memory.rs`: while a request exists, its buffer is
 //! the server's, and `&self`/`&mut self` order the accesses.
 
+mod durability;
 mod op;
 mod pieces;
 
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+pub(crate) use self::durability::{Durability, Sync as FileSync, WriteBack};
 pub use self::op::Op;
 pub use self::pieces::{FilePiece, FileRange, Keep, Pieces};
 use crate::data::shared::SharedTable;
@@ -67,6 +69,7 @@ pub struct Errand {
     pub(crate) descriptor: Descriptor,
     pub(crate) pieces: Pieces,
     pub(crate) keep: Option<Keep>,
+    pub(crate) durability: Durability,
 }
 
 /// What comes back to a queue's thread from elsewhere.
@@ -320,8 +323,8 @@ impl<H: Home> RequestOf<H> {
     }
 
     /// Lets the engine do the request on a file, on the queue's own ring: reads and writes move data
-    /// between the request and the file (durably for [FUA](RequestOf::force_unit_access)), flush becomes
-    /// `fdatasync`, discard punches a hole, write-zeroes zeroes the range. Short transfers are
+    /// between the request and the file, flush becomes `fdatasync`, discard punches a hole, write-zeroes zeroes
+    /// the range. Changes with [FUA](RequestOf::force_unit_access) are durable when they end. Short transfers are
     /// continued; the end of the file inside the range is an `EIO`. Operations on zones fail with
     /// `EOPNOTSUPP`.
     ///
@@ -329,7 +332,16 @@ impl<H: Home> RequestOf<H> {
     /// request's own pages, unless the request was [loaded](RequestOf::load) before.
     pub fn forward(mut self, file: FileRange) {
         let piece = FilePiece { file, len: self.len() };
-        self.send(piece.into(), None);
+        self.send(piece.into(), None, Durability::default());
+    }
+
+    /// As [`forward`](RequestOf::forward), with a say in how the request becomes durable.
+    pub(crate) fn forward_durably(mut self, file: FileRange, durability: &Durability) {
+        let piece = FilePiece { file, len: self.len() };
+        let changes = matches!(self.op, Op::Write | Op::Discard | Op::WriteZeroes);
+        let syncs = self.op == Op::Flush || changes && (durability.at_once || self.force_unit_access());
+        // The others need no share in what the queues have in common.
+        self.send(piece.into(), None, if syncs { durability.clone() } else { Durability::default() });
     }
 
     /// As [`forward`](RequestOf::forward), for a read or write whose bytes lie in several places, one after the other.
@@ -346,12 +358,12 @@ impl<H: Home> RequestOf<H> {
             log::error!("{self:?}: was to be forwarded to {pieces:?}");
             return self.fail(Errno::EIO);
         }
-        self.send(pieces, Some(keep.into()));
+        self.send(pieces, Some(keep.into()), Durability::default());
     }
 
-    fn send(&mut self, pieces: Pieces, keep: Option<Keep>) {
+    fn send(&mut self, pieces: Pieces, keep: Option<Keep>, durability: Durability) {
         self.spent = true;
-        let errand = Errand { op: self.op, descriptor: self.descriptor, pieces, keep };
+        let errand = Errand { op: self.op, descriptor: self.descriptor, pieces, keep, durability };
         self.home.forward(self.tag, self.buffer.take(), errand);
     }
 

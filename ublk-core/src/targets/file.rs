@@ -22,7 +22,7 @@ use crate::data::Access;
 use crate::error::{Error, Result, errno_of};
 use crate::memory::{IoBuffer, PAGE_SIZE};
 use crate::params::{Integrity, Operations, Params};
-use crate::request::{FileRange, Requests};
+use crate::request::{Durability, FileRange, FileSync, Requests, WriteBack};
 use crate::target::{QueueHandler, QueueInfo, Target};
 
 /// How long udev, which looks at block devices with a shared lock, may take for that.
@@ -53,14 +53,20 @@ pub struct FileOptions {
 }
 
 /// A disk backed by a file.
+///
+/// Once a sync of the file has failed, every flush of the disk fails with `EIO` until it has a new server: writes may be
+/// lost, and the kernel does not report that again. A new server starts afresh. The exception is direct I/O on a
+/// block device, where the next flush covers the same writes.
 #[derive(Debug)]
 pub struct File {
     path: PathBuf,
     file: Arc<fs::File>,
     params: Params,
     direct: bool,
+    is_block: bool,
     options: FileOptions,
     metadata: Option<Arc<Metadata>>,
+    write_back: Arc<WriteBack>,
 }
 
 impl File {
@@ -115,10 +121,20 @@ impl File {
             }
             other => other,
         })?;
-        Ok(File { path: path.to_owned(), file: Arc::new(file), params, direct, options: *options, metadata: None })
+        Ok(File {
+            path: path.to_owned(),
+            file: Arc::new(file),
+            params,
+            direct,
+            is_block,
+            options: *options,
+            metadata: None,
+            write_back: Arc::new(WriteBack::new(path.display().to_string())),
+        })
     }
 
-    /// Changes the disk's shape, within what the file can serve.
+    /// Changes the disk's shape, within what the file can serve. Without [`Operations::FLUSH`] the disk has no write
+    /// cache: each write, discard and write of zeros is durable when it ends.
     ///
     /// # Errors
     ///
@@ -318,20 +334,60 @@ impl Target for File {
 
     fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(match &self.metadata {
-            Some(metadata) => Box::new(ProtectedQueue { file: self.file.clone(), metadata: metadata.clone() }),
-            None => Box::new(FileQueue(self.file.clone())),
+            Some(metadata) => Box::new(ProtectedQueue {
+                file: self.file.clone(),
+                metadata: metadata.clone(),
+                at_once: self.is_durable_at_once(),
+                write_back: self.write_back.clone(),
+            }),
+            None => Box::new(self.queue()?),
         })
     }
 }
 
 /// Holds the file open for as long as the queue has transfers.
-struct FileQueue(Arc<fs::File>);
+struct FileQueue {
+    file: Arc<fs::File>,
+    durability: Durability,
+    /// The file, opened once more.
+    _for_syncs: Option<fs::File>,
+}
+
+impl File {
+    /// Whether each change has to be durable when it ends: without a write cache, no flush will come.
+    fn is_durable_at_once(&self) -> bool {
+        !self.params.operations.contains(Operations::FLUSH)
+    }
+
+    fn queue(&self) -> Result<FileQueue> {
+        // Direct I/O on a block device leaves nothing in the page cache: writes report their own errors, and a flush
+        // after one that failed covers the same writes.
+        let is_cached = !(self.direct && self.is_block);
+        let for_syncs = is_cached.then(|| self.open_again()).transpose()?;
+        let sync = for_syncs.as_ref().map(|file| FileSync {
+            fd: file.as_raw_fd(),
+            buffered: !self.direct,
+            write_back: self.write_back.clone(),
+        });
+        let durability = Durability { at_once: self.is_durable_at_once(), sync };
+        Ok(FileQueue { file: self.file.clone(), durability, _for_syncs: for_syncs })
+    }
+
+    /// Opens the file once more: by its descriptor, as another one may have its name by now.
+    fn open_again(&self) -> Result<fs::File> {
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        // udev looks at block devices again that were open for writing.
+        let write = !self.options.read_only && !self.is_block;
+        let file = fs::OpenOptions::new().read(true).write(write).open(path);
+        file.map_err(|e| Error::file("open once more, for fdatasync,", &self.path, &e))
+    }
+}
 
 impl QueueHandler for FileQueue {
     fn handle(&mut self, requests: Requests<'_>) {
         for request in requests.untimed() {
             let offset = request.offset();
-            request.forward(FileRange { fd: self.0.as_raw_fd(), offset });
+            request.forward_durably(FileRange { fd: self.file.as_raw_fd(), offset }, &self.durability);
         }
     }
 }

@@ -13,7 +13,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::protection::Metadata;
 use crate::error::errno_of;
-use crate::request::{Op, Request, Requests};
+use crate::request::{Op, Request, Requests, WriteBack};
 use crate::target::QueueHandler;
 
 /// A queue of such a disk.
@@ -21,6 +21,9 @@ use crate::target::QueueHandler;
 pub(super) struct ProtectedQueue {
     pub(super) file: Arc<File>,
     pub(super) metadata: Arc<Metadata>,
+    /// Without a write cache each change is durable when it ends.
+    pub(super) at_once: bool,
+    pub(super) write_back: Arc<WriteBack>,
 }
 
 impl ProtectedQueue {
@@ -35,21 +38,26 @@ impl ProtectedQueue {
             Op::Write => {
                 self.metadata.write(request)?;
                 self.file.write_all_at(request.data(), offset).map_err(failed)?;
-                if request.force_unit_access() { self.sync() } else { Ok(()) }
+                self.sync_if_durable(request)
             }
             Op::Flush => self.sync(),
             Op::Discard => {
                 self.metadata.forget(offset, len)?;
                 let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                fallocate(&*self.file, flags, offset as i64, len as i64)
+                fallocate(&*self.file, flags, offset as i64, len as i64)?;
+                self.sync_if_durable(request)
             }
             _ => Err(Errno::EOPNOTSUPP),
         }
     }
 
     fn sync(&self) -> Result<(), Errno> {
-        self.file.sync_data().map_err(|e| errno_of(&e))?;
-        self.metadata.sync()
+        self.write_back.sync(&self.file)?;
+        self.metadata.sync(&self.write_back)
+    }
+
+    fn sync_if_durable(&self, request: &Request<'_>) -> Result<(), Errno> {
+        if self.at_once || request.force_unit_access() { self.sync() } else { Ok(()) }
     }
 }
 

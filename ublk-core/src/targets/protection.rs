@@ -17,7 +17,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use super::sparse::Sparse;
 use crate::error::errno_of;
 use crate::params::{Checksum, Integrity};
-use crate::request::Request;
+use crate::request::{Request, WriteBack};
 
 /// Why metadata does not belong to its data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,10 +149,10 @@ impl Metadata {
     }
 
     /// Makes what was written so far durable.
-    pub(super) fn sync(&self) -> Result<(), Errno> {
+    pub(super) fn sync(&self, write_back: &WriteBack) -> Result<(), Errno> {
         match &self.place {
             Place::Memory(_) => Ok(()),
-            Place::File(file) => file.sync_data().map_err(failed),
+            Place::File(file) => write_back.sync(file),
         }
     }
 }

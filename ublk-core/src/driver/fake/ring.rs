@@ -153,6 +153,10 @@ impl FakeRing {
                 queue.delivery = Some((self.completions.clone(), user_data));
                 Ok(None)
             }
+            Operation::SyncData { .. } if state.refusals.get("fdatasync").is_some_and(|errnos| !errnos.is_empty()) => {
+                let refusal = state.refusals.get_mut("fdatasync").and_then(VecDeque::pop_front);
+                refusal.map_or(Ok(Some(0)), Err)
+            }
             Operation::Read { fd, memory: Memory::Registered { index, offset }, len, offset: at } => {
                 // Aligned, for direct I/O.
                 let memory = IoBuffer::new(len as usize).map_err(|_| Errno::ENOMEM)?;

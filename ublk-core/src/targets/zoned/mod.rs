@@ -57,6 +57,9 @@ impl ZonedOptions {
 }
 
 /// A zoned disk. Data that is written to it moves by `USER_COPY`, as the driver demands (6.6).
+///
+/// One in a directory without [`Operations::FLUSH`] has no write cache: each change is durable when it ends. Once a sync
+/// of a zone has failed, every flush fails with `EIO` until the disk has a new server.
 #[derive(Debug)]
 pub struct Zoned(Arc<Disk>);
 
@@ -163,9 +166,9 @@ impl Disk {
             Op::Flush => self.store.flush().map_err(|e| failed(&e)),
             Op::ZoneOpen => self.zones().open(offset),
             Op::ZoneClose => self.zones().close(offset),
-            Op::ZoneFinish => self.finish(offset),
-            Op::ZoneReset => self.reset(offset),
-            Op::ZoneResetAll => self.reset_all(),
+            Op::ZoneFinish => self.finish(offset, self.durably(&request)),
+            Op::ZoneReset => self.reset(offset, self.durably(&request)),
+            Op::ZoneResetAll => self.reset_all(self.durably(&request)),
             Op::ReportZones => {
                 self.report(offset, request.data_mut());
                 Ok(())
@@ -175,35 +178,40 @@ impl Disk {
         request.finish(result);
     }
 
+    /// Whether what a request changes has to be durable when it ends. Without a write cache no flush will come.
+    fn durably(&self, request: &Request<'_>) -> bool {
+        request.force_unit_access() || !self.params.operations.contains(Operations::FLUSH)
+    }
+
     fn write(&self, request: &Request<'_>) -> Result<(), Errno> {
         let _busy = self.busy(request.offset());
         self.zones().write(request.offset(), request.len())?;
-        let written = self.store.write(request.offset(), request.data(), request.force_unit_access());
+        let written = self.store.write(request.offset(), request.data(), self.durably(request));
         written.map_err(|e| failed(&e))
     }
 
     fn append(&self, request: &Request<'_>) -> Result<u64, Errno> {
         let _busy = self.busy(request.offset());
         let landed = self.zones().append(request.offset(), request.len())?;
-        let written = self.store.write(landed, request.data(), request.force_unit_access());
+        let written = self.store.write(landed, request.data(), self.durably(request));
         written.map(|()| landed).map_err(|e| failed(&e))
     }
 
-    fn finish(&self, offset: u64) -> Result<(), Errno> {
+    fn finish(&self, offset: u64, durably: bool) -> Result<(), Errno> {
         let _busy = self.busy(offset);
         let index = self.zones().finish(offset)?;
-        self.store.fill(index, self.zone_size).map_err(|e| failed(&e))
+        self.store.fill(index, self.zone_size, durably).map_err(|e| failed(&e))
     }
 
-    fn reset(&self, offset: u64) -> Result<(), Errno> {
+    fn reset(&self, offset: u64, durably: bool) -> Result<(), Errno> {
         let _busy = self.busy(offset);
         let index = self.zones().reset(offset)?;
-        self.store.clear(index, self.zone_size).map_err(|e| failed(&e))
+        self.store.clear(index, self.zone_size, durably).map_err(|e| failed(&e))
     }
 
-    fn reset_all(&self) -> Result<(), Errno> {
+    fn reset_all(&self, durably: bool) -> Result<(), Errno> {
         let written = self.zones().written();
-        written.into_iter().try_for_each(|index| self.reset(index as u64 * self.zone_size))
+        written.into_iter().try_for_each(|index| self.reset(index as u64 * self.zone_size, durably))
     }
 
     fn report(&self, offset: u64, into: &mut [u8]) {

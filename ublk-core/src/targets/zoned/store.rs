@@ -16,6 +16,7 @@ use nix::fcntl::FlockArg;
 use super::super::files::{sync_directory, sync_name};
 use super::super::sparse::Sparse;
 use crate::error::{Error, Result};
+use crate::request::WriteBack;
 
 /// The bytes of all zones.
 #[derive(Debug)]
@@ -34,6 +35,7 @@ pub(super) struct Files {
     dirty: Mutex<Vec<bool>>,
     /// One flush at a time: what one has begun to make durable is not durable yet for the next.
     flushing: Mutex<()>,
+    write_back: WriteBack,
     /// Keeps a second server away.
     _lock: File,
 }
@@ -87,11 +89,18 @@ impl Files {
             sync_name(directory);
         }
         let dirty = Mutex::new(vec![true; count]);
-        Ok((Files { zone_size, files, dirty, flushing: Mutex::default(), _lock: lock }, written))
+        let write_back = WriteBack::new(directory.display().to_string());
+        Ok((Files { zone_size, files, dirty, flushing: Mutex::default(), write_back, _lock: lock }, written))
     }
 
     fn at(&self, offset: u64) -> (usize, u64) {
         ((offset / self.zone_size) as usize, offset % self.zone_size)
+    }
+
+    /// Notes that a zone was changed, and makes that durable if it has to be.
+    fn changed(&self, zone: usize, durably: bool) -> io::Result<()> {
+        self.dirty()[zone] = true;
+        if durably { Ok(self.write_back.sync(&self.files[zone])?) } else { Ok(()) }
     }
 
     fn dirty(&self) -> std::sync::MutexGuard<'_, Vec<bool>> {
@@ -138,33 +147,29 @@ impl Store {
             Store::Files(files) => {
                 let (zone, at) = files.at(offset);
                 files.files[zone].write_all_at(from, at)?;
-                if durably {
-                    files.files[zone].sync_data()?;
-                } else {
-                    files.dirty()[zone] = true;
-                }
+                files.changed(zone, durably)?;
             }
         }
         Ok(())
     }
 
     /// Forgets what a zone holds.
-    pub(super) fn clear(&self, zone: usize, zone_size: u64) -> io::Result<()> {
+    pub(super) fn clear(&self, zone: usize, zone_size: u64, durably: bool) -> io::Result<()> {
         match self {
             Store::Memory(sparse) => sparse.zero(zone as u64 * zone_size, zone_size),
             Store::Files(files) => {
                 files.files[zone].set_len(0)?;
-                files.dirty()[zone] = true;
+                files.changed(zone, durably)?;
             }
         }
         Ok(())
     }
 
     /// Makes a zone count as written to its end.
-    pub(super) fn fill(&self, zone: usize, zone_size: u64) -> io::Result<()> {
+    pub(super) fn fill(&self, zone: usize, zone_size: u64, durably: bool) -> io::Result<()> {
         if let Store::Files(files) = self {
             files.files[zone].set_len(zone_size)?;
-            files.dirty()[zone] = true;
+            files.changed(zone, durably)?;
         }
         Ok(())
     }
@@ -179,14 +184,10 @@ impl Store {
             dirty.fill(false);
             zones
         };
-        let mut outcome = Ok(());
-        for zone in dirty {
-            if let Err(error) = files.files[zone].sync_data() {
-                files.dirty()[zone] = true;
-                outcome = Err(error);
-            }
-        }
-        outcome
+        // Also if nothing is dirty: a durable write may have failed.
+        files.write_back.check()?;
+        // One that fails makes all later flushes fail.
+        dirty.into_iter().try_for_each(|zone| Ok(files.write_back.sync(&files.files[zone])?))
     }
 }
 
@@ -220,7 +221,7 @@ mod tests {
         assert_eq!(written, [None, Some(0), Some(0)]);
         let store = Store::Files(files);
         store.write(ZONE, &[7; 4096], false).unwrap();
-        store.fill(2, ZONE).unwrap();
+        store.fill(2, ZONE, false).unwrap();
         store.flush().unwrap();
         let mut bytes = [1; 8192];
         store.read(2 * ZONE - 4096, &mut bytes).unwrap();
@@ -244,6 +245,23 @@ mod tests {
         store.flush().unwrap();
         let Store::Files(files) = store else { unreachable!() };
         assert_eq!(files.dirty().to_vec(), [false; 3]);
+    }
+
+    #[test]
+    fn no_flush_succeeds_after_a_failed_sync() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut files, _) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        // Pipes cannot be synced.
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        let file = std::mem::replace(&mut files.files[1], pipe.into());
+        assert_eq!(Store::Files(files).flush().unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        let (mut files, _) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        files.write_back.fail(nix::errno::Errno::ENOSPC);
+        files.files[1] = file;
+        files.dirty().fill(false);
+        let store = Store::Files(files);
+        assert_eq!(store.flush().unwrap_err().raw_os_error(), Some(libc::EIO));
+        assert_eq!(store.write(ZONE, &[7; 4096], true).unwrap_err().raw_os_error(), Some(libc::EIO));
     }
 
     #[test]

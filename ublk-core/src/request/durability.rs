@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! When changes of a file are durable, and what a failed sync means for later ones.
+
+use std::fs::File;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::errno::Errno;
+
+use crate::error::errno_of;
+
+/// Whether syncs of a disk's files can be trusted.
+///
+/// When a sync fails, writes are lost: the kernel reports the error once to each open file description and counts the
+/// pages as clean from then on, so that a later sync succeeds without them. Nothing says which writes they were, so
+/// that no sync of the disk succeeds again until it has a new server. Until then its clients see every flush fail,
+/// as with a disk that has failed.
+#[derive(Debug)]
+pub(crate) struct WriteBack {
+    name: String,
+    failed: AtomicBool,
+    /// Held by [`WriteBack::sync`] until the outcome is known.
+    syncing: Mutex<()>,
+}
+
+impl WriteBack {
+    /// State of files that messages call `name`.
+    pub(crate) fn new(name: impl Into<String>) -> Self {
+        WriteBack { name: name.into(), failed: AtomicBool::new(false), syncing: Mutex::default() }
+    }
+
+    /// Fails with `EIO` once a sync has failed.
+    pub(crate) fn check(&self) -> Result<(), Errno> {
+        if self.failed.load(Ordering::Acquire) { Err(Errno::EIO) } else { Ok(()) }
+    }
+
+    /// Notes that a sync has failed.
+    pub(crate) fn fail(&self, errno: Errno) {
+        if !self.failed.swap(true, Ordering::AcqRel) {
+            let name = &self.name;
+            log::error!(
+                "{name}: fdatasync: {errno}; writes may be lost, and every flush fails until there is a new server"
+            );
+        }
+    }
+
+    /// Makes a file's data durable. One sync runs at a time: of two at once on the same open file, only one sees an
+    /// error.
+    pub(crate) fn sync(&self, file: &File) -> Result<(), Errno> {
+        let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check()?;
+        file.sync_data().map_err(|error| {
+            let errno = errno_of(&error);
+            self.fail(errno);
+            errno
+        })
+    }
+}
+
+/// How a request that is forwarded to a file becomes durable.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Durability {
+    /// Each change is durable when it is acknowledged, not only those with FUA: the disk has no write cache, and no
+    /// flush will come.
+    pub(crate) at_once: bool,
+    /// How to sync a file whose data is in the page cache.
+    pub(crate) sync: Option<Sync>,
+}
+
+/// A way to sync a file whose failures are remembered.
+#[derive(Clone, Debug)]
+pub(crate) struct Sync {
+    /// An open file description that nothing else syncs but this queue, so that no other takes its errors.
+    pub(crate) fd: RawFd,
+    /// Whether data is written through the page cache. Then writes are synced by `fdatasync` too: with `RWF_DSYNC` a
+    /// full file system could not be told from lost writes.
+    pub(crate) buffered: bool,
+    /// Shared by all queues of the disk.
+    pub(crate) write_back: Arc<WriteBack>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_sync_succeeds_after_one_that_failed() {
+        let write_back = WriteBack::new("test");
+        let file = tempfile::tempfile().unwrap();
+        write_back.sync(&file).unwrap();
+        // Pipes cannot be synced.
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        assert_eq!(write_back.sync(&pipe.into()), Err(Errno::EINVAL));
+        assert_eq!(write_back.sync(&file), Err(Errno::EIO));
+        assert_eq!(write_back.check(), Err(Errno::EIO));
+    }
+}

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! When writes to the targets in files are durable, and what a failed sync means.
+
+use std::sync::Arc;
+
+use ublk_core::driver::fake::FakeDriver;
+use ublk_core::targets::{File, FileOptions, Io};
+use ublk_core::{Device, Errno, Operations, Target};
+
+mod support;
+use support::{SIZE, finish, options, server};
+
+fn start(driver: &FakeDriver, write_cache: bool, queues: u32) -> (Device, tempfile::NamedTempFile) {
+    let backing = tempfile::NamedTempFile::new().unwrap();
+    backing.as_file().set_len(SIZE).unwrap();
+    let file = File::open(backing.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+    let mut params = file.params();
+    params.operations |= Operations::DISCARD;
+    params.operations.set(Operations::FLUSH | Operations::FUA, write_cache);
+    let file = file.with_params(params).unwrap();
+    (server(driver, queues as usize).start(Arc::new(file), &options(queues, 4)).unwrap(), backing)
+}
+
+#[test]
+fn without_a_write_cache_each_change_is_synced() {
+    for change in ["write", "discard", "write-zeroes"] {
+        for write_cache in [false, true] {
+            let driver = FakeDriver::new();
+            let (device, _backing) = start(&driver, write_cache, 1);
+            let disk = driver.disk(device.id());
+            // Whatever is not synced does not see it.
+            driver.refuse_next("fdatasync", Errno::EIO);
+            let outcome = match change {
+                "write" => disk.write(0, &[7; 512]),
+                "discard" => disk.discard(0, 4096),
+                _ => disk.write_zeroes(0, 4096),
+            };
+            assert_eq!(outcome, if write_cache { Ok(()) } else { Err(Errno::EIO) }, "{change}");
+            finish(&driver, device);
+        }
+    }
+}
+
+#[test]
+fn no_flush_of_any_queue_succeeds_after_a_failed_sync() {
+    let driver = FakeDriver::new();
+    let (device, backing) = start(&driver, true, 2);
+    let disk = driver.disk(device.id());
+    disk.write(0, &[7; 512]).unwrap();
+    disk.flush().unwrap();
+    driver.refuse_next("fdatasync", Errno::ENOSPC);
+    assert_eq!(disk.flush(), Err(Errno::ENOSPC));
+    for _ in 0..4 {
+        assert_eq!(disk.flush(), Err(Errno::EIO));
+    }
+    // What was written is there all the same, and reads and plain writes go on.
+    disk.write(512, &[8; 512]).unwrap();
+    assert_eq!(disk.read(0, 1024).unwrap(), [[7; 512], [8; 512]].concat());
+    finish(&driver, device);
+    // A new server starts afresh.
+    let file = File::open(backing.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+    let device = server(&driver, 1).start(Arc::new(file), &options(1, 4)).unwrap();
+    driver.disk(device.id()).flush().unwrap();
+    finish(&driver, device);
+}
