@@ -6,15 +6,18 @@ import json
 import os
 import signal
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support import fio, sysfs
-from support.backends import image
+from support.backends import added, image
 from support.blockio import Disk, error_of
 from support.command import run
 from support.face import Face, device_id
 from support.features import has
+from support.server import Server
 from support.uring import Ring
 
 KIB = 1024
@@ -206,6 +209,51 @@ def test_a_files_metadata_outlives_its_server(io: str, native: Face, scratch: Pa
         assert disk.read(64 * KIB, len(data)) == data
         assert disk.read(1088 * KIB, 64 * KIB) == data[64 * KIB : 128 * KIB]
     native.run("del", "-n", str(device_id(path)))
+
+
+@needs_integrity
+@pytest.mark.parametrize("kind", ["mem", "file"])
+def test_a_reader_beside_a_writer_finds_data_and_metadata_of_one_write(
+    kind: str, native_disk, native: Face, scratch: Path
+) -> None:
+    more = ["--size", "1M"] if kind == "mem" else ["-f", image(scratch, 1 << 20), "--io", "direct"]
+    path = native_disk("-t", kind, *more, "--integrity", "crc16-t10dif", "-q", "2")
+    length, stop = 32 * KIB, threading.Event()
+    # A queue for each CPU: the writer's is not the readers'.
+    cpus = sorted(os.sched_getaffinity(0))
+
+    def read(cpu: int) -> None:
+        os.sched_setaffinity(0, {cpu})
+        with Disk(path, direct=True) as disk:
+            while not stop.is_set():
+                assert len(disk.read(0, length)) == length
+
+    with ThreadPoolExecutor() as pool, Disk(path, direct=True) as disk:
+        readers = [pool.submit(read, cpu) for cpu in cpus]
+        try:
+            for _ in range(300):
+                disk.write(0, os.urandom(length))
+        finally:
+            stop.set()
+        for reader in readers:
+            reader.result()
+    assert errors(native, path) == 0
+
+
+@needs_integrity
+@pytest.mark.io_errors
+def test_a_write_that_fails_leaves_its_blocks_readable(native: Face, scratch: Path) -> None:
+    with Server("Failing", size=1 << 20) as server:
+        words = ("-f", server.path, "--io", "direct", "--integrity-file", str(scratch / "metadata"))
+        with added("-t", "file", *words, "--integrity", "crc16-t10dif") as path, Disk(path, direct=True) as disk:
+            data = os.urandom(8 * KIB)
+            disk.write(0, data)
+            server.ask("disk.fail('write', 'OSError(5, \"the store below is gone\")')")
+            assert error_of(lambda: disk.write(0, os.urandom(8 * KIB))) == errno.EIO
+            server.ask("disk.fail('', 'None')")
+            assert disk.read(0, 8 * KIB) == data
+            disk.write(0, data)
+            assert disk.read(0, 8 * KIB) == data
 
 
 @needs_integrity

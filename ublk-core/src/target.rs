@@ -6,7 +6,7 @@ use std::fmt::Debug;
 
 use crate::data::Access;
 use crate::error::Result;
-use crate::params::Params;
+use crate::params::{Integrity, Params};
 use crate::request::Requests;
 use crate::units::{DeviceId, QueueId};
 
@@ -48,11 +48,13 @@ pub struct QueueInfo {
     pub max_io_bytes: u32,
     /// Whether the disk has zones.
     pub zoned: bool,
+    /// The metadata that comes with each block.
+    pub integrity: Option<Integrity>,
 }
 
 impl QueueInfo {
     pub(crate) fn new(device: DeviceId, queue: QueueId, depth: u16, max_io_bytes: u32, zoned: bool) -> Self {
-        QueueInfo { device, queue, depth, max_io_bytes, zoned }
+        QueueInfo { device, queue, depth, max_io_bytes, zoned, integrity: None }
     }
 }
 

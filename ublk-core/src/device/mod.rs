@@ -400,7 +400,8 @@ impl Device {
         file: &Arc<dyn CharDevice>,
     ) -> Result<()> {
         let zoned = self.params.zoned.is_some();
-        let info = QueueInfo::new(self.id(), queue, self.info.depth, self.info.max_io_bytes, zoned);
+        let mut info = QueueInfo::new(self.id(), queue, self.info.depth, self.info.max_io_bytes, zoned);
+        info.integrity = self.params.integrity;
         let setup = QueueSetup {
             info,
             tags,

@@ -284,21 +284,23 @@ impl CharDevice for KernelCharDevice {
     }
 
     fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()> {
-        self.0.read_exact_at(into, position(place))
+        self.0.read_exact_at(into, position(place)?)
     }
 
     fn copy_to_request(&self, place: RequestPlace, from: &[u8]) -> io::Result<()> {
-        self.0.write_all_at(from, position(place))
+        self.0.write_all_at(from, position(place)?)
     }
 }
 
-/// Where in the char device a request's memory is (uapi 3.8).
-fn position(place: RequestPlace) -> u64 {
-    debug_assert!(place.offset <= uapi::UBLK_IO_BUF_BITS_MASK);
+/// Where in the char device a request's memory is (uapi 3.8). `EINVAL` for an offset that would name another request.
+fn position(place: RequestPlace) -> io::Result<u64> {
+    if place.offset > uapi::UBLK_IO_BUF_BITS_MASK {
+        return Err(Errno::EINVAL.into());
+    }
     let within =
         place.offset | u64::from(place.tag.0) << uapi::UBLK_TAG_OFF | u64::from(place.queue.0) << uapi::UBLK_QID_OFF;
     let part = if place.integrity { uapi::UBLKSRV_IO_INTEGRITY_FLAG } else { 0 };
-    (uapi::UBLKSRV_IO_BUF_OFFSET + within) | part
+    Ok((uapi::UBLKSRV_IO_BUF_OFFSET + within) | part)
 }
 
 /// Whether a file that was taken out of a ring's table is released although other commands of the ring
@@ -330,6 +332,16 @@ mod tests {
     fn releases_are_compared_by_number() {
         assert!(at_least("6.13.0", (6, 13)) && at_least("7.3.4+deb13-cloud-amd64", (6, 13)));
         assert!(!at_least("6.12.117+deb13", (6, 13)) && !at_least("6.2", (6, 13)) && !at_least("", (6, 13)));
+    }
+
+    #[test]
+    fn an_offset_beyond_a_request_names_no_other_one() {
+        for integrity in [false, true] {
+            let place = |offset| RequestPlace { queue: QueueId(1), tag: crate::units::Tag(2), offset, integrity };
+            let last = position(place((1 << 25) - 1)).unwrap();
+            assert_eq!(last - position(place(0)).unwrap(), (1 << 25) - 1);
+            assert_eq!(position(place(1 << 25)).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        }
     }
 
     #[test]

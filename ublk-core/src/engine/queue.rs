@@ -83,6 +83,7 @@ impl Queue {
             data: setup.data,
             access: setup.target.access(),
             shared: setup.shared,
+            integrity: info.integrity,
             file: setup.file,
         };
         let core =

@@ -29,6 +29,7 @@ use crate::driver::{CharDevice, RequestPlace};
 use crate::engine::{Inbox, QueueCore};
 use crate::error::errno_of;
 use crate::memory::{Descriptor, IoBuffer};
+use crate::params::Integrity;
 use crate::uapi;
 use crate::units::{DeviceId, QueueId, Sectors, Tag};
 
@@ -40,6 +41,7 @@ pub struct Origin {
     pub(crate) data: DataMovement,
     pub(crate) access: Access,
     pub(crate) shared: Arc<SharedTable>,
+    pub(crate) integrity: Option<Integrity>,
     pub(crate) file: Arc<dyn CharDevice>,
 }
 
@@ -457,8 +459,9 @@ impl<H: Home> RequestOf<H> {
     ///
     /// # Errors
     ///
-    /// What the driver says: `EINVAL` if the request carries none.
+    /// `EINVAL` if the request carries none, or not in this range; what the driver says to the copy.
     pub fn read_integrity(&self, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        self.check_integrity_range(at, into.len())?;
         let place = self.place(at, true);
         self.home.origin().file.copy_from_request(place, into).map_err(|e| self.copy_failed(&e))
     }
@@ -469,6 +472,7 @@ impl<H: Home> RequestOf<H> {
     ///
     /// As [`read_integrity`](RequestOf::read_integrity).
     pub fn write_integrity(&mut self, at: u64, from: &[u8]) -> Result<(), Errno> {
+        self.check_integrity_range(at, from.len())?;
         let place = self.place(at, true);
         self.home.origin().file.copy_to_request(place, from).map_err(|e| self.copy_failed(&e))
     }
@@ -480,6 +484,17 @@ impl<H: Home> RequestOf<H> {
     fn check_range(&self, at: u64, len: usize) -> Result<(), Errno> {
         match at.checked_add(len as u64) {
             Some(end) if end <= self.data_len() as u64 => Ok(()),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    /// The driver checks an offset only after it has taken tag and queue from the same number, so that one beyond the
+    /// request reaches another request's metadata.
+    fn check_integrity_range(&self, at: u64, len: usize) -> Result<(), Errno> {
+        let integrity = self.home.origin().integrity.filter(|_| self.has_integrity());
+        let there = integrity.map_or(0, |integrity| integrity.bytes_for(self.data_len() as u64));
+        match at.checked_add(len as u64) {
+            Some(end) if end <= there => Ok(()),
             _ => Err(Errno::EINVAL),
         }
     }

@@ -13,10 +13,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FlockArg, fallocate};
+use nix::fcntl::FlockArg;
 
-use super::files::sync_name;
-use super::protected_file::ProtectedQueue;
+use super::files::{punch_hole, sync_name};
+use super::protected_file::{ProtectedFile, ProtectedQueue};
 use super::protection::Metadata;
 use crate::data::Access;
 use crate::error::{Error, Result, errno_of};
@@ -157,8 +157,9 @@ impl File {
 
     /// Keeps integrity metadata of the disk in another file, which is made if it does not exist, and checks both
     /// against each other with each request: what does not belong together fails with `EILSEQ`. Write-zeroes is not
-    /// offered then. After a crash of the machine, writes that were not flushed may have reached only one of the two.
-    /// Linux 7.0.
+    /// offered then. Blocks of a write that fails, or whose server is killed, are without metadata until they are
+    /// written again: they can be read, unchecked. After a crash of the machine, writes that were not flushed may have
+    /// reached only one of the two. Linux 7.0.
     ///
     /// # Errors
     ///
@@ -310,9 +311,8 @@ fn can_discard(file: &fs::File, is_block: bool, size: u64, rdev: u64) -> bool {
         });
     }
     // A hole behind the end changes nothing and shows whether the file system knows how.
-    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    let behind = i64::try_from(size.next_multiple_of(PAGE_SIZE as u64)).unwrap_or(i64::MAX - PAGE_SIZE as i64);
-    fallocate(file, flags, behind, PAGE_SIZE as i64).is_ok()
+    let end = size.next_multiple_of(PAGE_SIZE as u64).min(i64::MAX as u64 - PAGE_SIZE as u64);
+    punch_hole(file, end, PAGE_SIZE as u64).is_ok()
 }
 
 impl Target for File {
@@ -334,12 +334,15 @@ impl Target for File {
 
     fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(match &self.metadata {
-            Some(metadata) => Box::new(ProtectedQueue {
-                file: self.file.clone(),
-                metadata: metadata.clone(),
-                at_once: self.is_durable_at_once(),
-                write_back: self.write_back.clone(),
-            }),
+            Some(metadata) => {
+                metadata.locks().start()?;
+                Box::new(ProtectedQueue(Arc::new(ProtectedFile {
+                    file: self.file.clone(),
+                    metadata: metadata.clone(),
+                    at_once: self.is_durable_at_once(),
+                    write_back: self.write_back.clone(),
+                })))
+            }
             None => Box::new(self.queue()?),
         })
     }

@@ -5,6 +5,28 @@
 use std::fs::File;
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+/// Makes a hole in a file, which keeps its length.
+pub(super) fn punch_hole(file: &File, offset: u64, len: u64) -> Result<(), Errno> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let range = i64::try_from(offset).and_then(|offset| Ok((offset, i64::try_from(len)?)));
+    let (offset, len) = range.map_err(|_| Errno::EFBIG)?;
+    uninterrupted(|| fallocate(file, flags, offset, len))
+}
+
+/// Repeats a system call for as long as it is interrupted. `fallocate` is by what io_uring sends to a thread, too, and
+/// does not start again by itself.
+fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            ended => return ended,
+        }
+    }
+}
+
 /// Makes the names of files that were created in a directory durable; syncing a file does not do that.
 ///
 /// Not every file system can sync a directory, and not every user may open it. The disk works without, so that a
@@ -27,6 +49,24 @@ pub(super) fn sync_name(path: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_interrupted_call_is_repeated() {
+        let mut answers = [Err(Errno::EINTR), Err(Errno::EINTR), Ok(7), Err(Errno::EIO)].into_iter();
+        assert_eq!(uninterrupted(|| answers.next().unwrap()), Ok(7));
+        assert_eq!(uninterrupted(|| answers.next().unwrap()), Err(Errno::EIO));
+    }
+
+    #[test]
+    fn a_hole_reads_as_zeros_and_keeps_the_length() {
+        let file = tempfile::tempfile().unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7; 8192], 0).unwrap();
+        punch_hole(&file, 4096, 1 << 20).unwrap();
+        let mut bytes = [1; 8192];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+        assert_eq!(bytes, [[7; 4096], [0; 4096]].concat()[..]);
+        assert_eq!(punch_hole(&file, u64::MAX, 1), Err(Errno::EFBIG));
+    }
 
     #[test]
     fn names_without_a_directory_and_of_the_root_are_synced() {

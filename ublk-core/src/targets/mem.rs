@@ -7,10 +7,11 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::protection::Metadata;
+use super::range_locks::Locked;
 use super::sparse::Sparse;
 use crate::error::{Error, Result};
 use crate::params::{Operations, Params};
-use crate::request::{Op, Request, Requests};
+use crate::request::{Home, Op, Request, RequestOf, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
 
 /// A RAM disk. Unwritten and discarded ranges read as zeros.
@@ -50,33 +51,50 @@ impl Mem {
         Ok(Mem { params, bytes, metadata: metadata.transpose()? })
     }
 
-    fn serve(&self, mut request: Request<'_>) {
-        let (offset, len) = (request.offset(), request.len());
-        let mut checked = Ok(());
-        match (request.op(), &self.metadata) {
-            (Op::Read, metadata) => {
-                self.bytes.read(offset, request.data_mut());
-                checked = metadata.as_ref().map_or(Ok(()), |metadata| metadata.read(&mut request));
+    fn serve(self: &Arc<Self>, mut request: Request<'_>) {
+        match &self.metadata {
+            Some(metadata) => metadata.locks().serve(self, request),
+            None => {
+                let result = self.carry_out(&mut request);
+                request.finish(result);
             }
-            (Op::Write, metadata) => {
-                checked = metadata.as_ref().map_or(Ok(()), |metadata| metadata.write(&request));
-                if checked.is_ok() {
-                    self.bytes.write(offset, request.data());
+        }
+    }
+
+    fn carry_out<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+        let (offset, len, metadata) = (request.offset(), request.len(), self.metadata.as_ref());
+        match request.op() {
+            Op::Read => {
+                self.bytes.read(offset, request.data_mut());
+                metadata.map_or(Ok(()), |metadata| metadata.read(request))
+            }
+            Op::Write => {
+                let tuples = metadata.map(|metadata| metadata.of_write(request)).transpose()?.flatten();
+                self.bytes.write(offset, request.data());
+                match (metadata, tuples) {
+                    (None, _) => Ok(()),
+                    (Some(metadata), Some(tuples)) => metadata.put(offset, &tuples),
+                    (Some(metadata), None) => metadata.forget(offset, len),
                 }
             }
-            (Op::Discard | Op::WriteZeroes, metadata) => {
+            Op::Discard | Op::WriteZeroes => {
                 self.bytes.zero(offset, len);
-                checked = metadata.as_ref().map_or(Ok(()), |metadata| metadata.forget(offset, len));
+                metadata.map_or(Ok(()), |metadata| metadata.forget(offset, len))
             }
-            (Op::Flush, _) => {}
-            _ => checked = Err(Errno::EOPNOTSUPP),
+            Op::Flush => Ok(()),
+            _ => Err(Errno::EOPNOTSUPP),
         }
-        request.finish(checked);
     }
 
     /// Whether a request lies on what there is: a device may have been made larger than its target.
     fn has(&self, request: &Request<'_>) -> bool {
         request.offset().checked_add(request.len()).is_some_and(|end| end <= self.params.size)
+    }
+}
+
+impl Locked for Mem {
+    fn serve<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+        self.carry_out(request)
     }
 }
 
@@ -90,11 +108,14 @@ impl Target for Mem {
     }
 
     fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(MemQueue(self.clone())))
+        if let Some(metadata) = &self.metadata {
+            metadata.locks().start()?;
+        }
+        Ok(Box::new(MemQueue(Arc::new(self.clone()))))
     }
 }
 
-struct MemQueue(Mem);
+struct MemQueue(Arc<Mem>);
 
 impl QueueHandler for MemQueue {
     fn handle(&mut self, requests: Requests<'_>) {

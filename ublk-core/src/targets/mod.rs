@@ -8,6 +8,7 @@ mod mem;
 mod null;
 mod protected_file;
 mod protection;
+mod range_locks;
 mod sparse;
 mod zoned;
 

@@ -12,12 +12,13 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::files::punch_hole;
+use super::range_locks::RangeLocks;
 use super::sparse::Sparse;
 use crate::error::errno_of;
 use crate::params::{Checksum, Integrity};
-use crate::request::{Request, WriteBack};
+use crate::request::{Home, RequestOf, WriteBack};
 
 /// Why metadata does not belong to its data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,8 +75,7 @@ impl Place {
             }
             Place::File(file) => file,
         };
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(file, flags, offset as i64, len as i64) {
+        match punch_hole(file, offset, len) {
             Err(Errno::EOPNOTSUPP) => {
                 let zeros = [0; 4096];
                 let mut parts = (0..len).step_by(zeros.len());
@@ -94,37 +94,70 @@ impl Place {
 pub(super) struct Metadata {
     integrity: Integrity,
     place: Place,
+    locks: RangeLocks,
 }
 
 impl Metadata {
     /// Room in memory for that of a disk of `size` bytes; `None` if it is too large.
     pub(super) fn in_memory(integrity: Integrity, size: u64) -> Option<Self> {
-        Some(Metadata { integrity, place: Place::Memory(Sparse::new(integrity.bytes_for(size))?) })
+        let place = Place::Memory(Sparse::new(integrity.bytes_for(size))?);
+        Some(Metadata { integrity, place, locks: RangeLocks::default() })
     }
 
     /// In a file, as far as it is written.
     pub(super) fn in_file(integrity: Integrity, file: File) -> Self {
-        Metadata { integrity, place: Place::File(file) }
+        Metadata { integrity, place: Place::File(file), locks: RangeLocks::default() }
     }
 
-    /// Takes a write's metadata, if it belongs to its data. That of a write without any is forgotten.
+    /// Locks that keep the metadata of a range in step with its data.
+    pub(super) fn locks(&self) -> &RangeLocks {
+        &self.locks
+    }
+
+    /// Takes a write's metadata, if it has some.
     ///
     /// # Errors
     ///
-    /// `EILSEQ` if it does not.
-    pub(super) fn write(&self, request: &Request<'_>) -> Result<(), Errno> {
-        let (offset, len) = (request.offset(), request.len());
+    /// `EILSEQ` if it does not belong to the write's data.
+    pub(super) fn of_write<H: Home>(&self, request: &RequestOf<H>) -> Result<Option<Vec<u8>>, Errno> {
         if !request.has_integrity() {
-            return self.forget(offset, len);
+            return Ok(None);
         }
-        let mut bytes = vec![0; self.integrity.bytes_for(len) as usize];
+        let mut bytes = vec![0; self.integrity.bytes_for(request.len()) as usize];
         request.read_integrity(0, &mut bytes)?;
-        check(&self.integrity, offset, request.data(), &bytes).map_err(|mismatch| {
+        check(&self.integrity, request.offset(), request.data(), &bytes).map_err(|mismatch| {
             log::warn!("{request:?}: {mismatch:?}");
             Errno::EILSEQ
         })?;
-        invert(&mut bytes);
+        Ok(Some(bytes))
+    }
+
+    /// Keeps the metadata of the range that begins at `offset` on the disk.
+    pub(super) fn put(&self, offset: u64, metadata: &[u8]) -> Result<(), Errno> {
+        let bytes: Vec<u8> = metadata.iter().map(|byte| !byte).collect();
         self.place.write(self.integrity.bytes_for(offset), &bytes).map_err(failed)
+    }
+
+    /// As [`forget`](Metadata::forget), for a range that is about to get other metadata.
+    pub(super) fn blank(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let zeros = vec![0; self.integrity.bytes_for(len) as usize];
+        self.place.write(self.integrity.bytes_for(offset), &zeros).map_err(failed)
+    }
+
+    /// Reads the metadata of the range that begins at `offset` on the disk.
+    ///
+    /// # Errors
+    ///
+    /// `EILSEQ` if it does not belong to the range's data.
+    pub(super) fn check(&self, offset: u64, data: &[u8]) -> Result<Vec<u8>, Errno> {
+        let mut bytes = vec![0; self.integrity.bytes_for(data.len() as u64) as usize];
+        self.place.read(self.integrity.bytes_for(offset), &mut bytes).map_err(failed)?;
+        invert(&mut bytes);
+        check(&self.integrity, offset, data, &bytes).map_err(|mismatch| {
+            log::warn!("metadata of {} bytes at {offset}: {mismatch:?}", data.len());
+            Errno::EILSEQ
+        })?;
+        Ok(bytes)
     }
 
     /// Checks a read's data, and gives it its metadata if it asks for some.
@@ -132,14 +165,8 @@ impl Metadata {
     /// # Errors
     ///
     /// `EILSEQ` if they do not belong together.
-    pub(super) fn read(&self, request: &mut Request<'_>) -> Result<(), Errno> {
-        let mut bytes = vec![0; self.integrity.bytes_for(request.len()) as usize];
-        self.place.read(self.integrity.bytes_for(request.offset()), &mut bytes).map_err(failed)?;
-        invert(&mut bytes);
-        check(&self.integrity, request.offset(), request.data(), &bytes).map_err(|mismatch| {
-            log::warn!("{request:?}: {mismatch:?}");
-            Errno::EILSEQ
-        })?;
+    pub(super) fn read<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+        let bytes = self.check(request.offset(), request.data())?;
         if request.has_integrity() { request.write_integrity(0, &bytes) } else { Ok(()) }
     }
 
@@ -261,24 +288,10 @@ fn crc64(crc: u64, data: &[u8]) -> u64 {
     !data.iter().fold(!crc, |crc, byte| crc >> 8 ^ TABLE[usize::from(crc as u8 ^ byte)])
 }
 
+/// Data and metadata for tests.
 #[cfg(test)]
-mod tests {
+pub(super) mod samples {
     use super::*;
-
-    /// What checksums are published for.
-    const DIGITS: &[u8] = b"123456789";
-
-    #[test]
-    fn checksums_are_the_published_ones() {
-        assert_eq!(crc16(0, DIGITS), 0xd0db);
-        assert_eq!(crc64(0, DIGITS), 0xae8b_1486_0a79_9888);
-        // The example of RFC 1071.
-        let example = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
-        assert_eq!(internet(&example, &[]), !0xddf2);
-        assert_eq!(internet(&example[..2], &example[2..]), !0xddf2);
-        assert_eq!(crc16(crc16(0, b"12345"), b"6789"), crc16(0, DIGITS));
-        assert_eq!(crc64(crc64(0, b"12345"), b"6789"), crc64(0, DIGITS));
-    }
 
     fn integrity(checksum: Checksum, pi_offset: u8) -> Integrity {
         Integrity {
@@ -293,11 +306,14 @@ mod tests {
         }
     }
 
-    /// Good metadata of two intervals from the one with number 1000 on.
-    fn sample(checksum: Checksum, pi_offset: u8) -> (Integrity, Vec<u8>, Vec<u8>) {
+    /// Number of the interval that the data begins with.
+    pub(in super::super) const FIRST: u64 = 1000;
+
+    /// Data of two intervals and its metadata.
+    pub(in super::super) fn good(checksum: Checksum, pi_offset: u8) -> (Integrity, Vec<u8>, Vec<u8>) {
         let data: Vec<u8> = (0..1024u32).map(|n| (n * 7 / 4) as u8).collect();
         let mut metadata = Vec::new();
-        for (interval, data) in (1000u64..).zip(data.chunks(512)) {
+        for (interval, data) in (FIRST..).zip(data.chunks(512)) {
             let before = vec![0x5a; pi_offset.into()];
             metadata.extend(&before);
             match checksum {
@@ -319,6 +335,27 @@ mod tests {
             }
         }
         (integrity(checksum, pi_offset), data, metadata)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::samples::good as sample;
+    use super::*;
+
+    /// What checksums are published for.
+    const DIGITS: &[u8] = b"123456789";
+
+    #[test]
+    fn checksums_are_the_published_ones() {
+        assert_eq!(crc16(0, DIGITS), 0xd0db);
+        assert_eq!(crc64(0, DIGITS), 0xae8b_1486_0a79_9888);
+        // The example of RFC 1071.
+        let example = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
+        assert_eq!(internet(&example, &[]), !0xddf2);
+        assert_eq!(internet(&example[..2], &example[2..]), !0xddf2);
+        assert_eq!(crc16(crc16(0, b"12345"), b"6789"), crc16(0, DIGITS));
+        assert_eq!(crc64(crc64(0, b"12345"), b"6789"), crc64(0, DIGITS));
     }
 
     #[test]
