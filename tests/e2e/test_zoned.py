@@ -3,6 +3,10 @@
 
 import errno
 import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,13 @@ pytestmark = pytest.mark.skipif(not has("ZONED"), reason="zones came with Linux 
 
 def add(native: Face, *words: str | os.PathLike, zones: int = 16) -> str:
     return native.add("-t", "zoned", "--size", str(zones * ZONE), "--zone-size", "4M", *words)
+
+
+def remove(place: Path) -> None:
+    """Removes a directory of zones."""
+    for file in place.iterdir():
+        file.unlink()
+    place.rmdir()
 
 
 @pytest.mark.short
@@ -94,10 +105,8 @@ def test_fio_writes_and_verifies_zones(kind: str, native: Face, scratch: Path) -
     fio.verify(path, rw="write", zonemode="zbd", bs="64k", iodepth=8, size=f"{8 * ZONE}", max_open_zones=4)
     fio.measure(path, rw="randwrite", zonemode="zbd", bs="16k", iodepth=8, size=f"{8 * ZONE}", max_open_zones=4)
     native.run("del", "-n", str(device_id(path)))
-    for file in (scratch / "zones").glob("*"):
-        file.unlink()
     if kind == "directory":
-        (scratch / "zones").rmdir()
+        remove(scratch / "zones")
 
 
 def test_zones_in_a_directory_outlive_their_server(native: Face, scratch: Path) -> None:
@@ -114,9 +123,75 @@ def test_zones_in_a_directory_outlive_their_server(native: Face, scratch: Path) 
         assert disk.read(ZONE, 8192) == b"z" * 8192
         disk.write(ZONE + 8192, b"y" * 4096)
     native.run("del", "-n", str(device_id(path)))
-    for file in place.iterdir():
-        file.unlink()
-    place.rmdir()
+    remove(place)
+
+
+@pytest.mark.time_limit(180)
+def test_writers_do_not_notice_that_servers_are_killed(native: Face, scratch: Path) -> None:
+    place, length = scratch / "zones", 256 << 10
+    path = add(native, "-f", place, "-q", "2", "--recovery", "reissue", zones=8)
+    number = str(device_id(path))
+    stop = threading.Event()
+    counts = [0, 0]
+
+    def write(zone: int) -> None:
+        start = zone * ZONE
+        with Disk(path, direct=True) as disk:
+            while not stop.is_set():
+                run(["blkzone", "reset", "-o", str(start // 512), "-c", "1", path])
+                for at in range(0, ZONE, length):
+                    disk.write(start + at, os.urandom(length))
+                    counts[zone] += 1
+                    if stop.is_set():
+                        break
+
+    with ThreadPoolExecutor() as pool:
+        writers = [pool.submit(write, zone) for zone in range(len(counts))]
+        try:
+            for _ in range(8):
+                before = counts[:]
+                while not all(now >= then + 2 for now, then in zip(counts, before, strict=True)):
+                    assert not any(writer.done() for writer in writers)
+                    time.sleep(0.001)
+                os.kill(native.info(path)["pid"], signal.SIGKILL)
+                native.run("recover", "-n", number, timeout=60)
+        finally:
+            stop.set()
+        for writer in writers:
+            writer.result()
+    native.run("del", "-n", number)
+    remove(place)
+
+
+@pytest.mark.io_errors
+def test_a_full_file_system_moves_no_write_pointer(native: Face, scratch: Path, tmp_path: Path) -> None:
+    length = 512 << 10
+    run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", tmp_path])
+    try:
+        path = add(native, "-f", tmp_path / "zones", "--recovery", zones=4)
+        number = str(device_id(path))
+        with Disk(path, direct=True) as disk:
+            acknowledged = 0
+
+            def fill() -> None:
+                nonlocal acknowledged
+                for at in range(0, 2 * ZONE, length):
+                    disk.write(at, b"a" * length)
+                    acknowledged = at + length
+
+            assert error_of(fill) == errno.ENOSPC
+            assert acknowledged > ZONE
+            pointers = [int(zone["wptr"], 16) * 512 for zone in report(path)]
+            assert pointers[1] == acknowledged
+            os.kill(native.info(path)["pid"], signal.SIGKILL)
+            native.run("recover", "-n", number, timeout=60)
+            assert [int(zone["wptr"], 16) * 512 for zone in report(path)] == pointers
+            run(["mount", "-o", "remount,size=16m", tmp_path])
+            disk.write(acknowledged, b"b" * length)
+            assert disk.read(acknowledged - length, 2 * length) == b"a" * length + b"b" * length
+        native.run("del", "-n", number)
+    finally:
+        run(["umount", tmp_path])
 
 
 @pytest.mark.time_limit(180)

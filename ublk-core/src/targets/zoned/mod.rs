@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 
 use self::store::{Files, Store};
-use self::zones::Zones;
+use self::zones::{Start, Zones};
 use super::sparse::Sparse;
 use crate::error::{Error, Result, errno_of};
 use crate::params::{Operations, Params, ZonedLimits};
@@ -60,6 +60,12 @@ impl ZonedOptions {
 ///
 /// One in a directory without [`Operations::FLUSH`] has no write cache: each change is durable when it ends. Once a sync
 /// of a zone has failed, every flush fails with `EIO` until the disk has a new server.
+///
+/// The files of a directory are all that a new server knows: zones that were open are closed for it, and it may be sent
+/// again what the last server had carried out and could not acknowledge ([`Recovery::Reissue`](crate::Recovery::Reissue)).
+/// A write below the write pointer that ends at or above it is taken once for each zone, if the zone has the same
+/// bytes up to the pointer. Resets and the like may be repeated in any case. An append lands a second time, behind
+/// the first, as it cannot be told from another one with the same data; the zone has less room then.
 #[derive(Debug)]
 pub struct Zoned(Arc<Disk>);
 
@@ -124,7 +130,8 @@ impl Zoned {
         }
         let (store, written) = match &options.directory {
             Some(directory) => {
-                let (files, written) = Files::open(directory, zone_size, conventional, count)?;
+                let (files, written) =
+                    Files::open(directory, zone_size, params.logical_block_size, conventional, count)?;
                 (Store::Files(files), written)
             }
             None => {
@@ -158,7 +165,7 @@ impl Disk {
         let offset = request.offset();
         let result = match request.op() {
             Op::Read => self.store.read(offset, request.data_mut()).map_err(|e| failed(&e)),
-            Op::Write => self.write(&request),
+            Op::Write => self.write(offset, request.data(), self.durably(&request)),
             Op::ZoneAppend => match self.append(&request) {
                 Ok(landed) => return request.complete_append(landed),
                 Err(errno) => Err(errno),
@@ -183,30 +190,73 @@ impl Disk {
         request.force_unit_access() || !self.params.operations.contains(Operations::FLUSH)
     }
 
-    fn write(&self, request: &Request<'_>) -> Result<(), Errno> {
-        let _busy = self.busy(request.offset());
-        self.zones().write(request.offset(), request.len())?;
-        let written = self.store.write(request.offset(), request.data(), self.durably(request));
-        written.map_err(|e| failed(&e))
+    /// Writes to a zone, at its write pointer, which moves only if that works.
+    ///
+    /// A server can die after it has carried out a write and before the client hears of it. With `--recovery reissue`
+    /// the next server gets that write again, below the write pointer, and carries it out if the zone holds these very
+    /// bytes there: that changes nothing but the client's knowledge. An append that is sent again lands behind the
+    /// first one: nothing tells it from one whose data is the same.
+    fn write(&self, offset: u64, data: &[u8], durably: bool) -> Result<(), Errno> {
+        let _busy = self.busy(offset);
+        let start = self.zones().place_write(offset, data.len() as u64)?;
+        match start {
+            Start::Anywhere => return self.store.write(offset, data, durably).map_err(|e| failed(&e)),
+            Start::AtPointer => {}
+            Start::BelowPointer(bytes) => {
+                let there = self.store.holds(offset, &data[..bytes as usize]).map_err(|e| failed(&e))?;
+                if !there {
+                    return Err(Errno::EIO);
+                }
+            }
+        }
+        self.write_sequentially(offset, data, durably)
     }
 
     fn append(&self, request: &Request<'_>) -> Result<u64, Errno> {
         let _busy = self.busy(request.offset());
-        let landed = self.zones().append(request.offset(), request.len())?;
-        let written = self.store.write(landed, request.data(), self.durably(request));
-        written.map(|()| landed).map_err(|e| failed(&e))
+        let landed = self.zones().place_append(request.offset(), request.len())?;
+        self.write_sequentially(landed, request.data(), self.durably(request))?;
+        Ok(landed)
+    }
+
+    /// Writes to a sequential zone that is the caller's alone.
+    fn write_sequentially(&self, offset: u64, data: &[u8], durably: bool) -> Result<(), Errno> {
+        let (index, present) = {
+            let mut zones = self.zones();
+            let index = zones.index(offset);
+            zones.begin_write(index)?;
+            (index, zones.written_to(index))
+        };
+        let written = self.store.trim(index, present).and_then(|()| self.store.write(offset, data, durably));
+        if written.is_err() {
+            self.store.undo(index, present);
+        }
+        let end = offset + data.len() as u64 - index as u64 * self.zone_size;
+        self.zones().end_write(index, written.is_ok().then_some(end));
+        written.map_err(|e| failed(&e))
     }
 
     fn finish(&self, offset: u64, durably: bool) -> Result<(), Errno> {
         let _busy = self.busy(offset);
-        let index = self.zones().finish(offset)?;
-        self.store.fill(index, self.zone_size, durably).map_err(|e| failed(&e))
+        let (index, written) = {
+            let zones = self.zones();
+            let index = zones.sequential(offset)?;
+            (index, zones.written_to(index))
+        };
+        let filled = self.store.trim(index, written).and_then(|()| self.store.fill(index, self.zone_size));
+        filled.map_err(|e| failed(&e))?;
+        // The zone is as its file is, durable or not.
+        self.zones().finish(index);
+        self.store.changed(index, durably).map_err(|e| failed(&e))
     }
 
     fn reset(&self, offset: u64, durably: bool) -> Result<(), Errno> {
         let _busy = self.busy(offset);
-        let index = self.zones().reset(offset)?;
-        self.store.clear(index, self.zone_size, durably).map_err(|e| failed(&e))
+        let index = self.zones().sequential(offset)?;
+        self.store.clear(index, self.zone_size).map_err(|e| failed(&e))?;
+        // As above.
+        self.zones().reset(index);
+        self.store.changed(index, durably).map_err(|e| failed(&e))
     }
 
     fn reset_all(&self, durably: bool) -> Result<(), Errno> {
@@ -248,5 +298,77 @@ struct ZonedQueue(Arc<Disk>);
 impl QueueHandler for ZonedQueue {
     fn handle(&mut self, requests: Requests<'_>) {
         requests.for_each(|request| self.0.serve(request));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::FileExt;
+
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    const ZONE: u32 = 1 << 20;
+
+    fn disk(directory: &std::path::Path) -> Arc<Disk> {
+        let mut options = ZonedOptions::new(4 << 20);
+        options.zone_size = ZONE;
+        options.directory = Some(directory.to_owned());
+        Zoned::open(&options).unwrap().0
+    }
+
+    fn write(disk: &Disk, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        disk.write(offset, data, false)
+    }
+
+    #[test]
+    fn a_write_that_fails_moves_no_write_pointer() {
+        let directory = tempfile::tempdir().unwrap();
+        // A file that can be kept from growing, as a full file system would.
+        let file = File::from(memfd_create(c"zone", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        std::os::unix::fs::symlink(path, directory.path().join("seq-000001")).unwrap();
+        let disk = disk(directory.path());
+        let first = u64::from(ZONE);
+        write(&disk, first, &[1; 8192]).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
+        for _ in 0..2 {
+            assert_eq!(write(&disk, first + 8192, &[2; 4096]), Err(Errno::EPERM));
+            assert_eq!(disk.zones().written_to(1), 8192);
+        }
+        assert_eq!(disk.finish(first, false), Err(Errno::EPERM));
+        assert_eq!(disk.zones().written_to(1), 8192, "the zone is not full");
+        assert_eq!(file.metadata().unwrap().len(), 8192, "a new server finds the same");
+    }
+
+    #[test]
+    fn a_write_that_was_carried_out_can_be_sent_to_the_next_server() {
+        let directory = tempfile::tempdir().unwrap();
+        let server = disk(directory.path());
+        write(&server, 0, &[1; 8192]).unwrap();
+        write(&server, 8192, &[2; 8192]).unwrap();
+        drop(server);
+        let server = disk(directory.path());
+        assert_eq!(write(&server, 8192, &[3; 8192]), Err(Errno::EIO), "that is another one");
+        write(&server, 8192, &[2; 8192]).unwrap();
+        assert_eq!(server.zones().written_to(0), 16384);
+        assert_eq!(write(&server, 8192, &[2; 8192]), Err(Errno::EIO), "once is enough");
+        drop(server);
+        // The last server was interrupted in the middle of a write of three blocks, and of its second one.
+        let zone = File::options().write(true).open(directory.path().join("seq-000000")).unwrap();
+        zone.set_len(16384).unwrap();
+        zone.write_all_at(&[4; 5000], 16384).unwrap();
+        let server = disk(directory.path());
+        assert_eq!(server.zones().written_to(0), 20480);
+        write(&server, 16384, &[4; 12288]).unwrap();
+        write(&server, 28672, &[5; 4096]).unwrap();
+        let mut bytes = [0; 16384];
+        server.store.read(16384, &mut bytes).unwrap();
+        assert_eq!(bytes, [[4; 4096], [4; 4096], [4; 4096], [5; 4096]].concat()[..]);
+        assert_eq!(zone.metadata().unwrap().len(), 32768);
     }
 }

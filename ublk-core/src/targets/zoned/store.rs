@@ -3,12 +3,14 @@
 //! Where the bytes of zones are: in memory, or in a directory with a file for each zone.
 //!
 //! A sequential zone's file is as long as the zone is written, so the write pointers outlive the server
-//! without a book of their own.
+//! without a book of their own. Where a server dies or the machine crashes in the middle of a write, a file may end within
+//! a block, which does not count: nothing of the write was acknowledged, or nothing of it was flushed.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use nix::fcntl::FlockArg;
@@ -33,6 +35,9 @@ pub(super) struct Files {
     /// Zones with writes that may not be durable: all of them at first, as the last server may have acknowledged
     /// writes that no client has flushed yet.
     dirty: Mutex<Vec<bool>>,
+    /// Zones whose file may be longer than they are written: a write has failed, or was interrupted with the last
+    /// server.
+    longer: Vec<AtomicBool>,
     /// One flush at a time: what one has begun to make durable is not durable yet for the next.
     flushing: Mutex<()>,
     write_back: WriteBack,
@@ -41,10 +46,11 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// Opens or makes the files of a disk, and tells how much is written to each sequential zone.
+    /// Opens or makes the files of a disk, and says how much is written to each sequential zone, in whole blocks.
     pub(super) fn open(
         directory: &Path,
         zone_size: u64,
+        block: u32,
         conventional: usize,
         count: usize,
     ) -> Result<(Self, Vec<Option<u64>>)> {
@@ -61,6 +67,7 @@ impl Files {
             },
         )?;
         let (mut files, mut written) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        let mut longer = Vec::with_capacity(count);
         for index in 0..count {
             let is_conventional = index < conventional;
             let path = directory.join(name(index, is_conventional));
@@ -80,7 +87,13 @@ impl Files {
             if is_conventional {
                 file.set_len(zone_size).map_err(|e| Error::file("enlarge", &path, &e))?;
             }
-            written.push((!is_conventional).then_some(len));
+            let blocks = len / u64::from(block) * u64::from(block);
+            let is_longer = !is_conventional && blocks != len;
+            if is_longer {
+                log::warn!("{} ends within a block, at byte {len}; its zone is written up to {blocks}", path.display());
+            }
+            written.push((!is_conventional).then_some(blocks));
+            longer.push(is_longer.into());
             files.push(file);
         }
         // A flush syncs the files, not their names.
@@ -90,11 +103,20 @@ impl Files {
         }
         let dirty = Mutex::new(vec![true; count]);
         let write_back = WriteBack::new(directory.display().to_string());
-        Ok((Files { zone_size, files, dirty, flushing: Mutex::default(), write_back, _lock: lock }, written))
+        let flushing = Mutex::default();
+        Ok((Files { zone_size, files, dirty, longer, flushing, write_back, _lock: lock }, written))
     }
 
     fn at(&self, offset: u64) -> (usize, u64) {
         ((offset / self.zone_size) as usize, offset % self.zone_size)
+    }
+
+    /// Cuts a zone's file to what is written to it.
+    fn cut(&self, zone: usize, written: u64) -> io::Result<()> {
+        self.longer[zone].store(true, Ordering::Relaxed);
+        self.files[zone].set_len(written)?;
+        self.longer[zone].store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Notes that a zone was changed, and makes that durable if it has to be.
@@ -140,6 +162,30 @@ impl Store {
         Ok(())
     }
 
+    /// Whether a zone holds these bytes.
+    pub(super) fn holds(&self, offset: u64, bytes: &[u8]) -> io::Result<bool> {
+        let mut found = vec![0; bytes.len()];
+        self.read(offset, &mut found)?;
+        Ok(found == bytes)
+    }
+
+    /// Makes sure that a zone's file, which others leave alone, ends where the zone is written to.
+    pub(super) fn trim(&self, zone: usize, written: u64) -> io::Result<()> {
+        match self {
+            Store::Files(files) if files.longer[zone].load(Ordering::Relaxed) => files.cut(zone, written),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes back what a write has left that failed. Where that fails too, the next write does it.
+    pub(super) fn undo(&self, zone: usize, written: u64) {
+        if let Store::Files(files) = self
+            && let Err(error) = files.cut(zone, written)
+        {
+            log::error!("zoned: cutting zone {zone} to {written} bytes after a write that failed: {error}");
+        }
+    }
+
     /// Writes bytes of one zone.
     pub(super) fn write(&self, offset: u64, from: &[u8], durably: bool) -> io::Result<()> {
         match self {
@@ -153,25 +199,26 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets what a zone holds.
-    pub(super) fn clear(&self, zone: usize, zone_size: u64, durably: bool) -> io::Result<()> {
+    /// Forgets what a zone holds. [`changed`](Store::changed) is to follow.
+    pub(super) fn clear(&self, zone: usize, zone_size: u64) -> io::Result<()> {
         match self {
             Store::Memory(sparse) => sparse.zero(zone as u64 * zone_size, zone_size),
-            Store::Files(files) => {
-                files.files[zone].set_len(0)?;
-                files.changed(zone, durably)?;
-            }
+            Store::Files(files) => files.cut(zone, 0)?,
         }
         Ok(())
     }
 
-    /// Makes a zone count as written to its end.
-    pub(super) fn fill(&self, zone: usize, zone_size: u64, durably: bool) -> io::Result<()> {
+    /// Makes a zone count as written to its end. [`changed`](Store::changed) is to follow.
+    pub(super) fn fill(&self, zone: usize, zone_size: u64) -> io::Result<()> {
         if let Store::Files(files) = self {
             files.files[zone].set_len(zone_size)?;
-            files.changed(zone, durably)?;
         }
         Ok(())
+    }
+
+    /// Notes that the length of a zone was changed, and makes that durable if it has to be.
+    pub(super) fn changed(&self, zone: usize, durably: bool) -> io::Result<()> {
+        if let Store::Files(files) = self { files.changed(zone, durably) } else { Ok(()) }
     }
 
     /// Makes everything that was acknowledged durable.
@@ -217,29 +264,29 @@ mod tests {
     #[test]
     fn files_remember_how_far_zones_are_written() {
         let directory = tempfile::tempdir().unwrap();
-        let (files, written) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        let (files, written) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
         assert_eq!(written, [None, Some(0), Some(0)]);
         let store = Store::Files(files);
         store.write(ZONE, &[7; 4096], false).unwrap();
-        store.fill(2, ZONE, false).unwrap();
+        store.fill(2, ZONE).unwrap();
         store.flush().unwrap();
         let mut bytes = [1; 8192];
         store.read(2 * ZONE - 4096, &mut bytes).unwrap();
         assert_eq!(bytes, [0; 8192], "a read may cross zones");
         drop(store);
-        let (_, written) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        let (_, written) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
         assert_eq!(written, [None, Some(4096), Some(ZONE)]);
     }
 
     #[test]
     fn a_new_server_flushes_what_the_last_one_had_written() {
         let directory = tempfile::tempdir().unwrap();
-        let (files, _) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        let (files, _) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
         let store = Store::Files(files);
         store.write(ZONE, &[7; 4096], false).unwrap();
         // Killed: nothing was flushed, and the next server's client waits for its flush.
         drop(store);
-        let (files, _) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        let (files, _) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
         assert_eq!(files.dirty().to_vec(), [true; 3]);
         let store = Store::Files(files);
         store.flush().unwrap();
@@ -250,12 +297,12 @@ mod tests {
     #[test]
     fn no_flush_succeeds_after_a_failed_sync() {
         let directory = tempfile::tempdir().unwrap();
-        let (mut files, _) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        let (mut files, _) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
         // Pipes cannot be synced.
         let (pipe, _other) = nix::unistd::pipe().unwrap();
         let file = std::mem::replace(&mut files.files[1], pipe.into());
         assert_eq!(Store::Files(files).flush().unwrap_err().raw_os_error(), Some(libc::EINVAL));
-        let (mut files, _) = Files::open(directory.path(), ZONE, 1, 3).unwrap();
+        let (mut files, _) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
         files.write_back.fail(nix::errno::Errno::ENOSPC);
         files.files[1] = file;
         files.dirty().fill(false);
@@ -265,15 +312,30 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_ends_within_a_block_counts_in_whole_blocks() {
+        let directory = tempfile::tempdir().unwrap();
+        let seq = directory.path().join(name(0, false));
+        std::fs::write(&seq, [7; 10_000]).unwrap();
+        let (files, written) = Files::open(directory.path(), ZONE, 4096, 0, 2).unwrap();
+        assert_eq!(written, [Some(8192), Some(0)]);
+        let store = Store::Files(files);
+        assert_eq!(std::fs::metadata(&seq).unwrap().len(), 10_000, "another block size finds all of it");
+        store.trim(0, 8192).unwrap();
+        assert_eq!(std::fs::metadata(&seq).unwrap().len(), 8192);
+        store.trim(0, 4096).unwrap();
+        assert_eq!(std::fs::metadata(&seq).unwrap().len(), 8192, "it is known to be right");
+    }
+
+    #[test]
     fn a_directory_has_one_server_and_one_shape() {
         let directory = tempfile::tempdir().unwrap();
-        let first = Files::open(directory.path(), ZONE, 1, 2).unwrap();
-        let error = Files::open(directory.path(), ZONE, 1, 2).unwrap_err().to_string();
+        let first = Files::open(directory.path(), ZONE, 4096, 1, 2).unwrap();
+        let error = Files::open(directory.path(), ZONE, 4096, 1, 2).unwrap_err().to_string();
         assert!(error.contains("another server"), "{error}");
         drop(first);
-        let error = Files::open(directory.path(), ZONE, 0, 2).unwrap_err().to_string();
+        let error = Files::open(directory.path(), ZONE, 4096, 0, 2).unwrap_err().to_string();
         assert!(error.contains("conventional"), "{error}");
-        let error = Files::open(directory.path(), ZONE / 2, 1, 2).unwrap_err().to_string();
+        let error = Files::open(directory.path(), ZONE / 2, 4096, 1, 2).unwrap_err().to_string();
         assert!(error.contains("zone size"), "{error}");
     }
 }

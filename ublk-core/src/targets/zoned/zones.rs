@@ -51,6 +51,22 @@ pub(super) struct Zone {
     pub(super) condition: Condition,
     /// Bytes written from its beginning.
     pub(super) written: u64,
+    /// A write is under way.
+    busy: bool,
+    /// Nothing was written since the server began, so that a write may be one that the last server had carried out,
+    /// or a part of it, and died before its client heard of that.
+    may_repeat: bool,
+}
+
+/// Where a write begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    /// In a conventional zone.
+    Anywhere,
+    AtPointer,
+    /// So many bytes below the write pointer, with the end at or above it. To be carried out only if the zone holds
+    /// these bytes already.
+    BelowPointer(u64),
 }
 
 /// All zones of a disk.
@@ -70,11 +86,14 @@ impl Zones {
     /// `written` holds what is in each sequential zone already; `None` makes a zone conventional. A limit of 0
     /// is none.
     pub(super) fn new(size: u64, written: &[Option<u64>], max_open: u32, max_active: u32) -> Self {
-        let zone = |written: &Option<u64>| match *written {
-            None => Zone { condition: Condition::Conventional, written: 0 },
-            Some(0) => Zone { condition: Condition::Empty, written: 0 },
-            Some(bytes) if bytes >= size => Zone { condition: Condition::Full, written: size },
-            Some(bytes) => Zone { condition: Condition::Closed, written: bytes },
+        let zone = |written: &Option<u64>| {
+            let (condition, written) = match *written {
+                None => (Condition::Conventional, 0),
+                Some(0) => (Condition::Empty, 0),
+                Some(bytes) if bytes >= size => (Condition::Full, size),
+                Some(bytes) => (Condition::Closed, bytes),
+            };
+            Zone { condition, written, busy: false, may_repeat: written != 0 }
         };
         let zones: Vec<Zone> = written.iter().map(zone).collect();
         let active = zones.iter().filter(|zone| zone.condition.is_active()).count();
@@ -125,49 +144,80 @@ impl Zones {
     }
 
     fn close_written(&mut self, index: usize) {
-        let condition = if self.zones[index].written == 0 { Condition::Empty } else { Condition::Closed };
+        let Zone { written, busy, .. } = self.zones[index];
+        // A write that is under way keeps its zone active.
+        let condition = if written == 0 && !busy { Condition::Empty } else { Condition::Closed };
         self.set(index, condition);
     }
 
-    /// Takes room for a write of `len` bytes at `offset` on the disk. It has to begin at the zone's write
-    /// pointer, which moves behind it, and to fit. False for a conventional zone, which has none.
-    pub(super) fn write(&mut self, offset: u64, len: u64) -> Result<bool, Errno> {
-        let index = self.index(offset);
-        let (start, zone) = (self.start(index), self.zones[index]);
-        if zone.condition == Condition::Conventional {
-            return if self.index(offset + len - 1) == index { Ok(false) } else { Err(Errno::EIO) };
-        }
-        if zone.condition == Condition::Full || offset != start + zone.written || zone.written + len > self.size {
-            return Err(Errno::EIO);
-        }
-        self.advance(index, len)?;
-        Ok(true)
+    /// Bytes written from the beginning of a zone.
+    pub(super) fn written_to(&self, index: usize) -> u64 {
+        self.zones[index].written
     }
 
-    /// Takes room at the write pointer of the zone that begins at `offset`; says where that is.
-    pub(super) fn append(&mut self, offset: u64, len: u64) -> Result<u64, Errno> {
+    /// Says where a write of `len` bytes at `offset` on the disk begins. In a sequential zone that has to be the write
+    /// pointer.
+    ///
+    /// The exception is a write that a dead server had carried out and the kernel sends again: its end, or for one that
+    /// was interrupted a place within, is where the write pointer is. There is at most one such write for each zone,
+    /// as the kernel sends one at a time.
+    pub(super) fn place_write(&self, offset: u64, len: u64) -> Result<Start, Errno> {
+        let index = self.index(offset);
+        let zone = self.zones[index];
+        let at = offset - self.start(index);
+        if at + len > self.size {
+            return Err(Errno::EIO);
+        }
+        match zone.condition {
+            Condition::Conventional => Ok(Start::Anywhere),
+            _ if zone.may_repeat && at < zone.written && at + len >= zone.written => {
+                Ok(Start::BelowPointer(zone.written - at))
+            }
+            Condition::Full => Err(Errno::EIO),
+            _ if at == zone.written => Ok(Start::AtPointer),
+            _ => Err(Errno::EIO),
+        }
+    }
+
+    /// Says where on the disk an append to the zone that begins at `offset` is written.
+    pub(super) fn place_append(&self, offset: u64, len: u64) -> Result<u64, Errno> {
         let index = self.index(offset);
         let zone = self.zones[index];
         let sequential = !matches!(zone.condition, Condition::Conventional | Condition::Full);
         if !sequential || zone.written + len > self.size {
             return Err(Errno::EIO);
         }
-        self.advance(index, len)?;
         Ok(self.start(index) + zone.written)
     }
 
-    fn advance(&mut self, index: usize, len: u64) -> Result<(), Errno> {
-        if !self.zones[index].condition.is_open() {
+    /// Opens a sequential zone for a write, which is to end with [`end_write`](Zones::end_write).
+    pub(super) fn begin_write(&mut self, index: usize) -> Result<(), Errno> {
+        let condition = self.zones[index].condition;
+        // A full one only gets what it has.
+        if !condition.is_open() && condition != Condition::Full {
             self.open_as(index, Condition::ImplicitlyOpen)?;
         }
-        self.zones[index].written += len;
-        if self.zones[index].written == self.size {
-            self.set(index, Condition::Full);
-        }
+        self.zones[index].busy = true;
         Ok(())
     }
 
-    fn sequential(&self, offset: u64) -> Result<usize, Errno> {
+    /// Moves the write pointer behind a write; `written` is where that ends in the zone, none if it failed.
+    pub(super) fn end_write(&mut self, index: usize, written: Option<u64>) {
+        let zone = &mut self.zones[index];
+        zone.busy = false;
+        if let Some(written) = written {
+            zone.written = written;
+            zone.may_repeat = false;
+            if written == self.size {
+                self.set(index, Condition::Full);
+            }
+        } else if zone.written == 0 && zone.condition != Condition::ExplicitlyOpen {
+            self.set(index, Condition::Empty);
+        }
+    }
+
+    /// The zone that begins at `offset`, if it is sequential.
+    pub(super) fn sequential(&self, offset: u64) -> Result<usize, Errno> {
         let index = self.index(offset);
         if self.zones[index].condition == Condition::Conventional { Err(Errno::EIO) } else { Ok(index) }
     }
@@ -184,7 +234,8 @@ impl Zones {
     pub(super) fn close(&mut self, offset: u64) -> Result<(), Errno> {
         let index = self.sequential(offset)?;
         match self.zones[index].condition {
-            Condition::Empty | Condition::Full => Err(Errno::EIO),
+            Condition::Full => Err(Errno::EIO),
+            // Also an empty one, which a new server finds where the last one had an open zone without data.
             _ => {
                 self.close_written(index);
                 Ok(())
@@ -192,20 +243,18 @@ impl Zones {
         }
     }
 
-    /// Makes a zone full.
-    pub(super) fn finish(&mut self, offset: u64) -> Result<usize, Errno> {
-        let index = self.sequential(offset)?;
-        self.zones[index].written = self.size;
+    /// Makes a sequential zone full.
+    pub(super) fn finish(&mut self, index: usize) {
         self.set(index, Condition::Full);
-        Ok(index)
+        self.zones[index].written = self.size;
+        self.zones[index].may_repeat = false;
     }
 
-    /// Makes a zone empty.
-    pub(super) fn reset(&mut self, offset: u64) -> Result<usize, Errno> {
-        let index = self.sequential(offset)?;
-        self.zones[index].written = 0;
+    /// Makes a sequential zone empty.
+    pub(super) fn reset(&mut self, index: usize) {
         self.set(index, Condition::Empty);
-        Ok(index)
+        self.zones[index].written = 0;
+        self.zones[index].may_repeat = false;
     }
 
     /// The sequential zones that are not empty.
@@ -244,6 +293,24 @@ mod tests {
     use proptest::prelude::*;
 
     const SIZE: u64 = 1 << 20;
+
+    /// What the target does for each write.
+    impl Zones {
+        fn write(&mut self, offset: u64, len: u64) -> Result<bool, Errno> {
+            let index = self.index(offset);
+            if self.place_write(offset, len)? == Start::Anywhere {
+                return Ok(false);
+            }
+            self.begin_write(index)?;
+            self.end_write(index, Some(offset + len - self.start(index)));
+            Ok(true)
+        }
+
+        fn append(&mut self, offset: u64, len: u64) -> Result<u64, Errno> {
+            let landed = self.place_append(offset, len)?;
+            self.write(landed, len).map(|_| landed)
+        }
+    }
 
     /// One conventional zone and five sequential ones.
     fn zones(max_open: u32, max_active: u32) -> Zones {
@@ -299,9 +366,9 @@ mod tests {
         zones.write(2 * SIZE, 512).unwrap();
         zones.close(SIZE).unwrap();
         assert_eq!(zones.write(3 * SIZE, 512), Err(Errno::EOVERFLOW));
-        zones.finish(2 * SIZE).unwrap();
+        zones.finish(2);
         zones.write(3 * SIZE, 512).unwrap();
-        zones.reset(SIZE).unwrap();
+        zones.reset(1);
         zones.write(4 * SIZE, 512).unwrap();
     }
 
@@ -310,6 +377,42 @@ mod tests {
         let zones = Zones::new(SIZE, &[Some(0), Some(512), Some(SIZE)], 0, 0);
         assert_eq!(zones.conditions(), [Empty, Closed, Full]);
         assert_eq!(zones.written(), [1, 2]);
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_its_zone_as_it_was() {
+        let mut zones = zones(1, 1);
+        zones.begin_write(1).unwrap();
+        assert_eq!(zones.write(2 * SIZE, 512), Err(Errno::EOVERFLOW), "its zone is active already");
+        zones.close(SIZE).unwrap();
+        assert_eq!(zones.conditions()[1], Closed, "its zone stays active");
+        zones.end_write(1, None);
+        assert_eq!((zones.conditions()[1], zones.written_to(1)), (Empty, 0));
+        zones.write(2 * SIZE, 512).unwrap();
+        zones.begin_write(2).unwrap();
+        zones.end_write(2, None);
+        assert_eq!((zones.conditions()[2], zones.written_to(2)), (ImplicitlyOpen, 512));
+    }
+
+    #[test]
+    fn a_new_server_takes_the_last_write_again_once() {
+        let new = || Zones::new(SIZE, &[Some(8192), Some(SIZE), Some(0)], 0, 0);
+        let mut zones = new();
+        assert_eq!(zones.place_write(4096, 4096), Ok(Start::BelowPointer(4096)), "carried out");
+        assert_eq!(zones.place_write(4096, 8192), Ok(Start::BelowPointer(4096)), "interrupted");
+        assert_eq!(zones.place_write(8192, 4096), Ok(Start::AtPointer), "not begun");
+        assert_eq!(zones.place_write(0, 4096), Err(Errno::EIO), "others came after it");
+        assert_eq!(zones.place_write(12288, 4096), Err(Errno::EIO));
+        assert_eq!(zones.write(4096, 8192), Ok(true));
+        assert_eq!((zones.written_to(0), zones.conditions()[0]), (12288, ImplicitlyOpen));
+        assert_eq!(zones.place_write(8192, 4096), Err(Errno::EIO));
+        // The one that filled the zone.
+        assert_eq!(zones.write(2 * SIZE - 4096, 4096), Ok(true));
+        assert_eq!((zones.written_to(1), zones.conditions()[1]), (SIZE, Full));
+        assert_eq!(zones.write(2 * SIZE - 4096, 4096), Err(Errno::EIO));
+        let mut zones = new();
+        zones.append(0, 4096).unwrap();
+        assert_eq!(zones.write(8192, 4096), Err(Errno::EIO));
     }
 
     #[test]
@@ -326,11 +429,13 @@ mod tests {
     proptest! {
         /// Whatever is asked for, limits hold and counts agree with conditions.
         #[test]
-        fn limits_hold(steps in prop::collection::vec((0u8..6, 0u64..6, 1u64..2049), 1..200)) {
+        fn limits_hold(steps in prop::collection::vec((0u8..8, 0u64..6, 1u64..2049), 1..200)) {
             let mut zones = zones(2, 3);
             for (what, zone, sectors) in steps {
                 let offset = zone * SIZE;
                 let _ = match what {
+                    // The target has a zone for itself while it writes.
+                    0 | 1 | 4..=6 if zones.zones[zone as usize].busy => Ok(()),
                     0 => zones.append(offset, sectors * 512).map(drop),
                     1 => {
                         // At the write pointer, or at the beginning of a zone that is full.
@@ -339,8 +444,16 @@ mod tests {
                     }
                     2 => zones.open(offset),
                     3 => zones.close(offset),
-                    4 => zones.finish(offset).map(drop),
-                    _ => zones.reset(offset).map(drop),
+                    4 => zones.sequential(offset).map(|index| zones.finish(index)),
+                    5 => zones.sequential(offset).map(|index| zones.reset(index)),
+                    // A write that ends only with the next one.
+                    6 => zones.place_append(offset, 512).and_then(|_| zones.begin_write(zone as usize)),
+                    _ => {
+                        if zones.zones[zone as usize].busy {
+                            zones.end_write(zone as usize, None);
+                        }
+                        Ok(())
+                    }
                 };
                 let open = zones.conditions().iter().filter(|c| c.is_open()).count();
                 let active = zones.conditions().iter().filter(|c| c.is_active()).count();
