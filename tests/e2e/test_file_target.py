@@ -168,6 +168,18 @@ def test_flush_fua_discard_and_zeroing_reach_the_device_below() -> None:
             assert seen("write") == [], "zeroes were sent as data"
 
 
+def test_a_device_below_that_cannot_zero_cannot_discard(native_disk) -> None:
+    # Holes in block devices are made by write-zeroes.
+    below = native_disk("-t", "mem", "--size", "4M", "--max-write-zeroes", "0")
+    assert sysfs.advertised(below)["discard"]
+    above = native_disk("-t", "file", "-f", below)
+    assert not sysfs.advertised(above)["discard"]
+    with Disk(above, direct=True) as disk:
+        disk.write(0, b"\x42" * 8192)
+        disk.zero_range(0, 4096)
+        assert disk.read(0, 8192) == bytes(4096) + b"\x42" * 4096
+
+
 @pytest.mark.parametrize("io", ["direct", "buffered"])
 def test_without_a_write_cache_each_change_is_durable(io: str) -> None:
     words = ("--io", io, "--write-cache", "off")

@@ -4,16 +4,20 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{SFlag, fstat};
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, fstatfs};
 
-/// What tells files apart: device, inode, and how it was opened.
+/// What tells files apart, on most file systems: device, inode, and how it was opened.
 type Identity = (u64, u64, i32);
+
+/// `V9FS_MAGIC` of `linux/magic.h`.
+const V9FS_MAGIC: FsType = FsType(0x0102_1997);
 
 /// A file that extents lie in.
 #[derive(Clone, Debug)]
@@ -43,6 +47,12 @@ pub fn shared(file: impl AsFd) -> Result<SharedFile, Errno> {
 }
 
 fn own(file: impl AsFd, flags: OFlag) -> Result<Arc<OwnedFd>, Errno> {
+    // The numbers of inodes are those of the file system's server, which may give several files the same one.
+    let numbers_are_unique = !matches!(fstatfs(&file)?.filesystem_type(), FUSE_SUPER_MAGIC | V9FS_MAGIC);
+    own_if_unique(file, flags, numbers_are_unique)
+}
+
+fn own_if_unique(file: impl AsFd, flags: OFlag, numbers_are_unique: bool) -> Result<Arc<OwnedFd>, Errno> {
     static FILES: Mutex<Option<HashMap<Identity, Weak<OwnedFd>>>> = Mutex::new(None);
     let stat = fstat(&file)?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
@@ -52,7 +62,9 @@ fn own(file: impl AsFd, flags: OFlag) -> Result<Arc<OwnedFd>, Errno> {
     let identity = (stat.st_dev, stat.st_ino, flags.bits());
     let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
     let files = files.get_or_insert_default();
-    if let Some(known) = files.get(&identity).and_then(Weak::upgrade) {
+    if let Some(known) = files.get(&identity).and_then(Weak::upgrade)
+        && (numbers_are_unique || is_same_description(&file, &known))
+    {
         return Ok(known);
     }
     files.retain(|_, file| file.strong_count() != 0);
@@ -60,6 +72,15 @@ fn own(file: impl AsFd, flags: OFlag) -> Result<Arc<OwnedFd>, Errno> {
     let own = Arc::new(own);
     files.insert(identity, Arc::downgrade(&own));
     Ok(own)
+}
+
+/// Whether two descriptors are copies of each other; false as well where the kernel does not say (`CONFIG_KCMP`).
+fn is_same_description(one: impl AsFd, other: impl AsFd) -> bool {
+    const KCMP_FILE: libc::c_long = 0;
+    let (pid, fd) = (libc::c_long::from(std::process::id() as i32), |fd: &dyn AsFd| fd.as_fd().as_raw_fd());
+    let (one, other) = (libc::c_long::from(fd(&one)), libc::c_long::from(fd(&other)));
+    // SAFETY: compares two descriptors, which are open as long as they are borrowed, and touches no memory.
+    (unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, one, other) }) == 0
 }
 
 /// A file that is all zeros, for ranges of a disk that lie nowhere.
@@ -95,6 +116,18 @@ mod tests {
         assert!(!Arc::ptr_eq(&first, &other));
         drop(file);
         assert_eq!(File::from(first.try_clone().unwrap()).metadata().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn files_with_one_number_are_told_apart_by_how_they_were_opened() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // For all that is known of them on FUSE, these may be different files.
+        let [one, other] = [(), ()].map(|()| file.reopen().unwrap());
+        let own = |file: &File, unique| own_if_unique(file, OFlag::O_RDWR, unique).unwrap();
+        let first = own(&one, false);
+        assert!(Arc::ptr_eq(&first, &own(&one.try_clone().unwrap(), false)), "a copy of the same descriptor");
+        assert!(Arc::ptr_eq(&first, &own(&other, true)));
+        assert!(!Arc::ptr_eq(&first, &own(&other, false)));
     }
 
     #[test]

@@ -304,15 +304,23 @@ fn memory_alignment(file: &fs::File) -> u32 {
 fn can_discard(file: &fs::File, is_block: bool, size: u64, rdev: u64) -> bool {
     if is_block {
         let (major, minor) = (nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
-        // A partition's own directory has no queue; its disk's has.
-        return ["queue", "../queue"].iter().any(|queue| {
-            fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{queue}/discard_max_bytes"))
-                .is_ok_and(|bytes| bytes.trim() != "0")
-        });
+        return block_device_can_discard(format!("/sys/dev/block/{major}:{minor}").as_ref());
     }
     // A hole behind the end changes nothing and shows whether the file system knows how.
     let end = size.next_multiple_of(PAGE_SIZE as u64).min(i64::MAX as u64 - PAGE_SIZE as u64);
     punch_hole(file, end, PAGE_SIZE as u64).is_ok()
+}
+
+/// Whether holes can be punched in a block device, whose directory in sysfs this is. Holes are zeros for the block
+/// layer: it makes them by write-zeroes, and refuses them where there is discard alone.
+fn block_device_can_discard(device: &Path) -> bool {
+    // A partition's own directory has no queue; its disk's has.
+    ["queue", "../queue"].iter().any(|queue| {
+        ["discard_max_bytes", "write_zeroes_max_bytes"].iter().all(|limit| {
+            let bytes = fs::read_to_string(device.join(queue).join(limit));
+            bytes.is_ok_and(|bytes| bytes.trim() != "0")
+        })
+    })
 }
 
 impl Target for File {
@@ -425,6 +433,20 @@ mod tests {
         let error = File::open(file.path(), &options).unwrap_err();
         assert!(error.to_string().contains("multiple of the logical block size"), "{error}");
         assert!(error.to_string().contains(file.path().to_str().unwrap()), "{error}");
+    }
+
+    #[test]
+    fn a_block_device_without_write_zeroes_cannot_discard() {
+        let sys = tempfile::tempdir().unwrap();
+        let (disk, partition) = (sys.path().join("sda"), sys.path().join("sda/sda1"));
+        fs::create_dir_all(disk.join("queue")).unwrap();
+        fs::create_dir(&partition).unwrap();
+        for (discard, write_zeroes, can) in [("4096", "4096", true), ("4096", "0", false), ("0", "4096", false)] {
+            fs::write(disk.join("queue/discard_max_bytes"), format!("{discard}\n")).unwrap();
+            fs::write(disk.join("queue/write_zeroes_max_bytes"), format!("{write_zeroes}\n")).unwrap();
+            assert_eq!(block_device_can_discard(&disk), can, "{discard} {write_zeroes}");
+            assert_eq!(block_device_can_discard(&partition), can, "{discard} {write_zeroes}");
+        }
     }
 
     #[test]
