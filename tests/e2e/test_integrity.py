@@ -213,9 +213,7 @@ def test_a_files_metadata_outlives_its_server(io: str, native: Face, scratch: Pa
 
 @needs_integrity
 @pytest.mark.parametrize("kind", ["mem", "file"])
-def test_a_reader_beside_a_writer_finds_data_and_metadata_of_one_write(
-    kind: str, native_disk, native: Face, scratch: Path
-) -> None:
+def test_a_reader_beside_a_writer_never_sees_a_mismatch(kind: str, native_disk, native: Face, scratch: Path) -> None:
     more = ["--size", "1M"] if kind == "mem" else ["-f", image(scratch, 1 << 20), "--io", "direct"]
     path = native_disk("-t", kind, *more, "--integrity", "crc16-t10dif", "-q", "2")
     length, stop = 32 * KIB, threading.Event()

@@ -13,7 +13,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, fstatfs};
 
-/// What tells files apart, on most file systems: device, inode, and how it was opened.
+/// What distinguishes files on most file systems: device, inode, and how it was opened.
 type Identity = (u64, u64, i32);
 
 /// `V9FS_MAGIC` of `linux/magic.h`.
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn files_with_one_number_are_told_apart_by_how_they_were_opened() {
+    fn files_with_one_number_are_known_by_their_descriptors() {
         let file = tempfile::NamedTempFile::new().unwrap();
         // For all that is known of them on FUSE, these may be different files.
         let [one, other] = [(), ()].map(|()| file.reopen().unwrap());

@@ -75,7 +75,7 @@ pub(crate) struct Sync {
     /// An open file description that nothing else syncs but this queue, so that no other takes its errors.
     pub(crate) fd: RawFd,
     /// Whether data is written through the page cache. Then writes are synced by `fdatasync` too: with `RWF_DSYNC` a
-    /// full file system could not be told from lost writes.
+    /// full file system would look like lost writes.
     pub(crate) buffered: bool,
     /// Shared by all queues of the disk.
     pub(crate) write_back: Arc<WriteBack>,

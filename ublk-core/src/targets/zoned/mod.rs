@@ -64,8 +64,8 @@ impl ZonedOptions {
 /// The files of a directory are all that a new server knows: zones that were open are closed for it, and it may be sent
 /// again what the last server had carried out and could not acknowledge ([`Recovery::Reissue`](crate::Recovery::Reissue)).
 /// A write below the write pointer that ends at or above it is taken once for each zone, if the zone has the same
-/// bytes up to the pointer. Resets and the like may be repeated in any case. An append lands a second time, behind
-/// the first, as it cannot be told from another one with the same data; the zone has less room then.
+/// bytes up to the pointer. Resets and the like may be repeated in any case. An append lands a second time, after
+/// the first, as it looks like any other one with the same data; the zone has less room then.
 #[derive(Debug)]
 pub struct Zoned(Arc<Disk>);
 
@@ -194,8 +194,8 @@ impl Disk {
     ///
     /// A server can die after it has carried out a write and before the client hears of it. With `--recovery reissue`
     /// the next server gets that write again, below the write pointer, and carries it out if the zone holds these very
-    /// bytes there: that changes nothing but the client's knowledge. An append that is sent again lands behind the
-    /// first one: nothing tells it from one whose data is the same.
+    /// bytes there: that changes nothing but the client's knowledge. An append that is sent again lands after the
+    /// first one: it looks like any other one with the same data.
     fn write(&self, offset: u64, data: &[u8], durably: bool) -> Result<(), Errno> {
         let _busy = self.busy(offset);
         let start = self.zones().place_write(offset, data.len() as u64)?;

@@ -201,7 +201,7 @@ impl Zones {
         Ok(())
     }
 
-    /// Moves the write pointer behind a write; `written` is where that ends in the zone, none if it failed.
+    /// Moves the write pointer to the end of a write; `written` is where that ends in the zone, none if it failed.
     pub(super) fn end_write(&mut self, index: usize, written: Option<u64>) {
         let zone = &mut self.zones[index];
         zone.busy = false;
