@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use crate::errno::RawErrno;
 use crate::units::{DeviceId, QueueId};
 
 /// Shorthand for results of this crate.
@@ -140,7 +141,7 @@ impl Error {
             Error::Timeout { .. } => Errno::ETIMEDOUT,
             Error::Queue { .. } => Errno::EIO,
             Error::Unsupported { .. } => Errno::EOPNOTSUPP,
-            Error::Target { source, .. } => source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            Error::Target { source, .. } => errno_of(source),
         }
     }
 
@@ -153,9 +154,9 @@ impl Error {
     }
 }
 
-/// The errno inside an [`io::Error`], `EIO` if it has none.
+/// The errno inside an [`io::Error`], as one that is [known](RawErrno::known). `EIO` if it has none.
 pub(crate) fn errno_of(error: &io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+    RawErrno::from(error).known()
 }
 
 /// An errno with its name: `Invalid argument (EINVAL)`.

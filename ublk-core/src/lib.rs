@@ -32,6 +32,7 @@ mod data;
 mod device;
 pub mod driver;
 mod engine;
+mod errno;
 mod error;
 pub mod extents;
 #[cfg(any(feature = "fake", all(doc, not(doctest))))]
@@ -54,6 +55,7 @@ pub use data::shared::SharedMemory;
 pub use data::{Access, DataMovement};
 pub use device::{Device, DeviceOptions, Ending, MAX_COALESCING, MAX_IO_BYTES, Recovery, Server};
 pub use engine::{Spawn, StdSpawn};
+pub use errno::RawErrno;
 pub use error::{Error, Result};
 pub use memory::IoBuffer;
 pub use nix::errno::Errno;

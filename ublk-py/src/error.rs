@@ -5,7 +5,7 @@
 use pyo3::exceptions::{PyMemoryError, PyNotImplementedError, PyOSError, PyTimeoutError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use ublk_core::{Errno, Error};
+use ublk_core::{Errno, Error, RawErrno};
 
 /// A failure of the library as Python knows it: `ValueError` for impossible values, else
 /// `ublk.UblkError` with the errno.
@@ -29,22 +29,20 @@ pub(crate) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
 }
 
 /// An errno as `OSError`.
-pub(crate) fn os_error(errno: Errno) -> PyErr {
-    PyOSError::new_err((errno as i32, errno.desc()))
+pub(crate) fn os_error(errno: impl Into<RawErrno>) -> PyErr {
+    let errno = errno.into();
+    PyOSError::new_err((errno.get(), errno.known().desc()))
 }
 
 /// The errno that says what a handler's exception says, if there is one.
-pub(crate) fn to_errno(py: Python<'_>, error: &PyErr) -> Option<Errno> {
+pub(crate) fn to_errno(py: Python<'_>, error: &PyErr) -> Option<RawErrno> {
     if error.is_instance_of::<PyOSError>(py) {
         let value = error.value(py).getattr(pyo3::intern!(py, "errno")).and_then(|e| e.extract::<i32>());
-        return match value {
-            Ok(errno) if (1..4096).contains(&errno) => Some(Errno::from_raw(errno)),
-            _ if error.is_instance_of::<PyTimeoutError>(py) => Some(Errno::ETIMEDOUT),
-            _ => None,
-        };
+        let timed_out = || error.is_instance_of::<PyTimeoutError>(py).then(|| Errno::ETIMEDOUT.into());
+        return value.ok().and_then(RawErrno::new).or_else(timed_out);
     }
     if error.is_instance_of::<PyNotImplementedError>(py) {
-        return Some(Errno::EOPNOTSUPP);
+        return Some(Errno::EOPNOTSUPP.into());
     }
-    error.is_instance_of::<PyMemoryError>(py).then_some(Errno::ENOMEM)
+    error.is_instance_of::<PyMemoryError>(py).then(|| Errno::ENOMEM.into())
 }

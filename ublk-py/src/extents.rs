@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyTuple, PyType};
 use ublk_core::extents::files::{self, SharedFile};
 use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, Moment};
-use ublk_core::{Home, Op, Pieces, Request, RequestOf};
+use ublk_core::{Home, Op, Pieces, RawErrno, Request, RequestOf};
 
 use crate::descriptor::with_descriptor;
 use crate::error::os_error;
@@ -42,7 +42,8 @@ impl PyExtent {
         let file = with_descriptor(file, |file| {
             files::shared(file).map_err(|errno| {
                 let text = "an extent lies in an open file, regular or a block device, and not one that is appended to";
-                PyOSError::new_err((errno as i32, format!("{}: {text}", errno.desc())))
+                let errno = RawErrno::from(errno);
+                PyOSError::new_err((errno.get(), format!("{}: {text}", errno.known().desc())))
             })
         })?;
         Ok(PyExtent { file, offset, length, start, stable })

@@ -2,11 +2,12 @@
 
 //! The stand-in driver, for tests of Python block devices without a kernel.
 
-use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use ublk_core::driver::fake::{FakeDisk, FakeDriver as Inner};
 use ublk_core::{DeviceId, Errno};
+
+use crate::error::os_error;
 
 /// A driver in this process, and the client of its disks.
 #[pyclass(frozen, module = "ublk._ublk")]
@@ -24,7 +25,7 @@ impl FakeDriver {
 }
 
 fn check<T>(result: Result<T, Errno>) -> PyResult<T> {
-    result.map_err(|errno| PyOSError::new_err((errno as i32, errno.desc())))
+    result.map_err(os_error)
 }
 
 #[pymethods]

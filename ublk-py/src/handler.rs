@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 use ublk_core::extents::ExtentMap;
 use ublk_core::pull::{Feed, Feeds};
-use ublk_core::{Access, Errno, Params, QueueHandler, QueueInfo, Request, Requests, Result, Target};
+use ublk_core::{Access, Params, QueueHandler, QueueInfo, RawErrno, Request, Requests, Result, Target};
 
 use crate::buffer::Slot;
 use crate::error::to_python;
@@ -240,7 +240,7 @@ impl Serve for BatchQueue {
             if errno.is_none() {
                 report(py, &self.batch.report, "handle", &error);
             }
-            endings.iter().for_each(|ending| ending.fail_if_left(py, errno.unwrap_or(Errno::EIO)));
+            endings.iter().for_each(|ending| ending.fail_if_left(py, errno.unwrap_or(RawErrno::EIO)));
         }
     }
 }

@@ -5,7 +5,7 @@
 use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use ublk_core::{Errno, Home, Op, Operations, RequestOf};
+use ublk_core::{Errno, Home, Op, Operations, RawErrno, RequestOf};
 
 use crate::buffer::Slot;
 use crate::error::to_errno;
@@ -96,7 +96,7 @@ impl Methods {
             }
         }
         log::error!("{request:?}: what its handler returned was invalidated {ATTEMPTS} times in a row");
-        request.fail(Errno::EIO);
+        request.fail(RawErrno::EIO);
     }
 
     /// Gives the request back if it went somewhere that was invalidated meanwhile.
@@ -168,10 +168,10 @@ impl Methods {
     }
 
     /// What a request fails with after an exception; `EIO`, and a report, if that is no errno.
-    pub(crate) fn errno_of(&self, py: Python<'_>, operation: &str, error: &PyErr) -> Errno {
+    pub(crate) fn errno_of(&self, py: Python<'_>, operation: &str, error: &PyErr) -> RawErrno {
         to_handlers_errno(py, error).unwrap_or_else(|| {
             report(py, &self.report, operation, error);
-            Errno::EIO
+            RawErrno::EIO
         })
     }
 }
@@ -213,7 +213,7 @@ pub(crate) fn report(py: Python<'_>, report: &Py<PyAny>, operation: &str, error:
 }
 
 /// The errno of a handler's exception. None for what is a mistake, or meant for the program as a whole.
-pub(crate) fn to_handlers_errno(py: Python<'_>, error: &PyErr) -> Option<Errno> {
+pub(crate) fn to_handlers_errno(py: Python<'_>, error: &PyErr) -> Option<RawErrno> {
     to_errno(py, error).filter(|_| error.is_instance_of::<PyException>(py))
 }
 

@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
 use ublk_core::extents::{ExtentMap, Moment};
-use ublk_core::{DetachedRequest, Errno, Op};
+use ublk_core::{DetachedRequest, Op, RawErrno};
 
 use crate::buffer::Lease;
 use crate::extents::{ATTEMPTS, Returned, forward_returned, is_extent};
@@ -64,7 +64,7 @@ impl Ending {
     }
 
     /// Fails the request unless it has ended.
-    pub(crate) fn fail_if_left(&self, py: Python<'_>, errno: Errno) {
+    pub(crate) fn fail_if_left(&self, py: Python<'_>, errno: RawErrno) {
         if let Some(request) = self.take(py) {
             request.fail(errno);
         }
@@ -93,7 +93,7 @@ impl PyRequest {
         self.ending.clone()
     }
 
-    fn end(&self, py: Python<'_>, result: Result<(), Errno>) -> PyResult<()> {
+    fn end(&self, py: Python<'_>, result: Result<(), RawErrno>) -> PyResult<()> {
         let request = self.ending.take(py).ok_or_else(over)?;
         request.finish(result);
         Ok(())
@@ -187,10 +187,9 @@ impl PyRequest {
     /// End the request as failed, with an errno.
     #[pyo3(signature = (errno = 5))]
     fn fail(&self, py: Python<'_>, errno: i32) -> PyResult<()> {
-        if !(1..4096).contains(&errno) {
-            return Err(PyValueError::new_err(format!("{errno} is no errno: 1 to 4095 are possible")));
-        }
-        self.end(py, Err(Errno::from_raw(errno)))
+        let errno = RawErrno::new(errno)
+            .ok_or_else(|| PyValueError::new_err(format!("{errno} is no errno: 1 to 4095 are possible")))?;
+        self.end(py, Err(errno))
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -211,7 +210,7 @@ impl PyRequest {
             return Ok(false);
         }
         let errno = to_handlers_errno(py, &PyErr::from_value(value.clone()));
-        request.fail(errno.unwrap_or(Errno::EIO));
+        request.fail(errno.unwrap_or(RawErrno::EIO));
         Ok(errno.is_some())
     }
 
@@ -276,7 +275,7 @@ impl Drop for PyRequest {
             if let Err(error) = told {
                 error.write_unraisable(py, None);
             }
-            self.ending.fail_if_left(py, Errno::EIO);
+            self.ending.fail_if_left(py, RawErrno::EIO);
             if let Some(pending) = pending {
                 pending.restore(py);
             }

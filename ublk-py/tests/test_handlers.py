@@ -108,6 +108,39 @@ def test_an_exception_that_is_an_errno_becomes_that_errno(driver, caplog, except
     assert caplog.records == []
 
 
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    # Those that the C library has no name for; ENOTSUPP and ERESTARTSYS, of the kernel alone; HTTP's.
+    [
+        (41, errno.EIO),
+        (134, errno.EIO),
+        (503, errno.EIO),
+        (4095, errno.EIO),
+        (524, errno.EOPNOTSUPP),
+        (512, errno.EINTR),
+    ],
+)
+def test_an_errno_of_any_number_fails_the_request(driver, number, expected):
+    class Failing(Ram):
+        def fail(self, *_):
+            raise OSError(number, "it says")
+
+        read = write = flush = discard = write_zeroes = fail
+
+    with Failing().start(_driver=driver) as dev:
+        calls = [
+            lambda: driver.read(dev.id, 0, 4096),
+            lambda: driver.write(dev.id, 0, bytes(4096)),
+            lambda: driver.flush(dev.id),
+            lambda: driver.discard(dev.id, 0, 4096),
+            lambda: driver.write_zeroes(dev.id, 0, 4096),
+        ]
+        for call in calls:
+            with pytest.raises(OSError) as caught:
+                call()
+            assert caught.value.errno == expected
+
+
 @pytest.mark.parametrize("exception", [ValueError("odd"), OSError("without errno"), KeyError(1)])
 def test_any_other_exception_is_eio_with_its_traceback_in_the_log(driver, caplog, exception):
     def fail(offset, buf):

@@ -454,6 +454,18 @@ class TestBatches:
         assert raised.value.errno == errno.ENODATA
         assert outcomes == ["<ublk.Request read 512+1024 of ublkb0 queue 0 done>"]
 
+    @pytest.mark.parametrize("number", [41, 134, 600, 4095])
+    def test_a_failure_of_any_number_is_a_failure(self, driver, number):
+        def handle(requests):
+            for request in requests:
+                request.fail(number)
+
+        with handler(handle).start(_driver=driver) as dev:
+            for call in (lambda: driver.write(dev.id, 0, bytes(512)), lambda: driver.read(dev.id, 0, 512)):
+                with pytest.raises(OSError) as raised:
+                    call()
+                assert raised.value.errno == errno.EIO
+
     def test_a_dropped_request_is_eio_and_the_log_says_where(self, driver, caplog):
         def forget(request):
             del request  # here

@@ -29,8 +29,9 @@ use nix::errno::Errno;
 
 use self::char_device::FakeChar;
 pub use self::disk::{FakeDisk, Sent};
-use self::ring::{Completions, FakeRing};
-use super::{CharDevice, ControlCommand, ControlFailure, Driver, Ring};
+use self::ring::{Completions, FakeRing, RingFiles};
+use super::{CharDevice, ControlCommand, ControlFailure, Driver, Operation, Ring};
+use crate::errno::RawErrno;
 use crate::memory::{Descriptor, Region};
 use crate::uapi::{self, Features, ublk_params, ublksrv_ctrl_dev_info};
 use crate::units::DeviceId;
@@ -62,14 +63,35 @@ struct State {
     tickets: u64,
     /// Rings may call themselves quiet: no client is at work.
     quiet: bool,
-    /// How long files take for an operation.
-    file_delay: Duration,
+    files: Files,
     /// What the driver says it can do; everything unless a test wants less.
     offered: Option<Features>,
     /// Whether callers lack CAP_SYS_ADMIN.
     unprivileged: bool,
     /// Errnos to answer the next commands of a name with.
     refusals: HashMap<&'static str, VecDeque<Errno>>,
+}
+
+/// How files behave.
+#[derive(Debug, Default)]
+struct Files {
+    /// How long they take for an operation.
+    delay: Duration,
+    /// What they refuse reads and writes with.
+    refusal: Option<RawErrno>,
+    /// They take operations, and carry them out later.
+    holding: bool,
+    held: Vec<HeldOperation>,
+}
+
+/// An operation that a file has taken.
+#[derive(Debug)]
+struct HeldOperation {
+    ring: Arc<Completions>,
+    user_data: u64,
+    operation: Operation,
+    /// What a ring keeps open while it has operations in flight.
+    files: RingFiles,
 }
 
 #[derive(Debug)]
@@ -185,7 +207,30 @@ impl FakeDriver {
 
     /// Makes files slow.
     pub fn delay_files(&self, delay: Duration) {
-        self.shared.state().file_delay = delay;
+        self.shared.state().files.delay = delay;
+    }
+
+    /// Has files refuse all reads and writes, as a FUSE server may with any errno.
+    pub fn refuse_files(&self, errno: Option<RawErrno>) {
+        self.shared.state().files.refusal = errno;
+    }
+
+    /// Has files take operations without answering, as one on a network does whose server is away. With `false` they
+    /// carry out what they have, and go on.
+    pub fn hold_files(&self, holding: bool) {
+        let mut state = self.shared.state();
+        state.files.holding = holding;
+        let held = if holding { Vec::new() } else { std::mem::take(&mut state.files.held) };
+        drop(state);
+        for HeldOperation { ring, user_data, operation, files } in held {
+            ring.push(user_data, ring::file_operation(operation));
+            drop(files);
+        }
+    }
+
+    /// How many operations files have taken and not carried out.
+    pub fn held_files(&self) -> usize {
+        self.shared.state().files.held.len()
     }
 
     /// Lets servers give memory back while rings are idle. Until then no client may send anything: it would

@@ -161,7 +161,7 @@ impl Driver for KernelDriver {
                     return if result >= 0 {
                         Ok((result, payload.into_vec()))
                     } else {
-                        Err(ControlFailure::Refused(Errno::from_raw(-result)))
+                        Err(ControlFailure::refused(result))
                     };
                 }
                 Ok(None) if give_up() => break ControlFailure::GaveUp,

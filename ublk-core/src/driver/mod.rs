@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use crate::errno::RawErrno;
 use crate::memory::DescriptorMap;
 use crate::units::{DeviceId, QueueId, Tag};
 
@@ -53,6 +54,13 @@ pub enum ControlFailure {
     GaveUp,
     /// The command could not be sent.
     Io(io::Error),
+}
+
+impl ControlFailure {
+    /// The driver's negative result.
+    pub(crate) fn refused(result: i32) -> Self {
+        ControlFailure::Refused(RawErrno::check(result).map_or_else(RawErrno::known, |_| Errno::EIO))
+    }
 }
 
 /// The ublk driver, or something that behaves like it.

@@ -6,9 +6,8 @@
 //! it has dealt with. It stops at the first element that it refuses, so an answer that is short is followed
 //! by the rest, and an answer that is an errno is that of the first element.
 
-use nix::errno::Errno;
-
 use crate::driver::Elements;
+use crate::errno::RawErrno;
 use crate::uapi;
 use crate::units::Tag;
 
@@ -130,19 +129,22 @@ impl Batch {
     }
 
     /// Takes the result of an array's command. The tag is the one that was refused, if one was.
-    pub(super) fn completed(&mut self, number: u16, result: i32) -> (After, Option<(Tag, Errno)>) {
+    pub(super) fn completed(&mut self, number: u16, result: i32) -> (After, Option<(Tag, RawErrno)>) {
         let stride = self.tail.stride();
         let array = &mut self.arrays[usize::from(number)];
         assert!(array.busy, "an array that was not sent has completed");
         let left = array.bytes.len() - array.done;
-        let refused = if result < 0 {
-            let first = array.done;
-            array.done += stride;
-            Some((Tag(u16::from_ne_bytes([array.bytes[first], array.bytes[first + 1]])), Errno::from_raw(-result)))
-        } else {
-            // Whole elements, and no more than were sent.
-            array.done += (result as usize).min(left) / stride * stride;
-            None
+        let refused = match RawErrno::check(result) {
+            Err(errno) => {
+                let first = array.done;
+                array.done += stride;
+                Some((Tag(u16::from_ne_bytes([array.bytes[first], array.bytes[first + 1]])), errno))
+            }
+            Ok(done) => {
+                // Whole elements, and no more than were sent.
+                array.done += (done as usize).min(left) / stride * stride;
+                None
+            }
         };
         if array.done == array.bytes.len() {
             array.busy = false;
@@ -174,6 +176,8 @@ impl Batch {
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+
     use super::*;
 
     fn element(tag: u16) -> Element {
@@ -215,9 +219,9 @@ mod tests {
         let (mut batch, number, all) = batch(3);
         assert!(matches!(batch.completed(number, 16), (After::Resend(_), None)));
         let (After::Resend(rest), refused) = batch.completed(number, -(Errno::EINVAL as i32)) else { panic!() };
-        assert_eq!(refused, Some((Tag(1), Errno::EINVAL)));
+        assert_eq!(refused, Some((Tag(1), Errno::EINVAL.into())));
         assert_eq!((rest.address, rest.count), (all.address + 32, 1));
-        assert_eq!(batch.completed(number, -(Errno::EBUSY as i32)), (After::Done, Some((Tag(2), Errno::EBUSY))));
+        assert_eq!(batch.completed(number, -(Errno::EBUSY as i32)), (After::Done, Some((Tag(2), Errno::EBUSY.into()))));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use super::transfer::{Next, Step, Transfer};
 use crate::data::DataMovement;
 use crate::data::pool::BufferPool;
 use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
+use crate::errno::RawErrno;
 use crate::memory::{Descriptor, DescriptorMap, IoBuffer, PAGE_SIZE};
 use crate::request::{Answer, Errand, FileRange, Op, Origin, WriteBack, memory_or_abort};
 use crate::stats::{Ended, QueueStats};
@@ -375,11 +376,11 @@ impl QueueCore {
     }
 
     /// Memory for a request that is forwarded without any, with a write's data.
-    fn bring_data(&self, tag: Tag, op: Op, descriptor: &Descriptor) -> Result<Arc<IoBuffer>, Errno> {
+    fn bring_data(&self, tag: Tag, op: Op, descriptor: &Descriptor) -> Result<Arc<IoBuffer>, RawErrno> {
         let len = op.len(descriptor) as usize;
         let failed = |e: io::Error| {
             log::error!("{}: bringing its data to memory: {e}", self.name(tag));
-            crate::error::errno_of(&e)
+            RawErrno::from(&e)
         };
         let memory = self.take_memory(len).map_err(failed)?;
         if !op.fills() {
@@ -423,11 +424,13 @@ impl QueueCore {
             self.syncs.borrow_mut().end(tag);
         }
         let next = match forwarded.pages {
-            Pages::ToRegister(_) if result < 0 => Next::Finished(Err(Errno::from_raw(-result))),
-            Pages::ToRegister(index) => {
-                forwarded.pages = Pages::Registered(index);
-                Next::Continue
-            }
+            Pages::ToRegister(index) => match RawErrno::check(result) {
+                Err(errno) => Next::Finished(Err(errno)),
+                Ok(_) => {
+                    forwarded.pages = Pages::Registered(index);
+                    Next::Continue
+                }
+            },
             _ => forwarded.transfer.completed(result),
         };
         let outcome = match next {
@@ -478,7 +481,7 @@ impl QueueCore {
         &self,
         tag: Tag,
         forwarded: &Forwarded,
-        outcome: Result<(), Errno>,
+        outcome: Result<(), RawErrno>,
     ) -> (Option<Arc<IoBuffer>>, Answer) {
         let Forwarded { transfer, op, pages, shared } = forwarded;
         if let Pages::Registered(index) = *pages {
@@ -492,7 +495,7 @@ impl QueueCore {
                 // SAFETY: memory.rs (3): the server owns the request, and the file's data is in place.
                 let bytes = unsafe { buffer.bytes(transfer.data_len() as usize) };
                 let copied = self.origin.file.copy_to_request(self.request_place(tag), bytes);
-                copied.map_err(|e| crate::error::errno_of(&e))
+                copied.map_err(|e| RawErrno::from(&e))
             }
             _ => Ok(()),
         });
@@ -547,19 +550,16 @@ impl QueueCore {
     }
 
     /// The driver has taken the tags for the first time, or not.
-    pub(super) fn prepared(&self, number: Tag, result: i32) -> Result<(), Errno> {
+    pub(super) fn prepared(&self, number: Tag, result: i32) -> Result<(), RawErrno> {
         let Some(batch) = &self.batch else { return Ok(()) };
         batch.borrow_mut().forget(number.0);
-        if result < 0 {
-            self.tags.borrow_mut().deliveries_ended();
-            return Err(Errno::from_raw(-result));
-        }
+        RawErrno::check(result).inspect_err(|_| self.tags.borrow_mut().deliveries_ended())?;
         self.fetch_batch();
         Ok(())
     }
 
     /// The driver has dealt with an array of commits. One that it refused is returned.
-    pub(super) fn batch_completed(&self, number: Tag, result: i32) -> Option<(Tag, Errno)> {
+    pub(super) fn batch_completed(&self, number: Tag, result: i32) -> Option<(Tag, RawErrno)> {
         let batch = self.batch.as_ref()?;
         let (after, refused) = batch.borrow_mut().completed(number.0, result);
         if let After::Resend(elements) = after {

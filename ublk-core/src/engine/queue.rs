@@ -19,6 +19,7 @@ use super::transfer::ZEROS_LEN;
 use crate::data::DataMovement;
 use crate::data::shared::SharedTable;
 use crate::driver::{CharDevice, Completion};
+use crate::errno::RawErrno;
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::placement::CpuSet;
@@ -143,11 +144,11 @@ impl Queue {
                 self.core.end_deliveries_if_idle();
             }
             Kind::Transfer => self.core.transfer_completed(tag, result),
-            Kind::Unregister if result < 0 => {
-                let errno = Errno::from_raw(-result);
-                self.fail(format!("the pages of tag {tag} do not leave the ring's table: {errno}"));
+            Kind::Unregister => {
+                if let Err(errno) = RawErrno::check(result) {
+                    self.fail(format!("the pages of tag {tag} do not leave the ring's table: {errno}"));
+                }
             }
-            Kind::Unregister => {}
         }
     }
 
@@ -190,11 +191,11 @@ impl Queue {
         if completion.more {
             return;
         }
-        match Errno::from_raw(-completion.result.min(0)) {
+        match RawErrno::check(completion.result) {
+            Ok(_) => self.core.fetch_batch(),
             // The buffers were all in use for a moment.
-            Errno::ENOBUFS => self.core.fetch_batch(),
-            _ if completion.result >= 0 => self.core.fetch_batch(),
-            errno => {
+            Err(errno) if errno == Errno::ENOBUFS => self.core.fetch_batch(),
+            Err(errno) => {
                 self.core.deliveries.set(Deliveries::Ended);
                 self.core.end_deliveries_if_idle();
                 if errno == Errno::ENODEV {

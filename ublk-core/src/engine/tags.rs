@@ -18,6 +18,7 @@
 
 use nix::errno::Errno;
 
+use crate::errno::RawErrno;
 use crate::units::Tag;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,9 +43,9 @@ pub(crate) enum Event {
     Gone,
     /// A commit was refused and the request is still the server's: it must be committed again, as a
     /// failure.
-    CommitRefused(Errno),
+    CommitRefused(RawErrno),
     /// The tag is lost: its FETCH was refused, or its commit was refused twice.
-    Lost(Errno),
+    Lost(RawErrno),
 }
 
 /// All tags of one queue.
@@ -82,16 +83,23 @@ impl TagTable {
         let state = &mut self.states[tag.index()];
         let State::Armed { rejections } = *state else { panic!("tag {tag} completed in state {state:?}") };
         self.armed -= 1;
-        if result >= 0 {
-            *state = State::Owned { rejections: 0 };
-            self.owned += 1;
-            return Event::Request;
+        match RawErrno::check(result) {
+            Ok(_) => {
+                *state = State::Owned { rejections: 0 };
+                self.owned += 1;
+                Event::Request
+            }
+            Err(errno) => self.refused(tag, errno, was_commit.then_some(rejections)),
         }
-        let errno = Errno::from_raw(-result);
+    }
+
+    /// The driver has refused what lent it the tag; `rejections` are those of the request that this would have finished.
+    fn refused(&mut self, tag: Tag, errno: RawErrno, rejections: Option<u8>) -> Event {
+        let state = &mut self.states[tag.index()];
         if errno == Errno::ENODEV {
             *state = State::Gone;
             Event::Gone
-        } else if was_commit && rejections == 0 {
+        } else if rejections == Some(0) {
             *state = State::Owned { rejections: 1 };
             self.owned += 1;
             Event::CommitRefused(errno)
@@ -111,8 +119,8 @@ impl TagTable {
     }
 
     /// The commit of the tag, one of a batch, was refused.
-    pub(crate) fn commit_refused(&mut self, tag: Tag, errno: Errno) -> Event {
-        self.completed(tag, -(errno as i32), true)
+    pub(crate) fn commit_refused(&mut self, tag: Tag, errno: RawErrno) -> Event {
+        self.completed(tag, -errno.get(), true)
     }
 
     /// The driver delivers no more: what it holds is gone.
@@ -195,16 +203,27 @@ mod tests {
         let mut table = fetched(1);
         table.completed(Tag(0), 0, false);
         table.commit(Tag(0));
-        assert_eq!(table.completed(Tag(0), einval, true), Event::CommitRefused(Errno::EINVAL));
+        assert_eq!(table.completed(Tag(0), einval, true), Event::CommitRefused(Errno::EINVAL.into()));
         table.commit(Tag(0));
-        assert_eq!(table.completed(Tag(0), einval, true), Event::Lost(Errno::EINVAL));
+        assert_eq!(table.completed(Tag(0), einval, true), Event::Lost(Errno::EINVAL.into()));
         assert!(table.drained());
+    }
+
+    #[test]
+    fn a_refusal_with_an_unknown_errno_is_no_request() {
+        let unknown = RawErrno::new(503).unwrap();
+        let mut table = fetched(1);
+        table.completed(Tag(0), 0, false);
+        table.commit(Tag(0));
+        assert_eq!(table.commit_refused(Tag(0), unknown), Event::CommitRefused(unknown));
+        table.commit(Tag(0));
+        assert_eq!(table.completed(Tag(0), i32::MIN, true), Event::Lost(RawErrno::EIO));
     }
 
     #[test]
     fn a_refused_fetch_loses_the_tag_without_a_request() {
         let mut table = fetched(1);
-        assert_eq!(table.completed(Tag(0), -(Errno::EBUSY as i32), false), Event::Lost(Errno::EBUSY));
+        assert_eq!(table.completed(Tag(0), -(Errno::EBUSY as i32), false), Event::Lost(Errno::EBUSY.into()));
         assert!(table.drained());
     }
 

@@ -6,6 +6,7 @@
 use nix::errno::Errno;
 
 use crate::driver::{Memory, Operation};
+use crate::errno::RawErrno;
 use crate::memory::Descriptor;
 use crate::request::{Durability, FilePiece, FileRange, Keep, Op, Pieces, WriteBack};
 use crate::uapi;
@@ -63,7 +64,7 @@ pub(crate) enum Next {
     /// Submit [`Transfer::operation`] again.
     Continue,
     /// The request is finished.
-    Finished(Result<(), Errno>),
+    Finished(Result<(), RawErrno>),
 }
 
 impl Step {
@@ -155,20 +156,21 @@ impl Transfer {
 
     /// Takes the result of the last operation.
     pub(crate) fn completed(&mut self, result: i32) -> Next {
-        if result < 0 {
-            return self.failed(Errno::from_raw(-result));
-        }
+        let count = match RawErrno::check(result) {
+            Ok(count) => count,
+            Err(errno) => return self.failed(errno),
+        };
         self.retries = 0;
         match self.step {
             Step::SyncData => Next::Finished(Ok(())),
             Step::Punch { .. } | Step::ZeroRange => self.changed(),
             Step::Read | Step::Write { .. } | Step::WriteZeros => {
-                self.done += u64::from(result as u32);
+                self.done += u64::from(count);
                 if self.done >= self.pieces.first().len {
                     self.next_part()
-                } else if result == 0 {
+                } else if count == 0 {
                     // The file is shorter than the disk that it backs, or the file system is confused.
-                    Next::Finished(Err(Errno::EIO))
+                    Next::Finished(Err(RawErrno::EIO))
                 } else {
                     Next::Continue
                 }
@@ -197,8 +199,8 @@ impl Transfer {
         Next::Continue
     }
 
-    fn failed(&mut self, errno: Errno) -> Next {
-        match (errno, self.step) {
+    fn failed(&mut self, errno: RawErrno) -> Next {
+        match (errno.known(), self.step) {
             (Errno::EINTR | Errno::EAGAIN, _) if self.retries < MAX_RETRIES => {
                 self.retries += 1;
                 Next::Continue
@@ -270,7 +272,7 @@ mod tests {
     fn the_end_of_the_file_inside_a_request_is_an_error() {
         let mut read = transfer(Op::Read, 0, 8);
         assert_eq!(read.completed(512), Next::Continue);
-        assert_eq!(read.completed(0), Next::Finished(Err(Errno::EIO)));
+        assert_eq!(read.completed(0), Next::Finished(Err(RawErrno::EIO)));
     }
 
     #[test]
@@ -355,9 +357,30 @@ mod tests {
     }
 
     #[test]
+    fn an_interrupted_hole_is_punched_again() {
+        // `fallocate` brings -ERESTARTSYS as it is.
+        for interrupted in [-libc::EINTR, -512] {
+            let mut discard = transfer(Op::Discard, 0, 8);
+            assert_eq!(discard.completed(interrupted), Next::Continue);
+            assert_eq!(discard.completed(0), Next::Finished(Ok(())));
+        }
+        let mut discard = transfer(Op::Discard, 0, 8);
+        let last = (0..=MAX_RETRIES).map(|_| discard.completed(-512)).last();
+        assert!(matches!(last, Some(Next::Finished(Err(_)))), "{last:?}");
+    }
+
+    #[test]
+    fn an_unknown_errno_fails_every_step() {
+        for op in [Op::Read, Op::Write, Op::Flush, Op::Discard, Op::WriteZeroes] {
+            let next = transfer(op, 0, 8).completed(-503);
+            assert_eq!(next, Next::Finished(Err(RawErrno::new(503).unwrap())), "{op:?}");
+        }
+    }
+
+    #[test]
     fn a_refused_discard_fails_as_such() {
         let mut discard = transfer(Op::Discard, 0, 8);
         let refused = -(Errno::EOPNOTSUPP as i32);
-        assert_eq!(discard.completed(refused), Next::Finished(Err(Errno::EOPNOTSUPP)));
+        assert_eq!(discard.completed(refused), Next::Finished(Err(Errno::EOPNOTSUPP.into())));
     }
 }

@@ -27,6 +27,7 @@ use crate::data::shared::SharedTable;
 use crate::data::{Access, DataMovement};
 use crate::driver::{CharDevice, RequestPlace};
 use crate::engine::{Inbox, QueueCore};
+use crate::errno::RawErrno;
 use crate::error::errno_of;
 use crate::memory::{Descriptor, IoBuffer};
 use crate::params::Integrity;
@@ -59,8 +60,10 @@ impl Answer {
         Answer { result, zone_sector: 0 }
     }
 
-    pub(crate) fn error(errno: Errno) -> Self {
-        Answer::new(-(errno as i32))
+    /// A failure. The block layer takes an errno that it does not know for `EIO`, and so does this: kernels may come
+    /// to mean something by it.
+    pub(crate) fn error(errno: impl Into<RawErrno>) -> Self {
+        Answer::new(-(errno.into().known() as i32))
     }
 }
 
@@ -579,13 +582,13 @@ impl<H: Home> RequestOf<H> {
         }
     }
 
-    /// Ends the request as failed.
-    pub fn fail(mut self, errno: Errno) {
+    /// Ends the request as failed. With an errno that the block layer does not know, its client sees `EIO`.
+    pub fn fail(mut self, errno: impl Into<RawErrno>) {
         self.commit(Answer::error(errno));
     }
 
     /// Ends the request one way or the other.
-    pub fn finish(self, result: Result<(), Errno>) {
+    pub fn finish(self, result: Result<(), impl Into<RawErrno>>) {
         match result {
             Ok(()) => self.complete(),
             Err(errno) => self.fail(errno),

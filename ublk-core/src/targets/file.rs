@@ -214,7 +214,7 @@ fn open(path: &Path, options: &FileOptions, is_block: bool) -> Result<(fs::File,
             .write(!options.read_only)
             .custom_flags(exclusive | flags)
             .open(path)
-            .map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+            .map_err(|e| errno_of(&e))
     };
     let failed = |errno: Errno| Error::File {
         operation: "open",

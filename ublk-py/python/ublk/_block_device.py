@@ -49,7 +49,7 @@ class BlockDevice:
 
     A request is acknowledged when its method returns. Exceptions:
 
-    * `OSError` fails the request with its errno;
+    * `OSError` fails the request with its errno, or with ``EIO`` if Linux has no such number;
     * `NotImplementedError` with ``EOPNOTSUPP``, `TimeoutError` with ``ETIMEDOUT``, `MemoryError` with
       ``ENOMEM``;
     * any other exception is logged with its traceback under the logger ``ublk`` and becomes ``EIO``; the

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{CLIENT_TIMEOUT, Command, FakeTag, Shared};
+use super::{CLIENT_TIMEOUT, Command, FakeTag, HeldOperation, Shared};
 use crate::driver::{CharDevice, Completion, Elements, FileSlot, Memory, Operation, Ring, Submission, Waker};
 use crate::memory::IoBuffer;
 use crate::units::{QueueId, Tag};
@@ -65,11 +65,14 @@ impl Waker for Completions {
     }
 }
 
+/// A ring's table of files. It stays while operations of the ring are in flight, also if the ring is closed.
+pub(super) type RingFiles = Arc<Mutex<Vec<Option<Arc<dyn CharDevice>>>>>;
+
 #[derive(Debug)]
 pub(super) struct FakeRing {
     shared: Arc<Shared>,
     completions: Arc<Completions>,
-    files: Vec<Option<Arc<dyn CharDevice>>>,
+    files: RingFiles,
     queued: Vec<Submission>,
     /// Prompt submissions whose completions were not taken yet.
     prompt: usize,
@@ -79,12 +82,23 @@ pub(super) struct FakeRing {
 
 impl FakeRing {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        FakeRing { shared, completions: Arc::default(), files: Vec::new(), queued: Vec::new(), prompt: 0, buffers: 0 }
+        FakeRing {
+            shared,
+            completions: Arc::default(),
+            files: Arc::default(),
+            queued: Vec::new(),
+            prompt: 0,
+            buffers: 0,
+        }
+    }
+
+    fn files(&self) -> MutexGuard<'_, Vec<Option<Arc<dyn CharDevice>>>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The device behind a place in the ring's table of files.
     fn device(&self, file: FileSlot) -> u32 {
-        self.files[file.0 as usize].as_ref().map_or(-1, |f| f.raw_fd()) as u32
+        self.files()[file.0 as usize].as_ref().map_or(-1, |f| f.raw_fd()) as u32
     }
 
     /// A command of one tag, made here and now.
@@ -179,7 +193,17 @@ impl FakeRing {
                 Ok(Some(file_operation(Operation::Write { fd, memory, len, offset: at, durable })))
             }
             other => {
-                let delay = state.file_delay;
+                let is_data = matches!(other, Operation::Read { .. } | Operation::Write { .. });
+                if let Some(errno) = state.files.refusal.filter(|_| is_data) {
+                    return Ok(Some(-errno.get()));
+                }
+                if state.files.holding {
+                    let (ring, files) = (self.completions.clone(), self.files.clone());
+                    state.files.held.push(HeldOperation { ring, user_data, operation: other, files });
+                    self.shared.changed.notify_all();
+                    return Ok(None);
+                }
+                let delay = state.files.delay;
                 drop(state);
                 std::thread::sleep(delay);
                 Ok(Some(file_operation(other)))
@@ -236,16 +260,19 @@ impl FakeRing {
 
 impl Ring for FakeRing {
     fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot> {
-        let slot = self.files.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.files.push(None);
-            self.files.len() - 1
+        let mut files = self.files();
+        let slot = files.iter().position(Option::is_none).unwrap_or_else(|| {
+            files.push(None);
+            files.len() - 1
         });
-        self.files[slot] = Some(file.clone());
+        files[slot] = Some(file.clone());
         Ok(FileSlot(slot as u32))
     }
 
     fn remove_file(&mut self, slot: FileSlot) -> io::Result<()> {
-        self.files[slot.0 as usize] = None;
+        let file = self.files()[slot.0 as usize].take();
+        // Closing it takes another lock.
+        drop(file);
         Ok(())
     }
 
@@ -324,7 +351,7 @@ impl Ring for FakeRing {
 }
 
 /// Carries a file operation out at once.
-fn file_operation(operation: Operation) -> i32 {
+pub(super) fn file_operation(operation: Operation) -> i32 {
     // SAFETY: plain system calls; memory is that of the submission, which its sender keeps valid until
     // the completion (see `Submission`).
     let result = unsafe {

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use nix::errno::Errno;
 
 use super::{Command, FakeDevice, FakeQueue, FakeRequest, FakeTag, NOT_COPIED, State};
+use crate::errno::RawErrno;
 use crate::memory::Descriptor;
 use crate::uapi::{self, Features};
 use crate::units::{QueueId, Tag};
@@ -68,8 +69,8 @@ impl State {
             }
             (FakeTag::Served(request), Some(result)) => {
                 let canceling = device.canceling;
-                let answer = usize::try_from(result).map_err(|_| Errno::from_raw(-result)).map(|read| {
-                    let read = read.min(request.len);
+                let answer = RawErrno::check(result).map_err(RawErrno::known).map(|read| {
+                    let read = (read as usize).min(request.len);
                     if read == 0 || flags.intersects(NOT_COPIED) {
                         return request.pages[..read].to_vec();
                     }

@@ -152,8 +152,8 @@ fn receive(mut pipe: std::fs::File, timeout: Duration, give_up: &dyn Fn() -> boo
         match kind {
             BEGUN => helper = Some(Pid::from_raw(value)),
             ENDED if value >= 0 => return Ok(value),
-            ENDED => return Err(ControlFailure::Refused(Errno::from_raw(-value))),
-            _ => return Err(to_io(Errno::from_raw(value))),
+            ENDED => return Err(ControlFailure::refused(value)),
+            _ => return Err(ControlFailure::Io(io::Error::from_raw_os_error(value))),
         }
     }
 }

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Requests that fail: whatever the number of the error, no client may take it for success.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use ublk_core::driver::fake::{FakeDisk, FakeDriver};
+use ublk_core::targets::{File, FileOptions, Io};
+use ublk_core::{DataMovement, DeviceOptions, Errno, RawErrno};
+
+mod support;
+
+use support::{SIZE, custom, finish, options, server};
+
+/// The outcomes of one request of each kind.
+fn outcomes(disk: &FakeDisk) -> [Result<(), Errno>; 5] {
+    [
+        disk.read(0, 512).map(drop),
+        disk.write(0, &[1; 512]),
+        disk.flush(),
+        disk.discard(0, 512),
+        disk.write_zeroes(0, 512),
+    ]
+}
+
+#[test]
+fn a_handlers_errno_is_never_success() {
+    let driver = FakeDriver::new();
+    let number = Arc::new(AtomicI32::new(0));
+    let theirs = number.clone();
+    let target = custom(move |request| request.fail(RawErrno::new(theirs.load(Ordering::SeqCst)).unwrap()));
+    let device = server(&driver, 1).start(target, &options(1, 1)).unwrap();
+    let disk = driver.disk(device.id());
+    for errno in (1..=4095).step_by(7).chain([41, 58, 133, 134, 511, 512, 524, 4095]) {
+        number.store(errno, Ordering::SeqCst);
+        let expected = RawErrno::new(errno).unwrap().known();
+        assert_eq!(outcomes(&disk), [Err(expected); 5], "errno {errno}");
+    }
+    finish(&driver, device);
+}
+
+#[test]
+fn an_errno_that_nix_has_lost_fails_the_request() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(custom(|r| r.fail(Errno::from_raw(503))), &options(1, 1)).unwrap();
+    assert_eq!(outcomes(&driver.disk(device.id())), [Err(Errno::EIO); 5]);
+    finish(&driver, device);
+}
+
+#[test]
+fn a_file_may_refuse_data_with_any_errno() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    for (data, batch) in [
+        (DataMovement::Copy, false),
+        (DataMovement::Copy, true),
+        (DataMovement::UserCopy, false),
+        (DataMovement::GetData, false),
+    ] {
+        let driver = FakeDriver::new();
+        let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+        let way = DeviceOptions { data: Some(data), batch: Some(batch), ..options(1, 2) };
+        let device = server(&driver, 1).start(Arc::new(target), &way).unwrap();
+        let disk = driver.disk(device.id());
+        // The last two are EJUKEBOX, of NFS, and ENOTSUPP.
+        for (number, expected) in
+            [(41, Errno::EIO), (511, Errno::EIO), (528, Errno::EIO), (524, Errno::EOPNOTSUPP), (28, Errno::ENOSPC)]
+        {
+            driver.refuse_files(RawErrno::new(number));
+            assert_eq!(disk.write(0, &[1; 512]), Err(expected), "{data:?}, errno {number}");
+            assert_eq!(disk.read(0, 512), Err(expected), "{data:?}, errno {number}");
+        }
+        driver.refuse_files(None);
+        assert_eq!(disk.read(0, 512), Ok(vec![0; 512]));
+        finish(&driver, device);
+    }
+}
