@@ -2,6 +2,7 @@
 
 //! Every way in which data and tags move between driver and server, on the stand-in driver.
 
+use std::any::Any;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use ublk_core::driver::fake::FakeDriver;
 use ublk_core::pull::{Feed, Feeds, feeds};
 use ublk_core::targets::{File, FileOptions, Io, Mem};
 use ublk_core::{
-    Access, DataMovement, DetachedRequest, DeviceOptions, Errno, Features, FilePiece, FileRange, Keep, Op, Params,
+    Access, DataMovement, DetachedRequest, DeviceOptions, Errno, Features, FilePiece, FileRange, Op, Params,
     QueueHandler, QueueInfo, Requests, Result, Target, pull,
 };
 
@@ -194,7 +195,7 @@ fn a_target_may_hand_over_some_requests_and_they_may_be_forwarded_from_there() {
                             };
                             request.forward_pieces(
                                 vec![piece(0, 512), piece(512, len - 512)],
-                                Keep::Any(Box::new(kept.clone())),
+                                Box::new(kept.clone()) as Box<dyn Any + Send>,
                             );
                         }
                     }

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ublk_core::driver::Driver;
-use ublk_core::driver::fake::FakeDriver;
-use ublk_core::targets::Mem;
-use ublk_core::{Device, DeviceOptions, DeviceState, Ending, Errno, Features, Params, Recovery, Target};
+use ublk_core::driver::fake::{FakeDriver, Sent};
+use ublk_core::targets::{File, FileOptions, Io, Mem};
+use ublk_core::{DataMovement, Device, DeviceOptions, DeviceState, Ending, Errno, Features, Params, Recovery, Target};
 
 mod support;
 
@@ -283,6 +283,80 @@ fn many_hand_overs_under_load_lose_no_write() {
     stop.store(true, Ordering::SeqCst);
     client.join().unwrap();
     finish(&driver, device);
+}
+
+/// A file that does not finish a write: it may land at any time.
+fn with_a_write_under_way(way: &DeviceOptions) -> (FakeDriver, tempfile::NamedTempFile, Device, Sent) {
+    let driver = FakeDriver::new();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    let device = server(&driver, 1).start(file_disk(&file), way).unwrap();
+    let disk = driver.disk(device.id());
+    disk.write(4096, &[1; 512]).unwrap();
+    driver.hold_files(true);
+    let sent = disk.send(1, 0, 512, &[2; 512]).unwrap();
+    while driver.held_files() == 0 {
+        std::thread::yield_now();
+    }
+    (driver, file, device, sent)
+}
+
+fn file_disk(file: &tempfile::NamedTempFile) -> Arc<dyn Target> {
+    Arc::new(File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap())
+}
+
+fn wait_for_vacancy(driver: &FakeDriver, device: &Device) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while state_of(driver, device) == DeviceState::Live {
+        assert!(Instant::now() < deadline, "the device is not let go");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_device_is_not_handed_over_while_a_file_writes() {
+    for (data, batch) in [
+        (DataMovement::Copy, false),
+        (DataMovement::Copy, true),
+        (DataMovement::UserCopy, false),
+        (DataMovement::GetData, false),
+    ] {
+        let way = DeviceOptions { data: Some(data), queues: 1, ..recoverable(Recovery::Reissue, batch) };
+        let (driver, file, device, sent) = with_a_write_under_way(&way);
+        let (id, disk) = (device.id(), driver.disk(device.id()));
+        // As after a time-out of `leave` or `conclude`.
+        device.abandon();
+        assert!(device.wait(Some(Duration::from_secs(60))), "its queue was given up: {way:?}");
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(state_of(&driver, &device), DeviceState::Live, "the old write may land over a newer one: {way:?}");
+        driver.hold_files(false);
+        wait_for_vacancy(&driver, &device);
+        let second = server(&driver, 1).recover(id, file_disk(&file)).unwrap();
+        disk.wait(sent).unwrap();
+        disk.write(0, &[3; 512]).unwrap();
+        assert_eq!(disk.read(0, 512).unwrap(), [3; 512], "{way:?}");
+        drop(device);
+        finish(&driver, second);
+    }
+}
+
+#[test]
+fn a_device_is_not_handed_over_when_its_ring_fails() {
+    let way = DeviceOptions { data: Some(DataMovement::Copy), queues: 1, ..recoverable(Recovery::Reissue, false) };
+    let (driver, file, device, sent) = with_a_write_under_way(&way);
+    let id = device.id();
+    // The ring fails in the round that gives the queue up, so that the thread ends with it.
+    driver.refuse_next("io_uring_enter", Errno::EBADF);
+    device.abandon();
+    assert!(device.wait(Some(Duration::from_secs(60))));
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(state_of(&driver, &device), DeviceState::Live);
+    driver.hold_files(false);
+    wait_for_vacancy(&driver, &device);
+    let second = server(&driver, 1).recover(id, file_disk(&file)).unwrap();
+    driver.disk(id).wait(sent).unwrap();
+    drop(device);
+    finish(&driver, second);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 
 use super::Device;
 use crate::control::{DRAIN_TIMEOUT, Removal, STATE_POLL};
+use crate::engine::Successor;
 use crate::error::{Error, Result};
 use crate::uapi::{DeviceState, Features};
 
@@ -56,7 +57,7 @@ impl Device {
             // A tag that was lent again behind the first STOP_DEV is taken away by another.
             self.stop_disk()?;
         }
-        self.give_up_queues()?;
+        self.give_up_queues(Successor::None)?;
         match self.control.remove(id) {
             Ok(Removal::Complete) | Err(Error::Control { errno: Errno::ENODEV, .. }) => {}
             Ok(Removal::HeldOpen) => {
@@ -76,7 +77,7 @@ impl Device {
         match gone_is_fine(self.control.stop(self.id())) {
             Err(error @ Error::Timeout { .. }) => {
                 log::error!("{error}; giving up the queues of device {}", self.id());
-                self.give_up_queues()?;
+                self.give_up_queues(Successor::None)?;
                 gone_is_fine(self.control.stop(self.id()))
             }
             other => other,
@@ -84,14 +85,17 @@ impl Device {
     }
 
     /// Gives up the queues that did not close.
-    fn give_up_queues(&self) -> Result<()> {
+    fn give_up_queues(&self, successor: Successor) -> Result<()> {
         if self.events.open_queues() != 0 {
-            self.pool.abandon(self.id());
+            self.pool.abandon(self.id(), successor);
             if !self.events.wait_all_closed(ABANDON_TIMEOUT) {
                 return Err(Error::Timeout {
                     waiting_for: format!("closing {} queues of device {}", self.events.open_queues(), self.id()),
                     waited: DRAIN_TIMEOUT + ABANDON_TIMEOUT,
-                    hint: "a handler does not return".into(),
+                    hint: match successor {
+                        Successor::Server => "a handler does not return, or a file does not finish what it was given: the next server has to wait for that".into(),
+                        Successor::None => "a handler does not return".into(),
+                    },
                 });
             }
         }
@@ -103,7 +107,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// As [`stop`](Device::stop); and [`Error::Timeout`] if the driver does not notice that the server has left.
+    /// As [`stop`](Device::stop); and [`Error::Timeout`] if the driver does not notice that the server has left, or if a
+    /// file does not finish what it was given.
     /// A device that can be recovered is there after that. Before Linux 6.16 (`UBLK_F_QUIESCE`) nothing but the end
     /// of their thread takes tags away from a queue that is given up because its handler does not return: where such a
     /// thread serves other devices too, it is their end that lets the next server in.
@@ -127,7 +132,7 @@ impl Device {
                 Err(error) => return Err(error),
             }
         }
-        self.give_up_queues()?;
+        self.give_up_queues(Successor::Server)?;
         // The driver takes a moment to notice.
         let deadline = Instant::now() + NOTICE_TIMEOUT;
         loop {
@@ -154,12 +159,13 @@ impl Device {
     }
 
     /// Gives up the queues and leaves the device as it is, for another server: without a word to the driver, so also
-    /// before Linux 6.16. What its handlers had fails, or is sent again to the next server. Dropping it does not delete
+    /// before Linux 6.16. What its handlers had fails, or is sent again to the next server, which gets the device once files
+    /// have finished what they were given: an old write could land over a newer one. Dropping it does not delete
     /// it after that. For devices that can be recovered, and whose recovery has gone wrong.
     pub fn abandon(&self) {
         self.leaving.store(true, Ordering::Relaxed);
         *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.pool.abandon(self.id());
+        self.pool.abandon(self.id(), Successor::Server);
     }
 
     /// Finishes the requests in flight and leaves the device to another server: it stays, and requests that

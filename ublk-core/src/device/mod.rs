@@ -188,6 +188,7 @@ impl Server {
             events,
             counters: DeviceCounters::default(),
             shared: Arc::default(),
+            started: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             cpus: self.cpus,
             coalescing: self.coalescing,
@@ -219,6 +220,8 @@ pub struct Device {
     events: Arc<QueueEvents>,
     counters: DeviceCounters,
     shared: Arc<SharedTable>,
+    /// A target was set to serve it.
+    started: AtomicBool,
     /// It may be about to be left to another server: whatever goes wrong then, dropping this does not delete
     /// it.
     leaving: AtomicBool,
@@ -297,8 +300,17 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Whatever goes wrong, the device is stopped and deleted.
+    /// Whatever goes wrong, the device is stopped and deleted. A second time is refused with `EEXIST`, and the device goes
+    /// on.
     pub fn go_live(&self, target: Arc<dyn Target>) -> Result<()> {
+        if self.started.swap(true, Ordering::Relaxed) {
+            return Err(Error::Control {
+                command: "START_DEV",
+                device: Some(self.id()),
+                errno: Errno::EEXIST,
+                hint: "the device has been started before".into(),
+            });
+        }
         self.try_to_go_live(&target).map_err(|error| self.undo(error))
     }
 
@@ -359,10 +371,11 @@ impl Device {
     }
 
     fn open_queues(&self, target: &Arc<dyn Target>) -> Result<()> {
+        let access = target.access();
         let file = self.open_char()?;
         for queue in (0..self.info.queues).map(QueueId) {
             for share in shares(self.info.depth, self.plan.threads_per_queue) {
-                self.open_queue(queue, share, target, &file)?;
+                self.open_queue(queue, share, (target, access), &file)?;
             }
         }
         Ok(())
@@ -396,7 +409,7 @@ impl Device {
         &self,
         queue: QueueId,
         tags: Range<u16>,
-        target: &Arc<dyn Target>,
+        (target, access): (&Arc<dyn Target>, Access),
         file: &Arc<dyn CharDevice>,
     ) -> Result<()> {
         let zoned = self.params.zoned.is_some();
@@ -410,12 +423,12 @@ impl Device {
             target: target.clone(),
             file: file.clone(),
             shared: self.shared.clone(),
-            events: self.events.clone(),
+            access,
+            events: self.events.opening(),
             stats: self.counters.queue(queue.0),
             cpus: self.cpus.of(|| self.control.queue_affinity(self.id(), queue))?,
             coalescing: self.coalescing,
         };
-        self.events.opening();
         let opened = self
             .pool
             .open(setup)

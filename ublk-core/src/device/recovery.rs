@@ -2,6 +2,7 @@
 
 //! A device that has lost its server gets another one.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use nix::errno::Errno;
 use super::{Device, Recovery, Server};
 use crate::control::{DeviceInfo, STATE_POLL};
 use crate::data::DataMovement;
-use crate::engine::QueueEvents;
+use crate::engine::{QueueEvents, Successor};
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::plan::Plan;
@@ -81,18 +82,19 @@ impl Server {
         let mut device = self.device(info, params, plan, events);
         // Whatever happens here, the device is not to be deleted by it.
         device.deleted = Mutex::new(true);
+        device.started = AtomicBool::new(true);
         let recovered = device
             .open_queues(&target)
             .and_then(|()| self.control.end_recovery(id, std::process::id(), &|| device.events.is_ending()));
         if let Err(error) = recovered {
             let error = device.events.take_failure().unwrap_or(error);
-            self.pool.abandon(id);
+            self.pool.abandon(id, Successor::Server);
             return Err(error);
         }
         if let Err(error) = device.wait_for_node() {
             if let Err(second) = device.leave() {
                 log::error!("leaving device {id} again: {second}");
-                self.pool.abandon(id);
+                self.pool.abandon(id, Successor::Server);
             }
             return Err(error);
         }

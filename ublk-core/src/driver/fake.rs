@@ -191,6 +191,7 @@ impl FakeDriver {
 
     /// Answers the next command of this name with an errno: a control command's name in the UAPI, or
     /// `FETCH_REQ` or `PREP_IO_CMDS`, `COMMIT_AND_FETCH_REQ` for any commit, or `fdatasync` for that of any file.
+    /// `io_uring_enter` is for a submission without a wait, which fails after it has carried out what was queued.
     pub fn refuse_next(&self, command: &'static str, errno: Errno) {
         self.shared.state().refusals.entry(command).or_default().push_back(errno);
     }

@@ -357,6 +357,9 @@ pub trait Ring: Debug {
     /// Submits what is queued, without waiting.
     fn submit(&mut self) -> io::Result<()>;
 
+    /// Whether the kernel has taken all that was queued.
+    fn is_submitted(&mut self) -> bool;
+
     /// Submits what is queued and waits until there is a completion or a wake-up, or the timer ends. Completions of
     /// what is [prompt](Submission::prompt) may come with that, but need not end the wait.
     fn wait(&mut self) -> io::Result<()>;

@@ -20,10 +20,10 @@ use super::tags::TagTable;
 use super::transfer::{Next, Step, Transfer};
 use crate::data::DataMovement;
 use crate::data::pool::BufferPool;
-use crate::driver::{Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
+use crate::driver::{Completion, Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
 use crate::errno::RawErrno;
 use crate::memory::{Descriptor, DescriptorMap, IoBuffer, PAGE_SIZE};
-use crate::request::{Answer, Errand, FileRange, Op, Origin, WriteBack, memory_or_abort};
+use crate::request::{Answer, Errand, FileRange, Keep, Op, Origin, memory_or_abort};
 use crate::stats::{Ended, QueueStats};
 use crate::target::QueueInfo;
 use crate::uapi;
@@ -451,7 +451,7 @@ impl QueueCore {
             (true, Ok(())) => self.syncs.borrow_mut().succeeded(tag, forwarded),
             (_, outcome) => {
                 if let (Some(write_back), Err(errno)) = (forwarded.transfer.syncing(), outcome) {
-                    write_back.fail(errno);
+                    write_back.fail(errno.known());
                 }
                 self.end_transfer(tag, &forwarded, outcome);
             }
@@ -466,12 +466,12 @@ impl QueueCore {
         loop {
             let settled = self.syncs.borrow_mut().settled();
             let Some((tag, forwarded)) = settled else { break };
-            let outcome = forwarded.transfer.syncing().map_or(Ok(()), WriteBack::check);
+            let outcome = forwarded.transfer.syncing().map_or(Ok(()), |files| files.check().map_err(RawErrno::from));
             self.end_transfer(tag, &forwarded, outcome);
         }
     }
 
-    fn end_transfer(&self, tag: Tag, forwarded: &Forwarded, outcome: Result<(), Errno>) {
+    fn end_transfer(&self, tag: Tag, forwarded: &Forwarded, outcome: Result<(), RawErrno>) {
         let (buffer, answer) = self.transfer_finished(tag, forwarded, outcome);
         self.commit(tag, buffer, answer);
     }
@@ -595,6 +595,54 @@ impl QueueCore {
         }
     }
 
+    /// A completion for a queue that was given up: it only ends what was under way.
+    pub(super) fn completed_late(&self, kind: Kind, completion: Completion) {
+        match kind {
+            Kind::Transfer => {
+                let tag = Tag(completion.user_data as u16);
+                let ended = self.forwarded.borrow_mut()[tag.index()].take();
+                // Its pages may have got into the ring's table only now.
+                if ended.is_some_and(|ended| matches!(ended.pages, Pages::ToRegister(_))) {
+                    self.unregister(tag);
+                }
+            }
+            _ => {
+                if let (Some(buffer), Ok(bytes)) = (completion.tags, usize::try_from(completion.result)) {
+                    self.ring.borrow_mut().take_tags(buffer, bytes, &mut Vec::new());
+                }
+            }
+        }
+    }
+
+    /// Takes the pages of all requests out of the ring's table that the server has: the driver would wait for that for as
+    /// long as the ring is open. What files do with them goes on.
+    pub(super) fn unregister_all(&self) {
+        let tags = (0..self.info.depth).map(Tag);
+        tags.filter(|tag| self.tags.borrow().is_owned(*tag)).for_each(|tag| self.unregister(tag));
+    }
+
+    fn unregister(&self, tag: Tag) {
+        if let Some(first) = self.registered {
+            let index = first + tag.0;
+            self.push(
+                Kind::Unregister,
+                tag,
+                Operation::Unregister { file: self.slot, queue: self.info.queue, tag, index },
+            );
+        }
+    }
+
+    /// How many requests are under way in files.
+    pub(super) fn transfers_in_flight(&self) -> usize {
+        self.forwarded.borrow().iter().flatten().count()
+    }
+
+    /// Whether a queue that was given up can be closed: nothing that is queued in the ring names its files, and no file
+    /// is at work for it, if there will be another server.
+    pub(super) fn is_released(&self, for_next_server: bool) -> bool {
+        self.ring.borrow_mut().is_submitted() && (!for_next_server || self.transfers_in_flight() == 0)
+    }
+
     /// Whether neither side holds anything.
     pub(super) fn drained(&self) -> bool {
         self.tags.borrow().drained()
@@ -638,14 +686,19 @@ impl QueueCore {
         }
     }
 
-    /// Leaves memory that the driver may still refer to where it is, for good.
-    pub(super) fn leak_memory(&self) {
+    /// Leaves memory that the driver or a file may still refer to where it is, for good. What requests need that are on
+    /// their way is the caller's.
+    pub(super) fn leak_memory(&self) -> Vec<(Tag, Keep)> {
         std::mem::forget(self.slots.take());
-        // Shared memory of requests that are on their way.
-        std::mem::forget(self.forwarded.take());
         std::mem::forget(self.zeros.clone());
         if let Some(batch) = &self.batch {
             batch.borrow_mut().leak();
         }
+        let keep = |(tag, forwarded): (usize, Option<Forwarded>)| {
+            let Forwarded { mut transfer, shared, .. } = forwarded?;
+            std::mem::forget(shared);
+            Some((Tag(tag as u16), transfer.take_keep()?))
+        };
+        self.forwarded.take().into_iter().enumerate().filter_map(keep).collect()
     }
 }

@@ -2,8 +2,9 @@
 
 //! What a device's queues tell whoever waits for the device.
 
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -38,12 +39,13 @@ impl QueueEvents {
     }
 
     /// A queue is about to be opened.
-    pub(crate) fn opening(&self) {
+    pub(crate) fn opening(self: &Arc<Self>) -> OpenQueue {
         self.state().open += 1;
+        OpenQueue(self.clone())
     }
 
     /// A queue is closed, or was not opened after all.
-    pub(crate) fn closed(&self) {
+    fn closed(&self) {
         let mut state = self.state();
         state.open = state.open.saturating_sub(1);
         if state.open == 0 {
@@ -119,6 +121,24 @@ impl QueueEvents {
             };
         }
         true
+    }
+}
+
+/// A queue that counts as open until this is dropped, whatever goes wrong with it.
+#[derive(Debug)]
+pub(crate) struct OpenQueue(Arc<QueueEvents>);
+
+impl Deref for OpenQueue {
+    type Target = QueueEvents;
+
+    fn deref(&self) -> &QueueEvents {
+        &self.0
+    }
+}
+
+impl Drop for OpenQueue {
+    fn drop(&mut self) {
+        self.0.closed();
     }
 }
 

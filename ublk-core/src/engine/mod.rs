@@ -10,6 +10,7 @@
 //! * [`syncs`] — which sync of a file can be believed.
 //! * [`pace`] — when finished requests are submitted before their batch is done.
 //! * [`coalescing`] — whether requests are to gather before the thread looks for them.
+//! * [`guard`] — user code, whose panics are its own.
 //! * [`cookie`] — what a completion says about its submission.
 //! * [`ring_thread`] — the loop around one ring: one system call per wake-up, whatever came.
 //! * [`pool`] — which queue is served by which thread.
@@ -21,6 +22,7 @@ mod cookie;
 mod core;
 mod events;
 mod forward;
+mod guard;
 mod pace;
 mod pool;
 mod queue;
@@ -31,7 +33,7 @@ mod transfer;
 
 pub(crate) use self::core::QueueCore;
 pub(crate) use events::QueueEvents;
-pub(crate) use pool::Inbox;
-pub(crate) use pool::ThreadPool;
+pub(crate) use guard::drop_guarded;
+pub(crate) use pool::{Inbox, Successor, ThreadPool};
 pub use pool::{Spawn, StdSpawn};
 pub(crate) use queue::QueueSetup;

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::guard::drop_guarded;
 use super::queue::QueueSetup;
 use super::ring_thread;
 use crate::driver::{Driver, Waker};
@@ -42,13 +43,22 @@ impl Spawn for StdSpawn {
     }
 }
 
+/// What becomes of a device whose queues are given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Successor {
+    /// Another server: not before files have done what this one has asked them for.
+    Server,
+    /// It is deleted.
+    None,
+}
+
 /// What a ring thread is asked to do.
 #[derive(Debug)]
 pub(super) enum Message {
     /// Begin to serve a queue.
     Open { setup: Box<QueueSetup>, reply: Sender<Result<()>> },
     /// Give up the queues of a device whose commands do not end.
-    Abandon { device: DeviceId },
+    Abandon { device: DeviceId, successor: Successor },
 }
 
 /// A request that comes back from elsewhere.
@@ -156,9 +166,10 @@ impl Inbox {
         };
         for message in messages {
             if let Message::Open { setup, reply } = message {
-                let QueueSetup { info, events, file, .. } = *setup;
+                let QueueSetup { info, target, events, file, .. } = *setup;
                 drop(file);
-                events.closed();
+                drop_guarded(target, || format!("the target of ublkb{}", info.device));
+                drop(events);
                 let _ =
                     reply.send(Err(Error::Queue { device: info.device, queue: info.queue, reason: reason.to_owned() }));
             }
@@ -189,7 +200,8 @@ impl ThreadPool {
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         threads.retain(|inbox| !inbox.state().closed);
         if threads.len() >= self.limit {
-            threads.sort_by_key(|inbox| inbox.state().load);
+            // Each is looked at once: other threads change it meanwhile, and no sort stands that.
+            threads.sort_by_cached_key(|inbox| inbox.state().load);
             for inbox in threads.iter() {
                 match inbox.post(message) {
                     Ok(()) => return Ok(opened),
@@ -215,11 +227,11 @@ impl ThreadPool {
         spawned.map(|()| opened)
     }
 
-    /// Tells all threads to give up a device's queues.
-    pub(crate) fn abandon(&self, device: DeviceId) {
+    /// Has all threads give up a device's queues.
+    pub(crate) fn abandon(&self, device: DeviceId, successor: Successor) {
         for inbox in self.threads.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             // A thread that has ended has no queues.
-            let _ = inbox.post(Message::Abandon { device });
+            let _ = inbox.post(Message::Abandon { device, successor });
         }
     }
 }

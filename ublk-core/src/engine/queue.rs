@@ -4,7 +4,6 @@
 
 use std::io;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,17 +12,19 @@ use nix::errno::Errno;
 
 use super::cookie::{Cookie, Kind};
 use super::core::{Deliveries, QueueCore, Seat};
-use super::events::QueueEvents;
+use super::events::OpenQueue;
+use super::guard::{drop_guarded, guarded};
+use super::pool::Successor;
 use super::tags::Event;
 use super::transfer::ZEROS_LEN;
-use crate::data::DataMovement;
 use crate::data::shared::SharedTable;
+use crate::data::{Access, DataMovement};
 use crate::driver::{CharDevice, Completion};
 use crate::errno::RawErrno;
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::placement::CpuSet;
-use crate::request::{Answer, Origin, Requests, Return};
+use crate::request::{Answer, Keep, Origin, Requests, Return};
 use crate::stats::QueueStats;
 use crate::target::{QueueHandler, QueueInfo, Target};
 use crate::uapi;
@@ -41,7 +42,8 @@ pub(crate) struct QueueSetup {
     pub(crate) target: Arc<dyn Target>,
     pub(crate) file: Arc<dyn CharDevice>,
     pub(crate) shared: Arc<SharedTable>,
-    pub(crate) events: Arc<QueueEvents>,
+    pub(crate) access: Access,
+    pub(crate) events: OpenQueue,
     pub(crate) stats: Arc<QueueStats>,
     /// Where it wants to be served; `None` for anywhere.
     pub(crate) cpus: Option<CpuSet>,
@@ -52,13 +54,37 @@ pub(crate) struct QueueSetup {
 /// One queue and its handler.
 pub(crate) struct Queue {
     // Before `core`: a handler may hold buffers.
-    handler: Box<dyn QueueHandler>,
+    handler: Handler,
     core: QueueCore,
     /// Tags that the server owns and the handler has not seen.
     ready: Vec<Tag>,
-    events: Arc<QueueEvents>,
     cpus: Option<CpuSet>,
     coalescing: Duration,
+    /// It serves no more, and waits for what keeps it from being closed.
+    given_up: Option<Successor>,
+    // Last: the device may be deleted, or get another server, once this is gone.
+    events: OpenQueue,
+}
+
+/// A handler that is dropped whatever it does.
+struct Handler {
+    inner: Option<Box<dyn QueueHandler>>,
+    info: QueueInfo,
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        let QueueInfo { device, queue, .. } = self.info;
+        drop_guarded(self.inner.take(), || format!("the handler of ublkb{device} queue {queue}"));
+    }
+}
+
+/// Why a queue was not opened.
+#[derive(Debug)]
+pub(super) struct OpenFailure {
+    pub(super) error: Error,
+    /// The driver may have tags of it: completions may still come for its place.
+    pub(super) lent: bool,
 }
 
 impl std::fmt::Debug for Queue {
@@ -69,33 +95,38 @@ impl std::fmt::Debug for Queue {
 
 impl Queue {
     /// Sets a queue up and lends all its tags to the driver.
-    pub(crate) fn open(setup: QueueSetup, seat: &Seat<'_>) -> Result<Self> {
-        let info = setup.info;
+    pub(super) fn open(setup: QueueSetup, seat: &Seat<'_>) -> Result<Self, OpenFailure> {
+        let (info, target) = (setup.info, setup.target);
         let refused = |what: &str, e: &dyn std::fmt::Display| Error::Queue {
             device: info.device,
             queue: info.queue,
             reason: format!("{what}: {e}"),
         };
-        let handler = catch_unwind(AssertUnwindSafe(|| setup.target.open_queue(&info)))
-            .unwrap_or_else(|panic| Err(refused("the target panicked", &panic_text(&*panic))))?;
+        let not_lent = |error| OpenFailure { error, lent: false };
+        let opened = guarded(|| target.open_queue(&info));
+        // This may be the last of it, if the device was given up meanwhile.
+        drop_guarded(target, || format!("the target of ublkb{}", info.device));
+        let opened = opened.unwrap_or_else(|panic| Err(refused("the target panicked", &panic)));
+        let handler = Handler { inner: Some(opened.map_err(not_lent)?), info };
         let origin = Origin {
             device: info.device,
             queue: info.queue,
             data: setup.data,
-            access: setup.target.access(),
+            access: setup.access,
             shared: setup.shared,
             integrity: info.integrity,
             file: setup.file,
         };
-        let core =
-            QueueCore::new(info, origin, setup.batch, setup.stats, seat).map_err(|(what, e)| refused(&what, &e))?;
+        let core = QueueCore::new(info, origin, setup.batch, setup.stats, seat)
+            .map_err(|(what, e)| not_lent(refused(&what, &e)))?;
         let queue = Queue {
             handler,
             core,
             ready: Vec::with_capacity(usize::from(info.depth)),
-            events: setup.events,
             cpus: setup.cpus,
             coalescing: setup.coalescing,
+            given_up: None,
+            events: setup.events,
         };
         queue.core.lend_all(setup.tags);
         // Now, not with the next wait: whoever hears that the queue is open may stop the device, and a
@@ -104,7 +135,7 @@ impl Queue {
         if let Some(error) = queue.take_ring_failure() {
             queue.core.leak_memory();
             queue.core.leave_ring();
-            return Err(refused("lending its tags to the driver", &error));
+            return Err(OpenFailure { error: refused("lending its tags to the driver", &error), lent: true });
         }
         Ok(queue)
     }
@@ -112,6 +143,9 @@ impl Queue {
     /// Takes a completion that belongs to this queue.
     pub(super) fn completed(&mut self, cookie: Cookie, completion: Completion) {
         let (tag, result) = (cookie.tag, completion.result);
+        if self.given_up.is_some() {
+            return self.core.completed_late(cookie.kind, completion);
+        }
         match cookie.kind {
             // Again if the driver could not copy the data: it has the request back, and asks anew.
             Kind::Fetch | Kind::Commit | Kind::GetData if result == uapi::UBLK_IO_RES_NEED_GET_DATA => {
@@ -209,6 +243,10 @@ impl Queue {
 
     /// Takes back a request that was elsewhere.
     pub(super) fn returned(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, what: Return) {
+        if self.given_up.is_some() {
+            log::debug!("{}: a request comes back to a queue that was given up", self.core.name(tag));
+            return;
+        }
         match what {
             Return::Ended(answer) => self.core.commit(tag, buffer, answer),
             Return::Forward(errand) => self.core.forward(tag, buffer, *errand),
@@ -235,13 +273,13 @@ impl Queue {
         self.core.round.set(now);
         self.core.pace.begin(now);
         let Queue { handler, core, ready, .. } = self;
-        let result = catch_unwind(AssertUnwindSafe(|| handler.handle(Requests::new(core, ready))));
-        if let Err(panic) = result {
+        let Some(handler) = &mut handler.inner else { return };
+        if let Err(panic) = guarded(|| handler.handle(Requests::new(core, ready))) {
             log::error!(
                 "ublkb{} queue {}: the handler panicked: {}; its request failed with EIO, the device lives on",
                 self.core.info.device,
                 self.core.info.queue,
-                panic_text(&*panic)
+                panic
             );
         }
     }
@@ -257,14 +295,23 @@ impl Queue {
         self.core.pace.end(self.core.count());
     }
 
-    /// Whether nothing refers to the queue any more and it can be closed.
-    pub(crate) fn drained(&self) -> bool {
-        self.core.drained()
+    /// Whether the queue can be closed: nothing refers to it any more, or it was given up and what its device waits for
+    /// is done.
+    pub(super) fn is_over(&self) -> bool {
+        match self.given_up {
+            None => self.core.drained(),
+            Some(successor) => self.core.is_released(successor == Successor::Server),
+        }
+    }
+
+    /// Whether it was given up and not yet closed.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up.is_some()
     }
 
     /// Whether memory is held that a burst has touched.
     pub(super) fn is_warm(&self) -> bool {
-        self.core.warm.get()
+        self.given_up.is_none() && self.core.warm.get()
     }
 
     /// Gives memory back that idle tags hold. The driver must not be at work on this ring.
@@ -294,48 +341,52 @@ impl Queue {
         self.core.info.device
     }
 
-    /// Closes a drained queue: the char device is closed when its last queue went.
-    pub(crate) fn close(self) {
-        debug_assert!(self.drained());
-        let Queue { handler, core, events, .. } = self;
-        drop_handler(handler, &core.info);
-        core.leave_ring();
-        drop(core);
-        events.closed();
-    }
-
-    /// Gives a queue up whose commands did not end. What the driver may still refer to is leaked.
-    pub(crate) fn abandon(self) {
-        // What is queued names files and memory that may be others' soon.
+    /// Gives the queue up: nothing of it reaches the driver or a file any more but what is queued, and it can be closed
+    /// once it [is over](Queue::is_over). A second time may say that nothing comes next after all.
+    pub(super) fn give_up(&mut self, successor: Successor) {
+        if self.given_up.replace(successor).is_some() {
+            return;
+        }
+        self.ready.clear();
+        self.core.flush();
+        self.core.unregister_all();
         self.core.submit();
         let (armed, owned) = (self.core.tags.borrow().armed(), self.core.tags.borrow().owned());
-        self.fail(format!("given up with {armed} tags at the driver and {owned} requests unfinished"));
-        let Queue { handler, core, events, .. } = self;
-        drop_handler(handler, &core.info);
-        core.leak_memory();
+        let in_flight = self.core.transfers_in_flight();
+        self.fail(format!(
+            "given up with {armed} tags at the driver and {owned} requests unfinished, {in_flight} of them under way in files"
+        ));
+    }
+
+    /// Closes a queue that is over. Of one that was given up, memory that the driver or a file may still refer to is
+    /// leaked, and what forwarded requests need is returned, to be dropped when they end.
+    pub(super) fn close(self) -> Vec<(Tag, Keep)> {
+        let Queue { handler, core, events, given_up, .. } = self;
+        drop(handler);
+        let keeps = if given_up.is_some() { core.leak_memory() } else { Vec::new() };
         core.leave_ring();
         drop(core);
-        events.closed();
+        drop(events);
+        keeps
     }
-}
 
-/// Drops a handler, whatever it does.
-fn drop_handler(handler: Box<dyn QueueHandler>, info: &QueueInfo) {
-    if catch_unwind(AssertUnwindSafe(|| drop(handler))).is_err() {
-        log::error!("ublkb{} queue {}: the handler panicked while it was dropped", info.device, info.queue);
+    /// Gives up the queue of a thread whose ring has failed and is about to be closed. The kernel closes a ring's files
+    /// when all operations of it have ended, so that what files still do keeps the device from its next server.
+    pub(super) fn abandon(mut self) {
+        self.give_up(Successor::Server);
+        let Queue { handler, core, events, .. } = self;
+        drop(handler);
+        let in_flight = core.transfers_in_flight();
+        std::mem::forget(core.leak_memory());
+        if in_flight == 0 {
+            core.leave_ring();
+        }
+        drop(core);
+        drop(events);
     }
 }
 
 /// The zeros that stand in for `fallocate`, one run per thread.
 pub(crate) fn shared_zeros() -> io::Result<Rc<IoBuffer>> {
     IoBuffer::new(ZEROS_LEN as usize).map(Rc::new)
-}
-
-/// The message of a panic.
-pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
-    panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("(no message)")
 }

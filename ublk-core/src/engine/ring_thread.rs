@@ -4,8 +4,8 @@
 //! one system call per round, and a sleep where requests are to gather.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,13 +13,16 @@ use std::time::Duration;
 use super::coalescing::Coalescing;
 use super::cookie::{Cookie, Kind};
 use super::core::{Seat, SharedRing};
+use super::guard::guarded;
 use super::pace::clock;
 use super::pool::{Inbox, Message, Returned};
-use super::queue::{Queue, panic_text, shared_zeros};
+use super::queue::{Queue, shared_zeros};
 use crate::driver::{Completion, Driver};
 use crate::memory::IoBuffer;
 use crate::placement::{CpuSet, ThreadPlace};
 use crate::pressure::memory_is_locked;
+use crate::request::Keep;
+use crate::units::Tag;
 
 /// Serves queues until the last one is closed.
 pub(super) fn run(driver: &dyn Driver, inbox: &Arc<Inbox>) {
@@ -28,11 +31,10 @@ pub(super) fn run(driver: &dyn Driver, inbox: &Arc<Inbox>) {
         Ok(thread) => thread,
         Err(error) => return inbox.refuse(&format!("the thread's ring could not be made: {error}")),
     };
-    let result = catch_unwind(AssertUnwindSafe(|| thread.serve()));
-    let reason = match result {
+    let reason = match guarded(|| thread.serve()) {
         Ok(Ok(())) => return,
         Ok(Err(error)) => format!("the ring failed: {error}"),
-        Err(panic) => format!("the ring thread panicked: {}", panic_text(&*panic)),
+        Err(panic) => format!("the ring thread panicked: {panic}"),
     };
     log::error!("{reason}");
     thread.give_up(&reason);
@@ -79,6 +81,8 @@ struct RingThread {
     /// Places of queues that were given up: completions may still come for them, so nobody else may
     /// have them.
     retired: Vec<usize>,
+    /// What requests of such queues need that are under way in files.
+    keeps: HashMap<(u32, Tag), Keep>,
     /// Places whose queue got a completion in this round.
     touched: Vec<u32>,
     completions: Vec<Completion>,
@@ -99,6 +103,7 @@ impl RingThread {
             inbox: inbox.clone(),
             queues: Vec::new(),
             retired: Vec::new(),
+            keeps: HashMap::new(),
             touched: Vec::new(),
             completions: Vec::new(),
             returned: Vec::new(),
@@ -117,7 +122,8 @@ impl RingThread {
                 self.read_messages();
                 self.take_back();
             }
-            if self.queues.iter().all(Option::is_none) && self.inbox.close_if_empty() {
+            self.touch_given_up();
+            if self.queues.iter().all(Option::is_none) && self.keeps.is_empty() && self.inbox.close_if_empty() {
                 return Ok(());
             }
             self.serve_touched()?;
@@ -178,37 +184,47 @@ impl RingThread {
                 Message::Open { setup, reply } => {
                     let free = |place: &usize| self.queues[*place].is_none() && !self.retired.contains(place);
                     let place = (0..self.queues.len()).find(free).unwrap_or(self.queues.len());
-                    let events = setup.events.clone();
                     // Before its memory is touched.
                     self.find_place(Some(setup.cpus));
                     let seat = Seat { place: place as u32, ring: &self.ring, inbox: &self.inbox, zeros: &self.zeros };
                     let result = Queue::open(*setup, &seat);
-                    let result = result.map(|queue| {
-                        if place == self.queues.len() {
-                            self.queues.push(Some(queue));
-                        } else {
-                            self.queues[place] = Some(queue);
-                        }
-                        self.agree_on_coalescing();
-                    });
-                    if result.is_err() {
-                        self.inbox.unload();
-                        events.closed();
+                    if place == self.queues.len() {
+                        self.queues.push(None);
                     }
-                    // Nobody may be waiting any more; the outcome then shows in the device's events.
+                    let result = match result {
+                        Ok(queue) => {
+                            self.queues[place] = Some(queue);
+                            self.agree_on_coalescing();
+                            Ok(())
+                        }
+                        Err(failure) => {
+                            if failure.lent {
+                                self.retired.push(place);
+                            }
+                            self.inbox.unload();
+                            Err(failure.error)
+                        }
+                    };
+                    // The caller may have given up; the outcome then shows in the device's events.
                     let _ = reply.send(result);
                 }
-                Message::Abandon { device } => {
-                    for (place, slot) in self.queues.iter_mut().enumerate() {
-                        if slot.as_ref().is_some_and(|q| q.device() == device)
-                            && let Some(queue) = slot.take()
-                        {
-                            queue.abandon();
-                            self.retired.push(place);
-                            self.inbox.unload();
-                        }
-                    }
-                    self.agree_on_coalescing();
+                Message::Abandon { device, successor } => {
+                    let queues = self.queues.iter_mut().flatten();
+                    queues.filter(|queue| queue.device() == device).for_each(|queue| queue.give_up(successor));
+                }
+            }
+        }
+    }
+
+    /// Looks at queues that were given up, whatever it is that they wait for.
+    fn touch_given_up(&mut self) {
+        let mut ring = self.ring.borrow_mut();
+        for (place, queue) in self.queues.iter().enumerate() {
+            if queue.as_ref().is_some_and(Queue::is_given_up) {
+                touch(&mut self.touched, place as u32);
+                if !ring.is_submitted() {
+                    // Nothing may complete that shows when the kernel has taken it.
+                    ring.waker().wake();
                 }
             }
         }
@@ -220,6 +236,9 @@ impl RingThread {
             let queue = cookie.and_then(|c| self.queues.get_mut(c.queue as usize)?.as_mut().map(|q| (c, q)));
             let Some((cookie, queue)) = queue else {
                 log::debug!("a completion of a queue that was given up: {completion:?}");
+                if let Some(Cookie { kind: Kind::Transfer, queue, tag }) = cookie {
+                    self.keeps.remove(&(queue, tag));
+                }
                 if let (Some(buffer), Ok(bytes)) = (completion.tags, usize::try_from(completion.result)) {
                     self.ring.borrow_mut().take_tags(buffer, bytes, &mut Vec::new());
                 }
@@ -258,10 +277,13 @@ impl RingThread {
             if let Some(error) = queue.take_ring_failure() {
                 return Err(error);
             }
-            if queue.drained()
+            if queue.is_over()
                 && let Some(queue) = slot.take()
             {
-                queue.close();
+                if queue.is_given_up() {
+                    self.retired.push(place as usize);
+                }
+                self.keeps.extend(queue.close().into_iter().map(|(tag, keep)| ((place, tag), keep)));
                 self.inbox.unload();
                 closed = true;
             }
@@ -291,6 +313,7 @@ impl RingThread {
 
     /// Ends all queues of a thread that cannot go on.
     fn give_up(&mut self, reason: &str) {
+        std::mem::forget(std::mem::take(&mut self.keeps));
         for queue in self.queues.drain(..).flatten() {
             queue.fail(reason.to_owned());
             queue.abandon();

@@ -136,6 +136,11 @@ impl TagTable {
         matches!(self.states[tag.index()], State::Armed { .. })
     }
 
+    /// Whether the server holds the tag.
+    pub(crate) fn is_owned(&self, tag: Tag) -> bool {
+        matches!(self.states[tag.index()], State::Owned { .. })
+    }
+
     /// How many tags the driver holds.
     pub(crate) fn armed(&self) -> u16 {
         self.armed

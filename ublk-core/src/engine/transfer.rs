@@ -127,6 +127,11 @@ impl Transfer {
         if self.has_data { self.len as i32 } else { 0 }
     }
 
+    /// Takes what has to outlive the request.
+    pub(crate) fn take_keep(&mut self) -> Option<Keep> {
+        self.keep.take()
+    }
+
     /// How far the piece at work has come: the file, and the byte in it.
     pub(crate) fn position(&self) -> FileRange {
         let FileRange { fd, offset } = self.pieces.first().file;
@@ -239,7 +244,7 @@ mod tests {
         let piece = |fd, offset, len| FilePiece { file: FileRange { fd, offset }, len };
         let kept = Arc::new(());
         let pieces = vec![piece(3, 100, 1000), piece(4, 200, 3096)].into();
-        let keep = Keep::Any(Box::new(kept.clone()));
+        let keep = Keep::from(Box::new(kept.clone()) as Box<dyn std::any::Any + Send>);
         let mut write = Transfer::new(Step::Write { durable: false }, &descriptor, pieces, Some(keep));
         let mut expect = |fd, at: u64, len, offset, done, next| {
             let memory = Memory::At(0x1000 + at);

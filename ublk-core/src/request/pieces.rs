@@ -6,6 +6,7 @@ use std::any::Any;
 use std::fmt;
 use std::os::fd::RawFd;
 
+use crate::engine::drop_guarded;
 use crate::extents::Flight;
 
 /// How a file takes the place of a request's range; see [`RequestOf::forward`](crate::RequestOf::forward).
@@ -85,31 +86,41 @@ impl From<Vec<FilePiece>> for Pieces {
 }
 
 /// Something that must outlive a forwarded request, as the descriptors of its pieces.
-pub enum Keep {
+#[derive(Debug)]
+pub struct Keep(#[expect(dead_code, reason = "it is there to be dropped")] Kept);
+
+#[derive(Debug)]
+enum Kept {
     /// The request's place in an [`ExtentMap`](crate::extents::ExtentMap).
-    Flight(Flight),
+    Flight(#[expect(dead_code, reason = "as above")] Flight),
     /// Anything.
-    Any(Box<dyn Any + Send>),
+    Any(#[expect(dead_code, reason = "as above")] Anything),
 }
 
-impl fmt::Debug for Keep {
+/// A value of the user's, dropped on the thread of a queue.
+struct Anything(Option<Box<dyn Any + Send>>);
+
+impl fmt::Debug for Anything {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Keep::Flight(flight) => flight.fmt(f),
-            Keep::Any(_) => f.write_str("Any"),
-        }
+        f.write_str("Any")
+    }
+}
+
+impl Drop for Anything {
+    fn drop(&mut self) {
+        drop_guarded(self.0.take(), || "what was to be kept for a forwarded request".to_owned());
     }
 }
 
 impl From<Flight> for Keep {
     fn from(flight: Flight) -> Self {
-        Keep::Flight(flight)
+        Keep(Kept::Flight(flight))
     }
 }
 
 impl From<Box<dyn Any + Send>> for Keep {
     fn from(any: Box<dyn Any + Send>) -> Self {
-        Keep::Any(any)
+        Keep(Kept::Any(Anything(Some(any))))
     }
 }
 

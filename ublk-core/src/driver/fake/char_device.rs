@@ -83,6 +83,9 @@ impl Drop for FakeChar {
                             device.held.push((descriptor, request));
                         }
                         FakeTag::Served(request) | FakeTag::Asked(request) => ended.push(request.ticket),
+                        FakeTag::Armed(command) if !flags.contains(Features::BATCH_IO) => {
+                            command.ring.push(command.user_data, uapi::UBLK_IO_RES_ABORT);
+                        }
                         FakeTag::Idle | FakeTag::Armed(_) => {}
                     }
                 }

@@ -283,11 +283,16 @@ impl Ring for FakeRing {
 
     fn submit(&mut self) -> io::Result<()> {
         self.submit_all();
-        Ok(())
+        let refusal = self.shared.state().refusals.get_mut("io_uring_enter").and_then(VecDeque::pop_front);
+        refusal.map_or(Ok(()), |errno| Err(errno.into()))
+    }
+
+    fn is_submitted(&mut self) -> bool {
+        self.queued.is_empty()
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        self.submit()?;
+        self.submit_all();
         let mut state = self.completions.state();
         while (state.list.len() <= self.prompt || self.shared.holding.load(Ordering::Relaxed)) && !state.woken {
             let left = state.timer.map(|end| end.saturating_duration_since(Instant::now()));

@@ -11,7 +11,7 @@
 //!    not `Send`.
 //! 3. An [`Entry`] is the kernel's submission queue entry: 64 bytes of plain numbers.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -34,9 +34,12 @@ use crate::units::{QueueId, Tag};
 const SUBMISSION_ENTRIES: u32 = 256;
 /// Entries of its completion queue; what does not fit waits in the kernel and costs an extra call.
 const COMPLETION_ENTRIES: u32 = 4096;
-/// Places for char devices in a ring's file table. Further ones are named by their descriptors, which
-/// costs the kernel a little more per command.
-const FILE_SLOTS: u32 = 1024;
+/// Places for char devices in a ring's file table, unless the limit of open files is lower.
+///
+/// Each device has one while it is in the ring: the kernel closes the files of a ring that goes only when all operations
+/// of the ring have ended. So the driver does not take a server for gone, and lets the next one in, while a file
+/// still works on what a killed server gave it.
+const FILE_SLOTS: u32 = 8192;
 /// Places in a ring's table of buffers: the most that io_uring allows.
 const BUFFER_SLOTS: u16 = 16384;
 
@@ -73,8 +76,11 @@ pub(super) struct KernelRing {
     wake_armed: bool,
     /// The driver touches buffers only inside this thread's own calls.
     defers_task_work: bool,
-    /// Free places in the table of files; none at all where files are not to be kept in there.
+    /// Free places in the table of files.
     free_slots: Vec<u32>,
+    /// Where commands name char devices by descriptors, because a file that a command was sent to by its place in the table
+    /// is [not released](fixed_files_are_released): the places of the devices' files, by descriptor.
+    by_descriptor: Option<HashMap<RawFd, Vec<u32>>>,
     /// Runs of free places in the table of buffers, by their beginning; `None` before the table is made.
     free_buffers: Option<Vec<(u16, u16)>>,
     /// Where the driver puts the tags of batches; made with the first.
@@ -107,7 +113,7 @@ impl KernelRing {
             }
             other => (other.map_err(|e| describe_ring_error(&e))?, true),
         };
-        let slots = if fixed_files_are_released() { make_file_table(&uring)? } else { 0 };
+        let slots = make_file_table(&uring)?;
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(KernelRing {
             uring,
@@ -115,6 +121,7 @@ impl KernelRing {
             wake_armed: false,
             defers_task_work,
             free_slots: (0..slots).rev().collect(),
+            by_descriptor: (!fixed_files_are_released()).then(HashMap::new),
             free_buffers: None,
             tag_buffers: None,
             backlog: VecDeque::new(),
@@ -225,22 +232,32 @@ fn describe_ring_error(source: &io::Error) -> io::Error {
 
 impl Ring for KernelRing {
     fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot> {
-        let Some(slot) = self.free_slots.pop() else { return Ok(FileSlot(file.raw_fd() as u32 | PLAIN)) };
-        match self.uring.submitter().register_files_update(slot, &[file.raw_fd()]) {
-            Ok(_) => Ok(FileSlot(slot)),
-            Err(e) => {
-                self.free_slots.push(slot);
-                Err(e)
-            }
+        let slot = self.free_slots.pop().ok_or_else(|| {
+            io::Error::other(
+                "a ring's table of files is full (`ulimit -n` when it was made, and 8192 at most); use more threads",
+            )
+        })?;
+        let fd = file.raw_fd();
+        if let Err(e) = self.uring.submitter().register_files_update(slot, &[fd]) {
+            self.free_slots.push(slot);
+            return Err(e);
         }
+        Ok(match &mut self.by_descriptor {
+            Some(places) => {
+                places.entry(fd).or_default().push(slot);
+                FileSlot(fd as u32 | PLAIN)
+            }
+            None => FileSlot(slot),
+        })
     }
 
     fn remove_file(&mut self, slot: FileSlot) -> io::Result<()> {
-        if slot.0 & PLAIN != 0 {
-            return Ok(());
-        }
-        self.uring.submitter().register_files_update(slot.0, &[-1])?;
-        self.free_slots.push(slot.0);
+        let place = match &mut self.by_descriptor {
+            Some(places) => places.get_mut(&((slot.0 & !PLAIN) as RawFd)).and_then(Vec::pop).ok_or(Errno::EBADF)?,
+            None => slot.0,
+        };
+        self.uring.submitter().register_files_update(place, &[-1])?;
+        self.free_slots.push(place);
         Ok(())
     }
 
@@ -267,6 +284,10 @@ impl Ring for KernelRing {
                 return Ok(());
             }
         }
+    }
+
+    fn is_submitted(&mut self) -> bool {
+        self.backlog.is_empty() && self.uring.submission().is_empty()
     }
 
     fn wait(&mut self) -> io::Result<()> {
