@@ -144,7 +144,7 @@ pub struct PullQueue(Arc<Shared>);
 
 impl PullQueue {
     /// Waits for requests and takes as many as there are, at most `max`, in the order in which they came.
-    /// `None` once the device has ended: no request will come any more.
+    /// `None` once the device has ended: no request will come any more. A `max` of 0 takes none and does not wait.
     ///
     /// Stopping a device waits for its requests, so they have to be taken until this says `None`.
     pub fn next_batch(&self, max: usize) -> Option<Vec<DetachedRequest>> {
@@ -223,7 +223,8 @@ impl Shared {
 
     /// `None` at the end, `Some(None)` when the time is over.
     fn take(&self, max: usize, timeout: Option<Duration>) -> Option<Option<Vec<DetachedRequest>>> {
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        // A time that no clock reaches is none.
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut state = self.state();
         loop {
             let count = state.requests.len().min(max);
@@ -235,8 +236,11 @@ impl Shared {
                 }
                 return Some(Some(batch));
             }
-            if state.ended() {
+            if state.ended() && state.requests.is_empty() {
                 return None;
+            }
+            if max == 0 {
+                return Some(None);
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             state = match left {

@@ -353,17 +353,19 @@ fn a_pull_queue_can_be_polled() {
     let disk = driver.disk(device.id());
     assert!(!readable(&queue, 0));
     assert_eq!(queue.next_batch_within(1, Duration::ZERO).unwrap().len(), 0);
+    assert_eq!(queue.next_batch(0).unwrap().len(), 0, "it does not wait for what it would not take");
     let sent = [disk.send(2, 0, 0, &[]).unwrap(), disk.send(2, 0, 0, &[]).unwrap()];
     for _ in 0..2 {
         assert!(readable(&queue, 10_000));
-        let batch = queue.next_batch_within(1, Duration::from_secs(10)).unwrap();
+        assert_eq!(queue.next_batch(0).unwrap().len(), 0);
+        let batch = queue.next_batch_within(1, Duration::MAX).unwrap();
         batch.into_iter().for_each(|request| request.complete());
     }
     sent.into_iter().for_each(|sent| drop(disk.wait(sent).unwrap()));
     assert!(!readable(&queue, 0));
     finish(&driver, device);
     assert!(readable(&queue, 0), "the end can be seen too");
-    assert!(queue.next_batch(1).is_none());
+    assert!(queue.next_batch(1).is_none() && queue.next_batch(0).is_none());
 }
 
 #[test]
@@ -383,7 +385,7 @@ fn pull_queues_end_when_the_device_does_not_start() {
     let (target, queues) = pull(Params::new(SIZE, 512), 2).unwrap();
     server(&driver, 1).start(target, &options(1, 4)).unwrap_err();
     for queue in queues {
-        assert!(queue.next_batch(1).is_none());
+        assert!(queue.next_batch(1).is_none() && queue.next_batch(0).is_none());
     }
 }
 

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry128;
@@ -48,13 +48,51 @@ const CANCEL: u64 = 2;
 pub struct KernelDriver {
     control: File,
     dev: PathBuf,
-    /// Control rings that are not in use. Each command takes one for itself, so that a long STOP_DEV
-    /// holds up nobody.
-    rings: Mutex<Vec<IoUring<Entry128, cqueue::Entry>>>,
-    /// This process has, or had, a char device open: commands that may block go through a helper.
-    serving: AtomicBool,
-    reserve: detached::Reserve,
+    rings: Mutex<IdleRings>,
+    helpers: detached::Helpers,
 }
+
+type ControlRing = IoUring<Entry128, cqueue::Entry>;
+
+/// Control rings that are not in use. Each command takes one for itself, so that a long STOP_DEV holds up no other.
+///
+/// A forked child has neither the rings' memory ([`control_ring`] keeps it from that) nor a right to them. It makes its own.
+#[derive(Default)]
+struct IdleRings {
+    owner: u32,
+    rings: Vec<ControlRing>,
+}
+
+impl IdleRings {
+    /// Leaves what a parent process has made alone: dropping it would unmap whatever is now at its addresses.
+    fn forget_parents(&mut self) {
+        let process = std::process::id();
+        if self.owner != process {
+            std::mem::forget(std::mem::take(&mut self.rings));
+            self.owner = process;
+        }
+    }
+
+    fn take(&mut self) -> Option<ControlRing> {
+        self.forget_parents();
+        self.rings.pop()
+    }
+
+    fn put(&mut self, ring: ControlRing) {
+        self.forget_parents();
+        self.rings.push(ring);
+    }
+}
+
+impl Drop for IdleRings {
+    fn drop(&mut self) {
+        self.forget_parents();
+    }
+}
+
+/// This process has, or had, a char device open: commands that may block go through a helper, whichever [`KernelDriver`]
+/// they are sent by.
+static SERVING: AtomicBool = AtomicBool::new(false);
 
 impl std::fmt::Debug for KernelDriver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -93,24 +131,30 @@ impl KernelDriver {
             })?;
         // One ring up front, so that a system without io_uring is found out here.
         let ring = control_ring()?;
-        let reserve = detached::Reserve::default();
-        reserve.fill();
-        Ok(KernelDriver {
-            control,
-            dev: dev.to_owned(),
-            rings: Mutex::new(vec![ring]),
-            serving: AtomicBool::new(false),
-            reserve,
-        })
+        let helpers = detached::Helpers::default();
+        helpers.reserve();
+        let mut rings = IdleRings::default();
+        rings.put(ring);
+        Ok(KernelDriver { control, dev: dev.to_owned(), rings: Mutex::new(rings), helpers })
     }
 
-    fn take_ring(&self) -> io::Result<IoUring<Entry128, cqueue::Entry>> {
-        let idle = self.rings.lock().unwrap_or_else(|e| e.into_inner()).pop();
+    fn rings(&self) -> MutexGuard<'_, IdleRings> {
+        self.rings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_ring(&self) -> io::Result<ControlRing> {
+        let idle = self.rings().take();
         idle.map_or_else(|| control_ring().map_err(|e| io::Error::from_raw_os_error(e.errno() as i32)), Ok)
+    }
+
+    /// Whether a command must not be this process's own, which could not die while it waits for requests of its own.
+    fn needs_helper(command: &ControlCommand) -> bool {
+        command.may_block && SERVING.load(Ordering::Relaxed)
     }
 }
 
-fn control_ring() -> Result<IoUring<Entry128, cqueue::Entry>> {
+/// A ring that forked children do not inherit.
+fn control_ring() -> Result<ControlRing> {
     IoUring::<Entry128, cqueue::Entry>::builder().dontfork().build(4).map_err(|source| ring_error(&source))
 }
 
@@ -139,8 +183,8 @@ impl Driver for KernelDriver {
         timeout: Duration,
         give_up: &dyn Fn() -> bool,
     ) -> Result<(i32, Vec<u8>), ControlFailure> {
-        if command.may_block && self.serving.load(Ordering::Relaxed) {
-            return detached::control(self.control.as_fd(), &self.reserve, &command, timeout, give_up);
+        if Self::needs_helper(&command) {
+            return detached::control(self.control.as_fd(), &self.helpers, &command, timeout, give_up);
         }
         let bytes = control_bytes(&command, &command.payload);
         let payload = command.payload.into_boxed_slice();
@@ -157,12 +201,8 @@ impl Driver for KernelDriver {
             let now = Instant::now();
             match wait_for_command(&mut ring, deadline.saturating_duration_since(now).min(CONTROL_SLICE)) {
                 Ok(Some(result)) => {
-                    self.rings.lock().unwrap_or_else(|e| e.into_inner()).push(ring);
-                    return if result >= 0 {
-                        Ok((result, payload.into_vec()))
-                    } else {
-                        Err(ControlFailure::refused(result))
-                    };
+                    self.rings().put(ring);
+                    return Ok((ControlFailure::check(result)?, payload.into_vec()));
                 }
                 Ok(None) if give_up() => break ControlFailure::GaveUp,
                 Ok(None) if now >= deadline => break ControlFailure::Timeout,
@@ -170,20 +210,21 @@ impl Driver for KernelDriver {
                 Err(error) => break ControlFailure::Io(error),
             }
         };
-        if cancel(&mut ring) {
-            self.rings.lock().unwrap_or_else(|e| e.into_inner()).push(ring);
-        } else {
+        let Some(result) = cancel(&mut ring) else {
             // The kernel may still write to the payload when the command ends some day.
             log::warn!("{} does not end; its {} bytes are left to the kernel", command.name, payload.len());
             std::mem::forget(payload);
-        }
-        Err(failure)
+            return Err(failure);
+        };
+        self.rings().put(ring);
+        // It may have been done before it was cancelled: a device would be left that nothing knows of.
+        Ok((after_cancelling(result, failure)?, payload.into_vec()))
     }
 
     fn open_char(&self, id: DeviceId) -> io::Result<Arc<dyn CharDevice>> {
         let path = self.dev.join(format!("ublkc{id}"));
         let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path)?;
-        self.serving.store(true, Ordering::Relaxed);
+        SERVING.store(true, Ordering::Relaxed);
         Ok(Arc::new(KernelCharDevice(file)))
     }
 
@@ -242,7 +283,7 @@ fn control_bytes(command: &ControlCommand, payload: &[u8]) -> [u8; 80] {
 }
 
 /// Waits for the control command's completion, at most `slice`.
-fn wait_for_command(ring: &mut IoUring<Entry128, cqueue::Entry>, slice: Duration) -> io::Result<Option<i32>> {
+fn wait_for_command(ring: &mut ControlRing, slice: Duration) -> io::Result<Option<i32>> {
     let slice = types::Timespec::from(slice);
     let arguments = types::SubmitArgs::new().timespec(&slice);
     match ring.submitter().submit_with_args(1, &arguments) {
@@ -253,22 +294,26 @@ fn wait_for_command(ring: &mut IoUring<Entry128, cqueue::Entry>, slice: Duration
     Ok(ring.completion().find(|c| c.user_data() == COMMAND).map(|c| c.result()))
 }
 
-/// Asks the kernel to end a control command; true if it has ended.
-fn cancel(ring: &mut IoUring<Entry128, cqueue::Entry>) -> bool {
+/// The outcome of a command that has ended after it was asked to: its own, unless it was cancelled.
+fn after_cancelling(result: i32, failure: ControlFailure) -> Result<i32, ControlFailure> {
+    match ControlFailure::check(result) {
+        Err(ControlFailure::Refused(Errno::ECANCELED | Errno::EINTR)) => Err(failure),
+        outcome => outcome,
+    }
+}
+
+/// Asks the kernel to end a control command. Its result, if it has ended.
+fn cancel(ring: &mut ControlRing) -> Option<i32> {
     let entry: Entry128 = opcode::AsyncCancel::new(COMMAND).build().user_data(CANCEL).into();
     // SAFETY: a cancellation refers to no memory.
-    if unsafe { ring.submission().push(&entry) }.is_err() {
-        return false;
-    }
+    unsafe { ring.submission().push(&entry) }.ok()?;
     let deadline = Instant::now() + CANCEL_GRACE;
     while Instant::now() < deadline {
-        match wait_for_command(ring, CONTROL_SLICE) {
-            Ok(Some(_)) => return true,
-            Ok(None) => {}
-            Err(_) => return false,
+        if let Some(result) = wait_for_command(ring, CONTROL_SLICE).ok()? {
+            return Some(result);
         }
     }
-    false
+    None
 }
 
 #[derive(Debug)]
@@ -326,6 +371,65 @@ mod tests {
         let error = KernelDriver::open_in(empty.path()).unwrap_err();
         assert!(matches!(error, Error::DriverMissing { .. }), "{error:?}");
         assert!(error.to_string().contains("modprobe ublk_drv"), "{error}");
+    }
+
+    /// A driver whose control device answers every command with 0 (`uring_cmd_null`, Linux 6.1), and has a char device.
+    fn null_driver() -> (tempfile::TempDir, KernelDriver) {
+        let dev = tempfile::tempdir().unwrap();
+        for name in ["ublk-control", "ublkc0"] {
+            std::os::unix::fs::symlink("/dev/null", dev.path().join(name)).unwrap();
+        }
+        let driver = KernelDriver::open_in(dev.path()).unwrap();
+        (dev, driver)
+    }
+
+    fn command(may_block: bool) -> ControlCommand {
+        ControlCommand { name: "TEST", op: 1, dev_id: 0, data: 0, payload: vec![7; 8], path_len: 0, may_block }
+    }
+
+    const TIMEOUT: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn commands_of_a_serving_process_need_a_helper_by_any_driver() {
+        let ((_dev, first), (_other, _second)) = (null_driver(), null_driver());
+        let _file = first.open_char(DeviceId(0)).unwrap();
+        assert!(KernelDriver::needs_helper(&command(true)));
+        assert!(!KernelDriver::needs_helper(&command(false)));
+    }
+
+    #[test]
+    fn a_forked_child_may_use_an_inherited_driver() {
+        let (_dev, driver) = null_driver();
+        let send = || driver.control(command(false), TIMEOUT, &|| false).is_ok_and(|(_, payload)| payload == [7; 8]);
+        assert!(send());
+        // SAFETY: the child allocates, which the C library makes work, sends a command, and ends without unwinding.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                let sent = send() && send();
+                // SAFETY: as above.
+                unsafe { libc::_exit(i32::from(!sent)) }
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                let status = nix::sys::wait::waitpid(child, None).unwrap();
+                assert_eq!(status, nix::sys::wait::WaitStatus::Exited(child, 0));
+            }
+        }
+        assert!(send(), "the parent goes on");
+    }
+
+    #[test]
+    fn a_command_that_is_done_before_it_is_cancelled_is_done() {
+        let (_dev, driver) = null_driver();
+        let mut ring = control_ring().unwrap();
+        let entry = opcode::UringCmd80::new(types::Fd(driver.control.as_raw_fd()), 1).build().user_data(COMMAND);
+        // SAFETY: the command has no memory.
+        unsafe { ring.submission().push(&entry) }.unwrap();
+        ring.submit().unwrap();
+        assert_eq!(cancel(&mut ring), Some(0));
+        for (result, expected) in [(0, "Ok(0)"), (7, "Ok(7)"), (-125, "Err(Timeout)"), (-4, "Err(Timeout)")] {
+            assert_eq!(format!("{:?}", after_cancelling(result, ControlFailure::Timeout)), expected, "{result}");
+        }
+        assert_eq!(format!("{:?}", after_cancelling(-libc::EEXIST, ControlFailure::GaveUp)), "Err(Refused(EEXIST))");
     }
 
     #[test]

@@ -57,9 +57,9 @@ pub enum ControlFailure {
 }
 
 impl ControlFailure {
-    /// The driver's negative result.
-    pub(crate) fn refused(result: i32) -> Self {
-        ControlFailure::Refused(RawErrno::check(result).map_or_else(RawErrno::known, |_| Errno::EIO))
+    /// Splits a command's result.
+    pub(crate) fn check(result: i32) -> Result<i32, Self> {
+        RawErrno::check(result).map(|_| result).map_err(|errno| ControlFailure::Refused(errno.known()))
     }
 }
 

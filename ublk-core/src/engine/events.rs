@@ -106,7 +106,8 @@ impl QueueEvents {
     }
 
     fn wait(&self, timeout: Option<Duration>, done: impl Fn(&State) -> bool) -> bool {
-        let deadline = timeout.map(|t| Instant::now() + t);
+        // A time that no clock reaches is none.
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut state = self.state();
         while !done(&state) {
             state = match deadline {

@@ -22,7 +22,7 @@
 
 use std::io::{self, Read};
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,8 +31,7 @@ use io_uring::{IoUring, cqueue, opcode, types};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe2};
 
 use super::super::{ControlCommand, ControlFailure};
@@ -40,6 +39,8 @@ use crate::memory::SharedBytes;
 
 /// How often the waiting parent asks whether to give up.
 const SLICE: Duration = Duration::from_millis(100);
+/// How long a helper that was killed may take to end.
+const GRACE: Duration = Duration::from_secs(1);
 /// Where the child keeps the control device and the pipe; it closes all other descriptors.
 const CONTROL: i32 = 0;
 const REPORT: i32 = 1;
@@ -50,25 +51,50 @@ const ENDED: i32 = 1;
 const FAILED: i32 = 2;
 const MESSAGE: usize = 8;
 
-/// A pipe for the case that a process has no descriptors left: a device could not even be removed then.
-#[derive(Debug, Default)]
-pub(super) struct Reserve(Mutex<Option<(OwnedFd, OwnedFd)>>);
+type Pipe = (OwnedFd, OwnedFd);
 
-impl Reserve {
-    fn pipe(&self) -> io::Result<(OwnedFd, OwnedFd)> {
-        pipe2(OFlag::O_CLOEXEC).or_else(|errno| self.slot().take().ok_or_else(|| errno.into()))
+/// What helpers need, and what is left of them.
+#[derive(Debug, Default)]
+pub(super) struct Helpers {
+    /// A pipe for the case that a process has no descriptors left: a device could not even be removed then.
+    pipe: Mutex<Option<Pipe>>,
+    /// Helpers that have not ended yet. Where this process is init, or a subreaper, they are its children, and stay
+    /// zombies until it has collected them.
+    left: Mutex<Vec<Pid>>,
+}
+
+impl Helpers {
+    fn pipe(&self) -> io::Result<Pipe> {
+        pipe2(OFlag::O_CLOEXEC).or_else(|errno| self.reserved().take().ok_or_else(|| errno.into()))
     }
 
     /// To be called when a pipe was closed, and once in the beginning.
-    pub(super) fn fill(&self) {
-        let mut slot = self.slot();
+    pub(super) fn reserve(&self) {
+        let mut slot = self.reserved();
         if slot.is_none() {
             *slot = pipe2(OFlag::O_CLOEXEC).ok();
         }
     }
 
-    fn slot(&self) -> MutexGuard<'_, Option<(OwnedFd, OwnedFd)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn reserved(&self) -> MutexGuard<'_, Option<Pipe>> {
+        self.pipe.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Collects a helper, and all that are left, as far as they are this process's and have ended. One that has closed its
+    /// pipe ends at once, and is waited for.
+    fn collect(&self, helper: Option<Pid>, has_ended: bool) {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.retain(|pid| waitpid(*pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive));
+        let Some(helper) = helper else { return };
+        let how = (!has_ended).then_some(WaitPidFlag::WNOHANG);
+        loop {
+            match waitpid(helper, how) {
+                Err(Errno::EINTR) => {}
+                Ok(WaitStatus::StillAlive) => return left.push(helper),
+                // Another process collects it, nearly always.
+                _ => return,
+            }
+        }
     }
 }
 
@@ -76,20 +102,20 @@ impl Reserve {
 /// otherwise.
 pub(super) fn control(
     device: BorrowedFd<'_>,
-    reserve: &Reserve,
+    helpers: &Helpers,
     command: &ControlCommand,
     timeout: Duration,
     give_up: &dyn Fn() -> bool,
 ) -> Result<(i32, Vec<u8>), ControlFailure> {
     let payload = SharedBytes::new(&command.payload).map_err(ControlFailure::Io)?;
     let (op, header) = (command.op, super::control_bytes(command, payload.bytes()));
-    let (reader, writer) = reserve.pipe().map_err(ControlFailure::Io)?;
+    let (reader, writer) = helpers.pipe().map_err(ControlFailure::Io)?;
     let (control, report) = (device.as_raw_fd(), writer.as_raw_fd());
     // SAFETY: (1).
     match unsafe { fork() } {
         Err(errno) => {
             drop((reader, writer));
-            reserve.fill();
+            helpers.reserve();
             Err(to_io(errno))
         }
         Ok(ForkResult::Child) => {
@@ -106,8 +132,12 @@ pub(super) fn control(
             drop(writer);
             // Somebody else may have collected it; it is gone either way.
             while waitpid(child, None) == Err(Errno::EINTR) {}
-            let result = receive(reader.into(), timeout, give_up);
-            reserve.fill();
+            let mut reports = Reports { pipe: reader.into(), helper: None, pidfd: None };
+            let result = reports.receive(timeout, give_up);
+            let (helper, has_ended) = (reports.helper, reports.has_ended());
+            drop(reports);
+            helpers.collect(helper, has_ended);
+            helpers.reserve();
             Ok((result?, payload.bytes().to_vec()))
         }
     }
@@ -117,45 +147,111 @@ fn to_io(errno: Errno) -> ControlFailure {
     ControlFailure::Io(errno.into())
 }
 
-/// The parent's part: waits for the helper's word.
-fn receive(mut pipe: std::fs::File, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<i32, ControlFailure> {
-    let deadline = Instant::now() + timeout;
-    let mut helper = None;
-    let end = |helper: Option<Pid>, failure| {
+/// The parent's part: the helper's reports.
+#[derive(Debug)]
+struct Reports {
+    pipe: std::fs::File,
+    /// Once it has begun.
+    helper: Option<Pid>,
+    /// The same, whatever process may have its number later.
+    pidfd: Option<OwnedFd>,
+}
+
+/// One thing that a helper reports.
+#[derive(Debug, PartialEq, Eq)]
+enum Report {
+    Begun(Pid),
+    Ended(i32),
+    Failed(i32),
+}
+
+impl Reports {
+    /// Waits for the outcome.
+    fn receive(&mut self, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<i32, ControlFailure> {
+        let deadline = Instant::now() + timeout;
+        let failure = loop {
+            let now = Instant::now();
+            match self.next(deadline.saturating_duration_since(now).min(SLICE)) {
+                Ok(Some(report)) => match self.note(report) {
+                    Some(outcome) => return outcome,
+                    None => continue,
+                },
+                Ok(None) if give_up() => break ControlFailure::GaveUp,
+                Ok(None) if now >= deadline => break ControlFailure::Timeout,
+                Ok(None) => {}
+                Err(error) => return Err(ControlFailure::Io(error)),
+            }
+        };
         // A command that waits interruptibly ends with its process; any other ends by itself some day.
-        if let Some(pid) = helper {
-            let _ = kill(pid, Signal::SIGKILL);
+        if let Some(pidfd) = &self.pidfd {
+            kill(pidfd);
+        }
+        // It may have been done before: a device would be left that nothing knows of.
+        let deadline = Instant::now() + GRACE;
+        while let Ok(Some(report)) = self.next(deadline.saturating_duration_since(Instant::now())) {
+            if let Some(outcome) = self.note(report) {
+                return super::after_cancelling(outcome?, failure);
+            }
         }
         Err(failure)
-    };
-    loop {
-        let now = Instant::now();
-        let slice = deadline.saturating_duration_since(now).min(SLICE);
-        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
-        let slice = PollTimeout::try_from(slice).unwrap_or(PollTimeout::ZERO);
-        match poll(&mut fds, slice) {
-            Ok(0) | Err(Errno::EINTR) if give_up() => return end(helper, ControlFailure::GaveUp),
-            Ok(0) | Err(Errno::EINTR) if now >= deadline => return end(helper, ControlFailure::Timeout),
-            Ok(0) | Err(Errno::EINTR) => continue,
+    }
+
+    /// Takes a report; the outcome, if it is that.
+    fn note(&mut self, report: Report) -> Option<Result<i32, ControlFailure>> {
+        Some(match report {
+            Report::Begun(pid) => {
+                self.helper = Some(pid);
+                let pidfd = pidfd_open(pid);
+                // The number was the helper's all the time if it has its end of the pipe still open.
+                self.pidfd = pidfd.filter(|_| !self.has_ended());
+                return None;
+            }
+            Report::Ended(result) => ControlFailure::check(result),
+            Report::Failed(number) => Err(ControlFailure::Io(io::Error::from_raw_os_error(number))),
+        })
+    }
+
+    /// Waits for a report, at most so long. An error if none will come any more.
+    fn next(&mut self, timeout: Duration) -> io::Result<Option<Report>> {
+        let mut fds = [PollFd::new(self.pipe.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO)) {
+            Ok(0) | Err(Errno::EINTR) => return Ok(None),
             Ok(_) => {}
-            Err(errno) => return end(helper, to_io(errno)),
+            Err(errno) => return Err(errno.into()),
         }
         let mut message = [0; MESSAGE];
-        if let Err(error) = pipe.read_exact(&mut message) {
-            let error = match error.kind() {
-                io::ErrorKind::UnexpectedEof => io::Error::other("the helper process ended without an answer"),
-                _ => error,
-            };
-            return Err(ControlFailure::Io(error));
-        }
+        self.pipe.read_exact(&mut message).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => io::Error::other("the helper process ended without an answer"),
+            _ => error,
+        })?;
         let [kind, value] = decode(message);
-        match kind {
-            BEGUN => helper = Some(Pid::from_raw(value)),
-            ENDED if value >= 0 => return Ok(value),
-            ENDED => return Err(ControlFailure::refused(value)),
-            _ => return Err(ControlFailure::Io(io::Error::from_raw_os_error(value))),
-        }
+        Ok(Some(match kind {
+            BEGUN => Report::Begun(Pid::from_raw(value)),
+            ENDED => Report::Ended(value),
+            _ => Report::Failed(value),
+        }))
     }
+
+    /// Whether the helper has closed the pipe, with which it ends.
+    fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.pipe.as_fd(), PollFlags::empty())];
+        let polled = poll(&mut fds, PollTimeout::ZERO);
+        polled.is_ok() && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    }
+}
+
+/// A descriptor of a process; none before Linux 5.3, or without a descriptor left.
+fn pidfd_open(pid: Pid) -> Option<OwnedFd> {
+    // SAFETY: the call takes numbers, and what it returns is a new descriptor that is this function's alone.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0);
+        (fd >= 0).then(|| OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+fn kill(pidfd: &OwnedFd) {
+    // SAFETY: the call takes numbers, and no information about the signal.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) };
 }
 
 fn encode(kind: i32, value: i32) -> [u8; MESSAGE] {
@@ -242,18 +338,18 @@ fn command(op: u32, header: [u8; 80]) -> io::Result<i32> {
 mod tests {
     use super::*;
 
-    fn pipe() -> (std::fs::File, std::fs::File) {
+    fn pipe() -> (Reports, std::fs::File) {
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        (reader.into(), writer.into())
+        (Reports { pipe: reader.into(), helper: None, pidfd: None }, writer.into())
     }
 
     #[test]
     fn a_result_and_a_refusal_come_through() {
         use std::io::Write;
         for (value, expected) in [(7, Ok(7)), (-19, Err(Errno::ENODEV))] {
-            let (reader, mut writer) = pipe();
+            let (mut reports, mut writer) = pipe();
             writer.write_all(&encode(ENDED, value)).unwrap();
-            let got = receive(reader, Duration::from_secs(5), &|| false);
+            let got = reports.receive(Duration::from_secs(5), &|| false);
             let got = got.map_err(|failure| match failure {
                 ControlFailure::Refused(errno) => errno,
                 other => panic!("{other:?}"),
@@ -264,31 +360,61 @@ mod tests {
 
     #[test]
     fn a_helper_that_says_nothing_is_a_time_out_and_one_that_dies_an_error() {
-        let (reader, writer) = pipe();
-        let got = receive(reader.try_clone().unwrap(), Duration::from_millis(20), &|| false);
+        let (mut reports, writer) = pipe();
+        let got = reports.receive(Duration::from_millis(20), &|| false);
         assert!(matches!(got, Err(ControlFailure::Timeout)), "{got:?}");
-        let got = receive(reader.try_clone().unwrap(), Duration::from_secs(60), &|| true);
+        let got = reports.receive(Duration::from_secs(60), &|| true);
         assert!(matches!(got, Err(ControlFailure::GaveUp)), "{got:?}");
         drop(writer);
-        let got = receive(reader, Duration::from_secs(5), &|| false);
+        let got = reports.receive(Duration::from_secs(5), &|| false);
         assert!(matches!(got, Err(ControlFailure::Io(_))), "{got:?}");
     }
 
     #[test]
-    fn a_reserved_pipe_is_there_once_and_can_be_had_again() {
-        let reserve = Reserve::default();
-        reserve.fill();
-        let taken = reserve.slot().take();
-        assert!(taken.is_some() && reserve.slot().is_none());
-        reserve.fill();
-        assert!(reserve.slot().is_some());
+    fn an_answer_that_comes_with_the_time_out_counts() {
+        use std::io::Write;
+        let (mut reports, mut writer) = pipe();
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            writer.write_all(&encode(ENDED, 7)).unwrap();
+        });
+        let got = reports.receive(Duration::from_millis(1), &|| false);
+        late.join().unwrap();
+        // On a machine that is busier than that the time-out stands.
+        assert!(matches!(got, Ok(7) | Err(ControlFailure::Timeout)), "{got:?}");
     }
 
     #[test]
-    fn a_helper_process_brings_the_kernels_answer() {
-        // A command that the null device does not know; what counts is that the answer is the kernel's.
+    fn a_helper_is_known_by_a_pidfd_only_while_it_has_its_pipe() {
+        let own = Report::Begun(Pid::this());
+        let (mut reports, writer) = pipe();
+        assert!(reports.note(own).is_none() && reports.pidfd.is_some());
+        drop(writer);
+        // The number may be another process's by now.
+        assert!(reports.note(Report::Begun(Pid::this())).is_none() && reports.pidfd.is_none());
+    }
+
+    #[test]
+    fn helpers_leave_no_zombies_to_a_subreaper() {
         let null = std::fs::File::open("/dev/null").unwrap();
-        let command = ControlCommand {
+        // SAFETY: the child makes system calls and allocates, which the C library makes work, and does not unwind.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Child => {
+                // SAFETY: as above.
+                unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+                let helpers = Helpers::default();
+                let sent = control(null.as_fd(), &helpers, &nothing(), Duration::from_secs(60), &|| false);
+                let left = waitpid(None, Some(WaitPidFlag::WNOHANG));
+                let clean = !matches!(sent, Err(ControlFailure::Timeout)) && left == Err(Errno::ECHILD);
+                // SAFETY: as above.
+                unsafe { libc::_exit(i32::from(!clean)) }
+            }
+            ForkResult::Parent { child } => assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0))),
+        }
+    }
+
+    fn nothing() -> ControlCommand {
+        ControlCommand {
             name: "NOTHING",
             op: 1,
             dev_id: 0,
@@ -296,8 +422,24 @@ mod tests {
             payload: vec![1, 2, 3],
             path_len: 0,
             may_block: true,
-        };
-        let got = control(null.as_fd(), &Reserve::default(), &command, Duration::from_secs(20), &|| false);
+        }
+    }
+
+    #[test]
+    fn a_reserved_pipe_is_there_once_and_can_be_had_again() {
+        let helpers = Helpers::default();
+        helpers.reserve();
+        let taken = helpers.reserved().take();
+        assert!(taken.is_some() && helpers.reserved().is_none());
+        helpers.reserve();
+        assert!(helpers.reserved().is_some());
+    }
+
+    #[test]
+    fn a_helper_process_brings_the_kernels_answer() {
+        // A command that the null device does not know; what counts is that the answer is the kernel's.
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let got = control(null.as_fd(), &Helpers::default(), &nothing(), Duration::from_secs(20), &|| false);
         match got {
             // Without io_uring the set-up's error comes back instead.
             Ok(_) | Err(ControlFailure::Refused(_) | ControlFailure::Io(_)) => {}
