@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use ublk_core::driver::fake::{FakeDisk, FakeDriver};
 use ublk_core::targets::{File, FileOptions, Io};
-use ublk_core::{DataMovement, DeviceOptions, Errno, RawErrno};
+use ublk_core::{DataMovement, DeviceOptions, Errno, Op, RawErrno};
 
 mod support;
 
@@ -75,4 +75,38 @@ fn a_file_may_refuse_data_with_any_errno() {
         assert_eq!(disk.read(0, 512), Ok(vec![0; 512]));
         finish(&driver, device);
     }
+}
+
+#[test]
+fn a_read_or_write_is_not_completed_as_an_append() {
+    for data in DataMovement::ALL {
+        let driver = FakeDriver::new();
+        let target = custom(move |mut request| {
+            request.load().unwrap();
+            if request.op() == Op::Read {
+                request.data_mut().fill(7);
+            }
+            request.complete_append(0);
+        });
+        let way = DeviceOptions { data: Some(data), batch: Some(false), ..options(1, 1) };
+        let device = server(&driver, 1).start(target, &way).unwrap();
+        assert_eq!(outcomes(&driver.disk(device.id())), [Err(Errno::EIO); 5], "{data:?}");
+        finish(&driver, device);
+    }
+}
+
+#[test]
+fn cleared_memory_is_zeros_or_poison() {
+    let driver = FakeDriver::new();
+    let target = custom(|mut request| {
+        request.clear();
+        request.complete();
+    });
+    let device = server(&driver, 1).start(target, &options(1, 1)).unwrap();
+    let disk = driver.disk(device.id());
+    disk.write(0, &[1; 512]).unwrap();
+    assert_eq!(disk.read(0, 512), Ok(vec![0; 512]));
+    driver.poison_reads(0xa5);
+    assert_eq!(disk.read(0, 512), Ok(vec![0xa5; 512]));
+    finish(&driver, device);
 }

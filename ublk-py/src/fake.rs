@@ -14,6 +14,9 @@ use crate::error::os_error;
 #[derive(Debug)]
 pub(crate) struct FakeDriver(Inner);
 
+/// What clients read where a handler has left bytes unwritten. The kernel's get zeros.
+const POISON: u8 = 0xa5;
+
 impl FakeDriver {
     pub(crate) fn inner(&self) -> Inner {
         self.0.clone()
@@ -32,7 +35,9 @@ fn check<T>(result: Result<T, Errno>) -> PyResult<T> {
 impl FakeDriver {
     #[new]
     fn new() -> Self {
-        FakeDriver(Inner::new())
+        let driver = Inner::new();
+        driver.poison_reads(POISON);
+        FakeDriver(driver)
     }
 
     fn read<'py>(&self, py: Python<'py>, id: u32, offset: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {

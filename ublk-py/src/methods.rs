@@ -184,6 +184,8 @@ fn with_data<'py, H: Home>(
     request: &mut RequestOf<H>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let Some(method) = method else { return Ok(None) };
+    // What a handler leaves unwritten is not to be another request's data.
+    request.clear();
     let lease = slot.lease(py, request.buffer(), request.len() as usize, !request.op().fills())?;
     let returned = method.bind(py).call1((request.offset(), lease.view(py)));
     // A traceback in flight holds the handler's frame and with it the view; it is no reason to give

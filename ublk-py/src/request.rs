@@ -42,6 +42,8 @@ struct State {
     stale: u32,
     /// What Python has of its memory.
     lease: Option<Lease>,
+    /// A read's memory was cleared, before Python first saw it.
+    cleared: bool,
 }
 
 impl Ending {
@@ -59,6 +61,16 @@ impl Ending {
         if lease.is_some_and(|lease| !lease.end(py).0) {
             // A view is still alive: the memory stays with it, and the tag gets fresh memory.
             request.replace_buffer();
+        }
+        Some(request)
+    }
+
+    /// As [`take`](Ending::take), to end the request as done. A read whose memory Python has not seen is one of zeros.
+    fn take_done(&self, py: Python<'_>) -> Option<DetachedRequest> {
+        let cleared = self.state().cleared;
+        let mut request = self.take(py)?;
+        if !cleared {
+            request.clear();
         }
         Some(request)
     }
@@ -84,7 +96,13 @@ impl PyRequest {
             queue: request.queue().0,
             device: request.device().0,
             extents: extents.clone(),
-            ending: Arc::new(Ending(Mutex::new(State { request: Some(request), asked, stale: 0, lease: None }))),
+            ending: Arc::new(Ending(Mutex::new(State {
+                request: Some(request),
+                asked,
+                stale: 0,
+                lease: None,
+                cleared: false,
+            }))),
         }
     }
 
@@ -94,8 +112,8 @@ impl PyRequest {
     }
 
     fn end(&self, py: Python<'_>, result: Result<(), RawErrno>) -> PyResult<()> {
-        let request = self.ending.take(py).ok_or_else(over)?;
-        request.finish(result);
+        let taken = if result.is_ok() { self.ending.take_done(py) } else { self.ending.take(py) };
+        taken.ok_or_else(over)?.finish(result);
         Ok(())
     }
 }
@@ -154,10 +172,14 @@ impl PyRequest {
     #[getter]
     fn buffer<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyMemoryView>> {
         let memory = {
-            let state = self.ending.state();
-            let request = state.request.as_ref().ok_or_else(over)?;
-            if let Some(lease) = &state.lease {
+            let mut state = self.ending.state();
+            let State { request, lease, cleared, .. } = &mut *state;
+            let request = request.as_mut().ok_or_else(over)?;
+            if let Some(lease) = lease {
                 return Ok(lease.view(py).clone());
+            }
+            if !std::mem::replace(cleared, true) {
+                request.clear();
             }
             self.op.has_data().then(|| request.buffer().clone())
         };
@@ -204,11 +226,13 @@ impl PyRequest {
         value: &Bound<'_, PyAny>,
         _traceback: &Bound<'_, PyAny>,
     ) -> PyResult<bool> {
-        let Some(request) = self.ending.take(py) else { return Ok(false) };
         if value.is_none() {
-            request.complete();
+            if let Some(request) = self.ending.take_done(py) {
+                request.complete();
+            }
             return Ok(false);
         }
+        let Some(request) = self.ending.take(py) else { return Ok(false) };
         let errno = to_handlers_errno(py, &PyErr::from_value(value.clone()));
         request.fail(errno.unwrap_or(RawErrno::EIO));
         Ok(errno.is_some())

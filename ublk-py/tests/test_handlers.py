@@ -308,3 +308,38 @@ def test_a_mistake_is_logged_with_its_traceback(caplog, options):
     with testing.open(Mistaken(size=1 << 20), **options) as device, pytest.raises(OSError):
         device.pread(0, 512)
     assert "in helper" in caplog.text
+
+
+class Half(ublk.BlockDevice):
+    """Fills the first half of what is read, in each style."""
+
+    def read(self, offset, buf):
+        buf[: len(buf) // 2] = b"x" * (len(buf) // 2)
+
+    def write(self, offset, buf):
+        pass
+
+
+class HalfInBatches(ublk.BlockDevice):
+    operations = ("read", "write")
+
+    def handle(self, requests):
+        for request in requests:
+            if str(request.op) == "read" and request.offset < 8192:
+                request.buffer[: request.length // 2] = b"x" * (request.length // 2)
+            request.complete()
+
+
+@pytest.mark.parametrize("disk", [Half, HalfInBatches])
+def test_bytes_left_unwritten_are_no_other_requests(driver, disk):
+    with disk(size=SIZE).start(depth=1, _driver=driver) as dev:
+        for _ in range(3):
+            driver.write(dev.id, 0, b"secret! " * 512)
+            # Where the kernel's clients get zeros, those of the stand-in driver see it.
+            assert driver.read(dev.id, 0, 4096) == b"x" * 2048 + b"\xa5" * 2048
+
+
+def test_a_read_that_is_completed_unseen_has_no_other_requests_bytes(driver):
+    with HalfInBatches(size=SIZE).start(depth=1, _driver=driver) as dev:
+        driver.write(dev.id, 0, b"secret! " * 512)
+        assert driver.read(dev.id, 8192, 4096) == b"\xa5" * 4096

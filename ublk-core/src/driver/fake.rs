@@ -64,6 +64,8 @@ struct State {
     /// Rings may call themselves quiet: no client is at work.
     quiet: bool,
     files: Files,
+    /// What cleared memory is filled with.
+    unwritten_byte: u8,
     /// What the driver says it can do; everything unless a test wants less.
     offered: Option<Features>,
     /// Whether callers lack CAP_SYS_ADMIN.
@@ -232,6 +234,12 @@ impl FakeDriver {
     /// How many operations files have taken and not carried out.
     pub fn held_files(&self) -> usize {
         self.shared.state().files.held.len()
+    }
+
+    /// Has servers fill the memory of reads with `byte` where they [clear](crate::RequestOf::clear) it, so that a test sees
+    /// which bytes a handler has left unwritten.
+    pub fn poison_reads(&self, byte: u8) {
+        self.shared.state().unwritten_byte = byte;
     }
 
     /// Lets servers give memory back while rings are idle. Until then no client may send anything: it would

@@ -106,6 +106,12 @@ pub trait CharDevice: Send + Sync + Debug {
     /// `USER_COPY`. From any thread, while the server owns the request. `EINVAL` if it does not.
     fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()>;
 
+    /// What [cleared](crate::RequestOf::clear) memory is filled with.
+    #[doc(hidden)]
+    fn unwritten_byte(&self) -> u8 {
+        0
+    }
+
     /// The other direction: fills a read request's memory.
     fn copy_to_request(&self, place: RequestPlace, from: &[u8]) -> io::Result<()>;
 }

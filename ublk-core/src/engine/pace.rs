@@ -20,6 +20,16 @@ fn whole_nanoseconds(time: TimeSpec) -> u64 {
     time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64
 }
 
+/// When a queue begins with requests that came at `came`: others of its thread may have taken their time since. The
+/// clock is looked at only if there was a tick.
+pub(super) fn begin_after(came: u64) -> u64 {
+    begin(came, tick(), clock)
+}
+
+fn begin(came: u64, tick: u64, clock: impl FnOnce() -> u64) -> u64 {
+    if tick > came { clock() } else { came }
+}
+
 /// Decides when the finished requests of a batch are submitted before its end.
 ///
 /// Fast handlers get one system call per batch, or one per tick of the coarse clock. Once a request took long, each one
@@ -228,6 +238,18 @@ mod tests {
         assert_eq!(one_request(Pace::SLOW - 1), Pace::MEMORY - 1);
         pace.end(Some(begin + ms(100)));
         assert_eq!(pace.eager.get(), Pace::MEMORY - 1, "nothing was handed out since");
+    }
+
+    #[test]
+    fn a_slow_queue_does_not_make_the_next_one_slow() {
+        let pace = Pace::with_resolution(TICK);
+        // Both came at 102, and the other one took until 152.
+        let now = begin(ms(102), ms(150), || ms(152));
+        assert_eq!(now, ms(152));
+        pace.begin(now);
+        assert!(!step(&pace, ms(152)));
+        assert!(!pace.is_slow());
+        assert_eq!(begin(ms(102), ms(100), || panic!("no tick")), ms(102));
     }
 
     #[test]

@@ -268,9 +268,9 @@ impl Queue {
         self.coalescing
     }
 
-    /// Hands the requests that came to the handler; `now` is when they came.
-    pub(crate) fn serve(&mut self, now: u64) {
-        self.core.round.set(now);
+    /// Hands the requests to the handler that came at `came`; `now` is later if other queues were served first.
+    pub(super) fn serve(&mut self, came: u64, now: u64) {
+        self.core.round.set(came);
         self.core.pace.begin(now);
         let Queue { handler, core, ready, .. } = self;
         let Some(handler) = &mut handler.inner else { return };

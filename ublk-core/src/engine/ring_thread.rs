@@ -14,7 +14,7 @@ use super::coalescing::Coalescing;
 use super::cookie::{Cookie, Kind};
 use super::core::{Seat, SharedRing};
 use super::guard::guarded;
-use super::pace::clock;
+use super::pace::{begin_after, clock};
 use super::pool::{Inbox, Message, Returned};
 use super::queue::{Queue, shared_zeros};
 use crate::driver::{Completion, Driver};
@@ -256,7 +256,8 @@ impl RingThread {
     }
 
     fn serve_some(&mut self) -> io::Result<()> {
-        let now = clock();
+        let came = clock();
+        let mut now = came;
         let mut closed = false;
         if self.touched.len() > 1 {
             // Those that keep the others waiting come last.
@@ -271,7 +272,8 @@ impl RingThread {
                 self.coalescing.note(queue.waiting());
                 // First in the submission: the client can go on while files of the kernel's do what comes behind.
                 queue.flush_done();
-                queue.serve(now);
+                queue.serve(came, now);
+                now = begin_after(now);
             }
             queue.flush();
             if let Some(error) = queue.take_ring_failure() {

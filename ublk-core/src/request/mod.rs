@@ -414,7 +414,7 @@ impl<H: Home> RequestOf<H> {
     }
 
     /// Where a read's data goes. The bytes left unwritten hold data of earlier requests of this
-    /// device.
+    /// device, unless they were [cleared](RequestOf::clear).
     ///
     /// # Panics
     ///
@@ -424,6 +424,16 @@ impl<H: Home> RequestOf<H> {
             0 => &mut [],
             // SAFETY: memory.rs (3): this request owns the buffer, and `&mut self` is exclusive.
             len => unsafe { self.buffer().bytes_mut(len) },
+        }
+    }
+
+    /// Clears the memory that a read's data goes to, if it is here: the client gets zeros for bytes that the handler leaves
+    /// unwritten, and not what an earlier request left there. The stand-in driver can have it
+    /// [poisoned](crate::driver::fake::FakeDriver::poison_reads) instead.
+    pub fn clear(&mut self) {
+        if self.op.fills() && self.buffer.is_some() {
+            let byte = self.home.origin().file.unwritten_byte();
+            self.data_mut().fill(byte);
         }
     }
 
@@ -554,8 +564,14 @@ impl<H: Home> RequestOf<H> {
         self.commit(answer);
     }
 
-    /// Ends a zone append as done, in full; its data landed at `offset` on the disk, in bytes.
+    /// Ends a zone append as done, in full; its data was written at `offset` on the disk, in bytes.
+    ///
+    /// Any other request fails with `EIO`, as does an append with an offset that is not whole sectors.
     pub fn complete_append(mut self, offset: u64) {
+        if self.op != Op::ZoneAppend || !offset.is_multiple_of(Sectors::SIZE) {
+            log::error!("{self:?} was completed as an append at {offset}; it fails with EIO");
+            return self.commit(Answer::error(Errno::EIO));
+        }
         let result = self.data_len() as i32;
         self.commit(Answer { result, zone_sector: Sectors::from_bytes(offset).0 });
     }

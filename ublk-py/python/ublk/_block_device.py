@@ -124,7 +124,7 @@ class BlockDevice:
         ``buf`` is the request's own memory, writable, and lent for the time of the call: used
         afterwards it raises `ValueError`. Objects that hold on to it (a numpy array over it, a slice)
         stay valid memory of their own and never see another request. Fill all of it: what is left
-        untouched holds bytes of earlier requests.
+        untouched are zeros, or ``0xa5`` in `ublk.testing`, so that a test sees it.
 
         In place of that it may return an `Extent` or `Zeros` that covers the request, and is not ``stable``: the engine
         reads from there then. If that is invalidated in the meantime, this is called again, up to 16 times.

@@ -38,6 +38,10 @@ impl CharDevice for FakeChar {
         self.id as RawFd
     }
 
+    fn unwritten_byte(&self) -> u8 {
+        self.shared.state().unwritten_byte
+    }
+
     fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()> {
         let mut state = self.shared.state();
         let pages = state.pages(self.id, place.queue, place.tag)?;
