@@ -410,7 +410,9 @@ impl Control {
         log::debug!("{name} {device:?} data {}", command.data);
         let by_path = command.path_len != 0;
         let refused = |errno: Errno, hint: &str| Error::Control { command: name, device, errno, hint: hint.to_owned() };
-        match self.driver.control(command, timeout, give_up) {
+        // SAFETY: the only command with an address in its payload is REG_BUF, of a `SharedMemory`, whose bytes are nothing
+        // but clients'.
+        match unsafe { self.driver.control(command, timeout, give_up) } {
             Ok(answer) => Ok(answer),
             Err(ControlFailure::Refused(Errno::ENOENT)) if by_path && device.is_some_and(|id| self.is_gone(id)) => {
                 Err(refused(Errno::ENODEV, hint(name, Errno::ENODEV)))

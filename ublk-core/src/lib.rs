@@ -64,7 +64,8 @@ pub use params::{
 };
 pub use pull::pull;
 pub use request::{
-    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, Pieces, Request, RequestOf, Requests,
+    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, OpenFile, Pieces, Request, RequestOf,
+    Requests,
 };
 pub use stats::{DeviceStats, Latency, OpStats, StatsHandle};
 pub use target::{QueueHandler, QueueInfo, Target};

@@ -10,9 +10,8 @@
 //!    overlap.
 //! 3. The bytes of an `IoBuffer` are touched by one side at a time: the driver while the tag is armed,
 //!    the server while it owns the request. References to them are made only from a
-//!    [`Request`](crate::Request), which exists only while the server owns the tag.
-//!    A buffer inside memory that clients share is an exception: they may write it at any time. Its bytes are
-//!    taken as they are at the moment; nothing relies on their staying the same.
+//!    [`Request`](crate::Request), which exists only while the server owns the tag. Memory that clients share is never an
+//!    `IoBuffer`, and no reference to it is ever made.
 //! 4. Descriptors are written by the driver before it completes the tag's command, and not again
 //!    before the tag is committed. They are read by volatile loads into an owned copy; no reference to
 //!    them is ever made.
@@ -141,15 +140,13 @@ pub struct IoBuffer {
     region: Arc<Region>,
     offset: usize,
     len: usize,
-    /// The pages are others' too.
-    shared: bool,
 }
 
 impl IoBuffer {
     /// A buffer in a mapping of its own.
     pub fn new(len: usize) -> io::Result<Self> {
         let region = Arc::new(Region::anonymous(len)?);
-        Ok(IoBuffer { region, offset: 0, len, shared: false })
+        Ok(IoBuffer { region, offset: 0, len })
     }
 
     /// `count` buffers in one mapping.
@@ -157,18 +154,7 @@ impl IoBuffer {
         let stride = len.next_multiple_of(PAGE_SIZE);
         let total = stride.checked_mul(count).ok_or(io::ErrorKind::OutOfMemory)?;
         let region = Arc::new(Region::anonymous(total)?);
-        Ok((0..count).map(|i| IoBuffer { region: region.clone(), offset: i * stride, len, shared: false }).collect())
-    }
-
-    /// A part of memory that others use too.
-    pub(crate) fn inside(region: Arc<Region>, offset: usize, len: usize) -> Self {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= region.len));
-        IoBuffer { region, offset, len, shared: true }
-    }
-
-    /// Whether clients may use the bytes at the same time.
-    pub fn is_shared(&self) -> bool {
-        self.shared
+        Ok((0..count).map(|i| IoBuffer { region: region.clone(), offset: i * stride, len }).collect())
     }
 
     /// First byte. Reading or writing through it needs the right of invariant 3 in this file: the
@@ -265,8 +251,9 @@ fn give_back(stretch: Option<(&Region, usize, usize)>) {
 
 impl Drop for IoBuffer {
     fn drop(&mut self) {
-        // A buffer that outlived its queue's other buffers must not keep their pages; its own go here.
-        if !self.shared && Arc::strong_count(&self.region) > 1 {
+        // A buffer that outlived its queue's other buffers must not keep their pages; its own go here. The count only
+        // saves a call: the pages are this buffer's, whichever others the mapping has.
+        if Arc::strong_count(&self.region) > 1 {
             self.give_back_pages();
         }
     }

@@ -3,7 +3,6 @@
 //! Every way in which data and tags move between driver and server, on the stand-in driver.
 
 use std::any::Any;
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -112,7 +111,7 @@ impl QueueHandler for Inverting {
                 request.data_mut().iter_mut().for_each(|byte| *byte = !*byte);
             }
             let offset = request.offset();
-            request.forward(FileRange { fd: self.0.as_raw_fd(), offset });
+            request.forward(FileRange::new(&self.0, offset));
         }
     }
 }
@@ -163,7 +162,7 @@ impl QueueHandler for SharingQueue {
                 return Some(request.detach());
             }
             let offset = request.offset();
-            request.forward(FileRange { fd: file.as_raw_fd(), offset });
+            request.forward(FileRange::new(file, offset));
             None
         }));
     }
@@ -189,10 +188,7 @@ fn a_target_may_hand_over_some_requests_and_they_may_be_forwarded_from_there() {
                             // Somebody holds on to the old memory; the bytes are the request's all the same.
                             request.replace_buffer();
                             let (at, len) = (request.offset(), request.len());
-                            let piece = |from: u64, len| FilePiece {
-                                file: FileRange { fd: file.as_raw_fd(), offset: at + from },
-                                len,
-                            };
+                            let piece = |from: u64, len| FilePiece { file: FileRange::new(&file, at + from), len };
                             request.forward_pieces(
                                 vec![piece(0, 512), piece(512, len - 512)],
                                 Box::new(kept.clone()) as Box<dyn Any + Send>,

@@ -91,8 +91,7 @@ impl Slot {
     /// Ends a lease. False if Python still holds a view: the memory is its own from now on.
     pub(crate) fn end(&mut self, py: Python<'_>, lease: Lease) -> bool {
         let (memory_is_free, buffer) = lease.end(py);
-        // Memory that is shared with clients is not kept mapped.
-        self.0 = buffer.filter(|buffer| !buffer.get().memory.is_shared());
+        self.0 = buffer;
         memory_is_free
     }
 }

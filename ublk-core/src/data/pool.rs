@@ -40,11 +40,13 @@ impl BufferPool {
         }
     }
 
-    /// Takes a buffer back. One that somebody else holds too is theirs from now on.
-    pub(crate) fn put(&mut self, buffer: Arc<IoBuffer>) {
+    /// Takes a buffer back. One that another holder has too is theirs from now on.
+    pub(crate) fn put(&mut self, mut buffer: Arc<IoBuffer>) {
         let len = buffer.len();
         let class = Self::class(len);
-        if Arc::strong_count(&buffer) == 1
+        // Not by its count: whatever a holder did before it let go happens before this, and there is no weak holder, who
+        // could come back.
+        if Arc::get_mut(&mut buffer).is_some()
             && PAGE_SIZE << class == len
             && self.kept + len <= KEPT
             && let Some(free) = self.free.get_mut(class)
@@ -82,6 +84,15 @@ mod tests {
         let held = buffer.clone();
         pool.put(buffer);
         assert_ne!(pool.take(1).unwrap().as_ptr(), held.as_ptr());
+    }
+
+    #[test]
+    fn a_buffer_that_has_a_weak_holder_is_not_used_again() {
+        let mut pool = BufferPool::default();
+        let buffer = pool.take(1).unwrap();
+        let weak = Arc::downgrade(&buffer);
+        pool.put(buffer);
+        assert_eq!((pool.kept, weak.upgrade().is_none()), (0, true));
     }
 
     #[test]

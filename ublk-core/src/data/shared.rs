@@ -4,11 +4,15 @@
 //! copied at all.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::memory::{IoBuffer, Region};
+use nix::errno::Errno;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
+use nix::unistd::Pid;
+
+use crate::memory::Region;
 use crate::uapi;
 
 /// How long a request may wait for the registration of its memory to be known here.
@@ -18,8 +22,12 @@ const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(2);
 /// hugetlbfs.
 ///
 /// A client's direct I/O from and to its mapping reaches the server without a copy if all of a request's
-/// memory lies in one such file, in order. Other requests move as they do anyway. Clients can change the
-/// bytes at any time, also while a request is served.
+/// memory is in one such file, in order. Other requests move as they do anyway.
+///
+/// Clients can change the bytes at any time, also while a request is served, and the file's length too. So no handler gets a
+/// reference to them: requests that are forwarded to files, or whose handlers
+/// [copy](crate::Access::Copies) their data, move without another copy, and handlers that look at
+/// [bytes](crate::Access::Bytes) get a copy of their own. Where the file is gone, requests fail.
 #[derive(Clone, Debug)]
 pub struct SharedMemory {
     region: Arc<Region>,
@@ -40,7 +48,10 @@ impl SharedMemory {
         }
         let size = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
         let region = Arc::new(Region::shared_file(file, size, !read_only)?);
-        Ok(SharedMemory { region, len, read_only })
+        let memory = SharedMemory { region, len, read_only };
+        // It may be forbidden to copy it.
+        memory.place(0, 1).read(0, &mut [0])?;
+        Ok(memory)
     }
 
     /// Its length in bytes.
@@ -57,8 +68,47 @@ impl SharedMemory {
         self.region.address() as u64
     }
 
+    fn place(&self, offset: usize, len: usize) -> SharedPlace {
+        SharedPlace { region: self.region.clone(), offset, len }
+    }
+
     pub(crate) fn flags(&self) -> u32 {
         if self.read_only { uapi::UBLK_SHMEM_BUF_READ_ONLY } else { 0 }
+    }
+}
+
+/// Where a request's data is in shared memory.
+#[derive(Clone, Debug)]
+pub(crate) struct SharedPlace {
+    region: Arc<Region>,
+    offset: usize,
+    len: usize,
+}
+
+impl SharedPlace {
+    pub(crate) fn user_address(&self) -> u64 {
+        self.region.address() as u64 + self.offset as u64
+    }
+
+    /// Copies bytes from its byte `at` on.
+    pub(crate) fn read(&self, at: usize, into: &mut [u8]) -> io::Result<()> {
+        let remote = [self.part(at, into.len())?];
+        let wanted = into.len();
+        // By the kernel, which has an error for pages that are gone where an access would end the process.
+        let read = process_vm_readv(Pid::this(), &mut [IoSliceMut::new(into)], &remote)?;
+        if read == wanted { Ok(()) } else { Err(Errno::EFAULT.into()) }
+    }
+
+    /// Copies bytes there.
+    pub(crate) fn write(&self, at: usize, from: &[u8]) -> io::Result<()> {
+        let remote = [self.part(at, from.len())?];
+        let written = process_vm_writev(Pid::this(), &[IoSlice::new(from)], &remote)?;
+        if written == from.len() { Ok(()) } else { Err(Errno::EFAULT.into()) }
+    }
+
+    fn part(&self, at: usize, len: usize) -> io::Result<RemoteIoVec> {
+        let fits = at.checked_add(len).is_some_and(|end| end <= self.len);
+        fits.then(|| RemoteIoVec { base: self.user_address() as usize + at, len }).ok_or_else(|| Errno::EINVAL.into())
     }
 }
 
@@ -118,14 +168,14 @@ impl SharedTable {
     }
 
     /// The memory of a request: `code` is the address in its descriptor (uapi 3.9).
-    pub(crate) fn find(&self, code: u64, len: usize) -> Option<Arc<IoBuffer>> {
+    pub(crate) fn find(&self, code: u64, len: usize) -> Option<SharedPlace> {
         let (offset, index) = (code & 0xffff_ffff, (code >> 32) as usize);
         let deadline = Instant::now() + REGISTRATION_TIMEOUT;
         let mut state = self.state();
         loop {
             if let Some(Some(memory)) = state.memory.get(index) {
                 let fits = offset.checked_add(len as u64).is_some_and(|end| end <= memory.len);
-                return fits.then(|| Arc::new(IoBuffer::inside(memory.region.clone(), offset as usize, len)));
+                return fits.then(|| memory.place(offset as usize, len));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if state.under_way == 0 || left.is_zero() {
@@ -152,7 +202,7 @@ mod tests {
         let memory = memory();
         assert_eq!(table.add(memory.clone(), |_| Ok::<_, ()>(3)), Ok(3));
         let buffer = table.find(3 << 32 | 4096, 512).unwrap();
-        assert_eq!(buffer.as_ptr() as u64, memory.address() + 4096);
+        assert_eq!(buffer.user_address(), memory.address() + 4096);
         assert!(table.find(3 << 32 | 8000, 512).is_none(), "beyond its end");
         assert!(table.find(2 << 32, 512).is_none());
         table.remove(3, || Ok::<_, ()>(())).unwrap();
@@ -172,6 +222,25 @@ mod tests {
                 Ok::<_, ()>(0)
             })
             .unwrap();
+    }
+
+    #[test]
+    fn memory_whose_file_is_gone_is_an_error() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let memory = SharedMemory::map(&file, 8192, false).unwrap();
+        let place = memory.place(4096, 512);
+        place.write(500, b"end").unwrap();
+        let mut bytes = [1; 4];
+        place.read(499, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"\0end");
+        assert!(place.write(510, b"end").is_err(), "beyond the request");
+        file.set_len(0).unwrap();
+        assert!(place.read(0, &mut bytes).is_err());
+        assert!(place.write(0, &bytes).is_err());
+        file.set_len(8192).unwrap();
+        place.read(499, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 4]);
     }
 
     #[test]

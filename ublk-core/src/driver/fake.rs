@@ -104,6 +104,8 @@ struct FakeDevice {
     char_open: bool,
     /// QUIESCE_DEV was sent: tags go back to the server, until the next one comes.
     canceling: bool,
+    /// How much memory clients have shared, counted in registrations.
+    shared_memory: i32,
     /// Requests that the dead server held and the next one gets.
     held: Vec<(Descriptor, FakeRequest)>,
 }
@@ -136,6 +138,8 @@ struct FakeRequest {
     len: usize,
     /// Its pages.
     pages: Vec<u8>,
+    /// Its data is in memory that the client shares.
+    shared: bool,
     ticket: u64,
 }
 
@@ -254,8 +258,9 @@ impl FakeDriver {
     }
 }
 
-impl Driver for FakeDriver {
-    fn control(
+// SAFETY: what it copies is what addresses and lengths of submissions name, while they are under way.
+unsafe impl Driver for FakeDriver {
+    unsafe fn control(
         &self,
         mut command: ControlCommand,
         timeout: Duration,

@@ -176,8 +176,9 @@ fn ring_error(source: &io::Error) -> Error {
     Error::Ring { errno, hint }
 }
 
-impl Driver for KernelDriver {
-    fn control(
+// SAFETY: (1), and those of `ring` and `detached`.
+unsafe impl Driver for KernelDriver {
+    unsafe fn control(
         &self,
         command: ControlCommand,
         timeout: Duration,
@@ -319,7 +320,8 @@ fn cancel(ring: &mut ControlRing) -> Option<i32> {
 #[derive(Debug)]
 struct KernelCharDevice(File);
 
-impl CharDevice for KernelCharDevice {
+// SAFETY: the file is the char device that was opened by its name, and open as long as this.
+unsafe impl CharDevice for KernelCharDevice {
     fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<MappedDescriptors> {
         DescriptorMap::of_char_device(self.0.as_fd(), queue, depth).map(MappedDescriptors)
     }
@@ -400,7 +402,11 @@ mod tests {
     #[test]
     fn a_forked_child_may_use_an_inherited_driver() {
         let (_dev, driver) = null_driver();
-        let send = || driver.control(command(false), TIMEOUT, &|| false).is_ok_and(|(_, payload)| payload == [7; 8]);
+        let send = || {
+            // SAFETY: the payload has no address.
+            let sent = unsafe { driver.control(command(false), TIMEOUT, &|| false) };
+            sent.is_ok_and(|(_, payload)| payload == [7; 8])
+        };
         assert!(send());
         // SAFETY: the child allocates, which the C library makes work, sends a command, and ends without unwinding.
         match unsafe { nix::unistd::fork() }.unwrap() {

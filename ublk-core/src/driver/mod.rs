@@ -5,6 +5,46 @@
 //! Everything above (control plane, life cycle, engine) talks to a [`Driver`] and to the [`Ring`]s it
 //! makes. [`kernel`] is the real one, on io_uring; `fake` is an in-process stand-in that keeps the
 //! driver's rules, so that the rest is tested in milliseconds and without privileges.
+//!
+//! The engine's memory is safe only with implementations that keep their promises, so that they are `unsafe` to write:
+//!
+//! ```compile_fail,E0200
+//! #[derive(Debug)]
+//! struct Mine;
+//!
+//! impl ublk_core::driver::Waker for Mine {
+//!     fn wake(&self) {}
+//! }
+//! impl ublk_core::driver::CharDevice for Mine {
+//!     fn map_descriptors(
+//!         &self,
+//!         _: ublk_core::QueueId,
+//!         _: u16,
+//!     ) -> std::io::Result<ublk_core::driver::MappedDescriptors> {
+//!         unimplemented!()
+//!     }
+//!     fn raw_fd(&self) -> i32 {
+//!         0
+//!     }
+//!     fn copy_from_request(&self, _: ublk_core::driver::RequestPlace, _: &mut [u8]) -> std::io::Result<()> {
+//!         Ok(())
+//!     }
+//!     fn copy_to_request(&self, _: ublk_core::driver::RequestPlace, _: &[u8]) -> std::io::Result<()> {
+//!         Ok(())
+//!     }
+//! }
+//! ```
+//!
+//! And addresses go to the kernel by `unsafe` calls only:
+//!
+//! ```compile_fail,E0133
+//! use ublk_core::driver::{Memory, Operation, Ring, Submission};
+//!
+//! fn overwrite(ring: &mut dyn Ring, fd: i32, address: u64) {
+//!     let operation = Operation::Read { fd, memory: Memory::At(address), len: 8, offset: 0 };
+//!     ring.push(Submission { user_data: 1, operation, prompt: false }).unwrap();
+//! }
+//! ```
 
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
@@ -64,12 +104,21 @@ impl ControlFailure {
 }
 
 /// The ublk driver, or something that behaves like it.
-pub trait Driver: Send + Sync + Debug {
+///
+/// # Safety
+///
+/// The engine's `unsafe` code trusts an implementation: its rings write only to memory that submissions name, and not
+/// after they have completed; its char devices' descriptors are what they are said to be.
+pub unsafe trait Driver: Send + Sync + Debug {
     /// Sends a control command and waits for its result, at most `timeout`. `give_up` is asked now
     /// and then; once it says true the wait ends.
     ///
     /// Returns the non-negative result and the payload as the driver left it.
-    fn control(
+    ///
+    /// # Safety
+    ///
+    /// Addresses in the payload (REG_BUF has one) must be those of memory that clients may use from then on.
+    unsafe fn control(
         &self,
         command: ControlCommand,
         timeout: Duration,
@@ -94,7 +143,11 @@ pub trait Driver: Send + Sync + Debug {
 
 /// An open `/dev/ublkcN`. Dropping the last handle closes it, which the driver takes as the server's
 /// end.
-pub trait CharDevice: Send + Sync + Debug {
+///
+/// # Safety
+///
+/// As for [`Driver`].
+pub unsafe trait CharDevice: Send + Sync + Debug {
     /// Maps the descriptors of a queue.
     #[doc(hidden)]
     fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<MappedDescriptors>;
@@ -350,7 +403,11 @@ pub trait Waker: Send + Sync + Debug {
 }
 
 /// A submission queue and a completion queue. Belongs to the thread that made it.
-pub trait Ring: Debug {
+///
+/// # Safety
+///
+/// As for [`Driver`].
+pub unsafe trait Ring: Debug {
     /// Gives a char device a place in the ring.
     fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot>;
 
@@ -358,7 +415,13 @@ pub trait Ring: Debug {
     fn remove_file(&mut self, slot: FileSlot) -> io::Result<()>;
 
     /// Queues a submission; submits what is queued if there is no room.
-    fn push(&mut self, submission: Submission) -> io::Result<()>;
+    ///
+    /// # Safety
+    ///
+    /// Addresses in the operation must be those of memory that is the ring's until the completion, or, of a tag's buffer,
+    /// until the driver gives the tag back. Descriptors must be the caller's to use, and open until the ring has been
+    /// [submitted](Ring::is_submitted).
+    unsafe fn push(&mut self, submission: Submission) -> io::Result<()>;
 
     /// Submits what is queued, without waiting.
     fn submit(&mut self) -> io::Result<()>;
@@ -398,7 +461,11 @@ pub trait Ring: Debug {
 
     /// Moves the tags that a completion brought to the end of `into` and makes their buffer available
     /// again. `bytes` is the completion's result.
-    fn take_tags(&mut self, buffer: u16, bytes: usize, into: &mut Vec<Tag>);
+    ///
+    /// # Safety
+    ///
+    /// `buffer` and `bytes` must be those of a completion of this ring. Once for each.
+    unsafe fn take_tags(&mut self, buffer: u16, bytes: usize, into: &mut Vec<Tag>);
 
     /// Moves all completions that are there to the end of `into`.
     fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()>;

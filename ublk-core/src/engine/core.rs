@@ -20,10 +20,11 @@ use super::tags::TagTable;
 use super::transfer::{Next, Step, Transfer};
 use crate::data::DataMovement;
 use crate::data::pool::BufferPool;
+use crate::data::shared::SharedPlace;
 use crate::driver::{Completion, Elements, FileSlot, Memory, Operation, RequestPlace, Ring, Submission};
 use crate::errno::RawErrno;
 use crate::memory::{Descriptor, DescriptorMap, IoBuffer, PAGE_SIZE};
-use crate::request::{Answer, Errand, FileRange, Keep, Op, Origin, memory_or_abort};
+use crate::request::{Answer, Errand, Op, Origin, memory_or_abort};
 use crate::stats::{Ended, QueueStats};
 use crate::target::QueueInfo;
 use crate::uapi;
@@ -214,6 +215,11 @@ impl QueueCore {
         self.memory.borrow_mut().take(len)
     }
 
+    /// Takes such memory back.
+    pub(crate) fn put_memory(&self, memory: Arc<IoBuffer>) {
+        self.memory.borrow_mut().put(memory);
+    }
+
     /// Lends tags to the driver for the first time.
     pub(super) fn lend_all(&self, tags: Range<u16>) {
         for tag in tags.map(Tag) {
@@ -336,17 +342,18 @@ impl QueueCore {
 
     /// Carries the request out on a file.
     pub(crate) fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand) {
-        let Errand { op, descriptor, pieces, keep, durability } = errand;
+        let Errand { op, descriptor, pieces, keep, shared, durability } = errand;
+        // Where the client shares memory, the tag's own stays in its slot.
+        let (copy, own) = if shared.is_some() { (buffer, None) } else { (None, buffer) };
         if let Some(Err(errno)) = durability.sync.as_ref().map(|sync| sync.write_back.check()) {
-            let own = buffer.filter(|buffer| !buffer.is_shared());
             return self.commit(tag, own, Answer::error(errno));
         }
         let Some(step) = Step::first(op, descriptor.op_flags) else {
-            let own = buffer.filter(|buffer| !buffer.is_shared());
             return self.commit(tag, own, Answer::error(Errno::EOPNOTSUPP));
         };
-        let at = match (self.registered, &buffer) {
+        let at = match (self.registered, &own) {
             _ if !op.has_data() => Pages::Nowhere,
+            _ if shared.is_some() => Pages::Copied,
             (_, Some(_)) => Pages::Copied,
             (None, None) => match self.bring_data(tag, op, &descriptor) {
                 Ok(memory) => {
@@ -362,16 +369,12 @@ impl QueueCore {
                 if by_driver { Pages::RegisteredByDriver(index) } else { Pages::ToRegister(index) }
             }
         };
-        let (shared, own) = match buffer {
-            Some(buffer) if buffer.is_shared() => (Some(buffer), None),
-            own => (None, own),
-        };
         if let Some(own) = own {
             self.keep_buffer(tag, own);
         }
         let transfer = Transfer::new(step, &descriptor, pieces, keep).durably(durability);
         let forwarded = &mut self.forwarded.borrow_mut()[tag.index()];
-        let forwarded = forwarded.insert(Forwarded { transfer, op, pages: at, shared });
+        let forwarded = forwarded.insert(Forwarded { transfer, op, pages: at, shared, copy });
         self.push_transfer(tag, forwarded);
     }
 
@@ -404,8 +407,10 @@ impl QueueCore {
             Pages::RegisteredByDriver(index) | Pages::Registered(index) => Memory::Registered { index, offset: 0 },
             Pages::Copied | Pages::Nowhere => {
                 let slots = self.slots.borrow();
-                let buffer = forwarded.shared.as_ref().or(slots[tag.index()].buffer.as_ref());
-                Memory::At(buffer.map_or(0, |b| b.user_address()))
+                let shared = || forwarded.shared.as_ref().map(SharedPlace::user_address);
+                let own = || slots[tag.index()].buffer.as_ref().map(|buffer| buffer.user_address());
+                let copy = forwarded.copy.as_ref().map(|buffer| buffer.user_address());
+                Memory::At(copy.or_else(shared).or_else(own).unwrap_or(0))
             }
         };
         if forwarded.transfer.syncing().is_some() {
@@ -438,7 +443,7 @@ impl QueueCore {
             Next::Finished(outcome) => outcome,
         };
         if result == 0 && outcome.is_err() && !self.told_of_end.replace(true) {
-            let FileRange { fd, offset } = forwarded.transfer.position();
+            let (fd, offset) = forwarded.transfer.position();
             log::error!(
                 "{}: descriptor {fd}, where its data lies, ends at byte {offset}, in the middle of the request, which fails; \
                  the queue's next such requests are not told",
@@ -453,7 +458,7 @@ impl QueueCore {
                 if let (Some(write_back), Err(errno)) = (forwarded.transfer.syncing(), outcome) {
                     write_back.fail(errno.known());
                 }
-                self.end_transfer(tag, &forwarded, outcome);
+                self.end_transfer(tag, forwarded, outcome);
             }
         }
         if syncing {
@@ -467,12 +472,12 @@ impl QueueCore {
             let settled = self.syncs.borrow_mut().settled();
             let Some((tag, forwarded)) = settled else { break };
             let outcome = forwarded.transfer.syncing().map_or(Ok(()), |files| files.check().map_err(RawErrno::from));
-            self.end_transfer(tag, &forwarded, outcome);
+            self.end_transfer(tag, forwarded, outcome);
         }
     }
 
-    fn end_transfer(&self, tag: Tag, forwarded: &Forwarded, outcome: Result<(), RawErrno>) {
-        let (buffer, answer) = self.transfer_finished(tag, forwarded, outcome);
+    fn end_transfer(&self, tag: Tag, mut forwarded: Forwarded, outcome: Result<(), RawErrno>) {
+        let (buffer, answer) = self.transfer_finished(tag, &mut forwarded, outcome);
         self.commit(tag, buffer, answer);
     }
 
@@ -480,16 +485,19 @@ impl QueueCore {
     fn transfer_finished(
         &self,
         tag: Tag,
-        forwarded: &Forwarded,
+        forwarded: &mut Forwarded,
         outcome: Result<(), RawErrno>,
     ) -> (Option<Arc<IoBuffer>>, Answer) {
-        let Forwarded { transfer, op, pages, shared } = forwarded;
+        let Forwarded { transfer, op, pages, shared, copy } = forwarded;
         if let Pages::Registered(index) = *pages {
             let operation = Operation::Unregister { file: self.slot, queue: self.info.queue, tag, index };
             self.push(Kind::Unregister, tag, operation);
         }
-        // Data in shared memory is where it belongs, and the tag's own buffer was not used.
-        let buffer = if shared.is_some() { None } else { self.take_buffer(tag) };
+        if let Some(shared) = shared {
+            // The tag's own buffer was not used.
+            return (None, self.finished_shared(tag, transfer, *op, (shared, copy.take()), outcome));
+        }
+        let buffer = self.take_buffer(tag);
         let outcome = outcome.and_then(|()| match &buffer {
             Some(buffer) if op.fills() && !self.origin.data.is_copied_by_driver() => {
                 // SAFETY: memory.rs (3): the server owns the request, and the file's data is in place.
@@ -499,14 +507,38 @@ impl QueueCore {
             }
             _ => Ok(()),
         });
-        let answer = match outcome {
+        (buffer, self.answer_to(tag, transfer, outcome))
+    }
+
+    /// The same for a request in shared memory. Where its handler had a copy made, that is what the file has read to.
+    fn finished_shared(
+        &self,
+        tag: Tag,
+        transfer: &Transfer,
+        op: Op,
+        (shared, copy): (&SharedPlace, Option<Arc<IoBuffer>>),
+        outcome: Result<(), RawErrno>,
+    ) -> Answer {
+        let outcome = outcome.and_then(|()| match &copy {
+            Some(copy) if op.fills() => {
+                // SAFETY: memory.rs (3): the server owns the request, and the file's data is in place.
+                let bytes = unsafe { copy.bytes(transfer.data_len() as usize) };
+                shared.write(0, bytes).map_err(|e| RawErrno::from(&e))
+            }
+            _ => Ok(()),
+        });
+        copy.into_iter().for_each(|copy| self.put_memory(copy));
+        self.answer_to(tag, transfer, outcome)
+    }
+
+    fn answer_to(&self, tag: Tag, transfer: &Transfer, outcome: Result<(), RawErrno>) -> Answer {
+        match outcome {
             Ok(()) => Answer::new(transfer.data_len()),
             Err(errno) => {
                 log::debug!("{}: {transfer:?}: {errno}", self.name(tag));
                 Answer::error(errno)
             }
-        };
-        (buffer, answer)
+        }
     }
 
     fn push(&self, kind: Kind, tag: Tag, operation: Operation) {
@@ -517,7 +549,11 @@ impl QueueCore {
             Kind::Unregister => true,
             _ => false,
         };
-        if let Err(error) = self.ring.borrow_mut().push(Submission { user_data, operation, prompt }) {
+        // SAFETY: the addresses are those of the queue's buffers, of the clients' shared memory, of arrays of a batch and of the
+        // thread's zeros. All of them are kept until nothing is with the driver or a file, or leaked (`leak_memory`). The
+        // descriptors are those of pieces, which a transfer keeps until it has ended.
+        let pushed = unsafe { self.ring.borrow_mut().push(Submission { user_data, operation, prompt }) };
+        if let Err(error) = pushed {
             self.ring_failed(error);
         }
     }
@@ -608,7 +644,8 @@ impl QueueCore {
             }
             _ => {
                 if let (Some(buffer), Ok(bytes)) = (completion.tags, usize::try_from(completion.result)) {
-                    self.ring.borrow_mut().take_tags(buffer, bytes, &mut Vec::new());
+                    // SAFETY: the buffer is the completion's, which is looked at once.
+                    unsafe { self.ring.borrow_mut().take_tags(buffer, bytes, &mut Vec::new()) };
                 }
             }
         }
@@ -686,19 +723,19 @@ impl QueueCore {
         }
     }
 
-    /// Leaves memory that the driver or a file may still refer to where it is, for good. What requests need that are on
-    /// their way is the caller's.
-    pub(super) fn leak_memory(&self) -> Vec<(Tag, Keep)> {
+    /// Leaves memory that the driver or a file may still refer to where it is, for good. Transfers that are on their way,
+    /// which keep their files open, are the caller's.
+    pub(super) fn leak_memory(&self) -> Vec<(Tag, Transfer)> {
         std::mem::forget(self.slots.take());
         std::mem::forget(self.zeros.clone());
         if let Some(batch) = &self.batch {
             batch.borrow_mut().leak();
         }
-        let keep = |(tag, forwarded): (usize, Option<Forwarded>)| {
-            let Forwarded { mut transfer, shared, .. } = forwarded?;
-            std::mem::forget(shared);
-            Some((Tag(tag as u16), transfer.take_keep()?))
+        let transfer = |(tag, forwarded): (usize, Option<Forwarded>)| {
+            let Forwarded { transfer, shared, copy, .. } = forwarded?;
+            std::mem::forget((shared, copy));
+            Some((Tag(tag as u16), transfer))
         };
-        self.forwarded.take().into_iter().enumerate().filter_map(keep).collect()
+        self.forwarded.take().into_iter().enumerate().filter_map(transfer).collect()
     }
 }

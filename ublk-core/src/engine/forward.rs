@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use super::transfer::Transfer;
+use crate::data::shared::SharedPlace;
 use crate::memory::IoBuffer;
 use crate::request::Op;
 
@@ -31,5 +32,7 @@ pub(super) struct Forwarded {
     pub(super) op: Op,
     pub(super) pages: Pages,
     /// The client's shared memory, if its data is there.
-    pub(super) shared: Option<Arc<IoBuffer>>,
+    pub(super) shared: Option<SharedPlace>,
+    /// A copy of that, which the file reads and writes instead.
+    pub(super) copy: Option<Arc<IoBuffer>>,
 }

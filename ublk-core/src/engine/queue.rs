@@ -16,7 +16,7 @@ use super::events::OpenQueue;
 use super::guard::{drop_guarded, guarded};
 use super::pool::Successor;
 use super::tags::Event;
-use super::transfer::ZEROS_LEN;
+use super::transfer::{Transfer, ZEROS_LEN};
 use crate::data::shared::SharedTable;
 use crate::data::{Access, DataMovement};
 use crate::driver::{CharDevice, Completion};
@@ -24,7 +24,7 @@ use crate::errno::RawErrno;
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::placement::CpuSet;
-use crate::request::{Answer, Keep, Origin, Requests, Return};
+use crate::request::{Answer, Origin, Requests, Return};
 use crate::stats::QueueStats;
 use crate::target::{QueueHandler, QueueInfo, Target};
 use crate::uapi;
@@ -206,7 +206,8 @@ impl Queue {
         let from = self.ready.len();
         if let Some(buffer) = completion.tags {
             let bytes = usize::try_from(completion.result).unwrap_or(0);
-            self.core.ring.borrow_mut().take_tags(buffer, bytes, &mut self.ready);
+            // SAFETY: the buffer is the completion's, which is looked at once.
+            unsafe { self.core.ring.borrow_mut().take_tags(buffer, bytes, &mut self.ready) };
         }
         let mut wrong = None;
         let mut tags = self.core.tags.borrow_mut();
@@ -359,15 +360,15 @@ impl Queue {
     }
 
     /// Closes a queue that is over. Of one that was given up, memory that the driver or a file may still refer to is
-    /// leaked, and what forwarded requests need is returned, to be dropped when they end.
-    pub(super) fn close(self) -> Vec<(Tag, Keep)> {
+    /// leaked, and transfers that are on their way are returned, to be dropped when they end.
+    pub(super) fn close(self) -> Vec<(Tag, Transfer)> {
         let Queue { handler, core, events, given_up, .. } = self;
         drop(handler);
-        let keeps = if given_up.is_some() { core.leak_memory() } else { Vec::new() };
+        let transfers = if given_up.is_some() { core.leak_memory() } else { Vec::new() };
         core.leave_ring();
         drop(core);
         drop(events);
-        keeps
+        transfers
     }
 
     /// Gives up the queue of a thread whose ring has failed and is about to be closed. The kernel closes a ring's files
@@ -377,7 +378,7 @@ impl Queue {
         let Queue { handler, core, events, .. } = self;
         drop(handler);
         let in_flight = core.transfers_in_flight();
-        std::mem::forget(core.leak_memory());
+        core.leak_memory().into_iter().for_each(|(_, transfer)| transfer.abandon());
         if in_flight == 0 {
             core.leave_ring();
         }

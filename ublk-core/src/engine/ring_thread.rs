@@ -17,11 +17,11 @@ use super::guard::guarded;
 use super::pace::{begin_after, clock};
 use super::pool::{Inbox, Message, Returned};
 use super::queue::{Queue, shared_zeros};
+use super::transfer::Transfer;
 use crate::driver::{Completion, Driver};
 use crate::memory::IoBuffer;
 use crate::placement::{CpuSet, ThreadPlace};
 use crate::pressure::memory_is_locked;
-use crate::request::Keep;
 use crate::units::Tag;
 
 /// Serves queues until the last one is closed.
@@ -81,8 +81,8 @@ struct RingThread {
     /// Places of queues that were given up: completions may still come for them, so nobody else may
     /// have them.
     retired: Vec<usize>,
-    /// What requests of such queues need that are under way in files.
-    keeps: HashMap<(u32, Tag), Keep>,
+    /// What files still do for such queues.
+    transfers: HashMap<(u32, Tag), Transfer>,
     /// Places whose queue got a completion in this round.
     touched: Vec<u32>,
     completions: Vec<Completion>,
@@ -103,7 +103,7 @@ impl RingThread {
             inbox: inbox.clone(),
             queues: Vec::new(),
             retired: Vec::new(),
-            keeps: HashMap::new(),
+            transfers: HashMap::new(),
             touched: Vec::new(),
             completions: Vec::new(),
             returned: Vec::new(),
@@ -123,7 +123,7 @@ impl RingThread {
                 self.take_back();
             }
             self.touch_given_up();
-            if self.queues.iter().all(Option::is_none) && self.keeps.is_empty() && self.inbox.close_if_empty() {
+            if self.queues.iter().all(Option::is_none) && self.transfers.is_empty() && self.inbox.close_if_empty() {
                 return Ok(());
             }
             self.serve_touched()?;
@@ -237,10 +237,11 @@ impl RingThread {
             let Some((cookie, queue)) = queue else {
                 log::debug!("a completion of a queue that was given up: {completion:?}");
                 if let Some(Cookie { kind: Kind::Transfer, queue, tag }) = cookie {
-                    self.keeps.remove(&(queue, tag));
+                    self.transfers.remove(&(queue, tag));
                 }
                 if let (Some(buffer), Ok(bytes)) = (completion.tags, usize::try_from(completion.result)) {
-                    self.ring.borrow_mut().take_tags(buffer, bytes, &mut Vec::new());
+                    // SAFETY: the buffer is the completion's, which is looked at once.
+                    unsafe { self.ring.borrow_mut().take_tags(buffer, bytes, &mut Vec::new()) };
                 }
                 continue;
             };
@@ -285,7 +286,7 @@ impl RingThread {
                 if queue.is_given_up() {
                     self.retired.push(place as usize);
                 }
-                self.keeps.extend(queue.close().into_iter().map(|(tag, keep)| ((place, tag), keep)));
+                self.transfers.extend(queue.close().into_iter().map(|(tag, transfer)| ((place, tag), transfer)));
                 self.inbox.unload();
                 closed = true;
             }
@@ -315,7 +316,7 @@ impl RingThread {
 
     /// Ends all queues of a thread that cannot go on.
     fn give_up(&mut self, reason: &str) {
-        std::mem::forget(std::mem::take(&mut self.keeps));
+        self.transfers.drain().for_each(|(_, transfer)| transfer.abandon());
         for queue in self.queues.drain(..).flatten() {
             queue.fail(reason.to_owned());
             queue.abandon();

@@ -56,6 +56,9 @@ impl Syncs {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::sync::Arc;
+
     use super::super::forward::Pages;
     use super::super::transfer::{Step, Transfer};
     use super::*;
@@ -64,9 +67,9 @@ mod tests {
 
     fn request() -> Forwarded {
         let descriptor = Descriptor { op_flags: 0, nr_sectors: 0, start_sector: 0, address: 0 };
-        let piece = FilePiece { file: FileRange { fd: 3, offset: 0 }, len: 0 };
+        let piece = FilePiece { file: FileRange::new(Arc::new(File::open("/dev/null").unwrap()), 0), len: 0 };
         let transfer = Transfer::new(Step::SyncData, &descriptor, piece.into(), None);
-        Forwarded { transfer, op: Op::Flush, pages: Pages::Nowhere, shared: None }
+        Forwarded { transfer, op: Op::Flush, pages: Pages::Nowhere, shared: None, copy: None }
     }
 
     fn settled(syncs: &mut Syncs) -> Vec<u16> {

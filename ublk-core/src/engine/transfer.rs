@@ -3,12 +3,14 @@
 //! Requests that the engine carries out on a file, step by step: short transfers continue, and zeroing
 //! that the file cannot do natively becomes writes of zeros.
 
+use std::os::fd::RawFd;
+
 use nix::errno::Errno;
 
 use crate::driver::{Memory, Operation};
 use crate::errno::RawErrno;
 use crate::memory::Descriptor;
-use crate::request::{Durability, FilePiece, FileRange, Keep, Op, Pieces, WriteBack};
+use crate::request::{Durability, FileSync, Keep, Op, Pieces, WriteBack};
 use crate::uapi;
 use crate::units::Sectors;
 
@@ -127,29 +129,29 @@ impl Transfer {
         if self.has_data { self.len as i32 } else { 0 }
     }
 
-    /// Takes what has to outlive the request.
-    pub(crate) fn take_keep(&mut self) -> Option<Keep> {
-        self.keep.take()
+    /// Gives up a transfer whose ring has failed, so that its end will not be known. The kernel has the file for as long as it
+    /// works on it, but what was to be kept until then is kept for good.
+    pub(crate) fn abandon(self) {
+        std::mem::forget(self.keep);
     }
 
     /// How far the piece at work has come: the file, and the byte in it.
-    pub(crate) fn position(&self) -> FileRange {
-        let FileRange { fd, offset } = self.pieces.first().file;
-        FileRange { fd, offset: offset + self.done }
+    pub(crate) fn position(&self) -> (RawFd, u64) {
+        let piece = self.pieces.first();
+        (piece.raw_fd(), piece.file.offset + self.done)
     }
 
     /// The next operation. `data` is the request's memory, `zeros` [`ZEROS_LEN`] bytes of zeros.
     pub(crate) fn operation(&self, data: Memory, zeros: u64) -> Operation {
-        let FilePiece { file: FileRange { fd, offset }, len } = *self.pieces.first();
-        let at = self.position().offset;
-        let left = len - self.done;
+        let (fd, at) = self.position();
+        let (offset, left) = (at - self.done, self.pieces.first().len - self.done);
         let data = data.skip(self.before + self.done);
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
         match self.step {
             Step::Read => Operation::Read { fd, memory: data, len: left as u32, offset: at },
             Step::Write { durable } => Operation::Write { fd, memory: data, len: left as u32, offset: at, durable },
-            Step::SyncData => Operation::SyncData { fd: self.durability.sync.as_ref().map_or(fd, |sync| sync.fd) },
+            Step::SyncData => Operation::SyncData { fd: self.durability.sync.as_ref().map_or(fd, FileSync::raw_fd) },
             Step::Punch { .. } => Operation::Allocate { fd, mode: punch, offset, len: self.len },
             Step::ZeroRange => Operation::Allocate { fd, mode: zero, offset, len: self.len },
             Step::WriteZeros => {
@@ -225,25 +227,41 @@ impl Transfer {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::sync::{Arc, OnceLock};
 
     use super::*;
-    use crate::request::FileSync;
+    use crate::request::{FilePiece, FileRange};
 
-    const FILE: FileRange = FileRange { fd: 3, offset: 1 << 20 };
+    fn file() -> &'static Arc<File> {
+        static FILE: OnceLock<Arc<File>> = OnceLock::new();
+        FILE.get_or_init(|| Arc::new(File::open("/dev/null").unwrap()))
+    }
+
+    fn fd() -> RawFd {
+        file().as_raw_fd()
+    }
 
     fn transfer(op: Op, flags: u32, sectors: u32) -> Transfer {
         let descriptor = Descriptor { op_flags: flags, nr_sectors: sectors, start_sector: 0, address: 0 };
         let step = Step::first(op, flags).expect("files have the operation");
-        Transfer::new(step, &descriptor, FilePiece { file: FILE, len: op.len(&descriptor) }.into(), None)
+        Transfer::new(
+            step,
+            &descriptor,
+            FilePiece { file: FileRange::new(file(), 1 << 20), len: op.len(&descriptor) }.into(),
+            None,
+        )
     }
 
     #[test]
     fn pieces_follow_one_another_and_what_they_need_is_kept_until_the_last_one_is_done() {
         let descriptor = Descriptor { op_flags: 0, nr_sectors: 8, start_sector: 0, address: 0 };
-        let piece = |fd, offset, len| FilePiece { file: FileRange { fd, offset }, len };
+        let other = Arc::new(File::open("/dev/null").unwrap());
+        let piece = |file, offset, len| FilePiece { file: FileRange::new(file, offset), len };
         let kept = Arc::new(());
-        let pieces = vec![piece(3, 100, 1000), piece(4, 200, 3096)].into();
+        let pieces = vec![piece(file(), 100, 1000), piece(&other, 200, 3096)].into();
+        let (first, second) = (fd(), other.as_raw_fd());
         let keep = Keep::from(Box::new(kept.clone()) as Box<dyn std::any::Any + Send>);
         let mut write = Transfer::new(Step::Write { durable: false }, &descriptor, pieces, Some(keep));
         let mut expect = |fd, at: u64, len, offset, done, next| {
@@ -252,11 +270,11 @@ mod tests {
             assert_eq!(write.operation(Memory::At(0x1000), 0), expected);
             assert_eq!(write.completed(done), next);
         };
-        expect(3, 0, 1000, 100, 600, Next::Continue);
-        expect(3, 600, 400, 700, 400, Next::Continue);
-        expect(4, 1000, 3096, 200, 96, Next::Continue);
+        expect(first, 0, 1000, 100, 600, Next::Continue);
+        expect(first, 600, 400, 700, 400, Next::Continue);
+        expect(second, 1000, 3096, 200, 96, Next::Continue);
         assert_eq!(Arc::strong_count(&kept), 2);
-        expect(4, 1096, 3000, 296, 3000, Next::Finished(Ok(())));
+        expect(second, 1096, 3000, 296, 3000, Next::Finished(Ok(())));
         assert_eq!(Arc::strong_count(&kept), 1);
     }
 
@@ -265,10 +283,10 @@ mod tests {
         let mut read = transfer(Op::Read, 0, 8);
         assert_eq!(read.completed(1000), Next::Continue);
         let expected =
-            Operation::Read { fd: 3, memory: Memory::At(0x1000 + 1000), len: 3096, offset: (1 << 20) + 1000 };
+            Operation::Read { fd: fd(), memory: Memory::At(0x1000 + 1000), len: 3096, offset: (1 << 20) + 1000 };
         assert_eq!(read.operation(Memory::At(0x1000), 0), expected);
         let registered = Memory::Registered { index: 7, offset: 1000 };
-        let expected = Operation::Read { fd: 3, memory: registered, len: 3096, offset: (1 << 20) + 1000 };
+        let expected = Operation::Read { fd: fd(), memory: registered, len: 3096, offset: (1 << 20) + 1000 };
         assert_eq!(read.operation(Memory::Registered { index: 7, offset: 0 }, 0), expected);
         assert_eq!(read.completed(3096), Next::Finished(Ok(())));
     }
@@ -293,7 +311,7 @@ mod tests {
         for (op, flags) in [(Op::Discard, 0), (Op::WriteZeroes, 0), (Op::WriteZeroes, uapi::UBLK_IO_F_NOUNMAP)] {
             let mut change = transfer(op, flags | uapi::UBLK_IO_F_FUA, 8);
             assert_eq!(change.completed(0), Next::Continue, "{op:?}");
-            assert_eq!(change.operation(Memory::At(0), 0), Operation::SyncData { fd: 3 });
+            assert_eq!(change.operation(Memory::At(0), 0), Operation::SyncData { fd: fd() });
             assert_eq!(change.completed(0), Next::Finished(Ok(())));
             assert_eq!(transfer(op, flags, 8).completed(0), Next::Finished(Ok(())), "{op:?}");
         }
@@ -306,15 +324,16 @@ mod tests {
         assert_eq!(zero.completed(ZEROS_LEN as i32), Next::Continue);
         assert!(matches!(zero.operation(Memory::At(0), 0), Operation::Write { .. }));
         assert_eq!(zero.completed(ZEROS_LEN as i32), Next::Continue);
-        assert_eq!(zero.operation(Memory::At(0), 0), Operation::SyncData { fd: 3 });
+        assert_eq!(zero.operation(Memory::At(0), 0), Operation::SyncData { fd: fd() });
         assert_eq!(zero.completed(0), Next::Finished(Ok(())));
     }
 
     #[test]
     fn without_a_write_cache_each_change_is_durable() {
+        let for_syncs = Arc::new(File::open("/dev/null").unwrap());
         let at_once = |buffered| {
             let write_back = Arc::new(WriteBack::new("test"));
-            Durability { at_once: true, sync: Some(FileSync { fd: 9, buffered, write_back }) }
+            Durability { at_once: true, sync: Some(FileSync { file: (&for_syncs).into(), buffered, write_back }) }
         };
         let write = transfer(Op::Write, 0, 8).durably(Durability { at_once: true, sync: None });
         assert!(matches!(write.operation(Memory::At(0), 0), Operation::Write { durable: true, .. }));
@@ -325,7 +344,7 @@ mod tests {
             let mut change = transfer(op, 0, 8).durably(at_once(true));
             assert!(change.syncing().is_none());
             assert_eq!(change.completed(done), Next::Continue, "{op:?}");
-            assert_eq!(change.operation(Memory::At(0), 0), Operation::SyncData { fd: 9 });
+            assert_eq!(change.operation(Memory::At(0), 0), Operation::SyncData { fd: for_syncs.as_raw_fd() });
             assert!(change.syncing().is_some());
             assert_eq!(change.completed(0), Next::Finished(Ok(())));
             assert_eq!(change.data_len(), done);
@@ -347,7 +366,7 @@ mod tests {
         for step in 0..2u64 {
             let at = (1 << 20) + step * u64::from(ZEROS_LEN);
             let expected =
-                Operation::Write { fd: 3, memory: Memory::At(0x7000), len: ZEROS_LEN, offset: at, durable: false };
+                Operation::Write { fd: fd(), memory: Memory::At(0x7000), len: ZEROS_LEN, offset: at, durable: false };
             assert_eq!(zero.operation(Memory::At(0), 0x7000), expected);
             let next = zero.completed(ZEROS_LEN as i32);
             assert_eq!(next, if step == 0 { Next::Continue } else { Next::Finished(Ok(())) });

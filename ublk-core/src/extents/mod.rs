@@ -14,7 +14,7 @@
 pub mod files;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -47,7 +47,7 @@ impl Extent {
 
     /// Where so many bytes of the disk lie, all of them in this extent.
     fn piece(&self, from: u64, len: u64) -> FilePiece {
-        FilePiece { file: FileRange { fd: self.file.as_raw_fd(), offset: self.offset + (from - self.start) }, len }
+        FilePiece { file: FileRange::new(&self.file, self.offset + (from - self.start)), len }
     }
 }
 
@@ -90,33 +90,12 @@ struct State {
     /// Ranges that were invalidated last, oldest first.
     invalidated: VecDeque<(u64, u64)>,
     /// Requests that are under way; places are used again.
-    flights: Vec<Place>,
+    flights: Vec<Option<Route>>,
     /// How many there have been.
     taken_off: u64,
     free: Vec<usize>,
     /// Somebody waits for flights to land.
     waiting: usize,
-}
-
-/// A place for a request that is under way.
-#[derive(Debug, Default)]
-struct Place {
-    route: Option<Route>,
-    /// What its pieces lie in.
-    files: Files,
-}
-
-/// The files of a request; nearly always it is one, and takes no memory of its own.
-#[derive(Debug, Default)]
-enum Files {
-    #[default]
-    None,
-    One {
-        _file: Arc<OwnedFd>,
-    },
-    Several {
-        _files: Vec<Arc<OwnedFd>>,
-    },
 }
 
 /// The extents of a request, in order.
@@ -127,15 +106,9 @@ struct Cover {
 }
 
 impl Cover {
-    fn into_pieces(self) -> (Pieces, Files) {
+    fn into_pieces(self) -> Pieces {
         let piece = |extent: &Extent| extent.piece(extent.start, extent.len);
-        let first = piece(&self.first);
-        if self.rest.is_empty() {
-            return (first.into(), Files::One { _file: self.first.file });
-        }
-        let pieces = Pieces::new(first, self.rest.iter().map(piece).collect());
-        let files = std::iter::once(self.first).chain(self.rest).map(|extent| extent.file);
-        (pieces, Files::Several { _files: files.collect() })
+        Pieces::new(piece(&self.first), self.rest.iter().map(piece).collect())
     }
 }
 
@@ -157,13 +130,13 @@ impl State {
     }
 
     #[inline]
-    fn take_off(&mut self, start: u64, end: u64, files: Files) -> usize {
+    fn take_off(&mut self, start: u64, end: u64) -> usize {
         let place = self.free.pop().unwrap_or_else(|| {
-            self.flights.push(Place::default());
+            self.flights.push(None);
             self.flights.len() - 1
         });
         self.taken_off += 1;
-        self.flights[place] = Place { route: Some(Route { start, end, number: self.taken_off }), files };
+        self.flights[place] = Some(Route { start, end, number: self.taken_off });
         place
     }
 
@@ -240,13 +213,13 @@ impl ExtentMap {
         let (_, extent) = map.range(..=start).next_back()?;
         if end <= extent.end() {
             // Nearly always, and then nothing is to be collected.
-            let (piece, files) = (extent.piece(start, len), Files::One { _file: extent.file.clone() });
-            let place = state.take_off(start, end, files);
+            let piece = extent.piece(start, len);
+            let place = state.take_off(start, end);
             drop(state);
             return Some((piece.into(), Flight { shared: self.0.clone(), place }));
         }
-        let (pieces, files) = cover(map, start, end)?.into_pieces();
-        let place = state.take_off(start, end, files);
+        let pieces = cover(map, start, end)?.into_pieces();
+        let place = state.take_off(start, end);
         drop(state);
         Some((pieces, Flight { shared: self.0.clone(), place }))
     }
@@ -262,8 +235,8 @@ impl ExtentMap {
         if state.is_stale(asked, self.now(), start, end) {
             return None;
         }
-        let (pieces, files) = cover.into_pieces();
-        let place = state.take_off(start, end, files);
+        let pieces = cover.into_pieces();
+        let place = state.take_off(start, end);
         drop(state);
         Some((pieces, Flight { shared: self.0.clone(), place }))
     }
@@ -291,11 +264,11 @@ impl ExtentMap {
         let mut state = self.state();
         let overlaps = |route: &Route| route.start < end && start < route.end;
         let pending: Vec<(usize, Route)> = (state.flights.iter().enumerate())
-            .filter_map(|(place, taken)| Some((place, taken.route.filter(overlaps)?)))
+            .filter_map(|(place, route)| Some((place, route.filter(overlaps)?)))
             .collect();
         state.waiting += 1;
         let landed = loop {
-            if pending.iter().all(|(place, route)| state.flights[*place].route != Some(*route)) {
+            if pending.iter().all(|(place, route)| state.flights[*place] != Some(*route)) {
                 break true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -320,7 +293,7 @@ impl ExtentMap {
     }
 }
 
-/// A request that is under way on extents. It holds their files, and is over when it is dropped.
+/// A request that is under way on extents. It is over when this is dropped.
 #[derive(Debug)]
 pub struct Flight {
     shared: Arc<Shared>,
@@ -330,20 +303,17 @@ pub struct Flight {
 impl Drop for Flight {
     fn drop(&mut self) {
         let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let Place { files, .. } = std::mem::take(&mut state.flights[self.place]);
+        state.flights[self.place] = None;
         state.free.push(self.place);
         if state.waiting != 0 {
             self.shared.landed.notify_all();
         }
-        drop(state);
-        // Closing a file can take its time.
-        drop(files);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::RawFd;
+    use std::os::fd::{AsRawFd, RawFd};
 
     use proptest::prelude::*;
 
@@ -358,7 +328,7 @@ mod tests {
     }
 
     fn pieces(found: Option<(Pieces, Flight)>) -> Option<Vec<(RawFd, u64, u64)>> {
-        found.map(|(pieces, _)| pieces.iter().map(|p| (p.file.fd, p.file.offset, p.len)).collect())
+        found.map(|(pieces, _)| pieces.iter().map(|p| (p.raw_fd(), p.file.offset, p.len)).collect())
     }
 
     #[test]
@@ -430,13 +400,13 @@ mod tests {
     }
 
     #[test]
-    fn flights_keep_their_files_open() {
+    fn pieces_keep_their_files_open() {
         let (map, a) = (ExtentMap::new(), file());
         map.insert(Direction::Read, extent(&a, 0, 100, 0), map.now());
-        let (_, flight) = map.find(Direction::Read, 0, 10).unwrap();
+        let (pieces, _flight) = map.find(Direction::Read, 0, 10).unwrap();
         map.invalidate(0, 100);
         assert_eq!(Arc::strong_count(&a), 2);
-        drop(flight);
+        drop(pieces);
         assert_eq!(Arc::strong_count(&a), 1);
     }
 

@@ -3,12 +3,13 @@
 //! When changes of a file are durable, and what a failed sync means for later ones.
 
 use std::fs::File;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 
+use super::OpenFile;
 use crate::error::errno_of;
 
 /// Whether syncs of a disk's files can be trusted.
@@ -73,12 +74,19 @@ pub(crate) struct Durability {
 #[derive(Clone, Debug)]
 pub(crate) struct Sync {
     /// An open file description that nothing else syncs but this queue, so that no other takes its errors.
-    pub(crate) fd: RawFd,
+    pub(crate) file: OpenFile,
     /// Whether data is written through the page cache. Then writes are synced by `fdatasync` too: with `RWF_DSYNC` a
     /// full file system would look like lost writes.
     pub(crate) buffered: bool,
     /// Shared by all queues of the disk.
     pub(crate) write_back: Arc<WriteBack>,
+}
+
+impl Sync {
+    /// The descriptor, for the ring. It stays open as long as this.
+    pub(crate) fn raw_fd(&self) -> RawFd {
+        self.file.as_fd().as_raw_fd()
+    }
 }
 
 #[cfg(test)]

@@ -22,8 +22,8 @@ use nix::errno::Errno;
 
 pub(crate) use self::durability::{Durability, Sync as FileSync, WriteBack};
 pub use self::op::Op;
-pub use self::pieces::{FilePiece, FileRange, Keep, Pieces};
-use crate::data::shared::SharedTable;
+pub use self::pieces::{FilePiece, FileRange, Keep, OpenFile, Pieces};
+use crate::data::shared::{SharedPlace, SharedTable};
 use crate::data::{Access, DataMovement};
 use crate::driver::{CharDevice, RequestPlace};
 use crate::engine::{Inbox, QueueCore};
@@ -74,6 +74,8 @@ pub struct Errand {
     pub(crate) descriptor: Descriptor,
     pub(crate) pieces: Pieces,
     pub(crate) keep: Option<Keep>,
+    /// The client's memory, if the data is there.
+    pub(crate) shared: Option<SharedPlace>,
     pub(crate) durability: Durability,
 }
 
@@ -93,6 +95,9 @@ pub trait Home {
     /// Memory for a request that has none.
     #[doc(hidden)]
     fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>>;
+    /// The counterpart, for memory that was only a copy.
+    #[doc(hidden)]
+    fn put_memory(&self, memory: Arc<IoBuffer>);
     #[doc(hidden)]
     fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer);
     #[doc(hidden)]
@@ -110,6 +115,10 @@ impl Home for OnQueue<'_> {
 
     fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>> {
         self.0.take_memory(len)
+    }
+
+    fn put_memory(&self, memory: Arc<IoBuffer>) {
+        self.0.put_memory(memory);
     }
 
     fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
@@ -138,6 +147,8 @@ impl Home for Anywhere {
         IoBuffer::new(len).map(Arc::new)
     }
 
+    fn put_memory(&self, _: Arc<IoBuffer>) {}
+
     fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
         self.mailbox.returned(self.place, tag, buffer, Return::Ended(answer));
     }
@@ -165,6 +176,8 @@ pub struct RequestOf<H: Home> {
     descriptor: Descriptor,
     /// The memory that holds its data; none if the data is left where it is.
     buffer: Option<Arc<IoBuffer>>,
+    /// Where its data is in memory that the client shares; `buffer` is a copy then.
+    shared: Option<SharedPlace>,
     spent: bool,
 }
 
@@ -205,7 +218,7 @@ impl<'q> Request<'q> {
         // What was left from the tag's last request may be too short, where tags have no buffers of their own.
         let keeps = core.origin().data == DataMovement::Copy || !op.fills();
         let buffer = buffer.filter(|buffer| keeps || buffer.len() as u64 >= op.len(&descriptor));
-        let mut request = RequestOf { home: OnQueue(core), tag, op, descriptor, buffer, spent: false };
+        let mut request = RequestOf { home: OnQueue(core), tag, op, descriptor, buffer, shared: None, spent: false };
         if let Some(buffer) = request.buffer.as_ref().filter(|buffer| request.data_len() > buffer.len()) {
             log::error!("{request:?} is longer than its buffer of {} bytes", buffer.len());
             request.fail(Errno::EIO);
@@ -221,7 +234,7 @@ impl<'q> Request<'q> {
         Some(request)
     }
 
-    /// Takes over a tag whose data lies in memory that the client shares. The tag's own buffer stays where it
+    /// Takes over a tag whose data is in memory that the client shares. The tag's own buffer stays where it
     /// is.
     fn adopt_shared(core: &'q QueueCore, tag: Tag, descriptor: Descriptor) -> Option<Self> {
         let Some(op) = Op::decode(descriptor.op_flags) else {
@@ -229,13 +242,20 @@ impl<'q> Request<'q> {
             return None;
         };
         core.arrived(tag, op, op.len(&descriptor));
-        let buffer = core.origin().shared.find(descriptor.address, op.len(&descriptor) as usize);
-        if buffer.is_none() {
+        let shared = core.origin().shared.find(descriptor.address, op.len(&descriptor) as usize);
+        if shared.is_none() {
             log::error!("{}: shared memory {:#x} is not known here", core.name(tag), descriptor.address);
             core.commit(tag, None, Answer::error(Errno::EIO));
             return None;
         }
-        Some(RequestOf { home: OnQueue(core), tag, op, descriptor, buffer, spent: false })
+        let mut request = RequestOf { home: OnQueue(core), tag, op, descriptor, buffer: None, shared, spent: false };
+        if core.origin().access == Access::Bytes
+            && let Err(errno) = request.load()
+        {
+            request.fail(errno);
+            return None;
+        }
+        Some(request)
     }
 
     /// Lets what ended before go to the driver, if it has waited for long. [`Requests`] does so by itself; this is for
@@ -260,6 +280,7 @@ impl<'q> Request<'q> {
             op: self.op,
             descriptor: self.descriptor,
             buffer: self.buffer.take(),
+            shared: self.shared.take(),
             spent: false,
         }
     }
@@ -350,8 +371,7 @@ impl<H: Home> RequestOf<H> {
     }
 
     /// As [`forward`](RequestOf::forward), for a read or write whose bytes lie in several places, one after the other.
-    /// `keep` is dropped when the last of them has been read or written: descriptors need not stay open for
-    /// longer.
+    /// `keep` is dropped when the last of them has been read or written.
     ///
     /// Fails the request with `EIO` unless the pieces have its length, and with `EOPNOTSUPP` if it is no read or write.
     pub fn forward_pieces(mut self, pieces: impl Into<Pieces>, keep: impl Into<Keep>) {
@@ -368,7 +388,8 @@ impl<H: Home> RequestOf<H> {
 
     fn send(&mut self, pieces: Pieces, keep: Option<Keep>, durability: Durability) {
         self.spent = true;
-        let errand = Errand { op: self.op, descriptor: self.descriptor, pieces, keep, durability };
+        let shared = self.shared.take();
+        let errand = Errand { op: self.op, descriptor: self.descriptor, pieces, keep, shared, durability };
         self.home.forward(self.tag, self.buffer.take(), errand);
     }
 
@@ -392,8 +413,7 @@ impl<H: Home> RequestOf<H> {
         if !self.op.fills() {
             // SAFETY: memory.rs (3): nobody else knows this buffer yet, or uses it any more.
             let bytes = unsafe { buffer.bytes_mut(len) };
-            let copied = self.home.origin().file.copy_from_request(self.place(0, false), bytes);
-            copied.map_err(|e| failed("copying its data", &e))?;
+            self.copy_out(0, bytes).map_err(|e| failed("copying its data", &e))?;
         }
         self.buffer = Some(buffer);
         Ok(())
@@ -449,8 +469,7 @@ impl<H: Home> RequestOf<H> {
             into.copy_from_slice(&self.data()[at as usize..][..into.len()]);
             return Ok(());
         }
-        let place = self.place(at, false);
-        self.home.origin().file.copy_from_request(place, into).map_err(|e| self.copy_failed(&e))
+        self.copy_out(at, into).map_err(|e| self.copy_failed(&e))
     }
 
     /// Fills a part of a read, from its byte `at` on, whatever the device's data movement.
@@ -464,8 +483,23 @@ impl<H: Home> RequestOf<H> {
             self.data_mut()[at as usize..][..from.len()].copy_from_slice(from);
             return Ok(());
         }
-        let place = self.place(at, false);
-        self.home.origin().file.copy_to_request(place, from).map_err(|e| self.copy_failed(&e))
+        self.copy_in(at, from).map_err(|e| self.copy_failed(&e))
+    }
+
+    /// Copies data from where the client has it.
+    fn copy_out(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
+        match &self.shared {
+            Some(shared) => shared.read(at as usize, into),
+            None => self.home.origin().file.copy_from_request(self.place(at, false), into),
+        }
+    }
+
+    /// Copies data to where the client expects it.
+    fn copy_in(&self, at: u64, from: &[u8]) -> io::Result<()> {
+        match &self.shared {
+            Some(shared) => shared.write(at as usize, from),
+            None => self.home.origin().file.copy_to_request(self.place(at, false), from),
+        }
     }
 
     /// Copies a write's integrity metadata from its byte `at` on (7.0).
@@ -532,17 +566,12 @@ impl<H: Home> RequestOf<H> {
     /// Moves the request to fresh memory and leaves the old one to whoever still holds it. The data is copied
     /// over first: the driver takes a read's from the new memory, and a write may still be [forwarded] or looked at.
     ///
-    /// Shared memory stays what it is: the client expects its data there.
-    ///
     /// There is no going back from here: others hold the old memory, and the driver needs an address for
     /// the tag's next request. Without memory this waits for some, and after ten seconds it ends the
     /// process, which the driver survives and silently mixed up data would not be.
     ///
     /// [forwarded]: RequestOf::forward
     pub fn replace_buffer(&mut self) {
-        if self.buffer().is_shared() {
-            return;
-        }
         let fresh = memory_or_abort(self.buffer().len(), &self);
         if self.op.has_data() {
             // SAFETY: memory.rs (3): nobody else knows `fresh`, and the old buffer is this request's.
@@ -581,11 +610,11 @@ impl<H: Home> RequestOf<H> {
     fn filled(&mut self) -> Answer {
         let copied = match &self.buffer {
             Some(buffer)
-                if self.op.fills() && !self.home.origin().data.is_copied_by_driver() && !buffer.is_shared() =>
+                if self.op.fills() && (self.shared.is_some() || !self.home.origin().data.is_copied_by_driver()) =>
             {
                 // SAFETY: memory.rs (3): this request owns the buffer.
                 let bytes = unsafe { buffer.bytes(self.data_len()) };
-                self.home.origin().file.copy_to_request(self.place(0, false), bytes)
+                self.copy_in(0, bytes)
             }
             _ => Ok(()),
         };
@@ -613,7 +642,13 @@ impl<H: Home> RequestOf<H> {
 
     fn commit(&mut self, answer: Answer) {
         self.spent = true;
-        let buffer = self.buffer.take().filter(|buffer| !buffer.is_shared());
+        let mut buffer = self.buffer.take();
+        if self.shared.is_some()
+            && let Some(copy) = buffer.take()
+        {
+            // The tag's own memory, if it has some, is where it was.
+            self.home.put_memory(copy);
+        }
         self.home.commit(self.tag, buffer, answer);
     }
 }

@@ -1,39 +1,97 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Where the bytes of a forwarded request lie, and what must stay until they have been moved.
+//! Where the bytes of a forwarded request are stored, and what must stay until they have been moved.
 
 use std::any::Any;
 use std::fmt;
-use std::os::fd::RawFd;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use crate::engine::drop_guarded;
 use crate::extents::Flight;
 
+/// A file that requests are forwarded to. Each of them keeps it open.
+#[derive(Clone, Debug)]
+pub struct OpenFile(Handle);
+
+#[derive(Clone, Debug)]
+enum Handle {
+    File(Arc<File>),
+    Descriptor(Arc<OwnedFd>),
+}
+
+impl AsFd for OpenFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.0 {
+            Handle::File(file) => file.as_fd(),
+            Handle::Descriptor(fd) => fd.as_fd(),
+        }
+    }
+}
+
+impl From<Arc<File>> for OpenFile {
+    fn from(file: Arc<File>) -> Self {
+        OpenFile(Handle::File(file))
+    }
+}
+
+impl From<&Arc<File>> for OpenFile {
+    fn from(file: &Arc<File>) -> Self {
+        file.clone().into()
+    }
+}
+
+impl From<Arc<OwnedFd>> for OpenFile {
+    fn from(fd: Arc<OwnedFd>) -> Self {
+        OpenFile(Handle::Descriptor(fd))
+    }
+}
+
+impl From<&Arc<OwnedFd>> for OpenFile {
+    fn from(fd: &Arc<OwnedFd>) -> Self {
+        fd.clone().into()
+    }
+}
+
 /// How a file takes the place of a request's range; see [`RequestOf::forward`](crate::RequestOf::forward).
-///
-/// The descriptor must stay open until the queue's handler is dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct FileRange {
     /// The file.
-    pub fd: RawFd,
-    /// Where in the file the request's first byte lies.
+    pub file: OpenFile,
+    /// Where in the file the request's first byte is stored.
     pub offset: u64,
 }
 
-/// A part of a request that lies in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+impl FileRange {
+    /// The range of a file from a byte on.
+    pub fn new(file: impl Into<OpenFile>, offset: u64) -> Self {
+        FileRange { file: file.into(), offset }
+    }
+}
+
+/// A part of a request that is stored in a file.
+#[derive(Clone, Debug)]
 pub struct FilePiece {
-    /// Where its first byte lies.
+    /// Where its first byte is stored.
     pub file: FileRange,
     /// Its length in bytes.
     pub len: u64,
 }
 
+impl FilePiece {
+    /// The descriptor, for the ring. It stays open as long as the piece.
+    pub(crate) fn raw_fd(&self) -> RawFd {
+        self.file.file.as_fd().as_raw_fd()
+    }
+}
+
 /// Parts of a request, one after the other; see [`RequestOf::forward_pieces`](crate::RequestOf::forward_pieces).
 /// One of them takes no memory of its own.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Pieces {
-    first: FilePiece,
+    /// The piece at work; there is one unless the whole is refused.
+    first: Option<FilePiece>,
     /// The others, the last one first.
     rest: Vec<FilePiece>,
 }
@@ -42,50 +100,51 @@ impl Pieces {
     /// What follows after `first`, in order.
     pub(crate) fn new(first: FilePiece, mut rest: Vec<FilePiece>) -> Self {
         rest.reverse();
-        Pieces { first, rest }
+        Pieces { first: Some(first), rest }
     }
 
     /// The piece at work.
     pub(crate) fn first(&self) -> &FilePiece {
-        &self.first
+        self.first.as_ref().expect("pieces without a length are refused")
     }
 
     /// Goes on with the next piece; false if there is none.
     pub(crate) fn advance(&mut self) -> bool {
         let next = self.rest.pop();
-        self.first = next.unwrap_or(self.first);
-        next.is_some()
+        let more = next.is_some();
+        if more {
+            self.first = next;
+        }
+        more
     }
 
     /// The length of all of them; `None` if one has none.
     pub(crate) fn len(&self) -> Option<u64> {
         let add = |sum: u64, piece: &FilePiece| sum.checked_add(piece.len).filter(|_| piece.len != 0);
-        self.rest.iter().try_fold(add(0, &self.first)?, add)
+        self.rest.iter().try_fold(add(0, self.first.as_ref()?)?, add)
     }
 
     /// All of them, in order.
     #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &FilePiece> {
-        std::iter::once(&self.first).chain(self.rest.iter().rev())
+        self.first.iter().chain(self.rest.iter().rev())
     }
 }
 
 impl From<FilePiece> for Pieces {
     fn from(piece: FilePiece) -> Self {
-        Pieces { first: piece, rest: Vec::new() }
+        Pieces { first: Some(piece), rest: Vec::new() }
     }
 }
 
 impl From<Vec<FilePiece>> for Pieces {
     fn from(mut pieces: Vec<FilePiece>) -> Self {
         pieces.reverse();
-        // No request has a length of nothing, so that this is refused.
-        let first = pieces.pop().unwrap_or(FilePiece { file: FileRange { fd: -1, offset: 0 }, len: 0 });
-        Pieces { first, rest: pieces }
+        Pieces { first: pieces.pop(), rest: pieces }
     }
 }
 
-/// Something that must outlive a forwarded request, as the descriptors of its pieces.
+/// Something that must outlive a forwarded request, beside the files of its pieces.
 #[derive(Debug)]
 pub struct Keep(#[expect(dead_code, reason = "it is there to be dropped")] Kept);
 
@@ -128,21 +187,27 @@ impl From<Box<dyn Any + Send>> for Keep {
 mod tests {
     use super::*;
 
-    fn piece(fd: RawFd, len: u64) -> FilePiece {
-        FilePiece { file: FileRange { fd, offset: 0 }, len }
+    fn piece(offset: u64, len: u64) -> FilePiece {
+        let file = Arc::new(File::open("/dev/null").unwrap());
+        FilePiece { file: FileRange::new(file, offset), len }
+    }
+
+    fn offsets(mut pieces: Pieces) -> Vec<u64> {
+        let mut seen = vec![pieces.first().file.offset];
+        while pieces.advance() {
+            seen.push(pieces.first().file.offset);
+        }
+        seen
     }
 
     #[test]
     fn pieces_come_in_the_order_in_which_they_were_given() {
         let all = vec![piece(1, 10), piece(2, 20), piece(3, 30)];
-        let mut pieces = Pieces::from(all.clone());
-        assert_eq!(pieces, Pieces::new(all[0], all[1..].to_vec()));
+        let pieces = Pieces::from(all.clone());
         assert_eq!(pieces.len(), Some(60));
-        let mut seen = vec![*pieces.first()];
-        while pieces.advance() {
-            seen.push(*pieces.first());
-        }
-        assert_eq!(seen, all);
+        assert_eq!(pieces.iter().map(|piece| piece.file.offset).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(offsets(pieces), [1, 2, 3]);
+        assert_eq!(offsets(Pieces::new(all[0].clone(), all[1..].to_vec())), [1, 2, 3]);
     }
 
     #[test]
@@ -150,5 +215,15 @@ mod tests {
         assert_eq!(Pieces::from(Vec::new()).len(), None);
         assert_eq!(Pieces::from(vec![piece(1, 10), piece(2, 0)]).len(), None);
         assert_eq!(Pieces::from(vec![piece(1, 10), piece(2, u64::MAX)]).len(), None);
+    }
+
+    #[test]
+    fn pieces_keep_their_files_open_until_they_are_done() {
+        let file = Arc::new(File::open("/dev/null").unwrap());
+        let first = FilePiece { file: FileRange::new(&file, 0), len: 1 };
+        let mut pieces = Pieces::from(vec![first, piece(1, 1)]);
+        assert_eq!(Arc::strong_count(&file), 2);
+        assert!(pieces.advance());
+        assert_eq!(Arc::strong_count(&file), 1);
     }
 }

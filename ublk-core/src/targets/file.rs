@@ -360,8 +360,6 @@ impl Target for File {
 struct FileQueue {
     file: Arc<fs::File>,
     durability: Durability,
-    /// The file, opened once more.
-    _for_syncs: Option<fs::File>,
 }
 
 impl File {
@@ -375,13 +373,13 @@ impl File {
         // after one that failed covers the same writes.
         let is_cached = !(self.direct && self.is_block);
         let for_syncs = is_cached.then(|| self.open_again()).transpose()?;
-        let sync = for_syncs.as_ref().map(|file| FileSync {
-            fd: file.as_raw_fd(),
+        let sync = for_syncs.map(|file| FileSync {
+            file: Arc::new(file).into(),
             buffered: !self.direct,
             write_back: self.write_back.clone(),
         });
         let durability = Durability { at_once: self.is_durable_at_once(), sync };
-        Ok(FileQueue { file: self.file.clone(), durability, _for_syncs: for_syncs })
+        Ok(FileQueue { file: self.file.clone(), durability })
     }
 
     /// Opens the file once more: by its descriptor, as another one may have its name by now.
@@ -398,7 +396,7 @@ impl QueueHandler for FileQueue {
     fn handle(&mut self, requests: Requests<'_>) {
         for request in requests.untimed() {
             let offset = request.offset();
-            request.forward_durably(FileRange { fd: self.file.as_raw_fd(), offset }, &self.durability);
+            request.forward_durably(FileRange::new(&self.file, offset), &self.durability);
         }
     }
 }

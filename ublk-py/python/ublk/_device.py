@@ -316,12 +316,13 @@ class Device:
         self._description["size"] = self._target.size = size
 
     def share_memory(self, file: FileDescriptorLike, *, read_only: bool = False) -> int:
-        """Let clients that map the same file use it for direct I/O without any copy. Linux 7.1.
+        """Let clients that map the same file use it for direct I/O without a copy by the driver. Linux 7.1.
 
         ``file`` is a memfd, or a file on tmpfs or hugetlbfs, of whole pages and up to 4 GiB, as a descriptor or an
-        object with a ``fileno()``. If all of a request's memory lies in it, in order, then the handler's buffer *is*
-        that memory: the client sees what is done to it at once, and can change it at any time. Other requests move as
-        ever. With ``read_only`` only writes use it. The device must have been started with ``shared_memory=True``.
+        object with a ``fileno()``. If all of a request's memory is in it, in order, then files that serve the request
+        read and write that memory. A handler gets a copy: the client can change its memory at any time, and the file's
+        length too, which fails the request. Other requests move as ever. With ``read_only`` only writes use it. The
+        device must have been started with ``shared_memory=True``.
 
         Return a number for `unshare_memory`. Without that, the pages stay pinned until the device goes.
         """

@@ -163,6 +163,13 @@ impl FakeDriver {
                     (!open).then(|| state.devices.remove(&id)).map(|_| 0)
                 })
             }
+            uapi::UBLK_U_CMD_REG_BUF => {
+                let mut state = self.shared.state();
+                let device = state.devices.get_mut(&id).ok_or(gone)?;
+                device.shared_memory += 1;
+                Ok(device.shared_memory - 1)
+            }
+            uapi::UBLK_U_CMD_UNREG_BUF => Ok(0),
             _ => refuse(Errno::EOPNOTSUPP),
         }
     }
@@ -217,7 +224,15 @@ impl State {
         let queues = (0..info.nr_hw_queues).map(|_| queue()).collect::<Result<_, Errno>>()?;
         self.devices.insert(
             info.dev_id,
-            FakeDevice { info, params: None, queues, char_open: false, canceling: false, held: vec![] },
+            FakeDevice {
+                info,
+                params: None,
+                queues,
+                char_open: false,
+                canceling: false,
+                held: vec![],
+                shared_memory: 0,
+            },
         );
         *payload = wire::encode_info(&info);
         Ok(0)

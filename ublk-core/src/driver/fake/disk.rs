@@ -90,6 +90,22 @@ impl FakeDisk {
 
     /// Sends a request with a raw operation word and does not wait. `data` is what a write carries.
     pub fn send(&self, op_flags: u32, offset: u64, len: usize, data: &[u8]) -> Result<Sent, Errno> {
+        self.send_at(op_flags, offset, len, data, None)
+    }
+
+    /// Sends a request whose data is in memory that the client shares: its number, and the byte in it.
+    pub fn send_shared(&self, op_flags: u32, offset: u64, len: usize, place: (u16, u32)) -> Result<Sent, Errno> {
+        self.send_at(op_flags | uapi::UBLK_IO_F_SHMEM_ZC, offset, len, &[], Some(place))
+    }
+
+    fn send_at(
+        &self,
+        op_flags: u32,
+        offset: u64,
+        len: usize,
+        data: &[u8],
+        shared: Option<(u16, u32)>,
+    ) -> Result<Sent, Errno> {
         let mut turn = offset as usize >> 12;
         self.wait_for(|state| {
             let device = match state.devices.get_mut(&self.id) {
@@ -101,8 +117,9 @@ impl FakeDisk {
             turn += 1;
             let queue = turn % device.queues.len();
             assert!(data.len() <= device.info.max_io_buf_bytes as usize, "longer than the device takes");
+            assert!(data.len() <= len, "more data than the request is long");
             let is_read = op_flags as u8 == uapi::UBLK_IO_OP_READ;
-            let pages = if is_read { vec![0xee; len] } else { data.to_vec() };
+            let pages = if is_read && shared.is_none() { vec![0xee; len] } else { data.to_vec() };
             let descriptor = Descriptor {
                 op_flags,
                 nr_sectors: (len as u64 / Sectors::SIZE) as u32,
@@ -112,10 +129,16 @@ impl FakeDisk {
                 } else {
                     Sectors::from_bytes(offset).0
                 },
-                address: 0,
+                address: shared.map_or(0, |(number, at)| u64::from(number) << 32 | u64::from(at)),
             };
             let ticket = state.tickets + 1;
-            let request = FakeRequest { daemon: None, len: if is_read { len } else { 0 }, pages, ticket };
+            let request = FakeRequest {
+                daemon: None,
+                len: if is_read { len } else { 0 },
+                pages,
+                shared: shared.is_some(),
+                ticket,
+            };
             device.deliver(self.id, queue, descriptor, request)?;
             state.tickets = ticket;
             Some(Ok(Sent(ticket)))

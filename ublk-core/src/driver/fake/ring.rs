@@ -258,7 +258,8 @@ impl FakeRing {
     }
 }
 
-impl Ring for FakeRing {
+// SAFETY: as for the driver; `carry_out` states the rest.
+unsafe impl Ring for FakeRing {
     fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot> {
         let mut files = self.files();
         let slot = files.iter().position(Option::is_none).unwrap_or_else(|| {
@@ -276,7 +277,7 @@ impl Ring for FakeRing {
         Ok(())
     }
 
-    fn push(&mut self, submission: Submission) -> io::Result<()> {
+    unsafe fn push(&mut self, submission: Submission) -> io::Result<()> {
         self.queued.push(submission);
         Ok(())
     }
@@ -346,7 +347,7 @@ impl Ring for FakeRing {
 
     fn release_buffers(&mut self, _: u16, _: u16) {}
 
-    fn take_tags(&mut self, buffer: u16, _: usize, into: &mut Vec<Tag>) {
+    unsafe fn take_tags(&mut self, buffer: u16, _: usize, into: &mut Vec<Tag>) {
         into.extend(self.completions.state().tags.remove(&buffer));
     }
 

@@ -71,6 +71,9 @@ impl State {
                 let canceling = device.canceling;
                 let answer = RawErrno::check(result).map_err(RawErrno::known).map(|read| {
                     let read = (read as usize).min(request.len);
+                    if request.shared {
+                        return Vec::new();
+                    }
                     if read == 0 || flags.intersects(NOT_COPIED) {
                         return request.pages[..read].to_vec();
                     }
@@ -111,7 +114,7 @@ impl FakeDevice {
         let tag = Tag(tags.iter().position(|t| matches!(t, FakeTag::Armed(_)))? as u16);
         let FakeTag::Armed(command) = tags[tag.index()].clone() else { unreachable!("found above") };
         let request = FakeRequest { daemon: command.daemon, ..request };
-        let carries = !request.pages.is_empty() && request.len == 0;
+        let carries = !request.pages.is_empty() && request.len == 0 && !request.shared;
         let asks = flags.contains(Features::NEED_GET_DATA) && carries;
         if carries && !asks && !flags.intersects(NOT_COPIED) {
             let pages = &request.pages;
@@ -124,7 +127,9 @@ impl FakeDevice {
         {
             command.ring.state().registered.insert(index, (id, QueueId(queue as u16), tag));
         }
-        descriptor.address = command.address;
+        if !request.shared {
+            descriptor.address = command.address;
+        }
         descriptors.write_descriptor(tag, descriptor);
         tags[tag.index()] = if asks { FakeTag::Asked(request) } else { FakeTag::Served(request) };
         match delivery {

@@ -4,7 +4,7 @@
 //!
 //! Invariants that the `unsafe` blocks of this file refer to:
 //!
-//! 1. The addresses in a [`Submission`] point into memory that its sender keeps until the completion:
+//! 1. The addresses in a [`Submission`] point into memory that its sender keeps until the completion ([`Ring::push`]):
 //!    the engine frees a queue's buffers only when no command of it is in flight, and otherwise leaks
 //!    them.
 //! 2. A ring is used by the thread that made it, as `IORING_SETUP_SINGLE_ISSUER` demands: [`Ring`] is
@@ -230,7 +230,8 @@ fn describe_ring_error(source: &io::Error) -> io::Error {
     io::Error::from_raw_os_error(errno_of(source) as i32)
 }
 
-impl Ring for KernelRing {
+// SAFETY: (1) to (3).
+unsafe impl Ring for KernelRing {
     fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot> {
         let slot = self.free_slots.pop().ok_or_else(|| {
             io::Error::other(
@@ -261,7 +262,7 @@ impl Ring for KernelRing {
         Ok(())
     }
 
-    fn push(&mut self, submission: Submission) -> io::Result<()> {
+    unsafe fn push(&mut self, submission: Submission) -> io::Result<()> {
         let entry = self.entry(submission.operation)?;
         debug_assert!(submission.user_data < TIMER);
         self.prompt += usize::from(submission.prompt);
@@ -364,7 +365,7 @@ impl Ring for KernelRing {
         });
     }
 
-    fn take_tags(&mut self, buffer: u16, bytes: usize, into: &mut Vec<Tag>) {
+    unsafe fn take_tags(&mut self, buffer: u16, bytes: usize, into: &mut Vec<Tag>) {
         if let Some(buffers) = &mut self.tag_buffers {
             buffers.take(buffer, bytes, into);
         }
@@ -463,7 +464,9 @@ mod tests {
         let count = u64::from(SUBMISSION_ENTRIES) * 5;
         let fd = file.as_file().as_raw_fd();
         for user_data in 0..count {
-            ring.push(Submission { user_data, operation: Operation::SyncData { fd }, prompt: false }).unwrap();
+            let submission = Submission { user_data, operation: Operation::SyncData { fd }, prompt: false };
+            // SAFETY: no memory; the file is open until the end.
+            unsafe { ring.push(submission) }.unwrap();
         }
         let mut completions = Vec::new();
         while (completions.len() as u64) < count {
