@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 use ublk_core::driver::Driver;
 use ublk_core::driver::fake::{FakeDriver, Sent};
 use ublk_core::targets::{File, FileOptions, Io, Mem};
-use ublk_core::{DataMovement, Device, DeviceOptions, DeviceState, Ending, Errno, Features, Params, Recovery, Target};
+use ublk_core::{
+    DataMovement, Device, DeviceOptions, DeviceState, Ending, Errno, Features, Operations, Params, QueueHandler, QueueInfo,
+    Recovery, Requests, Result, SegmentLimits, Target,
+};
 
 mod support;
 
@@ -369,4 +372,56 @@ fn an_old_driver_says_which_kernel_is_needed() {
     let scan = DeviceOptions { partition_scan: false, ..support::options(1, 1) };
     let error = server(&driver, 1).start(ram_disk(), &scan).unwrap_err().to_string();
     assert!(error.contains("NO_AUTO_PART_SCAN") && error.contains("7.0"), "{error}");
+}
+
+/// A target of any shape that completes everything.
+#[derive(Debug)]
+struct Shaped(Params);
+
+struct Completes;
+
+impl Target for Shaped {
+    fn kind(&self) -> &str {
+        "shaped"
+    }
+
+    fn params(&self) -> Params {
+        self.0
+    }
+
+    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(Completes))
+    }
+}
+
+impl QueueHandler for Completes {
+    fn handle(&mut self, requests: Requests<'_>) {
+        requests.for_each(|request| request.complete());
+    }
+}
+
+/// The block layer got the disk's shape when it was made; see `device/fitting.rs` for each value.
+#[test]
+fn a_target_that_needs_another_shape_leaves_the_device_waiting() {
+    type Need = (&'static str, fn(&mut Params));
+    let driver = FakeDriver::new();
+    let disk = Params::new(SIZE, 512);
+    let way = recoverable(Recovery::Reissue, false);
+    let device = server(&driver, 1).start(Arc::new(Shaped(disk)), &way).unwrap();
+    device.leave().unwrap();
+    let needs: [Need; 5] = [
+        ("write cache", |params| params.operations |= Operations::FLUSH),
+        ("chunk size", |params| params.chunk_size = 1 << 19),
+        ("longest request", |params| params.max_io_bytes = 4096),
+        ("DMA alignment", |params| params.dma_alignment = Some(512)),
+        ("segments", |params| params.segments = Some(SegmentLimits { max_count: 1, ..SegmentLimits::default() })),
+    ];
+    for (name, need) in needs {
+        let mut other = disk;
+        need(&mut other);
+        let error = server(&driver, 1).recover(device.id(), Arc::new(Shaped(other))).unwrap_err();
+        assert!(error.to_string().contains(name), "{name}: {error}");
+        assert_eq!(state_of(&driver, &device), DeviceState::Quiesced, "{name}");
+    }
+    finish(&driver, server(&driver, 1).recover(device.id(), Arc::new(Shaped(disk))).unwrap());
 }

@@ -3,10 +3,12 @@
 //! The life of a device: add, start, serve, stop, delete. Every wait in it ends.
 //!
 //! * [`options`] — how a device is made.
+//! * [`fitting`] — whether a target can serve a disk that was made for another one.
 //! * [`recovery`] — a device that has lost its server gets another one.
 //! * [`ending`] — how a server stops a device, or leaves it.
 
 mod ending;
+mod fitting;
 mod options;
 mod recovery;
 
@@ -22,8 +24,8 @@ use nix::errno::Errno;
 pub use self::ending::Ending;
 pub use self::options::{DeviceOptions, Recovery};
 use crate::control::{AddRequest, Control, DeviceInfo};
+use crate::data::DataMovement;
 use crate::data::shared::{SharedMemory, SharedTable};
-use crate::data::{Access, DataMovement};
 use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
 use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
@@ -328,13 +330,7 @@ impl Device {
         let id = self.id();
         let mut params = self.params;
         params.read_only |= !params.operations.contains(Operations::WRITE);
-        if let Access::Forwards { memory_alignment } = target.access()
-            && self.plan.data.is_zero_copy()
-        {
-            // Files get the clients' own memory.
-            let alignment = memory_alignment.max(params.dma_alignment.unwrap_or(1));
-            params.dma_alignment = Some(alignment).filter(|alignment| *alignment > DEFAULT_DMA_ALIGNMENT);
-        }
+        params.dma_alignment = fitting::dma_alignment(&params, target.access(), self.plan.data);
         if self.info.features.contains(Features::UNPRIVILEGED_DEV) {
             self.wait_for_access()?;
         }

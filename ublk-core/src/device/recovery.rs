@@ -8,12 +8,11 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{Device, Recovery, Server};
+use super::{Device, Recovery, Server, fitting};
 use crate::control::{DeviceInfo, STATE_POLL};
 use crate::data::DataMovement;
 use crate::engine::{QueueEvents, Successor};
 use crate::error::{Error, Result};
-use crate::params::Params;
 use crate::plan::Plan;
 use crate::target::Target;
 use crate::uapi::{DeviceState, Features};
@@ -56,8 +55,9 @@ impl Server {
     /// Serves a device whose last server is gone, and returns when its disk works again. Requests that
     /// waited are served then.
     ///
-    /// The device keeps its shape, queues and data movement; the target has to fit them. For a server that has just
-    /// died, this waits until the driver has noticed.
+    /// The device keeps its shape, queues and data movement, because the block layer was given them at its start: the
+    /// target has to be able to serve every request that they allow. For a server that has just died, this waits until
+    /// the driver has noticed.
     ///
     /// # Errors
     ///
@@ -69,11 +69,12 @@ impl Server {
         self.check_driver()?;
         let info = self.wait_for_vacancy(id)?;
         let params = self.control.params(id)?.params;
-        fits(&target.params(), &params)?;
+        let data = DataMovement::of(info.features);
+        fitting::check(&target.params(), target.access(), &params, data)?;
         self.begin_recovery(&info)?;
         let events = Arc::new(QueueEvents::new()?);
         let plan = Plan {
-            data: DataMovement::of(info.features),
+            data,
             batch: info.features.contains(Features::BATCH_IO),
             threads_per_queue: 1,
             features: info.features,
@@ -174,35 +175,4 @@ fn is_alive(pid: i32) -> bool {
     // The name, in parentheses, may contain anything.
     let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
     pid > 0 && !matches!(state, None | Some('Z' | 'X'))
-}
-
-/// Whether a target can serve a disk of a given shape.
-fn fits(target: &Params, disk: &Params) -> Result<()> {
-    for (name, served, had) in [
-        ("zones", target.zoned.is_some(), disk.zoned.is_some()),
-        ("integrity metadata", target.integrity.is_some(), disk.integrity.is_some()),
-    ] {
-        if served != had {
-            return Err(Error::invalid(name, served, format!("for the disk it is {had}")));
-        }
-    }
-    if target.size < disk.size {
-        return Err(Error::invalid("size", target.size, format!("the disk has {} bytes", disk.size)));
-    }
-    if target.logical_block_size > disk.logical_block_size {
-        return Err(Error::invalid(
-            "logical block size",
-            target.logical_block_size,
-            format!("the disk has blocks of {} bytes", disk.logical_block_size),
-        ));
-    }
-    let missing = disk.operations.difference(target.operations);
-    if !missing.is_empty() {
-        return Err(Error::invalid(
-            "operations",
-            format!("{:?}", target.operations),
-            format!("the disk has {missing:?} too"),
-        ));
-    }
-    Ok(())
 }
