@@ -17,7 +17,8 @@ use std::process::{Command, ExitStatus, Stdio};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::unistd::{chdir, dup2_stderr, dup2_stdout, pipe2, setsid};
 
-use super::{Failure, Host, Outcome, run_dir, state};
+use super::run_dir::RunDir;
+use super::{Failure, Host, Outcome, state};
 use crate::device::Device;
 use crate::units::DeviceId;
 
@@ -132,11 +133,10 @@ pub(super) fn child(
     }
     // Ctrl-C at the parent's terminal is not for the server.
     let _ = setsid();
-    let mut log_path = None;
+    let mut place = None;
     let mut ready = |devices: &[Device]| {
-        let path = log.map_or_else(|| default_log(devices), Path::to_owned);
-        let file = open_log(&path)?;
-        log_path = Some(path);
+        let (file, log) = Log::open(log, devices)?;
+        place = Some(log);
         let mut pipe = pipe.take().ok_or(Failure::Reported)?;
         // Nobody waits any more: the device is not wanted.
         let lines: String = devices.iter().map(|d| format!("{} {}\n", d.id(), d.path().display())).collect();
@@ -161,28 +161,48 @@ pub(super) fn child(
         }
         (outcome, _) => outcome,
     };
-    if let (Ok(()), Some(path)) = (&outcome, log_path)
-        && fs::metadata(&path).is_ok_and(|m| m.is_file() && m.len() == 0)
-    {
-        // A log without a line is only litter.
-        let _ = fs::remove_file(path);
+    if let (Ok(()), Some(log)) = (&outcome, place) {
+        log.remove_if_empty();
     }
     outcome
 }
 
-/// The log of the first device is that of all.
-fn default_log(devices: &[Device]) -> PathBuf {
-    let name = devices.first().map_or_else(|| "server.log".into(), |device| format!("ublkb{}.log", device.id()));
-    run_dir::path().join(name)
+/// Where the server's messages go.
+enum Log {
+    /// In the directory of logs: that of the first device is that of all.
+    Default(RunDir, String),
+    /// Where the command line wants them.
+    Named(PathBuf),
 }
 
-fn open_log(path: &Path) -> Result<File, Failure> {
-    if let Some(parent) = path.parent().filter(|p| *p == run_dir::path()) {
-        run_dir::make().map_err(|e| Failure::Text(format!("making {}: {e}", parent.display())))?;
+impl Log {
+    fn open(named: Option<&Path>, devices: &[Device]) -> Result<(File, Self), Failure> {
+        let failed =
+            |path: &Path, e: &dyn std::fmt::Display| Failure::Text(format!("opening the log {}: {e}", path.display()));
+        if let Some(path) = named {
+            let file = OpenOptions::new().create(true).append(true).open(path).map_err(|e| failed(path, &e))?;
+            return Ok((file, Log::Named(path.to_owned())));
+        }
+        let name = devices.first().map_or_else(|| "server.log".into(), |device| format!("ublkb{}.log", device.id()));
+        let made = RunDir::make().map_err(|e| Failure::Text(format!("making {}: {e}", RunDir::place().display())));
+        let directory = made?;
+        let file = directory.append(&name).map_err(|e| failed(&directory.name(&name), &e))?;
+        Ok((file, Log::Default(directory, name)))
     }
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .map_err(|e| Failure::Text(format!("opening the log {}: {e}", path.display())))
+
+    /// A log without a line is only litter.
+    fn remove_if_empty(self) {
+        match self {
+            Log::Default(directory, name) => {
+                if directory.append(&name).and_then(|file| file.metadata()).is_ok_and(|m| m.len() == 0) {
+                    let _ = directory.remove(&name);
+                }
+            }
+            Log::Named(path) => {
+                if fs::symlink_metadata(&path).is_ok_and(|m| m.is_file() && m.len() == 0) {
+                    let _ = fs::remove_file(path);
+                }
+            }
+        }
+    }
 }

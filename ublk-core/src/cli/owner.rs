@@ -2,7 +2,16 @@
 
 //! `ublk owner`: the program of the udev rules that give users the nodes of their devices.
 
-use super::{Failure, Outcome};
+use std::fs::{self, Permissions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+
+use nix::fcntl::{AtFlags, OFlag, open};
+use nix::sys::stat::Mode;
+use nix::unistd::{Gid, Uid, fchownat};
+
+use super::{Failure, Outcome, state};
+use crate::control::DeviceInfo;
 use crate::uapi::Features;
 use crate::units::DeviceId;
 
@@ -11,16 +20,42 @@ pub(super) struct Args {
     /// The kernel's name of a node: ublkcN, ublkbN, or ublkbNpM of a partition
     #[arg(value_name = "NODE")]
     node: String,
+    /// Give the node to the user, unless it has become another device's meanwhile
+    #[arg(long)]
+    apply: bool,
 }
 
-/// Prints the user's and the group's number. Fails for a device that root has made: its nodes stay root's.
+/// Prints the user's and the group's number, or gives the node to them. Fails for a device that root has made: its nodes
+/// stay root's.
 pub(super) fn run(args: &Args) -> Outcome {
     let id = device(&args.node).ok_or_else(|| Failure::Text(format!("{:?} is no node of a ublk device", args.node)))?;
+    let node = format!("/dev/{}", args.node);
+    let failed = |what: &str, e: &dyn std::fmt::Display| Failure::Text(format!("{what} {node}: {e}"));
+    let before = state::instance(id);
+    let opened = if args.apply {
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        Some(open(node.as_str(), flags, Mode::empty()).map_err(|e| failed("opening", &e))?)
+    } else {
+        None
+    };
     let info = super::control()?.info(id)?;
     if !info.features.contains(Features::UNPRIVILEGED_DEV) {
         return Err(Failure::Text(format!("device {id} is no user's own")));
     }
-    super::print(&format!("{} {}\n", info.owner_uid, info.owner_gid))
+    let Some(opened) = opened else { return super::print(&format!("{} {}\n", info.owner_uid, info.owner_gid)) };
+    // udev runs a moment late, when the number may be another device's. If it is the same one before and after, the
+    // node that was opened in between is its own. Nodes of devices that are gone can be given away: they have no name.
+    if before.is_none() || state::instance(id) != before {
+        return Err(Failure::Text(format!("device {id} is another one by now")));
+    }
+    give(&opened, &info).map_err(|e| failed("giving away", &e))
+}
+
+/// Gives a node that was opened to a device's owner.
+fn give(node: &OwnedFd, info: &DeviceInfo) -> std::io::Result<()> {
+    fs::set_permissions(format!("/proc/self/fd/{}", node.as_raw_fd()), Permissions::from_mode(0o600))?;
+    let (user, group) = (Uid::from_raw(info.owner_uid), Gid::from_raw(info.owner_gid));
+    Ok(fchownat(node, "", Some(user), Some(group), AtFlags::AT_EMPTY_PATH)?)
 }
 
 /// The device that a node belongs to.

@@ -4,13 +4,13 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cli, Command, Failure, Outcome, add, run_dir};
+use super::run_dir::RunDir;
+use super::{Cli, Command, Failure, Outcome, add};
 use crate::device::Device;
 use crate::units::DeviceId;
 use clap::Parser;
@@ -53,29 +53,21 @@ impl State {
 
     /// Writes the file, whole or not at all.
     pub(super) fn save(&self, id: DeviceId) -> Outcome {
-        let path = path(id);
+        let path = RunDir::place().join(name(id));
         let failed = |what: &str, e: &dyn std::fmt::Display| Failure::Text(format!("{what} {}: {e}", path.display()));
-        run_dir::make().map_err(|e| failed("making the directory of", &e))?;
+        let directory = RunDir::make().map_err(|e| failed("making the directory of", &e))?;
         let mut text = serde_json::to_vec_pretty(self).map_err(|e| failed("making", &e))?;
         text.push(b'\n');
-        let new = path.with_extension("json.new");
-        let written =
-            fs::File::create(&new).and_then(|mut file| file.write_all(&text)).and_then(|()| fs::rename(&new, &path));
-        written.map_err(|e| {
-            let _ = fs::remove_file(&new);
-            failed("writing", &e)
-        })
+        directory.replace(&name(id), &text).map_err(|e| failed("writing", &e))
     }
 
     /// Reads the file of a device; `None` if there is none, or one of an earlier device of that number.
     pub(super) fn find(id: DeviceId) -> Result<Option<Self>, Failure> {
-        if !run_dir::is_trusted() {
-            return Ok(None);
-        }
-        let path = path(id);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        let Some(directory) = RunDir::find() else { return Ok(None) };
+        let path = directory.name(&name(id));
+        let text = match directory.read(&name(id)) {
+            Ok(Some(text)) => text,
+            Ok(None) => return Ok(None),
             Err(e) => return Err(Failure::Text(format!("reading {}: {e}", path.display()))),
         };
         let state: State = serde_json::from_slice(&text)
@@ -91,7 +83,7 @@ impl State {
         Self::find(id)?.ok_or_else(|| {
             Failure::Text(format!(
                 "device {id}: there is no {}, which says how to serve it: `ublk add --recovery` keeps it",
-                path(id).display()
+                RunDir::place().join(name(id)).display()
             ))
         })
     }
@@ -103,14 +95,7 @@ impl State {
 
     /// That command line, understood.
     pub(super) fn add_args(&self) -> Result<add::Args, Failure> {
-        let words = std::iter::once("ublk").chain(self.arguments.iter().map(String::as_str));
-        match Cli::try_parse_from(words) {
-            Ok(Cli { command: Command::Add(mut args) }) => {
-                args.resolve(&self.directory);
-                Ok(*args)
-            }
-            _ => Err(Failure::Text(format!("the kept command line is not one of `ublk add`: {:?}", self.arguments))),
-        }
+        self.origin().add_args()
     }
 }
 
@@ -127,24 +112,37 @@ impl Origin {
         let directory = std::env::current_dir().map_err(|e| Failure::Text(format!("the current directory: {e}")))?;
         Ok(Origin { arguments: arguments.to_vec(), directory })
     }
+
+    /// The command line, parsed, with absolute paths.
+    pub(super) fn add_args(&self) -> Result<add::Args, Failure> {
+        let words = std::iter::once("ublk".into()).chain(self.arguments.iter().cloned());
+        match Cli::try_parse_from(words) {
+            Ok(Cli { command: Command::Add(mut args) }) => {
+                args.resolve(&self.directory);
+                Ok(*args)
+            }
+            _ => Err(Failure::Text(format!("the kept command line is not one of `ublk add`: {:?}", self.arguments))),
+        }
+    }
 }
 
 /// Removes the file of a device that is gone; `instance` is what [`instance`] said while it was there. Its
 /// number may be another device's by now.
 pub(super) fn remove(id: DeviceId, instance: Option<u64>) {
-    let theirs = fs::read(path(id)).ok().and_then(|text| serde_json::from_slice::<State>(&text).ok());
+    // In a directory that is not this user's alone, nothing is this user's.
+    let Some(directory) = RunDir::find() else { return };
+    let text = directory.read(&name(id)).ok().flatten();
+    let theirs = text.and_then(|text| serde_json::from_slice::<State>(&text).ok());
     if theirs.is_some_and(|state| instance.is_some_and(|instance| instance != state.instance)) {
         return;
     }
-    if let Err(e) = fs::remove_file(path(id))
-        && e.kind() != ErrorKind::NotFound
-    {
-        log::warn!("removing {}: {e}", path(id).display());
+    if let Err(e) = directory.remove(&name(id)) {
+        log::warn!("removing {}: {e}", directory.name(&name(id)).display());
     }
 }
 
-fn path(id: DeviceId) -> PathBuf {
-    run_dir::path().join(format!("ublkb{id}.json"))
+fn name(id: DeviceId) -> String {
+    format!("ublkb{id}.json")
 }
 
 /// A number that a later device with the same id does not have: that of its directory in sysfs.

@@ -7,21 +7,24 @@
 //! there is a limit to their number and their lines. The client's side waits a few seconds at most.
 
 use std::collections::BTreeMap;
-use std::fs::{self, Permissions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollTimeout;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt,
+};
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
-use super::{Failure, run_dir};
+use super::Failure;
+use super::run_dir::RunDir;
 use crate::device::Device;
 use crate::stats::{DeviceStats, OpStats};
 use crate::units::DeviceId;
@@ -70,7 +73,8 @@ impl Report {
 #[derive(Debug)]
 pub(super) struct Station {
     listener: UnixListener,
-    path: PathBuf,
+    directory: RunDir,
+    name: String,
     epoll: Epoll,
     clients: Vec<Client>,
     /// It was said that clients cannot be served.
@@ -96,21 +100,22 @@ enum Step {
 impl Station {
     /// Makes this process's socket, for its user only, and removes those of dead ones.
     pub(super) fn open() -> io::Result<Self> {
-        run_dir::make()?;
-        sweep(&run_dir::path());
-        Self::open_at(path(std::process::id()))
+        let directory = RunDir::make()?;
+        sweep(&directory);
+        Self::open_in(directory, name(std::process::id()))
     }
 
-    fn open_at(path: PathBuf) -> io::Result<Self> {
+    fn open_in(directory: RunDir, name: String) -> io::Result<Self> {
         // A dead process's, whose number is this one's now.
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
+        directory.remove(&name)?;
+        let listener = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        // The node gets this mode, so that at no time other users can connect.
+        fchmod(&listener, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        bind(listener.as_raw_fd(), &UnixAddr::new(&directory.through(&name))?)?;
+        listen(&listener, Backlog::MAXCONN)?;
+        let listener = UnixListener::from(listener);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let station = Station { listener, path, epoll, clients: Vec::new(), complained: false };
-        fs::set_permissions(&station.path, Permissions::from_mode(0o600))?;
+        let station = Station { listener, directory, name, epoll, clients: Vec::new(), complained: false };
         station.listener.set_nonblocking(true)?;
         station.epoll.add(&station.listener, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         Ok(station)
@@ -189,8 +194,8 @@ impl AsFd for Station {
 
 impl Drop for Station {
     fn drop(&mut self) {
-        if let Err(e) = fs::remove_file(&self.path) {
-            log::warn!("removing {}: {e}", self.path.display());
+        if let Err(e) = self.directory.remove(&self.name) {
+            log::warn!("removing {}: {e}", self.directory.name(&self.name).display());
         }
     }
 }
@@ -241,29 +246,29 @@ impl Client {
     }
 }
 
-fn path(pid: u32) -> PathBuf {
-    run_dir::path().join(format!("server-{pid}.sock"))
+/// The name of a server's socket.
+fn name(pid: u32) -> String {
+    format!("server-{pid}.sock")
 }
 
 /// Removes the sockets of servers that are dead.
 pub(super) fn sweep_all() {
-    if run_dir::is_trusted() {
-        sweep(&run_dir::path());
+    if let Some(directory) = RunDir::find() {
+        sweep(&directory);
     }
 }
 
-fn sweep(directory: &Path) {
-    // Without the directory there are none.
-    let Ok(entries) = fs::read_dir(directory) else { return };
-    for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+fn sweep(directory: &RunDir) {
+    for name in directory.names() {
+        let name = name.to_str().unwrap_or_default();
         let pid = name.strip_prefix("server-").and_then(|name| name.strip_suffix(".sock"));
         let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else { continue };
         // One of another pid namespace may live.
-        if !Path::new(&format!("/proc/{pid}")).exists() && matches!(call(&path, Instant::now()), Err(Silence::Dead)) {
-            log::debug!("{} is a dead server's", path.display());
-            if let Err(e) = fs::remove_file(&path) {
-                log::debug!("removing {}: {e}", path.display());
+        let is_gone = !Path::new(&format!("/proc/{pid}")).exists();
+        if is_gone && matches!(call(directory, name, Instant::now()), Err(Silence::Dead)) {
+            log::debug!("{} is a dead server's", directory.name(name).display());
+            if let Err(e) = directory.remove(name) {
+                log::debug!("removing {}: {e}", directory.name(name).display());
             }
         }
     }
@@ -282,16 +287,18 @@ enum Silence {
 
 /// Asks the server with the given process id for a device's numbers.
 pub(super) fn ask(pid: u32, id: DeviceId) -> Result<Report, Failure> {
-    let path = path(pid);
-    ask_at(&path, id).map_err(|silence| {
+    let name = name(pid);
+    let directory = RunDir::find();
+    let asked = directory.as_ref().map_or(Err(Silence::NoSocket), |directory| ask_at(directory, &name, id));
+    asked.map_err(|silence| {
         let why = match silence {
             Silence::NoSocket => format!(
                 "process {pid} serves it, which is not a server of this program or has no {} (another mount \
                  namespace, another user?)",
-                path.display()
+                RunDir::place().join(&name).display()
             ),
             Silence::Dead => {
-                let _ = fs::remove_file(&path);
+                let _ = directory.as_ref().map(|directory| directory.remove(&name));
                 format!("process {pid} served it, and is gone")
             }
             Silence::Failed(why) => format!("process {pid} serves it: {why}"),
@@ -300,10 +307,11 @@ pub(super) fn ask(pid: u32, id: DeviceId) -> Result<Report, Failure> {
     })
 }
 
-fn ask_at(path: &Path, id: DeviceId) -> Result<Report, Silence> {
+fn ask_at(directory: &RunDir, name: &str, id: DeviceId) -> Result<Report, Silence> {
     let deadline = Instant::now() + SERVER_PATIENCE;
+    let path = directory.name(name);
     let failed = |what: &str, e: &dyn std::fmt::Display| Silence::Failed(format!("{what} {}: {e}", path.display()));
-    let mut stream = call(path, deadline)?;
+    let mut stream = call(directory, name, deadline)?;
     // It fits into the socket's buffer.
     stream.write_all(format!("stat {id}\n").as_bytes()).map_err(|e| failed("asking at", &e))?;
     let mut answer = Vec::new();
@@ -329,10 +337,11 @@ fn ask_at(path: &Path, id: DeviceId) -> Result<Report, Silence> {
     }
 }
 
-/// Connects; waits behind others until `deadline` at most.
-fn call(path: &Path, deadline: Instant) -> Result<UnixStream, Silence> {
+/// Connects to a server of this user's; waits for other clients until `deadline` at most.
+fn call(directory: &RunDir, name: &str, deadline: Instant) -> Result<UnixStream, Silence> {
+    let path = directory.name(name);
     let failed = |errno: Errno| Silence::Failed(format!("connecting to {}: {}", path.display(), errno.desc()));
-    let address = UnixAddr::new(path).map_err(failed)?;
+    let address = UnixAddr::new(&directory.through(name)).map_err(failed)?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(failed)?;
     loop {
@@ -346,6 +355,11 @@ fn call(path: &Path, deadline: Instant) -> Result<UnixStream, Silence> {
             Err(errno) => return Err(failed(errno)),
         }
     }
+    let peer = getsockopt(&socket, sockopt::PeerCredentials).map_err(failed)?;
+    if peer.uid() != geteuid().as_raw() {
+        let why = format!("process {} of user {} listens at {}", peer.pid(), peer.uid(), path.display());
+        return Err(Silence::Failed(why));
+    }
     let stream = UnixStream::from(socket);
     stream.set_nonblocking(false).map_err(|e| failed(crate::error::errno_of(&e)))?;
     Ok(stream)
@@ -353,6 +367,9 @@ fn call(path: &Path, deadline: Instant) -> Result<UnixStream, Silence> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::PathBuf;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread::JoinHandle;
@@ -372,14 +389,14 @@ mod tests {
         end: Arc<AtomicBool>,
         thread: Option<JoinHandle<()>>,
         path: PathBuf,
-        _directory: tempfile::TempDir,
+        directory: tempfile::TempDir,
     }
 
     impl Running {
         fn new() -> Self {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("sock");
-            let mut station = Station::open_at(path.clone()).unwrap();
+            let mut station = Station::open_in(RunDir::open(directory.path()).unwrap(), "sock".into()).unwrap();
             let end = Arc::new(AtomicBool::new(false));
             let ended = end.clone();
             let thread = std::thread::spawn(move || {
@@ -390,11 +407,11 @@ mod tests {
                     station.answer_from(&|id| (id.0 < 20_000).then(|| report(id.0)));
                 }
             });
-            Running { end, thread: Some(thread), path, _directory: directory }
+            Running { end, thread: Some(thread), path, directory }
         }
 
         fn ask(&self, id: u32) -> Result<Report, Silence> {
-            ask_at(&self.path, DeviceId(id))
+            ask_at(&RunDir::open(self.directory.path()).unwrap(), "sock", DeviceId(id))
         }
     }
 
@@ -465,24 +482,24 @@ mod tests {
     #[test]
     fn a_dead_servers_socket_is_recognised_removed_and_replaced() {
         let directory = tempfile::tempdir().unwrap();
+        let dir = || RunDir::open(directory.path()).unwrap();
         let dead = |name: &str| {
-            let path = directory.path().join(name);
             // Closed without being removed, as by a kill.
-            drop(UnixListener::bind(&path).unwrap());
-            path
+            drop(UnixListener::bind(directory.path().join(name)).unwrap());
+            directory.path().join(name)
         };
         // More than any process's number.
         let stale = dead("server-4194305.sock");
-        let own = dead(&format!("server-{}.sock", std::process::id()));
+        let own = dead(&name(std::process::id()));
         let living = directory.path().join("server-4194306.sock");
         let _listener = UnixListener::bind(&living).unwrap();
         let other = dead("other.sock");
-        assert!(matches!(ask_at(&stale, DeviceId(0)), Err(Silence::Dead)));
-        sweep(directory.path());
+        assert!(matches!(ask_at(&dir(), "server-4194305.sock", DeviceId(0)), Err(Silence::Dead)));
+        sweep(&dir());
         assert!(!stale.exists());
         assert!(own.exists() && living.exists() && other.exists());
-        drop(Station::open_at(own.clone()).unwrap());
+        drop(Station::open_in(dir(), name(std::process::id())).unwrap());
         assert!(!own.exists());
-        assert!(matches!(ask_at(&own, DeviceId(0)), Err(Silence::NoSocket)));
+        assert!(matches!(ask_at(&dir(), &name(std::process::id()), DeviceId(0)), Err(Silence::NoSocket)));
     }
 }
