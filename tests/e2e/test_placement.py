@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import fio, sysfs
+from support.backends import image
 from support.blockio import Disk
 from support.face import Face, device_id
 from support.processes import threads
@@ -78,6 +79,27 @@ def test_a_recovered_device_is_served_on_the_same_cpus(native: Face, two_cpus) -
     second = native.info(path)["pid"]
     assert second != first
     assert list(queue_threads(second).values()) == [{1}]
+    native.run("del", "-n", number)
+
+
+@pytest.mark.io_errors
+@pytest.mark.time_limit(150)
+def test_a_disk_whose_cpu_goes_offline_gets_a_server_elsewhere(native: Face, two_cpus, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, 16 << 20), "--cpus", "1", "--recovery")
+    number = str(device_id(path))
+    online = Path("/sys/devices/system/cpu/cpu1/online")
+    online.write_text("0")
+    try:
+        if "QUIESCE" in native.info(path)["features"]:
+            taken = native.run("upgrade", "-n", number)
+            assert "CPUs 1 are offline" in taken.err, str(taken)
+        os.kill(native.info(path)["pid"], 9)
+        taken = native.run("recover", "-n", number, timeout=90)
+        assert "CPUs 1 are offline" in taken.err, str(taken)
+        with Disk(path, direct=True) as disk:
+            disk.write(0, bytes(4096))
+    finally:
+        online.write_text("1")
     native.run("del", "-n", number)
 
 

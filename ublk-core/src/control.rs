@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::data::shared::SharedMemory;
+use crate::device::Recovery;
 use crate::driver::{ControlCommand, ControlFailure, Driver};
 use crate::error::{Error, Result};
 use crate::params::Params;
+use crate::process;
 use crate::uapi::{self, DeviceState, Features, ublk_params, ublksrv_ctrl_dev_info};
 use crate::units::{DeviceId, QueueId, Sectors};
 
@@ -181,8 +183,14 @@ impl Control {
 
     /// STOP_DEV: removes `/dev/ublkbN`. Waits for requests in flight, so their server must go on.
     pub fn stop(&self, id: DeviceId) -> Result<()> {
+        self.stop_within(id, DRAIN_TIMEOUT)
+    }
+
+    /// As [`stop`](Control::stop), with a time-out. After one the device goes on to stop: its disk is removed once the
+    /// requests have ended.
+    pub fn stop_within(&self, id: DeviceId, timeout: Duration) -> Result<()> {
         let command = command("STOP_DEV", uapi::UBLK_U_CMD_STOP_DEV, Some(id));
-        self.run(command, DRAIN_TIMEOUT).map(drop)
+        self.run(command, timeout).map(drop)
     }
 
     /// DEL_DEV: stops the device if need be, removes `/dev/ublkcN` and waits, at most `timeout`, until
@@ -241,7 +249,7 @@ impl Control {
     /// finish its requests.
     pub fn quiesce_until(&self, id: DeviceId, timeout: Duration) -> Result<DeviceState> {
         let info = self.info(id)?;
-        crate::plan::require(info.features, Features::QUIESCE)?;
+        self.require_quiesce(&info)?;
         let deadline = Instant::now() + timeout;
         loop {
             match self.quiesce(id, QUIESCE_SLICE) {
@@ -261,12 +269,37 @@ impl Control {
                 return Err(Error::Timeout {
                     waiting_for: format!("the server of device {id} (process {}) leaving", info.pid),
                     waited: timeout,
-                    hint: "it does not finish its requests, and new ones wait until it is gone: ask again, or kill it \
-                           and let `ublk recover` serve the device"
-                        .into(),
+                    hint: pending_hint(id, info.pid),
                 });
             }
         }
+    }
+
+    /// Checks that a device's server can be asked to leave, and says why not.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the device was not made for it, [`Error::Unsupported`] if the driver is too old.
+    pub(crate) fn require_quiesce(&self, info: &DeviceInfo) -> Result<()> {
+        if info.features.contains(Features::QUIESCE) {
+            return Ok(());
+        }
+        let refused = |hint: &str| {
+            Err(Error::Control {
+                command: "QUIESCE_DEV",
+                device: Some(info.id),
+                errno: Errno::EINVAL,
+                hint: hint.to_owned(),
+            })
+        };
+        if Recovery::of(info.features).is_none() {
+            return refused("the device was not made to be recovered (`ublk add --recovery`, `recoverable=True`)");
+        }
+        crate::plan::require(self.features()?, Features::QUIESCE)?;
+        refused(
+            "the device was made by a program that does not hand devices over; if its server is killed, \
+                 `ublk recover` serves it",
+        )
     }
 
     /// START_USER_RECOVERY: prepares a device whose server is gone for the next one. `EBUSY` while the old
@@ -500,6 +533,20 @@ fn hint(command: &str, errno: Errno) -> &'static str {
         (_, Errno::EINTR) => "interrupted",
         _ => "",
     }
+}
+
+/// What becomes of a request to leave that was not carried out in time. The driver has taken the server's tags away by
+/// then, and cannot give them back: the request stays in force.
+fn pending_hint(id: DeviceId, pid: i32) -> String {
+    let why = if process::is_stopped(pid) {
+        format!("process {pid} is stopped (SIGSTOP?)")
+    } else {
+        "it does not finish its requests".to_owned()
+    };
+    format!(
+        "{why}. The request to leave is pending and cannot be taken back: new I/O waits, and the server leaves as soon \
+         as it can. After that, or after killing it, `ublk recover -n {id}` serves the device"
+    )
 }
 
 /// What a command that takes too long is waiting for.

@@ -43,6 +43,7 @@ mod params;
 pub mod placement;
 mod plan;
 pub mod pressure;
+mod process;
 pub mod pull;
 mod request;
 mod stats;

@@ -140,6 +140,26 @@ impl Cpus {
         Ok(())
     }
 
+    /// What is left of the wish when CPUs that this thread may not use, because they are offline say, are left out:
+    /// any CPU if that is none. With a sentence for the log if that is less than the wish.
+    ///
+    /// For servers of disks that exist and are in use: that they run elsewhere costs time, that they do not run holds
+    /// up all clients.
+    pub fn available(self) -> (Self, Option<String>) {
+        let (Cpus::Only(wish), Ok(allowed)) = (self, CpuSet::of_this_thread()) else { return (self, None) };
+        let left: CpuSet = wish.iter().filter(|cpu| allowed.contains(*cpu)).collect();
+        if left == wish && !wish.is_empty() {
+            return (self, None);
+        }
+        let missing: CpuSet = wish.iter().filter(|cpu| !allowed.contains(*cpu)).collect();
+        let (cpus, now) = if left.is_empty() {
+            (Cpus::Any, "any CPU".to_owned())
+        } else {
+            (Cpus::Only(left), format!("CPUs {left}"))
+        };
+        (cpus, Some(format!("CPUs {missing} are offline or not allowed here: the queues are served on {now}")))
+    }
+
     /// The CPUs for a queue; `None` for any.
     pub(crate) fn of(&self, affinity: impl FnOnce() -> Result<Vec<usize>>) -> Result<Option<CpuSet>> {
         match self {
@@ -248,6 +268,14 @@ mod tests {
             let message = Cpus::Only(missing).check().unwrap_err().to_string();
             assert!(message.contains("CPUs = 1023") && message.contains(&home.to_string()), "{message}");
             Cpus::Only(home).check().unwrap();
+            assert_eq!(Cpus::Only(home).available(), (Cpus::Only(home), None));
+            assert_eq!(Cpus::OfQueues.available(), (Cpus::OfQueues, None));
+            let (cpus, why) = Cpus::Only(missing).available();
+            assert_eq!(cpus, Cpus::Any);
+            assert!(why.unwrap().contains("CPUs 1023"));
+            let first: CpuSet = home.iter().take(1).collect();
+            let (cpus, why) = Cpus::Only(first.union(missing)).available();
+            assert_eq!((cpus, why.is_some()), (Cpus::Only(first), true));
         })
         .join()
         .unwrap();

@@ -207,8 +207,13 @@ pub(super) fn serve(
     if args.lock_memory {
         pressure::lock_memory()?;
     }
+    // A disk that is in use is served rather on other CPUs than not at all.
+    let (cpus, fallback) = if waiting.is_some() { args.cpus.available() } else { (args.cpus, None) };
+    if let Some(fallback) = fallback {
+        log::warn!("{fallback}");
+    }
     let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads)
-        .on_cpus(args.cpus)?
+        .on_cpus(cpus)?
         .coalescing(Duration::from_micros(args.coalesce_usecs.into()))?;
     let options = DeviceOptions {
         id: args.id.map(DeviceId),

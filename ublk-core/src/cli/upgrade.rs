@@ -29,6 +29,7 @@ pub(super) fn run(args: &Args, host: &Host) -> Outcome {
         host.relaunch = vec![program.clone().into()];
     }
     // All that can fail is to fail before the old server goes.
+    control.require_quiesce(&control.info(id)?)?;
     State::load(id)?.add_args()?.check(control.params(id)?.params.size)?;
     control.quiesce_until(id, DRAIN_TIMEOUT)?;
     let recover = ["recover".into(), "-n".into(), id.to_string().into()];

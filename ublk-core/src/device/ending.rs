@@ -93,8 +93,14 @@ impl Device {
                     waiting_for: format!("closing {} queues of device {}", self.events.open_queues(), self.id()),
                     waited: DRAIN_TIMEOUT + ABANDON_TIMEOUT,
                     hint: match successor {
-                        Successor::Server => "a handler does not return, or a file does not finish what it was given: the next server has to wait for that".into(),
-                        Successor::None => "a handler does not return".into(),
+                        Successor::Server => "a handler does not return, or a file does not finish what it was given: the \
+                                              next server has to wait for that"
+                            .into(),
+                        Successor::None => format!(
+                            "a handler does not return, or a program keeps requests without ending them; once this \
+                             process has ended, `ublk del -n {}` removes the device",
+                            self.id()
+                        ),
                     },
                 });
             }
@@ -174,9 +180,10 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] if the device was not made for it; else as [`stop`](Device::stop).
+    /// `EINVAL` if the device was not made for it, [`Error::Unsupported`] if the driver is too old; else as
+    /// [`stop`](Device::stop).
     pub fn leave(&self) -> Result<()> {
-        crate::plan::require(self.info.features, Features::QUIESCE)?;
+        self.control.require_quiesce(&self.info)?;
         let id = self.id();
         match self.control.quiesce(id, ASK_AGAIN) {
             Ok(()) | Err(Error::Control { errno: Errno::EBUSY, .. }) => {}

@@ -14,6 +14,7 @@ use crate::data::DataMovement;
 use crate::engine::{QueueEvents, Successor};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
+use crate::process::is_alive;
 use crate::target::Target;
 use crate::uapi::{DeviceState, Features};
 use crate::units::DeviceId;
@@ -167,12 +168,4 @@ impl Server {
             std::thread::sleep(STATE_POLL);
         }
     }
-}
-
-/// Whether a process lives, not counting one that has died and was not collected.
-fn is_alive(pid: i32) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    // The name, in parentheses, may contain anything.
-    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
-    pid > 0 && !matches!(state, None | Some('Z' | 'X'))
 }

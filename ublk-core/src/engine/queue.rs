@@ -117,8 +117,10 @@ impl Queue {
             integrity: info.integrity,
             file: setup.file,
         };
-        let core = QueueCore::new(info, origin, setup.batch, setup.stats, seat)
-            .map_err(|(what, e)| not_lent(refused(&what, &e)))?;
+        let core = QueueCore::new(info, origin, setup.batch, setup.stats, seat).map_err(|(what, source)| {
+            let context = format!("queue {} of device {}: {what}", info.queue, info.device);
+            not_lent(Error::Target { context, source })
+        })?;
         let queue = Queue {
             handler,
             core,
