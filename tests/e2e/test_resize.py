@@ -68,6 +68,20 @@ def test_sizes_that_cannot_be_are_refused(native, scratch: Path) -> None:
     native.run("del", "-n", number)
 
 
+def test_a_file_that_took_the_name_of_the_backing_file_counts_for_nothing(native, scratch: Path) -> None:
+    file = image(scratch, 32 << 20)
+    path = native.add("-t", "file", "-f", file)
+    number = str(device_id(path))
+    file.rename(scratch / "moved.img")
+    image(scratch, 64 << 20)
+    for words in ([], ["-s", "64M"]):
+        refused = native.run("resize", "-n", number, *words, check=False)
+        assert refused.status == 1, str(refused)
+        assert "another file has that name" in refused.err, str(refused)
+    assert sysfs.size(path) == 32 << 20
+    native.run("del", "-n", number)
+
+
 def test_a_ram_disk_does_not_grow_beyond_what_it_was_made_with(native) -> None:
     path = native.add("-t", "mem", "--size", "32M")
     number = str(device_id(path))

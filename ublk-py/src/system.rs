@@ -96,7 +96,8 @@ fn to_dict(py: Python<'_>, (path, info, params): Found) -> PyResult<Bound<'_, Py
     dict.set_item("id", info.id.0)?;
     dict.set_item("path", path.to_string_lossy().into_owned())?;
     dict.set_item("state", info.state.name())?;
-    dict.set_item("pid", info.pid)?;
+    // To the driver, -1 is no process; to `os.kill` it is every process.
+    dict.set_item("pid", Some(info.pid).filter(|pid| *pid > 0))?;
     dict.set_item("queues", info.queues)?;
     dict.set_item("depth", info.depth)?;
     dict.set_item("size", params.size)?;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use nix::errno::Errno;
 
 use super::shape::{self, Switch};
@@ -30,12 +30,14 @@ use crate::units::DeviceId;
 
 /// Size of a RAM disk, unless another is asked for.
 const DEFAULT_MEM_SIZE: u64 = 1 << 30;
+/// What `--recovery` without a value means.
+const DEFAULT_RECOVERY: Recovery = Recovery::Reissue;
 /// How long a server that is gone may hold on to its file.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Kind {
+pub(super) enum Kind {
     /// Accepts everything, stores nothing
     Null,
     /// A RAM disk
@@ -59,8 +61,16 @@ enum IoMode {
 
 /// The possible values of `--recovery`.
 fn recovery() -> impl TypedValueParser<Value = Recovery> {
-    let named = |name: String| Recovery::ALL.into_iter().find(|recovery| recovery.name() == name);
-    PossibleValuesParser::new(Recovery::ALL.map(Recovery::name)).try_map(move |name| named(name).ok_or("unknown"))
+    // The reference tool's `-r 1` is this tool's `-r`.
+    let named = |name: String| match name.as_str() {
+        "1" => Some(DEFAULT_RECOVERY),
+        name => Recovery::ALL.into_iter().find(|recovery| recovery.name() == name),
+    };
+    let value = |recovery: Recovery| {
+        let value = PossibleValue::new(recovery.name());
+        if recovery == DEFAULT_RECOVERY { value.alias("1") } else { value }
+    };
+    PossibleValuesParser::new(Recovery::ALL.map(value)).try_map(move |name| named(name).ok_or("unknown"))
 }
 
 /// Parses `--cpus`.
@@ -116,7 +126,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     threads_per_queue: u32,
     /// Let the device survive its server, for `ublk recover` and `ublk upgrade`; and what becomes of requests
-    /// meanwhile
+    /// meanwhile. Not for disks in memory (mem, and zoned without --file), whose data ends with the server
     #[arg(short, long, value_name = "HOW", num_args = 0..=1, default_missing_value = "reissue", value_parser = recovery())]
     recovery: Option<Recovery>,
     /// Size of a zone, a power of two (zoned)
@@ -200,6 +210,7 @@ pub(super) fn serve(
     if threads == 0 {
         return Err(Error::invalid("threads", 0, "at least one is needed").into());
     }
+    args.check_recovery()?;
     serve::raise_file_limit();
     if args.protect {
         pressure::refuse_oom_kill()?;
@@ -237,8 +248,8 @@ pub(super) fn serve(
         Some(id) => {
             // The old server has the file for itself.
             server.wait_for_vacancy(id)?;
-            let size = server.control().params(id)?.params.size;
-            devices.push(server.recover(id, target_of_another(args, size)?)?);
+            let disk = server.control().params(id)?.params;
+            devices.push(server.recover(id, target_of_another(args, &disk)?)?);
         }
     }
     for device in devices.iter().filter(|_| args.shared_memory.is_some()) {
@@ -299,6 +310,39 @@ impl Args {
         self.log = self.log.take().map(|log| directory.join(log));
     }
 
+    /// Refuses a recovery of a disk whose data is in its server's memory: the next server would put an empty disk under
+    /// a mounted file system. (`null` stores nothing at all.)
+    pub(super) fn check_recovery(&self) -> Result<()> {
+        let in_memory = match self.kind {
+            Kind::Mem => true,
+            Kind::Zoned => self.file.is_none(),
+            Kind::Null | Kind::File => false,
+        };
+        match self.recovery {
+            Some(recovery) if in_memory => Err(Error::invalid(
+                "recovery",
+                recovery.name(),
+                "the disk's data is in its server's memory and ends with it; use -t file, or -t zoned with --file",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// What of the backing another command line gives differently.
+    pub(super) fn difference(&self, other: &Self) -> Option<&'static str> {
+        let real =
+            |file: &Option<PathBuf>| file.as_ref().map(|file| file.canonicalize().unwrap_or_else(|_| file.clone()));
+        if self.kind != other.kind {
+            return Some("type");
+        }
+        (other.file.is_some() && real(&self.file) != real(&other.file)).then_some("file")
+    }
+
+    /// Backing file, or directory of zones.
+    pub(super) fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
     /// Where the server writes its messages, if somebody has said so.
     pub(super) fn log(&self) -> Option<&Path> {
         self.log.as_deref()
@@ -307,6 +351,7 @@ impl Args {
     /// Checks what can be checked of a target while another server has it: whether its file can be opened in
     /// the same way, and has room for the disk.
     pub(super) fn check(&self, disk: u64) -> Result<()> {
+        self.check_recovery()?;
         let Some(file) = &self.file else { return Ok(()) };
         let failed = |e| Error::file("open", file, &e);
         // To have opened a block device for writing is to have udev look at it.
@@ -321,9 +366,10 @@ impl Args {
         Ok(())
     }
 
-    /// The size that a disk can be given, if it can be given the one that is wished for.
-    pub(super) fn new_size(&self, wish: Option<u64>, present: u64) -> Result<u64> {
-        let limit = match (self.kind, &self.file) {
+    /// The size that a disk can be given, if it can be given the one that is wished for. `backing` is a path of the file
+    /// that the server has open.
+    pub(super) fn new_size(&self, wish: Option<u64>, present: u64, backing: Option<&Path>) -> Result<u64> {
+        let limit = match (self.kind, backing) {
             (Kind::File, Some(file)) => targets::file_size(file)?,
             // It has room for what it was made with.
             (Kind::Mem, _) => self.size.unwrap_or(DEFAULT_MEM_SIZE),
@@ -341,12 +387,24 @@ impl Args {
     }
 }
 
+/// The command line that serves a device which another program has made.
+pub(super) fn words(kind: Kind, file: Option<&Path>) -> Vec<OsString> {
+    let name = kind.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
+    let mut words: Vec<OsString> = ["add", "-t", &name, "--recovery"].into_iter().map(OsString::from).collect();
+    words.extend(file.into_iter().flat_map(|file| ["-f".into(), file.into()]));
+    words
+}
+
 /// Makes the target of a disk which exists already. What the last server had may be free only a moment after
 /// the driver has noticed its end.
-fn target_of_another(args: &Args, size: u64) -> Result<Arc<dyn Target>> {
+fn target_of_another(args: &Args, disk: &Params) -> Result<Arc<dyn Target>> {
+    if args.kind == Kind::Null {
+        // It stores nothing, and so suits any disk.
+        return Ok(Arc::new(Null::with_params(*disk)?));
+    }
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
-        match target(args, Some(size)) {
+        match target(args, Some(disk.size)) {
             Err(Error::File { operation: "lock" | "open", errno: Errno::EWOULDBLOCK | Errno::EBUSY, .. })
                 if Instant::now() < deadline =>
             {

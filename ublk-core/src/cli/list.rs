@@ -27,6 +27,9 @@ pub(super) struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Of the reference tool; everything is shown anyway
+    #[arg(short, long, hide = true)]
+    verbose: bool,
 }
 
 /// A device as JSON.
@@ -35,7 +38,8 @@ struct Entry {
     id: u32,
     path: String,
     state: &'static str,
-    pid: i32,
+    /// The server's process. A device without one has none: -1, as the driver says, would have `kill` end every process.
+    pid: Option<i32>,
     queues: u16,
     depth: u16,
     size: u64,
@@ -102,7 +106,7 @@ fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
         id: id.0,
         path: control.driver().block_path(id).display().to_string(),
         state: info.state.name(),
-        pid: info.pid,
+        pid: Some(info.pid).filter(|pid| *pid > 0),
         queues: info.queues,
         depth: info.depth,
         size: params.size,
@@ -131,7 +135,7 @@ fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
 }
 
 /// A device as text. Scripts of blktests and of the kernel's selftests take the pid and the state from
-/// the second line by position: words 7 and 11.
+/// the second line by position, words 7 and 11, and kill what they find: without a server there is no number.
 fn describe(entry: &Entry) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -149,7 +153,10 @@ fn describe(entry: &Entry) -> String {
     let _ = writeln!(
         text,
         "\tmax rq size {} daemon pid {} flags {:#x} state {}",
-        entry.max_io_bytes, entry.pid, entry.flags, entry.state
+        entry.max_io_bytes,
+        entry.pid.map_or_else(|| "none".to_owned(), |pid| pid.to_string()),
+        entry.flags,
+        entry.state
     );
     let abilities = [
         (entry.read_only, "read-only"),
@@ -199,7 +206,7 @@ mod tests {
             id: 3,
             path: "/dev/ublkb3".into(),
             state: "LIVE",
-            pid: 4711,
+            pid: Some(4711),
             queues: 2,
             depth: 128,
             size: 3 << 29,
@@ -234,6 +241,15 @@ mod tests {
         assert_eq!((words[6], words[10]), ("4711", "LIVE"));
         assert_eq!(text.matches("state").count(), 1);
         assert_eq!(text.matches("pid").count(), 1);
+    }
+
+    #[test]
+    fn without_a_server_there_is_no_number_to_kill() {
+        let text = describe(&Entry { pid: None, state: "QUIESCED", ..sample() });
+        let words: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!((words[6], words[10]), ("none", "QUIESCED"));
+        let json = serde_json::to_value(Entry { pid: None, ..sample() }).unwrap();
+        assert!(json["pid"].is_null());
     }
 
     #[test]

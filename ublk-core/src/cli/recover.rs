@@ -6,8 +6,8 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use super::state::State;
-use super::{Host, Outcome, add, daemon};
+use super::state::{Origin, State};
+use super::{Failure, Host, Outcome, add, daemon};
 use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
@@ -15,6 +15,12 @@ pub(super) struct Args {
     /// Number of the device
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: u32,
+    /// What serves the device [default: what served it before]; needed only for a device that this program has not made
+    #[arg(short = 't', long = "type", value_enum)]
+    kind: Option<add::Kind>,
+    /// Backing file or directory, as for `ublk add` [default: the one that it was made with]
+    #[arg(short, long, value_name = "PATH", requires = "kind")]
+    file: Option<PathBuf>,
     /// Serve in this process until SIGINT, SIGTERM, SIGHUP or the device's deletion
     #[arg(long)]
     foreground: bool,
@@ -30,17 +36,34 @@ pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     let id = DeviceId(args.id);
     if let Some(report) = args.report {
         // By default, a device keeps its log. Without a state there will be no server, and the reason is said there.
-        let kept = || State::load(id).and_then(|state| state.add_args()).ok()?.log().map(Path::to_owned);
+        let kept = || origin(args).and_then(|origin| origin.add_args()).ok()?.log().map(Path::to_owned);
         let log = args.log.clone().or_else(kept);
-        return daemon::child(report, log.as_deref(), |ready| recover(id, ready));
+        return daemon::child(report, log.as_deref(), |ready| recover(args, ready));
     }
     if args.foreground {
-        return recover(id, daemon::print_paths);
+        return recover(args, daemon::print_paths);
     }
+    // Before a process is started for it.
+    origin(args)?.add_args()?.check_recovery()?;
+    log::debug!("device {id} gets a server in the background");
     daemon::parent(arguments, host, daemon::Devices::Found)
 }
 
-fn recover(id: DeviceId, ready: impl FnOnce(&[crate::Device]) -> Outcome) -> Outcome {
-    let state = State::load(id)?;
-    add::serve(&state.add_args()?, &state.origin(), Some(id), ready)
+fn recover(args: &Args, ready: impl FnOnce(&[crate::Device]) -> Outcome) -> Outcome {
+    let origin = origin(args)?;
+    add::serve(&origin.add_args()?, &origin, Some(DeviceId(args.id)), ready)
+}
+
+/// The command line that made the device. One that another program has made is served as this command line says.
+fn origin(args: &Args) -> Result<Origin, Failure> {
+    let id = DeviceId(args.id);
+    let Some(kind) = args.kind else { return State::load(id).map(|state| state.origin()) };
+    let told = Origin::here(&add::words(kind, args.file.as_deref()))?;
+    let Some(state) = State::find(id)? else { return Ok(told) };
+    // Another file under a disk in use is never meant.
+    let (made, told) = (state.add_args()?, told.add_args()?);
+    match made.difference(&told) {
+        None => Ok(state.origin()),
+        Some(what) => Err(Failure::Text(format!("device {id} was made with another {what}: leave out -t and -f"))),
+    }
 }

@@ -2,8 +2,12 @@
 
 //! `ublk resize`.
 
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
 use super::state::State;
-use super::{Outcome, size};
+use super::{Failure, Outcome, size};
 use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
@@ -21,7 +25,66 @@ pub(super) fn run(args: &Args) -> Outcome {
     let control = super::control()?;
     let present = control.params(id)?.params.size;
     // What its server can serve stands in the state file.
-    let bytes = State::load(id)?.add_args()?.new_size(args.size, present)?;
+    let kept = State::load(id)?.add_args()?;
+    let backing = match kept.file() {
+        Some(path) => Some(served(id, control.info(id)?.pid, path)?),
+        None => None,
+    };
+    let bytes = kept.new_size(args.size, present, backing.as_deref())?;
     control.update_size(id, bytes)?;
     Ok(())
+}
+
+/// A path to the file that a device's server has open. Another file may have the name by now, of another size.
+fn served(id: DeviceId, pid: i32, path: &Path) -> Result<PathBuf, Failure> {
+    if pid <= 0 {
+        // The next server opens what is there.
+        return Ok(path.to_owned());
+    }
+    let failed = |what: &str, e: &dyn std::fmt::Display| Failure::Text(format!("{what}: {e}"));
+    let named = fs::metadata(path).map_err(|e| failed(&path.display().to_string(), &e))?;
+    if named.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let directory = format!("/proc/{pid}/fd");
+    for fd in fs::read_dir(&directory).map_err(|e| failed(&directory, &e))?.flatten() {
+        if fs::metadata(fd.path()).is_ok_and(|open| is_same(&open, &named)) {
+            return Ok(fd.path());
+        }
+    }
+    Err(Failure::Text(format!(
+        "the server of device {id} (process {pid}) does not have {} open: another file has that name now",
+        path.display()
+    )))
+}
+
+fn is_same(one: &fs::Metadata, other: &fs::Metadata) -> bool {
+    let is_block = |metadata: &fs::Metadata| metadata.file_type().is_block_device();
+    match (is_block(one), is_block(other)) {
+        (true, true) => one.rdev() == other.rdev(),
+        (false, false) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_took_the_name_is_not_the_servers() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("disk.img");
+        let file = fs::File::create(&path).unwrap();
+        file.set_len(4096).unwrap();
+        let own = std::process::id() as i32;
+        let found = served(DeviceId(0), own, &path).unwrap();
+        assert_eq!(fs::metadata(found).unwrap().len(), 4096);
+        let new = place.path().join("new.img");
+        fs::write(&new, vec![0; 8192]).unwrap();
+        fs::rename(&new, &path).unwrap();
+        let Err(Failure::Text(why)) = served(DeviceId(0), own, &path) else { panic!("it is another file") };
+        assert!(why.contains("another file"), "{why}");
+        drop(file);
+    }
 }

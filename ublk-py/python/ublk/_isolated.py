@@ -285,7 +285,7 @@ class RemoteDevice:
             return
         try:
             # Whoever found it without a server may have removed it, and another may have its number.
-            if _ublk.device(self.id)["pid"] not in (-1, self._process.pid):
+            if _ublk.device(self.id)["pid"] not in (None, self._process.pid):
                 return
             if self.recovery is not None:
                 logger.warning("%s waits for another server: ublk.recover(%d, ...)", self.path, self.id)

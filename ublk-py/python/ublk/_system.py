@@ -17,8 +17,8 @@ class DeviceInfo:
     path: str
     state: str
     """``LIVE``; ``DEAD`` without a disk; ``QUIESCED`` or ``FAIL_IO`` while its server is gone."""
-    pid: int
-    """The server's process, -1 without one."""
+    pid: int | None
+    """The server's process, None without one."""
     queues: int
     depth: int
     size: int
