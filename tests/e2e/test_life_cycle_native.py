@@ -3,6 +3,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -150,11 +151,11 @@ def test_del_dead_spares_the_living(native) -> None:
 
 @pytest.mark.short
 @pytest.mark.io_errors
-def test_del_while_busy_takes_force(native) -> None:
+def test_del_unused_spares_a_busy_disk(native) -> None:
     path = native.add("-t", "mem", "--size", "64M")
     with fio.Load(path) as load:
         load.wait_until_busy()
-        refused = native.run("del", "-n", str(device_id(path)), check=False)
+        refused = native.run("del", "--unused", "-n", str(device_id(path)), check=False)
         assert refused.status == 1, str(refused)
         assert "fio" in refused.err, str(refused)
         assert "--force" in refused.err, str(refused)
@@ -183,10 +184,14 @@ def test_del_of_a_mounted_disk_names_the_mount(native, tmp_path: Path) -> None:
 def test_del_while_the_disk_is_open_holds_up_nobody(native) -> None:
     path = native.add("-t", "mem", "--size", "1M")
     with Disk(path, direct=True):
-        refused = native.run("del", "-n", str(device_id(path)), check=False, timeout=20)
+        # A person at a terminal may have mistaken the number.
+        number = str(device_id(path))
+        refused = run(["script", "-qec", f"ublk del -n {number}", "/dev/null"], check=False, timeout=20)
         assert refused.status == 1, str(refused)
-        assert f"process {os.getpid()}" in refused.err, str(refused)
-        native.run("del", "--force", "-n", str(device_id(path)), timeout=20)
+        assert f"process {os.getpid()}" in refused.out, str(refused)
+        assert native.info(path)["state"] == "LIVE"
+        removed = native.run("del", "-n", number, timeout=20)
+        assert f"process {os.getpid()}" in removed.err, str(removed)
     until(lambda: gone(path), "the nodes' end")
 
 
@@ -219,6 +224,58 @@ def test_del_by_several_at_the_same_time(native) -> None:
     assert 0 in statuses
     assert set(statuses) <= {0, 1}
     assert gone(path)
+
+
+@pytest.mark.short
+@pytest.mark.time_limit(120)
+def test_del_dead_spares_devices_in_the_making(native) -> None:
+    paths: list[str] = []
+    failed: list[str] = []
+    done = threading.Event()
+
+    def sweep() -> None:
+        while not done.is_set():
+            swept = native.run("del", "--dead", check=False)
+            if swept.status:
+                failed.append(str(swept))
+
+    def add() -> None:
+        for _ in range(5):
+            paths.append(native.add("-t", "null", settle=False))
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    try:
+        together([add] * 3)
+    finally:
+        done.set()
+        sweeper.join()
+    assert len(paths) == 15
+    assert {device["path"] for device in native.list()} == set(paths)
+    assert not failed, failed
+    native.run("del", "-a", timeout=60)
+
+
+@pytest.mark.time_limit(120)
+def test_del_dead_minds_no_device_that_goes_away(native) -> None:
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            path = native.add("-t", "null", settle=False)
+            native.run("del", "--force", "-n", str(device_id(path)))
+
+    churners = [threading.Thread(target=churn) for _ in range(2)]
+    for churner in churners:
+        churner.start()
+    try:
+        for _ in range(10):
+            native.run("del", "--dead", timeout=60)
+    finally:
+        done.set()
+        for churner in churners:
+            churner.join()
+    assert native.list() == []
 
 
 def test_del_of_several(native) -> None:

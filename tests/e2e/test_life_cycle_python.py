@@ -150,6 +150,41 @@ def test_sigkill_after_a_stop_that_waits_for_a_handler_hangs_nobody(native: Face
     remove_the_dead(native)
 
 
+HANGS = """
+import time
+import ublk
+
+class Hangs(ublk.BlockDevice):
+    def __init__(self):
+        super().__init__(size=1 << 20)
+
+    def read(self, offset, buf):
+        if offset == 65536:
+            print("reached", flush=True)
+            time.sleep(1e6)
+
+with Hangs().start() as dev:
+    print(dev.path, flush=True)
+    dev.wait()
+"""
+
+
+@pytest.mark.io_errors
+@pytest.mark.time_limit(240)
+def test_del_force_kills_a_server_that_hangs(native: Face) -> None:
+    with Child([sys.executable, "-c", HANGS]) as server:
+        path = server.line()
+        with Disk(path, direct=True) as disk:
+            tasks = Tasks()
+            tasks.start(lambda: error_of(lambda: disk.read(65536, 4096)))
+            assert server.line() == "reached"
+            removed = native.run("del", "--force", "-n", str(device_id(path)), timeout=120)
+            assert f"killing its server, process {server.pid}" in removed.err, str(removed)
+            tasks.join(30)
+        assert server.wait() == -signal.SIGKILL
+    until(lambda: native.list() == [], "the device's end")
+
+
 @pytest.mark.io_errors
 def test_del_from_outside_while_busy(face: Face) -> None:
     with Server("Ram", size=64 << 20) as server, fio.Load(server.path) as load:

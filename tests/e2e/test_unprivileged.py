@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,77 @@ def test_what_somebody_else_has_prepared_is_not_believed(native: Face) -> None:
         shutil.rmtree(place)
 
 
+@contextlib.contextmanager
+def prepared_by_bob(code: str) -> Iterator[None]:
+    """The place of Alice's files, made by another user, who puts something there for each of her devices."""
+    place = Path("/tmp/ublk-1000")
+    shutil.rmtree(place, ignore_errors=True)
+    begin = f"import os, socket\nplace = {str(place)!r}\nos.umask(0)\nos.mkdir(place, 0o777)\n"
+    as_user(BOB, sys.executable, "-c", f"{begin}for n in range(4):\n    name = f'{{place}}/ublkb{{n}}.json'\n    {code}")
+    try:
+        yield
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    "code", ["os.mkfifo(name, 0o666)", "os.symlink('/dev/zero', name)", "os.mkdir(name)"], ids=["fifo", "link", "dir"]
+)
+def test_another_users_files_hold_up_no_command(code: str, native: Face) -> None:
+    with prepared_by_bob(code):
+        refused = ublk(ALICE, "add", "-t", "mem", "--size", "1M", check=False)
+        assert refused.status == 1, str(refused)
+        # The log is where nobody else can be in the way; what else is kept, is not kept then.
+        path = ublk(ALICE, "add", "-t", "mem", "--size", "1M", "--log", "/dev/null").out.rstrip("\n")
+        pid = native.info(path)["pid"]
+        number = str(device_id(path))
+        assert ublk(ALICE, "stat", "-n", number, check=False).status == 1
+        ublk(ALICE, "del", "-n", number)
+        until(lambda: not is_running(pid), "the server's end")
+    assert native.list() == []
+
+
+def test_another_users_socket_answers_for_no_server(native: Face) -> None:
+    with prepared_by_bob("pass"):
+        path = ublk(ALICE, "add", "-t", "mem", "--size", "1M", "--log", "/dev/null").out.rstrip("\n")
+        place = f"/tmp/ublk-1000/server-{native.info(path)['pid']}.sock"
+        code = (
+            "import os, socket\n"
+            f"s = socket.socket(socket.AF_UNIX); s.bind({place!r}); os.chmod({place!r}, 0o666); s.listen()\n"
+            "print('ready', flush=True)\n"
+            "while True:\n"
+            "    c, _ = s.accept(); c.recv(100); c.sendall(b'{\"total\":{},\"queues\":{}}\\n'); c.close()\n"
+        )
+        with Child([sys.executable, "-c", code], **user(BOB)) as fake:
+            assert fake.line() == "ready"
+            refused = ublk(ALICE, "stat", "-n", str(device_id(path)), check=False)
+            assert refused.status == 1, str(refused)
+            fake.signal(signal.SIGKILL)
+            fake.wait()
+        ublk(ALICE, "del", "-n", str(device_id(path)))
+
+
+@pytest.mark.io_errors
+def test_del_dead_of_a_user_passes_over_others_devices(disk: str, native: Face) -> None:
+    roots = native.add("-t", "null")
+    pid = native.info(disk)["pid"]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: native.info(disk)["state"] == "DEAD", "the state DEAD", 45)
+    ublk(ALICE, "del", "--dead")
+    assert [device["path"] for device in native.list()] == [roots]
+    native.run("del", "-n", str(device_id(roots)))
+
+
+def test_a_late_udev_gives_no_node_of_root_away(native: Face) -> None:
+    """What udev runs for a user's device, when its number is root's."""
+    path = native.add("-t", "null")
+    for node in (path, path.replace("ublkb", "ublkc")):
+        refused = native.run("owner", "--apply", os.path.basename(node), check=False)
+        assert refused.status == 1, str(refused)
+        assert owner(node)[0] == 0
+    native.run("del", "-n", str(device_id(path)))
+
+
 def test_root_looks_after_it(disk: str, native: Face) -> None:
     assert native.info(disk)["owner_uid"] == ALICE
     native.run("del", "-n", str(device_id(disk)))
@@ -187,7 +259,7 @@ def test_roots_disk_stays_roots(native: Face) -> None:
 
 def test_what_takes_root_is_refused_in_words() -> None:
     for words in (["--recovery"], ["--data", "user-copy"]):
-        refused = ublk(ALICE, "add", "-t", "mem", "--size", "1M", *words, check=False)
+        refused = ublk(ALICE, "add", "-t", "null", "--size", "1M", *words, check=False)
         assert refused.status == 1, str(refused)
         assert "CAP_SYS_ADMIN" in refused.err, str(refused)
 

@@ -1,21 +1,31 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! `ublk del`.
+//!
+//! What becomes of a disk in use is decided by how it is used. One that is mounted, swapped to, part of another block
+//! device or opened exclusively is never removed without `--force`: its data would be lost. One that processes merely
+//! have open is refused to a person at a terminal, who may have mistaken the number, and to those who ask for that with
+//! `--unused`. Scripts remove it, and its users get errors: this is what scripts that were written for the reference
+//! tool (ublksrv's `ublk`), such as blktests, rely on.
 
+use std::fs;
+use std::io::IsTerminal;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use super::{Failure, Outcome, holders, state, station};
+use super::holders::{self, Stop};
+use super::{Failure, Outcome, state, station, stuck};
 use crate::control::{Control, Removal};
 use crate::error::{Error, Result};
-use crate::uapi::{DeviceState, Features};
+use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
-/// How long udev may take to look at a disk after its last use.
-const UDEV_PATIENCE: Duration = Duration::from_secs(5);
-const UDEV_RETRY: Duration = Duration::from_millis(20);
+/// How long a server may take from making a device to opening it; a user's device waits for udev for ten seconds.
+const MAKING_PATIENCE: Duration = Duration::from_secs(12);
+/// How often a device that may be in the making is looked at.
+const MAKING_RETRY: Duration = Duration::from_millis(200);
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 #[group(skip)]
 #[command(group = clap::ArgGroup::new("which").required(true).args(["ids", "all", "dead"]))]
 pub(super) struct Args {
@@ -25,12 +35,16 @@ pub(super) struct Args {
     /// Remove all devices
     #[arg(short, long)]
     all: bool,
-    /// Remove the devices whose server is gone, but for those that wait for another one
+    /// Remove devices whose server has exited, except recoverable ones
     #[arg(long)]
     dead: bool,
-    /// Remove devices that are open or mounted too: whoever uses them gets errors
+    /// Remove mounted and otherwise used disks too, and kill a server that does not let go of its device: their users
+    /// get errors
     #[arg(short, long)]
     force: bool,
+    /// Refuse disks that a process has open, which at a terminal is the default; mounted ones are refused anyway
+    #[arg(long, conflicts_with = "force")]
+    unused: bool,
     /// Do not wait until the numbers are free again
     #[arg(long = "async")]
     no_wait: bool,
@@ -38,18 +52,30 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Outcome {
     let control = super::control()?;
-    let ids =
-        if args.ids.is_empty() { chosen(&control, args)? } else { args.ids.iter().copied().map(DeviceId).collect() };
+    let chosen = if args.ids.is_empty() {
+        chosen(&control, args)?
+    } else {
+        args.ids.iter().copied().map(DeviceId).map(|id| (id, None)).collect()
+    };
     let mut outcome = Ok(());
-    for id in ids {
-        if let Err(failure) = remove(&control, id, args) {
+    for (id, instance) in chosen {
+        // Its number is another device's by now.
+        if args.dead && state::instance(id) != instance {
+            continue;
+        }
+        match remove(&control, id, args) {
+            Ok(()) => {}
+            // It went away by itself.
+            Err(Failure::Error(error)) if args.ids.is_empty() && error.errno() == crate::Errno::ENODEV => {}
             // The others are removed all the same.
-            match failure {
-                Failure::Error(error) => eprintln!("ublk: {error}"),
-                Failure::Text(text) => eprintln!("ublk: {text}"),
-                Failure::Reported => {}
+            Err(failure) => {
+                match failure {
+                    Failure::Error(error) => eprintln!("ublk: {error}"),
+                    Failure::Text(text) => eprintln!("ublk: {text}"),
+                    Failure::Reported => {}
+                }
+                outcome = Err(Failure::Reported);
             }
-            outcome = Err(Failure::Reported);
         }
     }
     station::sweep_all();
@@ -58,7 +84,12 @@ pub(super) fn run(args: &Args) -> Outcome {
 
 fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
     let instance = state::instance(id);
-    let stopped = !args.force && stop_unless_in_use(control, id)?;
+    let stopped = if args.force {
+        stuck::stop(control, id)?;
+        true
+    } else {
+        stop_unless_in_use(control, id, args.unused || std::io::stdin().is_terminal())?
+    };
     let removed = if args.no_wait {
         let deleted = if stopped { Ok(()) } else { control.stop(id) };
         deleted.and_then(|()| match control.delete_async(id) {
@@ -82,66 +113,77 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
     Ok(())
 }
 
-/// Refuses to go on with a device that somebody uses, and names him. Where the driver can, it stops the
-/// device in the same moment, and this says so.
-fn stop_unless_in_use(control: &Control, id: DeviceId) -> std::result::Result<bool, Failure> {
-    let info = control.info(id)?;
-    if info.state == DeviceState::Dead {
-        return Ok(false);
-    }
-    let path = control.driver().block_path(id);
-    let in_use = |how: &str| {
-        let who = holders::describe(&path);
-        let who = if who.is_empty() { how.to_owned() } else { who };
-        Failure::Text(format!("device {id} is in use ({who}); `ublk del --force` removes it all the same"))
-    };
-    if info.features.contains(Features::SAFE_STOP_DEV) {
-        let deadline = Instant::now() + UDEV_PATIENCE;
-        loop {
-            match control.try_stop(id) {
-                // Stopped meanwhile.
-                Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => return Ok(true),
-                Err(Error::Control { errno: crate::Errno::EBUSY, .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-            // Whoever nobody can see is most likely udev.
-            if Instant::now() >= deadline || !holders::describe(&path).is_empty() {
-                return Err(in_use("open"));
-            }
-            thread::sleep(UDEV_RETRY);
+/// Refuses to go on with a device in use, and names the users. Where the driver can, this stops the device in the same
+/// moment, and returns true.
+fn stop_unless_in_use(control: &Control, id: DeviceId, refuse_open: bool) -> std::result::Result<bool, Failure> {
+    match holders::stop_unused(control, id)? {
+        Stop::Done => Ok(true),
+        Stop::NotUsed => Ok(false),
+        Stop::Open(who) if !refuse_open => {
+            eprintln!("ublk: device {id} is removed while it is in use ({who})");
+            Ok(false)
+        }
+        Stop::Open(who) | Stop::Claimed(who) => {
+            Err(Failure::Text(format!("device {id} is in use ({who}); `ublk del --force` removes it all the same")))
         }
     }
-    // Before Linux 7.0 the driver cannot tell; a moment's use may go unnoticed.
-    if holders::is_claimed(&path) || !holders::describe(&path).is_empty() {
-        return Err(in_use("mounted or claimed"));
-    }
-    Ok(false)
 }
 
-/// All devices, or all without a server.
-fn chosen(control: &Control, args: &Args) -> Result<Vec<DeviceId>> {
-    let mut ids = control.driver().device_ids().map_err(|e| Error::file("list", "/sys/class/ublk-char", &e))?;
-    if args.dead {
-        let mut dead = Vec::new();
-        for id in ids {
-            if is_dead(control, id, args.force)? {
-                dead.push(id);
-            }
+/// All devices, or all without a server; each with its instance.
+fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>> {
+    let ids = control.driver().device_ids().map_err(|e| Error::file("list", "/sys/class/ublk-char", &e))?;
+    let mut chosen = Vec::new();
+    for id in ids {
+        // Before the look, so that a later device of the same number is told from this one.
+        let instance = state::instance(id);
+        if !args.dead || is_dead(control, id, args.force, MAKING_PATIENCE)? {
+            chosen.push((id, instance));
         }
-        ids = dead;
     }
-    Ok(ids)
+    Ok(chosen)
 }
 
-/// Whether no server has the device. One that waits for another server holds somebody's requests.
-fn is_dead(control: &Control, id: DeviceId, waiting_too: bool) -> Result<bool> {
-    let info = control.info(id)?;
-    Ok(match info.state {
-        DeviceState::Live => false,
-        // A server that is just starting has no pid yet, but the char device admits one opener only.
-        DeviceState::Dead => !control.driver().open_char(id).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)),
-        _ => waiting_too && !(info.pid > 0 && std::path::Path::new(&format!("/proc/{}", info.pid)).exists()),
-    })
+/// Whether a device has no server. One that waits for another server holds somebody's requests, and counts only if
+/// `waiting_too`.
+///
+/// A device whose server is just making it is DEAD, too, and has no pid. Servers open the char device at once, though,
+/// which admits one opener only; so one that is not open counts as dead when it is older than `patience`.
+///
+/// Devices of other users, which cannot be looked at, and devices that go away meanwhile do not count.
+fn is_dead(control: &Control, id: DeviceId, waiting_too: bool, patience: Duration) -> Result<bool> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let info = match control.info(id) {
+            Ok(info) => info,
+            Err(error) if is_gone_or_anothers(&error) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        match info.state {
+            DeviceState::Live => return Ok(false),
+            DeviceState::Dead => {
+                if control.driver().open_char(id).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)) {
+                    return Ok(false);
+                }
+                if Instant::now() >= deadline || age(id).is_some_and(|age| age >= patience) {
+                    return Ok(true);
+                }
+                thread::sleep(MAKING_RETRY.min(patience));
+            }
+            _ => return Ok(waiting_too && !crate::process::is_alive(info.pid)),
+        }
+    }
+}
+
+fn is_gone_or_anothers(error: &Error) -> bool {
+    use crate::Errno::{EACCES, ENODEV, ENOENT, EPERM};
+    matches!(error.errno(), ENODEV | ENOENT | EACCES | EPERM)
+}
+
+/// How long ago a device was made: devtmpfs makes its node then.
+fn age(id: DeviceId) -> Option<Duration> {
+    let node = fs::symlink_metadata(format!("/dev/ublkc{id}")).ok()?;
+    let made = node.created().or_else(|_| node.modified()).ok()?;
+    SystemTime::now().duration_since(made).ok()
 }
 
 #[cfg(test)]
@@ -151,20 +193,29 @@ mod tests {
     use super::*;
     use crate::driver::fake::FakeDriver;
     use crate::engine::StdSpawn;
+    use crate::target::Target;
     use crate::targets::Null;
     use crate::{DeviceOptions, Errno, Server};
+
+    fn server(driver: &FakeDriver) -> Server {
+        Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1)
+    }
+
+    fn null() -> Arc<dyn Target> {
+        Arc::new(Null::new(1 << 20, 512).unwrap())
+    }
 
     /// A device's server, which sees the stop, deletes it before the command does.
     #[test]
     fn a_server_that_is_quicker_is_no_failure() {
         for no_wait in [false, true] {
             let driver = FakeDriver::new();
-            let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
-            let device = server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
+            let server = server(&driver);
+            let device = server.start(null(), &DeviceOptions::default()).unwrap();
             for command in ["STOP_DEV", "DEL_DEV", "DEL_DEV_ASYNC"] {
                 driver.refuse_next(command, Errno::ENODEV);
             }
-            let args = Args { ids: vec![0], all: false, dead: false, force: false, no_wait };
+            let args = Args { ids: vec![0], no_wait, ..Args::default() };
             remove(server.control(), device.id(), &args).unwrap();
             // The refusals that were not used up are not the server's.
             while device.stop().is_err() {}
@@ -173,11 +224,44 @@ mod tests {
 
     #[test]
     fn a_device_that_was_never_there_is_one() {
-        let driver = FakeDriver::new();
-        let server = Server::with(Arc::new(driver), Arc::new(StdSpawn), 1);
+        let server = server(&FakeDriver::new());
         for force in [false, true] {
-            let args = Args { ids: vec![7], all: false, dead: false, force, no_wait: false };
+            let args = Args { ids: vec![7], force, ..Args::default() };
             assert!(remove(server.control(), DeviceId(7), &args).is_err());
         }
+    }
+
+    #[test]
+    fn a_device_in_the_making_is_not_dead() {
+        let driver = FakeDriver::new();
+        let server = server(&driver);
+        let device = server.add(&null(), &DeviceOptions::default()).unwrap();
+        let is_dead = |patience| is_dead(server.control(), device.id(), false, patience).unwrap();
+        assert!(!is_dead(Duration::ZERO), "its server has it open from the beginning");
+        device.go_live(null()).unwrap();
+        assert!(!is_dead(Duration::ZERO));
+        device.stop().unwrap();
+        assert!(!is_dead(Duration::ZERO), "it is gone, which is no failure");
+    }
+
+    #[test]
+    fn a_young_device_without_a_server_is_watched_for_a_while() {
+        let driver = FakeDriver::new();
+        let server = server(&driver);
+        let control = server.control();
+        let request = crate::control::AddRequest {
+            id: None,
+            queues: 1,
+            depth: 1,
+            max_io_bytes: 4096,
+            features: crate::Features::empty(),
+        };
+        let id = control.add(&request).unwrap().id;
+        let started = Instant::now();
+        assert!(is_dead(control, id, false, Duration::from_millis(50)).unwrap());
+        assert!(started.elapsed() >= Duration::from_millis(50));
+        driver.refuse_next("GET_DEV_INFO2", Errno::EACCES);
+        assert!(!is_dead(control, id, false, Duration::ZERO).unwrap(), "another user's");
+        control.remove(id).unwrap();
     }
 }

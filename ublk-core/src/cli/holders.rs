@@ -1,24 +1,79 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Who uses a block device.
+//! Who uses a block device, and stopping one that is not used.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-/// Names the mounts and the processes that use a disk or its partitions, as far as they can be seen. udev is not
-/// among them: it looks at each disk that changes, and does not mind if that goes.
-pub(super) fn describe(disk: &Path) -> String {
+use crate::control::Control;
+use crate::error::{Error, Result};
+use crate::uapi::{DeviceState, Features};
+use crate::units::DeviceId;
+
+/// How long udev may take to look at a disk after its last use.
+const UDEV_PATIENCE: Duration = Duration::from_secs(5);
+const UDEV_RETRY: Duration = Duration::from_millis(20);
+
+/// Outcome of [`stop_unused`].
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// The device is stopped.
+    Done,
+    /// No use of it was seen, or it has no disk. Before Linux 7.0 the driver cannot tell; a moment's use goes unnoticed.
+    NotUsed,
+    /// Processes have it open: these.
+    Open(String),
+    /// It is mounted, swapped to, part of another block device, or opened exclusively: by these.
+    Claimed(String),
+}
+
+/// Stops a device that is not in use, in the same moment if the driver can (Linux 7.0).
+pub(super) fn stop_unused(control: &Control, id: DeviceId) -> Result<Stop> {
+    let info = control.info(id)?;
+    if info.state == DeviceState::Dead {
+        return Ok(Stop::NotUsed);
+    }
+    let path = control.driver().block_path(id);
+    if !info.features.contains(Features::SAFE_STOP_DEV) {
+        return Ok(use_of(&path).unwrap_or(Stop::NotUsed));
+    }
+    let deadline = Instant::now() + UDEV_PATIENCE;
+    loop {
+        match control.try_stop(id) {
+            // Stopped meanwhile.
+            Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => return Ok(Stop::Done),
+            Err(Error::Control { errno: crate::Errno::EBUSY, .. }) => {}
+            Err(error) => return Err(error),
+        }
+        // A user that cannot be seen is most likely udev.
+        match use_of(&path) {
+            Some(used) => return Ok(used),
+            None if Instant::now() >= deadline => return Ok(Stop::Open("open".into())),
+            None => std::thread::sleep(UDEV_RETRY),
+        }
+    }
+}
+
+/// How a disk is used, as far as that can be seen.
+fn use_of(disk: &Path) -> Option<Stop> {
     let nodes = nodes(disk);
-    let mut found = mounts(&nodes);
-    found.extend(swaps(&nodes));
-    found.extend(stacked(&nodes));
-    found.extend(processes(&nodes));
-    found.join(", ")
+    let mut claims = mounts(&nodes);
+    claims.extend(swaps(&nodes));
+    claims.extend(stacked(&nodes));
+    let processes = processes(&nodes);
+    // Mounts of other namespaces are not among those.
+    if !claims.is_empty() || is_claimed(disk) {
+        claims.extend(processes);
+        let who = claims.join(", ");
+        return Some(Stop::Claimed(if who.is_empty() { "mounted or claimed".into() } else { who }));
+    }
+    (!processes.is_empty()).then(|| Stop::Open(processes.join(", ")))
 }
 
 /// Whether somebody has the disk for himself: a mount, or another exclusive user.
-pub(super) fn is_claimed(disk: &Path) -> bool {
+fn is_claimed(disk: &Path) -> bool {
     let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(disk);
     opened.is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
 }
@@ -68,6 +123,8 @@ fn stacked(nodes: &[PathBuf]) -> Vec<String> {
     found
 }
 
+/// Processes that have a disk open. udev is not among them: it looks at each disk that changes, and does not mind if that
+/// goes.
 fn processes(nodes: &[PathBuf]) -> Vec<String> {
     let numbers: Vec<u64> = nodes.iter().filter_map(|node| fs::metadata(node).ok().map(|m| m.rdev())).collect();
     let mut found = Vec::new();

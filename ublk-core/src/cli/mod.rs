@@ -23,6 +23,7 @@ mod stat;
 mod state;
 mod station;
 mod stats_service;
+mod stuck;
 mod upgrade;
 
 use std::ffi::OsString;
@@ -55,7 +56,7 @@ enum Command {
     Recover(recover::Args),
     /// Let a new server take a device over while it is in use
     Upgrade(upgrade::Args),
-    /// Send a device's server away; its requests wait for the next one
+    /// Stop the server and hold I/O until another one recovers the device
     Quiesce(quiesce::Args),
     /// Change the size of a disk while it is in use
     Resize(resize::Args),

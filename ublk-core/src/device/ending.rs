@@ -49,6 +49,8 @@ impl Device {
             return Ok(());
         }
         let id = self.id();
+        // It is about to be deleted, which waits for this descriptor.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.stop_disk()?;
         let deadline = Instant::now() + DRAIN_TIMEOUT;
         let mut pause = ASK_AGAIN;

@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -24,7 +24,7 @@ use nix::errno::Errno;
 pub use self::ending::Ending;
 pub use self::options::{DeviceOptions, Recovery};
 use crate::control::{AddRequest, Control, DeviceInfo};
-use crate::data::DataMovement;
+use crate::data::{Access, DataMovement};
 use crate::data::shared::{SharedMemory, SharedTable};
 use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
@@ -174,7 +174,8 @@ impl Server {
             added => added?,
         };
         let device = self.device(info, params, plan, events);
-        device.plan.check(device.info.features).map_err(|error| device.undo(error))?;
+        let made = device.plan.check(device.info.features).and_then(|()| device.hold_char());
+        made.map_err(|error| device.undo(error))?;
         Ok(device)
     }
 
@@ -194,6 +195,7 @@ impl Server {
             leaving: AtomicBool::new(false),
             cpus: self.cpus,
             coalescing: self.coalescing,
+            held: Mutex::default(),
             deleted: Mutex::new(false),
             owner: std::process::id(),
         }
@@ -229,6 +231,8 @@ pub struct Device {
     leaving: AtomicBool,
     cpus: Cpus,
     coalescing: Duration,
+    /// The char device, from the moment the device is made until its queues are opened.
+    held: Mutex<Option<Arc<dyn CharDevice>>>,
     deleted: Mutex<bool>,
     /// The process that serves the device. A forked child has a copy of this structure, but neither the
     /// threads nor the right to end its parent's device.
@@ -333,6 +337,7 @@ impl Device {
         params.dma_alignment = fitting::dma_alignment(&params, target.access(), self.plan.data);
         if self.info.features.contains(Features::UNPRIVILEGED_DEV) {
             self.wait_for_access()?;
+            self.hold_open_char()?;
         }
         self.control.set_params_checked(id, &params)?;
         self.open_queues(target)?;
@@ -366,9 +371,22 @@ impl Device {
         }
     }
 
+    /// Opens the char device, unless that has to wait for udev. A device that is open has a server: `ublk del --dead`
+    /// does not take it for one whose server is gone.
+    fn hold_char(&self) -> Result<()> {
+        if self.info.features.contains(Features::UNPRIVILEGED_DEV) { Ok(()) } else { self.hold_open_char() }
+    }
+
+    fn hold_open_char(&self) -> Result<()> {
+        let file = self.open_char()?;
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        Ok(())
+    }
+
     fn open_queues(&self, target: &Arc<dyn Target>) -> Result<()> {
         let access = target.access();
-        let file = self.open_char()?;
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let file = held.map_or_else(|| self.open_char(), Ok)?;
         for queue in (0..self.info.queues).map(QueueId) {
             for share in shares(self.info.depth, self.plan.threads_per_queue) {
                 self.open_queue(queue, share, (target, access), &file)?;

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! How `ublk del --force` ends a device whose server does not let go of it.
+//!
+//! STOP_DEV waits for the requests that the server has. A server that hangs, or that waits for its own disk (a thread
+//! of it reads the disk, and the handler that should answer is that thread or waits for it), never ends them. Then the
+//! server is killed, and the driver fails what it had.
+//!
+//! A thread that sleeps uninterruptibly in a read of its own disk cannot die before that read ends, and the driver
+//! learns of the server's end only when all of its threads have died. This project's driver aborts the requests of a
+//! server that is dying when it is asked to stop the device. Linux's own driver (up to 7.3) does not: it aborts them
+//! when the last thread closes the char device, which does not happen. Such a server and its device stay until the
+//! machine is started anew, and all that this can do is to say so.
+
+use std::fs;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::time::Duration;
+
+use super::{Failure, Outcome};
+use crate::control::Control;
+use crate::error::Error;
+use crate::process;
+use crate::units::DeviceId;
+
+/// How long a server may take to end its requests before it is killed.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the driver may take to notice that a killed server is gone; Linux 6.12 takes up to 30 s.
+const NOTICE: Duration = Duration::from_secs(40);
+
+/// Stops a device. Kills its server if it does not end its requests in time.
+pub(super) fn stop(control: &Control, id: DeviceId) -> Outcome {
+    let pid = control.info(id)?.pid;
+    // Before anything is waited for: the number may be another process's after that.
+    let server = Server::find(id, pid);
+    let waited = match control.stop_within(id, PATIENCE) {
+        Err(error @ Error::Timeout { .. }) => error,
+        // Its server may well have been quicker.
+        Err(error) if error.errno() == crate::Errno::ENODEV => return Ok(()),
+        other => return other.map_err(Failure::from),
+    };
+    let Some(server) = server else { return Err(waited.into()) };
+    let cycle = server.cycle(id);
+    eprintln!(
+        "ublk: {waited}; killing its server, process {pid}{}",
+        if cycle.is_empty() { String::new() } else { format!(" ({cycle})") }
+    );
+    server.kill()?;
+    match control.stop_within(id, NOTICE) {
+        Err(Error::Timeout { .. }) if process::is_alive(pid) => Err(Failure::Text(format!(
+            "device {id} does not stop, because process {pid} cannot die: {}. Linux's own driver cannot end this, only a \
+             restart of the machine can (this project's driver can end it)",
+            if cycle.is_empty() { "one of its threads waits in the kernel".to_owned() } else { cycle }
+        ))),
+        Err(error) if error.errno() == crate::Errno::ENODEV => Ok(()),
+        other => other.map_err(Failure::from),
+    }
+}
+
+/// A process that has a device's char device open.
+struct Server {
+    pid: i32,
+    process: OwnedFd,
+}
+
+impl Server {
+    /// Finds a device's server, unless the number is not that of a process which has the char device open.
+    fn find(id: DeviceId, pid: i32) -> Option<Self> {
+        if pid <= 0 || pid as u32 == std::process::id() {
+            return None;
+        }
+        // SAFETY: a system call without pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+        // SAFETY: the kernel has just made this descriptor, and nothing else has it.
+        let process = unsafe { OwnedFd::from_raw_fd(fd) };
+        // After the descriptor was had, which therefore is of the process that is looked at.
+        let number = fs::metadata(format!("/dev/ublkc{id}")).ok()?.rdev();
+        has_open(pid, |m| m.file_type().is_char_device() && m.rdev() == number).then_some(Server { pid, process })
+    }
+
+    /// Says so if the server has its own disk open, and may wait for itself.
+    fn cycle(&self, id: DeviceId) -> String {
+        let Ok(disk) = fs::metadata(format!("/dev/ublkb{id}")) else { return String::new() };
+        let waits = has_open(self.pid, |m| m.file_type().is_block_device() && m.rdev() == disk.rdev());
+        if waits { format!("it has its own disk /dev/ublkb{id} open, and waits for itself") } else { String::new() }
+    }
+
+    fn kill(&self) -> Outcome {
+        let none = std::ptr::null::<libc::siginfo_t>();
+        // SAFETY: the descriptor is open as long as `self` lives, and no information comes with the signal.
+        let sent =
+            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.process.as_raw_fd(), libc::SIGKILL, none, 0) };
+        let error = std::io::Error::last_os_error();
+        if sent == 0 || error.raw_os_error() == Some(libc::ESRCH) {
+            return Ok(());
+        }
+        Err(Failure::Text(format!("killing process {}: {error}", self.pid)))
+    }
+}
+
+/// Whether a process has a file open that is looked for.
+fn has_open(pid: i32, wanted: impl Fn(&fs::Metadata) -> bool) -> bool {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    files.into_iter().any(|fd| fs::metadata(fd.path()).is_ok_and(|found| wanted(&found)))
+}
