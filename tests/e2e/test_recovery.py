@@ -184,6 +184,97 @@ def test_only_devices_that_were_made_for_it_are_recovered(native) -> None:
     native.run("del", "-n", number)
 
 
+@pytest.mark.short
+@pytest.mark.parametrize("kind", ["mem", "zoned"])
+def test_a_disk_in_memory_cannot_be_recovered(kind: str, face: Face) -> None:
+    """The next server would put an empty disk under a mounted file system."""
+    refused = face.run("add", "-t", kind, "--size", "64M", "--recovery", check=False)
+    assert refused.status == 1, str(refused)
+    assert "memory" in refused.err, str(refused)
+    assert "-t file" in refused.err, str(refused)
+    assert face.list() == []
+
+
+@pytest.mark.io_errors
+def test_a_disk_in_memory_of_an_earlier_version_is_not_recovered(native: Face) -> None:
+    """Earlier versions made such disks."""
+    path = native.add("-t", "null", "--size", "1M", "--recovery")
+    number = str(device_id(path))
+    state = state_file(path)
+    state.write_text(state.read_text().replace('"null"', '"mem"'))
+    pid = native.info(path)["pid"]
+    refused = native.run("upgrade", "-n", number, check=False)
+    assert refused.status == 1, str(refused)
+    assert "memory" in refused.err, str(refused)
+    assert native.info(path)["pid"] == pid
+    kill_server(native, path)
+    refused = native.run("recover", "-n", number, check=False, timeout=NOTICE + 15)
+    assert refused.status == 1, str(refused)
+    assert "memory" in refused.err, str(refused)
+    native.run("del", "--force", "-n", number, timeout=NOTICE + 15)
+
+
+def test_a_device_that_is_not_recoverable_is_said_to_be_that(native: Face) -> None:
+    path = native.add("-t", "null")
+    for command in ("quiesce", "upgrade"):
+        refused = native.run(command, "-n", str(device_id(path)), check=False)
+        assert refused.status == 1, str(refused)
+        assert "not made to be recovered" in refused.err, str(refused)
+        assert "not offered" not in refused.err, str(refused)
+    native.run("del", "-n", str(device_id(path)))
+
+
+@needs_quiesce
+@pytest.mark.io_errors
+@pytest.mark.time_limit(240)
+def test_a_request_to_leave_that_was_late_is_said_to_be_pending(native: Face, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
+    number = str(device_id(path))
+    pid = native.info(path)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # It waits for its server for a minute.
+        refused = native.run("quiesce", "-n", number, check=False, timeout=100)
+        assert refused.status == 1, str(refused)
+        assert f"process {pid} is stopped" in refused.err, str(refused)
+        assert "pending" in refused.err, str(refused)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: not is_running(pid), "the server leaving", NOTICE)
+    assert native.info(path)["state"] == "QUIESCED"
+    native.run("recover", "-n", number, timeout=NOTICE)
+    native.run("del", "-n", number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_leaves_a_mounted_recoverable_disk(number: int, native: Face, scratch: Path, tmp_path: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
+    run(["mkfs.ext4", "-q", path])
+    run(["mount", path, tmp_path])
+    try:
+        (tmp_path / "file").write_text("kept")
+        pid = native.info(path)["pid"]
+        os.kill(pid, number)
+        until(lambda: not is_running(pid), "the server's end", 30)
+        until(lambda: native.info(path)["state"] == "QUIESCED", "the state QUIESCED", NOTICE)
+        native.run("recover", "-n", str(device_id(path)), timeout=NOTICE + 15)
+        run(["sync", "-f", tmp_path])
+        assert (tmp_path / "file").read_text() == "kept"
+    finally:
+        run(["umount", tmp_path])
+    run(["e2fsck", "-f", "-n", path])
+    native.run("del", "-n", str(device_id(path)))
+
+
+def test_a_signal_removes_a_recoverable_disk_that_is_not_used(native: Face, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
+    pid = native.info(path)["pid"]
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not is_running(pid), "the server's end", 30)
+    assert native.list() == []
+    assert not state_file(path).exists()
+
+
 def test_a_served_device_is_not_recovered(native, scratch: Path) -> None:
     path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery")
     pid = native.info(path)["pid"]
@@ -244,7 +335,7 @@ def test_the_state_of_an_earlier_device_is_not_a_later_ones(native, scratch: Pat
     path = native.add("-t", "file", "-f", image(scratch, SIZE), "--recovery", "-n", "5")
     content = state_file(path).read_text()
     native.run("del", "-n", "5")
-    path = native.add("-t", "mem", "--size", "1M", "--recovery", "-n", "5")
+    path = native.add("-t", "null", "--size", "1M", "--recovery", "-n", "5")
     kill_server(native, path)
     state_file(path).write_text(content)
     refused = native.run("recover", "-n", "5", check=False, timeout=NOTICE + 15)

@@ -10,9 +10,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use super::holders::{self, Stop};
 use super::station::Station;
 use super::{Failure, Outcome, state};
 use crate::device::{Device, Ending};
+use crate::uapi::Features;
 
 /// Signals that end a server in an orderly way.
 const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
@@ -40,7 +42,8 @@ pub(super) fn raise_file_limit() {
     }
 }
 
-/// Serves devices to their end. A signal stops and deletes them all.
+/// Serves devices to their end. A signal stops and deletes them all, but for those that can be recovered and are in use:
+/// they are left to their next servers.
 pub(super) fn run(signals: &Signals, devices: Vec<Device>) -> Outcome {
     // By now, because a device's number may be another one's as soon as it begins to end.
     let mut devices: Vec<_> = devices.into_iter().map(|device| (state::instance(device.id()), device)).collect();
@@ -71,10 +74,10 @@ pub(super) fn run(signals: &Signals, devices: Vec<Device>) -> Outcome {
     outcome
 }
 
-/// Ends a device: as its owner wants it to, or as somebody else has begun to.
+/// Ends a device: as a signal wants it to, or as another process has begun to.
 fn end((instance, device): (Option<u64>, Device), wanted: bool) -> Outcome {
     let id = device.id();
-    let ending = if wanted { device.stop().map(|()| Ending::Deleted) } else { device.conclude() };
+    let ending = if wanted { stop_or_leave(&device) } else { device.conclude() };
     if ending.is_err() && !wanted && device.recovery().is_some() {
         // To drop it is to delete it. It has no other server's device, so that this process ends now, which
         // leaves it waiting for another one.
@@ -83,8 +86,11 @@ fn end((instance, device): (Option<u64>, Device), wanted: bool) -> Outcome {
         drop(device);
     }
     if instance.is_some() && state::instance(id) == instance {
-        // Whoever serves it next needs its state.
-        log::info!("device {id} is left to another server");
+        // Its next server needs its state. One that was to be stopped is without a server.
+        match &ending {
+            Ok(_) => log::info!("device {id} is left to another server"),
+            Err(_) => log::error!("device {id} is left without a server: `ublk del -n {id}` removes it"),
+        }
     } else {
         state::remove(id, instance);
     }
@@ -92,4 +98,30 @@ fn end((instance, device): (Option<u64>, Device), wanted: bool) -> Outcome {
         log::error!("{error}");
         Failure::Error(error)
     })
+}
+
+/// Stops and deletes a device, unless it can be recovered and is in use: that one is left, as if this process had been
+/// killed, because its users asked for a disk that outlives its server. A shut-down that ends servers before it
+/// unmounts their disks loses nothing, but `umount` waits for the next server then.
+fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
+    let id = device.id();
+    if device.recovery().is_none() {
+        return device.stop().map(|()| Ending::Deleted);
+    }
+    match holders::stop_unused(device.control(), id)? {
+        Stop::Done | Stop::NotUsed => device.stop().map(|()| Ending::Deleted),
+        Stop::Open(who) | Stop::Claimed(who) => {
+            log::warn!(
+                "device {id} is in use ({who}) and waits for another server now: `ublk recover -n {id}`, or `ublk del \
+                 --force -n {id}` to remove it"
+            );
+            // Before Linux 6.16 it is the end of this process that leaves it.
+            if device.info().features.contains(Features::QUIESCE) {
+                device.leave()?
+            } else {
+                device.abandon()
+            }
+            Ok(Ending::Left)
+        }
+    }
 }

@@ -240,6 +240,12 @@ pub struct Device {
 }
 
 impl Device {
+    /// The control plane of its driver.
+    #[cfg(feature = "cli")]
+    pub(crate) fn control(&self) -> &Control {
+        &self.control
+    }
+
     /// Its id.
     pub fn id(&self) -> DeviceId {
         self.info.id
