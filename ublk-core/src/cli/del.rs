@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::holders::{self, Stop};
+use super::state::State;
 use super::{Failure, Outcome, state, station, stuck};
 use crate::control::{Control, Removal};
 use crate::error::{Error, Result};
@@ -136,7 +137,10 @@ fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>
     for id in ids {
         // Before the look, so that a later device of the same number is told from this one.
         let instance = state::instance(id);
-        if !args.dead || is_dead(control, id, args.force, MAKING_PATIENCE)? {
+        // A device with a state was served once: it is not in the making.
+        let was_served = matches!(State::find(id), Ok(Some(_)));
+        let patience = if was_served { Duration::ZERO } else { MAKING_PATIENCE };
+        if !args.dead || is_dead(control, id, args.force, patience)? {
             chosen.push((id, instance));
         }
     }
