@@ -97,6 +97,8 @@ def test_new_code_serves_the_disk_and_finds_its_state(live):
         ("raise SystemExit(3)", "3"),
         (FIRST.replace("self.data = bytearray(size)", "1 / 0"), "ZeroDivisionError"),
         (FIRST.replace("def write", "def wrote"), "WRITE"),
+        # The kernel takes writes to a disk without a write cache for durable, and sends no flush.
+        (FIRST + "\n    def flush(self):\n        pass\n", "no write cache"),
         (FIRST + "\n    def take_over(self, old):\n        raise KeyError('state')\n", "KeyError"),
     ],
 )

@@ -108,9 +108,10 @@ fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
     if device.recovery().is_none() {
         return device.stop().map(|()| Ending::Deleted);
     }
-    match holders::stop_unused(device.control(), id)? {
-        Stop::Done | Stop::NotUsed => device.stop().map(|()| Ending::Deleted),
-        Stop::Open(who) | Stop::Claimed(who) => {
+    match holders::stop_unused(device.control(), id) {
+        // Another process may be deleting it, and a stop that takes too long is for this to end.
+        Ok(Stop::Done | Stop::NotUsed) | Err(_) => device.stop().map(|()| Ending::Deleted),
+        Ok(Stop::Open(who) | Stop::Claimed(who)) => {
             log::warn!(
                 "device {id} is in use ({who}) and waits for another server now: `ublk recover -n {id}`, or `ublk del \
                  --force -n {id}` to remove it"
