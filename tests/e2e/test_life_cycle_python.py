@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import fio
+from support import driver, fio
 from support.blockio import Disk, Tasks, error_of
 from support.command import Result, run
 from support.face import Face, device_id
@@ -151,7 +151,12 @@ def test_sigkill_after_a_stop_that_waits_for_a_handler_hangs_nobody(native: Face
 
 
 HANGS = """
+import mmap
+import os
+import sys
+import threading
 import time
+
 import ublk
 
 class Hangs(ublk.BlockDevice):
@@ -165,6 +170,13 @@ class Hangs(ublk.BlockDevice):
 
 with Hangs().start() as dev:
     print(dev.path, flush=True)
+
+    def use():
+        own = os.open(dev.path, os.O_RDONLY | os.O_DIRECT)
+        os.preadv(own, [mmap.mmap(-1, 4096)], 65536)
+
+    if "own" in sys.argv:
+        threading.Thread(target=use, daemon=True).start()
     dev.wait()
 """
 
@@ -181,6 +193,20 @@ def test_del_force_kills_a_server_that_hangs(native: Face) -> None:
             removed = native.run("del", "--force", "-n", str(device_id(path)), timeout=120)
             assert f"killing its server, process {server.pid}" in removed.err, str(removed)
             tasks.join(30)
+        assert server.wait() == -signal.SIGKILL
+    until(lambda: native.list() == [], "the device's end")
+
+
+@pytest.mark.skipif(not driver.is_bundled(), reason="Linux's driver aborts no request of a server that cannot die")
+@pytest.mark.io_errors
+@pytest.mark.time_limit(240)
+def test_del_force_ends_a_server_that_waits_for_its_own_disk(native: Face) -> None:
+    with Child([sys.executable, "-c", HANGS, "own"]) as server:
+        path = server.line()
+        assert server.line() == "reached"
+        removed = native.run("del", "--force", "-n", str(device_id(path)), timeout=120)
+        assert f"killing its server, process {server.pid}" in removed.err, str(removed)
+        assert "waits for itself" in removed.err, str(removed)
         assert server.wait() == -signal.SIGKILL
     until(lambda: native.list() == [], "the device's end")
 

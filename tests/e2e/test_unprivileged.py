@@ -187,7 +187,7 @@ def test_another_users_files_hold_up_no_command(code: str, native: Face) -> None
     with prepared_by_bob(code):
         refused = ublk(ALICE, "add", "-t", "mem", "--size", "1M", check=False)
         assert refused.status == 1, str(refused)
-        # The log is where nobody else can be in the way; what else is kept, is not kept then.
+        # The log is out of the other user's reach; the state is not kept.
         path = ublk(ALICE, "add", "-t", "mem", "--size", "1M", "--log", "/dev/null").out.rstrip("\n")
         pid = native.info(path)["pid"]
         number = str(device_id(path))

@@ -107,7 +107,7 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
         Err(error) => return Err(error.into()),
         Ok(Removal::Complete) => {}
         Ok(Removal::HeldOpen) => {
-            eprintln!("ublk: device {id} is deleted, but somebody still holds it open; its id is free after that");
+            eprintln!("ublk: device {id} is deleted, but a process still holds it open; its id is free after that");
         }
     }
     state::remove(id, instance);
@@ -147,7 +147,7 @@ fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>
     Ok(chosen)
 }
 
-/// Whether a device has no server. One that waits for another server holds somebody's requests, and counts only if
+/// Whether a device has no server. One that waits for another server holds clients' requests, and counts only if
 /// `waiting_too`.
 ///
 /// A device whose server is just making it is DEAD, too, and has no pid. Servers open the char device at once, though,

@@ -58,11 +58,11 @@ fn recover(args: &Args, ready: impl FnOnce(&[crate::Device]) -> Outcome) -> Outc
 fn origin(args: &Args) -> Result<Origin, Failure> {
     let id = DeviceId(args.id);
     let Some(kind) = args.kind else { return State::load(id).map(|state| state.origin()) };
-    let told = Origin::here(&add::words(kind, args.file.as_deref()))?;
-    let Some(state) = State::find(id)? else { return Ok(told) };
+    let given = Origin::here(&add::words(kind, args.file.as_deref()))?;
+    let Some(state) = State::find(id)? else { return Ok(given) };
     // Another file under a disk in use is never meant.
-    let (made, told) = (state.add_args()?, told.add_args()?);
-    match made.difference(&told) {
+    let (made, given) = (state.add_args()?, given.add_args()?);
+    match made.difference(&given) {
         None => Ok(state.origin()),
         Some(what) => Err(Failure::Text(format!("device {id} was made with another {what}: leave out -t and -f"))),
     }
