@@ -173,7 +173,8 @@ def prepared_by_bob(code: str) -> Iterator[None]:
     place = Path("/tmp/ublk-1000")
     shutil.rmtree(place, ignore_errors=True)
     begin = f"import os, socket\nplace = {str(place)!r}\nos.umask(0)\nos.mkdir(place, 0o777)\n"
-    as_user(BOB, sys.executable, "-c", f"{begin}for n in range(4):\n    name = f'{{place}}/ublkb{{n}}.json'\n    {code}")
+    each = f"for n in range(4):\n    name = f'{{place}}/ublkb{{n}}.json'\n    {code}"
+    as_user(BOB, sys.executable, "-c", begin + each)
     try:
         yield
     finally:
@@ -206,7 +207,7 @@ def test_another_users_socket_answers_for_no_server(native: Face) -> None:
             f"s = socket.socket(socket.AF_UNIX); s.bind({place!r}); os.chmod({place!r}, 0o666); s.listen()\n"
             "print('ready', flush=True)\n"
             "while True:\n"
-            "    c, _ = s.accept(); c.recv(100); c.sendall(b'{\"total\":{},\"queues\":{}}\\n'); c.close()\n"
+            '    c, _ = s.accept(); c.recv(100); c.sendall(b\'{"total":{},"queues":{}}\\n\'); c.close()\n'
         )
         with Child([sys.executable, "-c", code], **user(BOB)) as fake:
             assert fake.line() == "ready"

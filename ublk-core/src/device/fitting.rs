@@ -51,7 +51,8 @@ pub(super) fn check(target: &Params, access: Access, disk: &Params, data: DataMo
     }
     // Masks are powers of two minus one, and 0 is no limit: the greater one is the stricter.
     at_most("virt boundary mask", target.virt_boundary_mask, disk.virt_boundary_mask)?;
-    let needed = dma_alignment(target, access, data).unwrap_or(DEFAULT_DMA_ALIGNMENT);
+    // A target that says nothing takes memory from anywhere.
+    let needed = dma_alignment(target, access, data).unwrap_or(1);
     at_most("DMA alignment", needed, disk.dma_alignment.unwrap_or(DEFAULT_DMA_ALIGNMENT))?;
     check_segments(target, disk)?;
     if disk.operations.contains(Operations::WRITE) {
@@ -303,13 +304,14 @@ mod tests {
 
     #[test]
     fn advice_and_smaller_demands_fit() {
-        let changes: [Change; 8] = [
+        let changes: [Change; 9] = [
             |p| p.physical_block_size = 8192,
             |p| (p.io_min, p.io_opt) = (8192, 65536),
             |p| p.rotational = true,
             |p| p.size *= 2,
             |p| p.max_io_bytes *= 2,
             |p| p.segments = None,
+            |p| p.dma_alignment = None,
             |p| p.discard.granularity = 8192,
             |p| p.zoned = Some(ZonedLimits { max_open: 0, max_active: 0, ..ZONES }),
         ];
