@@ -25,12 +25,13 @@ is() { [ "$1" = "$2" ] || { echo "$3: '$1' instead of '$2'"; exit 1; }; }
 """
 
 
-def script(face: Face, body: str, limit: float = 50, **options) -> Result:
+def script(face: Face, body: str, limit: float = 100, **options) -> Result:
     environment = os.environ | {"UBLK_PROG": " ".join(face.argv)}
     return run(["bash", "-c", HELPERS + body], env=environment, timeout=limit, **options)
 
 
 @pytest.mark.short
+@pytest.mark.time_limit(120)
 def test_state_and_pid_are_found_by_position(face: Face) -> None:
     script(
         face,
@@ -67,6 +68,7 @@ each_target = pytest.mark.parametrize("target", TARGETS)
 
 
 @pytest.mark.io_errors
+@pytest.mark.time_limit(120)
 @each_target
 def test_deletion_of_a_disk_in_use(target: str, face: Face, scratch: Path) -> None:
     script(
@@ -85,7 +87,7 @@ def test_deletion_of_a_disk_in_use(target: str, face: Face, scratch: Path) -> No
 
 
 @pytest.mark.io_errors
-@pytest.mark.time_limit(180)
+@pytest.mark.time_limit(250)
 @each_target
 @pytest.mark.parametrize("kills", [1, 2])
 def test_recovery_with_the_reference_tools_options(kills: int, target: str, face: Face, scratch: Path) -> None:
@@ -107,7 +109,7 @@ def test_recovery_with_the_reference_tools_options(kills: int, target: str, face
         [ ! -e /dev/ublkb0 ] && [ ! -e /dev/ublkc0 ]
         """,
         cwd=scratch,
-        limit=150,
+        limit=220,
     )
 
 
@@ -133,6 +135,7 @@ def test_recovery_that_is_asked_for_by_number(face: Face) -> None:
     )
 
 
+@pytest.mark.time_limit(120)
 def test_a_mounted_disk_is_not_deleted_by_a_script(face: Face, scratch: Path) -> None:
     script(
         face,

@@ -227,7 +227,7 @@ def test_del_by_several_at_the_same_time(native) -> None:
 
 
 @pytest.mark.short
-@pytest.mark.time_limit(120)
+@pytest.mark.time_limit(200)
 def test_del_dead_spares_devices_in_the_making(native) -> None:
     paths: list[str] = []
     failed: list[str] = []
@@ -235,7 +235,7 @@ def test_del_dead_spares_devices_in_the_making(native) -> None:
 
     def sweep() -> None:
         while not done.is_set():
-            swept = native.run("del", "--dead", check=False)
+            swept = native.run("del", "--dead", check=False, timeout=60)
             if swept.status:
                 failed.append(str(swept))
 
@@ -246,7 +246,7 @@ def test_del_dead_spares_devices_in_the_making(native) -> None:
     sweeper = threading.Thread(target=sweep)
     sweeper.start()
     try:
-        together([add] * 3)
+        together([add] * 3, seconds=150)
     finally:
         done.set()
         sweeper.join()
