@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import driver, fio
+from support import driver, fio, udev
 from support.blockio import Disk, Tasks, error_of
 from support.command import Result, run
 from support.face import Face, device_id
@@ -164,16 +164,21 @@ class Hangs(ublk.BlockDevice):
         super().__init__(size=1 << 20)
 
     def read(self, offset, buf):
-        if offset == 65536:
+        if armed and offset == 307200:
             print("reached", flush=True)
             time.sleep(1e6)
 
+armed = False
 with Hangs().start() as dev:
     print(dev.path, flush=True)
+    # udev reads here and there.
+    sys.stdin.readline()
+    armed = True
+    print("armed", flush=True)
 
     def use():
         own = os.open(dev.path, os.O_RDONLY | os.O_DIRECT)
-        os.preadv(own, [mmap.mmap(-1, 4096)], 65536)
+        os.preadv(own, [mmap.mmap(-1, 4096)], 307200)
 
     if "own" in sys.argv:
         threading.Thread(target=use, daemon=True).start()
@@ -181,14 +186,24 @@ with Hangs().start() as dev:
 """
 
 
+def arm(server: Child, since: float) -> str:
+    """Waits until udev has looked at the disk, and has its reads hang from then on."""
+    path = server.line()
+    udev.wait_until_seen(path, since)
+    server.say("arm")
+    assert server.line() == "armed"
+    return path
+
+
 @pytest.mark.io_errors
 @pytest.mark.time_limit(240)
 def test_del_force_kills_a_server_that_hangs(native: Face) -> None:
+    since = udev.now()
     with Child([sys.executable, "-c", HANGS]) as server:
-        path = server.line()
+        path = arm(server, since)
         with Disk(path, direct=True) as disk:
             tasks = Tasks()
-            tasks.start(lambda: error_of(lambda: disk.read(65536, 4096)))
+            tasks.start(lambda: error_of(lambda: disk.read(307200, 4096)))
             assert server.line() == "reached"
             removed = native.run("del", "--force", "-n", str(device_id(path)), timeout=120)
             assert f"killing its server, process {server.pid}" in removed.err, str(removed)
@@ -201,8 +216,9 @@ def test_del_force_kills_a_server_that_hangs(native: Face) -> None:
 @pytest.mark.io_errors
 @pytest.mark.time_limit(240)
 def test_del_force_ends_a_server_that_waits_for_its_own_disk(native: Face) -> None:
+    since = udev.now()
     with Child([sys.executable, "-c", HANGS, "own"]) as server:
-        path = server.line()
+        path = arm(server, since)
         assert server.line() == "reached"
         removed = native.run("del", "--force", "-n", str(device_id(path)), timeout=120)
         assert f"killing its server, process {server.pid}" in removed.err, str(removed)
