@@ -189,8 +189,13 @@ impl Control {
     /// As [`stop`](Control::stop), with a time-out. After one the device goes on to stop: its disk is removed once the
     /// requests have ended.
     pub fn stop_within(&self, id: DeviceId, timeout: Duration) -> Result<()> {
+        self.stop_unless(id, timeout, &|| false)
+    }
+
+    /// As [`stop_within`](Control::stop_within); while it waits, `give_up` is asked now and then.
+    pub(crate) fn stop_unless(&self, id: DeviceId, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<()> {
         let command = command("STOP_DEV", uapi::UBLK_U_CMD_STOP_DEV, Some(id));
-        self.run(command, timeout).map(drop)
+        self.run_unless(command, timeout, give_up).map(drop)
     }
 
     /// DEL_DEV: stops the device if need be, removes `/dev/ublkcN` and waits, at most `timeout`, until

@@ -18,6 +18,10 @@ use crate::uapi::{DeviceState, Features};
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How long queues may take to close after they were given up.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a device whose requests are finished may take to stop, however little time there is.
+const GRACE: Duration = Duration::from_millis(500);
+/// How long the driver may take to remove a disk once its queues were given up.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the driver may take to notice that the server has left.
 const NOTICE_TIMEOUT: Duration = Duration::from_secs(40);
 
@@ -41,6 +45,17 @@ impl Device {
     /// [`Error::Timeout`] if requests are not finished or the device is not let go in time; calling
     /// again tries again. [`Error::Queue`] if a queue failed earlier; the device is gone then.
     pub fn stop(&self) -> Result<()> {
+        self.stop_within(DRAIN_TIMEOUT)
+    }
+
+    /// Stops and deletes the device as [`stop`](Device::stop), and waits for requests in flight for at most `timeout`.
+    /// After that the queues are given up, which takes a few seconds at most. A handler that does not return, or a
+    /// [`DetachedRequest`](crate::DetachedRequest) that is neither ended nor dropped, still keeps the device.
+    ///
+    /// # Errors
+    ///
+    /// As [`stop`](Device::stop).
+    pub fn stop_within(&self, timeout: Duration) -> Result<()> {
         if self.owner != std::process::id() {
             return Ok(());
         }
@@ -51,15 +66,15 @@ impl Device {
         let id = self.id();
         // It is about to be deleted, which waits for this descriptor.
         self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
-        self.stop_disk()?;
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        let patience = Patience::new(self, timeout);
+        self.stop_disk(&patience)?;
         let mut pause = ASK_AGAIN;
-        while !self.events.wait_all_closed(pause) && Instant::now() < deadline {
+        while !patience.wait_all_closed(pause) && !patience.is_over() {
             pause *= 2;
             // A tag that was lent again behind the first STOP_DEV is taken away by another.
-            self.stop_disk()?;
+            self.stop_disk(&patience)?;
         }
-        self.give_up_queues(Successor::None)?;
+        self.give_up_queues(&patience, Successor::None)?;
         match self.control.remove(id) {
             Ok(Removal::Complete) | Err(Error::Control { errno: Errno::ENODEV, .. }) => {}
             Ok(Removal::HeldOpen) => {
@@ -73,31 +88,39 @@ impl Device {
         self.events.take_failure().map_or(Ok(()), Err)
     }
 
+    /// Ends the waits of a [stop](Device::stop) that is under way, and those of later ones: the queues are given up
+    /// at once. For a program that is in a hurry, from any thread.
+    pub fn expedite(&self) {
+        self.events.expedite();
+    }
+
     /// Removes the disk. If requests keep that from happening for too long, their queues are given up: the
     /// driver fails what they had, once their thread's ring is closed.
-    fn stop_disk(&self) -> Result<()> {
-        match gone_is_fine(self.control.stop(self.id())) {
-            Err(error @ Error::Timeout { .. }) => {
-                log::error!("{error}; giving up the queues of device {}", self.id());
-                self.give_up_queues(Successor::None)?;
-                gone_is_fine(self.control.stop(self.id()))
+    fn stop_disk(&self, patience: &Patience<'_>) -> Result<()> {
+        match gone_is_fine(self.control.stop_unless(self.id(), patience.left(), &|| patience.is_over())) {
+            Err(error) if patience.is_over() && matches!(error.errno(), Errno::ETIMEDOUT | Errno::ECANCELED) => {
+                log::error!("device {}: requests are not finished in time; giving up its queues", self.id());
+                self.give_up_queues(patience, Successor::None)?;
+                gone_is_fine(self.control.stop_unless(self.id(), REMOVE_TIMEOUT, &|| false))
             }
             other => other,
         }
     }
 
     /// Gives up the queues that did not close.
-    fn give_up_queues(&self, successor: Successor) -> Result<()> {
+    fn give_up_queues(&self, patience: &Patience<'_>, successor: Successor) -> Result<()> {
         if self.events.open_queues() != 0 {
             self.pool.abandon(self.id(), successor);
             if !self.events.wait_all_closed(ABANDON_TIMEOUT) {
                 return Err(Error::Timeout {
                     waiting_for: format!("closing {} queues of device {}", self.events.open_queues(), self.id()),
-                    waited: DRAIN_TIMEOUT + ABANDON_TIMEOUT,
+                    waited: patience.began.elapsed(),
                     hint: match successor {
-                        Successor::Server => "a handler does not return, or a file does not finish what it was given: the \
+                        Successor::Server => {
+                            "a handler does not return, or a file does not finish what it was given: the \
                                               next server has to wait for that"
-                            .into(),
+                                .into()
+                        }
                         Successor::None => format!(
                             "a handler does not return, or a program keeps requests without ending them; once this \
                              process has ended, `ublk del -n {}` removes the device",
@@ -121,13 +144,22 @@ impl Device {
     /// of their thread takes tags away from a queue that is given up because its handler does not return: where such a
     /// thread serves other devices too, it is their end that lets the next server in.
     pub fn conclude(&self) -> Result<Ending> {
+        self.conclude_within(DRAIN_TIMEOUT)
+    }
+
+    /// Ends a device as [`conclude`](Device::conclude), and waits for requests in flight for at most `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// As [`conclude`](Device::conclude).
+    pub fn conclude_within(&self, timeout: Duration) -> Result<Ending> {
         if self.recovery().is_none() || self.owner != std::process::id() {
-            return self.stop().map(|()| Ending::Deleted);
+            return self.stop_within(timeout).map(|()| Ending::Deleted);
         }
         let id = self.id();
         self.leaving.store(true, Ordering::Relaxed);
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
-        while !self.events.wait_all_closed(ASK_AGAIN) && Instant::now() < deadline {
+        let patience = Patience::new(self, timeout);
+        while !patience.wait_all_closed(ASK_AGAIN) && !patience.is_over() {
             // Tags that were lent again behind the command that took the others away.
             match self.control.info(id).map(|info| info.state) {
                 Ok(DeviceState::Live) if self.info.features.contains(Features::QUIESCE) => {
@@ -140,7 +172,7 @@ impl Device {
                 Err(error) => return Err(error),
             }
         }
-        self.give_up_queues(Successor::Server)?;
+        self.give_up_queues(&patience, Successor::Server)?;
         // The driver takes a moment to notice.
         let deadline = Instant::now() + NOTICE_TIMEOUT;
         loop {
@@ -149,7 +181,9 @@ impl Device {
                     *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
                     return self.events.take_failure().map_or(Ok(Ending::Left), Err);
                 }
-                Ok(DeviceState::Live) if Instant::now() < deadline => std::thread::sleep(STATE_POLL),
+                Ok(DeviceState::Live) if Instant::now() < deadline && !self.events.is_expedited() => {
+                    std::thread::sleep(STATE_POLL)
+                }
                 Ok(DeviceState::Live) => {
                     // Its requests are somebody's: not to be failed because of a stray descriptor.
                     *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -200,6 +234,36 @@ impl Device {
                 hint: "somebody else has deleted the device meanwhile".into(),
             }),
         }
+    }
+}
+
+/// How long a stop still waits for handlers.
+#[derive(Debug)]
+struct Patience<'d> {
+    device: &'d Device,
+    began: Instant,
+    timeout: Duration,
+}
+
+impl<'d> Patience<'d> {
+    fn new(device: &'d Device, timeout: Duration) -> Self {
+        Patience { device, began: Instant::now(), timeout }
+    }
+
+    fn left(&self) -> Duration {
+        let timeout = if self.device.events.is_expedited() { GRACE } else { self.timeout.max(GRACE) };
+        timeout.saturating_sub(self.began.elapsed())
+    }
+
+    fn is_over(&self) -> bool {
+        self.left().is_zero()
+    }
+
+    /// Waits for the queues to close, for at most `pause`.
+    fn wait_all_closed(&self, pause: Duration) -> bool {
+        let events = &self.device.events;
+        let pause = pause.min(self.left());
+        if events.is_expedited() { events.wait_all_closed(pause) } else { events.wait_all_closed_or_expedited(pause) }
     }
 }
 

@@ -144,10 +144,6 @@ impl Server {
         let mut features = Features::empty();
         features.set(Features::NO_AUTO_PART_SCAN, !options.partition_scan);
         features.set(Features::SHMEM_ZC, options.shared_memory);
-        if options.shared_memory && options.recovery.is_some() {
-            let rule = "not with recovery: the next server would not know the numbers of the memory";
-            return Err(Error::invalid("shared memory", true, rule));
-        }
         if let Some(recovery) = options.recovery {
             // So that it can be handed over without a failure, where the driver has that.
             features |= recovery.features() | (offered & Features::QUIESCE);
@@ -495,6 +491,12 @@ impl Device {
     /// Whether the device has begun to end.
     pub fn is_ending(&self) -> bool {
         self.events.is_ending()
+    }
+
+    /// Whether the calling thread serves one of its queues, perhaps beside those of other devices. Such a thread cannot
+    /// wait for the device to stop.
+    pub fn is_served_here(&self) -> bool {
+        self.events.is_served_here()
     }
 
     /// How many queues are served; each of [several threads](DeviceOptions::threads_per_queue) counts.

@@ -100,6 +100,15 @@ impl Default for DeviceOptions {
 }
 
 impl DeviceOptions {
+    /// Checks the limits, as [`Server::add`](super::Server::add) does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`](crate::Error::InvalidValue).
+    pub fn validate(&self) -> Result<()> {
+        self.checked().map(drop)
+    }
+
     /// Checks the limits and gives queues and depth in the driver's type.
     pub(super) fn checked(&self) -> Result<(u16, u16)> {
         let limited = |name, value: u32, limit: u16| match u16::try_from(value) {
@@ -108,6 +117,10 @@ impl DeviceOptions {
         };
         if let Some(id) = self.id.filter(|id| *id > DeviceId::MAX) {
             return Err(Error::invalid("device id", id, format!("0 to {} are possible", DeviceId::MAX)));
+        }
+        if self.shared_memory && self.recovery.is_some() {
+            let rule = "not with recovery: the next server would not know the numbers of the memory";
+            return Err(Error::invalid("shared memory", true, rule));
         }
         Ok((limited("queues", self.queues, MAX_QUEUES)?, limited("queue depth", self.depth, MAX_DEPTH)?))
     }

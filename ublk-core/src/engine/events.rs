@@ -5,6 +5,7 @@
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -24,7 +25,11 @@ pub(crate) struct QueueEvents {
 struct State {
     open: usize,
     stopping: bool,
+    /// Waits for handlers are to end now.
+    expedited: bool,
     failure: Option<Error>,
+    /// Of the queues that are open, once each.
+    threads: Vec<ThreadId>,
 }
 
 impl QueueEvents {
@@ -42,6 +47,25 @@ impl QueueEvents {
     pub(crate) fn opening(self: &Arc<Self>) -> OpenQueue {
         self.state().open += 1;
         OpenQueue(self.clone())
+    }
+
+    /// This thread begins to serve a queue; to be undone by [`left`](Self::left) on the same thread.
+    pub(crate) fn entered(&self) {
+        self.state().threads.push(std::thread::current().id());
+    }
+
+    /// This thread serves a queue no more.
+    pub(crate) fn left(&self) {
+        let here = std::thread::current().id();
+        let mut state = self.state();
+        if let Some(at) = state.threads.iter().position(|thread| *thread == here) {
+            state.threads.swap_remove(at);
+        }
+    }
+
+    /// Whether the calling thread serves one of the queues.
+    pub(crate) fn is_served_here(&self) -> bool {
+        self.state().threads.contains(&std::thread::current().id())
     }
 
     /// A queue is closed, or was not opened after all.
@@ -98,6 +122,22 @@ impl QueueEvents {
     /// Waits until no queue is open; false if that took longer than `timeout`.
     pub(crate) fn wait_all_closed(&self, timeout: Duration) -> bool {
         self.wait(Some(timeout), |state| state.open == 0)
+    }
+
+    /// Ends waits for handlers: those of a stop that is under way, and of later ones.
+    pub(crate) fn expedite(&self) {
+        self.state().expedited = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether waits for handlers are to end.
+    pub(crate) fn is_expedited(&self) -> bool {
+        self.state().expedited
+    }
+
+    /// Waits until no queue is open; false if that took longer than `timeout`, or is not to be waited for.
+    pub(crate) fn wait_all_closed_or_expedited(&self, timeout: Duration) -> bool {
+        self.wait(Some(timeout), |state| state.open == 0 || state.expedited) && self.open_queues() == 0
     }
 
     /// Waits until the device begins to end; false if that took longer than `timeout`.

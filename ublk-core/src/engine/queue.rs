@@ -139,6 +139,7 @@ impl Queue {
             queue.core.leave_ring();
             return Err(OpenFailure { error: refused("lending its tags to the driver", &error), lent: true });
         }
+        queue.events.entered();
         Ok(queue)
     }
 
@@ -369,6 +370,7 @@ impl Queue {
         let transfers = if given_up.is_some() { core.leak_memory() } else { Vec::new() };
         core.leave_ring();
         drop(core);
+        events.left();
         drop(events);
         transfers
     }
@@ -385,6 +387,7 @@ impl Queue {
             core.leave_ring();
         }
         drop(core);
+        events.left();
         drop(events);
     }
 }

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! How long a stop waits for handlers, on the stand-in driver.
+
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ublk_core::driver::Driver;
+use ublk_core::driver::fake::FakeDriver;
+use ublk_core::{DetachedRequest, Device, DeviceId, Error, Target};
+
+mod support;
+
+use support::{custom, finish, options, server};
+
+/// More than a stop may take that waits for nothing, and less than one that waits for a handler.
+const SOON: Duration = Duration::from_secs(20);
+
+/// A target whose handler does not return before the sender is dropped; the receiver says when it was entered.
+fn stuck() -> (Arc<dyn Target>, std::sync::mpsc::Sender<()>, std::sync::mpsc::Receiver<()>) {
+    let (leave, stay) = channel::<()>();
+    let (enter, entered) = channel();
+    let stay = Arc::new(Mutex::new(stay));
+    let target = custom(move |request| {
+        let _ = enter.send(());
+        let _ = stay.lock().unwrap().recv();
+        request.complete();
+    });
+    (target, leave, entered)
+}
+
+/// A device with a request that its handler does not finish.
+fn stuck_device(driver: &FakeDriver) -> (Device, std::sync::mpsc::Sender<()>) {
+    let (target, leave, entered) = stuck();
+    let device = server(driver, 1).start(target, &options(1, 2)).unwrap();
+    let _ = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
+    entered.recv().unwrap();
+    (device, leave)
+}
+
+#[test]
+fn a_stop_waits_for_a_stuck_handler_no_longer_than_asked() {
+    let driver = FakeDriver::new();
+    let (device, leave) = stuck_device(&driver);
+    let begin = Instant::now();
+    let error = device.stop_within(Duration::from_millis(100)).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    assert!(begin.elapsed() < SOON);
+    assert!(!device.is_stopped());
+    drop(leave);
+    // What became of its request was said by the first one.
+    let _ = device.stop();
+    assert!(device.is_stopped());
+    assert_eq!(driver.device_ids().unwrap(), []);
+}
+
+#[test]
+fn a_stop_that_is_expedited_waits_no_longer() {
+    let driver = FakeDriver::new();
+    let (device, leave) = stuck_device(&driver);
+    let device = Arc::new(device);
+    let theirs = device.clone();
+    let stop = std::thread::spawn(move || theirs.stop_within(Duration::from_secs(3600)));
+    std::thread::sleep(Duration::from_millis(100));
+    let begin = Instant::now();
+    device.expedite();
+    assert!(matches!(stop.join().unwrap(), Err(Error::Timeout { .. })));
+    assert!(begin.elapsed() < SOON);
+    drop(leave);
+}
+
+#[test]
+fn a_request_that_is_elsewhere_keeps_the_device_until_it_ends() {
+    let driver = FakeDriver::new();
+    let held = Arc::new(Mutex::new(Vec::<DetachedRequest>::new()));
+    let (hold, (enter, entered)) = (held.clone(), channel());
+    let target = custom(move |request| {
+        hold.lock().unwrap().push(request.detach());
+        let _ = enter.send(());
+    });
+    let device = server(&driver, 1).start(target, &options(1, 2)).unwrap();
+    let sent = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
+    entered.recv().unwrap();
+    let begin = Instant::now();
+    assert!(matches!(device.stop_within(Duration::ZERO), Err(Error::Timeout { .. })));
+    assert!(begin.elapsed() < SOON);
+    // Too late for anything but letting the device go.
+    held.lock().unwrap().drain(..).for_each(DetachedRequest::complete);
+    let _ = device.stop();
+    assert!(device.is_stopped());
+    assert!(driver.disk(device.id()).wait(sent).is_err());
+    assert_eq!(driver.device_ids().unwrap(), []);
+    assert_eq!(driver.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn an_idle_device_stops_in_no_time_and_without_a_failure() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(custom(|request| request.complete()), &options(1, 2)).unwrap();
+    driver.disk(device.id()).read(0, 512).unwrap();
+    device.expedite();
+    device.stop_within(Duration::ZERO).unwrap();
+    finish(&driver, device);
+}
+
+#[test]
+fn a_thread_knows_whose_queues_it_serves() {
+    let driver = FakeDriver::new();
+    let server = server(&driver, 1);
+    let first = Arc::new(server.start(custom(|request| request.complete()), &options(1, 2)).unwrap());
+    let theirs = Arc::downgrade(&first);
+    let (answer, answered) = channel();
+    let target = custom(move |request| {
+        answer.send(theirs.upgrade().is_some_and(|device| device.is_served_here())).unwrap();
+        request.complete();
+    });
+    let second = server.start(target, &options(1, 2)).unwrap();
+    assert_ne!(second.id(), DeviceId(0));
+    driver.disk(second.id()).read(0, 512).unwrap();
+    assert!(answered.recv().unwrap(), "one thread serves both");
+    assert!(!first.is_served_here() && !second.is_served_here());
+    first.stop().unwrap();
+    driver.disk(second.id()).read(0, 512).unwrap();
+    assert!(!answered.recv().unwrap(), "it serves one any more");
+    finish(&driver, second);
+}
