@@ -10,8 +10,8 @@ use ublk_core::driver::Driver;
 use ublk_core::driver::fake::{FakeDriver, Sent};
 use ublk_core::targets::{File, FileOptions, Io, Mem};
 use ublk_core::{
-    DataMovement, Device, DeviceOptions, DeviceState, Ending, Errno, Features, Operations, Params, QueueHandler, QueueInfo,
-    Recovery, Requests, Result, SegmentLimits, Target,
+    DataMovement, Device, DeviceOptions, DeviceState, Ending, Errno, Features, Operations, Params, QueueHandler,
+    QueueInfo, Recovery, Requests, Result, SegmentLimits, Target,
 };
 
 mod support;

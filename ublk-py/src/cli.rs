@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use pyo3::prelude::*;
 use ublk_core::cli::{Extension, Host};
 
-use crate::logging;
+use crate::{interpreter, logging};
 
 /// Runs the command and returns its exit status. `relaunch` starts this program again, for servers in
 /// the background; `extra` are the names and descriptions of commands that the caller handles.
@@ -20,5 +20,5 @@ pub(crate) fn main(
 ) -> PyResult<u8> {
     logging::follow(py)?;
     let extra = extra.into_iter().map(|(name, about)| Extension { name, about }).collect();
-    Ok(py.detach(|| ublk_core::cli::run(arguments, &Host { relaunch, extra })))
+    Ok(interpreter::detached(py, || ublk_core::cli::run(arguments, &Host { relaunch, extra })).0)
 }

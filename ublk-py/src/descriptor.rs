@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use ublk_core::Errno;
 
 use crate::error::os_error;
+use crate::interpreter;
 
 /// Does something with a file that is a descriptor, or has a `fileno()`.
 pub(crate) fn with_descriptor<T>(
@@ -16,7 +17,10 @@ pub(crate) fn with_descriptor<T>(
 ) -> PyResult<T> {
     let number = match file.extract::<RawFd>() {
         Ok(number) => number,
-        Err(_) => file.call_method0("fileno")?.extract()?,
+        Err(_) => {
+            let _permit = interpreter::permit(file.py());
+            file.call_method0("fileno")?.extract()?
+        }
     };
     if number < 0 {
         return Err(os_error(Errno::EBADF));

@@ -5,26 +5,34 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use ublk_core::{Features, Op, Recovery, SharedMemory, Target};
 
 use crate::descriptor::with_descriptor;
 use crate::error::to_python;
+use crate::interpreter;
 use crate::methods::op_name;
 use crate::pull::{Pulled, PyPullQueue};
 use crate::stats;
 use crate::watch::Watch;
+
+/// How often a wait of the main thread looks for signals.
+const SIGNAL_POLL: Duration = Duration::from_millis(50);
+/// Longer than any device is served.
+const FOREVER: Duration = Duration::from_secs(1 << 31);
 
 /// A device of this process.
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
 pub(crate) struct NativeDevice {
     /// Taken out when this object goes.
-    device: Option<ublk_core::Device>,
+    device: Option<Arc<ublk_core::Device>>,
     /// Until the device goes live, or is stopped before that.
     target: Mutex<Option<Arc<dyn Target>>>,
     /// Where its requests are taken from, if its style is to pull them.
@@ -46,10 +54,10 @@ impl NativeDevice {
         let Pulled { queues, extents } = queues;
         let wrap = |queue| Py::new(py, PyPullQueue::new(queue, watch.clone(), extents.clone()));
         let pull_queues = queues.into_iter().map(wrap).collect::<PyResult<_>>()?;
-        Ok(NativeDevice { device: Some(device), target: Mutex::new(target), pull_queues, watch, on_kernel })
+        Ok(NativeDevice { device: Some(Arc::new(device)), target: Mutex::new(target), pull_queues, watch, on_kernel })
     }
 
-    fn device(&self) -> &ublk_core::Device {
+    fn device(&self) -> &Arc<ublk_core::Device> {
         self.device.as_ref().expect("a live object has its device")
     }
 
@@ -60,8 +68,63 @@ impl NativeDevice {
         }
     }
 
+    /// Ends the device in a way that may take long.
+    fn end<F>(&self, py: Python<'_>, end: F) -> PyResult<()>
+    where
+        F: FnOnce(&ublk_core::Device) -> ublk_core::Result<()> + Send + 'static,
+    {
+        let ended = on_another_thread(py, self.device(), end)?;
+        self.withdraw_if_over();
+        ended.map_err(|e| to_python(py, &e))
+    }
+
     fn take_target(&self) -> Option<Arc<dyn Target>> {
         self.target.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Does something with a device, and looks for signals meanwhile. If their handlers raise, the rest goes on in the
+/// background, [expedited](ublk_core::Device::expedite).
+fn on_another_thread<T: Send + 'static, F>(py: Python<'_>, device: &Arc<ublk_core::Device>, act: F) -> PyResult<T>
+where
+    F: FnOnce(&ublk_core::Device) -> T + Send + 'static,
+{
+    let (sender, mut receiver) = channel();
+    let job = Arc::new(Mutex::new(Some((act, device.clone(), sender))));
+    let theirs = job.clone();
+    let body = move || run_once(&theirs);
+    if std::thread::Builder::new().name("ublk-stop".into()).spawn(body).is_err() {
+        // Without threads or memory a device can still be stopped, if not interrupted.
+        interpreter::detached(py, || run_once(&job));
+    }
+    drop(job);
+    loop {
+        let wait = move || {
+            let received = receiver.recv_timeout(SIGNAL_POLL);
+            (received, receiver)
+        };
+        let ((received, back), _permit) = interpreter::detached(py, wait);
+        receiver = back;
+        match received {
+            Ok(result) => return Ok(result),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(PyRuntimeError::new_err("the thread that was to end the device has panicked"));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        py.check_signals().inspect_err(|_| device.expedite())?;
+    }
+}
+
+type Job<F, T> = Mutex<Option<(F, Arc<ublk_core::Device>, Sender<T>)>>;
+
+fn run_once<T, F: FnOnce(&ublk_core::Device) -> T>(job: &Job<F, T>) {
+    let job = job.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some((act, device, sender)) = job {
+        let result = act(&device);
+        // The object may be gone, and with it all other references.
+        drop(device);
+        let _ = sender.send(result);
     }
 }
 
@@ -132,7 +195,7 @@ impl NativeDevice {
     /// Serves the device, and returns when its node can be used.
     fn go_live(&self, py: Python<'_>) -> PyResult<()> {
         let Some(target) = self.take_target() else { return Ok(()) };
-        py.detach(|| {
+        let (result, _permit) = interpreter::detached(py, || {
             let device = self.device();
             device.go_live(target)?;
             if self.on_kernel {
@@ -141,39 +204,44 @@ impl NativeDevice {
                 self.withdraw_if_over();
             }
             Ok(())
-        })
-        .map_err(|e| to_python(py, &e))
-    }
-
-    /// Stops and deletes the device; leaves one that somebody has asked to wait for another server.
-    fn stop(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| {
-            drop(self.take_target());
-            let device = self.device();
-            let ended = if device.is_ending() && device.recovery().is_some() {
-                device.conclude().map(drop)
-            } else {
-                device.stop()
-            };
-            self.withdraw_if_over();
-            ended
-        })
-        .map_err(|e| to_python(py, &e))
-    }
-
-    /// Finishes the requests in flight and leaves the device to another server.
-    fn leave(&self, py: Python<'_>) -> PyResult<()> {
-        let left = py.detach(|| {
-            let left = self.device().leave();
-            self.withdraw_if_over();
-            left
         });
-        left.map_err(|e| to_python(py, &e))
+        result.map_err(|e| to_python(py, &e))
+    }
+
+    /// Stops and deletes the device; leaves one that another process has asked to wait for another server. Waits for
+    /// handlers for so many seconds. In the main thread a signal's handler may end the wait by an exception; the device
+    /// is stopped all the same, without waiting for handlers any longer.
+    fn stop(&self, py: Python<'_>, seconds: f64) -> PyResult<()> {
+        let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(FOREVER).min(FOREVER);
+        drop(self.take_target());
+        self.end(py, move |device| {
+            if device.is_ending() && device.recovery().is_some() {
+                device.conclude_within(timeout).map(drop)
+            } else {
+                device.stop_within(timeout)
+            }
+        })
+    }
+
+    /// Finishes the requests in flight and leaves the device to another server. Can be interrupted as `stop`.
+    fn leave(&self, py: Python<'_>) -> PyResult<()> {
+        self.end(py, |device| device.leave())
+    }
+
+    /// Ends waits for handlers: of a stop that is under way, and of later ones.
+    fn expedite(&self) {
+        self.device().expedite();
+    }
+
+    /// Whether the calling thread serves one of the queues, perhaps beside those of other devices.
+    #[getter]
+    fn served_here(&self) -> bool {
+        self.device().is_served_here()
     }
 
     /// Gives up a device whose recovery has gone wrong.
     fn abandon(&self, py: Python<'_>) {
-        py.detach(|| {
+        interpreter::detached(py, || {
             self.device().abandon();
             self.withdraw_if_over();
         });
@@ -181,7 +249,8 @@ impl NativeDevice {
 
     /// Changes the disk's capacity.
     fn resize(&self, py: Python<'_>, size: u64) -> PyResult<()> {
-        py.detach(|| self.device().resize(size)).map_err(|e| to_python(py, &e))
+        let (result, _permit) = interpreter::detached(py, || self.device().resize(size));
+        result.map_err(|e| to_python(py, &e))
     }
 
     /// Lets clients use memory of a file that they map, too; gives its number.
@@ -194,12 +263,14 @@ impl NativeDevice {
             }
             PyValueError::new_err(format!("memory to share has whole pages, up to 4 GiB; the file has {len} bytes"))
         })?;
-        py.detach(|| self.device().share_memory(memory)).map_err(|e| to_python(py, &e))
+        let (result, _permit) = interpreter::detached(py, || self.device().share_memory(memory));
+        result.map_err(|e| to_python(py, &e))
     }
 
     /// Takes shared memory back.
     fn unshare_memory(&self, py: Python<'_>, number: u16) -> PyResult<()> {
-        py.detach(|| self.device().unshare_memory(number)).map_err(|e| to_python(py, &e))
+        let (result, _permit) = interpreter::detached(py, || self.device().unshare_memory(number));
+        result.map_err(|e| to_python(py, &e))
     }
 
     /// What becomes of the device when its server is gone.
@@ -222,7 +293,7 @@ impl NativeDevice {
 
     /// What each operation has done: a dict for each, latencies in nanoseconds.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
-        let stats = py.detach(|| self.device().stats());
+        let (stats, _permit) = interpreter::detached(py, || self.device().stats());
         let one = |(op, stats): (&Op, &ublk_core::OpStats)| {
             let dict = PyDict::new(py);
             dict.set_item("op", op_name(*op))?;
@@ -253,6 +324,12 @@ impl NativeDevice {
     /// Threads that are in a handler: ident, a number of the call, seconds.
     fn busy(&self) -> Vec<(u64, u64, f64)> {
         self.watch.busy()
+    }
+
+    /// Whether the calling thread is in one of its handlers.
+    #[getter]
+    fn in_handler(&self, py: Python<'_>) -> PyResult<bool> {
+        self.watch.is_busy_here(py)
     }
 
     /// How often the interpreter was entered for requests.

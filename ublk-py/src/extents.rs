@@ -15,6 +15,7 @@ use ublk_core::{Home, Op, Pieces, RawErrno, Request, RequestOf};
 
 use crate::descriptor::with_descriptor;
 use crate::error::os_error;
+use crate::interpreter;
 use crate::methods::op_object;
 
 /// Where a range of the disk lies in a file.
@@ -261,7 +262,7 @@ impl Extents {
         self.0.invalidate(offset, length);
         let Some(seconds) = wait else { return true };
         let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        py.detach(|| self.0.drain(offset, length, timeout))
+        interpreter::detached(py, || self.0.drain(offset, length, timeout)).0
     }
 
     fn __len__(&self) -> usize {

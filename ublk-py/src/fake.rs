@@ -2,12 +2,14 @@
 
 //! The stand-in driver, for tests of Python block devices without a kernel.
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use ublk_core::driver::fake::{FakeDisk, FakeDriver as Inner};
 use ublk_core::{DeviceId, Errno};
 
 use crate::error::os_error;
+use crate::interpreter;
 
 /// A driver in this process, and the client of its disks.
 #[pyclass(frozen, module = "ublk._ublk")]
@@ -31,6 +33,14 @@ fn check<T>(result: Result<T, Errno>) -> PyResult<T> {
     result.map_err(os_error)
 }
 
+/// Refuses what is no single request: its sectors are counted in 32 bits.
+fn check_length(length: usize) -> PyResult<()> {
+    if length == 0 || length / 512 > u32::MAX as usize {
+        return Err(PyValueError::new_err(format!("a request of {length} bytes is not possible")));
+    }
+    Ok(())
+}
+
 #[pymethods]
 impl FakeDriver {
     #[new]
@@ -41,35 +51,40 @@ impl FakeDriver {
     }
 
     fn read<'py>(&self, py: Python<'py>, id: u32, offset: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {
-        let bytes = check(py.detach(|| self.disk(id).read(offset, length)))?;
+        let bytes = check(interpreter::detached(py, || self.disk(id).read(offset, length)).0)?;
         Ok(PyBytes::new(py, &bytes))
     }
 
     fn write(&self, py: Python<'_>, id: u32, offset: u64, data: &[u8]) -> PyResult<()> {
-        check(py.detach(|| self.disk(id).write(offset, data)))
+        check(interpreter::detached(py, || self.disk(id).write(offset, data)).0)
     }
 
     /// Sends `rounds` times `depth` reads of 4 KiB, for those who measure what a device does with them. It has one
     /// queue, of that depth at least.
     fn load(&self, py: Python<'_>, id: u32, rounds: usize, depth: usize) -> PyResult<()> {
-        check(py.detach(|| {
-            let disk = self.disk(id);
-            // So that all tags have been lent.
-            disk.read(0, 4096)?;
-            (0..rounds).try_for_each(|_| disk.read_at_once(depth, 4096))
-        }))
+        check(
+            interpreter::detached(py, || {
+                let disk = self.disk(id);
+                // So that all tags have been lent.
+                disk.read(0, 4096)?;
+                (0..rounds).try_for_each(|_| disk.read_at_once(depth, 4096))
+            })
+            .0,
+        )
     }
 
     fn flush(&self, py: Python<'_>, id: u32) -> PyResult<()> {
-        check(py.detach(|| self.disk(id).flush()))
+        check(interpreter::detached(py, || self.disk(id).flush()).0)
     }
 
     fn discard(&self, py: Python<'_>, id: u32, offset: u64, length: usize) -> PyResult<()> {
-        check(py.detach(|| self.disk(id).discard(offset, length)))
+        check_length(length)?;
+        check(interpreter::detached(py, || self.disk(id).discard(offset, length)).0)
     }
 
     fn write_zeroes(&self, py: Python<'_>, id: u32, offset: u64, length: usize) -> PyResult<()> {
-        check(py.detach(|| self.disk(id).write_zeroes(offset, length)))
+        check_length(length)?;
+        check(interpreter::detached(py, || self.disk(id).write_zeroes(offset, length)).0)
     }
 
     /// Ids of the devices that exist.

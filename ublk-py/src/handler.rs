@@ -14,6 +14,7 @@ use ublk_core::{Access, Params, QueueHandler, QueueInfo, RawErrno, Request, Requ
 use crate::buffer::Slot;
 use crate::error::to_python;
 use crate::extents::{Mapped, Mapper};
+use crate::interpreter;
 use crate::methods::{Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
 use crate::watch::{Seat, Watch};
@@ -66,7 +67,7 @@ impl Target for PythonTarget {
 
     fn open_queue(&self, info: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         let failed = |source| ublk_core::Error::Target { context: "opening a queue".into(), source };
-        Python::try_attach(|py| self.open(py, info))
+        interpreter::attach(|py| self.open(py, info))
             .ok_or_else(|| failed(std::io::Error::other("the interpreter is shutting down")))?
             .map_err(|error| failed(std::io::Error::other(error)))
     }
@@ -118,7 +119,7 @@ impl<S: Serve> QueueHandler for Attached<S> {
         let Some(inner) = &mut self.inner else { return };
         self.watch.entered();
         // Without an interpreter the requests are dropped with the closure and fail.
-        Python::try_attach(|py| {
+        interpreter::attach(|py| {
             requests.waited();
             inner.serve(py, requests);
         });
@@ -129,7 +130,7 @@ impl<S: Serve> Drop for Attached<S> {
     fn drop(&mut self) {
         // Attached, so that the objects go now and not at some later attach.
         let inner = self.inner.take();
-        Python::try_attach(|_| drop(inner));
+        interpreter::attach(|_| drop(inner));
     }
 }
 
@@ -167,7 +168,7 @@ impl QueueHandler for MappedQueue {
         first.submit_others();
         self.watch.entered();
         let mut left = Vec::new();
-        Python::try_attach(|py| {
+        interpreter::attach(|py| {
             for request in unknown {
                 request.keep_pace();
                 let Some(request) = queue.map(py, mapper, request) else { continue };
@@ -188,7 +189,7 @@ impl QueueHandler for MappedQueue {
 impl Drop for MappedQueue {
     fn drop(&mut self) {
         let inner = self.inner.take();
-        Python::try_attach(|_| drop(inner));
+        interpreter::attach(|_| drop(inner));
     }
 }
 

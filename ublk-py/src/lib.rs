@@ -11,8 +11,10 @@ mod error;
 mod extents;
 mod fake;
 mod handler;
+mod interpreter;
 mod logging;
 mod methods;
+mod pending;
 mod pull;
 mod request;
 mod start;
@@ -38,11 +40,15 @@ mod module {
     #[pymodule_export]
     use super::fake::FakeDriver;
     #[pymodule_export]
+    use super::interpreter::{after_fork, close_gate};
+    #[pymodule_export]
+    use super::pending::call_in_main_thread;
+    #[pymodule_export]
     use super::pull::{PyPullQueue, Worker};
     #[pymodule_export]
     use super::request::PyRequest;
     #[pymodule_export]
-    use super::start::{add, recover};
+    use super::start::{add, check, recover};
     #[pymodule_export]
     use super::system::{delete, device, devices, features, quiesce, resize};
     #[pymodule_export]

@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use pyo3::prelude::*;
 
+use crate::interpreter;
+
 struct ToPython(Py<PyAny>);
 
 /// Begins to forward, or follows a changed level of the logger.
@@ -46,7 +48,7 @@ impl Log for ToPython {
             return;
         }
         let text = record.args().to_string();
-        let logged = Python::try_attach(|py| {
+        let logged = interpreter::attach(|py| {
             // Messages may come while an exception is on its way, from an object that it drops.
             let pending = PyErr::take(py);
             if let Err(error) = self.0.call_method1(py, "log", (number(record.level()), "%s", &text)) {

@@ -13,6 +13,7 @@ use ublk_core::extents::ExtentMap;
 use ublk_core::pull::PullQueue;
 
 use crate::buffer::Slot;
+use crate::interpreter;
 use crate::methods::Methods;
 use crate::request::PyRequest;
 use crate::watch::Watch;
@@ -77,7 +78,7 @@ impl PyPullQueue {
     /// Fail what is in the queue and what still comes.
     fn close(&self, py: Python<'_>) {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
-        py.detach(|| drop(queue));
+        interpreter::detached(py, || drop(queue));
     }
 }
 
@@ -102,7 +103,8 @@ impl Worker {
     fn run(&self, py: Python<'_>) -> PyResult<()> {
         let mut slot = Slot::default();
         let seat = self.watch.seat(py)?;
-        while let Some(batch) = py.detach(|| self.queue.next_batch(1)) {
+        // With a permit while handlers run, and without one while this waits.
+        while let (Some(batch), _permit) = interpreter::detached(py, || self.queue.next_batch(1)) {
             self.watch.entered();
             for request in batch {
                 seat.during(|| self.methods.serve(py, &mut slot, request));

@@ -12,6 +12,7 @@ use ublk_core::{DetachedRequest, Op, RawErrno};
 
 use crate::buffer::Lease;
 use crate::extents::{ATTEMPTS, Returned, forward_returned, is_extent};
+use crate::interpreter;
 use crate::methods::{check_return, op_name, op_object, to_handlers_errno};
 
 /// One request of the block layer.
@@ -244,6 +245,7 @@ impl PyRequest {
         if self.done() {
             return Ok(true);
         }
+        let _permit = interpreter::permit(py);
         if is_extent(self.op, returned) {
             let Some(request) = self.ending.take(py) else { return Ok(true) };
             let asked = self.ending.state().asked;
@@ -292,17 +294,18 @@ impl Drop for PyRequest {
             return;
         }
         let text = format!("{} {}+{} of ublkb{}", op_name(self.op), self.offset, self.length, self.device);
-        Python::try_attach(|py| {
+        interpreter::attach(|py| {
             // Whatever is on its way goes on.
             let pending = PyErr::take(py);
             let told = py.import("ublk._requests").and_then(|module| module.call_method1("dropped", (text,)));
             if let Err(error) = told {
                 error.write_unraisable(py, None);
             }
-            self.ending.fail_if_left(py, RawErrno::EIO);
             if let Some(pending) = pending {
                 pending.restore(py);
             }
         });
+        // The thread is attached, as whatever drops an object of Python's is; this runs no Python.
+        Python::try_attach(|py| self.ending.fail_if_left(py, RawErrno::EIO));
     }
 }

@@ -11,13 +11,14 @@ use pyo3::types::PyList;
 use ublk_core::driver::fake;
 use ublk_core::driver::kernel::KernelDriver;
 use ublk_core::pull::{feeds, pull_with};
-use ublk_core::{Access, DeviceId, DeviceOptions, Params, Recovery, Server, Target, ZonedLimits};
+use ublk_core::{Access, DeviceId, DeviceOptions, MAX_COALESCING, Params, Recovery, Server, Target, ZonedLimits};
 
 use crate::device::NativeDevice;
 use crate::error::to_python;
 use crate::extents::{Extents, Mapper};
 use crate::fake::FakeDriver;
 use crate::handler::{PythonTarget, Style};
+use crate::interpreter;
 use crate::logging;
 use crate::methods::operations;
 use crate::pull::Pulled;
@@ -161,6 +162,12 @@ impl Options {
     }
 }
 
+/// Checks the shape of a disk.
+#[pyfunction]
+pub(crate) fn check(py: Python<'_>, description: Description) -> PyResult<()> {
+    description.params().validate().map_err(|e| to_python(py, &e))
+}
+
 /// Makes a device that is not live yet, and appends it to `made`: a returned object could be lost to a
 /// signal's exception before the caller has stored it.
 #[pyfunction]
@@ -173,15 +180,22 @@ pub(crate) fn add(
     driver: Option<&FakeDriver>,
     made: &Bound<'_, PyList>,
 ) -> PyResult<()> {
+    interpreter::check_open()?;
     logging::follow(py)?;
     let watch = Watch::new();
     let window = Duration::from_micros(description.coalesce_usecs.into());
     let (target, queues) = description.target(handlers, options.queues, &watch)?;
     let device_options = options.convert()?;
     let fake = driver.map(FakeDriver::inner);
-    let device = py
-        .detach(|| server(fake, spawn, options.queues)?.coalescing(window)?.add(&target, &device_options))
-        .map_err(|e| to_python(py, &e))?;
+    // Before the driver is looked for, which may be missing.
+    if window > MAX_COALESCING {
+        let most = MAX_COALESCING.as_micros();
+        return Err(PyValueError::new_err(format!("coalesce_usecs = {}: {most} at most", window.as_micros())));
+    }
+    target.params().validate().and_then(|()| device_options.validate()).map_err(|e| to_python(py, &e))?;
+    let make = || server(fake, spawn, options.queues)?.coalescing(window)?.add(&target, &device_options);
+    let (device, _permit) = interpreter::detached(py, make);
+    let device = device.map_err(|e| to_python(py, &e))?;
     made.append(NativeDevice::new(py, device, Some(target), queues, watch, driver.is_none())?)
 }
 
@@ -196,27 +210,30 @@ pub(crate) fn recover(
     driver: Option<&FakeDriver>,
     made: &Bound<'_, PyList>,
 ) -> PyResult<()> {
+    interpreter::check_open()?;
     logging::follow(py)?;
     let watch = Watch::new();
     let fake = driver.map(FakeDriver::inner);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let window = Duration::from_micros(description.coalesce_usecs.into());
-    let (server, info) = py
-        .detach(|| {
-            let server = server(fake, spawn, threads)?.coalescing(window)?;
-            let info = server.wait_for_vacancy(DeviceId(id))?;
-            Ok((server, info))
-        })
-        .map_err(|e| to_python(py, &e))?;
+    let find = || {
+        let server = server(fake, spawn, threads)?.coalescing(window)?;
+        let info = server.wait_for_vacancy(DeviceId(id))?;
+        Ok((server, info))
+    };
+    let (found, permit) = interpreter::detached(py, find);
+    let (server, info) = found.map_err(|e| to_python(py, &e))?;
     let (target, queues) = description.target(handlers, info.queues.into(), &watch)?;
-    let device = py
-        .detach(|| {
-            let device = server.recover(info.id, target)?;
-            if driver.is_none() {
-                stats::publish(&device);
-            }
-            Ok(device)
-        })
-        .map_err(|e| to_python(py, &e))?;
-    made.append(NativeDevice::new(py, device, None, queues, watch, driver.is_none())?)
+    let on_kernel = driver.is_none();
+    let serve = || {
+        let device = server.recover(info.id, target)?;
+        if on_kernel {
+            stats::publish(&device);
+        }
+        Ok(device)
+    };
+    drop(permit);
+    let (device, _permit) = interpreter::detached(py, serve);
+    let device = device.map_err(|e| to_python(py, &e))?;
+    made.append(NativeDevice::new(py, device, None, queues, watch, on_kernel)?)
 }

@@ -12,6 +12,7 @@ use ublk_core::driver::kernel::KernelDriver;
 use ublk_core::{DeviceId, DeviceState, Errno, Error, Features, Params, Recovery, Result};
 
 use crate::error::to_python;
+use crate::interpreter;
 
 /// What the driver offers: a dict from feature name to bool.
 #[pyfunction]
@@ -82,7 +83,8 @@ pub(crate) fn resize(py: Python<'_>, id: u32, size: u64) -> PyResult<()> {
 
 /// Calls the driver while Python goes on.
 fn on_system<T: Send>(py: Python<'_>, call: impl FnOnce(&Control) -> Result<T> + Send) -> PyResult<T> {
-    py.detach(|| call(&Control::new(Arc::new(KernelDriver::open()?)))).map_err(|e| to_python(py, &e))
+    let (result, _permit) = interpreter::detached(py, || call(&Control::new(Arc::new(KernelDriver::open()?))));
+    result.map_err(|e| to_python(py, &e))
 }
 
 type Found = (PathBuf, DeviceInfo, Params);

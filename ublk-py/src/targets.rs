@@ -11,6 +11,7 @@ use ublk_core::targets::{File, FileOptions, Io, Mem, Null, Zoned, ZonedOptions};
 use ublk_core::{Params, Result, Target};
 
 use crate::error::to_python;
+use crate::interpreter;
 use crate::methods::operation_names;
 
 /// A target of the core's.
@@ -20,7 +21,8 @@ pub(crate) struct NativeTarget(pub(crate) Arc<dyn Target>);
 
 impl NativeTarget {
     fn make<T: Target>(py: Python<'_>, make: impl FnOnce() -> Result<T> + Send) -> PyResult<Self> {
-        py.detach(make).map(|target| NativeTarget(Arc::new(target))).map_err(|e| to_python(py, &e))
+        let (made, _permit) = interpreter::detached(py, make);
+        made.map(|target| NativeTarget(Arc::new(target))).map_err(|e| to_python(py, &e))
     }
 
     fn params(&self) -> Params {

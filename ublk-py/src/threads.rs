@@ -9,13 +9,15 @@ use std::sync::Mutex;
 use pyo3::prelude::*;
 use ublk_core::Spawn;
 
+use crate::interpreter;
+
 /// Makes threads through a Python function `(name, body) -> None`.
 #[derive(Debug)]
 pub(crate) struct PythonSpawn(pub(crate) Py<PyAny>);
 
 impl Spawn for PythonSpawn {
     fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<()> {
-        Python::try_attach(|py| self.0.call1(py, (name, Body(Mutex::new(Some(body))))).map(drop))
+        interpreter::attach(|py| self.0.call1(py, (name, Body(Mutex::new(Some(body))))).map(drop))
             .unwrap_or_else(|| Err(pyo3::exceptions::PyRuntimeError::new_err("the interpreter is shutting down")))
             .map_err(io::Error::other)
     }
@@ -32,7 +34,7 @@ impl Body {
     fn __call__(&self, py: Python<'_>) {
         let job = self.0.lock().ok().and_then(|mut job| job.take());
         if let Some(job) = job {
-            py.detach(job);
+            interpreter::detached(py, job);
         }
     }
 }

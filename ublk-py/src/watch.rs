@@ -43,12 +43,18 @@ impl Watch {
 
     /// A seat for the calling thread.
     pub(crate) fn seat(&self, py: Python<'_>) -> PyResult<Arc<Seat>> {
-        let thread = py.import("threading")?.call_method0("get_ident")?.extract()?;
+        let thread = thread_ident(py)?;
         let seat = Arc::new(Seat { thread, since: AtomicU64::new(0) });
         let mut seats = self.0.seats.lock().unwrap_or_else(PoisonError::into_inner);
         seats.retain(|seat| seat.strong_count() != 0);
         seats.push(Arc::downgrade(&seat));
         Ok(seat)
+    }
+
+    /// Whether the calling thread is in a handler.
+    pub(crate) fn is_busy_here(&self, py: Python<'_>) -> PyResult<bool> {
+        let here = thread_ident(py)?;
+        Ok(self.busy().iter().any(|(thread, ..)| *thread == here))
     }
 
     /// Threads that are in a handler: which, when it was called (a number that tells calls apart unless they began in
@@ -62,6 +68,11 @@ impl Watch {
         };
         seats.iter().filter_map(Weak::upgrade).filter_map(busy).collect()
     }
+}
+
+/// `threading.get_ident()`.
+fn thread_ident(py: Python<'_>) -> PyResult<u64> {
+    py.import("threading")?.call_method0("get_ident")?.extract()
 }
 
 /// The kernel's coarse clock: exact enough for seconds, and nearly free to read.

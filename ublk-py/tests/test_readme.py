@@ -3,7 +3,6 @@
 """The README's Python, run as it stands."""
 
 import asyncio
-import errno
 import re
 import threading
 from pathlib import Path
@@ -53,7 +52,7 @@ def served(monkeypatch, driver):
 def test_the_code_of_the_readme_runs(served, monkeypatch, driver, tmp_path):
     recover = ublk.recover
     monkeypatch.setattr(ublk, "recover", lambda *arguments: recover(*arguments, _driver=driver))
-    names = {"asyncio": asyncio, "errno": errno, "__name__": "readme"}
+    names = {"__name__": "readme"}
     for block in blocks("README.md"):
         exec(compile(block, "README.md", "exec"), names)
     assert served == [(name, bytes(512)) for name in ("RamDisk", "RamDisk", "RamDisk", "BlockDevice")]

@@ -6,6 +6,8 @@ import errno
 import io
 import os
 import random
+import threading
+import time
 
 import pytest
 
@@ -142,3 +144,118 @@ def test_a_disk_of_any_style_is_a_file():
         assert not file.writable()
     with testing.open(Batches(size=4096)) as file:
         assert file.read(512) == b"b" * 512
+
+
+def test_threads_write_parts_of_one_block():
+    class Slow(Ram):
+        def read(self, offset, buf):
+            super().read(offset, buf)
+            time.sleep(0.01)
+
+    with testing.open(Slow(), workers=4) as file:
+        threads = [threading.Thread(target=file.pwrite, args=(n * 64, bytes([65 + n]) * 64)) for n in range(7)]
+        # A whole block that is written, and one that is zeroed, beside parts of them.
+        threads.append(threading.Thread(target=file.pwrite, args=(448, b"H" * 1088)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert file.pread(0, 1536) == b"".join(bytes([65 + n]) * 64 for n in range(7)) + b"H" * 1088
+
+
+def test_a_part_of_a_block_reads_the_block_once():
+    disk = Ram()
+    with testing.open(disk) as file:
+        file.pwrite(100, b"x" * 10)
+        assert disk.lengths == [512, 512]
+        file.pwrite(500, b"x" * 24)
+        assert disk.lengths == [512, 512, 512, 512, 1024]
+        assert file.pread(0, 1024) == bytes(100) + b"x" * 10 + bytes(390) + b"x" * 24 + bytes(500)
+
+
+@pytest.mark.parametrize("operation", ["discard", "write_zeroes"])
+@pytest.mark.parametrize("length", [0, 512, (2 << 40) - 512, 2 << 40, (4 << 40) + 512])
+def test_lengths_beyond_32_bits_of_sectors_become_several_requests(operation, length):
+    class Large(ublk.BlockDevice):
+        def read(self, offset, buf):
+            buf[:] = bytes(len(buf))
+
+        def write(self, offset, buf):
+            pass
+
+        def discard(self, offset, length):
+            seen.append((offset, length))
+
+        write_zeroes = discard
+
+    seen = []
+    with testing.open(Large(size=1 << 50)) as file:
+        getattr(file, operation)(4096, length)
+    at = 4096
+    for offset, part in seen:
+        assert offset == at
+        assert 0 < part < 2 << 40
+        at += part
+    assert at == 4096 + length
+
+
+def test_a_file_whose_device_cannot_be_stopped_stays_open():
+    class Closes(Ram):
+        def read(self, offset, buf):
+            with pytest.raises(RuntimeError, match="own device"):
+                self.file.close()
+            super().read(offset, buf)
+
+    disk = Closes()
+    disk.file = testing.open(disk)
+    disk.file.pread(0, 512)
+    assert not disk.file.closed
+    disk.file.close()
+    assert disk.file.closed
+    assert not disk.file.device.running
+
+
+def test_bytes_that_a_handler_does_not_fill_are_poison():
+    class Forgets(Ram):
+        def read(self, offset, buf):
+            if offset < 4096:
+                super().read(offset, buf)
+
+    class Requests(ublk.BlockDevice):
+        def handle(self, requests):
+            for request in requests:
+                if request.op == "write":
+                    assert bytes(request.buffer) == b"password" * 64
+                else:
+                    assert len(request.buffer) == request.length
+                request.complete()
+
+    for disk, options in ((Forgets(), {}), (Forgets(), {"workers": 1}), (Requests(size=1 << 20), {})):
+        with testing.open(disk, depth=1, **options) as file:
+            for _ in range(3):
+                file.pwrite(0, b"password" * 64)
+                assert file.pread(8192, 512) == bytes([testing.POISON]) * 512
+
+
+def test_positions_are_those_of_any_file():
+    with testing.open(Ram()) as file:
+        with pytest.raises(ValueError, match="whence"):
+            file.seek(0, 9)
+        file.seek(2 << 20)
+        assert file.read(1) == b""
+        assert file.read() == b""
+
+
+def test_a_power_cut_flushes_nothing():
+    disk = Full()
+    with pytest.raises(RuntimeError, match="power cut"), testing.open(disk) as file:
+        file.pwrite(0, b"x" * 512)
+        raise RuntimeError("power cut")
+    assert (disk.flushed, file.closed, file.device.running) == (0, True, False)
+    file = testing.open(disk)
+    file.abort()
+    file.abort()
+    file.close()
+    assert disk.flushed == 0
+    testing.open(disk).close()
+    assert disk.flushed == 1

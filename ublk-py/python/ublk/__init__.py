@@ -18,7 +18,8 @@ from ublk._errors import UblkError
 from ublk._native import File, Mem, Null, Zoned
 from ublk._requests import Op, Requests
 from ublk._stats import OpStats, Stats
-from ublk._system import DeviceInfo, SystemDevice, devices, features, open
+from ublk._system import DeviceInfo, SystemDevice, devices, features
+from ublk._system import open as open
 from ublk._ublk import Extent, Request, Zeros, __version__
 from ublk._zones import Zone, ZoneCondition
 
@@ -44,7 +45,6 @@ __all__ = [
     "__version__",
     "devices",
     "features",
-    "open",
     "recover",
     "run",
 ]

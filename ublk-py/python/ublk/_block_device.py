@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import errno
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from ublk._numbers import number
 from ublk._requests import Op
 from ublk._threads import threads as _threads
-from ublk._ublk import Extents
+from ublk._ublk import Extents, check
 from ublk._zones import ZoneCondition
 
 if TYPE_CHECKING:
@@ -27,6 +27,21 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
     # What a method returns, or a coroutine method in the end.
     MaybeAsync: TypeAlias = Result | Awaitable[Result]
+
+# What `BlockDevice.__init__` sets.
+_SHAPE = (
+    "size",
+    "block_size",
+    "physical_block_size",
+    "max_io_bytes",
+    "discard_granularity",
+    "rotational",
+    "read_only",
+    "zone_size",
+    "max_open_zones",
+    "max_active_zones",
+    "max_append_bytes",
+)
 
 # How long requests that are under way may take to end.
 _DRAIN_SECONDS = 60.0
@@ -94,44 +109,51 @@ class BlockDevice:
     def __init__(
         self,
         *,
-        size: int,
-        block_size: int = 512,
-        physical_block_size: int | None = None,
-        max_io_bytes: int = 512 << 10,
-        discard_granularity: int | None = None,
+        size: SupportsIndex,
+        block_size: SupportsIndex = 512,
+        physical_block_size: SupportsIndex | None = None,
+        max_io_bytes: SupportsIndex = 512 << 10,
+        discard_granularity: SupportsIndex | None = None,
         rotational: bool = False,
         read_only: bool = False,
-        zone_size: int = 0,
-        max_open_zones: int = 0,
-        max_active_zones: int = 0,
-        max_append_bytes: int | None = None,
+        zone_size: SupportsIndex = 0,
+        max_open_zones: SupportsIndex = 0,
+        max_active_zones: SupportsIndex = 0,
+        max_append_bytes: SupportsIndex | None = None,
     ) -> None:
-        self.size = size
-        self.block_size = block_size
-        self.physical_block_size: int = block_size if physical_block_size is None else physical_block_size
-        self.max_io_bytes = max_io_bytes
-        self.discard_granularity: int = block_size if discard_granularity is None else discard_granularity
-        self.rotational = rotational
-        self.read_only = read_only
-        self.zone_size = zone_size
-        self.max_open_zones = max_open_zones
-        self.max_active_zones = max_active_zones
-        self.max_append_bytes: int = max_io_bytes if max_append_bytes is None else max_append_bytes
+        self.size = number("size", size, 64)
+        self.block_size = number("block_size", block_size, 32)
+        self.physical_block_size: int = (
+            self.block_size if physical_block_size is None else number("physical_block_size", physical_block_size, 32)
+        )
+        self.max_io_bytes = number("max_io_bytes", max_io_bytes, 32)
+        self.discard_granularity: int = (
+            self.block_size if discard_granularity is None else number("discard_granularity", discard_granularity, 32)
+        )
+        self.rotational = bool(rotational)
+        self.read_only = bool(read_only)
+        self.zone_size = number("zone_size", zone_size, 32)
+        self.max_open_zones = number("max_open_zones", max_open_zones, 32)
+        self.max_active_zones = number("max_active_zones", max_active_zones, 32)
+        self.max_append_bytes: int = (
+            self.max_io_bytes if max_append_bytes is None else number("max_append_bytes", max_append_bytes, 32)
+        )
+        self._check_shape()
 
-    def read(self, offset: int, buf: memoryview) -> MaybeAsync[int | Extent | Zeros | None]:
+    def read(self, offset: int, buf: memoryview, /) -> MaybeAsync[int | Extent | Zeros | None]:
         """Fill ``buf`` with the disk's bytes from ``offset`` on.
 
         ``buf`` is the request's own memory, writable, and lent for the time of the call: used
         afterwards it raises `ValueError`. Objects that hold on to it (a numpy array over it, a slice)
         stay valid memory of their own and never see another request. Fill all of it: what is left
-        untouched are zeros, or ``0xa5`` in `ublk.testing`, so that a test sees it.
+        untouched is zeros, and `testing.POISON` in `ublk.testing`.
 
         In place of that it may return an `Extent` or `Zeros` that covers the request, and is not ``stable``: the engine
         reads from there then. If that is invalidated in the meantime, this is called again, up to 16 times.
         """
         raise NotImplementedError
 
-    def write(self, offset: int, buf: memoryview) -> MaybeAsync[int | Extent | None]:
+    def write(self, offset: int, buf: memoryview, /) -> MaybeAsync[int | Extent | None]:
         """Store the bytes of ``buf`` at ``offset``.
 
         ``buf`` is read-only and lent as in `read`. Without this method the disk is read-only. It may return an `Extent`
@@ -148,15 +170,15 @@ class BlockDevice:
         """
         raise NotImplementedError
 
-    def discard(self, offset: int, length: int) -> MaybeAsync[None]:
+    def discard(self, offset: int, length: int, /) -> MaybeAsync[None]:
         """Forget a range; it may read as anything until it is written again."""
         raise NotImplementedError
 
-    def write_zeroes(self, offset: int, length: int) -> MaybeAsync[None]:
+    def write_zeroes(self, offset: int, length: int, /) -> MaybeAsync[None]:
         """Make a range read as zeros. Without this method the kernel writes pages of zeros."""
         raise NotImplementedError
 
-    def report_zones(self, offset: int, count: int) -> Iterable[Zone]:
+    def report_zones(self, offset: int, count: int, /) -> Iterable[Zone]:
         """Give the zones of a zoned disk from the one at ``offset`` on, ``count`` of them, in order.
 
         A report that contradicts itself or the disk's size fails with the reason in the log; a device whose first
@@ -167,23 +189,23 @@ class BlockDevice:
         """
         raise NotImplementedError
 
-    def zone_append(self, offset: int, buf: memoryview) -> int:
+    def zone_append(self, offset: int, buf: memoryview, /) -> int:
         """Store ``buf`` at the write pointer of the zone at ``offset``, and return the disk's offset where that is."""
         raise NotImplementedError
 
-    def zone_open(self, offset: int) -> None:
+    def zone_open(self, offset: int, /) -> None:
         """Open the zone at ``offset`` explicitly."""
         raise NotImplementedError
 
-    def zone_close(self, offset: int) -> None:
+    def zone_close(self, offset: int, /) -> None:
         """Close the zone at ``offset``."""
         raise NotImplementedError
 
-    def zone_finish(self, offset: int) -> None:
+    def zone_finish(self, offset: int, /) -> None:
         """Make the zone at ``offset`` full."""
         raise NotImplementedError
 
-    def zone_reset(self, offset: int) -> None:
+    def zone_reset(self, offset: int, /) -> None:
         """Make the zone at ``offset`` empty."""
         raise NotImplementedError
 
@@ -194,7 +216,7 @@ class BlockDevice:
             if zone.condition not in (ZoneCondition.CONVENTIONAL, ZoneCondition.EMPTY):
                 self.zone_reset(start)
 
-    def handle(self, requests: Sequence[Request]) -> None:
+    def handle(self, requests: Sequence[Request], /) -> None:
         """Take all requests of a wake-up, and see to it that each of them ends, now or later, on any thread.
 
         In place of all other methods; `operations` says what the disk can do. A request that is dropped without an
@@ -202,7 +224,7 @@ class BlockDevice:
         """
         raise NotImplementedError
 
-    def map(self, op: Op, offset: int, length: int) -> Extent | Zeros | None:
+    def map(self, op: Op, offset: int, length: int, /) -> Extent | Zeros | None:
         """Say where the bytes of a read or write lie, so that they never pass through Python.
 
         Called for each, before `read` or `write`, on the threads of the queues. The engine then reads or writes the
@@ -353,14 +375,22 @@ class BlockDevice:
 
         return _serving.choose(self, report, workers=workers, pull=pull, loop_factory=loop_factory)
 
+    def _check_shape(self) -> None:
+        """Raise `ValueError` for a shape that no disk can have."""
+        served = {"kind": "", "operations": [], "style": "", "coalesce_usecs": 0}
+        check({**self._describe(), **served})
+
     def _check_size(self, size: int) -> None:
         """Refuse a size that the disk cannot have; its own business, here."""
 
     def _describe(self) -> dict[str, Any]:
         """Tell the disk's shape."""
-        if not hasattr(self, "size"):
+        missing = [name for name in _SHAPE if not hasattr(self, name)]
+        if missing:
             name = type(self).__name__
-            raise TypeError(f"{name} has no size: its __init__ must call super().__init__(size=...)")
+            hint = " (in a dataclass, __post_init__ can do so)" if hasattr(self, "__dataclass_fields__") else ""
+            text = f"{name} has no {missing[0]}: its __init__ must call super().__init__(size=...){hint}"
+            raise TypeError(text)
         return {
             "size": number("size", self.size, 64),
             "block_size": number("block_size", self.block_size, 32),

@@ -8,18 +8,22 @@ import asyncio
 import atexit
 import contextlib
 import errno
+import functools
 import logging
+import math
 import os
 import select
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from ublk import _interval, _signals, _ublk, _watchdog
 from ublk._errors import UblkError
+from ublk._log import Limiter, also, log
 from ublk._numbers import number
 from ublk._requests import Requests
+from ublk._running_loop import event_loop
 from ublk._serving import LoopServing, PullServing, Serving
 from ublk._stats import OpStats, Stats
 from ublk._system import DeviceInfo
@@ -35,11 +39,17 @@ if TYPE_CHECKING:
     from ublk._native import NativeDisk
     from ublk._serving import LoopFactory, Native
 
-logger = logging.getLogger("ublk")
-
 _JOIN_SECONDS = 5.0
 # After which a handler that is still running is reported.
 HANG_SECONDS = 30.0
+# For how long a stop waits for handlers.
+STOP_SECONDS = 30.0
+# As long as any.
+_FOREVER = float(1 << 31)
+# For threads that are in the interpreter when it is about to be finalized.
+_LEAVE_SECONDS = 5.0
+# Signals' handlers may keep the stopping of devices from its work so often.
+_ATTEMPTS = 100
 _running: set[Device] = set()
 _running_lock = threading.Lock()
 
@@ -66,6 +76,7 @@ class Device:
     _owner: int
     _start_over: threading.Event
     _stopping: threading.Lock
+    _failures: Limiter
 
     @classmethod
     def _make(
@@ -92,12 +103,15 @@ class Device:
         self._hangs = False
         self._start_over = threading.Event()
         self._stopping = threading.Lock()
+        self._failures = Limiter()
         self._owner = os.getpid()
         if workers is not None and not number("workers", workers, 16):
-            raise ValueError("workers = 0: nobody would serve the device")
+            raise ValueError("workers = 0: no thread would serve the device")
         shape = target._describe()
         if hang_after is not None and not hang_after > 0:
             raise ValueError(f"hang_after = {hang_after}: more than 0 seconds, or None")
+        # Never, which is for the watchdog not to be asked at all.
+        hang_after = None if hang_after == math.inf else hang_after
         self._serving = target._serve(self._report, workers=workers, pull=pull, loop_factory=loop_factory)
         coalesce_usecs = number("coalesce_usecs", coalesce_usecs, 32)
         if isolated:
@@ -153,6 +167,7 @@ class Device:
         """Make the device and serve it on the running loop."""
         if not isinstance(self._serving, LoopServing):
             raise TypeError(f"{type(self._target).__name__} has no coroutine methods: use start()")
+        event_loop("start_async")
         self._serving.is_here = True
         made: list[Native] = []
         try:
@@ -184,6 +199,7 @@ class Device:
             for native in made:
                 native.abandon()
             self._forget()
+            _signals.device_stopped(self)
             raise
         finally:
             self._start_over.set()
@@ -203,24 +219,25 @@ class Device:
             _interval.shorten(self)
         if self._hang_after is not None and isinstance(self._native, _ublk.NativeDevice):
             _watchdog.watch(self._native, self.path, self._hang_after, self._serving.tasks)
-        _signals.device_started()
+        _signals.device_started(self)
 
     def _undo(self, made: list[Native]) -> None:
         """Leave nothing of a start that failed, or was interrupted between any two of its lines."""
-        for native in made:
-            native.stop()
-        self._forget()
+        try:
+            for native in made:
+                native.stop(STOP_SECONDS)
+        finally:
+            self._forget()
+            _signals.device_stopped(self)
 
-    def _forget(self) -> bool:
-        """Take the device for one that does not run; tell whether it was one that does."""
+    def _forget(self) -> None:
+        """Take the device for one that does not run."""
         with _running_lock:
-            known = self in _running
             _running.discard(self)
         _interval.restore(self)
         native = getattr(self, "_native", None)
         if isinstance(native, _ublk.NativeDevice):
             _watchdog.forget(native)
-        return known
 
     def _go_live_later(self) -> None:
         """Go live while somebody takes the requests."""
@@ -305,12 +322,12 @@ class Device:
         """Tell what the device has done since this process serves it."""
         return Stats(OpStats._all(self._native.stats()), self._native.entries)
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: SupportsIndex) -> None:
         """Change the disk's capacity while it is in use. Linux 6.16.
 
         The block device must be able to serve the new size when it grows; its ``size`` follows.
         """
-        number("size", size, 64)
+        size = number("size", size, 64)
         self._target._check_size(size)
         self._native.resize(size)
         self._description["size"] = self._target.size = size
@@ -344,7 +361,9 @@ class Device:
         """
         if self._owner != os.getpid():
             return
-        self._serving.check_stop()
+        self._check_end()
+        if isinstance(self._native, _ublk.NativeDevice) and self._native.served_here:
+            raise RuntimeError("this thread serves the device, too: it cannot wait for that")
         if self.recovery is None:
             raise UblkError(
                 errno.EINVAL, f"{self.path} was not started with recoverable=True: nobody could take it over"
@@ -408,7 +427,7 @@ class Device:
 
     async def wait_async(self) -> None:
         """Wait until the device begins to end, without blocking the event loop. Raises as `wait`."""
-        loop = asyncio.get_running_loop()
+        loop = event_loop("wait_async")
         ending = asyncio.Event()
         # A loop knows one reader for each descriptor.
         descriptor = os.dup(self._native.fileno())
@@ -422,44 +441,98 @@ class Device:
         if self._exception is not None:
             raise self._exception
 
-    def stop(self) -> None:
-        """Stop and delete the device. Requests in flight are finished first; again is harmless.
+    def stop(self, timeout: float | None = STOP_SECONDS, *, cancel: bool = False) -> None:
+        """Stop and delete the device; again is harmless.
 
-        A recoverable device that somebody else has asked to wait for another server is left to that.
+        What becomes of requests that are in flight:
 
-        Raises `UblkError` with ``ETIMEDOUT`` if a handler does not return within a minute, and
-        `RuntimeError` in a handler, which would wait for itself: raise `SystemExit` there. In a forked
-        child it does nothing: the device is its parent's.
+        1. They are finished first. This waits for that for ``timeout`` seconds, or without a limit if it is ``None``.
+        2. After that, those that still have not ended fail with ``EIO``, and the device is deleted. Tasks that serve
+           them are cancelled; with ``cancel``, at once instead of after ``timeout``.
+        3. A plain method that is still running then cannot be ended, nor can a request that the program has taken and
+           keeps. After a few seconds this raises `UblkError` with ``ETIMEDOUT``: the device is still there, and
+           stopping it again tries again. A program that ends leaves without such a method and exits with status 1;
+           `ublk del --dead` removes what is left of its devices.
+
+        In the main thread Ctrl-C, or what another signal's handler raises, ends the wait at once, and the stop goes on
+        in the background as after ``timeout``. Once the program ends, the first signal ends the waits, and the second
+        the process.
+
+        In a handler of another device whose thread serves this one, too, the stop goes on in the background. A
+        recoverable device that another process has asked to wait for another server is left to that. In a forked child
+        this does nothing: the device is its parent's.
+
+        Raises `RuntimeError` in a handler of this device, which would wait for itself: raise `SystemExit` there.
         """
         if self._owner != os.getpid():
             return
-        self._serving.check_stop()
-        self._stop()
+        seconds = _seconds(timeout)
+        self._check_end()
+        native = self._native
+        if isinstance(native, _ublk.NativeDevice) and native.served_here:
+            stop = functools.partial(self._stop_quietly, seconds, cancel)
+            threading.Thread(target=stop, name="ublk-stop", daemon=True).start()
+            return
+        self._stop(seconds, cancel)
 
-    async def stop_async(self) -> None:
-        """Stop and delete the device without blocking the event loop, which serves it meanwhile."""
-        if self._owner == os.getpid():
-            await _to_the_end(self._stop)
+    async def stop_async(self, timeout: float | None = STOP_SECONDS, *, cancel: bool = False) -> None:
+        """Stop and delete the device as `stop`, without blocking the event loop, which serves it meanwhile.
 
-    def _stop(self) -> None:
-        self._end(self._native.stop)
+        Raises `RuntimeError` in a task that serves a request of this device, which would wait for itself: leave it to
+        another task, or raise `SystemExit`.
+        """
+        if self._owner != os.getpid():
+            return
+        seconds = _seconds(timeout)
+        event_loop("stop_async")
+        self._serving.check_task()
+        await _to_the_end(self._stop, seconds, cancel)
+
+    def _check_end(self) -> None:
+        """Raise in a handler of this device, or on the event loop that serves it."""
+        native = self._native
+        if isinstance(native, _ublk.NativeDevice) and native.in_handler:
+            raise RuntimeError("a handler cannot wait for its own device to stop; raise SystemExit instead")
+        self._serving.check_task()
+        self._serving.check_loop()
+
+    def _stop(self, seconds: float = STOP_SECONDS, cancel: bool = False) -> None:
+        if cancel:
+            self._serving.cancel()
+        self._end(functools.partial(self._native.stop, seconds))
 
     def _end(self, end: Callable[[], None]) -> None:
         self._stopped = True
-        self._serving.abandon()
         try:
-            end()
+            try:
+                self._serving.abandon()
+            finally:
+                # Whatever that has raised.
+                end()
         except BaseException as error:
             # It may still have to be stopped, by a handler's exit say.
             self._stopped = self._native.stopped
-            self._hangs = isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT
+            interrupted = not isinstance(error, Exception)
+            self._hangs = interrupted or (isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT)
+            if interrupted and not self._stopped:
+                # What goes on in the background is over soon, and somebody has to see to the rest then.
+                self._native.expedite()
+                with contextlib.suppress(RuntimeError):
+                    threading.Thread(target=self._stop_quietly, name="ublk-stop", daemon=True).start()
             raise
         finally:
             # After a time-out it still runs, and may be stopped again.
             if self._native.stopped:
-                if self._forget():
-                    _signals.device_stopped()
-                self._serving.release()
+                self._over()
+
+    def _over(self) -> None:
+        """Let go of everything that a device has while it runs."""
+        self._forget()
+        _signals.device_stopped(self)
+        self._serving.cancel()
+        self._serving.release()
+        for key, count in self._failures.rest().items():
+            log(logging.ERROR, "%s failed %d more times", key, count)
 
     def __enter__(self) -> Self:
         return self
@@ -485,10 +558,14 @@ class Device:
         """Take an exception of a handler that is no errno; called on a queue's thread."""
         name = f"{type(self._target).__name__}.{operation}"
         if isinstance(exception, Exception):
-            logger.error("%s failed; the request gets EIO", name, exc_info=exception)
+            left_out = self._failures.admit(f"{name} ({type(exception).__name__})")
+            if left_out is not None:
+                log(logging.ERROR, "%s failed; the request gets EIO%s", name, also(left_out), error=exception)
             return
-        logger.error("%s raised %s; the device stops", name, type(exception).__name__)
-        self._die(exception)
+        try:
+            log(logging.ERROR, "%s raised %s; the device stops", name, type(exception).__name__)
+        finally:
+            self._die(exception)
 
     def _die(self, exception: BaseException) -> None:
         """Stop the device, and give the exception to whoever waits for it."""
@@ -503,14 +580,23 @@ class Device:
         native = self._native
         return self._hangs and isinstance(native, _ublk.NativeDevice) and bool(native.busy())
 
-    def _stop_quietly(self) -> None:
+    def _stop_quietly(self, seconds: float = STOP_SECONDS, cancel: bool = False) -> None:
         # A handler may end the device before `start` has finished with it, or given it up.
         self._start_over.wait()
         try:
             if hasattr(self, "_native"):
-                self._stop()
+                self._stop(seconds, cancel)
         except UblkError as error:
-            logger.error("stopping %s: %s", self.path, error)
+            log(logging.ERROR, "stopping %s: %s", self.path, error)
+
+
+def _seconds(timeout: float | None) -> float:
+    """Check a time-out."""
+    if timeout is None:
+        return _FOREVER
+    if not timeout >= 0:
+        raise ValueError(f"timeout = {timeout}: 0 seconds or more, or None")
+    return min(float(timeout), _FOREVER)
 
 
 async def _to_the_end(function: Callable[..., None], *arguments: object) -> None:
@@ -528,34 +614,60 @@ async def _to_the_end(function: Callable[..., None], *arguments: object) -> None
 
 
 def _stop_all() -> None:
-    """Leave nothing behind when the interpreter exits."""
-    with _running_lock:
-        devices = list(_running)
+    """Leave nothing behind when the interpreter exits, whatever loggers and signals' handlers raise."""
+    for _ in range(_ATTEMPTS):
+        try:
+            with _signals.hurrying(_expedite_all):
+                _stop_running()
+            return
+        except BaseException:
+            # From a signal's handler, at any place; again, with what is left.
+            continue
+
+
+def _expedite_all() -> None:
+    """End all waits for handlers."""
+    for device in list(_running):
+        device._native.expedite()
+
+
+def _stop_running() -> None:
+    deadline = time.monotonic() + STOP_SECONDS
     hang = False
-    for device in devices:
+    for device in list(_running):
         if not device._is_hung():
-            logger.warning("%s was still running when the program ended", device.path)
+            _try(log, logging.WARNING, "%s was still running when the program ended", device.path)
             try:
-                device.stop()
-            except UblkError as error:
-                logger.error("stopping %s: %s", device.path, error)
+                device._stop(max(0.0, deadline - time.monotonic()))
+            except Exception as error:
+                _try(log, logging.ERROR, "stopping %s: %s", device.path, error)
         hang = hang or device._is_hung()
     if hang:
         # The interpreter's end would take away what a thread needs that is still in a handler.
-        logger.critical("a handler hangs: the program ends without further ado; `ublk del --dead` removes its devices")
-        sys.stdout.flush()
-        sys.stderr.flush()
+        text = "a handler is stuck; exiting immediately, `ublk del --dead` removes the program's devices"
+        _try(log, logging.CRITICAL, text)
+        _try(sys.stdout.flush)
+        _try(sys.stderr.flush)
         os._exit(1)
     for thread in running():
         thread.join(_JOIN_SECONDS)
 
 
+def _try(function: Callable[..., object], *arguments: object) -> None:
+    """Call something of the program's that must not keep devices from being stopped."""
+    with contextlib.suppress(BaseException):
+        function(*arguments)
+
+
+# Handlers run from the last to the first: when all devices are stopped, their threads are kept out of the interpreter.
+atexit.register(_ublk.close_gate, _LEAVE_SECONDS)
 atexit.register(_stop_all)
 
 
 def _in_forked_child() -> None:
     """Forget the parent's devices, and the lock that one of its threads may have held."""
     global _running_lock
+    _ublk.after_fork()
     _running_lock = threading.Lock()
     _running.clear()
 

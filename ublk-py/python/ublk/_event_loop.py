@@ -70,6 +70,8 @@ class LoopServer:
         self._die = die
         # What is under way, by a number: when it began, its request, and the coroutine that serves that.
         self._serving: dict[int, tuple[float, Request, Coroutine[Any, Any, None]]] = {}
+        # The tasks of those coroutines, once they have begun to wait.
+        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._count = 0
         # What was taken and is not in there yet: a signal's handler may raise anything at any place.
         self._hand: list[weakref.ref[Request]] = []
@@ -142,6 +144,22 @@ class LoopServer:
         except RuntimeError:
             return False
 
+    def is_current_task(self) -> bool:
+        """Whether this is a task that serves a request."""
+        task = asyncio.current_task(self._loop) if self.is_current() else None
+        return task is not None and any(task.get_coro() is served[2] for served in self._serving.values())
+
+    def cancel(self) -> None:
+        """Cancel the tasks that serve requests; from any thread."""
+        if self._loop is not None:
+            # A loop that is closed has cancelled them itself.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._cancel_tasks)
+
+    def _cancel_tasks(self) -> None:
+        for task in list(self._tasks.values()):
+            task.cancel()
+
     def abandon(self) -> None:
         """Fail the queue's requests if the loop that served them runs no more."""
         if self._loop is None or self._loop.is_running():
@@ -194,7 +212,11 @@ class LoopServer:
             if task.done():
                 del self._serving[number]
             else:
-                task.add_done_callback(functools.partial(self._serving.pop, number))
+                self._tasks[number] = task
+                task.add_done_callback(functools.partial(self._done, number))
+
+    def _done(self, number: int, _task: asyncio.Task[None]) -> None:
+        del self._serving[number], self._tasks[number]
 
     def _task(self, coroutine: Coroutine[Any, Any, None], eager: bool) -> asyncio.Task[None]:
         assert self._loop is not None

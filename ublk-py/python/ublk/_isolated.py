@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ublk import _device, _isolated_server, _ublk
 from ublk._errors import UblkError
+from ublk._log import log
 from ublk._native import NativeDisk
 from ublk._serving import PullServing, Serving
 
@@ -40,12 +42,11 @@ if TYPE_CHECKING:
     from ublk._isolated_server import Answer
     from ublk._serving import Native, Report
 
-logger = logging.getLogger("ublk")
-
 # A process that imports what the program imports, and then has the kernel read the disk.
 _START_SECONDS = 120.0
-# The other side gives up a stop after a minute by itself.
 _ANSWER_SECONDS = 75.0
+# For the other side's part of a stop, besides the wait for handlers.
+_STOP_SECONDS = 15.0
 _EXIT_SECONDS = 5.0
 _GIVE_UP_SECONDS = 30.0
 
@@ -133,6 +134,7 @@ class RemoteDevice:
         weakref.finalize(self, os.close, self._ended).atexit = False
         self._owner = os.getpid()
         self._fake = fake
+        self._is_expedited = False
         self._control, control = _spawn.Pipe()
         self._events, events = _spawn.Pipe(duplex=False)
         levels = {name: logging.getLogger(name).level for name in ("", "ublk")}
@@ -194,13 +196,17 @@ class RemoteDevice:
         """Change the disk's capacity."""
         self._ask("resize", size)
 
-    def stop(self) -> None:
-        """Have the device deleted, and the process gone."""
-        self._finish("stop")
+    def stop(self, seconds: float) -> None:
+        """Have the device deleted, and the process gone. It waits for handlers for so many seconds."""
+        self._finish("stop", seconds)
 
     def leave(self) -> None:
         """Have the device left to another server, and the process gone."""
         self._finish("leave")
+
+    def expedite(self) -> None:
+        """Have a stop wait no longer for handlers."""
+        self._is_expedited = True
 
     def abandon(self) -> None:
         """Have the process gone, whatever becomes of the device."""
@@ -215,13 +221,13 @@ class RemoteDevice:
         with self._lock:
             return self._last[question] if question in self._last else self._ask_locked(question, *arguments)
 
-    def _ask_locked(self, question: str, *arguments: object) -> Any:
+    def _ask_locked(self, question: str, *arguments: object, seconds: float = _ANSWER_SECONDS) -> Any:
         number = next(self._numbers)
         try:
             self._control.send((number, question, arguments))
         except OSError:
             raise self._dead() from None
-        return self._receive(number, _ANSWER_SECONDS)
+        return self._receive(number, seconds)
 
     def _receive(self, number: int, seconds: float) -> Any:
         deadline = time.monotonic() + seconds
@@ -258,7 +264,11 @@ class RemoteDevice:
         served = f"served {self.path}" if self.id >= 0 else "was to serve the device"
         return UblkError(errno.EOWNERDEAD, f"process {self._process.pid}, which {served}, {how}")
 
-    def _finish(self, question: str) -> None:
+    def _finish(self, question: str, seconds: float | None = None) -> None:
+        if self._is_expedited and seconds is not None:
+            seconds = 0.0
+        arguments = () if seconds is None else (seconds,)
+        patience = _ANSWER_SECONDS if seconds is None else seconds + _STOP_SECONDS
         with self._lock:
             if self.stopped:
                 return
@@ -268,7 +278,7 @@ class RemoteDevice:
                 return
             try:
                 # Not again, if only the end of the process was not waited for.
-                self._last = self._last or self._ask_locked(question)
+                self._last = self._last or self._ask_locked(question, *arguments, seconds=patience)
             except UblkError as error:
                 if error.errno != errno.EOWNERDEAD:
                     raise
@@ -288,7 +298,7 @@ class RemoteDevice:
             if _ublk.device(self.id)["pid"] not in (None, self._process.pid):
                 return
             if self.recovery is not None:
-                logger.warning("%s waits for another server: ublk.recover(%d, ...)", self.path, self.id)
+                log(logging.WARNING, "%s waits for another server: ublk.recover(%d, ...)", self.path, self.id)
             else:
                 _ublk.delete(self.id, True)
         except UblkError as error:
@@ -360,12 +370,12 @@ def _end_left() -> None:
     for remote in list(_remotes):
         if remote.stopped or remote._owner != os.getpid():
             continue
-        for end in (remote.stop, remote.kill):
+        for end in (functools.partial(remote.stop, _device.STOP_SECONDS), remote.kill):
             try:
                 end()
                 break
             except UblkError as error:
-                logger.error("stopping the device of process %s: %s", remote._process.pid, error)
+                log(logging.ERROR, "stopping the device of process %s: %s", remote._process.pid, error)
 
 
 _ends_with_worker = -1

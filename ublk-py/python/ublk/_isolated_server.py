@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ublk import _ublk
 from ublk._device import recover
 from ublk._errors import UblkError
+from ublk._log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from ublk._block_device import BlockDevice
     from ublk._device import Device
-
-logger = logging.getLogger("ublk")
 
 # So many log records wait for the program to take them; then they are lost. It must never hold up the disk.
 _RECORDS = 10_000
@@ -216,7 +215,7 @@ def _orphaned(device: Device, announced: bool) -> None:
             device.quiesce()
             return
     except UblkError as error:
-        logger.error("leaving %s: %s", device.path, error)
+        log(logging.ERROR, "leaving %s: %s", device.path, error)
     # As if killed: the driver then keeps the device for another server.
     os._exit(1)
 
@@ -224,11 +223,11 @@ def _orphaned(device: Device, announced: bool) -> None:
 def _answer(device: Device, control: Connection, number: int, question: str, arguments: tuple[Any, ...]) -> bool:
     """Answer a question; tell whether it was the last one."""
     native = device._native
-    ends: dict[str, Callable[[], None]] = {"stop": device.stop, "leave": device.quiesce}
+    ends: dict[str, Callable[..., None]] = {"stop": device.stop, "leave": device.quiesce}
     try:
         value: Any = None
         if question in ends:
-            ends[question]()
+            ends[question](*arguments)
             value = {"stats": native.stats(), "entries": native.entries}
         elif question == "resize":
             device.resize(*arguments)

@@ -4,11 +4,18 @@
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
 
-def number(name: str, value: object, bits: int) -> int:
-    """Check that a value is an integer of so many bits."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if not 0 <= value < 1 << bits:
-        raise ValueError(f"{name} = {value}: 0 to {(1 << bits) - 1} are possible")
-    return value
+
+def number(name: str, value: SupportsIndex, bits: int) -> int:
+    """Return a value as an `int`, if it is an integer of so many bits: an `int`, or what has ``__index__``."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not bool")
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+    if not 0 <= integer < 1 << bits:
+        raise ValueError(f"{name} = {integer}: 0 to {(1 << bits) - 1} are possible")
+    return integer

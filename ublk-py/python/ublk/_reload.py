@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ublk import _signals
 from ublk._device import recover
 from ublk._errors import UblkError
+from ublk._log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     # What tells one state of a file from another.
     Stamp = tuple[int, int, int]
 
-logger = logging.getLogger("ublk")
 
 POLL_SECONDS = 0.3
 
@@ -149,7 +149,7 @@ class Reloader:
             text = "--reload needs UBLK_F_QUIESCE: Linux 6.16 or newer, or the driver of this project"
             raise UblkError(errno.EOPNOTSUPP, text)
         # Between two servers there is a device all the same, which SIGTERM must not leave behind.
-        _signals.device_started()
+        _signals.device_started(self)
         self._counted = True
         return self.device
 
@@ -160,7 +160,7 @@ class Reloader:
         finally:
             if self._counted:
                 self._counted = False
-                _signals.device_stopped()
+                _signals.device_stopped(self)
 
     def wait(self, seconds: float) -> bool:
         """Wait for the device's end; tell whether it came within so many seconds."""
@@ -190,13 +190,13 @@ class Reloader:
         except (Exception, SystemExit) as error:
             cause = error.__cause__ or error
             if self._next is not None:
-                logger.error("a handler of the old code hangs; the new one serves once it returns: %s", error)
+                log(logging.ERROR, "a handler of the old code hangs; the new one serves once it returns: %s", error)
             elif self.device.running:
-                logger.error("the new code does not work, the old goes on: %s", error, exc_info=cause)
+                log(logging.ERROR, "the new code does not work, the old goes on: %s", error, error=cause)
             else:
                 raise
             return False
-        logger.warning("%s is served by new code", self.device.path)
+        log(logging.WARNING, "%s is served by new code", self.device.path)
         return True
 
     def _replace(self, new: BlockDevice) -> None:

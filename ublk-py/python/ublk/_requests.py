@@ -18,13 +18,15 @@ import weakref
 from typing import TYPE_CHECKING
 
 from ublk import _signals
+from ublk._log import Limiter, also, log
+from ublk._running_loop import event_loop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from ublk._ublk import PullQueue, Request
 
-logger = logging.getLogger("ublk")
+_dropped = Limiter()
 
 # For requests that an iteration was left with.
 _GRACE_SECONDS = 1.0
@@ -52,7 +54,10 @@ def dropped(what: str) -> None:
         place = "when its handler had returned"
     else:
         place = f"at {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-    logger.warning("request %s was dropped %s and gets EIO: end requests by complete() or fail()", what, place)
+    left_out = _dropped.admit(place)
+    if left_out is not None:
+        text = "request %s was dropped %s and gets EIO: end requests by complete() or fail()%s"
+        log(logging.WARNING, text, what, place, also(left_out))
 
 
 def _unfinished(hand: list[weakref.ref[Request]]) -> list[Request]:
@@ -97,7 +102,7 @@ class Requests:
 
     async def __aiter__(self) -> AsyncIterator[Request]:
         """Wait for requests on the running event loop."""
-        loop = asyncio.get_running_loop()
+        loop = event_loop("async for")
         ready = asyncio.Event()
         with self._consumer() as (descriptors, hand), _signals.waking(loop):
             waiting = list(descriptors)

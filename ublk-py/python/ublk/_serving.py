@@ -4,20 +4,21 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
-import threading
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ublk import _ublk
 from ublk._event_loop import LoopServer
 from ublk._requests import Op, Requests
-from ublk._threads import spawn, threads
+from ublk._threads import spawn
 from ublk._zones import reporter
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import TypeAlias
 
     from ublk._block_device import BlockDevice
@@ -80,10 +81,14 @@ class Serving:
         """Tell the requests that tasks have: a number, seconds, and the task's stack."""
         return []
 
-    def check_stop(self) -> None:
-        """Raise if a stop from here would wait for itself."""
-        if threading.current_thread() in threads:
-            raise RuntimeError("a handler cannot wait for its own device to stop; raise SystemExit instead")
+    def check_task(self) -> None:
+        """Raise in a task that serves a request of the device."""
+
+    def check_loop(self) -> None:
+        """Raise on the event loop that serves the device."""
+
+    def cancel(self) -> None:
+        """Cancel tasks that serve requests of the device."""
 
     def abandon(self) -> None:
         """Let requests fail that nobody will take any more; called before the device stops."""
@@ -162,11 +167,21 @@ class LoopServing(Serving):
             found += [(number * len(self._servers) + n, seconds, stack) for number, seconds, stack in server.waiting()]
         return found
 
-    def check_stop(self) -> None:
-        """Raise in a task of the loop."""
+    def check_task(self) -> None:
+        """Raise in a task that serves a request of the device."""
+        if any(server.is_current_task() for server in self._servers):
+            text = "a handler cannot wait for its own device to stop; raise SystemExit, or stop it in another task"
+            raise RuntimeError(text)
+
+    def check_loop(self) -> None:
+        """Raise on the event loop that serves the device."""
         if any(server.is_current() for server in self._servers):
             raise RuntimeError("this event loop serves the device: use `await device.stop_async()`, or `async with`")
-        super().check_stop()
+
+    def cancel(self) -> None:
+        """Cancel tasks that serve requests of the device."""
+        for server in self._servers:
+            server.cancel()
 
     def abandon(self) -> None:
         """Fail requests whose loop is closed."""
@@ -207,9 +222,85 @@ def _zone_methods(target: BlockDevice) -> Handlers:
         return {}
     if report is None or found["zone_reset"] is None:
         raise TypeError(f"{name} has a zone_size, and not the methods report_zones and zone_reset")
-    if any(map(inspect.iscoroutinefunction, (report, *found.values()))):
+    if any(map(_is_coroutine, (report, *found.values()))):
         raise TypeError(f"{name}: the methods for zones are plain ones")
     return {**found, "zone_reset_all": target.zone_reset_all, "report_zones": reporter(target, report)}
+
+
+# How the methods are called.
+_CALLS = {
+    "read": ("offset", "buf"),
+    "write": ("offset", "buf"),
+    "flush": (),
+    "discard": ("offset", "length"),
+    "write_zeroes": ("offset", "length"),
+    "handle": ("requests",),
+    "map": ("op", "offset", "length"),
+    "report_zones": ("offset", "count"),
+    "zone_append": ("offset", "buf"),
+    "zone_open": ("offset",),
+    "zone_close": ("offset",),
+    "zone_finish": ("offset",),
+    "zone_reset": ("offset",),
+    "zone_reset_all": (),
+}
+# What other libraries call them.
+_OTHER_NAMES = {
+    "pread": "read",
+    "pwrite": "write",
+    "fsync": "flush",
+    "fdatasync": "flush",
+    "sync": "flush",
+    "trim": "discard",
+    "unmap": "discard",
+    "zero": "write_zeroes",
+    "zeroes": "write_zeroes",
+    "write_same": "write_zeroes",
+}
+
+
+def _check_methods(target: BlockDevice) -> None:
+    """Raise for methods that cannot be called as they will be, and warn of those that look like misspelt ones."""
+    name = type(target).__name__
+    for method, arguments in _CALLS.items():
+        function = target._overridden(method)
+        if function is None:
+            continue
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):
+            # Of a function in C, say.
+            continue
+        try:
+            signature.bind(*arguments)
+        except TypeError as error:
+            call = f"{method}({', '.join(arguments)})"
+            raise TypeError(f"{name}.{method}{signature} cannot be called as {call}: {error}") from None
+    for found in _unknown_methods(type(target)):
+        near = difflib.get_close_matches(found, _CALLS, n=1, cutoff=0.85)
+        meant = _OTHER_NAMES.get(found) or (near[0] if near else None)
+        if meant is not None and target._overridden(meant) is None:
+            text = f"{name}.{found} is never called by ublk: is it meant to be {meant}()?"
+            warnings.warn(text, UserWarning, stacklevel=6)
+
+
+def _unknown_methods(kind: type[BlockDevice]) -> Iterator[str]:
+    """Find methods of a class that ublk does not know."""
+    root = next(base for base in reversed(kind.__mro__) if "_overridden" in vars(base))
+    known = vars(root)
+    for base in kind.__mro__[: kind.__mro__.index(root)]:
+        # What is mixed in is for something else.
+        if not issubclass(base, root):
+            continue
+        for member, value in vars(base).items():
+            if member not in known and not member.startswith("_") and inspect.isroutine(value):
+                yield member
+
+
+def _is_coroutine(method: Callable[..., Any] | None) -> bool:
+    """Whether a call of this gives a coroutine: of a function, or of an object whose ``__call__`` is one."""
+    call = inspect.getattr_static(type(method), "__call__", None)
+    return inspect.iscoroutinefunction(method) or inspect.iscoroutinefunction(call)
 
 
 def choose(
@@ -222,10 +313,11 @@ def choose(
 ) -> Serving:
     """Find out how a block device wants to be served."""
     name = type(target).__name__
+    _check_methods(target)
     methods: Handlers = {op: target._overridden(op) for op in Op}
     written = [op for op, method in methods.items() if method is not None]
     handle = target._overridden("handle")
-    coroutines = [op for op in written if inspect.iscoroutinefunction(methods[op])]
+    coroutines = [op for op in written if _is_coroutine(methods[op])]
     if (pull or handle is not None) and target.zone_size:
         raise ValueError(f"{name} is zoned: plain methods serve it")
     if pull:
@@ -238,7 +330,7 @@ def choose(
         others = [*written, *(["map"] if target._overridden("map") is not None else [])]
         if others:
             raise TypeError(f"{name} has handle() and {others[0]}(): which one is meant?")
-        if inspect.iscoroutinefunction(handle):
+        if _is_coroutine(handle):
             raise TypeError(f"{name}.handle is a coroutine function; `async for` over a pulling device does that")
         if workers is not None or loop_factory is not None:
             raise ValueError("handle() runs on the threads of the queues: no workers, no event loop")
@@ -257,7 +349,7 @@ def choose(
     if zones:
         handlers["zones"] = zones
     if mapping is not None:
-        if inspect.iscoroutinefunction(mapping):
+        if _is_coroutine(mapping):
             raise TypeError(f"{name}.map is a coroutine function; it is called on the threads of the queues")
         handlers |= {"read": target.read, "map": mapping}
         written = [*_declared(target), *written]

@@ -10,16 +10,18 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
+from ublk import _ublk
+
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 # Signal handlers and finalizers may come in between.
 _lock = threading.RLock()
-_devices = 0
+_devices: set[object] = set()
 _replaced: dict[int, Any] = {}
 
 
@@ -28,6 +30,11 @@ class Terminated(SystemExit):
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:
+    if not _devices:
+        # The last device was stopped by another thread, and this one has not put the signals back yet.
+        _put_back()
+        signal.raise_signal(number)
+        return
     raise Terminated(128 + number)
 
 
@@ -111,11 +118,10 @@ def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
             os.close(descriptor)
 
 
-def device_started() -> None:
+def device_started(device: object) -> None:
     """Take over the signals whose default action is to kill, if the main thread starts the device."""
-    global _devices
     with _lock:
-        _devices += 1
+        _devices.add(device)
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
@@ -123,24 +129,36 @@ def device_started() -> None:
                 _replaced[number] = signal.signal(number, _terminate)
 
 
-def device_stopped() -> None:
-    """Give the signals back with the last device."""
-    global _devices
+def device_stopped(device: object) -> None:
+    """Put the signals back with the last device: at once in the main thread, else when that gets to it."""
     with _lock:
-        _devices -= 1
-        if _devices > 0 or threading.current_thread() is not threading.main_thread():
+        _devices.discard(device)
+        if _devices or not _replaced:
             return
-        while _replaced:
+    if threading.current_thread() is threading.main_thread():
+        _put_back()
+        return
+    # If there is no place for the call, the first signal does it.
+    with contextlib.suppress(RuntimeError):
+        _ublk.call_in_main_thread(_put_back)
+
+
+def _put_back() -> None:
+    """Put the signals back as they were before the first device, unless one has started meanwhile."""
+    with _lock:
+        while _replaced and not _devices:
             number, previous = _replaced.popitem()
             if signal.getsignal(number) is _terminate:
                 signal.signal(number, previous)
 
 
 def _in_forked_child() -> None:
-    """Forget the parent's devices, and the lock that one of its threads may have held."""
-    global _lock, _devices, _pipe, _waiting
+    """Forget the parent's devices and its signals, and the lock that one of its threads may have held."""
+    global _lock, _pipe, _waiting
     _lock = threading.RLock()
-    _devices = _waiting = 0
+    _devices.clear()
+    _waiting = 0
+    _put_back()
     if _pipe is not None:
         # Its signals are none of the parent's.
         present = signal.set_wakeup_fd(-1)
@@ -169,3 +187,34 @@ def deferred() -> Iterator[None]:
             signal.signal(wanted, signal.SIG_DFL if handler is None else handler)
         if came:
             signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
+def hurrying(hurry: Callable[[], None]) -> Iterator[None]:
+    """Have SIGINT, SIGTERM and SIGHUP call a function in place of their handlers, and end the process the second time.
+
+    For the main thread, while the program ends. Signals that are ignored or kill the process still do so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def again(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            os._exit(128 + number)
+        hurry()
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, *_SIGNALS):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                before[number] = handler
+                signal.signal(number, again)
+        yield
+    finally:
+        for replaced, handler in before.items():
+            if signal.getsignal(replaced) is again:
+                signal.signal(replaced, handler)

@@ -11,12 +11,12 @@ import threading
 import traceback
 from typing import TYPE_CHECKING
 
+from ublk._log import log
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ublk._ublk import NativeDevice
-
-logger = logging.getLogger("ublk")
 
 _wake = threading.Condition()
 _watched: dict[NativeDevice, _Watched] = {}
@@ -72,7 +72,8 @@ def _run() -> None:
                 _wake.wait()
                 continue
             shortest = min(watched.seconds for watched in _watched.values())
-            _wake.wait(shortest / 2)
+            # Some cannot be waited for, infinity say.
+            _wake.wait(min(shortest / 2, threading.TIMEOUT_MAX))
             devices = list(_watched.items())
         for native, watched in devices:
             _look(native, watched)
@@ -89,11 +90,18 @@ def _look(native: NativeDevice, watched: _Watched) -> None:
             watched.reported.add(key)
             stack = "".join(traceback.format_stack(frames[thread]))
             name = names.get(thread, str(thread))
-            logger.warning("%s: a handler has run for %.1f s on thread %s:\n%s", watched.path, seconds, name, stack)
+            log(
+                logging.WARNING,
+                "%s: a handler has run for %.1f s on thread %s:\n%s",
+                watched.path,
+                seconds,
+                name,
+                stack,
+            )
     for number, seconds, stack in watched.tasks():
         key = (0, number)
         calls.add(key)
         if seconds >= watched.seconds and key not in watched.reported:
             watched.reported.add(key)
-            logger.warning("%s: a task has had a request for %.1f s:\n%s", watched.path, seconds, stack)
+            log(logging.WARNING, "%s: a task has had a request for %.1f s:\n%s", watched.path, seconds, stack)
     watched.reported &= calls

@@ -9,20 +9,24 @@ as in earnest, and gives a file on it::
         file.pwrite(4096, b"x" * 4096)
         assert file.pread(4096, 4096) == b"x" * 4096
 
-What it does not have is the block layer's: no page cache, no reordering, no partitions.
+The memory of a read is filled with `POISON` before its handler runs, so that bytes that the handler leaves untouched
+are seen. What it does not have is the block layer's: no page cache, no reordering, no partitions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
+import threading
 from typing import TYPE_CHECKING, Any, Self
 
 from ublk import _ublk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import TracebackType
 
     from typing_extensions import Buffer
 
@@ -30,7 +34,42 @@ if TYPE_CHECKING:
     from ublk._device import Device
     from ublk._native import NativeDisk
 
-__all__ = ["File", "open"]
+__all__ = ["POISON", "File", "open"]
+
+POISON = 0xA5
+"""Each byte of a read that its handler has not filled."""
+
+# The block layer counts the sectors of a request in 32 bits.
+_MAX_SECTORS = (1 << 32) - 1
+
+
+class _Ranges:
+    """Ranges that writes are at work on: whole blocks together, but parts of blocks alone.
+
+    A part of a block is written by reading, changing and writing the block, which would undo what others write to it
+    meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._busy: list[tuple[int, int, bool]] = []
+
+    @contextlib.contextmanager
+    def locked(self, first: int, last: int, *, alone: bool) -> Iterator[None]:
+        mine = (first, last, alone)
+        with self._changed:
+            self._changed.wait_for(lambda: not any(self._conflict(mine, other) for other in self._busy))
+            self._busy.append(mine)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy.remove(mine)
+                self._changed.notify_all()
+
+    @staticmethod
+    def _conflict(one: tuple[int, int, bool], other: tuple[int, int, bool]) -> bool:
+        return (one[2] or other[2]) and one[0] < other[1] and other[0] < one[1]
 
 
 class File(io.RawIOBase):
@@ -38,7 +77,10 @@ class File(io.RawIOBase):
 
     Offsets and lengths are bytes. What is longer than a request can be becomes several. What does not begin and end
     with a block is read, changed and written back, as the page cache does. A request that fails raises `OSError`
-    with its errno. Threads may use `pread` and `pwrite` at the same time.
+    with its errno. Threads may use `pread`, `pwrite` and the other methods that take offsets at the same time.
+
+    Closing flushes and stops the device; so does leaving the ``with`` block, unless by an exception: then nothing is
+    flushed, as with `abort`. If stopping fails, the file is still open, and closing it again tries again.
     """
 
     def __init__(self, disk: BlockDevice | NativeDisk, **options: Any) -> None:
@@ -47,12 +89,22 @@ class File(io.RawIOBase):
             raise ValueError("a disk without a kernel is served in this process: it cannot be isolated")
         self._driver = _ublk.FakeDriver()
         self._position = 0
+        self._ranges = _Ranges()
         self.device: Device = disk.start(**options, _driver=self._driver)
         """The running device."""
         self.device.wait_ready()
 
     def __enter__(self) -> Self:
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        """Close the file; after an exception as `abort`."""
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
 
     @property
     def size(self) -> int:
@@ -77,7 +129,10 @@ class File(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """Move there."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
+        if whence not in bases:
+            raise ValueError(f"invalid whence ({whence}, should be {', '.join(map(str, bases))})")
+        base = bases[whence]
         if base + offset < 0:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._position = base + offset
@@ -86,7 +141,8 @@ class File(io.RawIOBase):
     def readinto(self, buffer: Buffer, /) -> int:
         """Read from the present position on; less at the disk's end."""
         view = memoryview(buffer).cast("B")
-        data = self.pread(self._position, min(len(view), max(self.size - self._position, 0)))
+        length = min(len(view), max(self.size - self._position, 0))
+        data = self.pread(self._position, length) if length else b""
         view[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -109,20 +165,27 @@ class File(io.RawIOBase):
         if not self.writable():
             raise io.UnsupportedOperation("the disk is read-only")
         content = memoryview(data).cast("B").tobytes()
-        self._check(offset, len(content), errno.ENOSPC)
-        first, last = self._blocks(offset, len(content))
-        if offset > first:
-            content = self.pread(first, offset - first) + content
-        if first + len(content) < last:
-            content += self.pread(first + len(content), last - first - len(content))
-        for at, size in self._requests(first, last):
-            self._driver.write(self.device.id, at, content[at - first :][:size])
-        return len(memoryview(data).cast("B"))
+        length, end = len(content), offset + len(content)
+        self._check(offset, length, errno.ENOSPC)
+        first, last = self._blocks(offset, length)
+        with self._ranges.locked(first, last, alone=offset > first or end < last):
+            block = self.device.block_size
+            head = tail = b""
+            if offset > first:
+                head = self.pread(first, block)
+            if end < last:
+                # The last block may be the first one.
+                tail = head if head and last - first == block else self.pread(last - block, block)
+            content = head[: offset - first] + content + tail[block - (last - end) :]
+            for at, size in self._requests(first, last):
+                self._driver.write(self.device.id, at, content[at - first :][:size])
+        return length
 
     def flush(self) -> None:
         """Make what was written durable; nothing, for disks without a cache."""
-        # Closing flushes, also a file whose device could not be started.
-        if not self.closed and hasattr(self, "device") and "flush" in self.device.operations:
+        # Closing flushes, also a file whose device could not be started, or has ended.
+        running = not self.closed and hasattr(self, "device") and self.device.running
+        if running and "flush" in self.device.operations:
             self._driver.flush(self.device.id)
 
     def discard(self, offset: int, length: int) -> None:
@@ -130,25 +193,45 @@ class File(io.RawIOBase):
         if "discard" not in self.device.operations:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         self._check_aligned(offset, length)
-        self._driver.discard(self.device.id, offset, length)
+        with self._ranges.locked(offset, offset + length, alone=False):
+            for at, size in self._long_requests(offset, offset + length):
+                self._driver.discard(self.device.id, at, size)
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Zero whole blocks; by writing them, if the disk has no better way."""
         self._check_aligned(offset, length)
         if "write_zeroes" in self.device.operations:
-            self._driver.write_zeroes(self.device.id, offset, length)
+            with self._ranges.locked(offset, offset + length, alone=False):
+                for at, size in self._long_requests(offset, offset + length):
+                    self._driver.write_zeroes(self.device.id, at, size)
         else:
-            self.pwrite(offset, bytes(length))
+            for at, size in self._requests(offset, offset + length):
+                self.pwrite(at, bytes(size))
 
     def close(self) -> None:
         """Stop the device. Raises `AssertionError` if the library has broken a rule of the driver."""
         if self.closed:
             return
+        if hasattr(self, "device"):
+            # A handler would wait for itself, and so would the flush.
+            self.device._check_end()
         try:
-            super().close()
+            self.flush()
         finally:
-            if hasattr(self, "device"):
-                self.device.stop()
+            self._stop()
+
+    def abort(self) -> None:
+        """Stop the device as if the power had gone.
+
+        Nothing is flushed, requests in flight fail, and tasks that serve them are cancelled. Raises as `close`.
+        """
+        if not self.closed:
+            self._stop(timeout=0, cancel=True)
+
+    def _stop(self, **how: Any) -> None:
+        if hasattr(self, "device"):
+            self.device.stop(**how)
+        super().close()
         # Collecting one that could not be made closes it too.
         if hasattr(self, "_driver"):
             broken = self._driver.violations()
@@ -162,6 +245,11 @@ class File(io.RawIOBase):
     def _requests(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Divide a range into requests."""
         step = self.device.max_io_bytes
+        return ((at, min(step, last - at)) for at in range(first, last, step))
+
+    def _long_requests(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Divide a range into requests without data."""
+        step = _MAX_SECTORS * 512 // self.device.block_size * self.device.block_size
         return ((at, min(step, last - at)) for at in range(first, last, step))
 
     def _check(self, offset: int, length: int, code: int) -> None:

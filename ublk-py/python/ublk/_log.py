@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""The library's log, which nothing that the program's log handlers do can turn into a failure of the library."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import traceback
+import weakref
+
+logger = logging.getLogger("ublk")
+
+# Of messages with the same key, so many are logged in so many seconds; the others are counted.
+BURST = 3
+INTERVAL = 10.0
+# Keys that are remembered.
+_KEYS = 256
+
+
+def log(level: int, message: str, *arguments: object, error: BaseException | None = None) -> None:
+    """Log a message, with an exception's traceback.
+
+    What a handler raises is printed to stderr, and goes no further; except that in the main thread Ctrl-C and what
+    other signals' handlers raise do.
+    """
+    try:
+        logger.log(level, message, *arguments, exc_info=error, stacklevel=2)
+    except Exception:
+        _print()
+    except BaseException:
+        if threading.current_thread() is threading.main_thread():
+            raise
+        _print()
+
+
+def _print() -> None:
+    # There may be no stderr.
+    with contextlib.suppress(Exception):
+        traceback.print_exc()
+
+
+class Limiter:
+    """Counts messages of a kind that comes too often to log all of them. Usable from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # By key: when the present interval began, how many were logged in it, and how many were left out since.
+        self._seen: dict[object, list[float]] = {}
+        _limiters.add(self)
+
+    def admit(self, key: object) -> int | None:
+        """Return how many messages of this kind were left out before this one, or None to leave it out, too."""
+        now = time.monotonic()
+        with self._lock:
+            if key not in self._seen and len(self._seen) >= _KEYS:
+                self._seen.pop(next(iter(self._seen)))
+            seen = self._seen.setdefault(key, [now, 0, 0])
+            if now - seen[0] >= INTERVAL:
+                seen[:2] = [now, 0]
+            if seen[1] >= BURST:
+                seen[2] += 1
+                return None
+            seen[1] += 1
+            left_out, seen[2] = int(seen[2]), 0
+            return left_out
+
+    def rest(self) -> dict[object, int]:
+        """Return how many messages were left out and not counted in a later one, by key; and forget them."""
+        with self._lock:
+            rest = {key: int(seen[2]) for key, seen in self._seen.items() if seen[2]}
+            self._seen.clear()
+        return rest
+
+
+_limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
+
+
+def _in_forked_child() -> None:
+    """Replace locks that a thread of the parent may have held."""
+    for limiter in _limiters:
+        limiter._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+
+def also(left_out: int) -> str:
+    """Return what a message says of those that were left out before it."""
+    return f" ({left_out} more since the last report)" if left_out else ""

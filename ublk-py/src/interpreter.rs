@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The only way into the interpreter for threads that may outlive it.
+//!
+//! The threads that serve devices are daemons: finalization does not wait for them. A daemon thread that enters the
+//! interpreter during or after that uses a thread state that is freed, or is unwound through frames of Rust that cannot
+//! be. So there is a gate, which an exit handler closes:
+//!
+//! 1. A thread that is not the interpreter's own at that moment enters with a [`Permit`], and keeps it for as long as
+//!    there are frames of Rust below Python's on its stack, or until it runs nothing but Python.
+//! 2. No permit is given once the gate is closed, except to threads that have one already and to the thread that closed
+//!    it, which is the one that finalizes.
+//! 3. The interpreter is finalized only after the gate was closed and all permits were given back: [`close_gate`] waits
+//!    for them, and ends the process without finalization if they do not come.
+//!
+//! A thread that Python has made, and that runs nothing but Python, needs none: the interpreter ends it in the right way.
+//!
+//! A forked child has one thread, and its parent's permits are none of its own: they count for the generation that
+//! they were given in.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+
+static CLOSED: AtomicBool = AtomicBool::new(false);
+/// Threads with a permit.
+static INSIDE: AtomicUsize = AtomicUsize::new(0);
+/// Forks between the first process and this one.
+static GENERATION: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// How many permits this thread has; only the first one counts in `INSIDE`.
+    static PERMITS: Cell<usize> = const { Cell::new(0) };
+    /// Whether this thread has closed the gate.
+    static CLOSER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Leave to use the interpreter on this thread.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    /// The generation whose count it is in, if it is.
+    counted: Option<usize>,
+}
+
+impl Permit {
+    /// A permit for the calling thread. None if the interpreter is about to be finalized.
+    fn new() -> Option<Self> {
+        let nested = PERMITS.get() != 0 || CLOSER.get();
+        let counted = if nested {
+            None
+        } else {
+            INSIDE.fetch_add(1, Ordering::SeqCst);
+            // After it counts: either this sees that the gate is closed, or whoever closes it sees the count.
+            if CLOSED.load(Ordering::SeqCst) {
+                INSIDE.fetch_sub(1, Ordering::SeqCst);
+                return None;
+            }
+            Some(GENERATION.load(Ordering::Relaxed))
+        };
+        PERMITS.set(PERMITS.get() + 1);
+        Some(Permit { counted })
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        PERMITS.set(PERMITS.get() - 1);
+        if self.counted.is_some_and(|generation| generation == GENERATION.load(Ordering::Relaxed)) {
+            INSIDE.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Attaches the thread to the interpreter for the time of a call. None, without the call, if the interpreter is gone
+/// or about to go.
+pub(crate) fn attach<R>(call: impl FnOnce(Python<'_>) -> R) -> Option<R> {
+    let _permit = Permit::new()?;
+    Python::try_attach(call)
+}
+
+/// Calls a function while other threads run Python. Returns a permit besides, to be kept while Rust still has something
+/// to do with Python after that.
+///
+/// Does not return if the interpreter is about to be finalized: the thread is a daemon then, whose end nothing waits for.
+pub(crate) fn detached<R: Send>(py: Python<'_>, call: impl FnOnce() -> R + Send) -> (R, Permit) {
+    let (result, permit) = py.detach(|| {
+        let result = catch_unwind(AssertUnwindSafe(call));
+        let permit = loop {
+            match Permit::new() {
+                Some(permit) => break permit,
+                None => std::thread::park(),
+            }
+        };
+        (result, permit)
+    });
+    (result.unwrap_or_else(|panic| resume_unwind(panic)), permit)
+}
+
+/// A permit for a function that Python has called, and that calls Python. As [`detached`], it does not return if there is
+/// none any more.
+pub(crate) fn permit(py: Python<'_>) -> Permit {
+    Permit::new().unwrap_or_else(|| detached(py, || ()).1)
+}
+
+/// An error if the interpreter is about to be finalized, when nothing can be served any more.
+pub(crate) fn check_open() -> PyResult<()> {
+    if CLOSED.load(Ordering::SeqCst) {
+        return Err(PyRuntimeError::new_err("the interpreter is shutting down: no device can be served any more"));
+    }
+    Ok(())
+}
+
+/// Keeps all other threads of this module out of the interpreter from now on, and waits for `seconds` at most until they
+/// are out. If they are not, a handler does not return, and the process ends with status 1: see (3).
+///
+/// The last exit handler to run; a function of Rust, so that no signal's handler can keep it from its work.
+#[pyfunction]
+pub(crate) fn close_gate(py: Python<'_>, seconds: f64) -> PyResult<()> {
+    CLOSER.set(true);
+    CLOSED.store(true, Ordering::SeqCst);
+    let deadline = Instant::now() + Duration::from_secs_f64(seconds);
+    let own = usize::from(PERMITS.get() != 0);
+    // Not `detached`: this is the thread that may always come back.
+    let empty = py.detach(|| {
+        while INSIDE.load(Ordering::SeqCst) > own {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
+    });
+    if !empty {
+        eprintln!("ublk: a handler is stuck; exiting immediately");
+        py.import("os")?.getattr("_exit")?.call1((1,))?;
+    }
+    Ok(())
+}
+
+/// Forgets the parent's permits, in a forked child.
+#[pyfunction]
+pub(crate) fn after_fork() {
+    GENERATION.fetch_add(1, Ordering::Relaxed);
+    INSIDE.store(0, Ordering::SeqCst);
+    CLOSED.store(false, Ordering::SeqCst);
+    CLOSER.set(false);
+}

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""The end of programs that serve devices, whatever state these are in."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# A device under load, in a program of its own: crashes are the program's.
+SERVER = """
+import atexit, logging, os, signal, sys, threading, time
+
+# Runs after the handlers of ublk.
+atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
+# Takes what a signal's handler still raises.
+atexit.register(lambda: None)
+atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
+
+import ublk
+from ublk import _device
+from ublk._ublk import FakeDriver
+
+class Disk(ublk.BlockDevice):
+    def read(self, offset, buf):
+        if offset:
+            raise ValueError("a mistake")
+        buf[:] = bytes(len(buf))
+
+class Stuck(Disk):
+    def read(self, offset, buf):
+        entered.set()
+        leave.wait()
+
+def load(device):
+    while True:
+        for offset in (0, 4096):
+            try:
+                driver.read(device.id, offset, 512)
+            except OSError:
+                pass
+
+def serve(disk, **options):
+    device = disk(size=1 << 20).start(_driver=driver, **options)
+    for _ in range(3):
+        threading.Thread(target=load, args=[device], daemon=True).start()
+    return device
+
+driver, entered, leave = FakeDriver(), threading.Event(), threading.Event()
+print("ready", flush=True)
+"""
+
+STYLES = ["", "queues=2", "workers=2"]
+
+
+class Program:
+    """A program that goes on from the one above."""
+
+    def __init__(self, code):
+        command = [sys.executable, "-X", "faulthandler", "-c", SERVER + code]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_for(self, text):
+        for line in self.process.stdout:
+            if text in line:
+                return
+        pytest.fail(self.process.stderr.read())
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def end(self, seconds=60):
+        """Wait for the end, and give the status with what was printed."""
+        try:
+            out, err = self.process.communicate(timeout=seconds)
+        finally:
+            self.process.kill()
+        return self.process.returncode, out, err
+
+
+RAISING_LOG = """
+class Raises(logging.Handler):
+    def emit(self, record):
+        raise {exception}
+
+logging.getLogger("ublk").addHandler(Raises())
+device = serve(Disk, {options})
+"""
+
+
+@pytest.mark.parametrize("exception", ["SystemError('mine')", "KeyboardInterrupt()", "SystemExit(3)"])
+@pytest.mark.parametrize("options", STYLES)
+def test_a_log_handler_that_raises_leaves_no_device(exception, options):
+    program = Program(RAISING_LOG.format(exception=exception, options=options) + "time.sleep(0.2)")
+    status, out, err = program.end()
+    assert status == 0, err
+    assert "devices at the end: []" in out, err
+
+
+@pytest.mark.parametrize("options", STYLES)
+def test_sigterm_with_a_log_handler_that_raises_is_a_normal_end(options):
+    text = RAISING_LOG.format(exception="ValueError('mine')", options=options)
+    program = Program(text + "print('serving', flush=True)\ndevice.wait()")
+    program.wait_for("serving")
+    time.sleep(0.2)
+    program.signal(signal.SIGTERM)
+    status, out, err = program.end()
+    assert status == 128 + signal.SIGTERM, err
+    assert "devices at the end: []" in out, err
+
+
+def test_signals_that_raise_all_the_time_leave_no_device():
+    program = Program("""
+def alarm(number, frame):
+    raise RuntimeError("from a signal")
+
+device = serve(Disk)
+time.sleep(0.1)
+# While exit handlers run, and not before.
+atexit.register(signal.setitimer, signal.ITIMER_REAL, 0.001, 0.003)
+signal.signal(signal.SIGALRM, alarm)
+atexit._run_exitfuncs()
+""")
+    status, out, err = program.end()
+    assert status >= 0, err
+    assert "devices at the end: []" in out, err
+
+
+@pytest.mark.parametrize("options", STYLES)
+def test_devices_that_nothing_stops_do_not_crash_the_end(options):
+    program = Program(f"device = serve(Disk, {options})\ntime.sleep(0.2)\natexit.unregister(_device._stop_all)\n")
+    status, out, err = program.end()
+    assert status == 0, err
+    assert "devices at the end: [0]" in out, err
+
+
+def test_a_stuck_handler_that_nothing_waits_for_does_not_crash_the_end():
+    program = Program("device = serve(Stuck)\nentered.wait()\natexit.unregister(_device._stop_all)\n")
+    status, _out, err = program.end()
+    assert status == 1, err
+    assert "a handler is stuck; exiting immediately" in err
+
+
+def test_an_exit_handler_that_comes_too_late_starts_no_device():
+    program = Program("""
+def late():
+    try:
+        serve(Disk)
+    except RuntimeError as error:
+        print("late:", error, flush=True)
+
+atexit.unregister(_device._stop_all)
+atexit.unregister(ublk._ublk.close_gate)
+atexit.register(late)
+atexit.register(ublk._ublk.close_gate, 5)
+""")
+    status, out, err = program.end()
+    assert status == 0, err
+    assert "late: the interpreter is shutting down" in out
+
+
+def test_ctrl_c_ends_a_stop_that_waits_for_a_stuck_handler():
+    program = Program("""
+device = serve(Stuck)
+entered.wait()
+print("stopping", flush=True)
+device.stop(timeout=None)
+""")
+    program.wait_for("stopping")
+    time.sleep(0.5)
+    program.signal(signal.SIGINT)
+    status, _out, err = program.end(seconds=30)
+    assert status == 1, err
+    assert "KeyboardInterrupt" in err
+    assert "a handler is stuck; exiting immediately" in err
+
+
+def test_a_device_that_ctrl_c_has_kept_from_stopping_is_stopped_all_the_same():
+    program = Program("""
+device = serve(Stuck)
+entered.wait()
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    device.stop(timeout=None)
+except KeyboardInterrupt:
+    leave.set()
+deadline = time.monotonic() + 30
+while (driver.devices() or device in _device._running) and time.monotonic() < deadline:
+    time.sleep(0.01)
+print("left:", driver.devices(), device in _device._running, flush=True)
+""")
+    status, out, err = program.end()
+    assert status == 0, err
+    assert "left: [] False" in out, err
+
+
+def test_the_second_signal_ends_a_program_that_is_ending():
+    program = Program("""
+device = serve(Stuck)
+entered.wait()
+atexit.register(print, "ending", flush=True)
+# The first signal would end the wait for the handler: this waits all the same.
+_device._expedite_all = lambda: print("expedited", flush=True)
+""")
+    program.wait_for("ending")
+    time.sleep(0.5)
+    program.signal(signal.SIGINT)
+    program.wait_for("expedited")
+    program.signal(signal.SIGINT)
+    status, _out, err = program.end(seconds=20)
+    assert status == 128 + signal.SIGINT, err
+
+
+def test_the_first_signal_ends_the_waits_of_a_program_that_is_ending():
+    program = Program("device = serve(Stuck)\nentered.wait()\natexit.register(print, 'ending', flush=True)\n")
+    program.wait_for("ending")
+    time.sleep(0.5)
+    begin = time.monotonic()
+    program.signal(signal.SIGINT)
+    status, _out, err = program.end(seconds=60)
+    assert status == 1, err
+    assert time.monotonic() - begin < 20
+    assert "a handler is stuck; exiting immediately" in err
+
+
+def test_a_forked_child_dies_of_sigterm_as_its_parent_s_device_is_none_of_its_own():
+    program = Program("""
+device = serve(Disk)
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(7)
+time.sleep(0.2)
+os.kill(child, signal.SIGTERM)
+print("child:", os.waitpid(child, 0)[1], flush=True)
+device.stop()
+""")
+    status, out, err = program.end()
+    assert status == 0, err
+    assert f"child: {int(signal.SIGTERM)}" in out
+
+
+def test_the_last_device_puts_the_signals_back_whatever_thread_stops_it():
+    program = Program("""
+device = serve(Disk)
+assert callable(signal.getsignal(signal.SIGTERM))
+thread = threading.Thread(target=device.stop)
+thread.start()
+thread.join()
+deadline = time.monotonic() + 10
+while callable(signal.getsignal(signal.SIGTERM)) and time.monotonic() < deadline:
+    time.sleep(0.01)
+print("handler:", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flush=True)
+signal.raise_signal(signal.SIGTERM)
+""")
+    status, out, err = program.end()
+    assert "handler: True" in out, err
+    assert status == -signal.SIGTERM
+
+
+def test_a_child_that_ends_by_itself_waits_for_no_thread_of_its_parent():
+    program = Program("""
+device = serve(Disk, workers=2)
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+print("child:", os.waitpid(child, 0)[1], flush=True)
+device.stop()
+""")
+    status, out, err = program.end()
+    assert status == 0, err
+    assert "child: 0" in out, err

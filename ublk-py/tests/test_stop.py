@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""How long a stop waits for handlers, and who may ask for one."""
+
+import asyncio
+import contextlib
+import errno
+import threading
+import time
+
+import pytest
+
+import ublk
+from ublk import testing
+
+SIZE = 1 << 20
+# More than a stop takes that waits for nothing, and less than one that waits.
+SOON = 15
+
+
+class Stuck(ublk.BlockDevice):
+    def __init__(self):
+        super().__init__(size=SIZE)
+        self.entered, self.leave = threading.Event(), threading.Event()
+
+    def read(self, offset, buf):
+        self.entered.set()
+        self.leave.wait()
+
+
+class Waits(ublk.BlockDevice):
+    """Coroutines that wait for what never comes."""
+
+    def __init__(self):
+        super().__init__(size=SIZE)
+        self.entered, self.cancelled = threading.Event(), threading.Event()
+
+    async def read(self, offset, buf):
+        self.entered.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+
+@contextlib.contextmanager
+def client(driver, device, disk):
+    """A client whose request a handler has."""
+    errors = []
+
+    def read():
+        try:
+            driver.read(device.id, 0, 512)
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert disk.entered.wait(10)
+    yield errors
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=["methods", "workers"])
+def test_a_stop_waits_for_a_stuck_method_no_longer_than_asked(driver, options):
+    disk = Stuck()
+    device = disk.start(_driver=driver, **options)
+    with client(driver, device, disk):
+        begin = time.monotonic()
+        with pytest.raises(ublk.UblkError) as caught:
+            device.stop(timeout=0.1)
+        assert time.monotonic() - begin < SOON
+        assert caught.value.errno == errno.ETIMEDOUT
+        disk.leave.set()
+        with contextlib.suppress(ublk.UblkError):
+            device.stop()
+    assert not device.running
+    assert driver.devices() == []
+
+
+def test_a_stop_fails_requests_of_coroutines_that_wait_when_the_time_is_over(driver):
+    disk = Waits()
+    device = disk.start(_driver=driver)
+    with client(driver, device, disk) as errors:
+        begin = time.monotonic()
+        with pytest.raises(ublk.UblkError, match="1 requests unfinished"):
+            device.stop(timeout=0.1)
+        assert time.monotonic() - begin < SOON
+    assert errors
+    assert disk.cancelled.wait(10)
+    assert driver.devices() == []
+    device.stop()
+
+
+def test_a_stop_that_cancels_ends_coroutines_that_wait(driver):
+    disk = Waits()
+    device = disk.start(_driver=driver)
+    with client(driver, device, disk) as errors:
+        begin = time.monotonic()
+        device.stop(cancel=True)
+        assert time.monotonic() - begin < SOON
+    assert disk.cancelled.is_set()
+    assert errors[0].errno in (errno.ECANCELED, errno.ENODEV)
+
+
+def test_a_stop_that_cancels_does_so_on_the_caller_s_loop(driver):
+    async def main():
+        disk = Waits()
+        device = await disk.start_async(_driver=driver)
+        reading = asyncio.ensure_future(asyncio.to_thread(driver.read, device.id, 0, 512))
+        while not disk.entered.is_set():
+            await asyncio.sleep(0.01)
+        await device.stop_async(cancel=True)
+        assert disk.cancelled.is_set()
+        with pytest.raises(OSError):
+            await reading
+
+    begin = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - begin < SOON
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_time_that_cannot_be_waited_for_is_a_value_error(driver, timeout):
+    with Stuck().start(_driver=driver) as device, pytest.raises(ValueError, match="timeout"):
+        device.stop(timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", [None, 1e300, float("inf")])
+def test_a_stop_may_wait_for_as_long_as_it_takes(driver, timeout):
+    device = Stuck().start(_driver=driver)
+    device.stop(timeout=timeout)
+    assert not device.running
+
+
+def test_a_coroutine_that_stops_its_own_device_is_told_at_once(caplog):
+    class Stops(ublk.BlockDevice):
+        async def read(self, offset, buf):
+            for stop in (self.file.device.stop, self.file.device.stop_async):
+                with pytest.raises(RuntimeError, match=r"own device|this event loop"):
+                    await stop()
+            buf[:] = bytes(len(buf))
+
+    disk = Stops(size=SIZE)
+    begin = time.monotonic()
+    with testing.open(disk) as disk.file:
+        assert disk.file.pread(0, 512) == bytes(512)
+    assert time.monotonic() - begin < SOON
+
+
+def test_a_task_that_a_coroutine_has_made_may_stop_the_device(driver):
+    class Stops(ublk.BlockDevice):
+        async def read(self, offset, buf):
+            self.task = asyncio.get_running_loop().create_task(self.device.stop_async())
+            buf[:] = bytes(len(buf))
+
+    disk = Stops(size=SIZE)
+    disk.device = disk.start(_driver=driver)
+    driver.read(0, 0, 512)
+    assert disk.device.wait(10)
+    deadline = time.monotonic() + 10
+    while driver.devices() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert driver.devices() == []
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=["methods", "workers"])
+def test_a_handler_may_stop_another_device(options):
+    class Inner(ublk.BlockDevice):
+        def read(self, offset, buf):
+            buf[:] = b"i" * len(buf)
+
+    class Outer(ublk.BlockDevice):
+        def read(self, offset, buf):
+            with testing.open(Inner(size=SIZE)) as self.inner:
+                buf[:] = self.inner.pread(0, len(buf))
+
+    outer = Outer(size=SIZE)
+    with testing.open(outer, **options) as file:
+        assert file.pread(0, 4) == b"iiii"
+    assert not outer.inner.device.running
+
+
+def test_an_exception_on_the_way_to_a_stop_does_not_keep_it_from_the_device(driver, monkeypatch):
+    device = Stuck().start(_driver=driver)
+    monkeypatch.setattr(device._serving, "abandon", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        device.stop()
+    assert driver.devices() == []
