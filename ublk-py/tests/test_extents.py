@@ -525,3 +525,20 @@ def test_a_file_that_cannot_do_it_is_refused(tmp_path, caplog):
         with pytest.raises(OSError):
             device.pwrite(0, bytes(512))
     assert "not open for it" in caplog.text
+
+
+def test_a_forked_child_has_none_of_its_parent_s_extents(file):
+    class Whole(ublk.BlockDevice):
+        def map(self, op, offset, length):
+            return ublk.Extent(file, 0, SIZE, start=0, stable=True)
+
+    disk = Whole(size=SIZE)
+    with testing.open(disk) as opened:
+        opened.pread(0, 512)
+        assert len(disk._extents) == 1
+        assert disk._extents is disk._extents
+        child = os.fork()
+        if child == 0:
+            os._exit(len(disk._extents) or not disk._extents.invalidate(0, SIZE, 5.0))
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(disk._extents) == 1

@@ -9,6 +9,7 @@ import time
 import pytest
 
 import ublk
+from ublk import _own_disk
 
 SIZE = 1 << 20
 
@@ -114,3 +115,69 @@ def test_who_does_not_want_reports_gets_none(driver, caplog):
 def test_a_wait_of_no_time_is_a_value_error():
     with pytest.raises(ValueError, match="hang_after"):
         Plain().start(hang_after=0)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """What /proc says of a process that has a partition of its own disk open, and a thread that waits for it."""
+    for directory in ("fd", "fdinfo", "task/7", "task/8"):
+        (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / "fd" / "3").symlink_to("/nonexistent/ublkb0p1")
+    (tmp_path / "fd" / "4").symlink_to("/nonexistent/ublkb01")
+    (tmp_path / "task/7/stat").write_text("7 (a ) D name) S 1 1")
+    (tmp_path / "task/8/stat").write_text("8 (client) D 1 1")
+    monkeypatch.setattr(_own_disk, "_PROCESS", tmp_path)
+    return tmp_path
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_a_program_that_has_its_own_disk_open_is_warned_once(driver, caplog, own):
+    with Plain().start(hang_after=0.05, _driver=driver):
+        wait_for(lambda: caplog.records)
+        time.sleep(0.2)
+    (record,) = caplog.records
+    assert "has it open itself, as descriptor 3 (/nonexistent/ublkb0p1): a thread" in record.getMessage()
+
+
+def test_files_on_the_own_disk_are_its_own_too(own, monkeypatch):
+    monkeypatch.setattr(_own_disk, "_disk_of", {"259:1": "ublkb0", "8:1": "sda"}.get)
+    (own / "mountinfo").write_text("22 1 8:1 / / rw\n41 22 259:1 / /mnt rw\n")
+    (own / "fd" / "5").symlink_to("/mnt/file")
+    for descriptor, mount in (("3", 22), ("4", 22), ("5", 41)):
+        (own / "fdinfo" / descriptor).write_text(f"pos:\t0\nmnt_id:\t{mount}\n")
+    assert _own_disk.own_descriptors("/dev/ublkb0") == ["5 (/mnt/file)"]
+
+
+def test_tasks_of_a_program_that_waits_for_its_own_disk_fail_their_requests(driver, caplog, own):
+    class Waits(ublk.BlockDevice):
+        async def read(self, offset, buf):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+    cancelled = threading.Event()
+    with Waits(size=SIZE).start(hang_after=0.1, _driver=driver) as device:
+        with pytest.raises(OSError, match="I/O error"):
+            driver.read(device.id, 0, 512)
+        assert cancelled.wait(10)
+        wait_for(lambda: "its process waits for its own disk" in caplog.text)
+    assert "thread (8) of this process cannot go on" in caplog.text
+    assert "1 of their requests fail" in caplog.text
+
+
+def test_a_handler_that_hangs_while_the_own_disk_is_used_is_named_with_the_cycle(driver, caplog, own):
+    disk = Plain()
+    with disk.start(hang_after=0.1, _driver=driver) as device:
+        client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
+        client.start()
+        wait_for(lambda: "its process waits for its own disk" in caplog.text)
+        disk.go.set()
+        client.join(10)
+    assert "0 of their requests fail" in caplog.text

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -259,8 +260,13 @@ class BlockDevice:
     @property
     def _extents(self) -> Extents:
         # One for all threads, whichever comes first; and not from `__init__`, for classes whose own does not call it.
-        extents: Extents = self.__dict__.setdefault("_extents", Extents())
-        return extents
+        # A forked child has others: requests of its parent would be under way in it for ever.
+        owner, extents = self.__dict__.setdefault("_kept_extents", (os.getpid(), Extents()))
+        if owner != os.getpid():
+            extents = Extents()
+            self.__dict__["_kept_extents"] = (os.getpid(), extents)
+        kept: Extents = extents
+        return kept
 
     def start(
         self,
@@ -292,6 +298,13 @@ class BlockDevice:
         with ``"fail-io"`` all fail. Linux 6.1, 6.13 for ``"fail-io"``.
 
         A handler that runs for longer than ``hang_after`` seconds is reported, once, in the log with its stack.
+
+        A program may use its own disk in threads that do not serve it, but had better not: a thread that waits for a
+        disk cannot be killed, and a process that is killed while it waits for itself may never end. The log warns of
+        programs that have their own disk open. If a handler is late and threads of the program wait meanwhile, that is
+        reported as well, and requests of tasks that are late fail, so that the threads can go on. Plain methods that
+        wait for their own disk cannot be helped: the device stays until the machine is restarted, or its driver has
+        a way to abort the requests of a process that is dying (`ublk del --force`).
 
         ``workers`` is how many threads call plain methods, divided among the queues, in place of the queues' own
         threads: up to ``depth`` of them for each queue have something to do. ``loop_factory`` makes the event

@@ -218,7 +218,7 @@ class Device:
         if self._serving.needs_python:
             _interval.shorten(self)
         if self._hang_after is not None and isinstance(self._native, _ublk.NativeDevice):
-            _watchdog.watch(self._native, self.path, self._hang_after, self._serving.tasks)
+            _watchdog.watch(self._native, self.path, self._hang_after, self._serving)
         _signals.device_started(self)
 
     def _undo(self, made: list[Native]) -> None:

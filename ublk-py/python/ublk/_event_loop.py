@@ -149,6 +149,21 @@ class LoopServer:
         task = asyncio.current_task(self._loop) if self.is_current() else None
         return task is not None and any(task.get_coro() is served[2] for served in self._serving.values())
 
+    def fail_late(self, seconds: float) -> int:
+        """Fail the requests that tasks have had for so many seconds, and cancel the tasks; return how many."""
+        failed = 0
+        for number, (began, request, _coroutine) in list(self._serving.items()):
+            if time.monotonic() - began < seconds or request.done:
+                continue
+            with contextlib.suppress(ValueError):
+                request.fail(errno.EIO)
+                failed += 1
+            task = self._tasks.get(number)
+            if task is not None and self._loop is not None:
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(task.cancel)
+        return failed
+
     def cancel(self) -> None:
         """Cancel the tasks that serve requests; from any thread."""
         if self._loop is not None:

@@ -115,7 +115,7 @@ def pass_on(old: BlockDevice, new: BlockDevice) -> None:
     # Attributes that only the new class knows stay as its constructor has made them.
     for part in (attributes, slots):
         for name, value in (part or {}).items():
-            if name != "_extents":
+            if name != "_kept_extents":
                 setattr(new, name, value)
 
 

@@ -81,6 +81,10 @@ class Serving:
         """Tell the requests that tasks have: a number, seconds, and the task's stack."""
         return []
 
+    def fail_late(self, seconds: float) -> int:
+        """Fail the requests that have been served for so many seconds, if that is possible; return how many."""
+        return 0
+
     def check_task(self) -> None:
         """Raise in a task that serves a request of the device."""
 
@@ -166,6 +170,10 @@ class LoopServing(Serving):
         for n, server in enumerate(self._servers):
             found += [(number * len(self._servers) + n, seconds, stack) for number, seconds, stack in server.waiting()]
         return found
+
+    def fail_late(self, seconds: float) -> int:
+        """Fail the requests that tasks have had for so many seconds, and cancel the tasks; return how many."""
+        return sum(server.fail_late(seconds) for server in self._servers)
 
     def check_task(self) -> None:
         """Raise in a task that serves a request of the device."""

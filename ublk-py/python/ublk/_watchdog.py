@@ -12,10 +12,10 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ublk._log import log
+from ublk._own_disk import blocked_threads, own_descriptors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from ublk._serving import Serving
     from ublk._ublk import NativeDevice
 
 _wake = threading.Condition()
@@ -26,21 +26,24 @@ _thread: threading.Thread | None = None
 class _Watched:
     """A device that is looked at now and then."""
 
-    def __init__(self, path: str, seconds: float, tasks: Callable[[], list[tuple[int, float, str]]]) -> None:
+    def __init__(self, path: str, seconds: float, serving: Serving) -> None:
         self.path = path
         self.seconds = seconds
-        self.tasks = tasks
-        self.reported: set[tuple[int, int]] = set()
+        self.tasks = serving.tasks
+        self.fail = serving.fail_late
+        self.reported_threads: set[tuple[int, int]] = set()
+        self.reported_tasks: set[int] = set()
+        # That the process uses its own disk.
+        self.warned = False
+        # The threads that could not be killed when they were last looked at.
+        self.blocked: list[str] = []
 
 
-def watch(native: NativeDevice, path: str, seconds: float, tasks: Callable[[], list[tuple[int, float, str]]]) -> None:
-    """Report handlers of a device that take so many seconds, once each.
-
-    ``tasks`` tells the requests that tasks serve: a number, seconds, and the task's stack.
-    """
+def watch(native: NativeDevice, path: str, seconds: float, serving: Serving) -> None:
+    """Report handlers of a device that take so many seconds, once each."""
     global _thread
     with _wake:
-        _watched[native] = _Watched(path, seconds, tasks)
+        _watched[native] = _Watched(path, seconds, serving)
         if _thread is None or not _thread.is_alive():
             _thread = threading.Thread(target=_run, name="ublk-watch", daemon=True)
             _thread.start()
@@ -80,28 +83,61 @@ def _run() -> None:
 
 
 def _look(native: NativeDevice, watched: _Watched) -> None:
+    descriptors = own_descriptors(watched.path)
+    if descriptors and not watched.warned:
+        watched.warned = True
+        log(
+            logging.WARNING,
+            "%s: this process serves the disk and has it open itself, as descriptor %s: a thread that waits for the"
+            " disk when the process is killed may keep it from ending; use the disk from another process",
+            watched.path,
+            ", ".join(descriptors),
+        )
+    late = _report_threads(native, watched) | _report_tasks(watched)
+    # Twice in a row: a disk that answers has its threads wait now and then, too.
+    blocked = blocked_threads() if late and descriptors else []
+    cycle = [thread for thread in blocked if thread in watched.blocked]
+    watched.blocked = blocked
+    if cycle:
+        failed = watched.fail(watched.seconds)
+        log(
+            logging.ERROR,
+            "%s: its process waits for its own disk: %s of this process cannot go on, and its handlers have not"
+            " answered for %g s; %d of their requests fail",
+            watched.path,
+            ", ".join(cycle),
+            watched.seconds,
+            failed,
+        )
+
+
+def _report_threads(native: NativeDevice, watched: _Watched) -> bool:
+    """Report threads that have been in a handler for too long, once each; tell whether there are any."""
     frames = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    calls = set()
+    calls, late = set(), False
     for thread, call, seconds in native.busy():
         key = (thread, call)
         calls.add(key)
-        if seconds >= watched.seconds and key not in watched.reported and thread in frames:
-            watched.reported.add(key)
+        late |= seconds >= watched.seconds
+        if seconds >= watched.seconds and key not in watched.reported_threads and thread in frames:
+            watched.reported_threads.add(key)
             stack = "".join(traceback.format_stack(frames[thread]))
             name = names.get(thread, str(thread))
-            log(
-                logging.WARNING,
-                "%s: a handler has run for %.1f s on thread %s:\n%s",
-                watched.path,
-                seconds,
-                name,
-                stack,
-            )
+            text = "%s: a handler has run for %.1f s on thread %s:\n%s"
+            log(logging.WARNING, text, watched.path, seconds, name, stack)
+    watched.reported_threads &= calls
+    return late
+
+
+def _report_tasks(watched: _Watched) -> bool:
+    """Report tasks that have had a request for too long, once each; tell whether there are any."""
+    numbers, late = set(), False
     for number, seconds, stack in watched.tasks():
-        key = (0, number)
-        calls.add(key)
-        if seconds >= watched.seconds and key not in watched.reported:
-            watched.reported.add(key)
+        numbers.add(number)
+        late |= seconds >= watched.seconds
+        if seconds >= watched.seconds and number not in watched.reported_tasks:
+            watched.reported_tasks.add(number)
             log(logging.WARNING, "%s: a task has had a request for %.1f s:\n%s", watched.path, seconds, stack)
-    watched.reported &= calls
+    watched.reported_tasks &= numbers
+    return late
