@@ -260,6 +260,37 @@ signal.raise_signal(signal.SIGTERM)
     assert status == -signal.SIGTERM
 
 
+def test_a_signal_handler_that_a_program_puts_back_too_late_kills_as_the_default():
+    program = Program("""
+device = serve(Disk)
+found = signal.getsignal(signal.SIGTERM)
+device.stop()
+signal.signal(signal.SIGTERM, found)
+signal.raise_signal(signal.SIGTERM)
+""")
+    status, _out, err = program.end()
+    assert status == -signal.SIGTERM, err
+
+
+def test_two_times_ctrl_c_under_load_leave_no_device():
+    program = Program("""
+try:
+    with serve(Disk, workers=2) as device:
+        print("serving", flush=True)
+        device.wait()
+except KeyboardInterrupt:
+    pass
+""")
+    program.wait_for("serving")
+    time.sleep(0.2)
+    program.signal(signal.SIGINT)
+    time.sleep(0.01)
+    program.signal(signal.SIGINT)
+    status, out, err = program.end()
+    assert status in (0, 1, -signal.SIGINT, 128 + signal.SIGINT), err
+    assert "devices at the end: []" in out, err
+
+
 def test_a_child_that_ends_by_itself_waits_for_no_thread_of_its_parent():
     program = Program("""
 device = serve(Disk, workers=2)

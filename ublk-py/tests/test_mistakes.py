@@ -217,6 +217,16 @@ def test_what_was_not_logged_is_counted_in_the_next_report(monkeypatch):
     assert len(limiter._seen) <= 256
 
 
+def test_a_finalizer_may_report_while_something_is_counted():
+    class Key:
+        def __hash__(self):
+            limiter.admit("inner")
+            return 1
+
+    limiter = _log.Limiter()
+    assert limiter.admit(Key()) == 0
+
+
 def test_a_log_handler_that_raises_fails_no_request_and_kills_no_watchdog(driver, capsys):
     class Raises(logging.Handler):
         def emit(self, record):

@@ -513,7 +513,7 @@ class Device:
             # It may still have to be stopped, by a handler's exit say.
             self._stopped = self._native.stopped
             interrupted = not isinstance(error, Exception)
-            self._hangs = interrupted or (isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT)
+            self._hangs = isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT
             if interrupted and not self._stopped:
                 # What goes on in the background is over soon, and somebody has to see to the rest then.
                 self._native.expedite()

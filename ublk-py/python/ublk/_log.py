@@ -47,7 +47,8 @@ class Limiter:
     """Counts messages of a kind that comes too often to log all of them. Usable from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # While it is held, a finalizer may have something to report, too.
+        self._lock = threading.RLock()
         # By key: when the present interval began, how many were logged in it, and how many were left out since.
         self._seen: dict[object, list[float]] = {}
         _limiters.add(self)
@@ -82,7 +83,7 @@ _limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
 def _in_forked_child() -> None:
     """Replace locks that a thread of the parent may have held."""
     for limiter in _limiters:
-        limiter._lock = threading.Lock()
+        limiter._lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_in_forked_child)

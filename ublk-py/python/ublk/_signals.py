@@ -33,6 +33,9 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
     if not _devices:
         # The last device was stopped by another thread, and this one has not put the signals back yet.
         _put_back()
+        if signal.getsignal(number) is _terminate:
+            # Put in place again by a program that had found it there.
+            signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         return
     raise Terminated(128 + number)

@@ -102,7 +102,7 @@ def _look(native: NativeDevice, watched: _Watched) -> None:
         failed = watched.fail(watched.seconds)
         log(
             logging.ERROR,
-            "%s: its process waits for its own disk: %s of this process cannot go on, and its handlers have not"
+            "%s: its process seems to wait for its own disk: %s of this process cannot go on, and its handlers have not"
             " answered for %g s; %d of their requests fail",
             watched.path,
             ", ".join(cycle),
