@@ -542,3 +542,23 @@ def test_a_forked_child_has_none_of_its_parent_s_extents(file):
             os._exit(len(disk._extents) or not disk._extents.invalidate(0, SIZE, 5.0))
         assert os.waitpid(child, 0)[1] == 0
         assert len(disk._extents) == 1
+
+
+def test_a_coroutine_on_the_caller_s_loop_may_wait_for_requests_on_an_extent(file):
+    # They are the engine's, on threads of its own: the loop that waits is not needed for them.
+    class Half(ublk.BlockDevice):
+        def map(self, op, offset, length):
+            return ublk.Extent(file, 0, SIZE // 2, start=0, stable=True) if offset < SIZE // 2 else None
+
+        async def read(self, offset, buf):
+            self.invalidate(0, SIZE // 2, wait=True)
+            buf[:] = bytes(len(buf))
+
+    async def main():
+        driver = ublk._ublk.FakeDriver()
+        disk = Half(size=SIZE)
+        async with await disk.start_async(_driver=driver) as device:
+            reads = [asyncio.to_thread(driver.read, device.id, at * 4096, 4096) for at in range(0, SIZE // 4096, 8)]
+            await asyncio.wait_for(asyncio.gather(*reads), 30)
+
+    asyncio.run(main())

@@ -116,3 +116,19 @@ async def main_async() -> None:
         await dev.wait_async()
         async for request in dev.requests():
             request.complete()
+
+
+class OtherNames(ublk.BlockDevice):
+    """Arguments are positional: methods may name them as they like."""
+
+    def read(self, at: int, into: memoryview) -> None:
+        into[:] = bytes(len(into))
+
+    def discard(self, first: int, count: int) -> None:
+        pass
+
+
+def bounded(device: ublk.Device) -> None:
+    device.stop(timeout=5, cancel=True)
+    device.stop(None)
+    ublk.open(device.id).delete()

@@ -725,6 +725,9 @@ impl QueueCore {
 
     /// Leaves memory that the driver or a file may still refer to where it is, for good. Transfers that are on their way,
     /// which keep their files open, are the caller's.
+    ///
+    /// Their flights ([`crate::extents`]) go on until they end: places that they read or write count as in use, and waiting
+    /// for them may time out.
     pub(super) fn leak_memory(&self) -> Vec<(Tag, Transfer)> {
         std::mem::forget(self.slots.take());
         std::mem::forget(self.zeros.clone());

@@ -450,6 +450,9 @@ impl<H: Home> RequestOf<H> {
     /// Clears the memory that a read's data goes to, if it is here: the client gets zeros for bytes that the handler leaves
     /// unwritten, and not what an earlier request left there. The stand-in driver can have it
     /// [poisoned](crate::driver::fake::FakeDriver::poison_reads) instead.
+    ///
+    /// That takes 63 ns for 4 KiB and 7 µs for 512 KiB, where copying takes 52 ns and 19 µs (on one host). Finding unwritten
+    /// bytes afterwards instead would have to know what was there, and a pattern may be data.
     pub fn clear(&mut self) {
         if self.op.fills() && self.buffer.is_some() {
             let byte = self.home.origin().file.unwritten_byte();
