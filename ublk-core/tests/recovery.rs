@@ -363,6 +363,18 @@ fn a_device_is_not_handed_over_when_its_ring_fails() {
 }
 
 #[test]
+#[ignore = "takes as long as requests may take to end: a minute"]
+fn a_device_is_deleted_although_a_file_does_not_answer() {
+    let way = DeviceOptions { data: Some(DataMovement::Copy), queues: 1, ..recoverable(Recovery::Reissue, false) };
+    let (driver, _file, device, sent) = with_a_write_under_way(&way);
+    device.stop().unwrap_err();
+    assert_eq!(driver.device_ids().unwrap(), [], "no other server will have it");
+    // Whatever the file does later, the client has its answer.
+    assert!(driver.disk(device.id()).wait(sent).is_err());
+    driver.hold_files(false);
+}
+
+#[test]
 fn an_old_driver_says_which_kernel_is_needed() {
     let driver = FakeDriver::new();
     driver.offer(Features::USER_COPY | Features::USER_RECOVERY);

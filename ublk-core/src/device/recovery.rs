@@ -142,7 +142,10 @@ impl Server {
                 return Err(Error::Timeout {
                     waiting_for: format!("the driver noticing that the server of device {id} is gone"),
                     waited: DEATH_TIMEOUT,
-                    hint: format!("a child of process {} may still have /dev/ublkc{id} open", info.pid),
+                    hint: format!(
+                        "a child of process {} may still have /dev/ublkc{id} open, or a file still works on what that process gave it",
+                        info.pid
+                    ),
                 });
             }
             std::thread::sleep(STATE_POLL);

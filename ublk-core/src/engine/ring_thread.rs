@@ -81,6 +81,8 @@ struct RingThread {
     /// Places of queues that were given up: completions may still come for them, so nobody else may
     /// have them.
     retired: Vec<usize>,
+    /// Queues were given up, and may not be closed yet.
+    giving_up: bool,
     /// What files still do for such queues.
     transfers: HashMap<(u32, Tag), Transfer>,
     /// Places whose queue got a completion in this round.
@@ -103,6 +105,7 @@ impl RingThread {
             inbox: inbox.clone(),
             queues: Vec::new(),
             retired: Vec::new(),
+            giving_up: false,
             transfers: HashMap::new(),
             touched: Vec::new(),
             completions: Vec::new(),
@@ -123,7 +126,9 @@ impl RingThread {
                 self.take_back();
             }
             self.touch_given_up();
-            if self.queues.iter().all(Option::is_none) && self.transfers.is_empty() && self.inbox.close_if_empty() {
+            if self.queues.iter().all(Option::is_none) && self.inbox.close_if_empty() {
+                // Closing the ring is what takes the tags of queues back that were given up: not to wait for a file.
+                self.transfers.drain().for_each(|(_, transfer)| transfer.abandon());
                 return Ok(());
             }
             self.serve_touched()?;
@@ -209,6 +214,7 @@ impl RingThread {
                     let _ = reply.send(result);
                 }
                 Message::Abandon { device, successor } => {
+                    self.giving_up = true;
                     let queues = self.queues.iter_mut().flatten();
                     queues.filter(|queue| queue.device() == device).for_each(|queue| queue.give_up(successor));
                 }
@@ -218,9 +224,13 @@ impl RingThread {
 
     /// Looks at queues that were given up, whatever it is that they wait for.
     fn touch_given_up(&mut self) {
+        if !std::mem::take(&mut self.giving_up) {
+            return;
+        }
         let mut ring = self.ring.borrow_mut();
         for (place, queue) in self.queues.iter().enumerate() {
             if queue.as_ref().is_some_and(Queue::is_given_up) {
+                self.giving_up = true;
                 touch(&mut self.touched, place as u32);
                 if !ring.is_submitted() {
                     // Nothing may complete that shows when the kernel has taken it.

@@ -129,8 +129,8 @@ impl Transfer {
         if self.has_data { self.len as i32 } else { 0 }
     }
 
-    /// Gives up a transfer whose ring has failed, so that its end will not be known. The kernel has the file for as long as it
-    /// works on it, but what was to be kept until then is kept for good.
+    /// Gives up a transfer whose ring is about to be closed, so that its end will not be known. The kernel has the file for as
+    /// long as it works on it, but what was to be kept until then is kept for good.
     pub(crate) fn abandon(self) {
         std::mem::forget(self.keep);
     }
