@@ -64,3 +64,21 @@ fn no_flush_of_any_queue_succeeds_after_a_failed_sync() {
     driver.disk(device.id()).flush().unwrap();
     finish(&driver, device);
 }
+
+#[test]
+fn flushes_beside_one_that_fails_fail_too() {
+    const FLUSH: u32 = 2;
+    let driver = FakeDriver::new();
+    let (device, _backing) = start(&driver, true, 1);
+    let disk = driver.disk(device.id());
+    let flush_at_once = || {
+        let sent: Vec<_> = (0..4).map(|_| disk.send(FLUSH, 0, 0, &[]).unwrap()).collect();
+        sent.into_iter().map(|sent| disk.wait(sent).map(drop)).collect::<Vec<_>>()
+    };
+    for _ in 0..50 {
+        assert_eq!(flush_at_once(), [Ok(()); 4]);
+    }
+    driver.refuse_next("fdatasync", Errno::EIO);
+    assert_eq!(flush_at_once(), [Err(Errno::EIO); 4]);
+    finish(&driver, device);
+}
