@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import fio, sysfs
+from support import fio, sysfs, udev
 from support.command import Result, run
 from support.face import Face, device_id
 from support.features import has
@@ -188,6 +188,8 @@ def test_another_users_files_hold_up_no_command(code: str, native: Face) -> None
     with prepared_by_bob(code):
         refused = ublk(ALICE, "add", "-t", "mem", "--size", "1M", check=False)
         assert refused.status == 1, str(refused)
+        # udev is busy with the device that was made and removed.
+        udev.settle()
         # The log is out of the other user's reach; the state is not kept.
         path = ublk(ALICE, "add", "-t", "mem", "--size", "1M", "--log", "/dev/null").out.rstrip("\n")
         pid = native.info(path)["pid"]
