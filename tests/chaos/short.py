@@ -32,15 +32,12 @@ CAMPAIGNS = [
     Step("environment", 3),
     Step("users", 12),
 ]
+# Those of handlers are planted without a machine (`test_planted_handlers.py`).
 PLANTED = [
     Step("power", 12, plant="FlushesNothing", finds="an acknowledged write is not there after a power cut"),
     Step("power", 12, plant="FlushesWhatItsQueueWrote", finds="an acknowledged write is not there after a power cut"),
     Step("power", 12, plant="ForgetsAtRecovery", finds="an acknowledged write is not there after a power cut"),
     Step("kill", 3, ("reissue",), plant="WritesLate", finds="an acknowledged write is not there"),
-    Step("handlers", 1, plant="wrong-bytes", finds="bytes that are not the disk's"),
-    Step("handlers", 1, plant="other-block", finds="bytes that are not the disk's"),
-    Step("handlers", 1, plant="acknowledged-failure", finds="a failure is acknowledged as success"),
-    Step("handlers", 1, plant="dies", finds="the server is gone"),
     Step("control", 4, ("list",), plant="hangs", finds="does not end within"),
     Step("control", 8, ("list",), plant="says-nothing", finds="fails without a word"),
     Step("control", 8, ("list",), plant="crashes", finds="crashes"),
