@@ -67,8 +67,9 @@ class Recording:
         self.queues = dice.choice((1, 2, 2))
         # What happens to the server meanwhile.
         changes = ["none", "none", "kill"] + (["upgrade"] if has("QUIESCE") and not kind.python else [])
-        self.change = "kill" if plant == "ForgetsAtRecovery" else dice.choice(changes)
-        self.queues = 2 if plant else self.queues
+        self.change = dice.choice(changes)
+        if plant:
+            self.change, self.queues = ("kill" if plant == "ForgetsAtRecovery" else "none"), 2
         self.history = History(number + 1, [])
 
     def __str__(self) -> str:
