@@ -22,6 +22,7 @@ from support.face import NATIVE, device_id
 from support.pace import patience
 from support.processes import blocked_stacks
 from support.waiting import until
+from tools import rig
 from tools.findings import Findings, Stuck
 from tools.history import FOREIGN, History, Wrong
 from tools.load import Client, lay_out
@@ -181,7 +182,7 @@ def in_a_store_that_vanishes(world: World) -> None:
     with world.disk("-t", "file", "-f", store.path) as path, world.load(path):
         time.sleep(1)
         store.process.kill()
-        store.process.wait()
+        rig.wait_for_end(store.pid)
         time.sleep(1)
     store.close()
     run(["ublk", "del", "--dead"], timeout=90, check=False)
