@@ -104,7 +104,7 @@ impl DeviceOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`](crate::Error::InvalidValue).
+    /// [`Error::InvalidValue`].
     pub fn validate(&self) -> Result<()> {
         self.checked().map(drop)
     }
