@@ -513,8 +513,12 @@ fn hint(command: &str, errno: Errno) -> &'static str {
         }
         ("ADD_DEV", Errno::EPERM) => "root (CAP_SYS_ADMIN) is needed",
         ("DEL_DEV_ASYNC", Errno::EINVAL) => "Linux's driver cannot do this with a user's device: do without --async",
-        ("ADD_DEV", Errno::EACCES) => "the limit of unprivileged devices is reached (module parameter ublks_max)",
-        ("ADD_DEV", Errno::ENOMEM) => "not enough memory for that many queues and tags",
+        ("ADD_DEV", Errno::EACCES) => {
+            "the limit of unprivileged devices is reached (module parameters ublks_max and, per user, ublks_max_per_user)"
+        }
+        ("ADD_DEV", Errno::ENOMEM) => {
+            "not enough memory for that many queues and tags (`ulimit -l`, for a user's device?)"
+        }
         ("START_DEV", Errno::EEXIST) => "the device is started already, or its last disk is still held open",
         ("START_DEV", Errno::EBUSY) => "the device was stopped while its server still had it open",
         ("TRY_STOP_DEV", Errno::EBUSY) => "the disk is open or mounted",
