@@ -80,13 +80,13 @@ impl Helpers {
         self.pipe.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Collects a helper, and all that are left, as far as they are this process's and have ended. One that has closed its
-    /// pipe ends at once, and is waited for.
-    fn collect(&self, helper: Option<Pid>, has_ended: bool) {
+    /// Collects a helper, and all that are left, as far as they are this process's and have ended. One that `is_over` ends at
+    /// once, and is waited for.
+    fn collect(&self, helper: Option<Pid>, is_over: bool) {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         left.retain(|pid| waitpid(*pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive));
         let Some(helper) = helper else { return };
-        let how = (!has_ended).then_some(WaitPidFlag::WNOHANG);
+        let how = (!is_over).then_some(WaitPidFlag::WNOHANG);
         loop {
             match waitpid(helper, how) {
                 Err(Errno::EINTR) => {}
@@ -132,11 +132,11 @@ pub(super) fn control(
             drop(writer);
             // Somebody else may have collected it; it is gone either way.
             while waitpid(child, None) == Err(Errno::EINTR) {}
-            let mut reports = Reports { pipe: reader.into(), helper: None, pidfd: None };
+            let mut reports = Reports { pipe: reader.into(), helper: None, pidfd: None, over: false };
             let result = reports.receive(timeout, give_up);
-            let (helper, has_ended) = (reports.helper, reports.has_ended());
+            let (helper, is_over) = (reports.helper, reports.over || reports.has_ended());
             drop(reports);
-            helpers.collect(helper, has_ended);
+            helpers.collect(helper, is_over);
             helpers.reserve();
             Ok((result?, payload.bytes().to_vec()))
         }
@@ -155,6 +155,8 @@ struct Reports {
     helper: Option<Pid>,
     /// The same, whatever process may have its number later.
     pidfd: Option<OwnedFd>,
+    /// It has reported how the command ended, which is the last thing that it does.
+    over: bool,
 }
 
 /// One thing that a helper reports.
@@ -198,6 +200,7 @@ impl Reports {
 
     /// Takes a report; the outcome, if it is that.
     fn note(&mut self, report: Report) -> Option<Result<i32, ControlFailure>> {
+        self.over |= !matches!(report, Report::Begun(_));
         Some(match report {
             Report::Begun(pid) => {
                 self.helper = Some(pid);
@@ -340,7 +343,7 @@ mod tests {
 
     fn pipe() -> (Reports, std::fs::File) {
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        (Reports { pipe: reader.into(), helper: None, pidfd: None }, writer.into())
+        (Reports { pipe: reader.into(), helper: None, pidfd: None, over: false }, writer.into())
     }
 
     #[test]
@@ -390,6 +393,10 @@ mod tests {
         let (mut reports, writer) = pipe();
         assert!(reports.note(own).is_none() && reports.pidfd.is_some());
         drop(writer);
+        // Other tests' helpers may have a copy of it for a moment.
+        while !reports.has_ended() {
+            std::thread::yield_now();
+        }
         // The number may be another process's by now.
         assert!(reports.note(Report::Begun(Pid::this())).is_none() && reports.pidfd.is_none());
     }

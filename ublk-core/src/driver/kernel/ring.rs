@@ -455,6 +455,9 @@ fn multishot(entry: Entry) -> Entry {
 
 #[cfg(test)]
 mod tests {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    use super::super::KernelCharDevice;
     use super::*;
 
     #[test]
@@ -503,6 +506,54 @@ mod tests {
         assert_eq!(completions, []);
         assert!(ring.timer_ended());
         assert!(!ring.timer_ended());
+    }
+
+    /// A ring that names files by place or by descriptor, whichever this kernel's is.
+    fn ring_that_names(by_descriptor: bool) -> KernelRing {
+        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
+        ring.by_descriptor = by_descriptor.then(HashMap::new);
+        ring
+    }
+
+    /// A file in place of a char device, and a pipe's end that shows when the file is closed.
+    fn device() -> (Arc<dyn CharDevice>, std::io::PipeReader) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        (Arc::new(KernelCharDevice(std::os::fd::OwnedFd::from(writer).into())), reader)
+    }
+
+    fn is_closed(reader: &std::io::PipeReader, within: u16) -> bool {
+        let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(within)).unwrap() == 1
+    }
+
+    #[test]
+    fn a_ring_holds_its_files_open_until_they_are_removed() {
+        for by_descriptor in [false, true] {
+            let mut ring = ring_that_names(by_descriptor);
+            let ((first, reader), (second, other)) = (device(), device());
+            // A device has several queues.
+            let slots = [&first, &first, &second].map(|file| ring.add_file(file).unwrap());
+            assert_eq!(slots[0].0 & PLAIN != 0, by_descriptor);
+            drop((first, second));
+            ring.remove_file(slots[0]).unwrap();
+            assert!(!is_closed(&reader, 10), "it is in the ring for another queue");
+            ring.remove_file(slots[1]).unwrap();
+            assert!(is_closed(&reader, 30_000));
+            assert!(!is_closed(&other, 10));
+            drop(ring);
+            assert!(is_closed(&other, 30_000), "the ring has closed it");
+        }
+    }
+
+    #[test]
+    fn a_device_that_has_no_place_in_the_ring_is_refused() {
+        let mut ring = ring_that_names(true);
+        let (file, _reader) = device();
+        let places = ring.free_slots.len();
+        let slots: Vec<_> = (0..places).map(|_| ring.add_file(&file).unwrap()).collect();
+        assert!(ring.add_file(&file).unwrap_err().to_string().contains("use more threads"));
+        ring.remove_file(slots[0]).unwrap();
+        ring.add_file(&file).unwrap();
     }
 
     #[test]
