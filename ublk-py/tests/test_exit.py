@@ -77,6 +77,7 @@ class Program:
             out, err = self.process.communicate(timeout=seconds)
         finally:
             self.process.kill()
+            self.process.wait()
         return self.process.returncode, out, err
 
 

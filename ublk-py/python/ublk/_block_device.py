@@ -122,20 +122,20 @@ class BlockDevice:
         max_active_zones: SupportsIndex = 0,
         max_append_bytes: SupportsIndex | None = None,
     ) -> None:
-        self.size = number("size", size, 64)
-        self.block_size = number("block_size", block_size, 32)
+        self.size: int = number("size", size, 64)
+        self.block_size: int = number("block_size", block_size, 32)
         self.physical_block_size: int = (
             self.block_size if physical_block_size is None else number("physical_block_size", physical_block_size, 32)
         )
-        self.max_io_bytes = number("max_io_bytes", max_io_bytes, 32)
+        self.max_io_bytes: int = number("max_io_bytes", max_io_bytes, 32)
         self.discard_granularity: int = (
             self.block_size if discard_granularity is None else number("discard_granularity", discard_granularity, 32)
         )
-        self.rotational = bool(rotational)
-        self.read_only = bool(read_only)
-        self.zone_size = number("zone_size", zone_size, 32)
-        self.max_open_zones = number("max_open_zones", max_open_zones, 32)
-        self.max_active_zones = number("max_active_zones", max_active_zones, 32)
+        self.rotational: bool = bool(rotational)
+        self.read_only: bool = bool(read_only)
+        self.zone_size: int = number("zone_size", zone_size, 32)
+        self.max_open_zones: int = number("max_open_zones", max_open_zones, 32)
+        self.max_active_zones: int = number("max_active_zones", max_active_zones, 32)
         self.max_append_bytes: int = (
             self.max_io_bytes if max_append_bytes is None else number("max_append_bytes", max_append_bytes, 32)
         )
