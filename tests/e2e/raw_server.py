@@ -68,7 +68,7 @@ class Server:
         """Fetch all tags, in the process that is to serve."""
         depth = self.options.depth
         self.descriptors = mmap.mmap(self.fd, -(-depth * DESCRIPTOR_BYTES // 4096) * 4096, prot=mmap.PROT_READ)
-        self.memory = mmap.mmap(-1, depth * BUFFER_BYTES)
+        self.memory = mmap.mmap(-1, depth * BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.buffers = address_of(self.memory)
         self.ring = Ring(max(64, 2 * depth))
         if self.batch:
