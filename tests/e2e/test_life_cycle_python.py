@@ -188,10 +188,10 @@ with Hangs().start() as dev:
 
 def arm(server: Child, since: float) -> str:
     """Waits until udev has looked at the disk, and has its reads hang from then on."""
-    path = server.line()
+    path = server.line(90)
     udev.wait_until_seen(path, since)
     server.say("arm")
-    assert server.line() == "armed"
+    assert server.line(90) == "armed"
     return path
 
 
