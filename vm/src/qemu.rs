@@ -119,12 +119,12 @@ impl Machine {
                 // Half of the time after which a CPU that does not schedule is a lockup.
                 "watchdog_thresh=30",
                 "rcupdate.rcu_cpu_stall_timeout=240",
-                "sysctl.kernel.hung_task_timeout_secs=240",
+                "sysctl.kernel.hung_task_timeout_secs=900",
                 // Each test is to hear of its own mistakes, not only the first one.
                 "kasan_multi_shot",
             ]
         } else {
-            &["nowatchdog", "rcupdate.rcu_cpu_stall_timeout=120", "sysctl.kernel.hung_task_timeout_secs=120"]
+            &["nowatchdog", "rcupdate.rcu_cpu_stall_timeout=120", "sysctl.kernel.hung_task_timeout_secs=400"]
         };
         self.kernel_arguments.extend(arguments.iter().map(|&text| text.to_owned()));
     }
