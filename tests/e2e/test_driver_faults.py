@@ -198,6 +198,7 @@ def test_a_killed_server_that_waits_for_its_own_disk_dies(workers: int | None) -
 
 
 @batch_or_not
+@pytest.mark.io_errors
 @pytest.mark.time_limit(120)
 def test_a_write_is_held_while_its_server_is_killed(mode: int) -> None:
     """The server's memory faults because it is killed, which says nothing about the write."""
