@@ -127,6 +127,10 @@ class Upper:
         """Ends the disk the regular way."""
         NATIVE.run("del", "-n", str(self.id), timeout=NOTICE)
         until(lambda: not os.path.exists(self.path), f"the end of {self.path}", 20)
+        if self.child:
+            # Its program goes on without the disk until then.
+            with contextlib.suppress(BrokenPipeError):
+                self.child.process.stdin.close()
         wait_for_end(self.pid)
 
     def close(self) -> None:
@@ -144,7 +148,7 @@ def wait_for_end(pid: int) -> None:
     deadline = time.monotonic() + patience(NOTICE)
     while is_running(pid):
         if time.monotonic() > deadline:
-            raise Stuck(f"server {pid} has not ended {NOTICE:g} s after SIGKILL", stacks_of(pid) + blocked_stacks())
+            raise Stuck(f"server {pid} has not ended within {patience(NOTICE):g} s", stacks_of(pid) + blocked_stacks())
         time.sleep(0.01)
 
 
