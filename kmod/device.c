@@ -303,19 +303,25 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 
 	/*
 	 * The uevent of the char device invites commands, which find the device
-	 * therefore. Those that remove it wait for the mutex.
+	 * therefore. Those that remove it wait for the mutex, and do not wait for
+	 * the caller, whose reference has to be there before.
 	 */
+	get_device(&ub->dev);
 	mutex_lock(&ub->mutex);
 	ublk_publish(ub);
 	ublk_race(UBLK_RACE_ADD);
 	ret = cdev_device_add(&ub->cdev, &ub->dev);
 	ub->added = !ret;
 	mutex_unlock(&ub->mutex);
+	ublk_race(UBLK_RACE_ADDED);
 	if (ret) {
 		ublk_unpublish(ub);
+		/* Those that have found it wait for no server. */
+		set_bit(UBLK_DEV_DELETED, &ub->bits);
+		wake_up_all(&ub->wait);
+		put_device(&ub->dev);
 		goto out_put;
 	}
-	get_device(&ub->dev);
 	return ub;
 
 out_put:
