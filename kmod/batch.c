@@ -39,6 +39,7 @@ struct ublk_batch {
 	spinlock_t		lock;		/* all of this */
 	struct list_head	fetches;	/* the active one among them */
 	struct ublk_fetch	*active;
+	struct task_struct	*fetcher;	/* the thread that fetched last */
 	/* Tags on their way; none is in it twice. */
 	unsigned int		head;
 	unsigned int		nr;
@@ -72,6 +73,8 @@ int ublk_batch_init(struct ublk_queue *q)
 
 void ublk_batch_exit(struct ublk_queue *q)
 {
+	if (q->batch && q->batch->fetcher)
+		put_task_struct(q->batch->fetcher);
 	kvfree(q->batch);
 	q->batch = NULL;
 }
@@ -85,8 +88,18 @@ static void ublk_fetch_free(struct ublk_fetch *fetch)
 /* For the next server: what was on its way has been aborted. */
 void ublk_batch_reset(struct ublk_queue *q)
 {
-	if (q->batch)
-		q->batch->nr = 0;
+	struct ublk_batch *b = q->batch;
+	struct task_struct *fetcher;
+
+	if (!b)
+		return;
+	spin_lock(&b->lock);
+	fetcher = b->fetcher;
+	b->fetcher = NULL;
+	b->nr = 0;
+	spin_unlock(&b->lock);
+	if (fetcher)
+		put_task_struct(fetcher);
 }
 
 /* Picks who is to carry the tags in the ring; b->lock is held. */
@@ -197,7 +210,7 @@ static struct task_struct *ublk_batch_holder(struct ublk_batch *b,
 {
 	if (atomic_read(&io->state) != UBLK_IO_DISPATCH)
 		return io->daemon;
-	return b->active ? b->active->task : NULL;
+	return b->active ? b->active->task : b->fetcher;
 }
 
 /*
@@ -213,10 +226,9 @@ bool ublk_batch_holder_gone(struct ublk_queue *q, struct ublk_io *io)
 
 	spin_lock(&b->lock);
 	holder = ublk_batch_holder(b, io);
-	if (holder)
-		gone = ublk_process_gone(holder);
-	else
-		gone = READ_ONCE(q->ub->canceling);
+	gone = holder && ublk_process_gone(holder);
+	if (!b->active && atomic_read(&io->state) == UBLK_IO_DISPATCH)
+		gone |= READ_ONCE(q->ub->canceling);
 	spin_unlock(&b->lock);
 	return gone;
 }
@@ -439,6 +451,7 @@ static int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 			    unsigned int issue_flags)
 {
 	struct ublk_batch *b = q->batch;
+	struct task_struct *before;
 	struct ublk_fetch *fetch, *active;
 	bool cancel;
 
@@ -462,8 +475,12 @@ static int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	if (!cancel)
 		list_add_tail(&fetch->node, &b->fetches);
 	fetch->retired = cancel;
+	before = b->fetcher;
+	b->fetcher = get_task_struct(current);
 	active = ublk_batch_activate(b);
 	spin_unlock(&b->lock);
+	if (before)
+		put_task_struct(before);
 	ublk_batch_kick(active);
 	if (cancel) {
 		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);

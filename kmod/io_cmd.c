@@ -99,14 +99,16 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 		       struct io_uring_cmd *cmd, struct ublk_io_args *args,
 		       unsigned int issue_flags)
 {
-	int state = atomic_read(&io->state);
-	struct request *req = io->req;
+	int state = UBLK_IO_SERVED;
+	struct request *req;
 	bool unneeded;
 	int ret, result;
 	u64 lba = 0;
 
-	if (state != UBLK_IO_SERVED)
+	/* Until then a time-out may take the request back. */
+	if (!atomic_try_cmpxchg(&io->state, &state, UBLK_IO_BUSY))
 		return state >= UBLK_IO_REVOKED ? -ENODEV : -EINVAL;
+	req = io->req;
 
 	/* Takes the place of the address, which no zoned device has. */
 	if (req_op(req) == REQ_OP_ZONE_APPEND)
@@ -114,12 +116,11 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 	unneeded = (q->flags & UBLK_F_NEED_GET_DATA) &&
 		   req_op(req) != REQ_OP_READ;
 	ret = ublk_check_buf(q, args, unneeded);
-	if (ret)
+	if (ret) {
+		atomic_set_release(&io->state, UBLK_IO_SERVED);
 		return ret;
+	}
 
-	/* The time-out may have taken the request back. */
-	if (!ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_BUSY))
-		return -ENODEV;
 	result = ublk_take_result(q, io, args->addr, args->result, lba);
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_park(q, io, cmd, args, issue_flags);

@@ -215,6 +215,7 @@ int ublk_stop_dev(struct ublk_device *ub)
 int ublk_try_stop_dev(struct ublk_device *ub)
 {
 	struct gendisk *disk = ublk_get_disk(ub);
+	bool first = false;
 	int ret = 0;
 
 	if (!disk)
@@ -227,13 +228,13 @@ int ublk_try_stop_dev(struct ublk_device *ub)
 	if (disk_openers(disk) > 0)
 		ret = -EBUSY;
 	else
-		set_bit(UBLK_DEV_NO_OPEN, &ub->bits);
+		first = !test_and_set_bit(UBLK_DEV_NO_OPEN, &ub->bits);
 	mutex_unlock(&disk->open_mutex);
 	/* As long as this disk is referred to, there cannot be another one. */
 	if (!ret) {
 		ret = ublk_stop_dev(ub);
 		/* Not even begun: the disk is there to be opened. */
-		if (ret && ret != -EINTR)
+		if (first && ret && ret != -EINTR)
 			clear_bit(UBLK_DEV_NO_OPEN, &ub->bits);
 	}
 	put_disk(disk);

@@ -107,9 +107,12 @@ static int __init ublk_init(void)
 	ret = ublk_compat_init();
 	if (ret)
 		return ret;
-	ret = ublk_alloc_workqueues();
+	ret = ublk_reap_init();
 	if (ret)
 		goto out_compat;
+	ret = ublk_alloc_workqueues();
+	if (ret)
+		goto out_reap;
 	ret = alloc_chrdev_region(&ublk_chr_devt, 0, UBLK_MINORS, "ublk-char");
 	if (ret)
 		goto out_wq;
@@ -127,6 +130,8 @@ out_region:
 	unregister_chrdev_region(ublk_chr_devt, UBLK_MINORS);
 out_wq:
 	ublk_destroy_workqueues();
+out_reap:
+	ublk_reap_exit();
 out_compat:
 	ublk_compat_exit();
 	return ret;
@@ -138,6 +143,7 @@ static void __exit ublk_exit(void)
 	ublk_remove_all();
 	misc_deregister(&ublk_misc);
 	ublk_destroy_workqueues();
+	ublk_reap_exit();
 	class_unregister(&ublk_chr_class);
 	unregister_chrdev_region(ublk_chr_devt, UBLK_MINORS);
 	ublk_compat_exit();

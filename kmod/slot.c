@@ -144,6 +144,7 @@ static void ublk_mark_leaving(struct ublk_device *ub)
 		return;
 	WRITE_ONCE(ub->canceling, true);
 	ublk_gates_close(ub);
+	ublk_reap_begin();
 }
 
 /* The server goes, or is asked to: no request reaches it unless it is on the way. */
@@ -377,6 +378,8 @@ void ublk_reset_slots(struct ublk_device *ub)
 	WRITE_ONCE(ub->nr_ready, 0);
 	ub->untrusted = false;
 	WRITE_ONCE(ub->closing, false);
+	if (ub->canceling)
+		ublk_reap_end();
 	WRITE_ONCE(ub->canceling, false);
 	ublk_gates_close(ub);
 	spin_unlock(&ub->lock);

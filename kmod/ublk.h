@@ -297,6 +297,12 @@ typedef int (ublk_job_fn)(struct ublk_device *ub, struct pid *pid);
 int ublk_run_job(struct ublk_device *ub, ublk_job_fn *fn, struct pid *pid);
 void ublk_job_work(struct work_struct *work);
 
+/* reap.c: char devices whose last holder is a kernel thread */
+int ublk_reap_init(void);
+void ublk_reap_exit(void);
+void ublk_reap_begin(void);
+void ublk_reap_end(void);
+
 /* disk.c: /dev/ublkbN */
 struct gendisk *ublk_alloc_disk(struct ublk_device *ub);
 void ublk_discard_disk(struct ublk_device *ub, struct gendisk *disk);

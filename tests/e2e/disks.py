@@ -428,6 +428,18 @@ class Blocking(ReadWrite):
             time.sleep(self.SECONDS)
 
 
+class StuckWrites(Blocking):
+    """Never answers a write."""
+
+    def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
+        super().__init__(size, **shape)
+        self.wrote = threading.Event()
+
+    def write(self, offset, buf):
+        self.wrote.set()
+        time.sleep(1e6)
+
+
 class ReadsItself(ReadWrite):
     """Has a thread that reads its own disk; the handler never answers that, or does the same."""
 

@@ -146,6 +146,33 @@ def test_a_completion_may_close_beside_a_partition_scan() -> None:
             tasks.join()
 
 
+@pytest.mark.io_errors
+def test_a_close_that_hangs_delays_no_other_server() -> None:
+    """The system closes files that a completion or a ring has let go of one after the other."""
+    with (
+        Server("ReadWrite", recoverable=True) as innocent,
+        Server("StuckWrites", workers=4, recoverable=True) as stuck,
+        Aio() as aio,
+    ):
+        buffered = os.open(stuck.path, os.O_RDWR | os.O_CLOEXEC)
+        direct = os.open(stuck.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        aio.read(direct, GATE, 4096)
+        assert stuck.ask("disk.waiting.wait(10)") is True
+        os.pwrite(buffered, b"dirty page", 0)
+        os.close(buffered)
+        os.close(direct)
+        stuck.ask("disk.gate.set()")
+        assert aio.result() == 4096
+        # The close waits for this write.
+        assert stuck.ask("disk.wrote.wait(20)") is True
+        with raw.Control() as control:
+            for server in (innocent, stuck):
+                server.kill()
+                until(lambda id=server.id: control.info(id)["state"] == raw.QUIESCED, "QUIESCED", 30)
+            for server in (stuck, innocent):
+                control.delete(server.id)
+
+
 def read_partitions(path: str) -> None:
     with contextlib.suppress(OSError), open(path, "rb") as disk:
         fcntl.ioctl(disk, BLKRRPART)
@@ -218,7 +245,7 @@ def test_a_write_is_held_while_its_server_is_killed(mode: int) -> None:
         until(lambda: "handle_userfault" in stack_of(server.server), "the page fault")
         kill(server.server)
         with raw.Control() as control:
-            until(lambda: control.info(server.id)["state"] == 2, "QUIESCED", 30)
+            until(lambda: control.info(server.id)["state"] == raw.QUIESCED, "QUIESCED", 30)
         assert result == []
     assert until(lambda: result, "the write's end") == [5]
     tasks.join()

@@ -16,6 +16,7 @@ BUFFER_BYTES = 64 << 10
 
 USER_RECOVERY, USER_RECOVERY_REISSUE, UNPRIVILEGED_DEV = 1 << 3, 1 << 4, 1 << 5
 BATCH_IO, NO_AUTO_PART_SCAN = 1 << 15, 1 << 18
+QUIESCED = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
