@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ublk_core::driver::Driver;
 use ublk_core::driver::fake::FakeDriver;
-use ublk_core::{DetachedRequest, Device, DeviceId, Error, Target};
+use ublk_core::{DetachedRequest, Device, DeviceId, DeviceOptions, Error, Recovery, Target};
 
 mod support;
 
@@ -92,6 +92,36 @@ fn a_request_that_is_elsewhere_keeps_the_device_until_it_ends() {
     assert!(driver.disk(device.id()).wait(sent).is_err());
     assert_eq!(driver.device_ids().unwrap(), []);
     assert_eq!(driver.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_device_that_another_process_stops_ends_in_time_too() {
+    for expedite in [false, true] {
+        let driver = FakeDriver::new();
+        let (target, leave, entered) = stuck();
+        let way = DeviceOptions { recovery: Some(Recovery::Queue), ..options(1, 2) };
+        let device = server(&driver, 1).start(target, &way).unwrap();
+        let id = device.id();
+        let _ = driver.disk(id).send(0, 0, 512, &[]).unwrap();
+        entered.recv().unwrap();
+        let control = server(&driver, 1).control().clone();
+        // It gives up, and the device goes on to stop.
+        control.stop_within(id, Duration::from_millis(10)).unwrap_err();
+        let begin = Instant::now();
+        let timeout = Duration::from_secs(if expedite { 3600 } else { 2 });
+        let error = std::thread::scope(|scope| {
+            let conclude = scope.spawn(|| device.conclude_within(timeout).unwrap_err());
+            // It is about to ask the driver, or has.
+            std::thread::sleep(Duration::from_millis(1500));
+            if expedite {
+                device.expedite();
+            }
+            conclude.join().unwrap()
+        });
+        assert!(matches!(error, Error::Timeout { .. }), "{error}");
+        assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+        drop(leave);
+    }
 }
 
 #[test]

@@ -166,7 +166,7 @@ impl Device {
                     // Somebody may be stopping it, which forbids this and does the same.
                     let _ = self.control.quiesce(id, Duration::from_millis(100));
                 }
-                Ok(DeviceState::Dead) => gone_is_fine(self.control.stop(id))?,
+                Ok(DeviceState::Dead) => self.stop_disk(&patience)?,
                 Ok(_) => {}
                 Err(error) if error.errno() == Errno::ENODEV => break,
                 Err(error) => return Err(error),
@@ -193,8 +193,10 @@ impl Device {
                         hint: format!("a child of this process may still have /dev/ublkc{id} open"),
                     });
                 }
-                Ok(_) => return self.stop().map(|()| Ending::Deleted),
-                Err(error) if error.errno() == Errno::ENODEV => return self.stop().map(|()| Ending::Deleted),
+                Ok(_) => return self.stop_within(timeout).map(|()| Ending::Deleted),
+                Err(error) if error.errno() == Errno::ENODEV => {
+                    return self.stop_within(timeout).map(|()| Ending::Deleted);
+                }
                 Err(error) => return Err(error),
             }
         }
