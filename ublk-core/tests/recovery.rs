@@ -344,6 +344,34 @@ fn a_device_is_not_handed_over_while_a_file_writes() {
 }
 
 #[test]
+fn a_flush_that_fails_after_its_queue_was_given_up_is_known() {
+    const FLUSH: u32 = 2;
+    let way = DeviceOptions { queues: 1, ..recoverable(Recovery::Reissue, false) };
+    let driver = FakeDriver::new();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    let target = file_disk(&file);
+    let device = server(&driver, 1).start(target.clone(), &way).unwrap();
+    let disk = driver.disk(device.id());
+    disk.write(0, &[1; 512]).unwrap();
+    driver.hold_files(true);
+    let sent = disk.send(FLUSH, 0, 0, &[]).unwrap();
+    while driver.held_files() == 0 {
+        std::thread::yield_now();
+    }
+    device.abandon();
+    assert!(device.wait(Some(Duration::from_secs(60))));
+    driver.refuse_next("fdatasync", Errno::EIO);
+    driver.hold_files(false);
+    wait_for_vacancy(&driver, &device);
+    let second = server(&driver, 1).recover(device.id(), target).unwrap();
+    // It is sent again, and the kernel would not report the error a second time.
+    assert_eq!(disk.wait(sent), Err(Errno::EIO));
+    drop(device);
+    finish(&driver, second);
+}
+
+#[test]
 fn a_device_is_not_handed_over_when_its_ring_fails() {
     let way = DeviceOptions { data: Some(DataMovement::Copy), queues: 1, ..recoverable(Recovery::Reissue, false) };
     let (driver, file, device, sent) = with_a_write_under_way(&way);

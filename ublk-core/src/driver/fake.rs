@@ -230,7 +230,8 @@ impl FakeDriver {
         let held = if holding { Vec::new() } else { std::mem::take(&mut state.files.held) };
         drop(state);
         for HeldOperation { ring, user_data, operation, files } in held {
-            ring.push(user_data, ring::file_operation(operation));
+            let refusal = self.shared.state().refusal_of(operation);
+            ring.push(user_data, refusal.map_or_else(|| ring::file_operation(operation), |errno| -(errno as i32)));
             drop(files);
         }
     }
@@ -302,6 +303,12 @@ const ALWAYS_ON: Features = Features::CMD_IOCTL_ENCODE.union(Features::URING_CMD
 const NOT_COPIED: Features = Features::USER_COPY.union(Features::SUPPORT_ZERO_COPY).union(Features::AUTO_BUF_REG);
 
 impl State {
+    /// What a file's sync is to fail with.
+    fn refusal_of(&mut self, operation: Operation) -> Option<Errno> {
+        let syncs = matches!(operation, Operation::SyncData { .. });
+        self.refusals.get_mut("fdatasync").filter(|_| syncs).and_then(VecDeque::pop_front)
+    }
+
     /// What the driver offers.
     fn features(&self) -> Features {
         self.offered.unwrap_or(Features::all())

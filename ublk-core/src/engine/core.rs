@@ -637,6 +637,9 @@ impl QueueCore {
             Kind::Transfer => {
                 let tag = Tag(completion.user_data as u16);
                 let ended = self.forwarded.borrow_mut()[tag.index()].take();
+                if let Some(ended) = &ended {
+                    ended.transfer.ended_late(completion.result);
+                }
                 // Its pages may have got into the ring's table only now.
                 if ended.is_some_and(|ended| matches!(ended.pages, Pages::ToRegister(_))) {
                     self.unregister(tag);

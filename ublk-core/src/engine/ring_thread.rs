@@ -246,8 +246,10 @@ impl RingThread {
             let queue = cookie.and_then(|c| self.queues.get_mut(c.queue as usize)?.as_mut().map(|q| (c, q)));
             let Some((cookie, queue)) = queue else {
                 log::debug!("a completion of a queue that was given up: {completion:?}");
-                if let Some(Cookie { kind: Kind::Transfer, queue, tag }) = cookie {
-                    self.transfers.remove(&(queue, tag));
+                if let Some(Cookie { kind: Kind::Transfer, queue, tag }) = cookie
+                    && let Some(transfer) = self.transfers.remove(&(queue, tag))
+                {
+                    transfer.ended_late(completion.result);
                 }
                 if let (Some(buffer), Ok(bytes)) = (completion.tags, usize::try_from(completion.result)) {
                     // SAFETY: the buffer is the completion's, which is looked at once.

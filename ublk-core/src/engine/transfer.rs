@@ -129,6 +129,14 @@ impl Transfer {
         if self.has_data { self.len as i32 } else { 0 }
     }
 
+    /// Notes the result of the operation at work after the queue was given up. The kernel does not report the error of
+    /// a sync again, not even to the flush that the next server gets in place of this one.
+    pub(crate) fn ended_late(&self, result: i32) {
+        if let (Some(write_back), Err(errno)) = (self.syncing(), RawErrno::check(result)) {
+            write_back.fail(errno.known());
+        }
+    }
+
     /// Gives up a transfer whose ring is about to be closed, so that its end will not be known. The kernel has the file for as
     /// long as it works on it, but what was to be kept until then is kept for good.
     pub(crate) fn abandon(self) {

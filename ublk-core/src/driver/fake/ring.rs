@@ -167,10 +167,6 @@ impl FakeRing {
                 queue.delivery = Some((self.completions.clone(), user_data));
                 Ok(None)
             }
-            Operation::SyncData { .. } if state.refusals.get("fdatasync").is_some_and(|errnos| !errnos.is_empty()) => {
-                let refusal = state.refusals.get_mut("fdatasync").and_then(VecDeque::pop_front);
-                refusal.map_or(Ok(Some(0)), Err)
-            }
             Operation::Read { fd, memory: Memory::Registered { index, offset }, len, offset: at } => {
                 // Aligned, for direct I/O.
                 let memory = IoBuffer::new(len as usize).map_err(|_| Errno::ENOMEM)?;
@@ -196,6 +192,11 @@ impl FakeRing {
                 let is_data = matches!(other, Operation::Read { .. } | Operation::Write { .. });
                 if let Some(errno) = state.files.refusal.filter(|_| is_data) {
                     return Ok(Some(-errno.get()));
+                }
+                if !state.files.holding
+                    && let Some(errno) = state.refusal_of(other)
+                {
+                    return Err(errno);
                 }
                 if state.files.holding {
                     let (ring, files) = (self.completions.clone(), self.files.clone());
