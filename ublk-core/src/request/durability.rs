@@ -73,7 +73,8 @@ pub(crate) struct Durability {
 /// A way to sync a file whose failures are remembered.
 #[derive(Clone, Debug)]
 pub(crate) struct Sync {
-    /// An open file description that nothing else syncs but this queue, so that no other takes its errors.
+    /// An open file description that nothing else syncs but this queue, so that no other takes its errors; except where
+    /// only the one that the data was written by can be synced.
     pub(crate) file: OpenFile,
     /// Whether data is written through the page cache. Then writes are synced by `fdatasync` too: with `RWF_DSYNC` a
     /// full file system would look like lost writes.

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::FlockArg;
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, fstatfs};
 
 use super::files::{punch_hole, sync_name};
 use super::protected_file::{ProtectedFile, ProtectedQueue};
@@ -261,6 +262,12 @@ fn lock(file: &fs::File, path: &Path, options: &FileOptions, patience: Duration)
     }
 }
 
+/// Whether a sync covers all that was written to a file, whichever open file description it was written by. The servers
+/// of FUSE file systems may keep writes, and their errors, for each open file: sshfs does.
+fn syncs_cover_the_file(file: &fs::File) -> bool {
+    fstatfs(file).is_ok_and(|found| found.filesystem_type() != FUSE_SUPER_MAGIC)
+}
+
 /// The smallest block that direct I/O on this file takes, found by trying.
 fn direct_alignment(file: &fs::File, path: &Path, size: u64) -> Result<u32> {
     let buffer = IoBuffer::new(PAGE_SIZE).map_err(|e| Error::file("probe", path, &e))?;
@@ -372,14 +379,19 @@ impl File {
         // Direct I/O on a block device leaves nothing in the page cache: writes report their own errors, and a flush
         // after one that failed covers the same writes.
         let is_cached = !(self.direct && self.is_block);
-        let for_syncs = is_cached.then(|| self.open_again()).transpose()?;
+        let for_syncs = is_cached.then(|| self.for_syncs(syncs_cover_the_file(&self.file))).transpose()?;
         let sync = for_syncs.map(|file| FileSync {
-            file: Arc::new(file).into(),
+            file: file.into(),
             buffered: !self.direct,
             write_back: self.write_back.clone(),
         });
         let durability = Durability { at_once: self.is_durable_at_once(), sync };
         Ok(FileQueue { file: self.file.clone(), durability })
+    }
+
+    /// What a queue syncs: a description of its own, if a sync of that covers what was written by another one.
+    fn for_syncs(&self, cover_the_file: bool) -> Result<Arc<fs::File>> {
+        if cover_the_file { self.open_again().map(Arc::new) } else { Ok(self.file.clone()) }
     }
 
     /// Opens the file once more: by its descriptor, as another one may have its name by now.
@@ -445,6 +457,15 @@ mod tests {
             assert_eq!(block_device_can_discard(&disk), can, "{discard} {write_zeroes}");
             assert_eq!(block_device_can_discard(&partition), can, "{discard} {write_zeroes}");
         }
+    }
+
+    #[test]
+    fn what_is_written_is_synced_where_syncs_are_by_open_file() {
+        let file = backing(1 << 20);
+        let file = File::open(file.path(), &FileOptions::default()).unwrap();
+        assert!(syncs_cover_the_file(&file.file), "tests do not run on FUSE");
+        assert!(Arc::ptr_eq(&file.for_syncs(false).unwrap(), &file.file));
+        assert!(!Arc::ptr_eq(&file.for_syncs(true).unwrap(), &file.file));
     }
 
     #[test]
