@@ -59,15 +59,17 @@ def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -
         findings.round = sum(worker.done for worker in workers) - 1
     for nuisance in nuisances:
         os.killpg(nuisance.pid, signal.SIGKILL)
-        try:
-            nuisance.wait(60)
-        except subprocess.TimeoutExpired:
-            raise Stuck("a client with bad habits does not end", blocked_stacks()) from None
     if stuck := next((worker.stuck for worker in workers if worker.stuck), None):
         raise stuck
     last = Worker(findings, 0, 0, set(), plant, 0)
     last.command(NATIVE, "del", "-a", "--force")
     last.command(NATIVE, "del", "--dead")
+    # Not before: I/O on a disk that waits for a server holds its client, also a killed one.
+    for nuisance in nuisances:
+        try:
+            nuisance.wait(patience(60))
+        except subprocess.TimeoutExpired:
+            raise Stuck("a client with bad habits does not end", blocked_stacks()) from None
 
 
 class Worker(threading.Thread):
