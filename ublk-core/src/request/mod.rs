@@ -356,6 +356,10 @@ impl<H: Home> RequestOf<H> {
     ///
     /// Where the device's [data movement](DataMovement) is without copies, the file reads and writes the
     /// request's own pages, unless the request was [loaded](RequestOf::load) before.
+    ///
+    /// The kernel reports an error of write-back once to each open file, so that of several flushes of one file only one
+    /// may fail, and later ones succeed although writes are lost. A target that promises more has to remember the failure,
+    /// as [`targets::File`](crate::targets::File) does.
     pub fn forward(mut self, file: FileRange) {
         let piece = FilePiece { file, len: self.len() };
         self.send(piece.into(), None, Durability::default());

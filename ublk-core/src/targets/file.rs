@@ -56,8 +56,9 @@ pub struct FileOptions {
 /// A disk backed by a file.
 ///
 /// Once a sync of the file has failed, every flush of the disk fails with `EIO` until it has a new server: writes may be
-/// lost, and the kernel does not report that again. A new server starts afresh. The exception is direct I/O on a
-/// block device, where the next flush covers the same writes.
+/// lost, and the kernel does not report that again. A new server starts afresh: it cannot know of an error that was
+/// reported to its predecessor. The exception is direct I/O on a block device, where the next flush covers the same
+/// writes. On FUSE all queues share one open file, so that of two flushes at once only one may fail.
 #[derive(Debug)]
 pub struct File {
     path: PathBuf,
