@@ -96,6 +96,13 @@ def test_its_process_ends_with_it():
     assert process.exitcode == 0
 
 
+@pytest.mark.parametrize("timeout", [None, 1e7])
+def test_a_stop_may_take_as_long_as_it_likes(timeout):
+    dev = start(Disk())
+    dev.stop(timeout=timeout)
+    assert not dev.running
+
+
 def test_several_threads_may_ask_and_stop():
     dev = start(Disk())
     threads = [threading.Thread(target=dev.stats) for _ in range(4)]

@@ -47,6 +47,8 @@ _START_SECONDS = 120.0
 _ANSWER_SECONDS = 75.0
 # For the other side's part of a stop, besides the wait for handlers.
 _STOP_SECONDS = 15.0
+# At a time.
+_LONGEST_WAIT = 3600.0
 _EXIT_SECONDS = 5.0
 _GIVE_UP_SECONDS = 30.0
 
@@ -234,9 +236,13 @@ class RemoteDevice:
         answer: Answer | None = None
         try:
             while answer is None:
-                ready = wait([self._control, self._running], max(0.0, deadline - time.monotonic()))
+                left = max(0.0, deadline - time.monotonic())
+                # The kernel counts milliseconds in 31 bits.
+                ready = wait([self._control, self._running], min(left, _LONGEST_WAIT))
                 if not ready:
-                    break
+                    if left <= _LONGEST_WAIT:
+                        break
+                    continue
                 if self._control not in ready:
                     raise EOFError
                 came: Answer = self._control.recv()
