@@ -130,12 +130,8 @@ fn processes(nodes: &[PathBuf]) -> Vec<String> {
     let mut found = Vec::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = process.file_name();
-        let Some(pid) = name.to_str().filter(|name| name.bytes().all(|b| b.is_ascii_digit())) else { continue };
-        let descriptors = fs::read_dir(process.path().join("fd"));
-        let has = descriptors.into_iter().flatten().flatten().any(|fd| {
-            fs::metadata(fd.path()).is_ok_and(|m| m.file_type().is_block_device() && numbers.contains(&m.rdev()))
-        });
-        if has {
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+        if has_open(pid, |m| m.file_type().is_block_device() && numbers.contains(&m.rdev())) {
             let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             if command.contains("udev") {
                 continue;
@@ -144,4 +140,53 @@ fn processes(nodes: &[PathBuf]) -> Vec<String> {
         }
     }
     found
+}
+
+/// Whether a process has a node of a device open that is looked for. Files that are no nodes are not looked at: to ask
+/// their file systems may take for ever, if those are on a server, or a disk, that does not answer.
+pub(super) fn has_open(pid: i32, wanted: impl Fn(&fs::Metadata) -> bool) -> bool {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    files.map(|fd| fd.path()).any(|fd| {
+        fs::read_link(&fd).is_ok_and(|target| is_node(&target)) && fs::metadata(fd).is_ok_and(|found| wanted(&found))
+    })
+}
+
+/// Whether an open file looks like a node by its path, which may be one of another root or mount namespace.
+fn is_node(path: &Path) -> bool {
+    let in_dev = path.parent().is_some_and(|parent| parent.components().any(|part| part.as_os_str() == "dev"));
+    in_dev || path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"ublk"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn only_nodes_are_looked_at() {
+        let _file = tempfile::NamedTempFile::new().unwrap();
+        let _node = fs::File::open("/dev/null").unwrap();
+        let own = std::process::id() as i32;
+        let (nodes, others) = (Cell::new(0), Cell::new(0));
+        let found = has_open(own, |m| {
+            let count = if m.file_type().is_char_device() { &nodes } else { &others };
+            count.set(count.get() + 1);
+            false
+        });
+        assert!(!found && nodes.get() > 0);
+        assert_eq!(others.get(), 0, "a file's file system may not answer");
+        let null = fs::metadata("/dev/null").unwrap().rdev();
+        assert!(has_open(own, |m| m.rdev() == null));
+    }
+
+    #[test]
+    fn nodes_are_known_by_their_paths() {
+        for path in ["/dev/ublkb0", "/dev/ublkb0 (deleted)", "/dev/xvda", "/srv/root/dev/disk", "/ublkc3"] {
+            assert!(is_node(path.as_ref()), "{path}");
+        }
+        for path in ["/mnt/nfs/disk.img", "/mnt/dev.img", "socket:[17]", "anon_inode:[io_uring]", "/"] {
+            assert!(!is_node(path.as_ref()), "{path}");
+        }
+    }
 }

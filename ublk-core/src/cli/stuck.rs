@@ -17,6 +17,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::time::Duration;
 
+use super::holders::has_open;
 use super::{Failure, Outcome};
 use crate::control::Control;
 use crate::error::Error;
@@ -97,10 +98,4 @@ impl Server {
         }
         Err(Failure::Text(format!("killing process {}: {error}", self.pid)))
     }
-}
-
-/// Whether a process has a file open that is looked for.
-fn has_open(pid: i32, wanted: impl Fn(&fs::Metadata) -> bool) -> bool {
-    let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    files.into_iter().any(|fd| fs::metadata(fd.path()).is_ok_and(|found| wanted(&found)))
 }
