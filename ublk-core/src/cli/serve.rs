@@ -118,7 +118,8 @@ fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
             );
             // Before Linux 6.16 it is the end of this process that leaves it.
             if device.info().features.contains(Features::QUIESCE) {
-                device.leave()?
+                // Else it would be deleted when it is dropped.
+                device.leave().inspect_err(|_| device.abandon())?
             } else {
                 device.abandon()
             }
