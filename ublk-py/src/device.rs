@@ -73,6 +73,7 @@ impl NativeDevice {
     where
         F: FnOnce(&ublk_core::Device) -> ublk_core::Result<()> + Send + 'static,
     {
+        interpreter::check_return()?;
         let ended = on_another_thread(py, self.device(), end)?;
         self.withdraw_if_over();
         ended.map_err(|e| to_python(py, &e))
@@ -249,6 +250,7 @@ impl NativeDevice {
 
     /// Changes the disk's capacity.
     fn resize(&self, py: Python<'_>, size: u64) -> PyResult<()> {
+        interpreter::check_return()?;
         let (result, _permit) = interpreter::detached(py, || self.device().resize(size));
         result.map_err(|e| to_python(py, &e))
     }
@@ -293,6 +295,7 @@ impl NativeDevice {
 
     /// What each operation has done: a dict for each, latencies in nanoseconds.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        interpreter::check_return()?;
         let (stats, _permit) = interpreter::detached(py, || self.device().stats());
         let one = |(op, stats): (&Op, &ublk_core::OpStats)| {
             let dict = PyDict::new(py);

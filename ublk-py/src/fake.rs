@@ -51,11 +51,13 @@ impl FakeDriver {
     }
 
     fn read<'py>(&self, py: Python<'py>, id: u32, offset: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {
+        interpreter::check_return()?;
         let bytes = check(interpreter::detached(py, || self.disk(id).read(offset, length)).0)?;
         Ok(PyBytes::new(py, &bytes))
     }
 
     fn write(&self, py: Python<'_>, id: u32, offset: u64, data: &[u8]) -> PyResult<()> {
+        interpreter::check_return()?;
         check(interpreter::detached(py, || self.disk(id).write(offset, data)).0)
     }
 
@@ -74,15 +76,18 @@ impl FakeDriver {
     }
 
     fn flush(&self, py: Python<'_>, id: u32) -> PyResult<()> {
+        interpreter::check_return()?;
         check(interpreter::detached(py, || self.disk(id).flush()).0)
     }
 
     fn discard(&self, py: Python<'_>, id: u32, offset: u64, length: usize) -> PyResult<()> {
+        interpreter::check_return()?;
         check_length(length)?;
         check(interpreter::detached(py, || self.disk(id).discard(offset, length)).0)
     }
 
     fn write_zeroes(&self, py: Python<'_>, id: u32, offset: u64, length: usize) -> PyResult<()> {
+        interpreter::check_return()?;
         check_length(length)?;
         check(interpreter::detached(py, || self.disk(id).write_zeroes(offset, length)).0)
     }

@@ -114,6 +114,12 @@ pub(crate) fn check_open() -> PyResult<()> {
     Ok(())
 }
 
+/// An error if the calling thread could not come back from [`detached`]. For functions that a program may call with a lock of
+/// its own: exit handlers of the program that run after the gate is closed may want that lock.
+pub(crate) fn check_return() -> PyResult<()> {
+    if PERMITS.get() == 0 && !CLOSER.get() { check_open() } else { Ok(()) }
+}
+
 /// Keeps all other threads of this module out of the interpreter from now on, and waits for `seconds` at most until they
 /// are out. If they are not, a handler does not return, and the process ends with status 1: see (3).
 ///

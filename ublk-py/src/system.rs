@@ -83,6 +83,7 @@ pub(crate) fn resize(py: Python<'_>, id: u32, size: u64) -> PyResult<()> {
 
 /// Calls the driver while Python goes on.
 fn on_system<T: Send>(py: Python<'_>, call: impl FnOnce(&Control) -> Result<T> + Send) -> PyResult<T> {
+    interpreter::check_return()?;
     let (result, _permit) = interpreter::detached(py, || call(&Control::new(Arc::new(KernelDriver::open()?))));
     result.map_err(|e| to_python(py, &e))
 }

@@ -304,3 +304,37 @@ device.stop()
     status, out, err = program.end()
     assert status == 0, err
     assert "child: 0" in out, err
+
+
+def test_a_thread_that_asks_too_late_keeps_no_lock():
+    """An exit handler of the program, which runs after those of ublk, may want it."""
+    program = """
+import atexit, threading, time
+lock = threading.Lock()
+
+def end():
+    time.sleep(0.2)
+    with lock:
+        print("ended", flush=True)
+
+atexit.register(end)
+import ublk.testing
+
+class Disk(ublk.BlockDevice):
+    def read(self, offset, buf):
+        buf[:] = bytes(len(buf))
+
+file = ublk.testing.open(Disk(size=1 << 20))
+
+def look():
+    while True:
+        with lock:
+            file.device.stats()
+        time.sleep(0.001)
+
+threading.Thread(target=look, daemon=True).start()
+file.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "ended\n"), done
+    assert "shutting down" in done.stderr
