@@ -195,6 +195,14 @@ def test_del_while_the_disk_is_open_holds_up_nobody(native) -> None:
     until(lambda: gone(path), "the nodes' end")
 
 
+def test_del_by_a_test_suite_at_a_terminal_is_not_a_persons(native) -> None:
+    path = native.add("-t", "mem", "--size", "1M")
+    with Disk(path, direct=True):
+        # As blktests: its tests inherit the terminal as their input, and their output goes to files.
+        run(["script", "-qec", f"ublk del -n {device_id(path)} > /dev/null 2>&1", "/dev/null"], timeout=20)
+    until(lambda: gone(path), "the nodes' end")
+
+
 def test_del_async_does_not_wait_for_the_last_holder(native) -> None:
     path = native.add("-t", "mem", "--size", "1M")
     node = os.open(path.replace("ublkb", "ublkc"), os.O_PATH)

@@ -89,7 +89,7 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
         stuck::stop(control, id)?;
         true
     } else {
-        stop_unless_in_use(control, id, args.unused || std::io::stdin().is_terminal())?
+        stop_unless_in_use(control, id, args.unused || is_typed())?
     };
     let removed = if args.no_wait {
         let deleted = if stopped { Ok(()) } else { control.stop(id) };
@@ -112,6 +112,12 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
     }
     state::remove(id, instance);
     Ok(())
+}
+
+/// Whether a person has typed the command, and sees what it says. Scripts that are started at a terminal inherit it as
+/// their input, too, but those of test suites (blktests) collect what is said.
+fn is_typed() -> bool {
+    std::io::stdin().is_terminal() && std::io::stderr().is_terminal()
 }
 
 /// Refuses to go on with a device in use, and names the users. Where the driver can, this stops the device in the same
