@@ -259,3 +259,18 @@ def test_a_power_cut_flushes_nothing():
     assert disk.flushed == 0
     testing.open(disk).close()
     assert disk.flushed == 1
+
+
+def test_options_are_numbers_by_index():
+    class Number:
+        def __index__(self):
+            return 2
+
+    class Disk(ublk.BlockDevice):
+        def read(self, offset, buf):
+            buf[:] = bytes(len(buf))
+
+    two = Number()
+    with testing.open(Disk(size=1 << 20), queues=two, depth=two, id=two, workers=two, coalesce_usecs=two) as file:
+        assert (file.device.queues, file.device.depth, file.device.id) == (2, 2, 2)
+        assert file.pread(0, 512) == bytes(512)

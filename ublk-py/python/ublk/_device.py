@@ -105,7 +105,8 @@ class Device:
         self._stopping = threading.Lock()
         self._failures = Limiter()
         self._owner = os.getpid()
-        if workers is not None and not number("workers", workers, 16):
+        workers = None if workers is None else number("workers", workers, 16)
+        if workers == 0:
             raise ValueError("workers = 0: no thread would serve the device")
         shape = target._describe()
         if hang_after is not None and not hang_after > 0:
