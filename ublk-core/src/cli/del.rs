@@ -13,7 +13,7 @@ use std::io::IsTerminal;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::holders::{self, Stop};
+use super::holders::{self, Asker, Stop};
 use super::state::State;
 use super::{Failure, Outcome, state, station, stuck};
 use crate::control::{Control, Removal};
@@ -123,7 +123,7 @@ fn is_typed() -> bool {
 /// Refuses to go on with a device in use, and names the users. Where the driver can, this stops the device in the same
 /// moment, and returns true.
 fn stop_unless_in_use(control: &Control, id: DeviceId, refuse_open: bool) -> std::result::Result<bool, Failure> {
-    match holders::stop_unused(control, id)? {
+    match holders::stop_unused(control, id, Asker::Other)? {
         Stop::Done => Ok(true),
         Stop::NotUsed => Ok(false),
         Stop::Open(who) if !refuse_open => {

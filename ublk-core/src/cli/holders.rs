@@ -29,15 +29,25 @@ pub(super) enum Stop {
     Claimed(String),
 }
 
+/// Who asks how a disk is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asker {
+    /// The disk's server. It must not open the disk to find out: an open may wait for requests, and nothing could end a
+    /// server that waits for itself. Exclusive users that nothing else shows go unnoticed before Linux 7.0.
+    Server,
+    /// Another process.
+    Other,
+}
+
 /// Stops a device that is not in use, in the same moment if the driver can (Linux 7.0).
-pub(super) fn stop_unused(control: &Control, id: DeviceId) -> Result<Stop> {
+pub(super) fn stop_unused(control: &Control, id: DeviceId, asker: Asker) -> Result<Stop> {
     let info = control.info(id)?;
     if info.state == DeviceState::Dead {
         return Ok(Stop::NotUsed);
     }
     let path = control.driver().block_path(id);
     if !info.features.contains(Features::SAFE_STOP_DEV) {
-        return Ok(use_of(&path).unwrap_or(Stop::NotUsed));
+        return Ok(use_of(&path, asker).unwrap_or(Stop::NotUsed));
     }
     let deadline = Instant::now() + UDEV_PATIENCE;
     loop {
@@ -48,7 +58,7 @@ pub(super) fn stop_unused(control: &Control, id: DeviceId) -> Result<Stop> {
             Err(error) => return Err(error),
         }
         // A user that cannot be seen is most likely udev.
-        match use_of(&path) {
+        match use_of(&path, asker) {
             Some(used) => return Ok(used),
             None if Instant::now() >= deadline => return Ok(Stop::Open("open".into())),
             None => std::thread::sleep(UDEV_RETRY),
@@ -57,14 +67,14 @@ pub(super) fn stop_unused(control: &Control, id: DeviceId) -> Result<Stop> {
 }
 
 /// How a disk is used, as far as that can be seen.
-fn use_of(disk: &Path) -> Option<Stop> {
+fn use_of(disk: &Path, asker: Asker) -> Option<Stop> {
     let nodes = nodes(disk);
     let mut claims = mounts(&nodes);
     claims.extend(swaps(&nodes));
     claims.extend(stacked(&nodes));
     let processes = processes(&nodes);
     // Mounts of other namespaces are not among those.
-    if !claims.is_empty() || is_claimed(disk) {
+    if !claims.is_empty() || asker == Asker::Other && is_claimed(disk) {
         claims.extend(processes);
         let who = claims.join(", ");
         return Some(Stop::Claimed(if who.is_empty() { "mounted or claimed".into() } else { who }));

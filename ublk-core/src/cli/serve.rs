@@ -10,7 +10,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::holders::{self, Stop};
+use super::holders::{self, Asker, Stop};
 use super::station::Station;
 use super::{Failure, Outcome, state};
 use crate::device::{Device, Ending};
@@ -108,7 +108,7 @@ fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
     if device.recovery().is_none() {
         return device.stop().map(|()| Ending::Deleted);
     }
-    match holders::stop_unused(device.control(), id) {
+    match holders::stop_unused(device.control(), id, Asker::Server) {
         // Another process may be deleting it, and a stop that takes too long is for this to end.
         Ok(Stop::Done | Stop::NotUsed) | Err(_) => device.stop().map(|()| Ending::Deleted),
         Ok(Stop::Open(who) | Stop::Claimed(who)) => {
