@@ -10,19 +10,23 @@
  * char device has been released.
  *
  * So, as long as servers are leaving, work items of our own release what is
- * queued behind such a wait. Each may wait in its turn.
+ * queued behind such a wait. Each waits for the system's item in its turn,
+ * therefore they begin at growing distances. Mostly there is nothing to do: a
+ * server has left before the first one begins.
  */
 #include <linux/file.h>
 #include <linux/workqueue.h>
 
 #include "ublk.h"
 
-#define UBLK_REAP_PERIOD	HZ
-#define UBLK_REAP_WORKS		16
+#define UBLK_REAP_MIN_DELAY	HZ
+#define UBLK_REAP_MAX_DELAY	(60 * HZ)
+#define UBLK_REAP_WORKS		64
 
 static struct workqueue_struct *ublk_reap_wq;
 static struct work_struct ublk_reap_works[UBLK_REAP_WORKS];
 static struct delayed_work ublk_reap_timer;
+static unsigned long ublk_reap_delay;
 static atomic_t ublk_nr_leaving;
 
 static void ublk_reap(struct work_struct *work)
@@ -42,14 +46,18 @@ static void ublk_reap_tick(struct work_struct *work)
 			queue_work(ublk_reap_wq, &ublk_reap_works[i]);
 			break;
 		}
-	queue_delayed_work(ublk_reap_wq, &ublk_reap_timer, UBLK_REAP_PERIOD);
+	WRITE_ONCE(ublk_reap_delay, min(2 * READ_ONCE(ublk_reap_delay),
+					UBLK_REAP_MAX_DELAY));
+	queue_delayed_work(ublk_reap_wq, &ublk_reap_timer,
+			   READ_ONCE(ublk_reap_delay));
 }
 
 /* A server begins to leave. In any context. */
 void ublk_reap_begin(void)
 {
 	atomic_inc(&ublk_nr_leaving);
-	queue_delayed_work(ublk_reap_wq, &ublk_reap_timer, UBLK_REAP_PERIOD);
+	WRITE_ONCE(ublk_reap_delay, UBLK_REAP_MIN_DELAY);
+	mod_delayed_work(ublk_reap_wq, &ublk_reap_timer, UBLK_REAP_MIN_DELAY);
 }
 
 /* Its char device has been released. */
@@ -62,8 +70,7 @@ int ublk_reap_init(void)
 {
 	unsigned int i;
 
-	ublk_reap_wq = alloc_workqueue("ublk-reap", WQ_UNBOUND | WQ_MEM_RECLAIM,
-				       WQ_MAX_ACTIVE);
+	ublk_reap_wq = alloc_workqueue("ublk-reap", WQ_UNBOUND, WQ_MAX_ACTIVE);
 	if (!ublk_reap_wq)
 		return -ENOMEM;
 	for (i = 0; i < UBLK_REAP_WORKS; i++)
