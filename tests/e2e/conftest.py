@@ -2,6 +2,7 @@
 """Rules for every test: it has a time limit, and it leaves the machine as it was."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -178,5 +179,8 @@ def scratch(tmp_path: Path) -> Path:
     path = Path("/root/scratch")
     path.mkdir(exist_ok=True)
     for entry in path.iterdir():
-        entry.unlink()
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
     return path
