@@ -64,6 +64,9 @@ OWN_DISK = """
 """
 
 
+pytestmark = pytest.mark.io_errors
+
+
 def program(code: str) -> Child:
     return Child([sys.executable, "-c", textwrap.dedent(code)])
 
@@ -112,7 +115,8 @@ def test_tasks_of_a_program_that_waits_for_its_own_disk_let_it_go_on() -> None:
     path = server.line(60)
     try:
         assert server.line(60) == str(errno.EIO), server.log
-        assert "its process seems to wait for its own disk" in server.log
+        # The requests fail first.
+        until(lambda: "its process seems to wait for its own disk" in server.log, "the reason in the log")
         assert "has it open itself, as descriptor" in server.log
         server.signal(signal.SIGTERM)
         assert server.wait(60) == 128 + signal.SIGTERM, server.log
