@@ -25,12 +25,12 @@ class Step:
 
 
 CAMPAIGNS = [
-    Step("power", 36, ("file-direct", "python", "file-buffered")),
+    Step("power", 24, ("file-direct", "python", "file-buffered")),
     Step("kill", 4, ("file-direct", "python", "reissue", "queue")),
-    Step("handlers", 8),
-    Step("control", 24),
+    Step("handlers", 4),
+    Step("control", 16),
     Step("environment", 3),
-    Step("users", 12),
+    Step("users", 8),
 ]
 # Those of handlers are planted without a machine (`test_planted_handlers.py`).
 PLANTED = [
