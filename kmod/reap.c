@@ -20,7 +20,7 @@
 #include "ublk.h"
 
 #define UBLK_REAP_MIN_DELAY	HZ
-#define UBLK_REAP_MAX_DELAY	(60 * HZ)
+#define UBLK_REAP_MAX_DELAY	(60UL * HZ)
 #define UBLK_REAP_WORKS		64
 
 static struct workqueue_struct *ublk_reap_wq;
