@@ -3,26 +3,15 @@
 
 import ctypes
 import mmap
-import os
 import struct
 
 from .pace import patience
-from .raw import address_of
+from .raw import address_of, system_call
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 _SETUP, _DESTROY, _GETEVENTS, _SUBMIT = 206, 207, 208, 209
 _PREAD = 0
 # data, key, flags, opcode, priority, fd, buffer, length, offset, reserved, flags, eventfd
 _REQUEST = struct.Struct("=QIIHhIQQqQII")
-
-
-def _call(number: int, *arguments: object) -> int:
-    result = _libc.syscall(ctypes.c_long(number), *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
 
 
 class Aio:
@@ -31,23 +20,23 @@ class Aio:
     def __enter__(self) -> "Aio":
         self._context = ctypes.c_ulong()
         self._memory = mmap.mmap(-1, 64 << 10)
-        _call(_SETUP, ctypes.c_long(1), ctypes.byref(self._context))
+        system_call(_SETUP, ctypes.c_long(1), ctypes.byref(self._context))
         return self
 
     def __exit__(self, *_: object) -> None:
-        _call(_DESTROY, self._context)
+        system_call(_DESTROY, self._context)
 
     def read(self, fd: int, offset: int, length: int) -> None:
         """Begin to read; `fd` may be closed at once."""
         packed = _REQUEST.pack(0, 0, 0, _PREAD, 0, fd, address_of(self._memory), length, offset, 0, 0, 0)
         self._request = ctypes.create_string_buffer(packed, len(packed))
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
-        _call(_SUBMIT, self._context, ctypes.c_long(1), pointer)
+        system_call(_SUBMIT, self._context, ctypes.c_long(1), pointer)
 
     def result(self) -> int:
         """Wait for the read; the bytes read, or a negative errno."""
         event = ctypes.create_string_buffer(32)
         limit = ctypes.create_string_buffer(struct.pack("=qq", int(patience(30)), 0), 16)
         one = ctypes.c_long(1)
-        assert _call(_GETEVENTS, self._context, one, one, event, limit) == 1, "the read does not end"
+        assert system_call(_GETEVENTS, self._context, one, one, event, limit) == 1, "the read does not end"
         return struct.unpack("=QQqq", event.raw)[2]

@@ -68,7 +68,8 @@ def describe(descriptors: mmap.mmap, offset: int) -> tuple[int, int, int]:
     return flags & 0xFF, sectors, start
 
 
-def _call(number: int, *arguments: object) -> int:
+def system_call(number: int, *arguments: object) -> int:
+    """The result of a system call that the C library has no function for; its errno as `OSError`."""
     result = _libc.syscall(ctypes.c_long(number), *arguments)
     if result < 0:
         code = ctypes.get_errno()
@@ -83,7 +84,7 @@ class Ring:
         parameters = bytearray(_PARAMETERS.size)
         struct.pack_into("=I", parameters, 8, _SETUP_SQE128 if wide else 0)
         raw = (ctypes.c_char * len(parameters)).from_buffer(parameters)
-        self.fd = _call(_SETUP, ctypes.c_uint(entries), raw)
+        self.fd = system_call(_SETUP, ctypes.c_uint(entries), raw)
         fields = _PARAMETERS.unpack(parameters)
         sq, cq = _OFFSETS.unpack(fields[10]), _OFFSETS.unpack(fields[11])
         self._entry_bytes = 128 if wide else 64
@@ -112,7 +113,7 @@ class Ring:
         queued, self._queued = self._queued, 0
         none = ctypes.c_void_p()
         numbers = map(ctypes.c_uint, (self.fd, queued, wait, _ENTER_GETEVENTS))
-        _call(_ENTER, *numbers, none, none)
+        system_call(_ENTER, *numbers, none, none)
 
     def completions(self) -> list[tuple[int, int, int]]:
         """User data, result and flags of all that has completed."""
@@ -144,7 +145,9 @@ class Ring:
         self._table, self._chosen = mmap.mmap(-1, max(4096, count * 16)), mmap.mmap(-1, count * size)
         self._buffer_bytes, self._buffer_count, self._provided = size, count, 0
         registration = struct.pack("=QIHH24s", address_of(self._table), count, _BUFFER_GROUP, 0, b"")
-        _call(_REGISTER, ctypes.c_uint(self.fd), ctypes.c_uint(_REGISTER_PBUF_RING), registration, ctypes.c_uint(1))
+        system_call(
+            _REGISTER, ctypes.c_uint(self.fd), ctypes.c_uint(_REGISTER_PBUF_RING), registration, ctypes.c_uint(1)
+        )
         for buffer in range(count):
             self._provide(buffer)
 

@@ -10,8 +10,8 @@ import mmap
 import os
 import struct
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
+from .raw import system_call
+
 _SETUP, _ENTER = 425, 426
 _ENTER_GETEVENTS = 1
 _OFFSET_SUBMISSIONS, _OFFSET_COMPLETIONS, _OFFSET_ENTRIES = 0, 0x8000000, 0x10000000
@@ -29,20 +29,12 @@ _COMPLETION = struct.Struct("=QiI")
 _PI = struct.Struct("=HHIQQQ")
 
 
-def _call(number: int, *arguments: object) -> int:
-    result = _libc.syscall(ctypes.c_long(number), *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
-
-
 class Ring:
     """One request at a time, each waited for."""
 
     def __init__(self) -> None:
         parameters = ctypes.create_string_buffer(_PARAMETERS.size)
-        self.fd = _call(_SETUP, ctypes.c_uint(1), parameters)
+        self.fd = system_call(_SETUP, ctypes.c_uint(1), parameters)
         fields = _PARAMETERS.unpack(parameters.raw)
         entries, completions, self._features = fields[0], fields[1], fields[5]
         sq, cq = _OFFSETS.unpack(fields[10]), _OFFSETS.unpack(fields[11])
@@ -101,7 +93,7 @@ class Ring:
         struct.pack_into("=I", self._sq, self._sq_array + index * 4, index)
         struct.pack_into("=I", self._sq, self._sq_tail, (tail + 1) & 0xFFFFFFFF)
         none = ctypes.c_void_p()
-        _call(
+        system_call(
             _ENTER,
             ctypes.c_uint(self.fd),
             ctypes.c_uint(1),
