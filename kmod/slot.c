@@ -288,7 +288,7 @@ void ublk_take_back_gone(struct ublk_device *ub)
 			struct ublk_io *io = &q->ios[tag];
 			struct request *req = READ_ONCE(io->req);
 
-			/* No reference: only whoever wins it back looks at it. */
+			/* No reference: it is only looked at after it was won back. */
 			if (req)
 				ublk_take_back(q, io, req, false);
 		}
