@@ -175,30 +175,38 @@ static int ublk_batch_take(struct ublk_queue *q, u16 *tags, unsigned int max)
 	return ret;
 }
 
+/* Drops the @i-th tag of the ring; b->lock is held. */
+static void ublk_batch_drop(struct ublk_batch *b, unsigned int i)
+{
+	for (; i + 1 < b->nr; i++)
+		b->tags[(b->head + i) & b->mask] =
+			b->tags[(b->head + i + 1) & b->mask];
+	b->nr--;
+}
+
 /*
- * Takes a tag out of the ring that is not to be delivered any more. False if it
- * is not there: a delivery has it. From there on the caller owns its request.
+ * Makes the caller the owner of a request that is on its way: out of the ring,
+ * or out of the hands of a delivery that waits for a page fault and will find
+ * that. False if it has arrived.
  */
 bool ublk_batch_revoke(struct ublk_queue *q, struct ublk_io *io)
 {
 	struct ublk_batch *b = q->batch;
+	bool won = true;
 	unsigned int i;
 
 	spin_lock(&b->lock);
 	for (i = 0; i < b->nr; i++)
 		if (b->tags[(b->head + i) & b->mask] == io->tag)
 			break;
-	if (i == b->nr) {
-		spin_unlock(&b->lock);
-		return false;
+	if (i < b->nr) {
+		ublk_batch_drop(b, i);
+		atomic_set(&io->state, UBLK_IO_CANCELED);
+	} else {
+		won = ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_REVOKED);
 	}
-	for (; i + 1 < b->nr; i++)
-		b->tags[(b->head + i) & b->mask] =
-			b->tags[(b->head + i + 1) & b->mask];
-	b->nr--;
-	atomic_set(&io->state, UBLK_IO_CANCELED);
 	spin_unlock(&b->lock);
-	return true;
+	return won;
 }
 
 /*
@@ -260,12 +268,19 @@ struct task_struct *ublk_batch_fetcher(struct ublk_queue *q)
 	return task;
 }
 
-/* Puts tags back to where they came from, in order. */
-static void ublk_batch_untake(struct ublk_batch *b, const u16 *tags,
+/* Puts tags in DISPATCH back to where they came from, in order. */
+static void ublk_batch_untake(struct ublk_queue *q, const u16 *tags,
 			      unsigned int n)
 {
+	struct ublk_batch *b = q->batch;
+
 	spin_lock(&b->lock);
 	while (n--) {
+		struct ublk_io *io = &q->ios[tags[n]];
+
+		if (unlikely(ublk_io_moves(io, UBLK_IO_REVOKED,
+					   UBLK_IO_CANCELED)))
+			continue;
 		b->tags[--b->head & b->mask] = tags[n];
 		b->nr++;
 	}
@@ -287,7 +302,7 @@ static void ublk_batch_undo(struct ublk_queue *q, struct io_uring_cmd *cmd,
 		ublk_auto_unregister(io, cmd, issue_flags);
 		tags[left++] = tags[i];
 	}
-	ublk_batch_untake(q->batch, tags, left);
+	ublk_batch_untake(q, tags, left);
 }
 
 /* Makes requests ready; drops from @tags those that cannot be delivered. */
@@ -299,9 +314,16 @@ static unsigned int ublk_batch_prepare(struct ublk_queue *q,
 
 	for (i = 0; i < n; i++) {
 		struct ublk_io *io = &q->ios[tags[i]];
+		int ret = -ENODEV;
 
-		if (ublk_prepare_delivery(q, io, cmd, issue_flags) < 0) {
-			atomic_set(&io->state, UBLK_IO_BUSY);
+		if (likely(ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY)))
+			ret = ublk_prepare_delivery(q, io, cmd, issue_flags);
+		if (unlikely(ret == -ENODEV)) {
+			/* Taken back, and which has ended it. */
+			atomic_set(&io->state, UBLK_IO_CANCELED);
+			continue;
+		}
+		if (unlikely(ret < 0)) {
 			ublk_undeliverable(q, io, issue_flags);
 			continue;
 		}
@@ -334,12 +356,12 @@ static int ublk_batch_deliver(struct ublk_fetch *fetch, unsigned int issue_flags
 	sel = io_uring_cmd_buffer_select(cmd, fetch->buf_group, &len,
 					 issue_flags);
 	if (sel.val <= 0) {
-		ublk_batch_untake(q->batch, tags, n);
+		ublk_batch_untake(q, tags, n);
 		return -ENOBUFS;
 	}
 	fit = min_t(size_t, n, len / sizeof(*tags));
 	if (fit < n)
-		ublk_batch_untake(q->batch, tags + fit, n - fit);
+		ublk_batch_untake(q, tags + fit, n - fit);
 	n = ublk_batch_prepare(q, cmd, tags, fit, issue_flags);
 	if (n && !copy_to_user(sel.addr, tags, n * sizeof(*tags))) {
 		sel.val = n * sizeof(*tags);
@@ -617,14 +639,16 @@ static int ublk_commit_elem(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	io = &q->ios[elem.tag];
 	if (!ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_BUSY))
 		return -EBUSY;
-	ret = ublk_take_result(q, io, elem.buf_addr, elem.result,
-			       elem.zone_lba);
+	ret = ublk_take_result(q, io, elem.buf_addr, elem.zone_lba,
+			       &elem.result);
+	if (unlikely(ret))
+		return ret;
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_elem_set_buf(q, args, &elem, io);
 	req = io->req;
 	ublk_slot_arm(q, io, issue_flags);
 	ublk_race(UBLK_RACE_COMMIT);
-	ublk_finish(q, io, req, ret);
+	ublk_finish(q, io, req, elem.result);
 	return 0;
 }
 

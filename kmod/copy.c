@@ -7,9 +7,15 @@
 #include <linux/fs.h>
 #include <linux/highmem.h>
 #include <linux/nospec.h>
+#include <linux/pagemap.h>
+#include <linux/sched/signal.h>
+#include <linux/uaccess.h>
 #include <linux/uio.h>
 
 #include "ublk.h"
+
+/* How often memory that was made resident may be gone before it is used. */
+#define UBLK_COPY_TRIES	100
 
 struct ublk_copy {
 	struct iov_iter	*iter;
@@ -123,26 +129,92 @@ static bool ublk_server_buffer(u64 addr, size_t bytes, unsigned int direction,
 	return true;
 }
 
-/* Copies all the data of a request to the server whose task this is. */
-bool ublk_copy_to_server(struct request *req, u64 addr)
+/* Copies what can be copied without a page fault. */
+static size_t ublk_copy_resident(struct request *req, size_t done,
+				 struct iov_iter *iter, bool to_server)
 {
-	size_t bytes = blk_rq_bytes(req);
-	struct iov_iter iter;
+	size_t n;
 
-	if (!ublk_server_buffer(addr, bytes, ITER_DEST, &iter))
-		return false;
-	return ublk_copy_data(req, 0, &iter, true) == bytes;
+	pagefault_disable();
+	n = ublk_copy_data(req, done, iter, to_server);
+	pagefault_enable();
+	return n;
 }
 
-/* Takes the first @bytes from the server; returns how many could be had. */
-size_t ublk_copy_from_server(struct request *req, u64 addr, size_t bytes)
+/* Makes memory resident, for a while. False if that cannot be had. */
+static bool ublk_fault_in(struct iov_iter *iter, bool to_server)
 {
-	struct iov_iter iter;
+	size_t bytes = iov_iter_count(iter);
+	size_t missing;
 
-	bytes = min_t(size_t, bytes, blk_rq_bytes(req));
-	if (!ublk_server_buffer(addr, bytes, ITER_SOURCE, &iter))
-		return 0;
-	return ublk_copy_data(req, 0, &iter, false);
+	if (fatal_signal_pending(current))
+		return false;
+	if (to_server)
+		missing = fault_in_iov_iter_writeable(iter, bytes);
+	else
+		missing = fault_in_iov_iter_readable(iter, bytes);
+	return missing < bytes;
+}
+
+/*
+ * Copies the first @bytes between the request of a slot, which is BUSY, and the
+ * server whose task this is. Returns how many could be had, or -ENODEV if the
+ * request was taken back.
+ *
+ * A page fault may take for ever: that of a file in a FUSE whose daemon hangs,
+ * for example. While it is served the slot is in state @rest, so that a time-out
+ * can take the request back.
+ */
+static ssize_t ublk_copy_busy(struct ublk_io *io, u64 addr, size_t bytes,
+			      bool to_server, enum ublk_io_state rest)
+{
+	unsigned int tries = UBLK_COPY_TRIES;
+	size_t done = 0;
+
+	for (;;) {
+		struct iov_iter iter;
+		bool resident;
+		size_t n;
+
+		if (!ublk_server_buffer(addr + done, bytes - done,
+					to_server ? ITER_DEST : ITER_SOURCE,
+					&iter))
+			return done;
+		n = ublk_copy_resident(io->req, done, &iter, to_server);
+		done += n;
+		if (likely(done == bytes))
+			return done;
+		/* A page that goes each time before it can be used. */
+		if (n)
+			tries = UBLK_COPY_TRIES;
+		else if (!tries--)
+			return done;
+
+		atomic_set_release(&io->state, rest);
+		resident = ublk_fault_in(&iter, to_server);
+		if (!ublk_io_moves(io, rest, UBLK_IO_BUSY))
+			return -ENODEV;
+		if (!resident)
+			return done;
+	}
+}
+
+/* Copies all the data of a request, or fails with -EFAULT or -ENODEV. */
+int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state rest)
+{
+	size_t bytes = blk_rq_bytes(io->req);
+	ssize_t done = ublk_copy_busy(io, addr, bytes, true, rest);
+
+	if (done < 0)
+		return done;
+	return done == bytes ? 0 : -EFAULT;
+}
+
+/* Returns how many of the first @bytes could be had, or -ENODEV. */
+ssize_t ublk_copy_from_server(struct ublk_io *io, u64 addr, size_t bytes)
+{
+	bytes = min_t(size_t, bytes, blk_rq_bytes(io->req));
+	return ublk_copy_busy(io, addr, bytes, false, UBLK_IO_SERVED);
 }
 
 /* The slot that a position in the char device is about, or NULL. */
@@ -189,6 +261,28 @@ static ssize_t ublk_user_copy_rq(struct request *req, size_t offset,
 	return done ?: -EFAULT;
 }
 
+/* Why there is none. There are requests before the device is LIVE: of zones. */
+static int ublk_no_request(const struct ublk_device *ub)
+{
+	return READ_ONCE(ub->dev_info.state) == UBLK_S_DEV_DEAD ? -EACCES : -EINVAL;
+}
+
+/* Copies what can be copied without a page fault; -EFAULT if that is nothing. */
+static ssize_t ublk_user_copy_once(struct ublk_io *io, size_t offset,
+				   struct iov_iter *iter, bool integrity,
+				   bool to_server)
+{
+	ssize_t ret;
+
+	if (!ublk_io_get(io))
+		return ublk_no_request(ublk_io_queue(io)->ub);
+	pagefault_disable();
+	ret = ublk_user_copy_rq(io->req, offset, iter, integrity, to_server);
+	pagefault_enable();
+	ublk_io_put(io);
+	return ret;
+}
+
 /*
  * read() and write() on the char device. The position says which request, and
  * where in its data; see UBLKSRV_IO_BUF_OFFSET.
@@ -200,8 +294,9 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 	bool integrity = iocb->ki_pos & UBLKSRV_IO_INTEGRITY_FLAG;
 	u64 pos = iocb->ki_pos & ~UBLKSRV_IO_INTEGRITY_FLAG;
 	u64 flags = ub->dev_info.flags;
+	unsigned int tries = UBLK_COPY_TRIES;
 	struct ublk_io *io;
-	size_t offset;
+	size_t offset, done = 0;
 	ssize_t ret;
 
 	if (!user_backed_iter(iter))
@@ -211,15 +306,19 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 	if (integrity && !(flags & UBLK_F_INTEGRITY))
 		return -EINVAL;
 
-	/* There are requests before the device is LIVE: zones are reported. */
 	io = ublk_pos_to_io(ub, pos);
-	if (!io || !ublk_io_get(io))
-		return READ_ONCE(ub->dev_info.state) == UBLK_S_DEV_DEAD ?
-		       -EACCES : -EINVAL;
+	if (!io)
+		return ublk_no_request(ub);
 	offset = (pos - UBLKSRV_IO_BUF_OFFSET) & UBLK_IO_BUF_BITS_MASK;
-	ret = ublk_user_copy_rq(io->req, offset, iter, integrity, to_server);
-	ublk_io_put(io);
-	if (ret > 0)
-		iocb->ki_pos += ret;
-	return ret;
+	/* The request must be able to end while a page fault is served. */
+	do {
+		ret = ublk_user_copy_once(io, offset + done, iter, integrity,
+					  to_server);
+		if (ret > 0)
+			done += ret;
+		else if (ret != -EFAULT || !tries--)
+			break;
+	} while (iov_iter_count(iter) && ublk_fault_in(iter, to_server));
+	iocb->ki_pos += done;
+	return done ?: ret;
 }

@@ -102,8 +102,9 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 	int state = UBLK_IO_SERVED;
 	struct request *req;
 	bool unneeded;
-	int ret, result;
+	int result = args->result;
 	u64 lba = 0;
+	int ret;
 
 	/* Until then a time-out may take the request back. */
 	if (!atomic_try_cmpxchg(&io->state, &state, UBLK_IO_BUSY))
@@ -121,7 +122,9 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 		return ret;
 	}
 
-	result = ublk_take_result(q, io, args->addr, args->result, lba);
+	ret = ublk_take_result(q, io, args->addr, lba, &result);
+	if (unlikely(ret))
+		return ret;
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_park(q, io, cmd, args, issue_flags);
 	/* The tag stays the request's until it has ended: nothing can use the slot. */
@@ -137,14 +140,19 @@ static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 			 const struct ublk_io_args *args,
 			 unsigned int issue_flags)
 {
+	int ret;
+
 	if (!args->addr || !ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_BUSY))
 		return -EINVAL;
 	io->buf_addr = args->addr;
 	ublk_desc(q, io->tag)->addr = args->addr;
-	if (likely(ublk_copy_to_server(io->req, args->addr))) {
+	ret = ublk_copy_to_server(io, args->addr, UBLK_IO_ASKED);
+	if (likely(!ret)) {
 		atomic_set_release(&io->state, UBLK_IO_SERVED);
 		return UBLK_IO_RES_OK;
 	}
+	if (ret == -ENODEV)
+		return ret;
 	/* The request ends, and the command waits for the next one. */
 	ublk_park(q, io, cmd, args, issue_flags);
 	ublk_undeliverable(q, io, issue_flags);

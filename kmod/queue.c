@@ -70,8 +70,9 @@ static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
 
 /*
  * Gets the data of a request, or the pages, to where the server expects them.
- * Returns what its command is to be completed with, or a negative errno: then
- * the request cannot be delivered.
+ * The slot is BUSY, and its request was in DISPATCH. Returns what the command is
+ * to be completed with, or a negative errno: -ENODEV if the request was taken
+ * back meanwhile, others if it cannot be delivered.
  */
 int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 			  struct io_uring_cmd *cmd, unsigned int issue_flags)
@@ -90,7 +91,8 @@ int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 		return UBLK_IO_RES_OK;
 	if (q->flags & UBLK_F_NEED_GET_DATA)
 		return UBLK_IO_RES_NEED_GET_DATA;
-	return ublk_copy_to_server(req, io->buf_addr) ? UBLK_IO_RES_OK : -EFAULT;
+	return ublk_copy_to_server(io, io->buf_addr, UBLK_IO_DISPATCH) ?:
+	       UBLK_IO_RES_OK;
 }
 
 /* Whether the server, whose task this is, will not return to user space. */
@@ -124,8 +126,13 @@ static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flag
 	struct ublk_queue *q = ublk_io_queue(io);
 	struct io_uring_cmd *cmd = io->cmd;
 	bool ours = ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY);
-	int res;
+	int res = 0;
 
+	if (likely(ours && !dying)) {
+		ublk_race(UBLK_RACE_DELIVER);
+		res = ublk_prepare_delivery(q, io, cmd, issue_flags);
+		ours = res != -ENODEV;
+	}
 	if (unlikely(dying || !ours)) {
 		struct request *req = io->req;
 
@@ -138,8 +145,6 @@ static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flag
 		wake_up_all(&q->ub->wait);
 		return;
 	}
-	ublk_race(UBLK_RACE_DELIVER);
-	res = ublk_prepare_delivery(q, io, cmd, issue_flags);
 	if (unlikely(res < 0)) {
 		ublk_undeliverable(q, io, issue_flags);
 		return;

@@ -20,7 +20,9 @@
  * armed slot; task work, or a command of the server, against a time-out that
  * takes the request back from a server that is gone. The winner owns the
  * request. A slot in another state has one owner: in BUSY the command or the
- * task work, else the release of the char device.
+ * task work, else the release of the char device. BUSY is left again within a
+ * short time: it goes back to the state before it for as long as a page fault of
+ * the server takes, see copy.c.
  *
  * Locks, outer to inner:
  *
@@ -366,7 +368,7 @@ bool ublk_server_dying(void);
 
 blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req);
 int ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
-		     int result, u64 lba);
+		     u64 lba, int *result);
 void ublk_end_request(struct request *req, blk_status_t status);
 void ublk_finish(struct ublk_queue *q, struct ublk_io *io, struct request *req,
 		 int result);
@@ -379,8 +381,8 @@ size_t ublk_copy_data(struct request *req, size_t offset, struct iov_iter *iter,
 size_t ublk_copy_integrity(struct request *req, size_t offset,
 			   struct iov_iter *iter, bool to_server);
 size_t ublk_integrity_bytes(const struct request *req);
-bool ublk_copy_to_server(struct request *req, u64 addr);
-size_t ublk_copy_from_server(struct request *req, u64 addr, size_t bytes);
+int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state rest);
+ssize_t ublk_copy_from_server(struct ublk_io *io, u64 addr, size_t bytes);
 ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter, bool to_server);
 
 /* buffer.c: the server's ring holds the pages of the request */

@@ -33,6 +33,7 @@ from support.raw import (
 
 DESCRIPTOR_BYTES = 24
 READ, WRITE = 0, 1
+MAP_FIXED = 0x10
 USERFAULTFD, UFFDIO_API, UFFDIO_REGISTER = 323, 0xC018AA3F, 0xC020AA00
 
 
@@ -91,6 +92,18 @@ class Server:
             (UFFDIO_REGISTER, (ctypes.c_uint64 * 4)(self.buffers, len(self.memory), 1)),
         ):
             assert ctypes.CDLL(None).ioctl(self.faults, ctypes.c_ulong(request), argument) == 0
+
+    def use_file(self, path: str) -> None:
+        """Put a file in the place of the memory for data."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        size = ctypes.c_size_t(len(self.memory))
+        place = ctypes.c_void_p(self.buffers)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED
+        assert libc.mmap(place, size, protection, flags, fd, ctypes.c_long(0)) == self.buffers
+        # Without read-ahead a fault waits for the file system itself, which SIGKILL does not end.
+        assert libc.madvise(place, size, mmap.MADV_RANDOM) == 0
 
     def _buffer(self, tag: int) -> int:
         return self.buffers + tag * BUFFER_BYTES

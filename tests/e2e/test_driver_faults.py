@@ -13,7 +13,9 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,6 +250,57 @@ def test_a_write_is_held_while_its_server_is_killed(mode: int) -> None:
             until(lambda: control.info(server.id)["state"] == raw.QUIESCED, "QUIESCED", 30)
         assert result == []
     assert until(lambda: result, "the write's end") == [5]
+    tasks.join()
+
+
+class HangingFile(Child):
+    """`hanging_file.py`, mounted in a place that users reach."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.mkdtemp()
+        os.chmod(self._directory, 0o755)
+        super().__init__([sys.executable, "-u", str(HERE / "hanging_file.py"), self._directory])
+        self._mounted = self.line() == "mounted"
+        self.path = f"{self._directory}/file"
+
+    def close(self) -> None:
+        """Reads that wait end with an error, and the file is gone."""
+        super().close()
+        if not self._mounted:
+            return
+        subprocess.run(["umount", "--lazy", self._directory], check=True)
+        os.rmdir(self._directory)
+        self._mounted = False
+
+
+@batch_or_not
+@pytest.mark.io_errors
+@pytest.mark.time_limit(240)
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_a_page_fault_without_end_holds_no_client_up(mode: int, operation: str, for_users: None) -> None:
+    """The driver copies a user's data from or to a file whose content never comes."""
+    tasks = Tasks()
+    result: list[int] = []
+
+    def write(path: str) -> None:
+        with Disk(path, direct=True) as disk:
+            result.append(error_of(lambda: disk.write(0, b"x" * 4096)))
+
+    flags = mode | raw.UNPRIVILEGED_DEV | raw.NO_AUTO_PART_SCAN
+    with HangingFile() as file, RawServer(flags=flags, uid=ALICE) as server:
+        udev.settle()
+        if operation == "read":
+            result = read_held(tasks, server.node)
+            server.until_held()
+        server.ask(f"server.use_file({file.path!r})")
+        if operation == "write":
+            tasks.start(write, server.node)
+        else:
+            server.say("server.release()")
+        assert file.line(60) == "read"
+        assert until(lambda: result, "the client's end", 3 * TIME_OUT) == [5]
+        # The server cannot die before.
+        file.close()
     tasks.join()
 
 
