@@ -86,6 +86,7 @@ def test_deletion_of_a_disk_in_use(target: str, face: Face, scratch: Path) -> No
     )
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 @pytest.mark.time_limit(250)
 @each_target

@@ -180,6 +180,7 @@ def read_partitions(path: str) -> None:
         fcntl.ioctl(disk, BLKRRPART)
 
 
+@pytest.mark.long
 @batch_or_not
 @pytest.mark.io_errors
 @pytest.mark.time_limit(180)
@@ -194,6 +195,7 @@ def test_a_dead_server_holds_nothing_up(mode: int) -> None:
     tasks.join()
 
 
+@pytest.mark.long
 @batch_or_not
 @pytest.mark.io_errors
 @pytest.mark.time_limit(180)
@@ -211,6 +213,7 @@ def test_a_users_server_cannot_hold_root_up(mode: int, for_users: None) -> None:
     tasks.join()
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 @pytest.mark.time_limit(240)
 @pytest.mark.parametrize("workers", [None, 2], ids=["queue", "workers"])
@@ -273,6 +276,7 @@ class HangingFile(Child):
         self._mounted = False
 
 
+@pytest.mark.long
 @batch_or_not
 @pytest.mark.io_errors
 @pytest.mark.time_limit(240)

@@ -212,6 +212,7 @@ def test_del_force_kills_a_server_that_hangs(native: Face) -> None:
     until(lambda: native.list() == [], "the device's end")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not driver.is_bundled(), reason="Linux's driver aborts no request of a server that cannot die")
 @pytest.mark.io_errors
 @pytest.mark.time_limit(240)

@@ -90,6 +90,7 @@ def swap(path: str) -> Iterator[None]:
         run(["swapoff", path], timeout=120)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/swaps").exists(), reason="the kernel was built without swap")
 @pytest.mark.time_limit(240)
 @pytest.mark.parametrize("words", [[], ["--data", "copy"]], ids=["default", "copy"])

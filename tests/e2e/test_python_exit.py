@@ -110,6 +110,7 @@ def test_sigterm_under_load_with_a_log_that_raises_leaves_nothing(options: str) 
             client.join(patience(30))
 
 
+@pytest.mark.long
 def test_tasks_of_a_program_that_waits_for_its_own_disk_let_it_go_on() -> None:
     server = program(OWN_DISK)
     path = server.line(60)

@@ -41,6 +41,7 @@ def wait_until_told(server: Child, words: str, times: int = 1) -> None:
     until(lambda: server.log.count(words) == times, f"{times} times {words!r}", 20)
 
 
+@pytest.mark.long
 @pytest.mark.short
 @needs_quiesce
 @pytest.mark.time_limit(150 + ROUNDS * 20)

@@ -61,6 +61,7 @@ def test_a_file_system_lives_on_it(style: str, tmp_path: Path) -> None:
         run(["e2fsck", "-fn", server.path])
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 @every_style
 def test_ctrl_c_and_kill_in_the_middle_of_io_hang_nobody(style: str, native) -> None:

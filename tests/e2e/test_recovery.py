@@ -224,6 +224,7 @@ def test_a_device_that_is_not_recoverable_is_said_to_be_that(native: Face) -> No
     native.run("del", "-n", str(device_id(path)))
 
 
+@pytest.mark.long
 @needs_quiesce
 @pytest.mark.io_errors
 @pytest.mark.time_limit(240)

@@ -27,6 +27,7 @@ def processor_time(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+@pytest.mark.long
 @pytest.mark.time_limit(60 + COUNT * 3)
 def test_one_process_serves_many_devices(native: Face) -> None:
     path = native.add("-t", "null", "--no-partition-scan")
