@@ -186,7 +186,6 @@ def no_driver() -> Iterator[None]:
     driver.load()
 
 
-@pytest.mark.short
 @pytest.mark.parametrize(
     "words", [["add", "-t", "null"], ["del", "-a"], ["list"], ["features"]], ids=lambda words: words[0]
 )

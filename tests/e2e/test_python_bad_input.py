@@ -110,7 +110,6 @@ def test_an_id_in_use_is_eexist_and_the_owner_does_not_notice(native: Face) -> N
     assert not os.path.exists(path)
 
 
-@pytest.mark.short
 @pytest.mark.parametrize("statement", ["Ram().start()", "ublk.features()", "ublk.devices()"])
 def test_a_missing_driver_is_enoent_and_says_what_to_do(no_driver: None, statement: str) -> None:  # noqa: F811
     kind, is_os_error, number, text = raised(statement)

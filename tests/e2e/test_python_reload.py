@@ -42,7 +42,6 @@ def wait_until_told(server: Child, words: str, times: int = 1) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.short
 @needs_quiesce
 @pytest.mark.time_limit(150 + ROUNDS * 20)
 @pytest.mark.parametrize("style", ["plain", "workers", "tasks"])

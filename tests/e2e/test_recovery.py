@@ -184,7 +184,6 @@ def test_only_devices_that_were_made_for_it_are_recovered(native) -> None:
     native.run("del", "-n", number)
 
 
-@pytest.mark.short
 @pytest.mark.parametrize("kind", ["mem", "zoned"])
 def test_a_disk_in_memory_cannot_be_recovered(kind: str, face: Face) -> None:
     """The next server would put an empty disk under a mounted file system."""
