@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use ublk_core::driver::fake::FakeDriver;
 use ublk_core::targets::{File, FileOptions, Io};
-use ublk_core::{Device, Errno, Operations, Target};
+use ublk_core::{Device, Errno, FileRange, Op, Operations, Target};
 
 mod support;
-use support::{SIZE, finish, options, server};
+use support::{SIZE, custom, finish, options, server};
 
 fn start(driver: &FakeDriver, write_cache: bool, queues: u32) -> (Device, tempfile::NamedTempFile) {
     let backing = tempfile::NamedTempFile::new().unwrap();
@@ -80,5 +80,97 @@ fn flushes_beside_one_that_fails_fail_too() {
     }
     driver.refuse_next("fdatasync", Errno::EIO);
     assert_eq!(flush_at_once(), [Err(Errno::EIO); 4]);
+    finish(&driver, device);
+}
+
+/// A target that forwards all requests to one open file, as programs do that use this crate.
+fn forwarding() -> Arc<dyn Target> {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(SIZE).unwrap();
+    let file = Arc::new(file);
+    custom(move |request| {
+        let at = request.offset();
+        request.forward(FileRange::new(&file, at));
+    })
+}
+
+#[test]
+fn a_failed_sync_of_a_forwarded_flush_is_remembered() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 2).start(forwarding(), &options(2, 4)).unwrap();
+    let disk = driver.disk(device.id());
+    disk.write(0, &[7; 512]).unwrap();
+    disk.flush().unwrap();
+    driver.refuse_next("fdatasync", Errno::ENOSPC);
+    assert_eq!(disk.flush(), Err(Errno::ENOSPC));
+    for _ in 0..4 {
+        assert_eq!(disk.flush(), Err(Errno::EIO));
+    }
+    assert_eq!(disk.write_durably(0, &[8; 512]), Err(Errno::EIO));
+    disk.write(512, &[8; 512]).unwrap();
+    finish(&driver, device);
+    // A new server starts afresh.
+    let device = server(&driver, 1).start(forwarding(), &options(1, 4)).unwrap();
+    driver.disk(device.id()).flush().unwrap();
+    finish(&driver, device);
+}
+
+#[test]
+fn a_failed_sync_of_a_forwarded_fua_write_fails_later_flushes() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(forwarding(), &options(1, 4)).unwrap();
+    let disk = driver.disk(device.id());
+    driver.refuse_next("fdatasync", Errno::EIO);
+    assert_eq!(disk.write_durably(0, &[8; 512]), Err(Errno::EIO));
+    assert_eq!(disk.flush(), Err(Errno::EIO));
+    finish(&driver, device);
+}
+
+#[test]
+fn a_failed_sync_fails_flushes_that_handlers_do_themselves() {
+    let driver = FakeDriver::new();
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    file.set_len(SIZE).unwrap();
+    let target = custom(move |request| match request.op() {
+        Op::Write => {
+            let len = request.len();
+            let piece = ublk_core::FilePiece { file: FileRange::new(&file, 0), len };
+            request.forward_pieces(piece, Box::new(()) as Box<dyn std::any::Any + Send>);
+        }
+        _ => request.complete(),
+    });
+    let device = server(&driver, 1).start(target, &options(1, 4)).unwrap();
+    let disk = driver.disk(device.id());
+    disk.write_durably(0, &[8; 512]).unwrap();
+    disk.flush().unwrap();
+    driver.refuse_next("fdatasync", Errno::EIO);
+    assert_eq!(disk.write_durably(0, &[8; 512]), Err(Errno::EIO));
+    assert_eq!(disk.flush(), Err(Errno::EIO));
+    finish(&driver, device);
+}
+
+#[test]
+fn a_flush_counts_when_those_of_other_queues_have_ended() {
+    const FLUSH: u32 = 2;
+    let driver = FakeDriver::new();
+    let device = server(&driver, 2).start(forwarding(), &options(2, 4)).unwrap();
+    let disk = driver.disk(device.id());
+    disk.write(0, &[7; 512]).unwrap();
+    driver.hold_files(true);
+    let first = disk.send(FLUSH, 0, 0, &[]).unwrap();
+    while driver.held_files() < 1 {
+        std::thread::yield_now();
+    }
+    let second = disk.send(FLUSH, 4096, 0, &[]).unwrap();
+    while driver.held_files() < 2 {
+        std::thread::yield_now();
+    }
+    // The first one has taken the error, and its queue does not know it yet.
+    driver.release_last_file();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    driver.refuse_next("fdatasync", Errno::EIO);
+    driver.hold_files(false);
+    assert_eq!(disk.wait(first), Err(Errno::EIO));
+    assert_eq!(disk.wait(second), Err(Errno::EIO));
     finish(&driver, device);
 }

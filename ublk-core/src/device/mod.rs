@@ -33,6 +33,7 @@ use crate::error::{Error, Result, errno_of};
 use crate::params::{Operations, Params};
 use crate::placement::Cpus;
 use crate::plan::{Demands, Plan};
+use crate::request::FileSync;
 use crate::stats::{DeviceCounters, DeviceStats, StatsHandle};
 use crate::target::{QueueInfo, Target};
 use crate::uapi::Features;
@@ -187,6 +188,7 @@ impl Server {
             events,
             counters: DeviceCounters::default(),
             shared: Arc::default(),
+            sync: FileSync::of_device(format!("ublkb{}", info.id)),
             started: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             cpus: self.cpus,
@@ -220,6 +222,8 @@ pub struct Device {
     events: Arc<QueueEvents>,
     counters: DeviceCounters,
     shared: Arc<SharedTable>,
+    /// How files are synced that requests are forwarded to.
+    sync: FileSync,
     /// A target was set to serve it.
     started: AtomicBool,
     /// It may be about to be left to another server: whatever goes wrong then, dropping this does not delete
@@ -439,6 +443,7 @@ impl Device {
             target: target.clone(),
             file: file.clone(),
             shared: self.shared.clone(),
+            sync: self.sync.clone(),
             access,
             events: self.events.opening(),
             stats: self.counters.queue(queue.0),

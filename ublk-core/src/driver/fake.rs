@@ -229,6 +229,16 @@ impl FakeDriver {
         state.files.holding = holding;
         let held = if holding { Vec::new() } else { std::mem::take(&mut state.files.held) };
         drop(state);
+        self.carry_out(held);
+    }
+
+    /// Has the file carry out the operation that it has taken last, and hold the others.
+    pub fn release_last_file(&self) {
+        let last = self.shared.state().files.held.pop();
+        self.carry_out(last.into_iter().collect());
+    }
+
+    fn carry_out(&self, held: Vec<HeldOperation>) {
         for HeldOperation { ring, user_data, operation, files } in held {
             let refusal = self.shared.state().refusal_of(operation);
             ring.push(user_data, refusal.map_or_else(|| ring::file_operation(operation), |errno| -(errno as i32)));

@@ -15,7 +15,7 @@ use super::cookie::{Cookie, Kind};
 use super::forward::{Forwarded, Pages};
 use super::pace::{Pace, clock};
 use super::pool::Inbox;
-use super::syncs::Syncs;
+use super::syncs::Waiter;
 use super::tags::TagTable;
 use super::transfer::{Next, Step, Transfer};
 use crate::data::DataMovement;
@@ -91,7 +91,6 @@ pub(crate) struct QueueCore {
     /// Where in the ring's table of buffers the pages of tag 0 are registered.
     registered: Option<u16>,
     forwarded: RefCell<Vec<Option<Forwarded>>>,
-    syncs: RefCell<Syncs>,
     zeros: Rc<IoBuffer>,
     batch: Option<RefCell<Batch>>,
     pub(super) deliveries: Cell<Deliveries>,
@@ -164,7 +163,6 @@ impl QueueCore {
             memory: RefCell::default(),
             registered,
             forwarded: RefCell::new((0..depth).map(|_| None).collect()),
-            syncs: RefCell::default(),
             zeros: zeros.clone(),
             batch: batch.then(|| RefCell::new(Batch::new(tail, auto))),
             deliveries: Cell::new(Deliveries::None),
@@ -374,7 +372,7 @@ impl QueueCore {
         }
         let transfer = Transfer::new(step, &descriptor, pieces, keep).durably(durability);
         let forwarded = &mut self.forwarded.borrow_mut()[tag.index()];
-        let forwarded = forwarded.insert(Forwarded { transfer, op, pages: at, shared, copy });
+        let forwarded = forwarded.insert(Forwarded { transfer, op, pages: at, shared, copy, is_synced: false });
         self.push_transfer(tag, forwarded);
     }
 
@@ -398,7 +396,7 @@ impl QueueCore {
         RequestPlace { queue: self.info.queue, tag, offset: 0, integrity: false }
     }
 
-    fn push_transfer(&self, tag: Tag, forwarded: &Forwarded) {
+    fn push_transfer(&self, tag: Tag, forwarded: &mut Forwarded) {
         let memory = match forwarded.pages {
             Pages::ToRegister(index) => {
                 let operation = Operation::Register { file: self.slot, queue: self.info.queue, tag, index };
@@ -413,9 +411,7 @@ impl QueueCore {
                 Memory::At(copy.or_else(shared).or_else(own).unwrap_or(0))
             }
         };
-        if forwarded.transfer.syncing().is_some() {
-            self.syncs.borrow_mut().begin(tag);
-        }
+        forwarded.transfer.begin();
         self.push(Kind::Transfer, tag, forwarded.transfer.operation(memory, self.zeros.user_address()));
     }
 
@@ -424,10 +420,7 @@ impl QueueCore {
         let mut all = self.forwarded.borrow_mut();
         let slot = &mut all[tag.index()];
         let forwarded = slot.as_mut().expect("a completed transfer was started");
-        let syncing = forwarded.transfer.syncing().is_some();
-        if syncing {
-            self.syncs.borrow_mut().end(tag);
-        }
+        let running = forwarded.transfer.take_running();
         let next = match forwarded.pages {
             Pages::ToRegister(index) => match RawErrno::check(result) {
                 Err(errno) => Next::Finished(Err(errno)),
@@ -450,30 +443,33 @@ impl QueueCore {
                 self.name(tag)
             );
         }
-        let Some(forwarded) = slot.take() else { return };
-        drop(all);
-        match (syncing, outcome) {
-            (true, Ok(())) => self.syncs.borrow_mut().succeeded(tag, forwarded),
-            (_, outcome) => {
+        match (running, outcome) {
+            (Some(running), Ok(())) => {
+                forwarded.is_synced = true;
+                let waiter = Waiter { inbox: self.inbox.clone(), place: self.place, tag };
+                drop(all);
+                if running.succeeded(&waiter) {
+                    self.sync_counts(tag);
+                }
+            }
+            (running, outcome) => {
+                let Some(forwarded) = slot.take() else { return };
+                drop(all);
                 if let (Some(write_back), Err(errno)) = (forwarded.transfer.syncing(), outcome) {
                     write_back.fail(errno.known());
                 }
+                drop(running);
                 self.end_transfer(tag, forwarded, outcome);
             }
         }
-        if syncing {
-            self.end_settled();
-        }
     }
 
-    /// Ends requests whose syncs count: none of those that could have taken their errors is under way any more.
-    fn end_settled(&self) {
-        loop {
-            let settled = self.syncs.borrow_mut().settled();
-            let Some((tag, forwarded)) = settled else { break };
-            let outcome = forwarded.transfer.syncing().map_or(Ok(()), |files| files.check().map_err(RawErrno::from));
-            self.end_transfer(tag, forwarded, outcome);
-        }
+    /// Ends a request whose sync counts: none of those that could have taken its error is under way any more.
+    pub(super) fn sync_counts(&self, tag: Tag) {
+        let forwarded = self.forwarded.borrow_mut()[tag.index()].take_if(|forwarded| forwarded.is_synced);
+        let Some(forwarded) = forwarded else { return };
+        let outcome = forwarded.transfer.syncing().map_or(Ok(()), |files| files.check().map_err(RawErrno::from));
+        self.end_transfer(tag, forwarded, outcome);
     }
 
     fn end_transfer(&self, tag: Tag, mut forwarded: Forwarded, outcome: Result<(), RawErrno>) {
@@ -488,7 +484,7 @@ impl QueueCore {
         forwarded: &mut Forwarded,
         outcome: Result<(), RawErrno>,
     ) -> (Option<Arc<IoBuffer>>, Answer) {
-        let Forwarded { transfer, op, pages, shared, copy } = forwarded;
+        let Forwarded { transfer, op, pages, shared, copy, .. } = forwarded;
         if let Pages::Registered(index) = *pages {
             let operation = Operation::Unregister { file: self.slot, queue: self.info.queue, tag, index };
             self.push(Kind::Unregister, tag, operation);
@@ -637,11 +633,10 @@ impl QueueCore {
             Kind::Transfer => {
                 let tag = Tag(completion.user_data as u16);
                 let ended = self.forwarded.borrow_mut()[tag.index()].take();
-                if let Some(ended) = &ended {
-                    ended.transfer.ended_late(completion.result);
-                }
+                let Some(Forwarded { transfer, pages, .. }) = ended else { return };
+                transfer.ended_late(completion.result);
                 // Its pages may have got into the ring's table only now.
-                if ended.is_some_and(|ended| matches!(ended.pages, Pages::ToRegister(_))) {
+                if matches!(pages, Pages::ToRegister(_)) {
                     self.unregister(tag);
                 }
             }
@@ -674,7 +669,7 @@ impl QueueCore {
 
     /// How many requests are under way in files.
     pub(super) fn transfers_in_flight(&self) -> usize {
-        self.forwarded.borrow().iter().flatten().count()
+        self.forwarded.borrow().iter().flatten().filter(|forwarded| !forwarded.is_synced).count()
     }
 
     /// Whether a queue that was given up can be closed: nothing that is queued in the ring names its files, and no file
@@ -738,7 +733,8 @@ impl QueueCore {
             batch.borrow_mut().leak();
         }
         let transfer = |(tag, forwarded): (usize, Option<Forwarded>)| {
-            let Forwarded { transfer, shared, copy, .. } = forwarded?;
+            // One that is synced waits for other requests, and for no completion.
+            let Forwarded { transfer, shared, copy, .. } = forwarded.filter(|forwarded| !forwarded.is_synced)?;
             std::mem::forget((shared, copy));
             Some((Tag(tag as u16), transfer))
         };

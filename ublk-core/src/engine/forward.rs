@@ -35,4 +35,6 @@ pub(super) struct Forwarded {
     pub(super) shared: Option<SharedPlace>,
     /// A copy of that, which the file reads and writes instead.
     pub(super) copy: Option<Arc<IoBuffer>>,
+    /// Its sync has succeeded, and waits for others to end before it counts.
+    pub(super) is_synced: bool,
 }

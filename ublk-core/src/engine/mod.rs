@@ -37,3 +37,4 @@ pub(crate) use guard::drop_guarded;
 pub(crate) use pool::{Inbox, Successor, ThreadPool};
 pub use pool::{Spawn, StdSpawn};
 pub(crate) use queue::QueueSetup;
+pub(crate) use syncs::SyncOrder;

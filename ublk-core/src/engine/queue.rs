@@ -24,7 +24,7 @@ use crate::errno::RawErrno;
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::placement::CpuSet;
-use crate::request::{Answer, Origin, Requests, Return};
+use crate::request::{Answer, FileSync, Origin, Requests, Return};
 use crate::stats::QueueStats;
 use crate::target::{QueueHandler, QueueInfo, Target};
 use crate::uapi;
@@ -42,6 +42,8 @@ pub(crate) struct QueueSetup {
     pub(crate) target: Arc<dyn Target>,
     pub(crate) file: Arc<dyn CharDevice>,
     pub(crate) shared: Arc<SharedTable>,
+    /// How files are synced that the user has opened.
+    pub(crate) sync: FileSync,
     pub(crate) access: Access,
     pub(crate) events: OpenQueue,
     pub(crate) stats: Arc<QueueStats>,
@@ -114,6 +116,7 @@ impl Queue {
             data: setup.data,
             access: setup.access,
             shared: setup.shared,
+            sync: setup.sync,
             integrity: info.integrity,
             file: setup.file,
         };
@@ -254,6 +257,7 @@ impl Queue {
         match what {
             Return::Ended(answer) => self.core.commit(tag, buffer, answer),
             Return::Forward(errand) => self.core.forward(tag, buffer, *errand),
+            Return::Synced => self.core.sync_counts(tag),
         }
     }
 

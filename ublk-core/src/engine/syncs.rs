@@ -1,105 +1,142 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Order among the syncs of a queue.
+//! Order among the syncs of an open file.
 //!
 //! The kernel reports an error of write-back once to each open file description. Of several syncs on the same one, any
 //! may take it, and the others succeed although their data is lost. One that has taken it was under way when the
 //! others looked. So a sync that succeeds counts only when all that were under way at that moment have ended: has one
-//! of them failed, so have they all.
+//! of them failed, so have they all. They may be those of other queues, on other threads.
 
-use super::forward::Forwarded;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::pool::Inbox;
+use crate::request::Return;
 use crate::units::Tag;
 
-/// The syncs of one queue.
+/// The syncs of what shares an open file description.
 #[derive(Debug, Default)]
-pub(super) struct Syncs {
-    /// Number of the next one.
+pub(crate) struct SyncOrder(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Number of the next sync.
     next: u64,
-    /// Tag and number of those under way.
-    running: Vec<(Tag, u64)>,
-    succeeded: Vec<Succeeded>,
+    /// Numbers of those under way.
+    running: Vec<u64>,
+    waiting: Vec<Waiting>,
 }
 
-/// A sync that waits for those with smaller numbers.
+/// A sync that has succeeded and waits for those with smaller numbers.
 #[derive(Debug)]
-struct Succeeded {
-    tag: Tag,
+struct Waiting {
     before: u64,
-    request: Forwarded,
+    waiter: Waiter,
 }
 
-impl Syncs {
+/// The request whose sync has succeeded.
+#[derive(Clone, Debug)]
+pub(crate) struct Waiter {
+    pub(super) inbox: Arc<Inbox>,
+    /// The queue's place among those of its thread.
+    pub(super) place: u32,
+    pub(super) tag: Tag,
+}
+
+impl SyncOrder {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes that a sync begins.
-    pub(super) fn begin(&mut self, tag: Tag) {
-        self.running.push((tag, self.next));
-        self.next += 1;
+    pub(super) fn begin(self: &Arc<Self>) -> Running {
+        let mut state = self.state();
+        let number = state.next;
+        state.next += 1;
+        state.running.push(number);
+        Running { order: self.clone(), number }
     }
 
-    /// Notes that a sync has ended.
-    pub(super) fn end(&mut self, tag: Tag) {
-        self.running.retain(|(running, _)| *running != tag);
+    /// Notes that a sync has ended. False if it has succeeded and others are under way: `waiter` hears when they have ended.
+    fn end(&self, number: u64, succeeded: Option<&Waiter>) -> bool {
+        let mut state = self.state();
+        state.running.retain(|running| *running != number);
+        let oldest = state.running.iter().copied().min().unwrap_or(u64::MAX);
+        let counts = oldest == u64::MAX;
+        if let Some(waiter) = succeeded.filter(|_| !counts) {
+            let before = state.next;
+            state.waiting.push(Waiting { before, waiter: waiter.clone() });
+        }
+        let settled: Vec<_> = state.waiting.extract_if(.., |sync| sync.before <= oldest).collect();
+        drop(state);
+        for Waiting { waiter: Waiter { inbox, place, tag }, .. } in settled {
+            inbox.returned(place, tag, None, Return::Synced);
+        }
+        counts
     }
+}
 
-    /// Takes a request whose sync has succeeded.
-    pub(super) fn succeeded(&mut self, tag: Tag, request: Forwarded) {
-        self.succeeded.push(Succeeded { tag, before: self.next, request });
+/// A sync that is under way. What its failure means has to be noted before this is dropped.
+#[derive(Debug)]
+pub(crate) struct Running {
+    order: Arc<SyncOrder>,
+    number: u64,
+}
+
+impl Running {
+    /// Ends a sync that has succeeded. True if it counts; else `waiter` hears when it does, by [`Return::Synced`].
+    pub(super) fn succeeded(self, waiter: &Waiter) -> bool {
+        // Dropping it ends it once more, which changes nothing.
+        self.order.end(self.number, Some(waiter))
     }
+}
 
-    /// Gives a request back whose sync counts, if there is one.
-    pub(super) fn settled(&mut self) -> Option<(Tag, Forwarded)> {
-        let oldest = self.running.iter().map(|(_, number)| *number).min().unwrap_or(u64::MAX);
-        let index = self.succeeded.iter().position(|sync| sync.before <= oldest)?;
-        let Succeeded { tag, request, .. } = self.succeeded.remove(index);
-        Some((tag, request))
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.order.end(self.number, None);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::sync::Arc;
-
-    use super::super::forward::Pages;
-    use super::super::transfer::{Step, Transfer};
     use super::*;
-    use crate::memory::Descriptor;
-    use crate::request::{FilePiece, FileRange, Op};
 
-    fn request() -> Forwarded {
-        let descriptor = Descriptor { op_flags: 0, nr_sectors: 0, start_sector: 0, address: 0 };
-        let piece = FilePiece { file: FileRange::new(Arc::new(File::open("/dev/null").unwrap()), 0), len: 0 };
-        let transfer = Transfer::new(Step::SyncData, &descriptor, piece.into(), None);
-        Forwarded { transfer, op: Op::Flush, pages: Pages::Nowhere, shared: None, copy: None }
+    fn waiters(count: u16) -> (Arc<Inbox>, Vec<Waiter>) {
+        let inbox = Arc::new(Inbox::default());
+        let waiter = |tag| Waiter { inbox: inbox.clone(), place: 0, tag: Tag(tag) };
+        let all = (0..count).map(waiter).collect();
+        (inbox, all)
     }
 
-    fn settled(syncs: &mut Syncs) -> Vec<u16> {
-        std::iter::from_fn(|| syncs.settled()).map(|(tag, _)| tag.0).collect()
+    fn settled(inbox: &Inbox) -> Vec<u16> {
+        let mut returned = Vec::new();
+        inbox.take(&mut returned);
+        returned.iter().map(|returned| returned.tag.0).collect()
     }
 
     #[test]
     fn a_sync_alone_counts_at_once() {
-        let mut syncs = Syncs::default();
-        syncs.begin(Tag(5));
-        syncs.end(Tag(5));
-        syncs.succeeded(Tag(5), request());
-        assert_eq!(settled(&mut syncs), [5]);
+        let (inbox, waiters) = waiters(1);
+        let order = Arc::new(SyncOrder::default());
+        for _ in 0..2 {
+            assert!(order.begin().succeeded(&waiters[0]));
+            assert_eq!(settled(&inbox), [0; 0]);
+        }
     }
 
     #[test]
     fn a_sync_counts_when_those_beside_it_have_ended() {
-        let mut syncs = Syncs::default();
-        (0..3).for_each(|tag| syncs.begin(Tag(tag)));
-        syncs.end(Tag(1));
-        syncs.succeeded(Tag(1), request());
-        // Tag 1 does not wait for what begins later.
-        syncs.begin(Tag(3));
-        assert_eq!(settled(&mut syncs), [0; 0]);
-        syncs.end(Tag(0));
-        assert_eq!(settled(&mut syncs), [0; 0], "tag 2 may have taken its error");
-        syncs.end(Tag(2));
-        syncs.succeeded(Tag(2), request());
-        assert_eq!(settled(&mut syncs), [1], "tag 2 waits for tag 3");
-        syncs.end(Tag(3));
-        assert_eq!(settled(&mut syncs), [2]);
+        let (inbox, waiters) = waiters(4);
+        let order = Arc::new(SyncOrder::default());
+        let [first, second, third] = [(); 3].map(|()| order.begin());
+        assert!(!second.succeeded(&waiters[1]));
+        // The second does not wait for what begins later.
+        let fourth = order.begin();
+        assert_eq!(settled(&inbox), [0; 0]);
+        drop(first);
+        assert_eq!(settled(&inbox), [0; 0], "the third may have taken its error");
+        assert!(!third.succeeded(&waiters[2]));
+        assert_eq!(settled(&inbox), [1], "the third waits for the fourth");
+        assert!(fourth.succeeded(&waiters[3]));
+        assert_eq!(settled(&inbox), [2]);
     }
 }

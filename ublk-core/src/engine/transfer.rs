@@ -7,6 +7,7 @@ use std::os::fd::RawFd;
 
 use nix::errno::Errno;
 
+use super::syncs::Running;
 use crate::driver::{Memory, Operation};
 use crate::errno::RawErrno;
 use crate::memory::Descriptor;
@@ -49,8 +50,12 @@ pub(crate) struct Transfer {
     len: u64,
     /// The request carries data.
     has_data: bool,
-    /// A sync follows what is done to the file.
+    /// A sync follows what is done to the file, or to each of several.
     sync_after: bool,
+    /// The sync at work is followed by pieces in other files.
+    between_files: bool,
+    /// The sync at work.
+    running: Option<Running>,
     durability: Durability,
     /// Bytes of the whole that were done before the piece at work.
     before: u64,
@@ -99,7 +104,20 @@ impl Transfer {
         let changes_ranges = matches!(step, Step::Punch { .. } | Step::ZeroRange | Step::WriteZeros);
         let sync_after = changes_ranges && descriptor.op_flags & uapi::UBLK_IO_F_FUA != 0;
         let durability = Durability::default();
-        Transfer { pieces, keep, step, len, has_data, sync_after, durability, before: 0, done: 0, retries: 0 }
+        Transfer {
+            pieces,
+            keep,
+            step,
+            len,
+            has_data,
+            sync_after,
+            between_files: false,
+            running: None,
+            durability,
+            before: 0,
+            done: 0,
+            retries: 0,
+        }
     }
 
     /// Says how a transfer that has not begun becomes durable.
@@ -124,6 +142,17 @@ impl Transfer {
         Some(&sync.write_back)
     }
 
+    /// Notes that the operation at work begins.
+    pub(crate) fn begin(&mut self) {
+        let sync = self.durability.sync.as_ref().filter(|_| self.step == Step::SyncData);
+        self.running = sync.map(|sync| sync.order.begin());
+    }
+
+    /// The sync that was at work, if it was one whose failure is to be remembered.
+    pub(crate) fn take_running(&mut self) -> Option<Running> {
+        self.running.take()
+    }
+
     /// The result to commit on success: bytes for operations with data, 0 for the others.
     pub(crate) fn data_len(&self) -> i32 {
         if self.has_data { self.len as i32 } else { 0 }
@@ -131,7 +160,7 @@ impl Transfer {
 
     /// Notes the result of the operation at work after the queue was given up. The kernel does not report the error of
     /// a sync again, not even to the flush that the next server gets in place of this one.
-    pub(crate) fn ended_late(&self, result: i32) {
+    pub(crate) fn ended_late(self, result: i32) {
         if let (Some(write_back), Err(errno)) = (self.syncing(), RawErrno::check(result)) {
             write_back.fail(errno.known());
         }
@@ -140,6 +169,10 @@ impl Transfer {
     /// Gives up a transfer whose ring is about to be closed, so that its end will not be known. The kernel has the file for as
     /// long as it works on it, but what was to be kept until then is kept for good.
     pub(crate) fn abandon(self) {
+        if let Some(write_back) = self.syncing().filter(|_| self.running.is_some()) {
+            // It may be the one that takes an error.
+            write_back.fail(Errno::ECANCELED);
+        }
         std::mem::forget(self.keep);
     }
 
@@ -159,7 +192,9 @@ impl Transfer {
         match self.step {
             Step::Read => Operation::Read { fd, memory: data, len: left as u32, offset: at },
             Step::Write { durable } => Operation::Write { fd, memory: data, len: left as u32, offset: at, durable },
-            Step::SyncData => Operation::SyncData { fd: self.durability.sync.as_ref().map_or(fd, FileSync::raw_fd) },
+            Step::SyncData => {
+                Operation::SyncData { fd: self.durability.sync.as_ref().and_then(FileSync::raw_fd).unwrap_or(fd) }
+            }
             Step::Punch { .. } => Operation::Allocate { fd, mode: punch, offset, len: self.len },
             Step::ZeroRange => Operation::Allocate { fd, mode: zero, offset, len: self.len },
             Step::WriteZeros => {
@@ -177,6 +212,10 @@ impl Transfer {
         };
         self.retries = 0;
         match self.step {
+            Step::SyncData if std::mem::take(&mut self.between_files) => {
+                self.step = Step::Write { durable: false };
+                self.advance()
+            }
             Step::SyncData => Next::Finished(Ok(())),
             Step::Punch { .. } | Step::ZeroRange => self.changed(),
             Step::Read | Step::Write { .. } | Step::WriteZeros => {
@@ -202,8 +241,17 @@ impl Transfer {
         Next::Continue
     }
 
-    /// Goes on with the next piece.
+    /// Goes on with the next piece, or first with the sync of a file that has no more of them.
     fn next_part(&mut self) -> Next {
+        if self.sync_after && self.pieces.file_changes() {
+            self.between_files = true;
+            self.step = Step::SyncData;
+            return Next::Continue;
+        }
+        self.advance()
+    }
+
+    fn advance(&mut self) -> Next {
         let done = self.pieces.first().len;
         if !self.pieces.advance() {
             self.keep = None;
@@ -341,7 +389,9 @@ mod tests {
         let for_syncs = Arc::new(File::open("/dev/null").unwrap());
         let at_once = |buffered| {
             let write_back = Arc::new(WriteBack::new("test"));
-            Durability { at_once: true, sync: Some(FileSync { file: (&for_syncs).into(), buffered, write_back }) }
+            let file = Some((&for_syncs).into());
+            let sync = FileSync { file, buffered, write_back, order: Arc::default() };
+            Durability { at_once: true, sync: Some(sync) }
         };
         let write = transfer(Op::Write, 0, 8).durably(Durability { at_once: true, sync: None });
         assert!(matches!(write.operation(Memory::At(0), 0), Operation::Write { durable: true, .. }));
@@ -357,6 +407,30 @@ mod tests {
             assert_eq!(change.completed(0), Next::Finished(Ok(())));
             assert_eq!(change.data_len(), done);
         }
+    }
+
+    #[test]
+    fn each_file_of_a_durable_write_is_synced() {
+        let descriptor = Descriptor { op_flags: uapi::UBLK_IO_F_FUA, nr_sectors: 8, start_sector: 0, address: 0 };
+        let other = Arc::new(File::open("/dev/null").unwrap());
+        let piece = |file, len| FilePiece { file: FileRange::new(file, 0), len };
+        let pieces = vec![piece(file(), 512), piece(file(), 512), piece(&other, 1024), piece(file(), 2048)].into();
+        let durability = Durability { at_once: false, sync: Some(FileSync::of_device("test")) };
+        let mut write = Transfer::new(Step::Write { durable: true }, &descriptor, pieces, None).durably(durability);
+        let mut seen = Vec::new();
+        loop {
+            let (fd, count) = match write.operation(Memory::At(0), 0) {
+                Operation::Write { fd, len, durable: false, .. } => (fd, len as i32),
+                Operation::SyncData { fd } => (fd, 0),
+                other => panic!("{other:?}"),
+            };
+            seen.push((fd, count));
+            if write.completed(count) != Next::Continue {
+                break;
+            }
+        }
+        let (one, two) = (fd(), other.as_raw_fd());
+        assert_eq!(seen, [(one, 512), (one, 512), (one, 0), (two, 1024), (two, 0), (one, 2048), (one, 0)]);
     }
 
     #[test]

@@ -3,13 +3,15 @@
 //! When changes of a file are durable, and what a failed sync means for later ones.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::OpenFile;
+use crate::engine::SyncOrder;
 use crate::error::errno_of;
 
 /// Whether syncs of a disk's files can be trusted.
@@ -73,21 +75,47 @@ pub(crate) struct Durability {
 /// A way to sync a file whose failures are remembered.
 #[derive(Clone, Debug)]
 pub(crate) struct Sync {
-    /// An open file description that nothing else syncs but this queue, so that no other takes its errors; except where
-    /// only the one that the data was written by can be synced.
-    pub(crate) file: OpenFile,
-    /// Whether data is written through the page cache. Then writes are synced by `fdatasync` too: with `RWF_DSYNC` a
-    /// full file system would look like lost writes.
+    /// An open file description that nothing else syncs but this queue, so that no other takes its errors. Without one, the
+    /// description is synced that the data is written by.
+    pub(crate) file: Option<OpenFile>,
+    /// Whether data is written through the page cache. Then writes are synced by `fdatasync` too: `RWF_DSYNC` takes the
+    /// errors of earlier writes, and a full file system would look like lost writes.
     pub(crate) buffered: bool,
     /// Shared by all queues of the disk.
     pub(crate) write_back: Arc<WriteBack>,
+    /// Shared by all queues that sync the same description.
+    pub(crate) order: Arc<SyncOrder>,
 }
 
 impl Sync {
-    /// The descriptor, for the ring. It stays open as long as this.
-    pub(crate) fn raw_fd(&self) -> RawFd {
-        self.file.as_fd().as_raw_fd()
+    /// A way to sync any files that requests of a device are forwarded to, for all its queues.
+    pub(crate) fn of_device(name: impl Into<String>) -> Self {
+        Sync { file: None, buffered: true, write_back: Arc::new(WriteBack::new(name)), order: Arc::default() }
     }
+
+    /// The descriptor, for the ring. It stays open as long as this.
+    pub(crate) fn raw_fd(&self) -> Option<RawFd> {
+        self.file.as_ref().map(|file| file.as_fd().as_raw_fd())
+    }
+}
+
+/// Whether a file leaves nothing in the page cache: a block device that is open for direct I/O. Its writes report their own
+/// errors, and a flush after one that failed covers the same writes.
+pub(crate) fn is_uncached(file: impl AsFd) -> bool {
+    let flags = fcntl(&file, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_retain);
+    flags.contains(OFlag::O_DIRECT) && is_block_device(file.as_fd())
+}
+
+/// Does not ask the file's server, where it has one.
+fn is_block_device(file: BorrowedFd<'_>) -> bool {
+    let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    // SAFETY: the path is an empty C string, which with this flag means the descriptor itself; the kernel fills the
+    // structure.
+    let result = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_TYPE, found.as_mut_ptr()) };
+    // SAFETY: plain numbers, for which zeros are a value too.
+    let found = unsafe { found.assume_init() };
+    result == 0 && u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFBLK
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-pub(crate) use self::durability::{Durability, Sync as FileSync, WriteBack};
+pub(crate) use self::durability::{Durability, Sync as FileSync, WriteBack, is_uncached};
 pub use self::op::Op;
 pub use self::pieces::{FilePiece, FileRange, Keep, OpenFile, Pieces};
 use crate::data::shared::{SharedPlace, SharedTable};
@@ -42,6 +42,8 @@ pub struct Origin {
     pub(crate) data: DataMovement,
     pub(crate) access: Access,
     pub(crate) shared: Arc<SharedTable>,
+    /// How files are synced that the user has opened.
+    pub(crate) sync: FileSync,
     pub(crate) integrity: Option<Integrity>,
     pub(crate) file: Arc<dyn CharDevice>,
 }
@@ -86,6 +88,8 @@ pub(crate) enum Return {
     Ended(Answer),
     /// The request, for the engine to do.
     Forward(Box<Errand>),
+    /// The request's sync counts now, or has failed with another one.
+    Synced,
 }
 
 /// Where a request is, and so how it gets back to the driver. Not to be implemented elsewhere.
@@ -215,6 +219,11 @@ impl<'q> Request<'q> {
             return None;
         };
         core.arrived(tag, op, op.len(&descriptor));
+        if let Some(Err(errno)) = (op == Op::Flush).then(|| core.origin().sync.write_back.check()) {
+            // Also if its handler does not forward it: what was lost is nothing that it knows of.
+            core.commit(tag, buffer, Answer::error(errno));
+            return None;
+        }
         // What was left from the tag's last request may be too short, where tags have no buffers of their own.
         let keeps = core.origin().data == DataMovement::Copy || !op.fills();
         let buffer = buffer.filter(|buffer| keeps || buffer.len() as u64 >= op.len(&descriptor));
@@ -357,19 +366,28 @@ impl<H: Home> RequestOf<H> {
     /// Where the device's [data movement](DataMovement) is without copies, the file reads and writes the
     /// request's own pages, unless the request was [loaded](RequestOf::load) before.
     ///
-    /// The kernel reports an error of write-back once to each open file, so that of several flushes of one file only one
-    /// may fail, and later ones succeed although writes are lost. A target that promises more has to remember the failure,
-    /// as [`targets::File`](crate::targets::File) does.
+    /// Once a sync has failed, of whatever file, every flush of the device fails with `EIO` until it has a new server,
+    /// whether it is forwarded or not: writes may be lost, and the kernel does not report that again. The exception is a
+    /// block device that is open for direct I/O, where the next flush covers the same writes.
     pub fn forward(mut self, file: FileRange) {
-        let piece = FilePiece { file, len: self.len() };
-        self.send(piece.into(), None, Durability::default());
+        let pieces = Pieces::from(FilePiece { file, len: self.len() });
+        let durability = self.durability(&pieces);
+        self.send(pieces, None, durability);
+    }
+
+    /// How the request becomes durable in files that the caller has opened.
+    fn durability(&self, pieces: &Pieces) -> Durability {
+        let syncs = self.op == Op::Flush || self.force_unit_access() && self.op.changes();
+        if !syncs || pieces.iter().all(|piece| is_uncached(&piece.file.file)) {
+            return Durability::default();
+        }
+        Durability { at_once: false, sync: Some(self.home.origin().sync.clone()) }
     }
 
     /// As [`forward`](RequestOf::forward), with a say in how the request becomes durable.
     pub(crate) fn forward_durably(mut self, file: FileRange, durability: &Durability) {
         let piece = FilePiece { file, len: self.len() };
-        let changes = matches!(self.op, Op::Write | Op::Discard | Op::WriteZeroes);
-        let syncs = self.op == Op::Flush || changes && (durability.at_once || self.force_unit_access());
+        let syncs = self.op == Op::Flush || self.op.changes() && (durability.at_once || self.force_unit_access());
         // The others need no share in what the queues have in common.
         self.send(piece.into(), None, if syncs { durability.clone() } else { Durability::default() });
     }
@@ -387,7 +405,8 @@ impl<H: Home> RequestOf<H> {
             log::error!("{self:?}: was to be forwarded to {pieces:?}");
             return self.fail(Errno::EIO);
         }
-        self.send(pieces, Some(keep.into()), Durability::default());
+        let durability = self.durability(&pieces);
+        self.send(pieces, Some(keep.into()), durability);
     }
 
     fn send(&mut self, pieces: Pieces, keep: Option<Keep>, durability: Durability) {

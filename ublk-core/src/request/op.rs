@@ -95,6 +95,11 @@ impl Op {
         matches!(self, Op::Read | Op::Write | Op::ZoneAppend | Op::ReportZones)
     }
 
+    /// Whether it changes the disk's data in a way that files have.
+    pub(crate) fn changes(self) -> bool {
+        matches!(self, Op::Write | Op::Discard | Op::WriteZeroes)
+    }
+
     /// Whether the server provides the data.
     pub fn fills(self) -> bool {
         matches!(self, Op::Read | Op::ReportZones)

@@ -108,6 +108,11 @@ impl Pieces {
         self.first.as_ref().expect("pieces without a length are refused")
     }
 
+    /// Whether the next piece is in another file.
+    pub(crate) fn file_changes(&self) -> bool {
+        self.rest.last().is_some_and(|next| next.raw_fd() != self.first().raw_fd())
+    }
+
     /// Goes on with the next piece; false if there is none.
     pub(crate) fn advance(&mut self) -> bool {
         let next = self.rest.pop();
@@ -125,7 +130,6 @@ impl Pieces {
     }
 
     /// All of them, in order.
-    #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &FilePiece> {
         self.first.iter().chain(self.rest.iter().rev())
     }

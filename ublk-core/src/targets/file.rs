@@ -20,6 +20,7 @@ use super::files::{punch_hole, sync_name};
 use super::protected_file::{ProtectedFile, ProtectedQueue};
 use super::protection::Metadata;
 use crate::data::Access;
+use crate::engine::SyncOrder;
 use crate::error::{Error, Result, errno_of};
 use crate::memory::{IoBuffer, PAGE_SIZE};
 use crate::params::{Integrity, Operations, Params};
@@ -58,7 +59,7 @@ pub struct FileOptions {
 /// Once a sync of the file has failed, every flush of the disk fails with `EIO` until it has a new server: writes may be
 /// lost, and the kernel does not report that again. A new server starts afresh: it cannot know of an error that was
 /// reported to its predecessor. The exception is direct I/O on a block device, where the next flush covers the same
-/// writes. On FUSE all queues share one open file, so that of two flushes at once only one may fail.
+/// writes.
 #[derive(Debug)]
 pub struct File {
     path: PathBuf,
@@ -69,6 +70,8 @@ pub struct File {
     options: FileOptions,
     metadata: Option<Arc<Metadata>>,
     write_back: Arc<WriteBack>,
+    /// For syncs of `file` itself, which all queues share where a sync covers only what was written by the same open file.
+    order: Arc<SyncOrder>,
 }
 
 impl File {
@@ -132,6 +135,7 @@ impl File {
             options: *options,
             metadata: None,
             write_back: Arc::new(WriteBack::new(path.display().to_string())),
+            order: Arc::default(),
         })
     }
 
@@ -380,19 +384,21 @@ impl File {
         // Direct I/O on a block device leaves nothing in the page cache: writes report their own errors, and a flush
         // after one that failed covers the same writes.
         let is_cached = !(self.direct && self.is_block);
-        let for_syncs = is_cached.then(|| self.for_syncs(syncs_cover_the_file(&self.file))).transpose()?;
-        let sync = for_syncs.map(|file| FileSync {
-            file: file.into(),
-            buffered: !self.direct,
-            write_back: self.write_back.clone(),
-        });
+        let sync = is_cached.then(|| self.sync(syncs_cover_the_file(&self.file))).transpose()?;
         let durability = Durability { at_once: self.is_durable_at_once(), sync };
         Ok(FileQueue { file: self.file.clone(), durability })
     }
 
-    /// What a queue syncs: a description of its own, if a sync of that covers what was written by another one.
-    fn for_syncs(&self, cover_the_file: bool) -> Result<Arc<fs::File>> {
-        if cover_the_file { self.open_again().map(Arc::new) } else { Ok(self.file.clone()) }
+    /// How a queue syncs: by a description of its own, if a sync of that covers what was written by another one.
+    fn sync(&self, cover_the_file: bool) -> Result<FileSync> {
+        let (file, order) = if cover_the_file {
+            (Arc::new(self.open_again()?), Arc::default())
+        } else {
+            (self.file.clone(), self.order.clone())
+        };
+        // Where the error of a write is kept by the open file, a durable write takes those of earlier ones.
+        let buffered = !self.direct || !cover_the_file;
+        Ok(FileSync { file: Some(file.into()), buffered, write_back: self.write_back.clone(), order })
     }
 
     /// Opens the file once more: by its descriptor, as another one may have its name by now.
@@ -465,8 +471,13 @@ mod tests {
         let file = backing(1 << 20);
         let file = File::open(file.path(), &FileOptions::default()).unwrap();
         assert!(syncs_cover_the_file(&file.file), "tests do not run on FUSE");
-        assert!(Arc::ptr_eq(&file.for_syncs(false).unwrap(), &file.file));
-        assert!(!Arc::ptr_eq(&file.for_syncs(true).unwrap(), &file.file));
+        let [first, second] = [(); 2].map(|()| file.sync(false).unwrap());
+        assert_eq!(first.raw_fd(), Some(file.file.as_raw_fd()));
+        assert!(Arc::ptr_eq(&first.order, &second.order), "any queue may take the error of another one's writes");
+        let [first, second] = [(); 2].map(|()| file.sync(true).unwrap());
+        assert_ne!(first.raw_fd(), second.raw_fd());
+        assert_ne!(first.raw_fd(), Some(file.file.as_raw_fd()));
+        assert!(!Arc::ptr_eq(&first.order, &second.order));
     }
 
     #[test]
