@@ -2,7 +2,9 @@
 
 //! Who uses a block device, and stopping one that is not used.
 
+use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -21,7 +23,8 @@ const UDEV_RETRY: Duration = Duration::from_millis(20);
 pub(super) enum Stop {
     /// The device is stopped.
     Done,
-    /// No use of it was seen, or it has no disk. Before Linux 7.0 the driver cannot tell; a moment's use goes unnoticed.
+    /// It is not in use, or has no disk. Before Linux 7.0 the driver does not report this, and a use that begins after the
+    /// look goes unnoticed.
     NotUsed,
     /// Processes have it open: these.
     Open(String),
@@ -33,13 +36,18 @@ pub(super) enum Stop {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asker {
     /// The disk's server. It must not open the disk to find out: an open may wait for requests, and nothing could end a
-    /// server that waits for itself. Exclusive users that nothing else shows go unnoticed before Linux 7.0.
+    /// server that waits for itself.
     Server,
     /// Another process.
     Other,
 }
 
 /// Stops a device that is not in use, in the same moment if the driver can (Linux 7.0).
+///
+/// # Errors
+///
+/// Whatever keeps this from finding out: then the device may be in use. It may be stopped, though, if a command was not
+/// answered.
 pub(super) fn stop_unused(control: &Control, id: DeviceId, asker: Asker) -> Result<Stop> {
     let info = control.info(id)?;
     if info.state == DeviceState::Dead {
@@ -47,7 +55,7 @@ pub(super) fn stop_unused(control: &Control, id: DeviceId, asker: Asker) -> Resu
     }
     let path = control.driver().block_path(id);
     if !info.features.contains(Features::SAFE_STOP_DEV) {
-        return Ok(use_of(&path, asker).unwrap_or(Stop::NotUsed));
+        return Ok(use_of(&path, asker)?.unwrap_or(Stop::NotUsed));
     }
     let deadline = Instant::now() + UDEV_PATIENCE;
     loop {
@@ -59,27 +67,55 @@ pub(super) fn stop_unused(control: &Control, id: DeviceId, asker: Asker) -> Resu
         }
         // A user that cannot be seen is most likely udev.
         match use_of(&path, asker) {
-            Some(used) => return Ok(used),
-            None if Instant::now() >= deadline => return Ok(Stop::Open("open".into())),
-            None => std::thread::sleep(UDEV_RETRY),
+            Ok(Some(used)) => return Ok(used),
+            Err(error) if asker == Asker::Other => return Err(error),
+            _ if Instant::now() >= deadline => return Ok(Stop::Open("open".into())),
+            _ => std::thread::sleep(UDEV_RETRY),
         }
     }
 }
 
-/// How a disk is used, as far as that can be seen.
-fn use_of(disk: &Path, asker: Asker) -> Option<Stop> {
-    let nodes = nodes(disk);
-    let mut claims = mounts(&nodes);
-    claims.extend(swaps(&nodes));
-    claims.extend(stacked(&nodes));
-    let processes = processes(&nodes);
-    // Mounts of other namespaces are not among those.
-    if !claims.is_empty() || asker == Asker::Other && is_claimed(disk) {
-        claims.extend(processes);
-        let who = claims.join(", ");
-        return Some(Stop::Claimed(if who.is_empty() { "mounted or claimed".into() } else { who }));
+/// How a disk is used, if it is.
+fn use_of(disk: &Path, asker: Asker) -> Result<Option<Stop>> {
+    let failed = |e| Error::file("find the users of", disk, &e);
+    let (proc, is_whole) = (Path::new("/proc"), sees_all_processes());
+    let seen = seen_use(proc, disk).map_err(failed)?;
+    if seen.is_some() || asker == Asker::Server && is_whole {
+        return Ok(seen);
     }
-    (!processes.is_empty()).then(|| Stop::Open(processes.join(", ")))
+    match asker {
+        // Users that this process does not see may have mounted it.
+        Asker::Server => Err(Error::File {
+            operation: "find the users of",
+            path: disk.to_owned(),
+            errno: crate::Errno::EPERM,
+            hint: "this process does not see all processes of the machine".into(),
+        }),
+        Asker::Other => Ok(is_claimed(disk).then(|| Stop::Claimed("mounted or claimed".into()))),
+    }
+}
+
+/// How a disk is used, as far as that shows in /proc and /sys.
+fn seen_use(proc: &Path, disk: &Path) -> io::Result<Option<Stop>> {
+    let nodes = nodes(disk);
+    let mut claims = mounts(proc, &nodes)?;
+    claims.extend(swaps(proc, &nodes)?);
+    claims.extend(stacked(&nodes));
+    let processes = processes(proc, &nodes)?;
+    if !claims.is_empty() {
+        claims.extend(processes);
+        return Ok(Some(Stop::Claimed(claims.join(", "))));
+    }
+    Ok((!processes.is_empty()).then(|| Stop::Open(processes.join(", "))))
+}
+
+/// Whether this process is root in the first namespace of processes, whose /proc shows the processes, and with them the
+/// mounts, of all others.
+fn sees_all_processes() -> bool {
+    /// `PROC_PID_INIT_INO` of `linux/nsfs.h`.
+    const FIRST: &str = "pid:[4026531836]";
+    let namespace = fs::read_link("/proc/self/ns/pid");
+    nix::unistd::geteuid().is_root() && namespace.is_ok_and(|namespace| namespace.as_os_str() == FIRST)
 }
 
 /// Whether somebody has the disk for himself: a mount, or another exclusive user.
@@ -100,23 +136,58 @@ fn nodes(disk: &Path) -> Vec<PathBuf> {
     nodes
 }
 
-fn mounts(nodes: &[PathBuf]) -> Vec<String> {
-    let table = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let mount = |line: &str| {
-        let (device, rest) = line.split_once(' ')?;
-        let place = rest.split(' ').next()?;
-        nodes.iter().any(|node| node.as_os_str() == device).then(|| format!("{device} mounted at {place}"))
+/// Mounts in all namespaces that processes are in.
+fn mounts(proc: &Path, nodes: &[PathBuf]) -> io::Result<Vec<String>> {
+    let numbers: Vec<(String, &PathBuf)> =
+        nodes.iter().filter_map(|node| Some((number_of(fs::metadata(node).ok()?.rdev()), node))).collect();
+    let mut found = Vec::new();
+    let mut add = |table: &str| {
+        for line in table.lines() {
+            // ID, parent's ID, device, root, place, options, optional fields, "-", type, source, options.
+            let mut fields = line.split(' ');
+            let (Some(device), Some(place)) = (fields.nth(2), fields.nth(1)) else { continue };
+            let source = fields.skip_while(|field| *field != "-").nth(2).unwrap_or_default();
+            let by_number = numbers.iter().find(|(number, _)| number == device).map(|(_, node)| *node);
+            // Some file systems (btrfs) have a number of their own.
+            let node = by_number.or_else(|| nodes.iter().find(|node| node.as_os_str() == source));
+            found.extend(node.map(|node| format!("{} mounted at {place}", node.display())));
+        }
     };
-    table.lines().filter_map(mount).collect()
+    let own = proc.join("self");
+    add(&fs::read_to_string(own.join("mountinfo"))?);
+    let mut namespaces: HashSet<_> = fs::read_link(own.join("ns/mnt")).into_iter().collect();
+    for process in numbered(proc)? {
+        // Those that go away meanwhile, and dead ones, have none.
+        if fs::read_link(process.join("ns/mnt")).is_ok_and(|namespace| namespaces.insert(namespace)) {
+            add(&fs::read_to_string(process.join("mountinfo")).unwrap_or_default());
+        }
+    }
+    found.sort();
+    found.dedup();
+    Ok(found)
 }
 
-fn swaps(nodes: &[PathBuf]) -> Vec<String> {
-    let table = fs::read_to_string("/proc/swaps").unwrap_or_default();
+/// A device's number as `mountinfo` has it.
+fn number_of(device: u64) -> String {
+    format!("{}:{}", nix::sys::stat::major(device), nix::sys::stat::minor(device))
+}
+
+/// The directories of processes.
+fn numbered(proc: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(proc)?.collect::<io::Result<Vec<_>>>()?;
+    let is_number = |entry: &fs::DirEntry| entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit);
+    Ok(entries.into_iter().filter(is_number).map(|entry| entry.path()).collect())
+}
+
+fn swaps(proc: &Path, nodes: &[PathBuf]) -> io::Result<Vec<String>> {
+    let table = match fs::read_to_string(proc.join("swaps")) {
+        // A kernel without swap.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        read => read?,
+    };
     let areas = table.lines().filter_map(|line| line.split_whitespace().next());
-    areas
-        .filter(|area| nodes.iter().any(|node| node.as_os_str() == *area))
-        .map(|area| format!("{area} swapped to"))
-        .collect()
+    let ours = areas.filter(|area| nodes.iter().any(|node| node.as_os_str() == *area));
+    Ok(ours.map(|area| format!("{area} swapped to")).collect())
 }
 
 /// Block devices on top, such as those of the device mapper and of RAID.
@@ -135,21 +206,20 @@ fn stacked(nodes: &[PathBuf]) -> Vec<String> {
 
 /// Processes that have a disk open. udev is not among them: it looks at each disk that changes, and does not mind if that
 /// goes.
-fn processes(nodes: &[PathBuf]) -> Vec<String> {
+fn processes(proc: &Path, nodes: &[PathBuf]) -> io::Result<Vec<String>> {
     let numbers: Vec<u64> = nodes.iter().filter_map(|node| fs::metadata(node).ok().map(|m| m.rdev())).collect();
     let mut found = Vec::new();
-    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let name = process.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+    for process in numbered(proc)? {
+        let Some(pid) = process.file_name().and_then(|name| name.to_str()?.parse().ok()) else { continue };
         if has_open(pid, |m| m.file_type().is_block_device() && numbers.contains(&m.rdev())) {
-            let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            let command = fs::read_to_string(process.join("comm")).unwrap_or_default();
             if command.contains("udev") {
                 continue;
             }
             found.push(format!("open in process {pid}, {}", command.trim_end()));
         }
     }
-    found
+    Ok(found)
 }
 
 /// Whether a process has a node of a device open that is looked for. Files that are no nodes are not looked at: to ask
@@ -188,6 +258,43 @@ mod tests {
         assert_eq!(others.get(), 0, "a file's file system may not answer");
         let null = fs::metadata("/dev/null").unwrap().rdev();
         assert!(has_open(own, |m| m.rdev() == null));
+    }
+
+    #[test]
+    fn mounts_of_all_namespaces_count() {
+        let proc = tempfile::tempdir().unwrap();
+        let disk = Path::new("/nonexistent/ublkb7");
+        let process = |name: &str, namespace: &str, mounts: &str| {
+            fs::create_dir_all(proc.path().join(name).join("ns")).unwrap();
+            std::os::unix::fs::symlink(namespace, proc.path().join(name).join("ns/mnt")).unwrap();
+            fs::write(proc.path().join(name).join("mountinfo"), mounts).unwrap();
+        };
+        let own = "22 1 8:1 / / rw,noatime shared:1 - ext4 /dev/sda1 rw\n";
+        process("self", "mnt:[1]", own);
+        process("17", "mnt:[1]", own);
+        assert!(seen_use(proc.path(), disk).unwrap().is_none());
+        process("18", "mnt:[2]", &format!("{own}40 22 0:9 / /srv rw master:3 - btrfs /nonexistent/ublkb7 rw\n"));
+        let Some(Stop::Claimed(who)) = seen_use(proc.path(), disk).unwrap() else { panic!() };
+        assert_eq!(who, "/nonexistent/ublkb7 mounted at /srv");
+    }
+
+    #[test]
+    fn mounts_are_known_by_the_number_of_their_device() {
+        let proc = tempfile::tempdir().unwrap();
+        fs::create_dir_all(proc.path().join("self/ns")).unwrap();
+        // A file system that is named by a path of another root.
+        let number = number_of(fs::metadata("/dev/null").unwrap().rdev());
+        let table = format!("40 22 {number} / /srv rw - ext4 /dev/root rw\n");
+        fs::write(proc.path().join("self/mountinfo"), table).unwrap();
+        assert_eq!(mounts(proc.path(), &["/dev/null".into()]).unwrap(), ["/dev/null mounted at /srv"]);
+    }
+
+    #[test]
+    fn a_use_that_cannot_be_seen_is_no_absence_of_use() {
+        let proc = tempfile::tempdir().unwrap();
+        let disk = Path::new("/nonexistent/ublkb7");
+        seen_use(proc.path(), disk).unwrap_err();
+        seen_use(&proc.path().join("missing"), disk).unwrap_err();
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::holders::{self, Asker, Stop};
 use super::station::Station;
 use super::{Failure, Outcome, state};
 use crate::device::{Device, Ending};
-use crate::uapi::Features;
+use crate::uapi::{DeviceState, Features};
 
 /// Signals that end a server in an orderly way.
 const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
@@ -101,29 +101,98 @@ fn end((instance, device): (Option<u64>, Device), wanted: bool) -> Outcome {
 }
 
 /// Stops and deletes a device, unless it can be recovered and is in use: that one is left, as if this process had been
-/// killed, because its users asked for a disk that outlives its server. A shut-down that ends servers before it
-/// unmounts their disks loses nothing, but `umount` waits for the next server then.
+/// killed, because its users asked for a disk that outlives its server. Where that is not known for certain, it counts as
+/// in use. A shut-down that ends servers before it unmounts their disks loses nothing, but `umount` waits for the next
+/// server then. This takes as long as the requests that the server has, and 110 s at most.
 fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
     let id = device.id();
     if device.recovery().is_none() {
         return device.stop().map(|()| Ending::Deleted);
     }
-    match holders::stop_unused(device.control(), id, Asker::Server) {
+    let who = match holders::stop_unused(device.control(), id, Asker::Server) {
+        Ok(Stop::Done | Stop::NotUsed) => return device.stop().map(|()| Ending::Deleted),
         // Another process may be deleting it, and a stop that takes too long is for this to end.
-        Ok(Stop::Done | Stop::NotUsed) | Err(_) => device.stop().map(|()| Ending::Deleted),
-        Ok(Stop::Open(who) | Stop::Claimed(who)) => {
-            log::warn!(
-                "device {id} is in use ({who}) and waits for another server now: `ublk recover -n {id}`, or `ublk del \
-                 --force -n {id}` to remove it"
-            );
-            // Before Linux 6.16 it is the end of this process that leaves it.
-            if device.info().features.contains(Features::QUIESCE) {
-                // Else it would be deleted when it is dropped.
-                device.leave().inspect_err(|_| device.abandon())?
-            } else {
-                device.abandon()
-            }
-            Ok(Ending::Left)
+        Err(_) if has_no_disk(device) => return device.stop().map(|()| Ending::Deleted),
+        Ok(Stop::Open(who) | Stop::Claimed(who)) => format!("in use ({who})"),
+        Err(error) => format!("perhaps in use ({error})"),
+    };
+    log::warn!(
+        "device {id} is {who} and waits for another server now: `ublk recover -n {id}`, or `ublk del --force -n {id}` to \
+         remove it"
+    );
+    // Before Linux 6.16 it is the end of this process that leaves it.
+    if device.info().features.contains(Features::QUIESCE) {
+        // Else it would be deleted when it is dropped.
+        device.leave().inspect_err(|_| device.abandon())?
+    } else {
+        device.abandon()
+    }
+    Ok(Ending::Left)
+}
+
+/// Whether a device was stopped, or is gone.
+fn has_no_disk(device: &Device) -> bool {
+    match device.control().info(device.id()) {
+        Ok(info) => info.state == DeviceState::Dead,
+        Err(error) => error.errno() == crate::Errno::ENODEV,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::driver::Driver;
+    use crate::driver::fake::FakeDriver;
+    use crate::engine::StdSpawn;
+    use crate::targets::Null;
+    use crate::{DeviceOptions, Recovery, Server};
+
+    fn recoverable(driver: &FakeDriver) -> Device {
+        let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let options = DeviceOptions { recovery: Some(Recovery::Queue), ..DeviceOptions::default() };
+        server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &options).unwrap()
+    }
+
+    #[test]
+    fn an_unused_recoverable_disk_is_deleted() {
+        let driver = FakeDriver::new();
+        assert_eq!(stop_or_leave(&recoverable(&driver)).unwrap(), Ending::Deleted);
+        assert_eq!(driver.device_ids().unwrap(), []);
+    }
+
+    #[test]
+    fn a_recoverable_disk_is_left_if_its_use_is_unknown() {
+        let failures = [("TRY_STOP_DEV", Errno::EIO), ("TRY_STOP_DEV", Errno::EINTR), ("GET_DEV_INFO2", Errno::ENOMEM)];
+        for (command, errno) in failures {
+            let driver = FakeDriver::new();
+            let device = recoverable(&driver);
+            driver.refuse_next(command, errno);
+            assert_eq!(stop_or_leave(&device).unwrap(), Ending::Left, "{command}: {errno}");
+            let control = device.control().clone();
+            assert_eq!(control.info(device.id()).unwrap().state, DeviceState::Quiesced);
+            drop(device);
+            assert_ne!(driver.device_ids().unwrap(), [], "{command}: {errno}");
         }
+    }
+
+    #[test]
+    fn a_recoverable_disk_that_is_being_stopped_is_deleted() {
+        let driver = FakeDriver::new();
+        let device = recoverable(&driver);
+        device.control().stop(device.id()).unwrap();
+        assert_eq!(stop_or_leave(&device).unwrap(), Ending::Deleted);
+    }
+
+    /// At shutdown, servers may get SIGTERM before their disks are unmounted.
+    #[test]
+    fn a_disk_that_stays_in_use_is_left_soon() {
+        let driver = FakeDriver::new();
+        let device = recoverable(&driver);
+        (0..10_000).for_each(|_| driver.refuse_next("TRY_STOP_DEV", Errno::EBUSY));
+        let began = std::time::Instant::now();
+        assert_eq!(stop_or_leave(&device).unwrap(), Ending::Left);
+        assert!(began.elapsed() < std::time::Duration::from_secs(40), "{:?}", began.elapsed());
     }
 }

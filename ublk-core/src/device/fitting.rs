@@ -327,6 +327,24 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_can_be_served_by_what_it_was_made_for() {
+        for bits in 0..32 {
+            for change in [|_: &mut Params| {}, |p: &mut Params| p.read_only = true] as [Change; 2] {
+                let mut target = limited();
+                (target.zoned, target.integrity) = (None, None);
+                target.operations = Operations::from_bits_truncate(bits);
+                change(&mut target);
+                if target.validate().is_err() {
+                    continue;
+                }
+                // As the driver gives it back.
+                let disk = Params::decode(&target.encode());
+                fits(&target, &disk).unwrap_or_else(|error| panic!("{:?}: {error}", target.operations));
+            }
+        }
+    }
+
+    #[test]
     fn files_that_get_clients_memory_need_its_alignment() {
         let forwards = Access::Forwards { memory_alignment: 512 };
         let mut disk = Params::new(1 << 20, 512);
