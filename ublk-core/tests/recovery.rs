@@ -465,3 +465,21 @@ fn a_target_that_needs_another_shape_leaves_the_device_waiting() {
     }
     finish(&driver, server(&driver, 1).recover(device.id(), Arc::new(Shaped(disk))).unwrap());
 }
+
+#[test]
+fn a_successor_is_checked_while_the_server_lives() {
+    let driver = FakeDriver::new();
+    let disk = Params::new(SIZE, 512);
+    let device = server(&driver, 1).start(Arc::new(Shaped(disk)), &recoverable(Recovery::Queue, false)).unwrap();
+    let check = |params| server(&driver, 1).check_recovery(device.id(), &Shaped(params));
+    check(disk).unwrap();
+    let mut smaller = disk;
+    smaller.size /= 2;
+    assert!(check(smaller).unwrap_err().to_string().starts_with("size"));
+    assert_eq!(state_of(&driver, &device), DeviceState::Live);
+    finish(&driver, device);
+    let device = server(&driver, 1).start(Arc::new(Shaped(disk)), &options(1, 4)).unwrap();
+    let error = server(&driver, 1).check_recovery(device.id(), &Shaped(disk)).unwrap_err();
+    assert_eq!(error.errno(), Errno::EINVAL);
+    finish(&driver, device);
+}

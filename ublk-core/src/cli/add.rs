@@ -2,15 +2,16 @@
 
 //! `ublk add`.
 
+mod target;
+
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use nix::errno::Errno;
 
 use super::shape::{self, Switch};
 use super::state::{Origin, State};
@@ -21,11 +22,9 @@ use crate::device::{Device, DeviceOptions, Recovery, Server};
 use crate::driver::kernel::KernelDriver;
 use crate::engine::StdSpawn;
 use crate::error::{Error, Result};
-use crate::params::{Operations, Params};
 use crate::placement::Cpus;
 use crate::pressure;
-use crate::target::Target;
-use crate::targets::{self, File, FileOptions, Io, Mem, Null, Zoned, ZonedOptions};
+use crate::targets;
 use crate::units::DeviceId;
 
 /// Size of a RAM disk, unless another is asked for.
@@ -242,14 +241,14 @@ pub(super) fn serve(
     match waiting {
         None => {
             for _ in 0..args.count {
-                devices.push(server.start(target(args, None)?, &options)?);
+                devices.push(server.start(target::new(args)?, &options)?);
             }
         }
         Some(id) => {
             // The old server has the file for itself.
             server.wait_for_vacancy(id)?;
             let disk = server.control().params(id)?.params;
-            devices.push(server.recover(id, target_of_another(args, &disk)?)?);
+            devices.push(server.recover(id, target::of_another(args, &disk)?)?);
         }
     }
     for device in devices.iter().filter(|_| args.shared_memory.is_some()) {
@@ -348,24 +347,6 @@ impl Args {
         self.log.as_deref()
     }
 
-    /// Checks what can be checked of a target while another server has it: whether its file can be opened in
-    /// the same way, and has room for the disk.
-    pub(super) fn check(&self, disk: u64) -> Result<()> {
-        self.check_recovery()?;
-        let Some(file) = &self.file else { return Ok(()) };
-        let failed = |e| Error::file("open", file, &e);
-        // To have opened a block device for writing is to have udev look at it.
-        let write = !self.read_only && std::fs::metadata(file).map_err(failed)?.is_file();
-        std::fs::OpenOptions::new().read(true).write(write).open(file).map_err(failed)?;
-        if self.kind == Kind::File {
-            let there = targets::file_size(file)?;
-            if there < disk {
-                return Err(Error::invalid("size", there, format!("of {}; the disk has {disk} bytes", file.display())));
-            }
-        }
-        Ok(())
-    }
-
     /// The size that a disk can be given, if it can be given the one that is wished for. `backing` is a path of the file
     /// that the server has open.
     pub(super) fn new_size(&self, wish: Option<u64>, present: u64, backing: Option<&Path>) -> Result<u64> {
@@ -393,106 +374,4 @@ pub(super) fn words(kind: Kind, file: Option<&Path>) -> Vec<OsString> {
     let mut words: Vec<OsString> = ["add", "-t", &name, "--recovery"].into_iter().map(OsString::from).collect();
     words.extend(file.into_iter().flat_map(|file| ["-f".into(), file.into()]));
     words
-}
-
-/// Makes the target of a disk which exists already. What the last server had may be free only a moment after
-/// the driver has noticed its end.
-fn target_of_another(args: &Args, disk: &Params) -> Result<Arc<dyn Target>> {
-    if args.kind == Kind::Null {
-        // It stores nothing, and so suits any disk.
-        return Ok(Arc::new(Null::with_params(*disk)?));
-    }
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match target(args, Some(disk.size)) {
-            Err(Error::File { operation: "lock" | "open", errno: Errno::EWOULDBLOCK | Errno::EBUSY, .. })
-                if Instant::now() < deadline =>
-            {
-                std::thread::sleep(LOCK_RETRY);
-            }
-            made => return made,
-        }
-    }
-}
-
-/// Makes the target; `size` is that of a disk which exists already.
-fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
-    if let Some(file) = &args.file
-        && !matches!(args.kind, Kind::File | Kind::Zoned)
-    {
-        return Err(Error::invalid("file", file.display(), "only for -t file and -t zoned"));
-    }
-    if args.count > 1 && (args.file.is_some() || args.id.is_some()) {
-        return Err(Error::invalid("count", args.count, "one device has this file or number"));
-    }
-    if args.count > 1 && args.recovery.is_some() {
-        return Err(Error::invalid("count", args.count, "a server of several devices cannot be replaced"));
-    }
-    if args.shared_memory.is_some() && (args.recovery.is_some() || args.count > 1) {
-        let rule = "neither with --recovery, whose next server would not know its number, nor with --count";
-        return Err(Error::invalid("shared memory", true, rule));
-    }
-    let block = args.block_size.unwrap_or(512);
-    Ok(match args.kind {
-        Kind::Null => {
-            let mut params = Params::new(size.or(args.size).unwrap_or(250 << 30), block);
-            params.operations = Operations::all();
-            Arc::new(Null::with_params(shape(args, params)?)?)
-        }
-        Kind::Mem => {
-            let mem = Mem::new(args.size.unwrap_or(DEFAULT_MEM_SIZE), block)?;
-            Arc::new(Mem::with_params(shape(args, mem.params())?)?)
-        }
-        Kind::File => {
-            let options = FileOptions {
-                io: match args.io {
-                    IoMode::Auto => Io::Auto,
-                    IoMode::Direct => Io::Direct,
-                    IoMode::Buffered => Io::Buffered,
-                },
-                read_only: args.read_only,
-                logical_block_size: args.block_size,
-            };
-            let file = File::open(args.file.as_deref().unwrap_or("".as_ref()), &options)?;
-            let mut params = shape(args, file.params())?;
-            params.size = size.or(args.size).unwrap_or(params.size);
-            let integrity = params.integrity.take();
-            let file = file.with_params(params)?;
-            match integrity {
-                None => Arc::new(file),
-                Some(integrity) => {
-                    let path = args.integrity_file.clone().unwrap_or_else(|| {
-                        let mut path = file.path().as_os_str().to_owned();
-                        path.push(".integrity");
-                        path.into()
-                    });
-                    Arc::new(file.with_integrity(integrity, path)?)
-                }
-            }
-        }
-        Kind::Zoned => {
-            let options = ZonedOptions {
-                size: size.or(args.size).unwrap_or(DEFAULT_MEM_SIZE),
-                zone_size: args.zone_size,
-                conventional: args.conventional_zones,
-                max_open: args.max_open_zones,
-                max_active: args.max_active_zones,
-                logical_block_size: args.block_size.unwrap_or(4096),
-                directory: args.file.clone(),
-            };
-            let mut params = shape(args, Zoned::shape(&options))?;
-            params.chunk_size = args.zone_size;
-            Arc::new(Zoned::with_params(&options, params)?)
-        }
-    })
-}
-
-/// Applies what the command line says about the disk.
-fn shape(args: &Args, params: Params) -> Result<Params> {
-    let mut params = args.shape.apply(params)?;
-    if params.integrity.is_some() && !matches!(args.kind, Kind::Mem | Kind::File) {
-        return Err(Error::invalid("integrity", "metadata", "only -t mem and -t file keep it"));
-    }
-    params.read_only |= args.read_only;
-    Ok(params)
 }

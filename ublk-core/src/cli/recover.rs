@@ -27,6 +27,9 @@ pub(super) struct Args {
     /// Where a server in the background writes its messages [default: where the last one did]
     #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
     log: Option<PathBuf>,
+    /// Only check whether this program could serve the device, also while another server does
+    #[arg(long, hide = true)]
+    check: bool,
     /// Where a server in the background tells that it is ready
     #[arg(long = daemon::REPORT_FLAG, value_name = "FD", hide = true)]
     report: Option<RawFd>,
@@ -34,6 +37,10 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     let id = DeviceId(args.id);
+    if args.check {
+        let control = super::control()?;
+        return Ok(origin(args)?.add_args()?.check_successor(&control, &control.info(id)?)?);
+    }
     if let Some(report) = args.report {
         // By default, a device keeps its log. Without a state there will be no server, and the reason is said there.
         let kept = || origin(args).and_then(|origin| origin.add_args()).ok()?.log().map(Path::to_owned);

@@ -2,12 +2,14 @@
 
 //! `ublk upgrade`.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::state::State;
 use super::{Failure, Host, Outcome, daemon};
 use crate::control::DRAIN_TIMEOUT;
+use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
@@ -24,38 +26,97 @@ pub(super) fn run(args: &Args, host: &Host) -> Outcome {
     let id = DeviceId(args.id);
     let control = super::control()?;
     let mut host = host.clone();
+    // All that can fail is to fail before the old server goes.
     if let Some(program) = &args.program {
-        check_program(program)?;
+        check_program(program, id)?;
         host.relaunch = vec![program.clone().into()];
     }
-    // All that can fail is to fail before the old server goes.
-    control.require_quiesce(&control.info(id)?)?;
-    State::load(id)?.add_args()?.check(control.params(id)?.params.size)?;
+    let info = control.info(id)?;
+    control.require_quiesce(&info)?;
+    State::load(id)?.add_args()?.check_successor(&control, &info)?;
+    let old = fs::read_link(format!("/proc/{}/exe", info.pid)).ok();
     control.quiesce_until(id, DRAIN_TIMEOUT)?;
     let recover = ["recover".into(), "-n".into(), id.to_string().into()];
-    daemon::parent(&recover, &host, daemon::Devices::Found).map_err(|failure| {
+    let outcome = daemon::parent(&recover, &host, daemon::Devices::Found);
+    // It may be no more than the words of the new server that were lost.
+    if outcome.is_err() && control.info(id).is_ok_and(|info| info.state == DeviceState::Live) {
+        return outcome;
+    }
+    outcome.map_err(|failure| {
         let why = match failure {
             Failure::Error(error) => error.to_string(),
             Failure::Text(text) => text,
-            Failure::Reported => return Failure::Reported,
+            Failure::Reported => "the new server did not start".into(),
         };
-        Failure::Text(format!(
-            "{why}\nublk: device {id} has no server now, and its requests wait: `ublk recover -n {id}` serves it again, \
-             `ublk del --force -n {id}` fails them"
-        ))
+        let new = host.relaunch.first().map(Path::new).and_then(|program| program.canonicalize().ok());
+        Failure::Text(format!("{why}\nublk: {}", way_back(id, old.filter(|old| Some(old) != new.as_ref()))))
     })
 }
 
-/// Whether a program can be the new server.
-fn check_program(program: &std::path::Path) -> Outcome {
+/// How a device without a server is served again. `old` is the program of its last server, if that was another one.
+fn way_back(id: DeviceId, old: Option<PathBuf>) -> String {
+    let old = old.map_or_else(String::new, |old| format!(" (its last server was {})", old.display()));
+    format!(
+        "device {id} has no server now, and its requests wait. When the cause is removed, `ublk recover -n {id}` serves it \
+         again{old}; `ublk del --force -n {id}` fails the requests and removes it"
+    )
+}
+
+/// Checks whether a program can be the new server of a device.
+fn check_program(program: &Path, id: DeviceId) -> Outcome {
     let failed =
         |why: &dyn std::fmt::Display| Failure::Text(format!("{} cannot be the new server: {why}", program.display()));
-    let status = Command::new(program)
-        .args(["recover", "--help"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .map_err(|e| failed(&e))?;
-    if status.success() { Ok(()) } else { Err(failed(&"it does not know `recover`")) }
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).output().map_err(|e| failed(&e))
+    };
+    let checked = run(&["recover", "--check", "-n", &id.to_string()])?;
+    match checked.status.code() {
+        Some(0) => Ok(()),
+        // An older version of this program, which does not know `--check`.
+        Some(2) if run(&["recover", "--help"])?.status.success() => Ok(()),
+        Some(2) => Err(failed(&"it does not know `recover`")),
+        _ => {
+            let said = String::from_utf8_lossy(&checked.stderr);
+            let said = said.trim();
+            Err(if said.is_empty() { failed(&checked.status) } else { failed(&said) })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn program(directory: &Path, script: &str) -> PathBuf {
+        let path = directory.join("server");
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_program_is_asked_whether_it_can_serve_the_device() {
+        let directory = tempfile::tempdir().unwrap();
+        let check = |script: &str| match check_program(&program(directory.path(), script), DeviceId(7)) {
+            Ok(()) => "ok".to_owned(),
+            Err(Failure::Text(text)) => text,
+            Err(other) => panic!("{other:?}"),
+        };
+        assert_eq!(check(r#"[ "$*" = "recover --check -n 7" ]"#), "ok");
+        let refused = check("echo 'ublk: size = 1: too small' >&2; exit 1");
+        assert!(refused.ends_with("server cannot be the new server: ublk: size = 1: too small"), "{refused}");
+        assert_eq!(check(r#"[ "$2" = --help ] || exit 2"#), "ok", "an older version");
+        assert!(check("exit 2").ends_with("it does not know `recover`"));
+        assert!(check("kill -9 $$").contains("signal: 9"));
+    }
+
+    #[test]
+    fn the_way_back_names_the_command_and_the_program() {
+        let way = way_back(DeviceId(7), Some("/usr/lib/ublk-1.0".into()));
+        assert!(way.contains("`ublk recover -n 7`") && way.contains("/usr/lib/ublk-1.0"), "{way}");
+        assert!(!way_back(DeviceId(7), None).contains("last server was"));
+    }
 }

@@ -23,6 +23,8 @@ use nix::errno::Errno;
 
 pub use self::ending::Ending;
 pub use self::options::{DeviceOptions, Recovery};
+#[cfg(feature = "cli")]
+pub(crate) use self::recovery::check_fit;
 use crate::control::{AddRequest, Control, DeviceInfo};
 use crate::data::shared::{SharedMemory, SharedTable};
 use crate::data::{Access, DataMovement};

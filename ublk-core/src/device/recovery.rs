@@ -10,9 +10,10 @@ use nix::errno::Errno;
 
 use super::{Device, Recovery, Server, fitting};
 use crate::control::{DeviceInfo, STATE_POLL};
-use crate::data::DataMovement;
+use crate::data::{Access, DataMovement};
 use crate::engine::{QueueEvents, Successor};
 use crate::error::{Error, Result};
+use crate::params::Params;
 use crate::plan::Plan;
 use crate::process::is_alive;
 use crate::target::Target;
@@ -71,7 +72,7 @@ impl Server {
         let info = self.wait_for_vacancy(id)?;
         let params = self.control.params(id)?.params;
         let data = DataMovement::of(info.features);
-        fitting::check(&target.params(), target.access(), &params, data)?;
+        check_fit(&target.params(), target.access(), &params, info.features)?;
         self.begin_recovery(&info)?;
         let events = Arc::new(QueueEvents::new()?);
         let plan = Plan {
@@ -104,6 +105,20 @@ impl Server {
         Ok(device)
     }
 
+    /// Checks whether a target can serve a device that was made for another one, as [`recover`](Server::recover) does, and
+    /// changes nothing: for before the present server is asked to leave.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`] if the target does not fit the disk, [`Error::Control`] with `EINVAL` if the device was not
+    /// made to be recovered, `ENODEV` if there is none.
+    pub fn check_recovery(&self, id: DeviceId, target: &dyn Target) -> Result<()> {
+        let info = self.control.info(id)?;
+        require_recovery(&info)?;
+        let disk = self.control.params(id)?.params;
+        check_fit(&target.params(), target.access(), &disk, info.features)
+    }
+
     /// Waits until the last server of a device that can be [recovered](Server::recover) is gone, so that what
     /// it had for itself, the lock of a file say, can be had by the next one.
     ///
@@ -122,14 +137,7 @@ impl Server {
         let deadline = Instant::now() + DEATH_TIMEOUT;
         loop {
             let info = self.control.info(id)?;
-            if Recovery::of(info.features).is_none() {
-                return Err(Error::Control {
-                    command: "START_USER_RECOVERY",
-                    device: Some(id),
-                    errno: Errno::EINVAL,
-                    hint: "the device was not made to be recovered".into(),
-                });
-            }
+            require_recovery(&info)?;
             match info.state {
                 DeviceState::Dead => return Err(busy(&info, "the device has no disk: it was stopped".into())),
                 DeviceState::Live if is_alive(info.pid) => {
@@ -171,4 +179,22 @@ impl Server {
             std::thread::sleep(STATE_POLL);
         }
     }
+}
+
+/// Checks that a device was made to be recovered.
+fn require_recovery(info: &DeviceInfo) -> Result<()> {
+    if Recovery::of(info.features).is_some() {
+        return Ok(());
+    }
+    Err(Error::Control {
+        command: "START_USER_RECOVERY",
+        device: Some(info.id),
+        errno: Errno::EINVAL,
+        hint: "the device was not made to be recovered".into(),
+    })
+}
+
+/// Checks that a target with these parameters can serve a disk, whose device has these features.
+pub(crate) fn check_fit(target: &Params, access: Access, disk: &Params, features: Features) -> Result<()> {
+    fitting::check(target, access, disk, DataMovement::of(features))
 }

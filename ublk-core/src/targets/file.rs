@@ -54,6 +54,14 @@ pub struct FileOptions {
     pub logical_block_size: Option<u32>,
 }
 
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Serving,
+    #[cfg(feature = "cli")]
+    Examination,
+}
+
 /// A disk backed by a file.
 ///
 /// Once a sync of the file has failed, every flush of the disk fails with `EIO` until it has a new server: writes may be
@@ -68,6 +76,7 @@ pub struct File {
     direct: bool,
     is_block: bool,
     options: FileOptions,
+    purpose: Purpose,
     metadata: Option<Arc<Metadata>>,
     write_back: Arc<WriteBack>,
     /// For syncs of `file` itself, which all queues share where a sync covers only what was written by the same open file.
@@ -84,7 +93,18 @@ impl File {
     /// [`Error::File`] if it cannot be opened or is in use, [`Error::InvalidValue`] if its size or the
     /// block size does not fit.
     pub fn open(path: impl AsRef<Path>, options: &FileOptions) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_for(path.as_ref(), options, Purpose::Serving)
+    }
+
+    /// Opens a file that another server may have, to see whether a disk can be served from it. Whether holes can be punched
+    /// is not tried, and counts as possible.
+    #[cfg(feature = "cli")]
+    pub(crate) fn examine(path: impl AsRef<Path>, options: &FileOptions) -> Result<Self> {
+        Self::open_for(path.as_ref(), options, Purpose::Examination)
+    }
+
+    fn open_for(path: &Path, options: &FileOptions, purpose: Purpose) -> Result<Self> {
+        let serves = purpose == Purpose::Serving;
         let metadata = fs::metadata(path).map_err(|e| Error::file("open", path, &e))?;
         let is_block = metadata.file_type().is_block_device();
         if !is_block && !metadata.is_file() {
@@ -95,8 +115,15 @@ impl File {
                 hint: "neither a regular file nor a block device".into(),
             });
         }
-        let (file, direct) = open(path, options, is_block)?;
-        lock(&file, path, options, if is_block { UDEV_PATIENCE } else { Duration::ZERO })?;
+        let (file, direct) = if serves || !is_block {
+            open(path, options, is_block)?
+        } else {
+            // udev looks at block devices again that were open for writing.
+            open(path, &FileOptions { read_only: true, ..*options }, is_block)?
+        };
+        if serves {
+            lock(&file, path, options, if is_block { UDEV_PATIENCE } else { Duration::ZERO })?;
+        }
         let size = size_of(&file, path)?;
         let smallest = if direct { direct_alignment(&file, path, size)? } else { 512 };
         let block = options.logical_block_size.unwrap_or(smallest);
@@ -112,7 +139,8 @@ impl File {
         params.io_min = params.physical_block_size;
         params.read_only = options.read_only;
         params.operations = Operations::WRITE | Operations::FLUSH | Operations::FUA | Operations::WRITE_ZEROES;
-        params.operations.set(Operations::DISCARD, can_discard(&file, is_block, size, metadata.rdev()));
+        let can_discard = !serves && !is_block || can_discard(&file, is_block, size, metadata.rdev());
+        params.operations.set(Operations::DISCARD, can_discard);
         params.discard.granularity = block.max(u32::try_from(metadata.blksize()).unwrap_or(block));
         if !params.discard.granularity.is_multiple_of(block) {
             params.discard.granularity = block;
@@ -133,6 +161,7 @@ impl File {
             direct,
             is_block,
             options: *options,
+            purpose,
             metadata: None,
             write_back: Arc::new(WriteBack::new(path.display().to_string())),
             order: Arc::default(),
@@ -151,7 +180,11 @@ impl File {
             return Err(Error::invalid("integrity", "metadata", "`with_integrity` says where it is kept"));
         }
         if params.size > self.params.size {
-            return Err(Error::invalid("size", params.size, format!("the file has {} bytes", self.params.size)));
+            return Err(Error::invalid(
+                "size",
+                params.size,
+                format!("{} has {} bytes", self.path.display(), self.params.size),
+            ));
         }
         if params.logical_block_size < self.params.logical_block_size {
             let least = self.params.logical_block_size;
@@ -179,9 +212,16 @@ impl File {
         params.validate()?;
         let writable = !self.options.read_only;
         let is_new = !path.exists();
+        if is_new && self.purpose != Purpose::Serving {
+            // It will be made.
+            self.params = params;
+            return Ok(self);
+        }
         let file = fs::OpenOptions::new().read(true).write(writable).create(writable).truncate(false).open(path);
         let file = file.map_err(|e| Error::file("open", path, &e))?;
-        lock(&file, path, &self.options, Duration::ZERO)?;
+        if self.purpose == Purpose::Serving {
+            lock(&file, path, &self.options, Duration::ZERO)?;
+        }
         if is_new {
             sync_name(path);
         }
