@@ -656,3 +656,14 @@ fn a_ram_disk_whose_device_was_made_larger_fails_what_lies_beyond_and_nothing_el
     disk.flush().unwrap();
     finish(&driver, device);
 }
+
+#[test]
+fn a_ring_that_cannot_be_made_is_reported_with_its_errno() {
+    for errno in [Errno::ENOMEM, Errno::EMFILE] {
+        let driver = FakeDriver::new();
+        driver.refuse_next("io_uring_setup", errno);
+        let error = server(&driver, 1).start(custom(|request| request.complete()), &options(1, 4)).unwrap_err();
+        assert_eq!(error.errno(), errno, "{error}");
+        assert!(error.to_string().contains("ring"), "{error}");
+    }
+}

@@ -17,7 +17,7 @@ mod disk;
 mod ring;
 mod tags;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -70,8 +70,11 @@ struct State {
     offered: Option<Features>,
     /// Whether callers lack CAP_SYS_ADMIN.
     unprivileged: bool,
+    char_openings: usize,
     /// Errnos to answer the next commands of a name with.
     refusals: HashMap<&'static str, VecDeque<Errno>>,
+    /// Commands that are not answered.
+    ignored: HashSet<&'static str>,
 }
 
 /// How files behave.
@@ -197,9 +200,20 @@ impl FakeDriver {
 
     /// Answers the next command of this name with an errno: a control command's name in the UAPI, or
     /// `FETCH_REQ` or `PREP_IO_CMDS`, `COMMIT_AND_FETCH_REQ` for any commit, or `fdatasync` for that of any file.
-    /// `io_uring_enter` is for a submission without a wait, which fails after it has carried out what was queued.
+    /// `io_uring_setup` is for the next ring, and `io_uring_enter` for a submission without a wait, which fails after it has carried out what was queued.
     pub fn refuse_next(&self, command: &'static str, errno: Errno) {
         self.shared.state().refusals.entry(command).or_default().push_back(errno);
+    }
+
+    /// Leaves the next control command of this name without an answer, until its sender gives up or its time is over, which
+    /// takes a minute here.
+    pub fn ignore_next(&self, command: &'static str) {
+        self.shared.state().ignored.insert(command);
+    }
+
+    /// How often a char device was to be opened.
+    pub fn char_openings(&self) -> usize {
+        self.shared.state().char_openings
     }
 
     /// Makes the driver an older one, which has only these features.
@@ -283,6 +297,7 @@ unsafe impl Driver for FakeDriver {
 
     fn open_char(&self, id: DeviceId) -> io::Result<Arc<dyn CharDevice>> {
         let mut state = self.shared.state();
+        state.char_openings += 1;
         let device = state.devices.get_mut(&id.0).ok_or(Errno::ENXIO)?;
         if std::mem::replace(&mut device.char_open, true) {
             return Err(Errno::EBUSY.into());
@@ -291,7 +306,10 @@ unsafe impl Driver for FakeDriver {
     }
 
     fn new_ring(&self) -> io::Result<Box<dyn Ring>> {
-        Ok(Box::new(FakeRing::new(self.shared.clone())))
+        match self.shared.state().refusals.get_mut("io_uring_setup").and_then(VecDeque::pop_front) {
+            Some(errno) => Err(errno.into()),
+            None => Ok(Box::new(FakeRing::new(self.shared.clone()))),
+        }
     }
 
     fn block_path(&self, id: DeviceId) -> PathBuf {

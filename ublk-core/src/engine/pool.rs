@@ -19,7 +19,7 @@ use crate::driver::{Driver, Waker};
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::request::Return;
-use crate::units::{DeviceId, Tag};
+use crate::units::{DeviceId, QueueId, Tag};
 
 /// Starts the threads that serve queues. A language binding uses this to make threads that its
 /// runtime knows.
@@ -131,10 +131,15 @@ impl Inbox {
         std::mem::take(&mut state.messages)
     }
 
-    /// Gives back a request. If the thread has ended, its queues were given up before, and nobody
-    /// waits for it.
+    /// Gives back a request. If the thread has ended, its queues were given up before, and the request is dropped with
+    /// the files that it was to be forwarded to.
     pub(crate) fn returned(&self, place: u32, tag: Tag, buffer: Option<Arc<IoBuffer>>, what: Return) {
         let mut state = self.state();
+        if state.closed {
+            drop(state);
+            log::debug!("a request comes back whose thread has ended: tag {tag}");
+            return;
+        }
         state.returned.push(Returned { place, tag, buffer, what });
         self.filled.store(true, Ordering::Release);
         let first = state.returned.len() == 1;
@@ -154,24 +159,29 @@ impl Inbox {
     pub(super) fn close_if_empty(&self) -> bool {
         let mut state = self.state();
         state.closed = state.messages.is_empty();
-        state.closed
+        let late = if state.closed { std::mem::take(&mut state.returned) } else { Vec::new() };
+        let closed = state.closed;
+        // To drop one is to run what was to be kept for it.
+        drop(state);
+        drop(late);
+        closed
     }
 
     /// Ends the inbox and refuses whatever is in it.
-    pub(super) fn refuse(&self, reason: &str) {
-        let messages = {
+    pub(super) fn refuse(&self, error: &dyn Fn(DeviceId, QueueId) -> Error) {
+        let (messages, late) = {
             let mut state = self.state();
             state.closed = true;
-            std::mem::take(&mut state.messages)
+            (std::mem::take(&mut state.messages), std::mem::take(&mut state.returned))
         };
+        drop(late);
         for message in messages {
             if let Message::Open { setup, reply } = message {
                 let QueueSetup { info, target, events, file, .. } = *setup;
                 drop(file);
                 drop_guarded(target, || format!("the target of ublkb{}", info.device));
                 drop(events);
-                let _ =
-                    reply.send(Err(Error::Queue { device: info.device, queue: info.queue, reason: reason.to_owned() }));
+                let _ = reply.send(Err(error(info.device, info.queue)));
             }
         }
     }
@@ -222,7 +232,10 @@ impl ThreadPool {
             Ok(()) => threads.push(inbox),
             // If the thread runs in spite of the error, it has the message, and closes the queue when the
             // device is stopped; else the message is still here.
-            Err(_) => inbox.refuse("its thread was not started"),
+            Err(_) => inbox.refuse(&|device, queue| {
+                let reason = "its thread was not started".to_owned();
+                Error::Queue { device, queue, reason }
+            }),
         }
         spawned.map(|()| opened)
     }
@@ -232,6 +245,47 @@ impl ThreadPool {
         for inbox in self.threads.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             // A thread that has ended has no queues.
             let _ = inbox.post(Message::Abandon { device, successor });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::memory::Descriptor;
+    use crate::request::{Durability, Errand, FilePiece, FileRange, Op};
+
+    fn forwarded(file: &Arc<File>) -> Return {
+        let descriptor = Descriptor { op_flags: 0, nr_sectors: 8, start_sector: 0, address: 0 };
+        let pieces = FilePiece { file: FileRange::new(file, 0), len: 4096 }.into();
+        let durability = Durability::default();
+        Return::Forward(Box::new(Errand { op: Op::Read, descriptor, pieces, keep: None, shared: None, durability }))
+    }
+
+    #[test]
+    fn a_closed_inbox_keeps_nothing_that_comes_back() {
+        let file = Arc::new(File::open("/dev/null").unwrap());
+        for early in [true, false] {
+            let inbox = Inbox::default();
+            if early {
+                inbox.returned(0, Tag(0), None, forwarded(&file));
+            }
+            inbox.refuse(&|device, queue| Error::Queue { device, queue, reason: "a test".into() });
+            if !early {
+                inbox.returned(0, Tag(0), None, forwarded(&file));
+            }
+            assert_eq!(Arc::strong_count(&file), 1, "early: {early}");
+            let inbox = Inbox::default();
+            if early {
+                inbox.returned(0, Tag(0), None, forwarded(&file));
+            }
+            assert!(inbox.close_if_empty());
+            if !early {
+                inbox.returned(0, Tag(0), None, forwarded(&file));
+            }
+            assert_eq!(Arc::strong_count(&file), 1, "early: {early}");
         }
     }
 }

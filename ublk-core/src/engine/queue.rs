@@ -140,7 +140,8 @@ impl Queue {
         if let Some(error) = queue.take_ring_failure() {
             queue.core.leak_memory();
             queue.core.leave_ring();
-            return Err(OpenFailure { error: refused("lending its tags to the driver", &error), lent: true });
+            let context = format!("queue {} of device {}: submitting its fetches", info.queue, info.device);
+            return Err(OpenFailure { error: Error::Target { context, source: error }, lent: true });
         }
         queue.events.entered();
         Ok(queue)

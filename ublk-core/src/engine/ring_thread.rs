@@ -19,6 +19,7 @@ use super::pool::{Inbox, Message, Returned};
 use super::queue::{Queue, shared_zeros};
 use super::transfer::Transfer;
 use crate::driver::{Completion, Driver};
+use crate::error::Error;
 use crate::memory::IoBuffer;
 use crate::placement::{CpuSet, ThreadPlace};
 use crate::pressure::memory_is_locked;
@@ -29,7 +30,12 @@ pub(super) fn run(driver: &dyn Driver, inbox: &Arc<Inbox>) {
     become_io_flusher();
     let mut thread = match RingThread::new(driver, inbox) {
         Ok(thread) => thread,
-        Err(error) => return inbox.refuse(&format!("the thread's ring could not be made: {error}")),
+        Err(error) => {
+            return inbox.refuse(&|device, queue| Error::Target {
+                context: format!("making the ring of queue {queue} of device {device}"),
+                source: again(&error),
+            });
+        }
     };
     let reason = match guarded(|| thread.serve()) {
         Ok(Ok(())) => return,
@@ -38,7 +44,12 @@ pub(super) fn run(driver: &dyn Driver, inbox: &Arc<Inbox>) {
     };
     log::error!("{reason}");
     thread.give_up(&reason);
-    inbox.refuse(&reason);
+    inbox.refuse(&|device, queue| Error::Queue { device, queue, reason: reason.clone() });
+}
+
+/// The same error once more.
+fn again(error: &io::Error) -> io::Error {
+    error.raw_os_error().map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
 }
 
 /// Tells the kernel that this thread is part of a write-out path: reclaim on its behalf then never

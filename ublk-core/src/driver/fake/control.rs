@@ -25,6 +25,9 @@ impl FakeDriver {
         if let Some(errno) = self.shared.state().refusals.get_mut(command.name).and_then(VecDeque::pop_front) {
             return refuse(errno);
         }
+        if self.shared.state().ignored.remove(command.name) {
+            return self.shared.wait_for(timeout.max(Duration::from_secs(60)), give_up, |_| None);
+        }
         if command.op == uapi::UBLK_U_CMD_GET_FEATURES {
             let features = self.shared.state().features();
             command.payload.copy_from_slice(&features.bits().to_ne_bytes());
