@@ -240,9 +240,14 @@ impl Control {
     /// again later: repeat the command until the device's state changes, as
     /// [`quiesce_until`](Control::quiesce_until) does.
     pub fn quiesce(&self, id: DeviceId, patience: Duration) -> Result<()> {
+        self.quiesce_unless(id, patience, &|| false)
+    }
+
+    /// As [`quiesce`](Control::quiesce); while it waits, `give_up` is asked now and then.
+    pub(crate) fn quiesce_unless(&self, id: DeviceId, patience: Duration, give_up: &dyn Fn() -> bool) -> Result<()> {
         let millis = patience.as_millis().clamp(1, u32::MAX.into()) as u64;
         let command = command("QUIESCE_DEV", uapi::UBLK_U_CMD_QUIESCE_DEV, Some(id));
-        self.run(ControlCommand { data: millis, ..command }, patience + COMMAND_TIMEOUT).map(drop)
+        self.run_unless(ControlCommand { data: millis, ..command }, patience + COMMAND_TIMEOUT, give_up).map(drop)
     }
 
     /// Asks the server to leave until it has left, at most for `timeout`. Gives the state that the device is

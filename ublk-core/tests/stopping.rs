@@ -155,3 +155,26 @@ fn a_thread_knows_whose_queues_it_serves() {
     assert!(!answered.recv().unwrap(), "it serves one any more");
     finish(&driver, second);
 }
+
+#[test]
+fn a_quiesce_without_an_answer_ends_when_it_is_expedited() {
+    for leaves in [true, false] {
+        let driver = FakeDriver::new();
+        let (target, leave, entered) = stuck();
+        let way = DeviceOptions { recovery: Some(Recovery::Queue), ..options(1, 2) };
+        let device = server(&driver, 1).start(target, &way).unwrap();
+        let _ = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
+        entered.recv().unwrap();
+        driver.ignore_next("QUIESCE_DEV");
+        std::thread::scope(|scope| {
+            let end = scope.spawn(|| if leaves { device.leave() } else { device.conclude().map(drop) });
+            // The command is under way.
+            std::thread::sleep(Duration::from_millis(1500));
+            let begin = Instant::now();
+            device.expedite();
+            end.join().unwrap().unwrap_err();
+            assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+        });
+        drop(leave);
+    }
+}

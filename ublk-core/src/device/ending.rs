@@ -164,7 +164,7 @@ impl Device {
             match self.control.info(id).map(|info| info.state) {
                 Ok(DeviceState::Live) if self.info.features.contains(Features::QUIESCE) => {
                     // Somebody may be stopping it, which forbids this and does the same.
-                    let _ = self.control.quiesce(id, Duration::from_millis(100));
+                    let _ = self.control.quiesce_unless(id, Duration::from_millis(100), &|| patience.is_over());
                 }
                 Ok(DeviceState::Dead) => self.stop_disk(&patience)?,
                 Ok(_) => {}
@@ -174,14 +174,14 @@ impl Device {
         }
         self.give_up_queues(&patience, Successor::Server)?;
         // The driver takes a moment to notice.
-        let deadline = Instant::now() + NOTICE_TIMEOUT;
+        let noticing = Instant::now();
         loop {
             match self.control.info(id).map(|info| info.state) {
                 Ok(DeviceState::Quiesced | DeviceState::FailIo) => {
                     *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
                     return self.events.take_failure().map_or(Ok(Ending::Left), Err);
                 }
-                Ok(DeviceState::Live) if Instant::now() < deadline && !self.events.is_expedited() => {
+                Ok(DeviceState::Live) if noticing.elapsed() < NOTICE_TIMEOUT && !self.events.is_expedited() => {
                     std::thread::sleep(STATE_POLL)
                 }
                 Ok(DeviceState::Live) => {
@@ -189,7 +189,7 @@ impl Device {
                     *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
                     return Err(Error::Timeout {
                         waiting_for: format!("the driver noticing that device {id} has no server"),
-                        waited: NOTICE_TIMEOUT,
+                        waited: noticing.elapsed(),
                         hint: format!("a child of this process may still have /dev/ublkc{id} open"),
                     });
                 }
@@ -223,8 +223,10 @@ impl Device {
     pub fn leave(&self) -> Result<()> {
         self.control.require_quiesce(&self.info)?;
         let id = self.id();
-        match self.control.quiesce(id, ASK_AGAIN) {
+        match self.control.quiesce_unless(id, ASK_AGAIN, &|| self.events.is_expedited()) {
             Ok(()) | Err(Error::Control { errno: Errno::EBUSY, .. }) => {}
+            // It may have been carried out.
+            Err(Error::Control { errno: Errno::ECANCELED, .. }) if self.events.is_expedited() => {}
             Err(error) => return Err(error),
         }
         match self.conclude()? {
