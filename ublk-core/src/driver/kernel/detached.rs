@@ -41,6 +41,10 @@ use crate::memory::SharedBytes;
 const SLICE: Duration = Duration::from_millis(100);
 /// How long a helper that was killed may take to end.
 const GRACE: Duration = Duration::from_secs(1);
+/// How long the reserved pipe may be another command's.
+const RESERVE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long one may take to end that has reported.
+const EXIT: Duration = Duration::from_millis(200);
 /// Where the child keeps the control device and the pipe; it closes all other descriptors.
 const CONTROL: i32 = 0;
 const REPORT: i32 = 1;
@@ -64,8 +68,22 @@ pub(super) struct Helpers {
 }
 
 impl Helpers {
+    /// A new pipe, or the reserved one. If another thread's command has that, this waits for a while.
     fn pipe(&self) -> io::Result<Pipe> {
-        pipe2(OFlag::O_CLOEXEC).or_else(|errno| self.reserved().take().ok_or_else(|| errno.into()))
+        let deadline = Instant::now() + RESERVE_PATIENCE;
+        loop {
+            let errno = match pipe2(OFlag::O_CLOEXEC) {
+                Ok(pipe) => return Ok(pipe),
+                Err(errno) => errno,
+            };
+            if let Some(pipe) = self.reserved().take() {
+                return Ok(pipe);
+            }
+            if Instant::now() >= deadline {
+                return Err(errno.into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// To be called when a pipe was closed, and once in the beginning.
@@ -80,16 +98,17 @@ impl Helpers {
         self.pipe.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Collects a helper, and all that are left, as far as they are this process's and have ended. One that `is_over` ends at
-    /// once, and is waited for.
+    /// Collects a helper, and all that are left, as far as they are this process's and have ended. One that `is_over` ends
+    /// at once, and is waited for, but not for long: it may be stopped or traced.
     fn collect(&self, helper: Option<Pid>, is_over: bool) {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         left.retain(|pid| waitpid(*pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive));
         let Some(helper) = helper else { return };
-        let how = (!is_over).then_some(WaitPidFlag::WNOHANG);
+        let deadline = Instant::now() + if is_over { EXIT } else { Duration::ZERO };
         loop {
-            match waitpid(helper, how) {
+            match waitpid(helper, Some(WaitPidFlag::WNOHANG)) {
                 Err(Errno::EINTR) => {}
+                Ok(WaitStatus::StillAlive) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
                 Ok(WaitStatus::StillAlive) => return left.push(helper),
                 // Another process collects it, nearly always.
                 _ => return,
@@ -418,6 +437,21 @@ mod tests {
             }
             ForkResult::Parent { child } => assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0))),
         }
+    }
+
+    #[test]
+    fn a_helper_that_is_stopped_does_not_hold_up_its_parent() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let helper = Pid::from_raw(child.id() as i32);
+        let helpers = Helpers::default();
+        let began = Instant::now();
+        helpers.collect(Some(helper), true);
+        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+        assert_eq!(*helpers.left.lock().unwrap(), [helper]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        helpers.collect(None, false);
+        assert_eq!(*helpers.left.lock().unwrap(), []);
     }
 
     fn nothing() -> ControlCommand {
