@@ -3,6 +3,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -284,6 +285,31 @@ def test_del_dead_minds_no_device_that_goes_away(native) -> None:
         for churner in churners:
             churner.join()
     assert native.list() == []
+
+
+@pytest.mark.io_errors
+@pytest.mark.time_limit(300)
+def test_del_force_spares_other_disks_of_a_server(native) -> None:
+    """A server that hangs is killed only if no other disk in use goes with it."""
+    hung, used = native.run("add", "-t", "mem", "--size", "1M", "--count", "2").out.split()
+    pid = native.info(hung)["pid"]
+    with Disk(used, direct=True):
+        os.kill(pid, signal.SIGSTOP)
+        reader = subprocess.Popen(["dd", f"if={hung}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct"])
+        try:
+            until(lambda: sysfs.in_flight(hung) != 0, "a request that the server does not end")
+            force = ("del", "--force", "-n", str(device_id(hung)))
+            refused = native.run(*force, check=False, timeout=90)
+            assert refused.status == 1, str(refused)
+            assert used in refused.err and f"process {pid}" in refused.err, str(refused)
+            assert is_running(pid)
+            native.run(*force, "-n", str(device_id(used)), timeout=150)
+            assert not is_running(pid)
+        finally:
+            if is_running(pid):
+                os.kill(pid, signal.SIGCONT)
+            reader.wait(60)
+    until(lambda: native.list() == [], "the end of both devices")
 
 
 def test_del_of_several(native) -> None:

@@ -10,6 +10,7 @@
 
 use std::fs;
 use std::io::IsTerminal;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -39,8 +40,8 @@ pub(super) struct Args {
     /// Remove devices whose server has exited, except recoverable ones
     #[arg(long)]
     dead: bool,
-    /// Remove mounted and otherwise used disks too, and kill a server that does not let go of its device: their users
-    /// get errors
+    /// Remove mounted and otherwise used disks too, and kill a server that does not let go of its device, unless it serves
+    /// other disks in use that are not to be removed as well: their users get errors
     #[arg(short, long)]
     force: bool,
     /// Refuse disks that a process has open, which at a terminal is the default; mounted ones are refused anyway
@@ -86,7 +87,8 @@ pub(super) fn run(args: &Args) -> Outcome {
 fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
     let instance = state::instance(id);
     let stopped = if args.force {
-        stuck::stop(control, id)?;
+        // The user has named the others, too.
+        stuck::stop(control, id, &|other| args.all || args.ids.contains(&other.0))?;
         true
     } else {
         stop_unless_in_use(control, id, args.unused || is_typed())?
@@ -146,7 +148,7 @@ fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>
         // A device with a state was served once: it is not in the making.
         let was_served = matches!(State::find(id), Ok(Some(_)));
         let patience = if was_served { Duration::ZERO } else { MAKING_PATIENCE };
-        if !args.dead || is_dead(control, id, args.force, patience)? {
+        if !args.dead || is_dead(control, id, (args.force, patience), &Opener::find)? {
             chosen.push((id, instance));
         }
     }
@@ -156,11 +158,18 @@ fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>
 /// Whether a device has no server. One that waits for another server holds clients' requests, and counts only if
 /// `waiting_too`.
 ///
-/// A device whose server is just making it is DEAD, too, and has no pid. Servers open the char device at once, though,
-/// which admits one opener only; so one that is not open counts as dead when it is older than `patience`.
+/// A device whose server is just making it is DEAD, too, and has no pid. Servers open the char device at once, though; so
+/// one that no process has open counts as dead when it is older than `patience`. `opener` looks for the process. The
+/// device is opened as a probe, which admits one opener only and would keep out a server that starts at that moment, only
+/// where that does not tell, and last.
 ///
 /// Devices of other users, which cannot be looked at, and devices that go away meanwhile do not count.
-fn is_dead(control: &Control, id: DeviceId, waiting_too: bool, patience: Duration) -> Result<bool> {
+fn is_dead(
+    control: &Control,
+    id: DeviceId,
+    (waiting_too, patience): (bool, Duration),
+    opener: &dyn Fn(DeviceId) -> Opener,
+) -> Result<bool> {
     let deadline = Instant::now() + patience;
     loop {
         let info = match control.info(id) {
@@ -171,17 +180,44 @@ fn is_dead(control: &Control, id: DeviceId, waiting_too: bool, patience: Duratio
         match info.state {
             DeviceState::Live => return Ok(false),
             DeviceState::Dead => {
-                if control.driver().open_char(id).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)) {
+                let opener = opener(id);
+                if opener == Opener::Process {
                     return Ok(false);
                 }
                 if Instant::now() >= deadline || age(id).is_some_and(|age| age >= patience) {
-                    return Ok(true);
+                    return Ok(opener == Opener::None || !is_open(control, id));
                 }
                 thread::sleep(MAKING_RETRY.min(patience));
             }
             _ => return Ok(waiting_too && !crate::process::is_alive(info.pid)),
         }
     }
+}
+
+/// Whether a process has a char device open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opener {
+    Process,
+    None,
+    /// There may be processes that this one does not see.
+    Unknown,
+}
+
+impl Opener {
+    /// Looks for the process that has a device open.
+    fn find(id: DeviceId) -> Self {
+        let Ok(node) = fs::metadata(format!("/dev/ublkc{id}")) else { return Opener::Unknown };
+        match holders::has_opener(|m| m.file_type().is_char_device() && m.rdev() == node.rdev()) {
+            Ok(true) => Opener::Process,
+            Ok(false) if holders::sees_all_processes() => Opener::None,
+            _ => Opener::Unknown,
+        }
+    }
+}
+
+/// Whether a char device is open, found by opening it.
+fn is_open(control: &Control, id: DeviceId) -> bool {
+    control.driver().open_char(id).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
 }
 
 fn is_gone_or_anothers(error: &Error) -> bool {
@@ -246,7 +282,8 @@ mod tests {
         let driver = FakeDriver::new();
         let server = server(&driver);
         let device = server.add(&null(), &DeviceOptions::default()).unwrap();
-        let is_dead = |patience| is_dead(server.control(), device.id(), false, patience).unwrap();
+        let is_dead =
+            |patience| is_dead(server.control(), device.id(), (false, patience), &|_| Opener::Unknown).unwrap();
         assert!(!is_dead(Duration::ZERO), "its server has it open from the beginning");
         device.go_live(null()).unwrap();
         assert!(!is_dead(Duration::ZERO));
@@ -267,11 +304,16 @@ mod tests {
             features: crate::Features::empty(),
         };
         let id = control.add(&request).unwrap().id;
-        let started = Instant::now();
-        assert!(is_dead(control, id, false, Duration::from_millis(50)).unwrap());
-        assert!(started.elapsed() >= Duration::from_millis(50));
+        let patience = Duration::from_millis(50);
+        let openers = [(Opener::Unknown, true, 1), (Opener::None, true, 0), (Opener::Process, false, 0)];
+        for (opener, dead, openings) in openers {
+            let (started, before) = (Instant::now(), driver.char_openings());
+            assert_eq!(is_dead(control, id, (false, patience), &|_| opener).unwrap(), dead, "{opener:?}");
+            assert!(!dead || started.elapsed() >= patience, "{opener:?}");
+            assert_eq!(driver.char_openings() - before, openings, "{opener:?}");
+        }
         driver.refuse_next("GET_DEV_INFO2", Errno::EACCES);
-        assert!(!is_dead(control, id, false, Duration::ZERO).unwrap(), "another user's");
+        assert!(!is_dead(control, id, (false, Duration::ZERO), &|_| Opener::None).unwrap(), "another user's");
         control.remove(id).unwrap();
     }
 }

@@ -95,6 +95,11 @@ fn use_of(disk: &Path, asker: Asker) -> Result<Option<Stop>> {
     }
 }
 
+/// Whether no use of a disk shows. It is not opened, which may wait for a server that hangs.
+pub(super) fn looks_unused(disk: &Path) -> bool {
+    matches!(seen_use(Path::new("/proc"), disk), Ok(None))
+}
+
 /// How a disk is used, as far as that shows in /proc and /sys.
 fn seen_use(proc: &Path, disk: &Path) -> io::Result<Option<Stop>> {
     let nodes = nodes(disk);
@@ -111,7 +116,7 @@ fn seen_use(proc: &Path, disk: &Path) -> io::Result<Option<Stop>> {
 
 /// Whether this process is root in the first namespace of processes, whose /proc shows the processes, and with them the
 /// mounts, of all others.
-fn sees_all_processes() -> bool {
+pub(super) fn sees_all_processes() -> bool {
     /// `PROC_PID_INIT_INO` of `linux/nsfs.h`.
     const FIRST: &str = "pid:[4026531836]";
     let namespace = fs::read_link("/proc/self/ns/pid");
@@ -222,6 +227,13 @@ fn processes(proc: &Path, nodes: &[PathBuf]) -> io::Result<Vec<String>> {
     Ok(found)
 }
 
+/// Whether any process has a node of a device open that is looked for.
+pub(super) fn has_opener(wanted: impl Fn(&fs::Metadata) -> bool) -> io::Result<bool> {
+    let processes = numbered(Path::new("/proc"))?;
+    let pids = processes.iter().filter_map(|process| process.file_name()?.to_str()?.parse().ok());
+    Ok(pids.into_iter().any(|pid| has_open(pid, &wanted)))
+}
+
 /// Whether a process has a node of a device open that is looked for. Files that are no nodes are not looked at: to ask
 /// their file systems may take for ever, if those are on a server, or a disk, that does not answer.
 pub(super) fn has_open(pid: i32, wanted: impl Fn(&fs::Metadata) -> bool) -> bool {
@@ -258,6 +270,7 @@ mod tests {
         assert_eq!(others.get(), 0, "a file's file system may not answer");
         let null = fs::metadata("/dev/null").unwrap().rdev();
         assert!(has_open(own, |m| m.rdev() == null));
+        assert!(has_opener(|m| m.rdev() == null).unwrap());
     }
 
     #[test]

@@ -17,11 +17,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::time::Duration;
 
-use super::holders::has_open;
+use super::holders::{self, has_open};
 use super::{Failure, Outcome};
 use crate::control::Control;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::process;
+use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
 /// How long a server may take to end its requests before it is killed.
@@ -29,8 +30,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How long the driver may take to notice that a killed server is gone; Linux 6.12 takes up to 30 s.
 const NOTICE: Duration = Duration::from_secs(40);
 
-/// Stops a device. Kills its server if it does not end its requests in time.
-pub(super) fn stop(control: &Control, id: DeviceId) -> Outcome {
+/// Stops a device. Kills its server if it does not end its requests in time, unless that would take another disk from its
+/// users which is not to be removed as well.
+pub(super) fn stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceId) -> bool) -> Outcome {
     let pid = control.info(id)?.pid;
     // Before anything is waited for: the number may be another process's after that.
     let server = Server::find(id, pid);
@@ -41,6 +43,16 @@ pub(super) fn stop(control: &Control, id: DeviceId) -> Outcome {
         other => return other.map_err(Failure::from),
     };
     let Some(server) = server else { return Err(waited.into()) };
+    let others = others(control, id, pid)?;
+    let in_use =
+        |other: &DeviceId| !removed_too(*other) && !holders::looks_unused(&control.driver().block_path(*other));
+    let in_use: Vec<_> = others.iter().copied().filter(in_use).collect();
+    if !in_use.is_empty() {
+        return Err(Failure::Text(format!("{waited}; {}", refusal(id, pid, &in_use))));
+    }
+    for other in others.iter().filter(|other| !removed_too(**other)) {
+        eprintln!("ublk: device {other}, which is not in use, loses its server, process {pid}, too");
+    }
     let cycle = server.cycle(id);
     eprintln!(
         "ublk: {waited}; killing its server, process {pid}{}",
@@ -56,6 +68,28 @@ pub(super) fn stop(control: &Control, id: DeviceId) -> Outcome {
         Err(error) if error.errno() == crate::Errno::ENODEV => Ok(()),
         other => other.map_err(Failure::from),
     }
+}
+
+/// The other devices of a server.
+fn others(control: &Control, id: DeviceId, pid: i32) -> Result<Vec<DeviceId>> {
+    let ids = control.driver().device_ids().map_err(|e| Error::file("list", "/sys/class/ublk-char", &e))?;
+    // Another user's, which cannot be looked at, is not of a server that this user may kill, or root may look.
+    let is_its = |other: &DeviceId| {
+        *other != id && control.info(*other).is_ok_and(|info| info.pid == pid && info.state == DeviceState::Live)
+    };
+    Ok(ids.into_iter().filter(is_its).collect())
+}
+
+/// Why a server of other disks is not killed, and what to do.
+fn refusal(id: DeviceId, pid: i32, others: &[DeviceId]) -> String {
+    let list =
+        |each: &dyn Fn(&DeviceId) -> String, between: &str| others.iter().map(each).collect::<Vec<_>>().join(between);
+    format!(
+        "its server, process {pid}, is not killed, because it also serves {}, in use. End their use first, or remove them \
+         as well: `ublk del --force -n {id} {}`",
+        list(&|other| format!("/dev/ublkb{other}"), ", "),
+        list(&|other| format!("-n {other}"), " "),
+    )
 }
 
 /// A process that has a device's char device open.
@@ -97,5 +131,38 @@ impl Server {
             return Ok(());
         }
         Err(Failure::Text(format!("killing process {}: {error}", self.pid)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::driver::fake::FakeDriver;
+    use crate::engine::StdSpawn;
+    use crate::targets::Null;
+    use crate::{DeviceOptions, Server as Devices};
+
+    #[test]
+    fn the_other_devices_of_a_server_are_found() {
+        let driver = FakeDriver::new();
+        let server = Devices::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let start = || server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
+        let devices = [start(), start(), start()];
+        let pid = std::process::id() as i32;
+        let others = |id| others(server.control(), id, pid).unwrap();
+        assert_eq!(others(devices[1].id()), [devices[0].id(), devices[2].id()]);
+        devices[0].stop().unwrap();
+        server.control().stop(devices[2].id()).unwrap();
+        assert_eq!(others(devices[1].id()), [], "one is gone, the other has no disk");
+        assert_eq!(super::others(server.control(), devices[1].id(), pid + 1).unwrap(), []);
+    }
+
+    #[test]
+    fn a_refusal_names_the_disks_and_the_command() {
+        let said = refusal(DeviceId(3), 77, &[DeviceId(4), DeviceId(6)]);
+        assert!(said.contains("process 77") && said.contains("/dev/ublkb4, /dev/ublkb6"), "{said}");
+        assert!(said.contains("`ublk del --force -n 3 -n 4 -n 6`"), "{said}");
     }
 }
