@@ -23,6 +23,7 @@ class Encrypted(ublk.BlockDevice):
 
     def __init__(self, path, key_file):
         self.file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.file_sync = ublk.FileSync(self.file)
         self.key = Path(key_file).read_bytes()
         if len(self.key) != 64:
             raise ValueError(f"{key_file} has {len(self.key)} bytes; a key of AES-256-XTS has 64")
@@ -47,4 +48,4 @@ class Encrypted(ublk.BlockDevice):
         return os.pwrite(self.file, secret, offset)
 
     def flush(self):
-        os.fdatasync(self.file)
+        self.file_sync.sync()

@@ -15,6 +15,8 @@ class FileDisk(ublk.BlockDevice):
 
     def __init__(self, path):
         self.file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        # Of flushes on several queues the kernel reports a failure to one: this remembers it for all.
+        self.file_sync = ublk.FileSync(self.file)
         super().__init__(size=os.fstat(self.file).st_size)
 
     def read(self, offset, buf):
@@ -25,4 +27,4 @@ class FileDisk(ublk.BlockDevice):
         return os.pwritev(self.file, [buf], offset)
 
     def flush(self):
-        os.fdatasync(self.file)
+        self.file_sync.sync()

@@ -36,6 +36,8 @@ class Snapshot(ublk.BlockDevice):
         self.changes = os.open(changes, os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(self.changes, size)
         self.index = os.open(f"{changes}.index", os.O_RDWR | os.O_CREAT, 0o600)
+        # A failure of the sync in `write` concerns every flush.
+        self.changes_sync, self.index_sync = ublk.FileSync(self.changes), ublk.FileSync(self.index)
         blocks = -(-size // BLOCK)
         self.changed = bytearray(os.pread(self.index, blocks, 0).ljust(blocks, b"\0"))
         self.lock = threading.Lock()
@@ -60,7 +62,7 @@ class Snapshot(ublk.BlockDevice):
                     write_all(self.changes, block, number * BLOCK)
                     # The next server, after a kill, knows the block by the index; and if the machine fails, the
                     # index may be on the disk without the block, unless that is durable first.
-                    os.fdatasync(self.changes)
+                    self.changes_sync.sync()
                     write_all(self.index, b"\1", number)
                     self.changed[number] = 1
                     # Reads from now on find the copy.
@@ -69,5 +71,5 @@ class Snapshot(ublk.BlockDevice):
 
     def flush(self):
         """Make the blocks and the index durable, including what the last server wrote."""
-        os.fdatasync(self.changes)
-        os.fdatasync(self.index)
+        self.changes_sync.sync()
+        self.index_sync.sync()

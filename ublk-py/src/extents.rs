@@ -15,6 +15,7 @@ use ublk_core::{Home, Op, Pieces, RawErrno, Request, RequestOf};
 
 use crate::descriptor::with_descriptor;
 use crate::error::os_error;
+use crate::flushes::Flushes;
 use crate::interpreter;
 use crate::methods::op_object;
 
@@ -102,7 +103,24 @@ pub(crate) enum Mapped {
 #[derive(Debug)]
 pub(crate) struct Mapper {
     pub(crate) map: Py<PyAny>,
-    pub(crate) extents: ExtentMap,
+    pub(crate) extents: DiskExtents,
+}
+
+/// The extents of a block device, and the flushes that make durable what is written to them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DiskExtents {
+    pub(crate) map: ExtentMap,
+    pub(crate) flushes: Flushes,
+}
+
+impl DiskExtents {
+    /// Forwards a request to its places.
+    pub(crate) fn forward<H: Home>(&self, request: RequestOf<H>, pieces: Pieces, flight: Flight) {
+        if request.op() == Op::Write {
+            self.flushes.written();
+        }
+        request.forward_pieces(pieces, flight);
+    }
 }
 
 /// How often a place is asked for again that was invalidated while it was found out.
@@ -123,10 +141,10 @@ impl Mapper {
 
     /// Forwards a request whose extents are kept, without Python. Gives back any other.
     pub(crate) fn forward_known<'q>(&self, request: Request<'q>) -> Option<Request<'q>> {
-        let found = direction(request.op()).and_then(|d| self.extents.find(d, request.offset(), request.len()));
+        let found = direction(request.op()).and_then(|d| self.extents.map.find(d, request.offset(), request.len()));
         match found {
             Some((pieces, flight)) => {
-                request.forward_pieces(pieces, flight);
+                self.extents.forward(request, pieces, flight);
                 None
             }
             None => Some(request),
@@ -138,7 +156,7 @@ impl Mapper {
         let Some(direction) = direction(request.op()) else { return Ok(Mapped::Unknown) };
         let (start, end) = (request.offset(), request.offset() + request.len());
         for _ in 0..ATTEMPTS {
-            let asked = self.extents.now();
+            let asked = self.extents.map.now();
             let mut extents = Vec::new();
             let mut at = start;
             while at < end {
@@ -158,13 +176,13 @@ impl Mapper {
                     return Err(PyValueError::new_err(text));
                 }
                 if stable {
-                    self.extents.insert(direction, extent.clone(), asked);
+                    self.extents.map.insert(direction, extent.clone(), asked);
                 }
                 let to = extent.end().min(end);
                 extents.push(extent.part(at, to));
                 at = to;
             }
-            if let Some((pieces, flight)) = self.extents.admit(extents, asked) {
+            if let Some((pieces, flight)) = self.extents.map.admit(extents, asked) {
                 return Ok(Mapped::At(pieces, flight));
             }
         }
@@ -216,7 +234,7 @@ pub(crate) fn forward_returned<H: Home>(
     request: RequestOf<H>,
     value: &Bound<'_, PyAny>,
     who: &str,
-    extents: &ExtentMap,
+    extents: &DiskExtents,
     asked: Moment,
 ) -> Returned<H> {
     let (start, end) = (request.offset(), request.offset() + request.len());
@@ -235,9 +253,9 @@ pub(crate) fn forward_returned<H: Home>(
         Ok(None) => return Returned::Refused(request, PyTypeError::new_err(format!("{who} returned no extent"))),
         Err(error) => return Returned::Refused(request, error),
     };
-    match extents.admit(vec![extent], asked) {
+    match extents.map.admit(vec![extent], asked) {
         Some((pieces, flight)) => {
-            request.forward_pieces(pieces, flight);
+            extents.forward(request, pieces, flight);
             Returned::Forwarded
         }
         None => Returned::Stale(request),
@@ -247,7 +265,7 @@ pub(crate) fn forward_returned<H: Home>(
 /// The extents of a block device, shared by all devices that serve it.
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug, Default)]
-pub(crate) struct Extents(pub(crate) ExtentMap);
+pub(crate) struct Extents(pub(crate) DiskExtents);
 
 #[pymethods]
 impl Extents {
@@ -259,14 +277,14 @@ impl Extents {
     /// Take extents back, and wait for requests that are under way on them for at most so many seconds, unless None.
     /// False if that was not enough.
     fn invalidate(&self, py: Python<'_>, offset: u64, length: u64, wait: Option<f64>) -> bool {
-        self.0.invalidate(offset, length);
+        self.0.map.invalidate(offset, length);
         let Some(seconds) = wait else { return true };
         let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        interpreter::detached(py, || self.0.drain(offset, length, timeout)).0
+        interpreter::detached(py, || self.0.map.drain(offset, length, timeout)).0
     }
 
     fn __len__(&self) -> usize {
-        self.0.len()
+        self.0.map.len()
     }
 
     /// A copy in another process begins with none: they have this one's files.

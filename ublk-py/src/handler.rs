@@ -7,13 +7,12 @@ use std::sync::Arc;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
-use ublk_core::extents::ExtentMap;
 use ublk_core::pull::{Feed, Feeds};
-use ublk_core::{Access, Params, QueueHandler, QueueInfo, RawErrno, Request, Requests, Result, Target};
+use ublk_core::{Access, Op, Params, QueueHandler, QueueInfo, RawErrno, Request, Requests, Result, Target};
 
 use crate::buffer::Slot;
 use crate::error::to_python;
-use crate::extents::{Mapped, Mapper};
+use crate::extents::{DiskExtents, Mapped, Mapper};
 use crate::interpreter;
 use crate::methods::{Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
@@ -208,7 +207,7 @@ impl MethodsQueue {
     /// Asks where a request lies, and forwards it there. Gives it back if that is for the handler to say.
     fn map<'q>(&self, py: Python<'_>, mapper: &Mapper, request: Request<'q>) -> Option<Request<'q>> {
         match self.seat.during(|| mapper.ask(py, &request)) {
-            Ok(Mapped::At(pieces, flight)) => request.forward_pieces(pieces, flight),
+            Ok(Mapped::At(pieces, flight)) => mapper.extents.forward(request, pieces, flight),
             Ok(Mapped::Unknown) => return Some(request),
             Err(error) => request.fail(self.methods.errno_of(py, "map", &error)),
         }
@@ -216,6 +215,10 @@ impl MethodsQueue {
     }
 
     fn serve_one(&mut self, py: Python<'_>, request: Request<'_>) {
+        if request.op() == Op::Flush {
+            // Others may have to end before it does.
+            return self.seat.during(|| self.methods.flush(py, request.detach()));
+        }
         let slot = &mut self.slots[usize::from(request.tag().0)];
         self.seat.during(|| self.methods.serve(py, slot, request));
     }
@@ -229,7 +232,8 @@ struct BatchQueue {
 
 impl Serve for BatchQueue {
     fn serve(&mut self, py: Python<'_>, requests: Requests<'_>) {
-        let requests: Vec<_> = requests.map(|request| PyRequest::new(request.detach(), &ExtentMap::new())).collect();
+        let requests: Vec<_> =
+            requests.map(|request| PyRequest::new(request.detach(), &DiskExtents::default())).collect();
         let endings: Vec<_> = requests.iter().map(PyRequest::ending).collect();
         let list = PyList::new(py, requests);
         let outcome = list

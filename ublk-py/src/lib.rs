@@ -10,6 +10,7 @@ mod device;
 mod error;
 mod extents;
 mod fake;
+mod flushes;
 mod handler;
 mod interpreter;
 mod logging;

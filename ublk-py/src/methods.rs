@@ -5,7 +5,7 @@
 use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use ublk_core::{Errno, Home, Op, Operations, RawErrno, RequestOf};
+use ublk_core::{DetachedRequest, Errno, Home, Op, Operations, RawErrno, RequestOf};
 
 use crate::buffer::Slot;
 use crate::error::to_errno;
@@ -99,6 +99,18 @@ impl Methods {
         request.fail(RawErrno::EIO);
     }
 
+    /// Calls the method for a flush, and ends it as that and the flushes beside it say.
+    pub(crate) fn flush(&self, py: Python<'_>, request: DetachedRequest) {
+        let flush = self.extents.get().0.flushes.begin();
+        let returned = call(&self.flush, |method| method.bind(py).call0());
+        let outcome = returned.and_then(|returned| match returned {
+            Some(value) => check_return(&value, None).map(Ok),
+            None => Ok(Err(Errno::EOPNOTSUPP.into())),
+        });
+        let result = outcome.unwrap_or_else(|error| Err(self.errno_of(py, op_name(Op::Flush), &error)));
+        flush.end(request, result);
+    }
+
     /// Gives the request back if it went somewhere that was invalidated meanwhile.
     fn try_to_serve<H: Home>(
         &self,
@@ -109,11 +121,12 @@ impl Methods {
         let op = request.op();
         let (offset, len) = (request.offset(), request.len());
         let extents = &self.extents.get().0;
-        let asked = extents.now();
+        let asked = extents.map.now();
         let returned = match op {
             Op::Read => with_data(py, Some(&self.read), slot, &mut request),
             Op::Write => with_data(py, self.write.as_ref(), slot, &mut request),
-            Op::Flush => call(&self.flush, |method| method.bind(py).call0()),
+            // `flush` serves these.
+            Op::Flush => Ok(None),
             Op::Discard => call(&self.discard, |method| method.bind(py).call1((offset, len))),
             Op::WriteZeroes => call(&self.write_zeroes, |method| method.bind(py).call1((offset, len))),
             _ => {

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefReference};
-use ublk_core::extents::ExtentMap;
+use ublk_core::Op;
 use ublk_core::pull::PullQueue;
 
 use crate::buffer::Slot;
+use crate::extents::DiskExtents;
 use crate::interpreter;
 use crate::methods::Methods;
 use crate::request::PyRequest;
@@ -23,7 +24,7 @@ use crate::watch::Watch;
 pub(crate) struct Pulled {
     pub(crate) queues: Vec<PullQueue>,
     /// Of the block device.
-    pub(crate) extents: ExtentMap,
+    pub(crate) extents: DiskExtents,
 }
 
 /// The requests of one hardware queue.
@@ -33,11 +34,11 @@ pub(crate) struct PyPullQueue {
     queue: Mutex<Option<Arc<PullQueue>>>,
     watch: Watch,
     /// Of the block device.
-    extents: ExtentMap,
+    extents: DiskExtents,
 }
 
 impl PyPullQueue {
-    pub(crate) fn new(queue: PullQueue, watch: Watch, extents: ExtentMap) -> Self {
+    pub(crate) fn new(queue: PullQueue, watch: Watch, extents: DiskExtents) -> Self {
         PyPullQueue { queue: Mutex::new(Some(Arc::new(queue))), watch, extents }
     }
 
@@ -107,7 +108,10 @@ impl Worker {
         while let (Some(batch), _permit) = interpreter::detached(py, || self.queue.next_batch(1)) {
             self.watch.entered();
             for request in batch {
-                seat.during(|| self.methods.serve(py, &mut slot, request));
+                seat.during(|| match request.op() {
+                    Op::Flush => self.methods.flush(py, request),
+                    _ => self.methods.serve(py, &mut slot, request),
+                });
             }
         }
         Ok(())

@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
-use ublk_core::extents::{ExtentMap, Moment};
+use ublk_core::extents::Moment;
 use ublk_core::{DetachedRequest, Op, RawErrno};
 
 use crate::buffer::Lease;
-use crate::extents::{ATTEMPTS, Returned, forward_returned, is_extent};
+use crate::extents::{ATTEMPTS, DiskExtents, Returned, forward_returned, is_extent};
+use crate::flushes::Flush;
 use crate::interpreter;
 use crate::methods::{check_return, op_name, op_object, to_handlers_errno};
 
@@ -26,7 +27,7 @@ pub(crate) struct PyRequest {
     no_unmap: bool,
     queue: u16,
     device: u32,
-    extents: ExtentMap,
+    extents: DiskExtents,
     ending: Arc<Ending>,
 }
 
@@ -45,6 +46,8 @@ struct State {
     lease: Option<Lease>,
     /// A read's memory was cleared, before Python first saw it.
     cleared: bool,
+    /// Until the request ends, if it is a flush.
+    flush: Option<Flush>,
 }
 
 impl Ending {
@@ -76,18 +79,28 @@ impl Ending {
         Some(request)
     }
 
+    /// Ends a request that was taken.
+    fn finish(&self, request: DetachedRequest, result: Result<(), RawErrno>) {
+        let flush = self.state().flush.take();
+        match flush {
+            Some(flush) => flush.end(request, result),
+            None => request.finish(result),
+        }
+    }
+
     /// Fails the request unless it has ended.
     pub(crate) fn fail_if_left(&self, py: Python<'_>, errno: RawErrno) {
         if let Some(request) = self.take(py) {
-            request.fail(errno);
+            self.finish(request, Err(errno));
         }
     }
 }
 
 impl PyRequest {
     /// `extents` are those of its block device.
-    pub(crate) fn new(request: DetachedRequest, extents: &ExtentMap) -> Self {
-        let asked = extents.now();
+    pub(crate) fn new(request: DetachedRequest, extents: &DiskExtents) -> Self {
+        let asked = extents.map.now();
+        let flush = (request.op() == Op::Flush).then(|| extents.flushes.begin());
         PyRequest {
             op: request.op(),
             offset: request.offset(),
@@ -103,6 +116,7 @@ impl PyRequest {
                 stale: 0,
                 lease: None,
                 cleared: false,
+                flush,
             }))),
         }
     }
@@ -114,7 +128,7 @@ impl PyRequest {
 
     fn end(&self, py: Python<'_>, result: Result<(), RawErrno>) -> PyResult<()> {
         let taken = if result.is_ok() { self.ending.take_done(py) } else { self.ending.take(py) };
-        taken.ok_or_else(over)?.finish(result);
+        self.ending.finish(taken.ok_or_else(over)?, result);
         Ok(())
     }
 }
@@ -229,13 +243,13 @@ impl PyRequest {
     ) -> PyResult<bool> {
         if value.is_none() {
             if let Some(request) = self.ending.take_done(py) {
-                request.complete();
+                self.ending.finish(request, Ok(()));
             }
             return Ok(false);
         }
         let Some(request) = self.ending.take(py) else { return Ok(false) };
         let errno = to_handlers_errno(py, &PyErr::from_value(value.clone()));
-        request.fail(errno.unwrap_or(RawErrno::EIO));
+        self.ending.finish(request, Err(errno.unwrap_or(RawErrno::EIO)));
         Ok(errno.is_some())
     }
 
@@ -255,7 +269,7 @@ impl PyRequest {
                 Returned::Stale(request) => (request, Ok(false)),
             };
             let mut state = self.ending.state();
-            (state.request, state.asked) = (Some(request), self.extents.now());
+            (state.request, state.asked) = (Some(request), self.extents.map.now());
             state.stale += 1;
             if state.stale < ATTEMPTS {
                 return outcome;

@@ -15,6 +15,7 @@ disk has them), and start it::
 from ublk._block_device import BlockDevice
 from ublk._device import Device, recover, run
 from ublk._errors import UblkError
+from ublk._file_sync import FileSync
 from ublk._native import File, Mem, Null, Zoned
 from ublk._requests import Op, Requests
 from ublk._stats import OpStats, Stats
@@ -29,6 +30,7 @@ __all__ = [
     "DeviceInfo",
     "Extent",
     "File",
+    "FileSync",
     "Mem",
     "Null",
     "Op",

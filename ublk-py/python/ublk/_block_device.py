@@ -168,6 +168,10 @@ class BlockDevice:
         A disk with this method has a volatile write cache in the kernel's eyes: ``fsync`` ends here, and
         writes that must be durable at once are followed by a flush. Without it, writes count as durable
         when `write` returns.
+
+        With several threads, `os.fdatasync` of one descriptor reports lost writes to one flush only, and the others
+        succeed: use `FileSync`. If the engine has written to an `Extent`, the library sees to that: a flush that
+        succeeds waits for those beside it, and once one has failed, all flushes of the object fail with ``EIO``.
         """
         raise NotImplementedError
 

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Syncs of files whose failures are remembered."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from ublk._log import log
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
+
+
+class FileSync:
+    """Makes the data of files durable for all threads of a disk, and never forgets a failure.
+
+    The kernel reports an error of write-back once to each open file, and counts the lost pages as clean. If several
+    threads call `os.fdatasync` for the same descriptor, one of them gets the error, and the others succeed although
+    data is lost; so does every later call. `flush` and all other methods that sync call `sync` of one object instead::
+
+        def __init__(self, path):
+            self.file = os.open(path, os.O_RDWR)
+            self.file_sync = ublk.FileSync(self.file)
+
+        def flush(self):
+            self.file_sync.sync()
+
+    ``files`` are descriptors or objects with a ``fileno()``, synced in this order. They stay the caller's, who closes
+    them. Nothing else may sync them by the same open file: not `os.fsync`, `os.fdatasync`, `mmap.flush`, nor another
+    object of this class. A coroutine calls `sync` by `asyncio.to_thread`.
+    """
+
+    def __init__(self, *files: FileDescriptorLike) -> None:
+        if not files:
+            raise TypeError("FileSync needs at least one file")
+        for file in files:
+            if not isinstance(file, int) and not hasattr(file, "fileno"):
+                raise TypeError(f"{file!r} is neither a descriptor nor an object with a fileno()")
+        self._files = files
+        self._changed = threading.Condition()
+        self._failed = False
+        # Number of the last sync that has begun, and of the last that has ended.
+        self._begun = self._ended = 0
+        self._waiting = 0
+        _all.add(self)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a sync has failed."""
+        return self._failed
+
+    def sync(self) -> None:
+        """Make durable what was written before this is called.
+
+        Raises the `OSError` of `os.fdatasync`; and from then on, on all threads, one with ``EIO``: nothing says which
+        writes were lost. One sync runs at a time. Threads that wait for it share the next one.
+        """
+        with self._changed:
+            # What was written before is in one that begins from now on.
+            wanted = self._begun + 1
+            self._waiting += 1
+            try:
+                self._changed.wait_for(lambda: self._failed or self._ended >= wanted or self._ended == self._begun)
+            finally:
+                self._waiting -= 1
+            self._check()
+            if self._ended >= wanted:
+                return
+            self._begun += 1
+        failed = True
+        try:
+            for file in self._files:
+                os.fdatasync(file)
+            failed = False
+        except OSError as error:
+            text = "fdatasync failed: writes may be lost, and every sync of %s fails from now on: %s"
+            log(logging.ERROR, text, ", ".join(map(repr, self._files)), error)
+            raise
+        finally:
+            # Also of what a signal's handler has raised meanwhile: nothing says what has become of the rest.
+            with self._changed:
+                self._failed |= failed
+                self._ended = self._begun
+                self._changed.notify_all()
+
+    def _check(self) -> None:
+        if self._failed:
+            raise OSError(errno.EIO, "an earlier fdatasync failed: writes may be lost")
+
+    def __repr__(self) -> str:
+        return f"<ublk.FileSync of {', '.join(map(repr, self._files))}{' failed' if self._failed else ''}>"
+
+
+_all: weakref.WeakSet[FileSync] = weakref.WeakSet()
+
+
+def _in_forked_child() -> None:
+    """Replace locks that a thread of the parent may have held, and forget its syncs."""
+    for one in list(_all):
+        one._changed = threading.Condition()
+        one._ended = one._begun
+        one._waiting = 0
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

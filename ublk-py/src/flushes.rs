@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Flushes of a disk whose bytes the engine writes to the files of extents.
+//!
+//! The kernel reports an error of write-back once to each open file description, and counts the lost pages as clean.
+//! The handlers of all queues sync the same descriptor, so that one flush takes the error, and those beside it and after
+//! it succeed without what was lost. For a disk that has been written to through extents:
+//!
+//! 1. A flush that succeeds counts only when all that were under way at that moment have ended: has one of them failed,
+//!    so have they all.
+//! 2. Once a flush has failed, no later one succeeds: nothing says which writes were lost.
+//!
+//! Handlers that write by themselves know better what a failure means, and what can be tried again.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ublk_core::{DetachedRequest, Errno, RawErrno};
+
+/// The flushes of a block device, shared by all queues and by all devices that serve it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Flushes(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Whether writes have gone to extents.
+    written: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// One has failed.
+    failed: bool,
+    /// Number of the next one.
+    next: u64,
+    /// Numbers of those under way.
+    running: Vec<u64>,
+    /// Those that have succeeded and wait for all with smaller numbers.
+    succeeded: Vec<(u64, DetachedRequest)>,
+}
+
+impl Flushes {
+    /// Notes that a write goes to an extent.
+    pub(crate) fn written(&self) {
+        // Not to take the line from other queues each time.
+        if !self.0.written.load(Ordering::Relaxed) {
+            self.0.written.store(true, Ordering::Release);
+        }
+    }
+
+    /// Notes that a flush begins. It ends with [`Flush::end`], or, unserved, by being dropped.
+    pub(crate) fn begin(&self) -> Flush {
+        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = state.next;
+        state.next += 1;
+        state.running.push(number);
+        Flush { flushes: self.clone(), number }
+    }
+
+    /// Takes the outcome of a flush, and ends the requests whose outcome is known now.
+    fn end(&self, number: u64, ended: Option<(DetachedRequest, Result<(), RawErrno>)>) {
+        let (mut failing, mut done, mut report) = (Vec::new(), Vec::new(), None);
+        {
+            let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.running.retain(|running| *running != number);
+            match ended {
+                Some((request, Ok(()))) => {
+                    let before = state.next;
+                    state.succeeded.push((before, request));
+                }
+                Some((request, Err(errno))) => {
+                    if self.0.written.load(Ordering::Acquire) && !std::mem::replace(&mut state.failed, true) {
+                        report = Some((request.device(), errno));
+                    }
+                    failing.push((request, errno));
+                }
+                // Unserved, or it has ended before.
+                None => {}
+            }
+            let oldest = state.running.iter().min().copied().unwrap_or(u64::MAX);
+            let counts = |before: u64| before <= oldest || !self.0.written.load(Ordering::Acquire);
+            for (before, request) in std::mem::take(&mut state.succeeded) {
+                if state.failed {
+                    failing.push((request, Errno::EIO.into()));
+                } else if counts(before) {
+                    done.push(request);
+                } else {
+                    state.succeeded.push((before, request));
+                }
+            }
+        }
+        // Not under the lock.
+        if let Some((device, errno)) = report {
+            log::error!(
+                "ublkb{}: a flush failed ({}): writes to its extents may be lost, and every flush fails until there is a new \
+                 block device",
+                device.0,
+                errno.known().desc()
+            );
+        }
+        failing.into_iter().for_each(|(request, errno)| request.fail(errno));
+        done.into_iter().for_each(DetachedRequest::complete);
+    }
+}
+
+/// A flush that is under way.
+#[derive(Debug)]
+pub(crate) struct Flush {
+    flushes: Flushes,
+    number: u64,
+}
+
+impl Flush {
+    /// Ends its request, at once or when the outcome of those beside it is known.
+    pub(crate) fn end(self, request: DetachedRequest, result: Result<(), RawErrno>) {
+        self.flushes.end(self.number, Some((request, result)));
+    }
+}
+
+impl Drop for Flush {
+    fn drop(&mut self) {
+        self.flushes.end(self.number, None);
+    }
+}

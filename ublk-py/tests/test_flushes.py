@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""A flush that failed is never followed by one that succeeds without what was lost."""
+
+import asyncio
+import contextlib
+import errno
+import importlib.util
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+import ublk
+from ublk import testing
+
+SIZE = 1 << 20
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def file(tmp_path):
+    with open(tmp_path / "backing", "w+b") as file:
+        file.truncate(SIZE)
+        yield file
+
+
+class Once:
+    """An `fdatasync` as the kernel's: the first call reports that writes are lost, all others succeed."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, file):
+        self.calls += 1
+        if self.calls == 1:
+            raise OSError(errno.EIO, "write-back failed")
+
+
+class Mapped(ublk.BlockDevice):
+    def __init__(self, file, sync):
+        super().__init__(size=SIZE)
+        self.file, self.sync = file, sync
+
+    def map(self, op, offset, length):
+        return ublk.Extent(self.file, offset, length, stable=True)
+
+    def flush(self):
+        self.sync(self.file)
+
+
+class Returning(ublk.BlockDevice):
+    def __init__(self, file, sync):
+        super().__init__(size=SIZE)
+        self.file, self.sync = file, sync
+
+    def read(self, offset, buf):
+        return ublk.Extent(self.file, offset, len(buf))
+
+    def write(self, offset, buf):
+        return ublk.Extent(self.file, offset, len(buf))
+
+    def flush(self):
+        self.sync(self.file)
+
+
+class Tasks(Returning):
+    async def write(self, offset, buf):
+        return ublk.Extent(self.file, offset, len(buf))
+
+    async def flush(self):
+        await asyncio.sleep(0)
+        self.sync(self.file)
+
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Mapped, {"queues": 2}),
+        (Mapped, {"workers": 2}),
+        (Returning, {"queues": 2}),
+        (Returning, {"workers": 2}),
+        (Tasks, {"queues": 2}),
+    ],
+    ids=["map", "map-workers", "return", "return-workers", "tasks"],
+)
+
+
+@KINDS
+def test_no_flush_of_extents_succeeds_after_one_that_failed(file, caplog, kind, options):
+    with testing.open(kind(file, Once()), **options) as device:
+        device.pwrite(0, b"x" * 4096)
+        for _ in range(3):
+            with pytest.raises(OSError, match="I/O error"):
+                device.flush()
+        # A disk of which nothing can be trusted any more is still there to be read.
+        assert device.pread(0, 4) == b"xxxx"
+        device.abort()
+    assert len([record for record in caplog.records if "every flush fails" in record.getMessage()]) == 1
+
+
+@KINDS
+def test_no_flush_succeeds_beside_one_that_takes_the_error(driver, file, caplog, kind, options):
+    # Both are under way when one of them takes the error that concerns both.
+    entered, leave = threading.Event(), threading.Event()
+
+    first = threading.Lock()
+
+    def sync(file):
+        if first.acquire(blocking=False):
+            entered.set()
+            leave.wait(20)
+            raise OSError(errno.EIO, "write-back failed")
+
+    disk = kind(file, sync)
+    if kind is Tasks:
+
+        async def flush():
+            if first.acquire(blocking=False):
+                entered.set()
+                await asyncio.to_thread(leave.wait, 20)
+                raise OSError(errno.EIO, "write-back failed")
+
+        disk.flush = flush
+    device = disk.start(_driver=driver, **options)
+    try:
+        driver.write(device.id, 0, b"x" * 4096)
+        results = []
+
+        def flush_disk():
+            try:
+                driver.flush(device.id)
+                results.append(0)
+            except OSError as error:
+                results.append(error.errno)
+
+        threads = [threading.Thread(target=flush_disk)]
+        threads[0].start()
+        assert entered.wait(10)
+        # On whatever queue the others come: at least one is free.
+        for _ in range(2 if kind is not Tasks and "workers" not in options else 1):
+            threads.append(threading.Thread(target=flush_disk))
+            threads[-1].start()
+        threads[1].join(0.3)
+        assert results == [], "a flush succeeded before the fate of the one beside it was known"
+        leave.set()
+        for thread in threads:
+            thread.join(20)
+        assert set(results) == {errno.EIO}
+    finally:
+        leave.set()
+        device.stop(timeout=0)
+
+
+def test_a_flush_of_a_disk_without_extents_may_be_tried_again(file):
+    class Plain(Returning):
+        def read(self, offset, buf):
+            buf[:] = bytes(len(buf))
+
+        def write(self, offset, buf):
+            pass
+
+    with testing.open(Plain(file, Once())) as device:
+        device.pwrite(0, b"x" * 4096)
+        with pytest.raises(OSError):
+            device.flush()
+        device.flush()
+
+
+def test_flushes_side_by_side_succeed(driver, file):
+    barrier = threading.Barrier(2, timeout=20)
+    disk = Mapped(file, lambda file: barrier.wait())
+    with disk.start(_driver=driver, workers=2) as device:
+        driver.write(device.id, 0, b"x" * 4096)
+        threads = [threading.Thread(target=driver.flush, args=[device.id]) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        operations = device.stats().operations
+    assert operations["flush"].requests == 2
+    assert operations["flush"].errors == 0
+
+
+@pytest.fixture
+def fdatasync(monkeypatch):
+    """`os.fdatasync` as if the next write-back failed."""
+    once = Once()
+    monkeypatch.setattr(os, "fdatasync", once)
+    return once
+
+
+def test_a_file_sync_fails_for_ever_once_it_has_failed(file, fdatasync, caplog):
+    sync = ublk.FileSync(file)
+    assert not sync.failed
+    with pytest.raises(OSError, match="write-back failed"):
+        sync.sync()
+    assert sync.failed
+    for _ in range(2):
+        with pytest.raises(OSError, match="earlier") as caught:
+            sync.sync()
+        assert caught.value.errno == errno.EIO
+    assert fdatasync.calls == 1
+    assert len(caplog.records) == 1
+
+
+def test_a_file_sync_syncs_all_its_files(file, tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    descriptor = os.open(tmp_path / "index", os.O_RDWR | os.O_CREAT)
+    try:
+        ublk.FileSync(file, descriptor).sync()
+    finally:
+        os.close(descriptor)
+    assert synced == [file, descriptor]
+
+
+def test_a_file_sync_that_waits_shares_the_next_sync(file, monkeypatch):
+    begun, leave, calls = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def fdatasync(file):
+        calls.append(threading.get_ident())
+        begun.release()
+        assert leave.acquire(timeout=20)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    sync = ublk.FileSync(file)
+    threads = [threading.Thread(target=sync.sync) for _ in range(5)]
+    threads[0].start()
+    assert begun.acquire(timeout=10)
+    for thread in threads[1:]:
+        thread.start()
+    while sync._waiting < 4:
+        threading.Event().wait(0.01)
+    leave.release()
+    assert begun.acquire(timeout=10)
+    assert len(calls) == 2, "one sync at a time"
+    leave.release()
+    for thread in threads:
+        thread.join(20)
+    # What was written before any of the four asked is in the one sync that began after they did.
+    assert len(calls) == 2
+
+
+def test_a_file_sync_fails_for_all_that_share_it(file, monkeypatch):
+    begun, leave = threading.Event(), threading.Event()
+
+    def fdatasync(file):
+        begun.set()
+        leave.wait(20)
+        raise OSError(errno.EIO, "write-back failed")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    sync, errors = ublk.FileSync(file), []
+
+    def run():
+        try:
+            sync.sync()
+        except OSError as error:
+            errors.append(error.errno)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(10)
+    leave.set()
+    for thread in threads:
+        thread.join(20)
+    assert errors == [errno.EIO] * 3
+
+
+def test_what_cannot_be_synced_is_a_type_error():
+    with pytest.raises(TypeError, match="at least one file"):
+        ublk.FileSync()
+    with pytest.raises(TypeError, match="fileno"):
+        ublk.FileSync("a path")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"flush_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["file", "encrypted", "snapshot"])
+def test_no_flush_of_an_example_succeeds_after_a_failure(tmp_path, fdatasync, name):
+    if name == "encrypted":
+        pytest.importorskip("cryptography")
+    path, key = tmp_path / "image", tmp_path / "key"
+    path.write_bytes(bytes(SIZE))
+    key.write_bytes(bytes(range(64)))
+    example = load(name)
+    make = {
+        "file": lambda: example.FileDisk(path),
+        "encrypted": lambda: example.Encrypted(path, key),
+        "snapshot": lambda: example.Snapshot(path, tmp_path / "changes"),
+    }
+    with testing.open(make[name]()) as device:
+        # That of the snapshot syncs by itself, and takes the error then.
+        with contextlib.suppress(OSError):
+            device.pwrite(0, b"x" * 4096)
+        for _ in range(2):
+            with pytest.raises(OSError):
+                device.flush()
+        device.abort()
