@@ -134,7 +134,7 @@ def test_a_disk_in_python_is_a_users_from_beginning_to_end(style: list[str], pyt
 
 
 def test_a_recoverable_disk_in_python_takes_root(python: Face) -> None:
-    code = "import ublk; ublk.Mem(1 << 20).start(recoverable=True)"
+    code = "import ublk; ublk.Null(1 << 20).start(recoverable=True)"
     refused = as_user(ALICE, *python.argv[:1], "-c", code, check=False)
     assert refused.status == 1, str(refused)
     assert "CAP_SYS_ADMIN" in refused.err, str(refused)

@@ -64,12 +64,38 @@ def test_a_zoned_disk_has_zones():
         (lambda: ublk.File("/nonexistent/disk.img"), ublk.UblkError),
         (lambda: ublk.Zoned(SIZE, zone_size=0), ValueError),
         (lambda: ublk.Zoned(SIZE, zone_size=1000), ValueError),
-        (lambda: ublk.Mem(SIZE).start(recoverable="x"), ValueError),
+        (lambda: ublk.Null(SIZE).start(recoverable="x"), ValueError),
     ],
 )
 def test_what_cannot_be_is_refused(make, kind):
     with pytest.raises(kind):
         make()
+
+
+@pytest.mark.parametrize("recoverable", [True, "queue", "reissue", "fail-io"])
+@pytest.mark.parametrize(
+    "make", [lambda: ublk.Mem(SIZE), lambda: ublk.Zoned(SIZE, zone_size=SIZE)], ids=["mem", "zoned"]
+)
+def test_a_disk_in_memory_cannot_be_recoverable(driver, make, recoverable):
+    with pytest.raises(ValueError, match="in this process's memory and ends with it"):
+        make().start(recoverable=recoverable, _driver=driver)
+
+
+def test_a_disk_in_files_can_be_recoverable(driver, tmp_path):
+    (tmp_path / "disk.img").write_bytes(bytes(SIZE))
+    (tmp_path / "zones").mkdir()
+    for disk in (ublk.File(tmp_path / "disk.img"), ublk.Zoned(SIZE, zone_size=SIZE, directory=tmp_path / "zones")):
+        with disk.start(recoverable=True, _driver=driver) as device:
+            assert device.recovery == "reissue"
+
+
+def test_a_disk_in_memory_takes_no_other_disk_over(driver):
+    with ublk.Null(SIZE).start(recoverable=True, _driver=driver) as device:
+        device.quiesce()
+        with pytest.raises(ValueError, match="in this process's memory"):
+            ublk.recover(device.id, ublk.Mem(SIZE), _driver=driver)
+        device = ublk.recover(device.id, ublk.Null(SIZE), _driver=driver)
+        device.stop()
 
 
 def test_it_takes_a_disk_over_from_python_and_gives_it_back(driver):
@@ -79,12 +105,14 @@ def test_it_takes_a_disk_over_from_python_and_gives_it_back(driver):
 
         def write(self, offset, buf): ...
 
+        def flush(self): ...
+
     device = Ram(size=SIZE).start(recoverable=True, _driver=driver)
     device.quiesce()
     with pytest.raises(ValueError, match="without Python"):
-        ublk.recover(device.id, ublk.Mem(SIZE), workers=2, _driver=driver)
-    device = ublk.recover(device.id, ublk.Mem(SIZE), _driver=driver)
-    assert driver.read(device.id, 0, 512) == bytes(512)
+        ublk.recover(device.id, ublk.Null(SIZE), workers=2, _driver=driver)
+    device = ublk.recover(device.id, ublk.Null(SIZE), _driver=driver)
+    assert driver.read(device.id, 0, 512) != b"p" * 512
     device.quiesce()
     with ublk.recover(device.id, Ram(size=SIZE), _driver=driver) as device:
         assert driver.read(device.id, 0, 512) == b"p" * 512

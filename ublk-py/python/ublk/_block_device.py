@@ -397,6 +397,9 @@ class BlockDevice:
         served = {"kind": "", "operations": [], "style": "", "coalesce_usecs": 0}
         check({**self._describe(), **served})
 
+    def _check_recovery(self) -> None:
+        """Refuse to be the server after another; the disk's own business, here."""
+
     def _check_size(self, size: int) -> None:
         """Refuse a size that the disk cannot have; its own business, here."""
 

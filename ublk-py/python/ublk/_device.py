@@ -719,8 +719,9 @@ def recover(
     are served then.
 
     Raises `UblkError` with ``EBUSY`` if a living process serves the device, and with ``EINVAL`` if it was not made to
-    be recovered, `ValueError` if the block device does not fit.
+    be recovered, `ValueError` if the block device does not fit or is a disk in memory.
     """
+    target._check_recovery()
     device = Device._make(
         target,
         1,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class NativeDisk:
     """What `Null`, `Mem`, `File` and `Zoned` have in common."""
 
+    # Whether the disk's data ends with this process.
+    _in_memory = False
+
     def __init__(self, target: NativeTarget) -> None:
         self._native = target
         self.size: int = target.size
@@ -45,9 +48,14 @@ class NativeDisk:
         coalesce_usecs: int = 0,
         _driver: FakeDriver | None = None,
     ) -> Device:
-        """Make the device and serve it; return when its node can be used. As `BlockDevice.start`."""
+        """Make the device and serve it; return when its node can be used. As `BlockDevice.start`.
+
+        Raises `ValueError` for a ``recoverable`` disk in memory: its data ends with this process.
+        """
         from ublk._device import Device
 
+        if recoverable:
+            self._check_recovery()
         device = Device._make(
             self,
             queues,
@@ -70,6 +78,14 @@ class NativeDisk:
         room = self._room()
         if room is not None and size > room:
             raise ValueError(f"size = {size}: there are {room} bytes behind {self!r}")
+
+    def _check_recovery(self) -> None:
+        """Refuse to have another server after this one, or to be one, if no data outlives a server."""
+        if self._in_memory:
+            raise ValueError(
+                f"{type(self).__name__}: the disk's data is in this process's memory and ends with it, so that"
+                " nothing could be recovered; use File, or Zoned with a directory"
+            )
 
     def _room(self) -> int | None:
         """Tell how many bytes there are, if there is a limit."""
@@ -105,7 +121,12 @@ class Null(NativeDisk):
 
 
 class Mem(NativeDisk):
-    """A RAM disk. Its content is the object's: it is there again when the object is started again."""
+    """A RAM disk. Its content is the object's: it is there again when the object is started again.
+
+    It cannot be ``recoverable``.
+    """
+
+    _in_memory = True
 
     def __init__(self, size: int, *, block_size: int = 512) -> None:
         super().__init__(NativeTarget.mem(size, block_size))
@@ -139,7 +160,8 @@ class Zoned(NativeDisk):
     """A zoned disk, in memory, or with a file for each zone in ``directory``. Linux 6.6.
 
     Sizes are bytes, ``zone_size`` a power of two. The first ``conventional`` zones can be written anywhere.
-    ``max_open`` and ``max_active`` limit open and active zones; 0 is for no limit.
+    ``max_open`` and ``max_active`` limit open and active zones; 0 is for no limit. Only a disk in files can be
+    ``recoverable``.
     """
 
     def __init__(
@@ -155,3 +177,4 @@ class Zoned(NativeDisk):
     ) -> None:
         target = NativeTarget.zoned(size, zone_size, conventional, max_open, max_active, block_size, directory)
         super().__init__(target)
+        self._in_memory = directory is None
