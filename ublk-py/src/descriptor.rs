@@ -18,7 +18,7 @@ pub(crate) fn with_descriptor<T>(
     let number = match file.extract::<RawFd>() {
         Ok(number) => number,
         Err(_) => {
-            let _permit = interpreter::permit(file.py());
+            let _permit = interpreter::permit()?;
             file.call_method0("fileno")?.extract()?
         }
     };

@@ -104,7 +104,7 @@ where
             let received = receiver.recv_timeout(SIGNAL_POLL);
             (received, receiver)
         };
-        let ((received, back), _permit) = interpreter::detached(py, wait);
+        let ((received, back), permit) = interpreter::detached(py, wait);
         receiver = back;
         match received {
             Ok(result) => return Ok(result),
@@ -113,7 +113,7 @@ where
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
-        py.check_signals().inspect_err(|_| device.expedite())?;
+        py.check_signals().and_then(|()| interpreter::check_stay(&permit)).inspect_err(|_| device.expedite())?;
     }
 }
 
@@ -195,6 +195,7 @@ impl NativeDevice {
 
     /// Serves the device, and returns when its node can be used.
     fn go_live(&self, py: Python<'_>) -> PyResult<()> {
+        interpreter::check_return()?;
         let Some(target) = self.take_target() else { return Ok(()) };
         let (result, _permit) = interpreter::detached(py, || {
             let device = self.device();
@@ -257,6 +258,7 @@ impl NativeDevice {
 
     /// Lets clients use memory of a file that they map, too; gives its number.
     fn share_memory(&self, py: Python<'_>, file: &Bound<'_, PyAny>, read_only: bool) -> PyResult<u16> {
+        interpreter::check_return()?;
         let file = with_descriptor(file, |file| Ok(File::from(file.try_clone_to_owned()?)))?;
         let len = file.metadata()?.len();
         let memory = SharedMemory::map(&file, len, read_only).map_err(|error| {
@@ -271,6 +273,7 @@ impl NativeDevice {
 
     /// Takes shared memory back.
     fn unshare_memory(&self, py: Python<'_>, number: u16) -> PyResult<()> {
+        interpreter::check_return()?;
         let (result, _permit) = interpreter::detached(py, || self.device().unshare_memory(number));
         result.map_err(|e| to_python(py, &e))
     }

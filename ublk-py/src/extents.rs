@@ -276,11 +276,12 @@ impl Extents {
 
     /// Take extents back, and wait for requests that are under way on them for at most so many seconds, unless None.
     /// False if that was not enough.
-    fn invalidate(&self, py: Python<'_>, offset: u64, length: u64, wait: Option<f64>) -> bool {
+    fn invalidate(&self, py: Python<'_>, offset: u64, length: u64, wait: Option<f64>) -> PyResult<bool> {
         self.0.map.invalidate(offset, length);
-        let Some(seconds) = wait else { return true };
+        let Some(seconds) = wait else { return Ok(true) };
+        interpreter::check_return()?;
         let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        interpreter::detached(py, || self.0.map.drain(offset, length, timeout)).0
+        Ok(interpreter::detached(py, || self.0.map.drain(offset, length, timeout)).0)
     }
 
     fn __len__(&self) -> usize {

@@ -64,6 +64,7 @@ impl FakeDriver {
     /// Sends `rounds` times `depth` reads of 4 KiB, for those who measure what a device does with them. It has one
     /// queue, of that depth at least.
     fn load(&self, py: Python<'_>, id: u32, rounds: usize, depth: usize) -> PyResult<()> {
+        interpreter::check_return()?;
         check(
             interpreter::detached(py, || {
                 let disk = self.disk(id);

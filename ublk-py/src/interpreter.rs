@@ -8,10 +8,14 @@
 //!
 //! 1. A thread that is not the interpreter's own at that moment enters with a [`Permit`], and keeps it for as long as
 //!    there are frames of Rust below Python's on its stack, or until it runs nothing but Python.
-//! 2. No permit is given once the gate is closed, except to threads that have one already and to the thread that closed
-//!    it, which is the one that finalizes.
+//! 2. No permit is given once the gate is closed, except to threads that have one already, to the thread that closed
+//!    it, which is the one that finalizes, and, for a while, to threads that Python had sent out before.
 //! 3. The interpreter is finalized only after the gate was closed and all permits were given back: [`close_gate`] waits
 //!    for them, and ends the process without finalization if they do not come.
+//! 4. A thread that is out in a call of this module may hold locks of the program, which exit handlers and finalizers
+//!    want that run after the gate is closed. So [`close_gate`] waits for such threads to come back to Python, where
+//!    they run into [`check_return`] with the next call. One that takes too long comes back to a gate that is sealed, and
+//!    does not return.
 //!
 //! A thread that Python has made, and that runs nothing but Python, needs none: the interpreter ends it in the right way.
 //!
@@ -27,6 +31,12 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 static CLOSED: AtomicBool = AtomicBool::new(false);
+/// Set some time after `CLOSED`.
+static SEALED: AtomicBool = AtomicBool::new(false);
+/// Threads that are [out](Outside) in a call.
+static OUTSIDE: AtomicUsize = AtomicUsize::new(0);
+/// How long threads have to come back from calls.
+const RETURN_PATIENCE: Duration = Duration::from_secs(2);
 /// Threads with a permit.
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
 /// Forks between the first process and this one.
@@ -49,13 +59,22 @@ pub(crate) struct Permit {
 impl Permit {
     /// A permit for the calling thread. None if the interpreter is about to be finalized.
     fn new() -> Option<Self> {
+        Self::unless(&CLOSED)
+    }
+
+    /// A permit for a thread that comes back from a call.
+    fn back() -> Option<Self> {
+        Self::unless(&SEALED)
+    }
+
+    fn unless(shut: &AtomicBool) -> Option<Self> {
         let nested = PERMITS.get() != 0 || CLOSER.get();
         let counted = if nested {
             None
         } else {
             INSIDE.fetch_add(1, Ordering::SeqCst);
-            // After it counts: either this sees that the gate is closed, or whoever closes it sees the count.
-            if CLOSED.load(Ordering::SeqCst) {
+            // After it counts: either this sees that the gate is shut, or the thread that shuts it sees the count.
+            if shut.load(Ordering::SeqCst) {
                 INSIDE.fetch_sub(1, Ordering::SeqCst);
                 return None;
             }
@@ -75,6 +94,31 @@ impl Drop for Permit {
     }
 }
 
+/// Counts a thread that is in a call without a permit.
+#[derive(Debug)]
+struct Outside {
+    /// The generation whose count it is in, if it is.
+    counted: Option<usize>,
+}
+
+impl Outside {
+    fn new() -> Self {
+        let counted = (PERMITS.get() == 0 && !CLOSER.get()).then(|| GENERATION.load(Ordering::Relaxed));
+        if counted.is_some() {
+            OUTSIDE.fetch_add(1, Ordering::SeqCst);
+        }
+        Outside { counted }
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        if self.counted.is_some_and(|generation| generation == GENERATION.load(Ordering::Relaxed)) {
+            OUTSIDE.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
 /// Attaches the thread to the interpreter for the time of a call. None, without the call, if the interpreter is gone
 /// or about to go.
 pub(crate) fn attach<R>(call: impl FnOnce(Python<'_>) -> R) -> Option<R> {
@@ -85,33 +129,44 @@ pub(crate) fn attach<R>(call: impl FnOnce(Python<'_>) -> R) -> Option<R> {
 /// Calls a function while other threads run Python. Returns a permit besides, to be kept while Rust still has something
 /// to do with Python after that.
 ///
-/// Does not return if the interpreter is about to be finalized: the thread is a daemon then, whose end nothing waits for.
+/// Does not return if the call takes so long that the interpreter is about to be finalized, see (4): the thread is a
+/// daemon then, whose end nothing waits for.
 pub(crate) fn detached<R: Send>(py: Python<'_>, call: impl FnOnce() -> R + Send) -> (R, Permit) {
+    // While attached: no other thread gets between a check and this.
+    let outside = Outside::new();
     let (result, permit) = py.detach(|| {
         let result = catch_unwind(AssertUnwindSafe(call));
         let permit = loop {
-            match Permit::new() {
+            match Permit::back() {
                 Some(permit) => break permit,
                 None => std::thread::park(),
             }
         };
+        // Not before the permit counts.
+        drop(outside);
         (result, permit)
     });
     (result.unwrap_or_else(|panic| resume_unwind(panic)), permit)
 }
 
-/// A permit for a function that Python has called, and that calls Python. As [`detached`], it does not return if there is
-/// none any more.
-pub(crate) fn permit(py: Python<'_>) -> Permit {
-    Permit::new().unwrap_or_else(|| detached(py, || ()).1)
+/// A permit for a function that Python has called, and that calls Python. An error if there is none any more.
+pub(crate) fn permit() -> PyResult<Permit> {
+    Permit::new().ok_or_else(shutting_down)
+}
+
+fn shutting_down() -> PyErr {
+    PyRuntimeError::new_err("the interpreter is shutting down: no device can be served any more")
 }
 
 /// An error if the interpreter is about to be finalized, when nothing can be served any more.
 pub(crate) fn check_open() -> PyResult<()> {
-    if CLOSED.load(Ordering::SeqCst) {
-        return Err(PyRuntimeError::new_err("the interpreter is shutting down: no device can be served any more"));
-    }
-    Ok(())
+    if CLOSED.load(Ordering::SeqCst) { Err(shutting_down()) } else { Ok(()) }
+}
+
+/// An error if a thread that has come back from [`detached`] with this permit is to go out again, and the interpreter is
+/// about to be finalized.
+pub(crate) fn check_stay(permit: &Permit) -> PyResult<()> {
+    if permit.counted.is_some() { check_open() } else { Ok(()) }
 }
 
 /// An error if the calling thread could not come back from [`detached`]. For functions that a program may call with a lock of
@@ -121,24 +176,33 @@ pub(crate) fn check_return() -> PyResult<()> {
 }
 
 /// Keeps all other threads of this module out of the interpreter from now on, and waits for `seconds` at most until they
-/// are out. If they are not, a handler does not return, and the process ends with status 1: see (3).
+/// are out. If they are not, a handler does not return, and the process ends with status 1: see (3). Threads that are in
+/// calls have a part of that time to come back: see (4).
 ///
 /// The last exit handler to run; a function of Rust, so that no signal's handler can keep it from its work.
 #[pyfunction]
 pub(crate) fn close_gate(py: Python<'_>, seconds: f64) -> PyResult<()> {
     CLOSER.set(true);
     CLOSED.store(true, Ordering::SeqCst);
-    let deadline = Instant::now() + Duration::from_secs_f64(seconds);
+    let patience = Duration::from_secs_f64(seconds);
+    let begin = Instant::now();
     let own = usize::from(PERMITS.get() != 0);
     // Not `detached`: this is the thread that may always come back.
     let empty = py.detach(|| {
-        while INSIDE.load(Ordering::SeqCst) > own {
-            if Instant::now() >= deadline {
-                return false;
+        let wait = |patience, done: &dyn Fn() -> bool| {
+            while !done() {
+                if begin.elapsed() >= patience {
+                    return false;
+                }
+                std::thread::sleep(Duration::from_millis(1));
             }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        true
+            true
+        };
+        let inside = || INSIDE.load(Ordering::SeqCst) > own;
+        // In this order: who comes back is inside before it is not outside any more.
+        wait(patience.min(RETURN_PATIENCE), &|| OUTSIDE.load(Ordering::SeqCst) == 0 && !inside());
+        SEALED.store(true, Ordering::SeqCst);
+        wait(patience, &|| !inside())
     });
     if !empty {
         eprintln!("ublk: a handler is stuck; exiting immediately");
@@ -152,6 +216,8 @@ pub(crate) fn close_gate(py: Python<'_>, seconds: f64) -> PyResult<()> {
 pub(crate) fn after_fork() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
     INSIDE.store(0, Ordering::SeqCst);
+    OUTSIDE.store(0, Ordering::SeqCst);
     CLOSED.store(false, Ordering::SeqCst);
+    SEALED.store(false, Ordering::SeqCst);
     CLOSER.set(false);
 }

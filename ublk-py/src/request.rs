@@ -259,7 +259,7 @@ impl PyRequest {
         if self.done() {
             return Ok(true);
         }
-        let _permit = interpreter::permit(py);
+        let _permit = interpreter::permit()?;
         if is_extent(self.op, returned) {
             let Some(request) = self.ending.take(py) else { return Ok(true) };
             let asked = self.ending.state().asked;

@@ -21,6 +21,7 @@ pub(crate) struct NativeTarget(pub(crate) Arc<dyn Target>);
 
 impl NativeTarget {
     fn make<T: Target>(py: Python<'_>, make: impl FnOnce() -> Result<T> + Send) -> PyResult<Self> {
+        interpreter::check_return()?;
         let (made, _permit) = interpreter::detached(py, make);
         made.map(|target| NativeTarget(Arc::new(target))).map_err(|e| to_python(py, &e))
     }

@@ -338,3 +338,74 @@ file.close()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "ended\n"), done
     assert "shutting down" in done.stderr
+
+
+# Threads that are in a native call with a lock of the program's, which an exit handler wants that runs after ublk's.
+LOCKED = """
+import atexit, contextlib, threading, time
+
+lock = threading.Lock()
+
+@atexit.register
+def last():
+    print("the lock is free" if lock.acquire(timeout=20) else "the lock was never released", flush=True)
+
+import ublk
+from ublk._ublk import Extents, FakeDriver
+
+class Disk(ublk.BlockDevice):
+    def read(self, offset, buf):
+        buf[:] = bytes(len(buf))
+
+class Outer(Disk):
+    def read(self, offset, buf):
+        with lock:
+            driver.read(inner.id, 0, 512)
+            inner.stats()
+
+def client(call):
+    with contextlib.suppress(RuntimeError):
+        while True:
+            with lock:
+                call()
+
+def start(call):
+    threading.Thread(target=client, args=[call], daemon=True).start()
+
+def quietly(call):
+    def quiet():
+        with contextlib.suppress(OSError):
+            call()
+    return quiet
+
+driver = FakeDriver()
+inner = Disk(size=1 << 20).start(_driver=driver)
+"""
+
+CALLS = {
+    "stats": "start(inner.stats)",
+    "read": "start(quietly(lambda: driver.read(inner.id, 0, 512)))",
+    "invalidate": "extents = Extents(); start(lambda: extents.invalidate(0, 512, 1.0))",
+    "disk": "start(lambda: ublk.Mem(1 << 20))",
+    "file": "file = open('/dev/null', 'rb'); start(quietly(lambda: ublk.Extent(file, 0, 512)))",
+    "handler": """
+outer = Outer(size=1 << 20).start(_driver=driver)
+def reads():
+    with contextlib.suppress(OSError, RuntimeError):
+        while True:
+            driver.read(outer.id, 0, 512)
+threading.Thread(target=reads, daemon=True).start()
+""",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_thread_in_a_native_call_gives_its_locks_back_at_exit(call):
+    # A few runs, because it depends on where the thread is in that moment.
+    for _ in range(5):
+        code = LOCKED + CALLS[call] + "\ntime.sleep(0.1)\ninner.stop()\n"
+        begin = time.monotonic()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == "the lock is free\n", result.stderr
+        assert time.monotonic() - begin < 20
