@@ -64,6 +64,45 @@ OWN_DISK = """
 """
 
 
+STUCK = """
+    import sys, threading, time
+    import ublk
+    from ublk import _device
+
+    _device.STOP_SECONDS = 3.0
+
+    class Stuck(ublk.BlockDevice):
+        def read(self, offset, buf):
+            if offset == 65536:
+                print("entered", flush=True)
+                time.sleep(3600)
+            buf[:] = bytes(len(buf))
+
+    class Pulls(ublk.BlockDevice):
+        pass
+
+    kept = []
+
+    def pull():
+        for request in device.requests():
+            if request.offset == 65536:
+                kept.append(request)
+                print("entered", flush=True)
+                continue
+            with request:
+                request.buffer[:] = bytes(request.length)
+
+    if {pull}:
+        device = Pulls(size=1 << 20).start(pull=True)
+        threading.Thread(target=pull, daemon=True).start()
+        device.wait_ready()
+    else:
+        device = Stuck(size=1 << 20).start({options})
+    print(device.path, flush=True)
+    device.wait()
+"""
+
+
 pytestmark = pytest.mark.io_errors
 
 
@@ -73,6 +112,33 @@ def program(code: str) -> Child:
 
 def is_gone(path: str) -> bool:
     return not os.path.exists(path) and not os.path.exists(path.replace("ublkb", "ublkc"))
+
+
+@pytest.mark.parametrize(
+    ("pull", "options", "status"),
+    [(False, "", 1), (False, "workers=2", 1), (True, "", 128 + signal.SIGTERM)],
+    ids=["methods", "workers", "kept"],
+)
+def test_sigterm_removes_a_disk_whose_handler_is_stuck(pull: bool, options: str, status: int) -> None:
+    server = program(STUCK.format(pull=pull, options=options))
+    path = server.line(60)
+    errors: list[int | None] = []
+
+    def use() -> None:
+        try:
+            with Disk(path, direct=True) as disk:
+                disk.read(65536, SECTOR)
+        except OSError as error:
+            errors.append(error.errno)
+
+    client = threading.Thread(target=use)
+    client.start()
+    assert server.line(60) == "entered"
+    server.signal(signal.SIGTERM)
+    assert server.wait(patience(90)) == status, server.log
+    client.join(patience(60))
+    assert errors == [errno.EIO]
+    until(lambda: is_gone(path), "the disk is removed", patience(90))
 
 
 @pytest.mark.parametrize("options", ["", "workers=2"])

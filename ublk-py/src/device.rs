@@ -5,9 +5,10 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -26,6 +27,10 @@ use crate::watch::Watch;
 const SIGNAL_POLL: Duration = Duration::from_millis(50);
 /// Longer than any device is served.
 const FOREVER: Duration = Duration::from_secs(1 << 31);
+/// How long requests have to end by themselves, however little time there is.
+const GRACE: Duration = Duration::from_millis(500);
+/// How long the engine has to commit what was revoked, before it gives up the queues.
+const COMMIT: Duration = Duration::from_secs(1);
 
 /// A device of this process.
 #[pyclass(frozen, module = "ublk._ublk")]
@@ -40,6 +45,10 @@ pub(crate) struct NativeDevice {
     watch: Watch,
     /// The device is one of the system.
     on_kernel: bool,
+    /// How many requests were revoked.
+    revoked: AtomicUsize,
+    /// They are to be revoked at once.
+    hurried: AtomicBool,
 }
 
 impl NativeDevice {
@@ -54,7 +63,15 @@ impl NativeDevice {
         let Pulled { queues, extents } = queues;
         let wrap = |queue| Py::new(py, PyPullQueue::new(queue, watch.clone(), extents.clone()));
         let pull_queues = queues.into_iter().map(wrap).collect::<PyResult<_>>()?;
-        Ok(NativeDevice { device: Some(Arc::new(device)), target: Mutex::new(target), pull_queues, watch, on_kernel })
+        Ok(NativeDevice {
+            device: Some(Arc::new(device)),
+            target: Mutex::new(target),
+            pull_queues,
+            watch,
+            on_kernel,
+            revoked: AtomicUsize::new(0),
+            hurried: AtomicBool::new(false),
+        })
     }
 
     fn device(&self) -> &Arc<ublk_core::Device> {
@@ -68,13 +85,26 @@ impl NativeDevice {
         }
     }
 
-    /// Ends the device in a way that may take long.
-    fn end<F>(&self, py: Python<'_>, end: F) -> PyResult<()>
+    /// Fails the requests that have left the threads of their queues.
+    fn revoke(&self, py: Python<'_>) {
+        let not_taken: usize = self.pull_queues.iter().map(|queue| queue.get().revoke()).sum();
+        let revoked = self.watch.holders().revoke(py) + not_taken;
+        self.revoked.fetch_add(revoked, Ordering::Relaxed);
+    }
+
+    /// Ends the device in a way that may take long. Requests that have not ended after `patience` are revoked.
+    fn end<F>(&self, py: Python<'_>, patience: Duration, end: F) -> PyResult<()>
     where
         F: FnOnce(&ublk_core::Device) -> ublk_core::Result<()> + Send + 'static,
     {
         interpreter::check_return()?;
-        let ended = on_another_thread(py, self.device(), end)?;
+        let begin = Instant::now();
+        let ended = on_another_thread(py, self.device(), end, || {
+            // Each time: a worker may have just got another.
+            if begin.elapsed() >= patience || self.hurried.load(Ordering::Relaxed) {
+                self.revoke(py);
+            }
+        })?;
         self.withdraw_if_over();
         ended.map_err(|e| to_python(py, &e))
     }
@@ -85,8 +115,13 @@ impl NativeDevice {
 }
 
 /// Does something with a device, and looks for signals meanwhile. If their handlers raise, the rest goes on in the
-/// background, [expedited](ublk_core::Device::expedite).
-fn on_another_thread<T: Send + 'static, F>(py: Python<'_>, device: &Arc<ublk_core::Device>, act: F) -> PyResult<T>
+/// background, [expedited](ublk_core::Device::expedite). Calls `meanwhile` now and then.
+fn on_another_thread<T: Send + 'static, F>(
+    py: Python<'_>,
+    device: &Arc<ublk_core::Device>,
+    act: F,
+    meanwhile: impl Fn(),
+) -> PyResult<T>
 where
     F: FnOnce(&ublk_core::Device) -> T + Send + 'static,
 {
@@ -113,6 +148,7 @@ where
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
+        meanwhile();
         py.check_signals().and_then(|()| interpreter::check_stay(&permit)).inspect_err(|_| device.expedite())?;
     }
 }
@@ -211,12 +247,14 @@ impl NativeDevice {
     }
 
     /// Stops and deletes the device; leaves one that another process has asked to wait for another server. Waits for
-    /// handlers for so many seconds. In the main thread a signal's handler may end the wait by an exception; the device
+    /// handlers for so many seconds; then requests that are not on the thread of their queue fail. In the main thread a signal's handler may end the wait by an exception; the device
     /// is stopped all the same, without waiting for handlers any longer.
     fn stop(&self, py: Python<'_>, seconds: f64) -> PyResult<()> {
         let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(FOREVER).min(FOREVER);
         drop(self.take_target());
-        self.end(py, move |device| {
+        let patience = timeout.max(GRACE);
+        let timeout = patience + COMMIT;
+        self.end(py, patience, move |device| {
             if device.is_ending() && device.recovery().is_some() {
                 device.conclude_within(timeout).map(drop)
             } else {
@@ -227,12 +265,20 @@ impl NativeDevice {
 
     /// Finishes the requests in flight and leaves the device to another server. Can be interrupted as `stop`.
     fn leave(&self, py: Python<'_>) -> PyResult<()> {
-        self.end(py, |device| device.leave())
+        self.end(py, Duration::MAX, |device| device.leave())
     }
 
     /// Ends waits for handlers: of a stop that is under way, and of later ones.
-    fn expedite(&self) {
+    fn expedite(&self, py: Python<'_>) {
+        self.hurried.store(true, Ordering::Relaxed);
+        self.revoke(py);
         self.device().expedite();
+    }
+
+    /// How many requests have failed because they had not ended in time.
+    #[getter]
+    fn revoked(&self) -> usize {
+        self.revoked.load(Ordering::Relaxed)
     }
 
     /// Whether the calling thread serves one of the queues, perhaps beside those of other devices.
@@ -319,6 +365,12 @@ impl NativeDevice {
             Ok(dict)
         };
         stats.total.iter().map(one).collect()
+    }
+
+    /// Whether the device is one of the system.
+    #[getter]
+    fn on_kernel(&self) -> bool {
+        self.on_kernel
     }
 
     /// How many queues the driver or a handler still has.

@@ -13,6 +13,7 @@ use ublk_core::{Access, Op, Params, QueueHandler, QueueInfo, RawErrno, Request, 
 use crate::buffer::Slot;
 use crate::error::to_python;
 use crate::extents::{DiskExtents, Mapped, Mapper};
+use crate::held::Held;
 use crate::interpreter;
 use crate::methods::{Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
@@ -90,7 +91,7 @@ impl PythonTarget {
             }
             Style::Batch(Batch { handle, report }) => {
                 let batch = Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) };
-                Box::new(Attached::new(BatchQueue { batch, seat }, &self.watch))
+                Box::new(Attached::new(BatchQueue { batch, seat, watch: self.watch.clone() }, &self.watch))
             }
         })
     }
@@ -217,10 +218,10 @@ impl MethodsQueue {
     fn serve_one(&mut self, py: Python<'_>, request: Request<'_>) {
         if request.op() == Op::Flush {
             // Others may have to end before it does.
-            return self.seat.during(|| self.methods.flush(py, request.detach()));
+            return self.seat.during(|| self.methods.flush(py, &Held::default(), request.detach()));
         }
         let slot = &mut self.slots[usize::from(request.tag().0)];
-        self.seat.during(|| self.methods.serve(py, slot, request));
+        self.seat.during(|| self.methods.serve(py, slot, &Held::default(), request));
     }
 }
 
@@ -228,12 +229,14 @@ impl MethodsQueue {
 struct BatchQueue {
     batch: Batch,
     seat: Arc<Seat>,
+    watch: Watch,
 }
 
 impl Serve for BatchQueue {
     fn serve(&mut self, py: Python<'_>, requests: Requests<'_>) {
-        let requests: Vec<_> =
-            requests.map(|request| PyRequest::new(request.detach(), &DiskExtents::default())).collect();
+        let requests: Vec<_> = requests
+            .map(|request| PyRequest::new(request.detach(), &DiskExtents::default(), self.watch.holders()))
+            .collect();
         let endings: Vec<_> = requests.iter().map(PyRequest::ending).collect();
         let list = PyList::new(py, requests);
         let outcome = list

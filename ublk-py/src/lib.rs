@@ -12,6 +12,7 @@ mod extents;
 mod fake;
 mod flushes;
 mod handler;
+mod held;
 mod interpreter;
 mod logging;
 mod methods;

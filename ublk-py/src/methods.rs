@@ -10,6 +10,7 @@ use ublk_core::{DetachedRequest, Errno, Home, Op, Operations, RawErrno, RequestO
 use crate::buffer::Slot;
 use crate::error::to_errno;
 use crate::extents::{ATTEMPTS, Extents, Returned, forward_returned, is_extent};
+use crate::held::Held;
 
 /// The bound methods of a block device.
 #[derive(Debug, FromPyObject)]
@@ -87,10 +88,17 @@ impl Methods {
         }
     }
 
-    /// Calls the method for a request and ends the request as that says. `slot` has the buffer object of its memory.
-    pub(crate) fn serve<H: Home>(&self, py: Python<'_>, slot: &mut Slot, mut request: RequestOf<H>) {
+    /// Calls the method for a request and ends the request as that says. `slot` has the buffer object of its memory;
+    /// the request is in `held` while the method runs, and not the method's to end if it is not there any more.
+    pub(crate) fn serve<H: Home>(
+        &self,
+        py: Python<'_>,
+        slot: &mut Slot,
+        held: &Held<RequestOf<H>>,
+        mut request: RequestOf<H>,
+    ) {
         for _ in 0..ATTEMPTS {
-            match self.try_to_serve(py, slot, request) {
+            match self.try_to_serve(py, slot, held, request) {
                 Some(stale) => request = stale,
                 None => return,
             }
@@ -100,15 +108,20 @@ impl Methods {
     }
 
     /// Calls the method for a flush, and ends it as that and the flushes beside it say.
-    pub(crate) fn flush(&self, py: Python<'_>, request: DetachedRequest) {
+    pub(crate) fn flush(&self, py: Python<'_>, held: &Held<DetachedRequest>, request: DetachedRequest) {
         let flush = self.extents.get().0.flushes.begin();
+        held.put(request);
         let returned = call(&self.flush, |method| method.bind(py).call0());
+        let request = held.take();
         let outcome = returned.and_then(|returned| match returned {
             Some(value) => check_return(&value, None).map(Ok),
             None => Ok(Err(Errno::EOPNOTSUPP.into())),
         });
         let result = outcome.unwrap_or_else(|error| Err(self.errno_of(py, op_name(Op::Flush), &error)));
-        flush.end(request, result);
+        match request {
+            Some(request) => flush.end(request, result),
+            None => flush.revoked(),
+        }
     }
 
     /// Gives the request back if it went somewhere that was invalidated meanwhile.
@@ -116,27 +129,44 @@ impl Methods {
         &self,
         py: Python<'_>,
         slot: &mut Slot,
-        mut request: RequestOf<H>,
+        held: &Held<RequestOf<H>>,
+        request: RequestOf<H>,
     ) -> Option<RequestOf<H>> {
         let op = request.op();
         let (offset, len) = (request.offset(), request.len());
         let extents = &self.extents.get().0;
         let asked = extents.map.now();
-        let returned = match op {
-            Op::Read => with_data(py, Some(&self.read), slot, &mut request),
-            Op::Write => with_data(py, self.write.as_ref(), slot, &mut request),
+        let zone_method = || self.zones.as_ref().and_then(|zones| zones.of(op));
+        let method = match op {
+            Op::Read => Some(&self.read),
+            Op::Write => self.write.as_ref(),
             // `flush` serves these.
-            Op::Flush => Ok(None),
-            Op::Discard => call(&self.discard, |method| method.bind(py).call1((offset, len))),
-            Op::WriteZeroes => call(&self.write_zeroes, |method| method.bind(py).call1((offset, len))),
-            _ => {
-                let method = self.zones.as_ref().and_then(|zones| zones.of(op));
-                match op {
-                    Op::ZoneAppend | Op::ReportZones => with_data(py, method, slot, &mut request),
-                    Op::ZoneResetAll => method.map(|method| method.bind(py).call0()).transpose(),
-                    _ => method.map(|method| method.bind(py).call1((offset,))).transpose(),
-                }
+            Op::Flush => None,
+            Op::Discard => self.discard.as_ref(),
+            Op::WriteZeroes => self.write_zeroes.as_ref(),
+            _ => zone_method(),
+        };
+        let (request, returned) = match (op, method) {
+            (_, None) => (Some(request), Ok(None)),
+            (Op::Read | Op::Write | Op::ZoneAppend | Op::ReportZones, Some(method)) => {
+                with_data(py, method, slot, held, request)
             }
+            (_, Some(method)) => {
+                held.put(request);
+                let returned = match op {
+                    Op::Discard | Op::WriteZeroes => method.bind(py).call1((offset, len)),
+                    Op::ZoneResetAll => method.bind(py).call0(),
+                    _ => method.bind(py).call1((offset,)),
+                };
+                (held.take(), returned.map(Some))
+            }
+        };
+        let Some(request) = request else {
+            // It was revoked meanwhile.
+            if let Err(error) = returned {
+                self.errno_of(py, op_name(op), &error);
+            }
+            return None;
         };
         // As nearly always.
         if let Ok(Some(value)) = &returned
@@ -189,25 +219,32 @@ impl Methods {
     }
 }
 
-/// Calls `read` or `write` with a view on the request's memory.
+/// Calls `read` or `write` with a view on the request's memory. Gives the request back unless it was revoked meanwhile.
 fn with_data<'py, H: Home>(
     py: Python<'py>,
-    method: Option<&Py<PyAny>>,
+    method: &Py<PyAny>,
     slot: &mut Slot,
-    request: &mut RequestOf<H>,
-) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let Some(method) = method else { return Ok(None) };
+    held: &Held<RequestOf<H>>,
+    mut request: RequestOf<H>,
+) -> (Option<RequestOf<H>>, PyResult<Option<Bound<'py, PyAny>>>) {
     // What a handler leaves unwritten is not to be another request's data.
     request.clear();
-    let lease = slot.lease(py, request.buffer(), request.len() as usize, !request.op().fills())?;
-    let returned = method.bind(py).call1((request.offset(), lease.view(py)));
+    let (offset, len) = (request.offset(), request.len() as usize);
+    let lease = match slot.lease(py, request.buffer(), len, !request.op().fills()) {
+        Ok(lease) => lease,
+        Err(error) => return (Some(request), Err(error)),
+    };
+    held.put(request);
+    let returned = method.bind(py).call1((offset, lease.view(py)));
     // A traceback in flight holds the handler's frame and with it the view; it is no reason to give
     // the memory away, because `end` releases the view itself.
-    if !slot.end(py, lease) {
+    let is_free = slot.end(py, lease);
+    let mut request = held.take();
+    if !is_free && let Some(request) = &mut request {
         // A view is still alive: the memory stays with it, and the tag gets fresh memory.
         request.replace_buffer();
     }
-    returned.map(Some)
+    (request, returned.map(Some))
 }
 
 /// Calls a method if the class has it. One that it lacks is not advertised, so the kernel does not ask.

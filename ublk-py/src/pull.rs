@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefReference};
-use ublk_core::Op;
 use ublk_core::pull::PullQueue;
+use ublk_core::{Errno, Op};
 
 use crate::buffer::Slot;
 use crate::extents::DiskExtents;
+use crate::held::Held;
 use crate::interpreter;
 use crate::methods::Methods;
 use crate::request::PyRequest;
@@ -47,6 +48,21 @@ impl PyPullQueue {
     }
 }
 
+impl PyPullQueue {
+    /// Fails what nothing has taken yet; returns how many requests.
+    pub(crate) fn revoke(&self) -> usize {
+        let mut revoked = 0;
+        while let Some(batch) = self.queue().and_then(|queue| queue.next_batch_within(usize::MAX, Duration::ZERO)) {
+            if batch.is_empty() {
+                break;
+            }
+            revoked += batch.len();
+            batch.into_iter().for_each(|request| request.fail(Errno::EIO));
+        }
+        revoked
+    }
+}
+
 #[pymethods]
 impl PyPullQueue {
     /// Take the requests that are there, at most `max`. `None` when no request will come any more.
@@ -64,7 +80,7 @@ impl PyPullQueue {
         };
         self.watch.entered();
         let wrap = |request| {
-            let request = Bound::new(py, PyRequest::new(request, &self.extents))?;
+            let request = Bound::new(py, PyRequest::new(request, &self.extents, self.watch.holders()))?;
             hand.append(PyWeakrefReference::new(&request)?)?;
             Ok(request)
         };
@@ -104,13 +120,14 @@ impl Worker {
     fn run(&self, py: Python<'_>) -> PyResult<()> {
         let mut slot = Slot::default();
         let seat = self.watch.seat(py)?;
+        let held = Held::known(self.watch.holders());
         // With a permit while handlers run, and without one while this waits.
         while let (Some(batch), _permit) = interpreter::detached(py, || self.queue.next_batch(1)) {
             self.watch.entered();
             for request in batch {
                 seat.during(|| match request.op() {
-                    Op::Flush => self.methods.flush(py, request),
-                    _ => self.methods.serve(py, &mut slot, request),
+                    Op::Flush => self.methods.flush(py, &held, request),
+                    _ => self.methods.serve(py, &mut slot, &held, request),
                 });
             }
         }

@@ -2,7 +2,7 @@
 
 //! A request as a Python object, which can be ended at any time and from any thread.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -13,6 +13,7 @@ use ublk_core::{DetachedRequest, Op, RawErrno};
 use crate::buffer::Lease;
 use crate::extents::{ATTEMPTS, DiskExtents, Returned, forward_returned, is_extent};
 use crate::flushes::Flush;
+use crate::held::{Holders, Revoke};
 use crate::interpreter;
 use crate::methods::{check_return, op_name, op_object, to_handlers_errno};
 
@@ -96,29 +97,27 @@ impl Ending {
     }
 }
 
+impl Revoke for Ending {
+    fn revoke(&self, py: Python<'_>) -> bool {
+        let is_left = self.state().request.is_some();
+        self.fail_if_left(py, RawErrno::EIO);
+        is_left
+    }
+}
+
 impl PyRequest {
     /// `extents` are those of its block device.
-    pub(crate) fn new(request: DetachedRequest, extents: &DiskExtents) -> Self {
+    pub(crate) fn new(request: DetachedRequest, extents: &DiskExtents, holders: &Holders) -> Self {
         let asked = extents.map.now();
         let flush = (request.op() == Op::Flush).then(|| extents.flushes.begin());
-        PyRequest {
-            op: request.op(),
-            offset: request.offset(),
-            length: request.len(),
-            fua: request.force_unit_access(),
-            no_unmap: request.no_unmap(),
-            queue: request.queue().0,
-            device: request.device().0,
-            extents: extents.clone(),
-            ending: Arc::new(Ending(Mutex::new(State {
-                request: Some(request),
-                asked,
-                stale: 0,
-                lease: None,
-                cleared: false,
-                flush,
-            }))),
-        }
+        let (op, offset, length) = (request.op(), request.offset(), request.len());
+        let (fua, no_unmap) = (request.force_unit_access(), request.no_unmap());
+        let (queue, device) = (request.queue().0, request.device().0);
+        let state = State { request: Some(request), asked, stale: 0, lease: None, cleared: false, flush };
+        let ending = Arc::new(Ending(Mutex::new(state)));
+        let weak: Weak<Ending> = Arc::downgrade(&ending);
+        holders.add(weak);
+        PyRequest { op, offset, length, fua, no_unmap, queue, device, extents: extents.clone(), ending }
     }
 
     /// For whoever sees to it that the request ends, and holds up nobody who drops it.

@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use nix::time::{ClockId, clock_gettime};
 use pyo3::prelude::*;
 
+use crate::held::Holders;
+
 /// One for each device.
 #[derive(Clone, Debug)]
 pub(crate) struct Watch(Arc<Shared>);
@@ -15,6 +17,8 @@ pub(crate) struct Watch(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     entries: AtomicU64,
+    /// Of requests that have left the threads of their queues.
+    holders: Holders,
     seats: Mutex<Vec<Weak<Seat>>>,
 }
 
@@ -29,7 +33,11 @@ pub(crate) struct Seat {
 
 impl Watch {
     pub(crate) fn new() -> Self {
-        Watch(Arc::new(Shared { entries: AtomicU64::new(0), seats: Mutex::default() }))
+        Watch(Arc::new(Shared { entries: AtomicU64::new(0), holders: Holders::default(), seats: Mutex::default() }))
+    }
+
+    pub(crate) fn holders(&self) -> &Holders {
+        &self.0.holders
     }
 
     /// Python is entered for requests.

@@ -409,3 +409,67 @@ def test_a_thread_in_a_native_call_gives_its_locks_back_at_exit(call):
         assert result.returncode == 0, result.stderr
         assert result.stdout == "the lock is free\n", result.stderr
         assert time.monotonic() - begin < 20
+
+
+KEEPING = """
+class Pulls(ublk.BlockDevice):
+    pass
+
+def pull():
+    for request in device.requests():
+        kept.append(request)
+        entered.set()
+
+kept = []
+device = Pulls(size=1 << 20).start(_driver=driver, pull=True)
+threading.Thread(target=pull, daemon=True).start()
+device.wait_ready()
+threading.Thread(target=load, args=[device], daemon=True).start()
+entered.wait()
+print("serving", flush=True)
+"""
+STUCK = """
+device = serve(Stuck, {options})
+entered.wait()
+print("serving", flush=True)
+"""
+
+
+def test_a_kept_request_does_not_keep_the_device_at_exit():
+    program = Program("from ublk import _device; _device.STOP_SECONDS = 1.0\n" + KEEPING)
+    status, out, err = program.end(30)
+    assert status == 0, err
+    assert "devices at the end: []" in out, err
+    assert "requests unfinished after" in err
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(KEEPING, 130), (STUCK.format(options="workers=2"), 130), (STUCK.format(options=""), 1)],
+    ids=["kept", "workers", "methods"],
+)
+def test_a_second_ctrl_c_ends_a_program_whose_handler_is_stuck(code, status):
+    program = Program(code + "with device:\n    device.wait()\n")
+    program.wait_for("serving")
+    time.sleep(0.5)
+    program.signal(signal.SIGINT)
+    # The wait has ended, and the stop waits.
+    time.sleep(1)
+    begin = time.monotonic()
+    program.signal(signal.SIGINT)
+    found, _out, err = program.end(40)
+    assert time.monotonic() - begin < 20
+    # By its exception; by what holds the interpreter, a stuck thread, with 1.
+    assert found in (-signal.SIGINT, status, 1), err
+
+
+def test_a_third_ctrl_c_ends_a_program_at_once():
+    program = Program(STUCK.format(options="") + "with device:\n    device.wait()\n")
+    program.wait_for("serving")
+    for _ in range(3):
+        time.sleep(0.5)
+        program.signal(signal.SIGINT)
+    begin = time.monotonic()
+    found, _out, err = program.end(20)
+    assert time.monotonic() - begin < 5, err
+    assert found in (130, 1), err

@@ -259,3 +259,46 @@ def test_a_worker_of_multiprocessing_ends_without_a_stop():
     worker.start()
     worker.join(30)
     assert worker.exitcode == 0
+
+
+def process_of(device):
+    return device._native._process
+
+
+def test_a_suspended_process_goes_on_to_stop_its_device():
+    device = Disk().start(isolated=True, _driver=FakeDriver())
+    process = process_of(device)
+    os.kill(process.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    device.stop(timeout=20)
+    assert time.monotonic() - begin < 20
+    assert process.exitcode == 0
+    assert not device.running
+
+
+def test_a_process_that_does_not_answer_a_stop_is_killed(monkeypatch):
+    monkeypatch.setattr(_isolated, "_STOP_SECONDS", 0.5)
+    monkeypatch.setattr(_isolated.RemoteDevice, "_resume", lambda self: None)
+    device = Disk().start(isolated=True, _driver=FakeDriver())
+    process = process_of(device)
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(ublk.UblkError, match="was killed, and its requests failed") as caught:
+        device.stop(timeout=0.1)
+    assert caught.value.errno == errno.EIO
+    assert process.exitcode == -signal.SIGKILL
+    assert not device.running
+    device.stop()
+
+
+def test_a_stop_that_cancels_does_so_in_the_other_process(monkeypatch):
+    asked = []
+    ask = _isolated.RemoteDevice._ask_locked
+
+    def note(self, question, *arguments, **more):
+        asked.append((question, arguments))
+        return ask(self, question, *arguments, **more)
+
+    monkeypatch.setattr(_isolated.RemoteDevice, "_ask_locked", note)
+    device = Disk().start(isolated=True, _driver=FakeDriver())
+    device.stop(cancel=True)
+    assert asked == [("stop", (1.0, True))]

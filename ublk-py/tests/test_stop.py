@@ -63,10 +63,9 @@ def client(driver, device, disk):
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=["methods", "workers"])
-def test_a_stop_waits_for_a_stuck_method_no_longer_than_asked(driver, options):
+def test_a_stop_waits_for_a_stuck_method_no_longer_than_asked(driver):
     disk = Stuck()
-    device = disk.start(_driver=driver, **options)
+    device = disk.start(_driver=driver)
     with client(driver, device, disk):
         begin = time.monotonic()
         with pytest.raises(ublk.UblkError) as caught:
@@ -78,6 +77,149 @@ def test_a_stop_waits_for_a_stuck_method_no_longer_than_asked(driver, options):
             device.stop()
     assert not device.running
     assert driver.devices() == []
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_stop_takes_requests_from_stuck_workers(driver, cancel):
+    disk = Stuck()
+    device = disk.start(_driver=driver, workers=2)
+    with client(driver, device, disk) as errors:
+        stop_failing_one(device, cancel)
+    assert [error.errno for error in errors] == [errno.EIO]
+    assert driver.devices() == []
+    disk.leave.set()
+    device.stop()
+
+
+def test_a_worker_s_view_outlives_a_request_that_was_taken_back(driver):
+    class Writes(Stuck):
+        def read(self, offset, buf):
+            super().read(offset, buf)
+            buf[:] = b"l" * len(buf)
+            self.done.set()
+
+    disk = Writes()
+    disk.done = threading.Event()
+    device = disk.start(_driver=driver, workers=1)
+    with client(driver, device, disk):
+        stop_failing_one(device, cancel=False)
+    disk.leave.set()
+    # Into memory of its own.
+    assert disk.done.wait(10)
+
+
+class Pulls(Stuck):
+    read = ublk.BlockDevice.read
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+@pytest.mark.parametrize("looks", [True, False], ids=["looked", "unseen"])
+def test_a_stop_takes_kept_requests_back(driver, cancel, looks):
+    disk, kept = Pulls(), []
+
+    def pull():
+        for request in device.requests():
+            kept.append((request, request.buffer if looks else None))
+            disk.entered.set()
+
+    device = disk.start(_driver=driver, pull=True)
+    thread = threading.Thread(target=pull)
+    thread.start()
+    device.wait_ready(10)
+    with client(driver, device, disk) as errors:
+        stop_failing_one(device, cancel)
+    thread.join(10)
+    assert [error.errno for error in errors] == [errno.EIO]
+    assert driver.devices() == []
+    ((request, buffer),) = kept
+    assert request.done
+    with pytest.raises(ValueError, match="the request is over"):
+        request.complete()
+    if looks:
+        with pytest.raises(ValueError, match="released"):
+            buffer[0]
+
+
+def test_a_stop_fails_requests_that_are_not_taken(driver):
+    disk, leave = Pulls(), threading.Event()
+
+    def pull():
+        for request in device.requests():
+            with request:
+                disk.entered.set()
+            # The other one waits.
+            leave.wait(30)
+
+    device = disk.start(_driver=driver, pull=True)
+    thread = threading.Thread(target=pull)
+    thread.start()
+    device.wait_ready(10)
+    with client(driver, device, disk) as first, client(driver, device, disk) as second:
+        stop_failing_one(device, cancel=False)
+    leave.set()
+    thread.join(10)
+    assert [error.errno for error in first + second] == [errno.EIO]
+    assert driver.devices() == []
+
+
+def test_a_stop_takes_requests_of_a_batch_back(driver):
+    class Keeps(Pulls):
+        def handle(self, requests):
+            self.kept = requests
+            self.entered.set()
+
+    disk = Keeps()
+    device = disk.start(_driver=driver)
+    with client(driver, device, disk) as errors:
+        stop_failing_one(device, cancel=False)
+    assert [error.errno for error in errors] == [errno.EIO]
+    assert driver.devices() == []
+
+
+def test_a_stop_that_cancels_waits_no_minute_for_a_stuck_method(driver):
+    disk = Stuck()
+    device = disk.start(_driver=driver)
+    with client(driver, device, disk):
+        begin = time.monotonic()
+        with pytest.raises(ublk.UblkError) as caught:
+            device.stop(cancel=True)
+        assert time.monotonic() - begin < SOON
+        assert caught.value.errno == errno.ETIMEDOUT
+        disk.leave.set()
+        with contextlib.suppress(ublk.UblkError):
+            device.stop()
+
+
+def test_a_coroutine_that_is_not_to_be_cancelled_loses_its_request(driver):
+    class Stubborn(Waits):
+        async def read(self, offset, buf):
+            self.entered.set()
+            while not self.leave:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.01)
+
+    disk = Stubborn()
+    disk.leave = False
+    device = disk.start(_driver=driver)
+    with client(driver, device, disk) as errors:
+        stop_failing_one(device, cancel=True)
+    disk.leave = True
+    assert [error.errno for error in errors] == [errno.EIO]
+    assert driver.devices() == []
+
+
+def stop_failing_one(device, cancel):
+    """Stop a device while a request is not ended: that fails, and soon."""
+    begin = time.monotonic()
+    if cancel:
+        device.stop(cancel=True)
+    else:
+        with pytest.raises(ublk.UblkError, match="1 requests unfinished") as caught:
+            device.stop(timeout=0.1)
+        assert caught.value.errno == errno.EIO
+    assert time.monotonic() - begin < SOON
+    # Again is harmless.
+    device.stop()
 
 
 def test_a_stop_fails_requests_of_coroutines_that_wait_when_the_time_is_over(driver):

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import select
+import subprocess
 import sys
 import threading
 import time
@@ -44,6 +45,8 @@ _JOIN_SECONDS = 5.0
 HANG_SECONDS = 30.0
 # For how long a stop waits for handlers.
 STOP_SECONDS = 30.0
+# The same, for one that cancels.
+_CANCEL_SECONDS = 1.0
 # As long as any.
 _FOREVER = float(1 << 31)
 # For threads that are in the interpreter when it is about to be finalized.
@@ -72,6 +75,8 @@ class Device:
     _exception: BaseException | None
     _stopped: bool
     _hangs: bool
+    # A wait for its end was interrupted.
+    _hurried: bool
     _hang_after: float | None
     _owner: int
     _start_over: threading.Event
@@ -101,6 +106,7 @@ class Device:
         self._exception = None
         self._stopped = False
         self._hangs = False
+        self._hurried = False
         self._start_over = threading.Event()
         self._stopping = threading.Lock()
         self._failures = Limiter()
@@ -448,16 +454,19 @@ class Device:
         What becomes of requests that are in flight:
 
         1. They are finished first. This waits for that for ``timeout`` seconds, or without a limit if it is ``None``.
-        2. After that, those that still have not ended fail with ``EIO``, and the device is deleted. Tasks that serve
-           them are cancelled; with ``cancel``, at once instead of after ``timeout``.
-        3. A plain method that is still running then cannot be ended, nor can a request that the program has taken and
-           keeps. After a few seconds this raises `UblkError` with ``ETIMEDOUT``: the device is still there, and
-           stopping it again tries again. A program that ends leaves without such a method and exits with status 1;
-           `ublk del --dead` removes what is left of its devices.
+        2. After that, those that still have not ended fail with ``EIO``, the device is deleted, and this raises
+           `UblkError` with ``EIO``: requests that the program has taken and keeps, those that ``workers`` are at work
+           on, and those of tasks, which are cancelled. Methods that are still running go on without their request.
+        3. With ``cancel``, tasks are cancelled at once, 1 and 2 take a second at most, and nothing is raised for
+           requests that fail.
+        4. A method that still runs on the thread of its queue (without ``workers``) keeps its request. After a few
+           seconds this raises `UblkError` with ``ETIMEDOUT``: the device is still there, and stopping it again tries
+           again. A program that ends leaves without such a method: it exits with status 1, which fails the request,
+           and another process removes the device then.
 
         In the main thread Ctrl-C, or what another signal's handler raises, ends the wait at once, and the stop goes on
         in the background as after ``timeout``. Once the program ends, the first signal ends the waits, and the second
-        the process.
+        the process; so does the first one if a wait was ended before.
 
         In a handler of another device whose thread serves this one, too, the stop goes on in the background. A
         recoverable device that another process has asked to wait for another server is left to that. In a forked child
@@ -500,7 +509,16 @@ class Device:
     def _stop(self, seconds: float = STOP_SECONDS, cancel: bool = False) -> None:
         if cancel:
             self._serving.cancel()
-        self._end(functools.partial(self._native.stop, seconds))
+            seconds = min(seconds, _CANCEL_SECONDS)
+        native = self._native
+        is_over = native.stopped
+        self._end(functools.partial(native.stop, seconds))
+        if cancel or is_over or not isinstance(native, _ublk.NativeDevice) or not native.revoked:
+            return
+        text = (
+            f"{self.path}: {native.revoked} requests unfinished after {seconds:g} s; they failed, the device is deleted"
+        )
+        raise UblkError(errno.EIO, text)
 
     def _end(self, end: Callable[[], None]) -> None:
         self._stopped = True
@@ -516,6 +534,7 @@ class Device:
             interrupted = not isinstance(error, Exception)
             self._hangs = isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT
             if interrupted and not self._stopped:
+                self._hurried = True
                 # What goes on in the background is over soon, and somebody has to see to the rest then.
                 self._native.expedite()
                 with contextlib.suppress(RuntimeError):
@@ -618,7 +637,8 @@ def _stop_all() -> None:
     """Leave nothing behind when the interpreter exits, whatever loggers and signals' handlers raise."""
     for _ in range(_ATTEMPTS):
         try:
-            with _signals.hurrying(_expedite_all):
+            again = any(device._hurried for device in list(_running))
+            with _signals.hurrying(_expedite_all, again=again):
                 _stop_running()
             return
         except BaseException:
@@ -645,13 +665,49 @@ def _stop_running() -> None:
         hang = hang or device._is_hung()
     if hang:
         # The interpreter's end would take away what a thread needs that is still in a handler.
-        text = "a handler is stuck; exiting immediately, `ublk del --dead` removes the program's devices"
-        _try(log, logging.CRITICAL, text)
+        _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", _leave_removal())
         _try(sys.stdout.flush)
         _try(sys.stderr.flush)
         os._exit(1)
+    deadline = time.monotonic() + _JOIN_SECONDS
     for thread in running():
-        thread.join(_JOIN_SECONDS)
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+# Run with this package's directory, the number of a process, and those of its devices.
+_REMOVER = """
+import sys
+sys.stdin.read()
+sys.path.insert(0, sys.argv[1])
+from ublk import _ublk
+for id in map(int, sys.argv[3:]):
+    try:
+        if _ublk.device(id)["pid"] in (None, int(sys.argv[2])):
+            _ublk.delete(id, True)
+    except OSError as error:
+        sys.stderr.write(f"ublk: removing /dev/ublkb{id}: {error}; `ublk del --dead` tries again\\n")
+"""
+
+
+def _leave_removal() -> str:
+    """Have another process remove the devices of this one, once that has ended; return what a message says of that."""
+    ids: list[int] = []
+    kept: list[int] = []
+    for device in list(_running):
+        native = device._native
+        if isinstance(native, _ublk.NativeDevice) and native.on_kernel and not native.stopped:
+            (ids if native.recovery is None else kept).append(native.id)
+    text = "".join(f"; /dev/ublkb{id} waits for another server: ublk.recover({id}, ...)" for id in kept)
+    if not ids:
+        return text
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = [sys.executable, "-c", _REMOVER, package, str(os.getpid()), *map(str, ids)]
+    try:
+        # It begins when the pipe ends, with this process. It may not be interrupted with this one.
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    except Exception as error:
+        return f"{text}; `ublk del --dead` removes its devices ({error})"
+    return f"{text}; its devices are removed after that"
 
 
 def _try(function: Callable[..., object], *arguments: object) -> None:

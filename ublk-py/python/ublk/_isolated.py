@@ -75,6 +75,7 @@ class IsolatedServing(Serving):
     def __init__(self, target: BlockDevice, served: Serving, report: Report, options: Mapping[str, Any]) -> None:
         super().__init__({}, served.operations, report)
         self.style = "isolated"
+        self._remote: RemoteDevice | None = None
         try:
             self._payload = pickle.dumps(target)
         except Exception as error:
@@ -112,9 +113,15 @@ class IsolatedServing(Serving):
         made: list[Native],
     ) -> None:
         remote = RemoteDevice(self._payload, id, options, driver is not None)
+        self._remote = remote
         made.append(remote)
         self._payload = b""
         remote.begin(self.die)
+
+    def cancel(self) -> None:
+        """Have the process do so when it stops the device."""
+        if self._remote is not None:
+            self._remote.cancels = True
 
 
 class RemoteDevice:
@@ -137,6 +144,8 @@ class RemoteDevice:
         self._owner = os.getpid()
         self._fake = fake
         self._is_expedited = False
+        # Whether a stop cancels tasks at once.
+        self.cancels = False
         self._control, control = _spawn.Pipe()
         self._events, events = _spawn.Pipe(duplex=False)
         levels = {name: logging.getLogger(name).level for name in ("", "ublk")}
@@ -199,7 +208,10 @@ class RemoteDevice:
         self._ask("resize", size)
 
     def stop(self, seconds: float) -> None:
-        """Have the device deleted, and the process gone. It waits for handlers for so many seconds."""
+        """Have the device deleted, and the process gone. It waits for handlers for so many seconds.
+
+        If that does not work, it is killed. Raises `UblkError` then, although the device is gone.
+        """
         self._finish("stop", seconds)
 
     def leave(self) -> None:
@@ -273,7 +285,7 @@ class RemoteDevice:
     def _finish(self, question: str, seconds: float | None = None) -> None:
         if self._is_expedited and seconds is not None:
             seconds = 0.0
-        arguments = () if seconds is None else (seconds,)
+        arguments = () if seconds is None else (seconds, self.cancels)
         patience = _ANSWER_SECONDS if seconds is None else seconds + _STOP_SECONDS
         with self._lock:
             if self.stopped:
@@ -282,18 +294,33 @@ class RemoteDevice:
                 # A start that was given up. It removes what it has made when it finds nobody to tell of it.
                 self._kill(_GIVE_UP_SECONDS)
                 return
+            if seconds is not None:
+                self._resume()
             try:
                 # Not again, if only the end of the process was not waited for.
                 self._last = self._last or self._ask_locked(question, *arguments, seconds=patience)
             except UblkError as error:
-                if error.errno != errno.EOWNERDEAD:
+                if error.errno == errno.EOWNERDEAD:
+                    try:
+                        self._clean_up()
+                    finally:
+                        self._kill(_EXIT_SECONDS)
+                    return
+                if seconds is None or self.recovery is not None:
                     raise
-                try:
-                    self._clean_up()
-                finally:
-                    self._kill(_EXIT_SECONDS)
-                return
+                # A handler is stuck, or the process. Its end is that of the requests.
+                self._kill()
+                self._clean_up()
+                raise UblkError(
+                    errno.EIO,
+                    f"{self.path}: process {self._process.pid} was killed, and its requests failed: {error.strerror}",
+                ) from None
             self._kill(_EXIT_SECONDS)
+
+    def _resume(self) -> None:
+        """Let a process go on that was suspended (SIGSTOP), which would keep the device."""
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self._running, signal.SIGCONT)
 
     def _clean_up(self) -> None:
         """Remove the device of a process that is gone, unless it is to wait for another."""

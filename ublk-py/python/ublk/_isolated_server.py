@@ -223,7 +223,10 @@ def _orphaned(device: Device, announced: bool) -> None:
 def _answer(device: Device, control: Connection, number: int, question: str, arguments: tuple[Any, ...]) -> bool:
     """Answer a question; tell whether it was the last one."""
     native = device._native
-    ends: dict[str, Callable[..., None]] = {"stop": device.stop, "leave": device.quiesce}
+    ends: dict[str, Callable[..., None]] = {
+        "stop": lambda seconds, cancel: device.stop(seconds, cancel=cancel),
+        "leave": device.quiesce,
+    }
     try:
         value: Any = None
         if question in ends:

@@ -193,19 +193,22 @@ def deferred() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hurrying(hurry: Callable[[], None]) -> Iterator[None]:
+def hurrying(hurry: Callable[[], None], *, again: bool = False) -> Iterator[None]:
     """Have SIGINT, SIGTERM and SIGHUP call a function in place of their handlers, and end the process the second time.
+
+    With ``again``, end it the first time.
 
     For the main thread, while the program ends. Signals that are ignored or kill the process still do so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    came = 1 if again else 0
 
-    def again(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came += 1
+        if came > 1:
             os._exit(128 + number)
         hurry()
 
@@ -215,9 +218,9 @@ def hurrying(hurry: Callable[[], None]) -> Iterator[None]:
             handler = signal.getsignal(number)
             if callable(handler):
                 before[number] = handler
-                signal.signal(number, again)
+                signal.signal(number, handle)
         yield
     finally:
         for replaced, handler in before.items():
-            if signal.getsignal(replaced) is again:
+            if signal.getsignal(replaced) is handle:
                 signal.signal(replaced, handler)

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Requests that Python has, and that a stop takes back when its time is over.
+//!
+//! A request that was detached from its queue's thread can be failed from any thread, while a method of a worker is still
+//! at work on it or a program keeps it. What Python has of its memory stays Python's: the tag gets fresh memory.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use pyo3::prelude::*;
+use ublk_core::{DetachedRequest, Errno};
+
+/// Something that may hold a request.
+pub(crate) trait Revoke: Send + Sync + fmt::Debug {
+    /// Fails the request; false if there is none.
+    fn revoke(&self, py: Python<'_>) -> bool;
+}
+
+/// What may hold requests of a device.
+#[derive(Debug, Default)]
+pub(crate) struct Holders(Mutex<Vec<Weak<dyn Revoke>>>);
+
+/// So many are there before it is looked whether they still are.
+const FEW: usize = 64;
+
+impl Holders {
+    pub(crate) fn add(&self, holder: Weak<dyn Revoke>) {
+        let mut holders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if holders.len() >= FEW && holders.len() == holders.capacity() {
+            holders.retain(|holder| holder.strong_count() != 0);
+            // Looked at again when there are twice as many.
+            let room = holders.len();
+            holders.reserve(room.max(FEW));
+        }
+        holders.push(holder);
+    }
+
+    /// Fails all requests; returns how many.
+    pub(crate) fn revoke(&self, py: Python<'_>) -> usize {
+        let holders = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let revoked = holders.iter().filter_map(Weak::upgrade).filter(|holder| holder.revoke(py)).count();
+        // The threads of workers hold others later.
+        let mut now = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        now.extend(holders.into_iter().filter(|holder| holder.strong_count() != 0));
+        revoked
+    }
+}
+
+/// Place for a request while its method runs.
+#[derive(Debug)]
+pub(crate) struct Held<R>(Mutex<Option<R>>);
+
+impl<R> Default for Held<R> {
+    fn default() -> Self {
+        Held(Mutex::new(None))
+    }
+}
+
+impl<R> Held<R> {
+    pub(crate) fn put(&self, request: R) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(request);
+    }
+
+    /// The request; `None` if it was revoked.
+    pub(crate) fn take(&self) -> Option<R> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Held<DetachedRequest> {
+    /// A place that the holders of a device know.
+    pub(crate) fn known(holders: &Holders) -> Arc<Self> {
+        let held = Arc::new(Held::default());
+        let weak: Weak<Self> = Arc::downgrade(&held);
+        holders.add(weak);
+        held
+    }
+}
+
+impl Revoke for Held<DetachedRequest> {
+    fn revoke(&self, _: Python<'_>) -> bool {
+        let Some(mut request) = self.take() else { return false };
+        if request.op().has_data() {
+            // The method is at work on it.
+            request.replace_buffer();
+        }
+        request.fail(Errno::EIO);
+        true
+    }
+}
