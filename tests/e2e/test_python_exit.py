@@ -135,10 +135,10 @@ def test_sigterm_removes_a_disk_whose_handler_is_stuck(pull: bool, options: str,
     client.start()
     assert server.line(60) == "entered"
     server.signal(signal.SIGTERM)
-    assert server.wait(patience(90)) == status, server.log
+    assert server.wait(90) == status, server.log
     client.join(patience(60))
     assert errors == [errno.EIO]
-    until(lambda: is_gone(path), "the disk is removed", patience(90))
+    until(lambda: is_gone(path), "the disk is removed", 90)
 
 
 @pytest.mark.parametrize("options", ["", "workers=2"])
@@ -183,7 +183,7 @@ def test_tasks_of_a_program_that_waits_for_its_own_disk_let_it_go_on() -> None:
     try:
         assert server.line(60) == str(errno.EIO), server.log
         # The requests fail first.
-        until(lambda: "its process seems to wait for its own disk" in server.log, "the reason in the log")
+        until(lambda: "its process waits for its own disk" in server.log, "the reason in the log")
         assert "has it open itself, as descriptor" in server.log
         server.signal(signal.SIGTERM)
         assert server.wait(60) == 128 + signal.SIGTERM, server.log

@@ -3,6 +3,7 @@
 """Handlers that hang are reported with their stacks."""
 
 import asyncio
+import os
 import threading
 import time
 
@@ -82,7 +83,7 @@ def test_a_coroutine_that_blocks_its_loop_is_reported_with_what_it_is_at(driver,
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
         deadline = time.monotonic() + 10
-        while not caplog.records and time.monotonic() < deadline:
+        while "block_the_loop" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
         go.set()
         client.join(10)
@@ -117,6 +118,10 @@ def test_a_wait_of_no_time_is_a_value_error():
         Plain().start(hang_after=0)
 
 
+# The number of the call, its six arguments, the stack pointer and the program counter.
+PREADV = "295 {:#x} 0x7f3fe9333000 0x1 0x10000 0x0 0x0 0x7ffc1dc4ac48 0x7f3fe94af2ad"
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """What /proc says of a process that has a partition of its own disk open, and a thread that waits for it."""
@@ -126,6 +131,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "fd" / "4").symlink_to("/nonexistent/ublkb01")
     (tmp_path / "task/7/stat").write_text("7 (a ) D name) S 1 1")
     (tmp_path / "task/8/stat").write_text("8 (client) D 1 1")
+    (tmp_path / "task/8/syscall").write_text(PREADV.format(3))
     monkeypatch.setattr(_own_disk, "_PROCESS", tmp_path)
     return tmp_path
 
@@ -151,7 +157,7 @@ def test_files_on_the_own_disk_are_its_own_too(own, monkeypatch):
     (own / "fd" / "5").symlink_to("/mnt/file")
     for descriptor, mount in (("3", 22), ("4", 22), ("5", 41)):
         (own / "fdinfo" / descriptor).write_text(f"pos:\t0\nmnt_id:\t{mount}\n")
-    assert _own_disk.own_descriptors("/dev/ublkb0") == ["5 (/mnt/file)"]
+    assert _own_disk.own_descriptors("/dev/ublkb0") == {5: "/mnt/file"}
 
 
 def test_tasks_of_a_program_that_waits_for_its_own_disk_fail_their_requests(driver, caplog, own):
@@ -167,7 +173,7 @@ def test_tasks_of_a_program_that_waits_for_its_own_disk_fail_their_requests(driv
         with pytest.raises(OSError, match="I/O error"):
             driver.read(device.id, 0, 512)
         assert cancelled.wait(10)
-        wait_for(lambda: "its process seems to wait for its own disk" in caplog.text)
+        wait_for(lambda: "its process waits for its own disk" in caplog.text)
     assert "thread (8) of this process cannot go on" in caplog.text
     assert "1 of their requests fail" in caplog.text
 
@@ -177,7 +183,51 @@ def test_a_handler_that_hangs_while_the_own_disk_is_used_is_named_with_the_cycle
     with disk.start(hang_after=0.1, _driver=driver) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
-        wait_for(lambda: "its process seems to wait for its own disk" in caplog.text)
+        wait_for(lambda: "its process waits for its own disk" in caplog.text)
         disk.go.set()
         client.join(10)
     assert "0 of their requests fail" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "syscall",
+    [PREADV.format(9), PREADV.format(4), "-1 0x7ffc1dc4ac48 0x7f3fe94af2ad", "running", "", None],
+    ids=["another file", "another disk", "page fault", "running", "empty", "unreadable"],
+)
+def test_a_thread_that_waits_for_another_disk_fails_no_request(driver, caplog, own, syscall):
+    if syscall is None:
+        (own / "task/8/syscall").unlink()
+    else:
+        (own / "task/8/syscall").write_text(syscall)
+
+    class Waits(ublk.BlockDevice):
+        async def read(self, offset, buf):
+            while not go.is_set():
+                await asyncio.sleep(0.01)
+            buf[:] = bytes(len(buf))
+
+    go = threading.Event()
+    with Waits(size=SIZE).start(hang_after=0.05, _driver=driver) as device:
+        client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
+        client.start()
+        wait_for(lambda: "a task has had a request" in caplog.text)
+        # The watchdog looks several times.
+        time.sleep(0.3)
+        go.set()
+        client.join(10)
+        assert device.stats().operations["read"].errors == 0
+    assert "waits for its own disk" not in caplog.text
+
+
+def test_the_descriptor_of_a_call_is_its_first_argument():
+    reader, writer = os.pipe()
+    thread = threading.Thread(target=os.read, args=[reader, 1])
+    thread.start()
+    try:
+        wait_for(lambda: _own_disk.descriptor_in_use(thread.native_id) == reader)
+    finally:
+        os.write(writer, b"x")
+        thread.join(10)
+        os.close(reader)
+        os.close(writer)
+    assert _own_disk.descriptor_in_use(thread.native_id) is None

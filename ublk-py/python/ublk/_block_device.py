@@ -305,10 +305,10 @@ class BlockDevice:
 
         A program may use its own disk in threads that do not serve it, but had better not: a thread that waits for a
         disk cannot be killed, and a process that is killed while it waits for itself may never end. The log warns of
-        programs that have their own disk open. If a handler is late and threads of the program wait meanwhile, that is
-        reported as well, and requests of tasks that are late fail, so that the threads can go on. Plain methods that
-        wait for their own disk cannot be helped: the device stays until the machine is restarted, or its driver has
-        a way to abort the requests of a process that is dying (`ublk del --force`).
+        programs that have their own disk open. If a handler is late and threads of the program wait for this disk
+        meanwhile, that is reported as well, and requests of tasks that are late fail, so that the threads can go on.
+        Plain methods that wait for their own disk cannot be helped: the device stays until the machine is restarted, or
+        its driver has a way to abort the requests of a process that is dying (`ublk del --force`).
 
         ``workers`` is how many threads call plain methods, divided among the queues, in place of the queues' own
         threads: up to ``depth`` of them for each queue have something to do. ``loop_factory`` makes the event

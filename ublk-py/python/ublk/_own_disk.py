@@ -18,16 +18,16 @@ from pathlib import Path
 _PROCESS = Path("/proc/self")
 
 
-def own_descriptors(path: str) -> list[str]:
+def own_descriptors(path: str) -> dict[int, str]:
     """Find what this process has open of a disk: its node, those of its partitions, and files on it."""
     node = re.compile(rf"{re.escape(path)}(p[0-9]+)?( \(deleted\))?")
     mounts = _mounts_of(os.path.basename(path))
-    found = []
+    found = {}
     for entry in _entries(_PROCESS / "fd"):
         try:
             target = os.readlink(_PROCESS / "fd" / entry)
             if node.fullmatch(target) or (mounts and _mount_of(entry) in mounts):
-                found.append(f"{entry} ({target})")
+                found[int(entry)] = target
         except OSError:
             # Closed meanwhile.
             continue
@@ -65,10 +65,10 @@ def _disk_of(number: str) -> str:
     return parts[parts.index("block") + 1] if "block" in parts[:-1] else ""
 
 
-def blocked_threads() -> list[str]:
-    """Find the threads of this process that wait for a device and cannot be killed until it answers."""
+def blocked_threads() -> dict[int, str]:
+    """Find the threads of this process that wait for a device and cannot be killed until it answers: their names."""
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
-    found = []
+    found = {}
     for entry in _entries(_PROCESS / "task"):
         try:
             # The name may have anything in it, parentheses too.
@@ -76,8 +76,22 @@ def blocked_threads() -> list[str]:
         except (OSError, IndexError):
             continue
         if state == "D":
-            found.append(f"{names.get(int(entry), 'thread')} ({entry})")
+            found[int(entry)] = f"{names.get(int(entry), 'thread')} ({entry})"
     return found
+
+
+def descriptor_in_use(thread: int) -> int | None:
+    """Return the descriptor that a blocked thread's system call is about, if that is known.
+
+    Those that read, write and sync have it as the first argument, where no other call that waits for a device has so
+    small a number. A thread that waits because of a page fault, or for a path, has none.
+    """
+    try:
+        # The call's number and its arguments; -1 without a call; "running" if it goes on after all.
+        words = (_PROCESS / "task" / str(thread) / "syscall").read_text().split()
+        return int(words[1], 16) if len(words) > 3 else None
+    except (OSError, ValueError):
+        return None
 
 
 def _entries(directory: Path) -> list[str]:

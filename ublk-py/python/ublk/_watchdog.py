@@ -12,7 +12,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ublk._log import log
-from ublk._own_disk import blocked_threads, own_descriptors
+from ublk._own_disk import blocked_threads, descriptor_in_use, own_descriptors
 
 if TYPE_CHECKING:
     from ublk._serving import Serving
@@ -35,8 +35,8 @@ class _Watched:
         self.reported_tasks: set[int] = set()
         # That the process uses its own disk.
         self.warned = False
-        # The threads that could not be killed when they were last looked at.
-        self.blocked: list[str] = []
+        # The threads that waited for the disk when they were last looked at, with their descriptors.
+        self.blocked: set[tuple[int, int]] = set()
 
 
 def watch(native: NativeDevice, path: str, seconds: float, serving: Serving) -> None:
@@ -91,18 +91,21 @@ def _look(native: NativeDevice, watched: _Watched) -> None:
             "%s: this process serves the disk and has it open itself, as descriptor %s: a thread that waits for the"
             " disk when the process is killed may keep it from ending; use the disk from another process",
             watched.path,
-            ", ".join(descriptors),
+            ", ".join(f"{number} ({target})" for number, target in descriptors.items()),
         )
     late = _report_threads(native, watched) | _report_tasks(watched)
+    names = blocked_threads() if late and descriptors else {}
+    # A thread that waits for another disk is no reason to fail requests of this one.
+    used = ((thread, descriptor_in_use(thread)) for thread in names)
+    blocked = {(thread, number) for thread, number in used if number in descriptors}
     # Twice in a row: a disk that answers has its threads wait now and then, too.
-    blocked = blocked_threads() if late and descriptors else []
-    cycle = [thread for thread in blocked if thread in watched.blocked]
+    cycle = sorted(names[thread] for thread, _number in blocked & watched.blocked)
     watched.blocked = blocked
     if cycle:
         failed = watched.fail(watched.seconds)
         log(
             logging.ERROR,
-            "%s: its process seems to wait for its own disk: %s of this process cannot go on, and its handlers have not"
+            "%s: its process waits for its own disk: %s of this process cannot go on, and its handlers have not"
             " answered for %g s; %d of their requests fail",
             watched.path,
             ", ".join(cycle),
