@@ -473,3 +473,54 @@ def test_a_third_ctrl_c_ends_a_program_at_once():
     found, _out, err = program.end(20)
     assert time.monotonic() - begin < 5, err
     assert found in (130, 1), err
+
+
+# A program that serves a disk without a kernel, in one of three ways.
+ENDS = """
+import functools, sys
+import ublk
+from ublk import _cli
+from ublk._ublk import FakeDriver
+
+driver = FakeDriver()
+start = ublk.BlockDevice.start
+ublk.BlockDevice.start = functools.partialmethod(start, _driver=driver)
+
+class Disk(ublk.BlockDevice):
+    def read(self, offset, buf):
+        buf[:] = bytes(len(buf))
+
+"""
+WAITS = "device = Disk(size=1 << 20).start(); print(device.path, flush=True); device.wait()"
+RUNS = "ublk.run(Disk(size=1 << 20))"
+COMMAND = "sys.exit(_cli.main(['run', '{path}:Disk', '--size', '1M']))"
+DISK = """
+import ublk
+
+class Disk(ublk.BlockDevice):
+    def read(self, offset, buf):
+        buf[:] = bytes(len(buf))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "status"),
+    [
+        (WAITS, signal.SIGTERM, 143),
+        (WAITS, signal.SIGHUP, 129),
+        (RUNS, signal.SIGTERM, 0),
+        (RUNS, signal.SIGINT, 0),
+        (COMMAND, signal.SIGTERM, 0),
+        (COMMAND, signal.SIGINT, 0),
+    ],
+    ids=["program", "program-hup", "run", "run-int", "command", "command-int"],
+)
+def test_the_exit_status_says_who_handled_the_signal(tmp_path, code, number, status):
+    path = tmp_path / "disk.py"
+    path.write_text(DISK)
+    command = [sys.executable, "-c", ENDS + code.format(path=path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert "/nonexistent/ublkb0" in process.stdout.readline()
+        process.send_signal(number)
+        _out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err

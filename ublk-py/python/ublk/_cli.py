@@ -79,8 +79,8 @@ def _parse_argument(text: str) -> tuple[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ublk run",
-        description="Serve a block device written in Python until Ctrl-C; or, with a command, run that with the "
-        "device's path, stop the device when it ends, and return its status.",
+        description="Serve a block device written in Python until Ctrl-C, SIGTERM or SIGHUP, stop it, and return 0; "
+        "or, with a command, run that with the device's path, stop the device when it ends, and return its status.",
         usage="ublk run [options] WHAT [-- COMMAND [ARG ...]]",
     )
     parser.add_argument("what", metavar="WHAT", help="FILE.py:CLASS or package.module:CLASS")
