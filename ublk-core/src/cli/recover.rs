@@ -7,7 +7,8 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use super::state::{Origin, State};
-use super::{Failure, Host, Outcome, add, daemon};
+use super::{Failure, Host, Outcome, add, daemon, upgrade};
+use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
@@ -53,7 +54,14 @@ pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     // Before a process is started for it.
     origin(args)?.add_args()?.check_recovery()?;
     log::debug!("device {id} gets a server in the background");
-    daemon::parent(arguments, host, daemon::Devices::Found)
+    let recovered = daemon::parent(arguments, host, daemon::Devices::Found);
+    recovered.map_err(|failure| if has_no_server(id) { upgrade::with_way_back(failure, id, None) } else { failure })
+}
+
+/// Whether a device waits for a server.
+fn has_no_server(id: DeviceId) -> bool {
+    let state = super::control().and_then(|control| control.info(id)).map(|info| info.state);
+    matches!(state, Ok(DeviceState::Quiesced | DeviceState::FailIo))
 }
 
 fn recover(args: &Args, ready: impl FnOnce(&[crate::Device]) -> Outcome) -> Outcome {

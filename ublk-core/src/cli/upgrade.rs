@@ -42,15 +42,18 @@ pub(super) fn run(args: &Args, host: &Host) -> Outcome {
     if outcome.is_err() && control.info(id).is_ok_and(|info| info.state == DeviceState::Live) {
         return outcome;
     }
-    outcome.map_err(|failure| {
-        let why = match failure {
-            Failure::Error(error) => error.to_string(),
-            Failure::Text(text) => text,
-            Failure::Reported => "the new server did not start".into(),
-        };
-        let new = host.relaunch.first().map(Path::new).and_then(|program| program.canonicalize().ok());
-        Failure::Text(format!("{why}\nublk: {}", way_back(id, old.filter(|old| Some(old) != new.as_ref()))))
-    })
+    let new = host.relaunch.first().map(Path::new).and_then(|program| program.canonicalize().ok());
+    outcome.map_err(|failure| with_way_back(failure, id, old.filter(|old| Some(old) != new.as_ref())))
+}
+
+/// The failure of a new server, and what to do about it. `old` is as for [`way_back`].
+pub(super) fn with_way_back(failure: Failure, id: DeviceId, old: Option<PathBuf>) -> Failure {
+    let why = match failure {
+        Failure::Error(error) => error.to_string(),
+        Failure::Text(text) => text,
+        Failure::Reported => "the new server did not start".into(),
+    };
+    Failure::Text(format!("{why}\nublk: {}", way_back(id, old)))
 }
 
 /// How a device without a server is served again. `old` is the program of its last server, if that was another one.
