@@ -99,7 +99,7 @@ class Recording:
     def _record(self, store: Store, backing: str, size: int) -> tuple[PowerLog, rig.Upper]:
         recovery = "" if self.change == "none" else self._dice.choice(("reissue", "queue"))
         upper = rig.add(self._kind, backing, self._dice, queues=self.queues, recovery=recovery)
-        clients = self._zone_clients(upper) if self._kind.zoned else self._clients(upper, size)
+        clients = self._zone_clients(upper) if self._kind.zoned else self._clients(upper, size, recovery)
         try:
             for client in clients:
                 client.start()
@@ -121,10 +121,10 @@ class Recording:
             upper.close()
         return log, upper
 
-    def _clients(self, upper: rig.Upper, size: int) -> list[Client]:
+    def _clients(self, upper: rig.Upper, size: int, recovery: str) -> list[Client]:
         parts = lay_out(self._dice, size, CLIENTS, self._block(upper.path))
         self.history = History(self._number + 1, [extent for part in parts for extent in part])
-        return [self._client(upper, part, index) for index, part in enumerate(parts)]
+        return [self._client(upper, part, index, recovery) for index, part in enumerate(parts)]
 
     def _zone_clients(self, upper: rig.Upper) -> list[Client]:
         parts = lay_out_zones(rig.ZONED_SIZE, rig.ZONE, 32768, CLIENTS)
@@ -138,12 +138,22 @@ class Recording:
     def _block(self, path: str) -> int:
         return int(Path("/sys/block", path.removeprefix("/dev/"), "queue/logical_block_size").read_text())
 
-    def _client(self, upper: rig.Upper, part: list[Extent], index: int) -> Client:
+    def _client(self, upper: rig.Upper, part: list[Extent], index: int, recovery: str) -> Client:
         direct = index != 3 or not self._kind.cached
         seed = f"{self._findings.seed}/power/{self._number}/{index}"
         zeros = self._dice.random() < 0.3
         cached = self._kind.cached
-        return Client(upper.path, self.history, part, seed, cpu=index, direct=direct, cached=cached, zeros=zeros)
+        return Client(
+            upper.path,
+            self.history,
+            part,
+            seed,
+            cpu=index,
+            direct=direct,
+            cached=cached,
+            zeros=zeros,
+            pages_may_be_lost=recovery == "queue",
+        )
 
     def _let_work(self, clients: list[Client], requests: int) -> None:
         """Waits until so many requests more have ended, or some time if none end."""

@@ -76,7 +76,9 @@ class Client(threading.Thread):
         direct: bool = True,
         cached: bool = True,
         zeros: bool = False,
+        pages_may_be_lost: bool = False,
     ) -> None:
+        """`pages_may_be_lost`: requests may fail, also those that write pages of the page cache back."""
         super().__init__(daemon=True)
         self._path = path
         self._history = history
@@ -87,6 +89,8 @@ class Client(threading.Thread):
         # Without a volatile cache every direct write is durable when it is acknowledged.
         self._durable = direct and not cached
         self._zeros = zeros
+        # Writes to the page cache of which a failure is reported by this client's next sync, to this client only.
+        self._unsure: list[Write] | None = [] if pages_may_be_lost and not direct else None
         self._over = threading.Event()
         self._memory = mmap.mmap(-1, 1 << 20)
         self.counts = Counts()
@@ -108,6 +112,9 @@ class Client(threading.Thread):
             except OSError as error:
                 self.counts.errors += 1
                 self.errors.append((time.monotonic_ns(), error))
+                if self._unsure is not None:
+                    # They may or may not have been carried out.
+                    self._unsure.clear()
                 time.sleep(PAUSE)
 
     def _step(self, disk: Disk) -> None:
@@ -116,12 +123,20 @@ class Client(threading.Thread):
         if what < 0.2:
             began = time.monotonic_ns()
             disk.sync()
-            self._history.flushed(began, time.monotonic_ns())
+            self._synced(began)
             self.counts.flushes += 1
         elif what < 0.35:
             self._check(disk, extent)
         else:
             self._write(disk, extent, durable=what < 0.5, zeros=self._zeros and what > 0.93)
+
+    def _synced(self, began: int) -> None:
+        acked = time.monotonic_ns()
+        self._history.flushed(began, acked)
+        for write in self._unsure or []:
+            write.acked, write.durable = acked, True
+        if self._unsure is not None:
+            self._unsure.clear()
 
     def _write(self, disk: Disk, extent: Extent, *, durable: bool, zeros: bool) -> None:
         number = len(extent.writes) + 1
@@ -137,7 +152,10 @@ class Client(threading.Thread):
             done = os.pwritev(disk.fd, [view], extent.offset, os.RWF_DSYNC if durable else 0)
             if done != extent.length:
                 raise OSError(5, f"{done} bytes written of {extent.length}")
-        write.acked = time.monotonic_ns()
+        if self._unsure is None or write.durable:
+            write.acked = time.monotonic_ns()
+        else:
+            self._unsure.append(write)
         self.counts.writes += 1
         self.counts.durable += durable
 
