@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,9 +52,15 @@ def campaign(
         for operation in case.operations
         if (not only or case.name in only) and not (back_end is StandIn and case.needs_kernel)
     ]
-    # All of them, in an order of the seed's.
+    # In an order of the seed's, but every case once before any comes again in another style.
     random.Random(f"{findings.seed}/handlers").shuffle(todo)
-    for number, (case, style, operation) in enumerate(todo[:rounds]):
+    seen: Counter[str] = Counter()
+    turns = []
+    for trial in todo:
+        turns.append((seen[trial[0].name], trial))
+        seen[trial[0].name] += 1
+    turns.sort(key=lambda turn: turn[0])
+    for number, (_, (case, style, operation)) in enumerate(turns[:rounds]):
         if findings.time_is_over():
             break
         findings.round = number
