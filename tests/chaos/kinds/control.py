@@ -72,6 +72,13 @@ def campaign(findings: Findings, rounds: int, only: Iterable[str], plant: str) -
             raise Stuck("a client with bad habits does not end", blocked_stacks()) from None
 
 
+def shown_processes() -> str:
+    """The threads of our programs, and where each waits."""
+    argv = ["ps", "-eLo", "pid,ppid,lwp,stat,time,wchan:24,args"]
+    lines = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.splitlines()
+    return "\n".join(line[:160] for line in lines if "ublk" in line)
+
+
 class Worker(threading.Thread):
     """Sends commands, one after the other."""
 
@@ -129,8 +136,10 @@ class Worker(threading.Thread):
             out, err = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             stacks = blocked_stacks()
+            processes = shown_processes()
             process.kill()
-            self._findings.add(f"control: {words[0]} does not end within {limit:g} s", f"{shown}\n{stacks}")
+            text = f"{shown}\n{stacks}\n{processes}"
+            self._findings.add(f"control: {words[0]} does not end within {limit:g} s", text)
             try:
                 process.communicate(timeout=patience(30))
             except subprocess.TimeoutExpired:
