@@ -3,6 +3,7 @@
 """Disks that say where their bytes lie."""
 
 import asyncio
+import copy
 import errno
 import os
 import random
@@ -562,3 +563,32 @@ def test_a_coroutine_on_the_caller_s_loop_may_wait_for_requests_on_an_extent(fil
             await asyncio.wait_for(asyncio.gather(*reads), 30)
 
     asyncio.run(main())
+
+
+def test_a_copy_of_a_disk_has_extents_of_its_own(tmp_path):
+    def content(byte):
+        path = tmp_path / byte.decode()
+        path.write_bytes(byte * SIZE)
+        return open(path, "rb")
+
+    class Disk(ublk.BlockDevice):
+        operations = ()
+
+        def __init__(self, file):
+            super().__init__(size=SIZE)
+            self.file = file
+
+        def map(self, op, offset, length):
+            return ublk.Extent(self.file, 0, SIZE, start=0, stable=True)
+
+    one = Disk(content(b"1"))
+    with testing.open(one) as first:
+        assert first.pread(0, 4) == b"1111"
+        two = copy.copy(one)
+        two.file = content(b"2")
+        with testing.open(two) as second:
+            assert second.pread(0, 4) == b"2222"
+        two.invalidate()
+        assert len(one._extents) == 1
+    one.file.close()
+    two.file.close()

@@ -264,11 +264,13 @@ class BlockDevice:
     @property
     def _extents(self) -> Extents:
         # One for all threads, whichever comes first; and not from `__init__`, for classes whose own does not call it.
-        # A forked child has others: requests of its parent would be under way in it for ever.
-        owner, extents = self.__dict__.setdefault("_kept_extents", (os.getpid(), Extents()))
-        if owner != os.getpid():
+        # A forked child has others: requests of its parent would be under way in it for ever. So has a copy of the
+        # object (`copy.copy`), whose bytes may be stored elsewhere: it has the owner of what it was copied from.
+        owner = (os.getpid(), id(self))
+        found, extents = self.__dict__.setdefault("_kept_extents", (owner, Extents()))
+        if found != owner:
             extents = Extents()
-            self.__dict__["_kept_extents"] = (os.getpid(), extents)
+            self.__dict__["_kept_extents"] = (owner, extents)
         kept: Extents = extents
         return kept
 
