@@ -13,9 +13,12 @@
 //! Handlers that write by themselves know better what a failure means, and what can be tried again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use pyo3::prelude::*;
 use ublk_core::{DetachedRequest, Errno, RawErrno};
+
+use crate::held::{Holders, Revoke};
 
 /// The flushes of a block device, shared by all queues and by all devices that serve it.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +50,12 @@ impl Flushes {
         if !self.0.written.load(Ordering::Relaxed) {
             self.0.written.store(true, Ordering::Release);
         }
+    }
+
+    /// Has the holders of a device know those that wait.
+    pub(crate) fn known(&self, holders: &Holders) {
+        let weak: Weak<Shared> = Arc::downgrade(&self.0);
+        holders.add(weak);
     }
 
     /// Notes that a flush begins. It ends with [`Flush::end`], or, unserved, by being dropped.
@@ -109,6 +118,16 @@ impl Flushes {
         }
         failing.into_iter().for_each(|(request, errno)| request.fail(errno));
         done.into_iter().for_each(DetachedRequest::complete);
+    }
+}
+
+/// Flushes that wait for others are failed at the end of a stop's time, as requests that Python has.
+impl Revoke for Shared {
+    fn revoke(&self, _: Python<'_>) -> bool {
+        let waiting = std::mem::take(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).succeeded);
+        let found = !waiting.is_empty();
+        waiting.into_iter().for_each(|(_, request)| request.fail(Errno::EIO));
+        found
     }
 }
 

@@ -10,7 +10,7 @@ use ublk_core::{DetachedRequest, Errno, Home, Op, Operations, RawErrno, RequestO
 use crate::buffer::Slot;
 use crate::error::to_errno;
 use crate::extents::{ATTEMPTS, Extents, Returned, forward_returned, is_extent};
-use crate::held::Held;
+use crate::held::{Held, Holders};
 
 /// The bound methods of a block device.
 #[derive(Debug, FromPyObject)]
@@ -86,6 +86,11 @@ impl Methods {
             extents: self.extents.clone_ref(py),
             report: self.report.clone_ref(py),
         }
+    }
+
+    /// Has the holders of a device know the flushes that wait for others.
+    pub(crate) fn know_flushes(&self, holders: &Holders) {
+        self.extents.get().0.flushes.known(holders);
     }
 
     /// Calls the method for a request and ends the request as that says. `slot` has the buffer object of its memory;

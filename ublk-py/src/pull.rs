@@ -120,6 +120,7 @@ impl Worker {
     fn run(&self, py: Python<'_>) -> PyResult<()> {
         let mut slot = Slot::default();
         let seat = self.watch.seat(py)?;
+        self.methods.know_flushes(self.watch.holders());
         let held = Held::known(self.watch.holders());
         // With a permit while handlers run, and without one while this waits.
         while let (Some(batch), _permit) = interpreter::detached(py, || self.queue.next_batch(1)) {

@@ -305,3 +305,34 @@ def test_no_flush_of_an_example_succeeds_after_a_failure(tmp_path, fdatasync, na
             with pytest.raises(OSError):
                 device.flush()
         device.abort()
+
+
+def test_a_stop_fails_a_flush_that_waits_for_a_stuck_one(driver, file):
+    first, entered, leave = threading.Lock(), threading.Event(), threading.Event()
+
+    def sync(file):
+        if first.acquire(blocking=False):
+            entered.set()
+            leave.wait(30)
+
+    device = Mapped(file, sync).start(_driver=driver, workers=2)
+    driver.write(device.id, 0, bytes(4096))
+    errors = []
+
+    def flush():
+        try:
+            driver.flush(device.id)
+        except OSError as error:
+            errors.append(error.errno)
+
+    threads = [threading.Thread(target=flush) for _ in range(2)]
+    threads[0].start()
+    assert entered.wait(10)
+    threads[1].start()
+    device.stop(cancel=True)
+    assert driver.devices() == []
+    for thread in threads:
+        thread.join(10)
+    assert set(errors) <= {errno.EIO, errno.ENODEV}
+    assert len(errors) == 2
+    leave.set()
