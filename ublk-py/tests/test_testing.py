@@ -274,3 +274,23 @@ def test_options_are_numbers_by_index():
     with testing.open(Disk(size=1 << 20), queues=two, depth=two, id=two, workers=two, coalesce_usecs=two) as file:
         assert (file.device.queues, file.device.depth, file.device.id) == (2, 2, 2)
         assert file.pread(0, 512) == bytes(512)
+
+
+def test_a_flush_of_a_disk_that_has_ended_fails():
+    class Dies(ublk.BlockDevice):
+        def read(self, offset, buf): ...
+
+        def write(self, offset, buf):
+            raise SystemExit
+
+        def flush(self): ...
+
+    file = testing.open(Dies(size=1 << 20))
+    with pytest.raises(OSError):
+        file.pwrite(0, bytes(512))
+    with pytest.raises(SystemExit):
+        file.device.wait(10)
+    with pytest.raises(OSError) as caught:
+        file.flush()
+    assert caught.value.errno == errno.ENODEV
+    file.close()

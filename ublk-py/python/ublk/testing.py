@@ -83,6 +83,9 @@ class File(io.RawIOBase):
     flushed, as with `abort`. If stopping fails, the file is still open, and closing it again tries again.
     """
 
+    # Whether its device was stopped in order.
+    _stopped = False
+
     def __init__(self, disk: BlockDevice | NativeDisk, **options: Any) -> None:
         super().__init__()
         if options.get("isolated"):
@@ -182,10 +185,9 @@ class File(io.RawIOBase):
         return length
 
     def flush(self) -> None:
-        """Make what was written durable; nothing, for disks without a cache."""
-        # Closing flushes, also a file whose device could not be started, or has ended.
-        running = not self.closed and hasattr(self, "device") and self.device.running
-        if running and "flush" in self.device.operations:
+        """Make what was written durable; nothing, for disks without a cache. ``ENODEV`` if the device has ended."""
+        # The base class's `close` calls this too, when a file is collected also for a device that could not be started.
+        if not self.closed and not self._stopped and hasattr(self, "device") and "flush" in self.device.operations:
             self._driver.flush(self.device.id)
 
     def discard(self, offset: int, length: int) -> None:
@@ -216,7 +218,9 @@ class File(io.RawIOBase):
             # A handler would wait for itself, and so would the flush.
             self.device._check_end()
         try:
-            self.flush()
+            # One that has ended has nothing to flush any more.
+            if hasattr(self, "device") and self.device.running:
+                self.flush()
         finally:
             self._stop()
 
@@ -231,6 +235,7 @@ class File(io.RawIOBase):
     def _stop(self, **how: Any) -> None:
         if hasattr(self, "device"):
             self.device.stop(**how)
+        self._stopped = True
         super().close()
         # Collecting one that could not be made closes it too.
         if hasattr(self, "_driver"):
