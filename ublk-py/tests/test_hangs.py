@@ -10,7 +10,7 @@ import time
 import pytest
 
 import ublk
-from ublk import _own_disk
+from ublk import _own_disk, _watchdog
 
 SIZE = 1 << 20
 
@@ -231,3 +231,46 @@ def test_the_descriptor_of_a_call_is_its_first_argument():
         os.close(reader)
         os.close(writer)
     assert _own_disk.descriptor_in_use(thread.native_id) is None
+
+
+def test_an_object_that_cannot_be_looked_at_does_not_end_the_watchdog(driver, caplog):
+    class Odd:
+        def __await__(self):
+            return self
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if go.is_set():
+                raise StopIteration
+
+        def __getattr__(self, name):
+            raise RuntimeError(name)
+
+    class Tasks(ublk.BlockDevice):
+        async def read(self, offset, buf):
+            await Odd()
+            buf[:] = bytes(len(buf))
+
+    go = threading.Event()
+    with Tasks(size=SIZE).start(hang_after=0.1, _driver=driver) as device:
+        client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
+        client.start()
+        wait_for(lambda: "await Odd()" in caplog.text)
+        go.set()
+        client.join(10)
+    assert _watchdog._thread.is_alive()
+
+
+def test_a_look_that_fails_is_not_the_last_one(driver, caplog, monkeypatch):
+    disk = Plain()
+    with disk.start(hang_after=0.05, _driver=driver) as device:
+        monkeypatch.setattr(_watchdog, "own_descriptors", lambda path: 1 / 0)
+        wait_for(lambda: "looking at its handlers failed" in caplog.text)
+        monkeypatch.setattr(_watchdog, "own_descriptors", lambda path: {})
+        client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
+        client.start()
+        wait_for(lambda: "a handler has run" in caplog.text)
+        disk.go.set()
+        client.join(10)

@@ -39,8 +39,9 @@ def _stack(coroutine: Any, thread: int) -> str:
             inner = frames[: frames.index(outermost) + 1]
             return "".join(line for found in reversed(inner) for line in traceback.format_stack(found, limit=1))
     lines = []
-    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
-        lines += traceback.format_stack(frame, limit=1)
+    # Beyond coroutines there are objects of the program's, on which an attribute may be anything.
+    while isinstance(coroutine, CoroutineType) and coroutine.cr_frame is not None:
+        lines += traceback.format_stack(coroutine.cr_frame, limit=1)
         coroutine = coroutine.cr_await
     return "".join(lines)
 
@@ -127,8 +128,16 @@ class LoopServer:
             # As all tasks are when a loop ends.
             self._queue.close()
             self._fail_unbegun()
+            self._forget_descriptor()
             self._die(RuntimeError("the event loop that served the device has ended"))
             raise
+
+    def _forget_descriptor(self) -> None:
+        assert self._loop is not None
+        if self._descriptor >= 0:
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def waiting(self) -> list[tuple[int, float, str]]:
         """Tell what tasks are at: a number, the seconds that each has had a request, and its stack."""
@@ -199,8 +208,7 @@ class LoopServer:
         assert self._loop is not None
         batch = self._queue.take(_AT_ONCE, self._hand)
         if batch is None:
-            self._loop.remove_reader(self._descriptor)
-            os.close(self._descriptor)
+            self._forget_descriptor()
             assert self._ended is not None
             self._ended.set()
             return

@@ -79,7 +79,11 @@ def _run() -> None:
             _wake.wait(min(shortest / 2, threading.TIMEOUT_MAX))
             devices = list(_watched.items())
         for native, watched in devices:
-            _look(native, watched)
+            try:
+                _look(native, watched)
+            except Exception as error:
+                # Of the program's objects, which a stack is made of. The other devices are still looked at.
+                log(logging.ERROR, "%s: looking at its handlers failed", watched.path, error=error)
 
 
 def _look(native: NativeDevice, watched: _Watched) -> None:
