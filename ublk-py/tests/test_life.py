@@ -2,8 +2,10 @@
 
 """Starting and ending devices; values that cannot be."""
 
+import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -527,3 +529,32 @@ def test_a_handler_that_has_returned_since_is_no_reason_to_leave_the_device():
     ended = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "was still running when the program ended" in ended.stderr
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 1e10])
+def test_a_wait_may_be_as_long_as_any(driver, timeout):
+    device = Disk(size=1 << 20).start(_driver=driver)
+    assert device.wait_ready(timeout)
+    threading.Timer(0.2, device.stop).start()
+    assert device.wait(timeout)
+    with pytest.raises(ValueError, match="nan"):
+        device.wait(float("nan"))
+    device.stop()
+
+
+def test_a_loop_that_ends_under_its_devices_leaves_no_descriptor():
+    class Tasks(ublk.BlockDevice):
+        async def read(self, offset, buf): ...
+
+    async def main(driver):
+        return await Tasks(size=1 << 20).start_async(_driver=driver)
+
+    counts = []
+    for _ in range(4):
+        device = asyncio.run(main(FakeDriver()))
+        with contextlib.suppress(ublk.UblkError):
+            device.stop()
+        del device
+        gc.collect()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[-1] <= counts[0] + 1, counts

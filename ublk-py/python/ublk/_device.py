@@ -47,6 +47,8 @@ HANG_SECONDS = 30.0
 STOP_SECONDS = 30.0
 # The same, for one that cancels.
 _CANCEL_SECONDS = 1.0
+# The kernel counts milliseconds in 31 bits.
+_LONGEST_POLL = 1_000_000.0
 # As long as any.
 _FOREVER = float(1 << 31)
 # For threads that are in the interpreter when it is about to be finalized.
@@ -401,7 +403,7 @@ class Device:
 
         Return whether it was within ``timeout`` seconds. Raises what the start failed with.
         """
-        over = self._start_over.wait(timeout)
+        over = self._start_over.wait(None if timeout is None else min(timeout, _LONGEST_POLL))
         if self._exception is not None:
             raise self._exception
         return over
@@ -413,6 +415,8 @@ class Device:
         that a handler ended the device with (`SystemExit`, say) is raised here. In the main thread Ctrl-C
         interrupts the wait with `KeyboardInterrupt`.
         """
+        if timeout is not None and timeout != timeout:
+            raise ValueError("timeout = nan: a number of seconds, or None")
         poller = select.poll()
         poller.register(self._native.fileno(), select.POLLIN)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -423,7 +427,7 @@ class Device:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return False
-                poller.poll(None if left is None else left * 1000)
+                poller.poll(None if left is None else min(left, _LONGEST_POLL) * 1000)
                 if signalled is not None:
                     _signals.drain(signalled)
         # The thread that starts a pulling device is about to tell what went wrong.
