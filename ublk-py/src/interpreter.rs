@@ -211,6 +211,22 @@ pub(crate) fn close_gate(py: Python<'_>, seconds: f64) -> PyResult<()> {
     Ok(())
 }
 
+/// How many forks there were between the first process and this one.
+pub(crate) fn generation() -> usize {
+    GENERATION.load(Ordering::Relaxed)
+}
+
+/// Ends the process if it is a child that was forked since `generation`, in a handler that has returned: the request, and
+/// the ring that the thread would go on with, are its parent's.
+pub(crate) fn end_forked_child(generation: usize) {
+    if generation == self::generation() {
+        return;
+    }
+    eprintln!("ublk: a process that a handler has forked has returned from the handler; it ends with status 1");
+    // SAFETY: ends the process, and touches no memory. Exit handlers would be the parent's.
+    unsafe { nix::libc::_exit(1) };
+}
+
 /// Forgets the parent's permits, in a forked child.
 #[pyfunction]
 pub(crate) fn after_fork() {

@@ -9,6 +9,7 @@ use nix::time::{ClockId, clock_gettime};
 use pyo3::prelude::*;
 
 use crate::held::Holders;
+use crate::interpreter;
 
 /// One for each device.
 #[derive(Clone, Debug)]
@@ -93,7 +94,9 @@ impl Seat {
     /// Calls a handler.
     pub(crate) fn during<T>(&self, call: impl FnOnce() -> T) -> T {
         self.since.store(now(), Ordering::Relaxed);
+        let generation = interpreter::generation();
         let result = call();
+        interpreter::end_forked_child(generation);
         self.since.store(0, Ordering::Relaxed);
         result
     }

@@ -4,6 +4,8 @@
 
 import errno
 import logging
+import os
+import signal
 import threading
 import time
 
@@ -343,3 +345,50 @@ def test_a_read_that_is_completed_unseen_has_no_other_requests_bytes(driver):
     with HalfInBatches(size=SIZE).start(depth=1, _driver=driver) as dev:
         driver.write(dev.id, 0, b"secret! " * 512)
         assert driver.read(dev.id, 8192, 4096) == b"\xa5" * 4096
+
+
+class Forks(ublk.BlockDevice):
+    def read(self, offset, buf):
+        buf[:] = b"r" * len(buf)
+        self.fork()
+
+    def fork(self):
+        self.child = os.fork()
+
+
+class ForksInTasks(Forks):
+    async def read(self, offset, buf):
+        super().read(offset, buf)
+
+
+class ForksInBatches(Forks):
+    read = ublk.BlockDevice.read
+
+    def handle(self, requests):
+        self.fork()
+        for request in requests:
+            with request:
+                request.buffer[:] = b"r" * request.length
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Forks, {}), (Forks, {"workers": 1}), (ForksInTasks, {}), (ForksInBatches, {})],
+    ids=["methods", "workers", "tasks", "batches"],
+)
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_that_returns_from_a_handler_ends(driver, kind, options):
+    disk = kind(size=SIZE)
+    with disk.start(_driver=driver, **options) as device:
+        assert driver.read(device.id, 0, 512) == b"r" * 512
+        deadline = time.monotonic() + 20
+        while (ended := os.waitpid(disk.child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if ended == (0, 0):
+            os.kill(disk.child, signal.SIGKILL)
+            os.waitpid(disk.child, 0)
+        assert os.waitstatus_to_exitcode(ended[1]) == 1
+        assert ended[0] == disk.child, "the child serves the disk, too"
+        # The parent's disk works as before.
+        assert driver.read(device.id, 512, 512) == b"r" * 512
+        os.waitpid(disk.child, 0)

@@ -305,6 +305,8 @@ class BlockDevice:
 
         A handler that runs for longer than ``hang_after`` seconds is reported, once, in the log with its stack.
 
+        A handler may fork. The child must not return from the handler: it is ended with status 1 if it does.
+
         A program may use its own disk in threads that do not serve it, but had better not: a thread that waits for a
         disk cannot be killed, and a process that is killed while it waits for itself may never end. The log warns of
         programs that have their own disk open. If a handler is late and threads of the program wait for this disk

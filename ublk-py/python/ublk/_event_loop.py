@@ -46,6 +46,13 @@ def _stack(coroutine: Any, thread: int) -> str:
     return "".join(lines)
 
 
+def _end_forked_child() -> None:
+    """End a process that a handler has forked and that has returned from it: request and loop are its parent's."""
+    text = "ublk: a process that a handler has forked has returned from the handler; it ends with status 1"
+    print(text, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def _starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
     """Tell whether tasks may begin at once: from Python 3.12 on, if the loop has no way of its own to make them."""
     if sys.version_info < (3, 12):
@@ -77,6 +84,7 @@ class LoopServer:
         # What was taken and is not in there yet: a signal's handler may raise anything at any place.
         self._hand: list[weakref.ref[Request]] = []
         self._thread = 0
+        self._owner = os.getpid()
         self._descriptor = -1
         self._ended: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -265,6 +273,8 @@ class LoopServer:
                 # A class may have methods of both kinds.
                 if isinstance(returned, CoroutineType) or inspect.isawaitable(returned):
                     returned = await returned
+                if os.getpid() != self._owner:
+                    _end_forked_child()
                 # Again, if what it has returned was invalidated meanwhile.
                 ended = request._finish(returned)
         except asyncio.CancelledError:
