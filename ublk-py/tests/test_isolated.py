@@ -302,3 +302,16 @@ def test_a_stop_that_cancels_does_so_in_the_other_process(monkeypatch):
     device = Disk().start(isolated=True, _driver=FakeDriver())
     device.stop(cancel=True)
     assert asked == [("stop", (1.0, True))]
+
+
+def test_a_stop_that_is_expedited_waits_for_no_process(monkeypatch):
+    monkeypatch.setattr(_isolated.RemoteDevice, "_resume", lambda self: None)
+    device = Disk().start(isolated=True, _driver=FakeDriver())
+    process = process_of(device)
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Timer(0.5, device._native.expedite).start()
+    begin = time.monotonic()
+    with pytest.raises(ublk.UblkError, match="was killed"):
+        device.stop(timeout=None)
+    assert time.monotonic() - begin < 20
+    assert process.exitcode == -signal.SIGKILL

@@ -47,8 +47,10 @@ _START_SECONDS = 120.0
 _ANSWER_SECONDS = 75.0
 # For the other side's part of a stop, besides the wait for handlers.
 _STOP_SECONDS = 15.0
-# At a time.
-_LONGEST_WAIT = 3600.0
+# After which it is looked whether a wait was expedited.
+_LOOK_SECONDS = 0.5
+# For an answer, from then on.
+_EXPEDITED_SECONDS = 3.0
 _EXIT_SECONDS = 5.0
 _GIVE_UP_SECONDS = 30.0
 
@@ -248,11 +250,12 @@ class RemoteDevice:
         answer: Answer | None = None
         try:
             while answer is None:
+                if self._is_expedited:
+                    deadline = min(deadline, time.monotonic() + _EXPEDITED_SECONDS)
                 left = max(0.0, deadline - time.monotonic())
-                # The kernel counts milliseconds in 31 bits.
-                ready = wait([self._control, self._running], min(left, _LONGEST_WAIT))
+                ready = wait([self._control, self._running], min(left, _LOOK_SECONDS))
                 if not ready:
-                    if left <= _LONGEST_WAIT:
+                    if left <= 0:
                         break
                     continue
                 if self._control not in ready:
