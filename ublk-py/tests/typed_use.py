@@ -24,7 +24,7 @@ class Ram(ublk.BlockDevice):
         return len(buf)
 
     def flush(self) -> None:
-        pass
+        ublk.FileSync(3).sync()
 
     def discard(self, offset: int, length: int) -> None:
         raise NotImplementedError
