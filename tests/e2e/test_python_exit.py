@@ -139,6 +139,7 @@ def test_sigterm_removes_a_disk_whose_handler_is_stuck(pull: bool, options: str,
     client.join(patience(60))
     assert errors == [errno.EIO]
     until(lambda: is_gone(path), "the disk is removed", 90)
+    server.close()
 
 
 @pytest.mark.parametrize("options", ["", "workers=2"])
