@@ -121,15 +121,19 @@ static void ublk_batch_kick(struct ublk_fetch *fetch)
 		io_uring_cmd_complete_in_task(fetch->cmd, ublk_batch_tw);
 }
 
-/* A request has won the slot of @tag. */
+/* A request has won the slot of @tag. It may have been taken back since. */
 void ublk_batch_send(struct ublk_queue *q, u16 tag)
 {
 	struct ublk_batch *b = q->batch;
-	struct ublk_fetch *fetch;
+	struct ublk_fetch *fetch = NULL;
 
+	ublk_race(UBLK_RACE_BATCH);
 	spin_lock(&b->lock);
-	b->tags[(b->head + b->nr++) & b->mask] = tag;
-	fetch = ublk_batch_activate(b);
+	if (likely(!ublk_io_moves(&q->ios[tag], UBLK_IO_REVOKED,
+				  UBLK_IO_CANCELED))) {
+		b->tags[(b->head + b->nr++) & b->mask] = tag;
+		fetch = ublk_batch_activate(b);
+	}
 	spin_unlock(&b->lock);
 	ublk_batch_kick(fetch);
 }
@@ -185,23 +189,24 @@ static void ublk_batch_drop(struct ublk_batch *b, unsigned int i)
 }
 
 /*
- * Makes the caller the owner of a request that is on its way: out of the ring,
- * or out of the hands of a delivery that waits for a page fault and will find
- * that. False if it has arrived.
+ * Makes the caller the owner of a request that is on its way. What is not in the
+ * ring is in the hands of its sender, or of a delivery, which will find that.
+ * False if it has arrived, or was taken back before.
  */
 bool ublk_batch_revoke(struct ublk_queue *q, struct ublk_io *io)
 {
 	struct ublk_batch *b = q->batch;
-	bool won = true;
 	unsigned int i;
+	bool won;
 
 	spin_lock(&b->lock);
 	for (i = 0; i < b->nr; i++)
 		if (b->tags[(b->head + i) & b->mask] == io->tag)
 			break;
 	if (i < b->nr) {
+		won = ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_CANCELED);
+		ublk_assert(won);
 		ublk_batch_drop(b, i);
-		atomic_set(&io->state, UBLK_IO_CANCELED);
 	} else {
 		won = ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_REVOKED);
 	}
@@ -314,12 +319,11 @@ static unsigned int ublk_batch_prepare(struct ublk_queue *q,
 
 	for (i = 0; i < n; i++) {
 		struct ublk_io *io = &q->ios[tags[i]];
-		int ret = -ENODEV;
+		int ret = UBLK_TAKEN_BACK;
 
 		if (likely(ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY)))
 			ret = ublk_prepare_delivery(q, io, cmd, issue_flags);
-		if (unlikely(ret == -ENODEV)) {
-			/* Taken back, and which has ended it. */
+		if (unlikely(ret == UBLK_TAKEN_BACK)) {
 			atomic_set(&io->state, UBLK_IO_CANCELED);
 			continue;
 		}
@@ -639,10 +643,9 @@ static int ublk_commit_elem(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	io = &q->ios[elem.tag];
 	if (!ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_BUSY))
 		return -EBUSY;
-	ret = ublk_take_result(q, io, elem.buf_addr, elem.zone_lba,
-			       &elem.result);
-	if (unlikely(ret))
-		return ret;
+	if (unlikely(!ublk_take_result(q, io, elem.buf_addr, elem.zone_lba,
+				       &elem.result)))
+		return -ENODEV;
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_elem_set_buf(q, args, &elem, io);
 	req = io->req;

@@ -9,6 +9,7 @@
 #include <linux/nospec.h>
 #include <linux/pagemap.h>
 #include <linux/sched/signal.h>
+#include <linux/sizes.h>
 #include <linux/uaccess.h>
 #include <linux/uio.h>
 
@@ -16,6 +17,8 @@
 
 /* How often memory that was made resident may be gone before it is used. */
 #define UBLK_COPY_TRIES	100
+/* How much is made resident at a time, as long as it then stays. */
+#define UBLK_COPY_WINDOW	SZ_64K
 
 struct ublk_copy {
 	struct iov_iter	*iter;
@@ -141,10 +144,34 @@ static size_t ublk_copy_resident(struct request *req, size_t done,
 	return n;
 }
 
-/* Makes memory resident, for a while. False if that cannot be had. */
-static bool ublk_fault_in(struct iov_iter *iter, bool to_server)
+/* How a copy that takes no page fault gets on. */
+struct ublk_progress {
+	unsigned int	tries;		/* left without a byte copied */
+	size_t		window;		/* bytes that the next fault-in is for */
+};
+
+#define UBLK_PROGRESS_INIT \
+	{ .tries = UBLK_COPY_TRIES, .window = UBLK_COPY_WINDOW }
+
+/* Notes that @n bytes were copied. False if there is no use in going on. */
+static bool ublk_gets_on(struct ublk_progress *progress, size_t n)
 {
-	size_t bytes = iov_iter_count(iter);
+	if (n) {
+		*progress = (struct ublk_progress)UBLK_PROGRESS_INIT;
+		return true;
+	}
+	/* Where memory is short, the end of a window may displace its beginning. */
+	if (progress->tries < UBLK_COPY_TRIES)
+		progress->window = PAGE_SIZE;
+	return progress->tries--;
+}
+
+/*
+ * Makes some of the next @bytes resident, for a while. False if they cannot be
+ * had.
+ */
+static bool ublk_fault_in(struct iov_iter *iter, size_t bytes, bool to_server)
+{
 	size_t missing;
 
 	if (fatal_signal_pending(current))
@@ -158,18 +185,18 @@ static bool ublk_fault_in(struct iov_iter *iter, bool to_server)
 
 /*
  * Copies the first @bytes between the request of a slot, which is BUSY, and the
- * server whose task this is. Returns how many could be had, or -ENODEV if the
- * request was taken back.
+ * server whose task this is. Returns how many could be had, or UBLK_TAKEN_BACK.
  *
  * A page fault may take for ever: that of a file in a FUSE whose daemon hangs,
  * for example. While it is served the slot is in state @rest, so that a time-out
- * can take the request back.
+ * can take the request back. Nothing else may change that state.
  */
-static ssize_t ublk_copy_busy(struct ublk_io *io, u64 addr, size_t bytes,
-			      bool to_server, enum ublk_io_state rest)
+static int ublk_copy_busy(struct ublk_io *io, u64 addr, unsigned int bytes,
+			  bool to_server, enum ublk_io_state rest)
 {
-	unsigned int tries = UBLK_COPY_TRIES;
-	size_t done = 0;
+	struct ublk_progress progress = UBLK_PROGRESS_INIT;
+	struct request *req = io->req;
+	unsigned int done = 0;
 
 	for (;;) {
 		struct iov_iter iter;
@@ -180,41 +207,38 @@ static ssize_t ublk_copy_busy(struct ublk_io *io, u64 addr, size_t bytes,
 					to_server ? ITER_DEST : ITER_SOURCE,
 					&iter))
 			return done;
-		n = ublk_copy_resident(io->req, done, &iter, to_server);
+		n = ublk_copy_resident(req, done, &iter, to_server);
 		done += n;
-		if (likely(done == bytes))
-			return done;
-		/* A page that goes each time before it can be used. */
-		if (n)
-			tries = UBLK_COPY_TRIES;
-		else if (!tries--)
+		if (likely(done == bytes) || !ublk_gets_on(&progress, n))
 			return done;
 
 		atomic_set_release(&io->state, rest);
-		resident = ublk_fault_in(&iter, to_server);
+		resident = ublk_fault_in(&iter, min_t(size_t, bytes - done,
+						      progress.window),
+					 to_server);
 		if (!ublk_io_moves(io, rest, UBLK_IO_BUSY))
-			return -ENODEV;
+			return UBLK_TAKEN_BACK;
 		if (!resident)
 			return done;
 	}
 }
 
-/* Copies all the data of a request, or fails with -EFAULT or -ENODEV. */
+/* Copies all the data of a request. 0, -EFAULT or UBLK_TAKEN_BACK. */
 int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state rest)
 {
-	size_t bytes = blk_rq_bytes(io->req);
-	ssize_t done = ublk_copy_busy(io, addr, bytes, true, rest);
+	unsigned int bytes = blk_rq_bytes(io->req);
+	int done = ublk_copy_busy(io, addr, bytes, true, rest);
 
-	if (done < 0)
+	if (done == UBLK_TAKEN_BACK)
 		return done;
 	return done == bytes ? 0 : -EFAULT;
 }
 
-/* Returns how many of the first @bytes could be had, or -ENODEV. */
-ssize_t ublk_copy_from_server(struct ublk_io *io, u64 addr, size_t bytes)
+/* Returns how many of the first @bytes could be had, or UBLK_TAKEN_BACK. */
+int ublk_copy_from_server(struct ublk_io *io, u64 addr, unsigned int bytes)
 {
-	bytes = min_t(size_t, bytes, blk_rq_bytes(io->req));
-	return ublk_copy_busy(io, addr, bytes, false, UBLK_IO_SERVED);
+	bytes = min(bytes, blk_rq_bytes(io->req));
+	return ublk_copy_busy(io, addr, bytes, false, UBLK_IO_COMMIT);
 }
 
 /* The slot that a position in the char device is about, or NULL. */
@@ -238,10 +262,13 @@ static struct ublk_io *ublk_pos_to_io(struct ublk_device *ub, u64 pos)
 	return &q->ios[array_index_nospec(tag, q->depth)];
 }
 
-/* Copies from or to the request of a slot that the caller keeps. */
+/*
+ * Copies from or to the request of a slot that the caller keeps. @left: bytes of
+ * the request after those that were copied.
+ */
 static ssize_t ublk_user_copy_rq(struct request *req, size_t offset,
 				 struct iov_iter *iter, bool integrity,
-				 bool to_server)
+				 bool to_server, size_t *left)
 {
 	size_t bytes, done;
 
@@ -252,13 +279,12 @@ static ssize_t ublk_user_copy_rq(struct request *req, size_t offset,
 		return -EINVAL;
 	if (to_server == ublk_rq_from_server(req))
 		return -EACCES;
-	if (offset == bytes || !iov_iter_count(iter))
-		return 0;
 	if (integrity)
 		done = ublk_copy_integrity(req, offset, iter, to_server);
 	else
 		done = ublk_copy_data(req, offset, iter, to_server);
-	return done ?: -EFAULT;
+	*left = bytes - offset - done;
+	return done;
 }
 
 /* Why there is none. There are requests before the device is LIVE: of zones. */
@@ -267,17 +293,18 @@ static int ublk_no_request(const struct ublk_device *ub)
 	return READ_ONCE(ub->dev_info.state) == UBLK_S_DEV_DEAD ? -EACCES : -EINVAL;
 }
 
-/* Copies what can be copied without a page fault; -EFAULT if that is nothing. */
-static ssize_t ublk_user_copy_once(struct ublk_io *io, size_t offset,
-				   struct iov_iter *iter, bool integrity,
-				   bool to_server)
+/* The same without a page fault, if there still is a request. */
+static ssize_t ublk_user_copy_resident(struct ublk_io *io, size_t offset,
+				       struct iov_iter *iter, bool integrity,
+				       bool to_server, size_t *left)
 {
 	ssize_t ret;
 
 	if (!ublk_io_get(io))
 		return ublk_no_request(ublk_io_queue(io)->ub);
 	pagefault_disable();
-	ret = ublk_user_copy_rq(io->req, offset, iter, integrity, to_server);
+	ret = ublk_user_copy_rq(io->req, offset, iter, integrity, to_server,
+				left);
 	pagefault_enable();
 	ublk_io_put(io);
 	return ret;
@@ -294,9 +321,9 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 	bool integrity = iocb->ki_pos & UBLKSRV_IO_INTEGRITY_FLAG;
 	u64 pos = iocb->ki_pos & ~UBLKSRV_IO_INTEGRITY_FLAG;
 	u64 flags = ub->dev_info.flags;
-	unsigned int tries = UBLK_COPY_TRIES;
+	struct ublk_progress progress = UBLK_PROGRESS_INIT;
 	struct ublk_io *io;
-	size_t offset, done = 0;
+	size_t offset, left, done = 0;
 	ssize_t ret;
 
 	if (!user_backed_iter(iter))
@@ -311,14 +338,19 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 		return ublk_no_request(ub);
 	offset = (pos - UBLKSRV_IO_BUF_OFFSET) & UBLK_IO_BUF_BITS_MASK;
 	/* The request must be able to end while a page fault is served. */
-	do {
-		ret = ublk_user_copy_once(io, offset + done, iter, integrity,
-					  to_server);
-		if (ret > 0)
-			done += ret;
-		else if (ret != -EFAULT || !tries--)
+	for (;;) {
+		ret = ublk_user_copy_resident(io, offset + done, iter, integrity,
+					      to_server, &left);
+		if (ret < 0)
 			break;
-	} while (iov_iter_count(iter) && ublk_fault_in(iter, to_server));
+		done += ret;
+		left = min(left, iov_iter_count(iter));
+		if (!left || !ublk_gets_on(&progress, ret) ||
+		    !ublk_fault_in(iter, min(left, progress.window), to_server)) {
+			ret = left ? -EFAULT : 0;
+			break;
+		}
+	}
 	iocb->ki_pos += done;
 	return done ?: ret;
 }

@@ -14,6 +14,7 @@ enum ublk_race {
 	UBLK_RACE_TAKE_BACK,	/* a request is taken back, and not ended */
 	UBLK_RACE_ADD,		/* a device is known, its uevent not sent */
 	UBLK_RACE_ADDED,	/* a device can be removed, its ADD_DEV not over */
+	UBLK_RACE_BATCH,	/* a request has won its slot, and is not in the ring */
 };
 
 #ifdef UBLK_DEBUG

@@ -89,6 +89,7 @@ static bool ublk_slot_waits(const struct ublk_io *io)
 	case UBLK_IO_BUSY:
 	case UBLK_IO_ARMED:
 	case UBLK_IO_DISPATCH:
+	case UBLK_IO_COMMIT:
 		return true;
 	default:
 		return false;
@@ -122,9 +123,8 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 		return ret;
 	}
 
-	ret = ublk_take_result(q, io, args->addr, lba, &result);
-	if (unlikely(ret))
-		return ret;
+	if (unlikely(!ublk_take_result(q, io, args->addr, lba, &result)))
+		return -ENODEV;
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_park(q, io, cmd, args, issue_flags);
 	/* The tag stays the request's until it has ended: nothing can use the slot. */
@@ -151,8 +151,8 @@ static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 		atomic_set_release(&io->state, UBLK_IO_SERVED);
 		return UBLK_IO_RES_OK;
 	}
-	if (ret == -ENODEV)
-		return ret;
+	if (ret == UBLK_TAKEN_BACK)
+		return -ENODEV;
 	/* The request ends, and the command waits for the next one. */
 	ublk_park(q, io, cmd, args, issue_flags);
 	ublk_undeliverable(q, io, issue_flags);

@@ -71,8 +71,8 @@ static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
 /*
  * Gets the data of a request, or the pages, to where the server expects them.
  * The slot is BUSY, and its request was in DISPATCH. Returns what the command is
- * to be completed with, or a negative errno: -ENODEV if the request was taken
- * back meanwhile, others if it cannot be delivered.
+ * to be completed with, a negative errno if the request cannot be delivered, or
+ * UBLK_TAKEN_BACK.
  */
 int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 			  struct io_uring_cmd *cmd, unsigned int issue_flags)
@@ -131,7 +131,7 @@ static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flag
 	if (likely(ours && !dying)) {
 		ublk_race(UBLK_RACE_DELIVER);
 		res = ublk_prepare_delivery(q, io, cmd, issue_flags);
-		ours = res != -ENODEV;
+		ours = res != UBLK_TAKEN_BACK;
 	}
 	if (unlikely(dying || !ours)) {
 		struct request *req = io->req;
@@ -177,6 +177,8 @@ static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx,
 	struct ublk_queue *q = hctx->driver_data;
 	enum ublk_gate gate = READ_ONCE(q->gate);
 	struct request *req = bd->rq;
+	/* Once the slot is won, the request may be taken back and lose its tag. */
+	u16 tag = req->tag;
 	blk_status_t status;
 
 	if (unlikely(gate < UBLK_GATE_HOLD))
@@ -191,9 +193,9 @@ static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx,
 		/* A status that is returned would be ended by the block layer. */
 		ublk_end_request(req, status);
 	else if (ublk_is_batch(q))
-		ublk_batch_send(q, req->tag);
+		ublk_batch_send(q, tag);
 	else
-		ublk_send(&q->ios[req->tag]);
+		ublk_send(&q->ios[tag]);
 	return BLK_STS_OK;
 }
 
@@ -233,7 +235,7 @@ static void ublk_queue_rqs(struct rq_list *rqlist)
 			continue;
 		}
 		if (ublk_is_batch(q)) {
-			ublk_batch_send(q, req->tag);
+			ublk_batch_send(q, io->tag);
 			continue;
 		}
 		if (last && ublk_same_ring(first, io)) {

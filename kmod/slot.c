@@ -227,6 +227,7 @@ static bool ublk_holder_gone(struct ublk_queue *q, struct ublk_io *io)
 static int ublk_win_back(struct ublk_queue *q, struct ublk_io *io)
 {
 	if (ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_CANCELED) ||
+	    ublk_io_moves(io, UBLK_IO_COMMIT, UBLK_IO_CANCELED) ||
 	    ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_CANCELED))
 		return UBLK_RES_ABORTED;
 	if (ublk_is_batch(q) ? ublk_batch_revoke(q, io) :
@@ -338,6 +339,7 @@ static bool __maybe_unused ublk_slot_in_use(const struct ublk_io *io)
 	case UBLK_IO_DISPATCH:
 	case UBLK_IO_ASKED:
 	case UBLK_IO_SERVED:
+	case UBLK_IO_COMMIT:
 	case UBLK_IO_REVOKED:
 		return true;
 	default:

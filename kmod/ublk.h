@@ -11,18 +11,21 @@
  *	DISPATCH   a request has won the slot and is on its way to the server
  *	ASKED      NEED_GET_DATA: the server was told, it has not named a buffer
  *	SERVED     the server holds the request
+ *	COMMIT     a commit has the request, and waits for a page fault
  *	REVOKED    the request was taken back before its task work ran, which will
  *		   complete the command
  *	CANCELED   the command was completed with UBLK_IO_RES_ABORT
  *
- * The ways out of ARMED, DISPATCH, ASKED and SERVED are races, and
+ * The ways out of ARMED, DISPATCH, ASKED, SERVED and COMMIT are races, and
  * compare-and-exchange decides them: a request against a cancellation for an
  * armed slot; task work, or a command of the server, against a time-out that
  * takes the request back from a server that is gone. The winner owns the
  * request. A slot in another state has one owner: in BUSY the command or the
  * task work, else the release of the char device. BUSY is left again within a
- * short time: it goes back to the state before it for as long as a page fault of
- * the server takes, see copy.c.
+ * short time: as long as a page fault of the server takes the slot is in
+ * DISPATCH, ASKED or COMMIT, which only its owner and a take-back leave. SERVED
+ * would not do: with UBLK_F_BATCH_IO any thread may commit then, and the tag may
+ * be another request's when the page is there.
  *
  * Locks, outer to inner:
  *
@@ -78,6 +81,7 @@ enum ublk_io_state {
 	UBLK_IO_DISPATCH,
 	UBLK_IO_ASKED,
 	UBLK_IO_SERVED,
+	UBLK_IO_COMMIT,
 	UBLK_IO_REVOKED,
 	UBLK_IO_CANCELED,
 };
@@ -361,14 +365,17 @@ void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
 			unsigned int issue_flags);
 bool ublk_server_dying(void);
 
+/* What a function returns that finds its request taken back; no errno. */
+#define UBLK_TAKEN_BACK		INT_MIN
+
 /* request.c: what a request looks like to the server, and how it ends */
 /* Results that no server gives. */
 #define UBLK_RES_ABORTED	INT_MIN		/* the server is gone */
 #define UBLK_RES_UNSEEN		(INT_MIN + 1)	/* and has never had the request */
 
 blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req);
-int ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
-		     u64 lba, int *result);
+bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
+		      u64 lba, int *result);
 void ublk_end_request(struct request *req, blk_status_t status);
 void ublk_finish(struct ublk_queue *q, struct ublk_io *io, struct request *req,
 		 int result);
@@ -382,7 +389,7 @@ size_t ublk_copy_integrity(struct request *req, size_t offset,
 			   struct iov_iter *iter, bool to_server);
 size_t ublk_integrity_bytes(const struct request *req);
 int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state rest);
-ssize_t ublk_copy_from_server(struct ublk_io *io, u64 addr, size_t bytes);
+int ublk_copy_from_server(struct ublk_io *io, u64 addr, unsigned int bytes);
 ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter, bool to_server);
 
 /* buffer.c: the server's ring holds the pages of the request */

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -104,6 +105,25 @@ class Server:
         assert libc.mmap(place, size, protection, flags, fd, ctypes.c_long(0)) == self.buffers
         # Without read-ahead a fault waits for the file system itself, which SIGKILL does not end.
         assert libc.madvise(place, size, mmap.MADV_RANDOM) == 0
+
+    def commit_in_thread(self, path: str) -> None:
+        """Answer the read that is held by another thread, with data of a file."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        memory = mmap.mmap(fd, BUFFER_BYTES)
+        memory.madvise(mmap.MADV_RANDOM)
+        element = (self.held[0], 4096, address_of(memory))
+        threading.Thread(target=self._commit_once, args=[element], daemon=True).start()
+
+    def commit_again(self) -> int:
+        """Answer the same read once more; what the command ends with."""
+        return self._commit_once(self._element(self.held.pop(), 4096))
+
+    def _commit_once(self, element: tuple[int, int, int]) -> int:
+        ring = Ring(8)
+        ring.queue_batch(self.fd, COMMIT_BATCH, [element])
+        ring.enter(1)
+        ((_, result, _),) = ring.completions()
+        return result
 
     def _buffer(self, tag: int) -> int:
         return self.buffers + tag * BUFFER_BYTES

@@ -6,6 +6,7 @@ would not do such a thing.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -305,6 +306,25 @@ def test_a_page_fault_without_end_holds_no_client_up(mode: int, operation: str, 
         assert until(lambda: result, "the client's end", 3 * TIME_OUT) == [5]
         # The server cannot die before.
         file.close()
+    tasks.join()
+
+
+@pytest.mark.skipif(not has("BATCH_IO"), reason="Linux 7.0")
+@pytest.mark.io_errors
+@pytest.mark.time_limit(120)
+def test_a_commit_that_waits_for_a_page_keeps_its_request() -> None:
+    """Another thread's commit would let the tag go to a new request, which the first one would then write to."""
+    tasks = Tasks()
+    with HangingFile() as file, RawServer(flags=raw.BATCH_IO | raw.NO_AUTO_PART_SCAN) as server:
+        udev.settle()
+        result = read_held(tasks, server.node)
+        server.until_held()
+        server.ask(f"server.commit_in_thread({file.path!r})")
+        assert file.line(60) == "read"
+        assert server.ask("server.commit_again()") == -errno.EBUSY
+        assert result == []
+        file.close()
+        assert until(lambda: result, "the client's end", 60) == [errno.EIO]
     tasks.join()
 
 
