@@ -49,6 +49,8 @@ pub(crate) struct NativeDevice {
     revoked: AtomicUsize,
     /// They are to be revoked at once.
     hurried: AtomicBool,
+    /// The device is being deleted: no other server can follow.
+    deletes: AtomicBool,
 }
 
 impl NativeDevice {
@@ -71,6 +73,7 @@ impl NativeDevice {
             on_kernel,
             revoked: AtomicUsize::new(0),
             hurried: AtomicBool::new(false),
+            deletes: AtomicBool::new(false),
         })
     }
 
@@ -85,8 +88,13 @@ impl NativeDevice {
         }
     }
 
-    /// Fails the requests that have left the threads of their queues.
+    /// Fails the requests that have left the threads of their queues, unless another server may come: a method that is still
+    /// at work would write beside it, over newer data. The next server has to wait for such a method, or for the end of
+    /// this process.
     fn revoke(&self, py: Python<'_>) {
+        if self.device().recovery().is_some() && !self.deletes.load(Ordering::Relaxed) {
+            return;
+        }
         let not_taken: usize = self.pull_queues.iter().map(|queue| queue.get().revoke()).sum();
         let revoked = self.watch.holders().revoke(py) + not_taken;
         self.revoked.fetch_add(revoked, Ordering::Relaxed);
@@ -247,19 +255,19 @@ impl NativeDevice {
     }
 
     /// Stops and deletes the device; leaves one that another process has asked to wait for another server. Waits for
-    /// handlers for so many seconds; then requests that are not on the thread of their queue fail. In the main thread a signal's handler may end the wait by an exception; the device
-    /// is stopped all the same, without waiting for handlers any longer.
+    /// handlers for so many seconds; then, if the device is deleted, requests that are not on the thread of their queue fail.
+    /// In the main thread a signal's handler may end the wait by an exception; the device is stopped all the same, without
+    /// waiting for handlers any longer.
     fn stop(&self, py: Python<'_>, seconds: f64) -> PyResult<()> {
         let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(FOREVER).min(FOREVER);
         drop(self.take_target());
         let patience = timeout.max(GRACE);
         let timeout = patience + COMMIT;
+        // Otherwise another process has asked that the device wait for another server.
+        let deletes = !(self.device().is_ending() && self.device().recovery().is_some());
+        self.deletes.store(deletes, Ordering::Relaxed);
         self.end(py, patience, move |device| {
-            if device.is_ending() && device.recovery().is_some() {
-                device.conclude_within(timeout).map(drop)
-            } else {
-                device.stop_within(timeout)
-            }
+            if deletes { device.stop_within(timeout) } else { device.conclude_within(timeout).map(drop) }
         })
     }
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -268,6 +269,28 @@ def test_a_file_sync_fails_for_all_that_share_it(file, monkeypatch):
     for thread in threads:
         thread.join(20)
     assert errors == [errno.EIO] * 3
+
+
+class Interrupted(BaseException):
+    """What a signal's handler raises."""
+
+
+def test_a_file_sync_that_a_signal_interrupts_is_over(file):
+    def interrupt(*_):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for microseconds in range(1, 200):
+            one = ublk.FileSync(file)
+            with contextlib.suppress(Interrupted, OSError):
+                signal.setitimer(signal.ITIMER_REAL, microseconds / 2e6)
+                while True:
+                    one.sync()
+            assert one._begun == one._ended
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_what_cannot_be_synced_is_a_type_error():

@@ -140,6 +140,69 @@ def test_a_stop_takes_kept_requests_back(driver, cancel, looks):
             buffer[0]
 
 
+class StuckWrite(ublk.BlockDevice):
+    """Its first write takes until it is let go, and lands late."""
+
+    def __init__(self, data):
+        super().__init__(size=SIZE)
+        self.data = data
+        self.entered, self.leave = threading.Event(), threading.Event()
+
+    def read(self, offset, buf):
+        buf[:] = self.data[offset : offset + len(buf)]
+
+    def write(self, offset, buf):
+        if not self.entered.is_set():
+            self.entered.set()
+            self.leave.wait()
+        self.data[offset : offset + len(buf)] = buf
+
+
+def test_a_device_is_not_handed_over_while_a_method_may_still_write(driver):
+    """The next server's data, which is acknowledged, would be overwritten."""
+    data = bytearray(SIZE)
+    disk = StuckWrite(data)
+    device = disk.start(workers=2, recoverable=True, _driver=driver)
+
+    def act(function, *arguments):
+        def body():
+            with contextlib.suppress(OSError):
+                function(*arguments)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        return thread
+
+    writer = act(driver.write, device.id, 0, b"old " * 128)
+    assert disk.entered.wait(10)
+    leaver = act(device.quiesce)
+    while device.running:
+        time.sleep(0.01)
+    # As a second Ctrl-C does.
+    device._native.expedite()
+    for _ in range(20):
+        with pytest.raises(OSError) as raised:
+            ublk.recover(device.id, StuckWrite(data), _driver=driver)
+        assert raised.value.errno == errno.EBUSY
+        time.sleep(0.05)
+    disk.leave.set()
+    writer.join(30)
+    # Then another one may come.
+    recover_when_free(device.id, driver, StuckWrite(data)).stop()
+    leaver.join(60)
+
+
+def recover_when_free(id, driver, disk):
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return ublk.recover(id, disk, _driver=driver)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 def test_a_stop_fails_requests_that_are_not_taken(driver):
     disk, leave = Pulls(), threading.Event()
 

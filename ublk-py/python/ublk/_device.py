@@ -517,12 +517,14 @@ class Device:
         native = self._native
         is_over = native.stopped
         self._end(functools.partial(native.stop, seconds))
-        if cancel or is_over or not isinstance(native, _ublk.NativeDevice) or not native.revoked:
+        if is_over or not isinstance(native, _ublk.NativeDevice) or not native.revoked:
             return
         text = (
             f"{self.path}: {native.revoked} requests unfinished after {seconds:g} s; they failed, the device is deleted"
         )
-        raise UblkError(errno.EIO, text)
+        if not cancel:
+            raise UblkError(errno.EIO, text)
+        log(logging.WARNING, "%s; a method that still runs may still write: keep what it uses", text)
 
     def _end(self, end: Callable[[], None]) -> None:
         self._stopped = True
@@ -682,7 +684,7 @@ def _stop_running() -> None:
 _REMOVER = """
 import sys
 sys.stdin.read()
-sys.path.insert(0, sys.argv[1])
+sys.path.append(sys.argv[1])
 from ublk import _ublk
 for id in map(int, sys.argv[3:]):
     try:
@@ -705,10 +707,11 @@ def _leave_removal() -> str:
     if not ids:
         return text
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = [sys.executable, "-c", _REMOVER, package, str(os.getpid()), *map(str, ids)]
+    # Isolated: code in the working directory, and what the environment names, is not to run.
+    command = [sys.executable, "-I", "-c", _REMOVER, package, str(os.getpid()), *map(str, ids)]
     try:
         # It begins when the pipe ends, with this process. It may not be interrupted with this one.
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd="/", start_new_session=True)
     except Exception as error:
         return f"{text}; `ublk del --dead` removes its devices ({error})"
     return f"{text}; its devices are removed after that"

@@ -61,33 +61,49 @@ class FileSync:
         Raises the `OSError` of `os.fdatasync`; and from then on, on all threads, one with ``EIO``: nothing says which
         writes were lost. One sync runs at a time. Threads that wait for it share the next one.
         """
-        with self._changed:
-            # What was written before is in one that begins from now on.
-            wanted = self._begun + 1
-            self._waiting += 1
-            try:
-                self._changed.wait_for(lambda: self._failed or self._ended >= wanted or self._ended == self._begun)
-            finally:
-                self._waiting -= 1
-            self._check()
-            if self._ended >= wanted:
-                return
-            self._begun += 1
-        failed = True
+        began = synced = False
         try:
+            with self._changed:
+                # What was written before is in one that begins from now on.
+                wanted = self._begun + 1
+                self._waiting += 1
+                try:
+                    self._changed.wait_for(lambda: self._failed or self._ended >= wanted or self._ended == self._begun)
+                finally:
+                    self._waiting -= 1
+                self._check()
+                if self._ended >= wanted:
+                    return
+                began = True
+                self._begun += 1
             for file in self._files:
                 os.fdatasync(file)
-            failed = False
+            synced = True
         except OSError as error:
-            text = "fdatasync failed: writes may be lost, and every sync of %s fails from now on: %s"
-            log(logging.ERROR, text, ", ".join(map(repr, self._files)), error)
+            if began:
+                text = "fdatasync failed: writes may be lost, and every sync of %s fails from now on: %s"
+                log(logging.ERROR, text, ", ".join(map(repr, self._files)), error)
             raise
         finally:
-            # Also of what a signal's handler has raised meanwhile: nothing says what has become of the rest.
-            with self._changed:
-                self._failed |= failed
+            # Without a call, at which a signal's handler could raise: what has begun is seen to end. What such a
+            # handler has interrupted counts as failed, since nothing says what has become of the rest.
+            if began:
+                self._failed |= not synced and self._ended != self._begun
                 self._ended = self._begun
-                self._changed.notify_all()
+                self._wake()
+
+    def _wake(self) -> None:
+        """Wake the threads that wait for a sync, whatever signals' handlers raise meanwhile."""
+        raised: BaseException | None = None
+        while True:
+            try:
+                with self._changed:
+                    self._changed.notify_all()
+                break
+            except BaseException as error:
+                raised = error
+        if raised is not None:
+            raise raised
 
     def _check(self) -> None:
         if self._failed:
