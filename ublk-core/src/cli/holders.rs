@@ -105,7 +105,7 @@ fn seen_use(proc: &Path, disk: &Path) -> io::Result<Option<Stop>> {
     let nodes = nodes(disk);
     let mut claims = mounts(proc, &nodes)?;
     claims.extend(swaps(proc, &nodes)?);
-    claims.extend(stacked(&nodes));
+    claims.extend(stacked(Path::new("/sys"), &nodes));
     let processes = processes(proc, &nodes)?;
     if !claims.is_empty() {
         claims.extend(processes);
@@ -195,15 +195,26 @@ fn swaps(proc: &Path, nodes: &[PathBuf]) -> io::Result<Vec<String>> {
     Ok(ours.map(|area| format!("{area} swapped to")).collect())
 }
 
-/// Block devices on top, such as those of the device mapper and of RAID.
-fn stacked(nodes: &[PathBuf]) -> Vec<String> {
+/// What the kernel has made of a disk: block devices on top, such as those of the device mapper, of RAID and loop devices,
+/// and file systems of several devices, whose mounts name one of them.
+fn stacked(sys: &Path, nodes: &[PathBuf]) -> Vec<String> {
+    let entries = |path: PathBuf| fs::read_dir(path).into_iter().flatten().flatten();
     let mut found = Vec::new();
     for node in nodes {
         let name = node.file_name().unwrap_or_default();
-        for holder in
-            fs::read_dir(Path::new("/sys/class/block").join(name).join("holders")).into_iter().flatten().flatten()
-        {
+        for holder in entries(sys.join("class/block").join(name).join("holders")) {
             found.push(format!("{} part of {}", node.display(), holder.file_name().display()));
+        }
+        for device in entries(sys.join("block")) {
+            let file = fs::read(device.path().join("loop/backing_file")).unwrap_or_default();
+            if file.trim_ascii_end() == node.as_os_str().as_encoded_bytes() {
+                found.push(format!("{} under {}", node.display(), device.file_name().display()));
+            }
+        }
+        for system in entries(sys.join("fs/btrfs")) {
+            if system.path().join("devices").join(name).exists() {
+                found.push(format!("{} part of the btrfs {}", node.display(), system.file_name().display()));
+            }
         }
     }
     found
@@ -289,6 +300,26 @@ mod tests {
         process("18", "mnt:[2]", &format!("{own}40 22 0:9 / /srv rw master:3 - btrfs /nonexistent/ublkb7 rw\n"));
         let Some(Stop::Claimed(who)) = seen_use(proc.path(), disk).unwrap() else { panic!() };
         assert_eq!(who, "/nonexistent/ublkb7 mounted at /srv");
+    }
+
+    #[test]
+    fn loop_devices_and_members_of_a_btrfs_count() {
+        let sys = tempfile::tempdir().unwrap();
+        let nodes = ["/nonexistent/ublkb7".into(), "/nonexistent/ublkb7p1".into()];
+        assert_eq!(stacked(sys.path(), &nodes), [""; 0]);
+        let write = |path: &str, text: &str| {
+            let path = sys.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("block/loop0/loop/backing_file", "/nonexistent/ublkb77\n");
+        assert_eq!(stacked(sys.path(), &nodes), [""; 0]);
+        write("block/loop1/loop/backing_file", "/nonexistent/ublkb7\n");
+        write("fs/btrfs/0c2d/devices/ublkb7p1", "");
+        assert_eq!(
+            stacked(sys.path(), &nodes),
+            ["/nonexistent/ublkb7 under loop1", "/nonexistent/ublkb7p1 part of the btrfs 0c2d"]
+        );
     }
 
     #[test]
