@@ -27,7 +27,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyImportError, PyRuntimeError};
 use pyo3::prelude::*;
 
 static CLOSED: AtomicBool = AtomicBool::new(false);
@@ -47,6 +47,17 @@ thread_local! {
     static PERMITS: Cell<usize> = const { Cell::new(0) };
     /// Whether this thread has closed the gate.
     static CLOSER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// An error in another interpreter of the process than the first one. The gate, and with it all devices, would end with
+/// whichever interpreter ends first.
+pub(crate) fn check_first() -> PyResult<()> {
+    // SAFETY: the calling thread is attached, as modules are made by such a thread only.
+    let id = unsafe { pyo3::ffi::PyInterpreterState_GetID(pyo3::ffi::PyInterpreterState_Get()) };
+    if id != 0 {
+        return Err(PyImportError::new_err("ublk works in the main interpreter only"));
+    }
+    Ok(())
 }
 
 /// Leave to use the interpreter on this thread.

@@ -60,6 +60,7 @@ mod module {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        interpreter::check_first()?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }
