@@ -3,6 +3,7 @@
 """The command line of ``ublk run``, as far as it needs no driver."""
 
 import argparse
+import subprocess
 
 import pytest
 
@@ -21,6 +22,15 @@ def test_sizes_have_suffixes(text, size):
 def test_nonsense_is_no_size(text):
     with pytest.raises(argparse.ArgumentTypeError):
         _cli.parse_size(text)
+
+
+def test_servers_run_no_module_of_the_working_directory(tmp_path, monkeypatch):
+    programs = []
+    monkeypatch.setattr(_cli._ublk, "main", lambda _arguments, program, _extra: programs.append(program) or 0)
+    assert _cli.main(["list"]) == 0
+    (tmp_path / "asyncio.py").write_text("print('not this one', flush=True)")
+    done = subprocess.run([*programs[0], "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, "not this one" in done.stdout) == (0, False), done.stderr
 
 
 @pytest.fixture

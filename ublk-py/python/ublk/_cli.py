@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit status: 0, 1 for a failure, 2 for wrong usage."""
     if arguments and arguments[0] == "run":
         return _run(arguments[1:])
-    return _ublk.main(list(arguments), [sys.executable, "-m", "ublk"], _EXTRA)
+    # Servers and helpers: without -P they would look for modules in the working directory first.
+    return _ublk.main(list(arguments), [sys.executable, "-P", "-m", "ublk"], _EXTRA)
 
 
 def parse_size(text: str) -> int:
