@@ -31,7 +31,7 @@ from ublk._system import DeviceInfo
 from ublk._threads import running
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from _typeshed import FileDescriptorLike
@@ -57,6 +57,9 @@ _LEAVE_SECONDS = 5.0
 _ATTEMPTS = 100
 _running: set[Device] = set()
 _running_lock = threading.Lock()
+# Starts under way, whose devices are not in `_running` yet; none begins once the program ends.
+_starting = 0
+_exiting = False
 
 
 class Device:
@@ -154,6 +157,10 @@ class Device:
 
     def _start(self, driver: _ublk.FakeDriver | None) -> None:
         """Make the device and serve it."""
+        with _one_start():
+            self._start_device(driver)
+
+    def _start_device(self, driver: _ublk.FakeDriver | None) -> None:
         made: list[Native] = []
         try:
             self._add(driver, made)
@@ -178,6 +185,10 @@ class Device:
             raise TypeError(f"{type(self._target).__name__} has no coroutine methods: use start()")
         event_loop("start_async")
         self._serving.is_here = True
+        with _one_start():
+            await self._start_device_async(driver)
+
+    async def _start_device_async(self, driver: _ublk.FakeDriver | None) -> None:
         made: list[Native] = []
         try:
             await _to_the_end(self._add, driver, made)
@@ -197,6 +208,10 @@ class Device:
 
     def _recover(self, id: int, driver: _ublk.FakeDriver | None) -> None:
         """Serve a device whose last server is gone."""
+        with _one_start():
+            self._recover_device(id, driver)
+
+    def _recover_device(self, id: int, driver: _ublk.FakeDriver | None) -> None:
         made: list[Native] = []
         try:
             self._serving.recover(self._description, id, driver, made)
@@ -658,9 +673,30 @@ def _expedite_all() -> None:
         device._native.expedite()
 
 
+@contextlib.contextmanager
+def _one_start() -> Iterator[None]:
+    """Have the end of the program wait for a start, and refuse starts after that."""
+    global _starting
+    with _running_lock:
+        if _exiting:
+            raise RuntimeError("the interpreter is shutting down")
+        _starting += 1
+    try:
+        yield
+    finally:
+        with _running_lock:
+            _starting -= 1
+
+
 def _stop_running() -> None:
+    global _exiting
     deadline = time.monotonic() + STOP_SECONDS
     hang = False
+    with _running_lock:
+        _exiting = True
+    # By other threads; what they have started is to be stopped, too.
+    while _starting and time.monotonic() < deadline:
+        time.sleep(0.01)
     for device in list(_running):
         if not device._is_hung():
             _try(log, logging.WARNING, "%s was still running when the program ended", device.path)
@@ -730,9 +766,10 @@ atexit.register(_stop_all)
 
 def _in_forked_child() -> None:
     """Forget the parent's devices, and the lock that one of its threads may have held."""
-    global _running_lock
+    global _running_lock, _starting
     _ublk.after_fork()
     _running_lock = threading.Lock()
+    _starting = 0
     _running.clear()
 
 
