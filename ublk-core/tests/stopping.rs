@@ -71,6 +71,21 @@ fn a_stop_that_is_expedited_waits_no_longer() {
 }
 
 #[test]
+fn of_two_stops_the_one_with_the_least_time_decides() {
+    let driver = FakeDriver::new();
+    let (device, leave) = stuck_device(&driver);
+    let device = Arc::new(device);
+    let theirs = device.clone();
+    let patient = std::thread::spawn(move || theirs.stop_within(Duration::from_secs(3600)));
+    std::thread::sleep(Duration::from_millis(100));
+    let begin = Instant::now();
+    device.stop_within(Duration::from_millis(100)).unwrap_err();
+    patient.join().unwrap().unwrap_err();
+    assert!(begin.elapsed() < SOON);
+    drop(leave);
+}
+
+#[test]
 fn a_request_that_is_elsewhere_keeps_the_device_until_it_ends() {
     let driver = FakeDriver::new();
     let held = Arc::new(Mutex::new(Vec::<DetachedRequest>::new()));

@@ -2,8 +2,8 @@
 
 //! How a server stops a device, or leaves it to the next one.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -49,7 +49,8 @@ impl Device {
     }
 
     /// Stops and deletes the device as [`stop`](Device::stop), and waits for requests in flight for at most `timeout`.
-    /// After that the queues are given up, which takes a few seconds at most. A handler that does not return, or a
+    /// After that the queues are given up, which takes a few seconds at most. Of several stops at the same time, the one with
+    /// the least time decides. A handler that does not return, or a
     /// [`DetachedRequest`](crate::DetachedRequest) that is neither ended nor dropped, still keeps the device.
     ///
     /// # Errors
@@ -59,7 +60,7 @@ impl Device {
         if self.owner != std::process::id() {
             return Ok(());
         }
-        let mut deleted = self.deleted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut deleted = self.lock_deleted(timeout);
         if *deleted {
             return Ok(());
         }
@@ -86,6 +87,20 @@ impl Device {
         // Whoever waits for the end of a device that never had a queue.
         self.events.stopping();
         self.events.take_failure().map_or(Ok(()), Err)
+    }
+
+    /// Waits for another stop, which has no more time than this one.
+    fn lock_deleted(&self, timeout: Duration) -> MutexGuard<'_, bool> {
+        let began = Instant::now();
+        loop {
+            match self.deleted.try_lock() {
+                Ok(deleted) => return deleted,
+                Err(TryLockError::Poisoned(deleted)) => return deleted.into_inner(),
+                Err(TryLockError::WouldBlock) if began.elapsed() >= timeout => self.events.expedite(),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            std::thread::sleep(STATE_POLL);
+        }
     }
 
     /// Ends the waits of a [stop](Device::stop) that is under way, and those of later ones: the queues are given up
