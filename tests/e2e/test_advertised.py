@@ -72,6 +72,7 @@ def test_direct_io_below_the_block_size_is_refused(native_disk) -> None:
         assert len(disk.read(4096, 4096)) == 4096
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("disk", "can"),
     [

@@ -30,6 +30,7 @@ def refused(result: Result, *patterns: str, statuses: tuple[int, ...] = (FAILURE
         assert re.search(pattern, result.err, re.IGNORECASE), f"/{pattern}/ is not in: {result}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "patterns"),
     [
@@ -166,6 +167,7 @@ def test_del_goes_on_behind_an_id_that_does_not_exist(face: Face, native) -> Non
     assert not os.path.exists(path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words", [["add", "-t", "null"], ["del", "-n", "0"], ["list"], ["features"]], ids=lambda words: words[0]
 )
@@ -186,6 +188,7 @@ def no_driver() -> Iterator[None]:
     driver.load()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words", [["add", "-t", "null"], ["del", "-a"], ["list"], ["features"]], ids=lambda words: words[0]
 )

@@ -114,6 +114,7 @@ def test_recovery_with_the_reference_tools_options(kills: int, target: str, face
     )
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 @pytest.mark.time_limit(120)
 def test_recovery_that_is_asked_for_by_number(face: Face) -> None:

@@ -133,6 +133,7 @@ def test_both_programs_see_the_same(native: Face, python: Face) -> None:
     assert python.list() == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [["--help"], ["add", "--help"], ["del", "--help"], ["list", "--help"], ["--version"]])
 def test_help_goes_to_standard_output(face: Face, words: list[str]) -> None:
     result = face.run(*words)

@@ -100,6 +100,7 @@ def test_two_queues_give_one_disk(backend: Backend, scratch: Path) -> None:
             )
 
 
+@pytest.mark.long
 @each_way
 @pytest.mark.parametrize("depth", [1, 2, 128])
 def test_parallel_writes_are_verified_at_every_depth(backend: Backend, depth: int, scratch: Path) -> None:

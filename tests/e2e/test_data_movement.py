@@ -61,6 +61,7 @@ def test_data_is_kept_or_the_kernel_that_could_is_named(
     native.run("del", "-n", str(device_id(path)))
 
 
+@pytest.mark.long
 @every_movement
 @with_and_without_batches
 def test_many_requests_at_once_are_verified(data: str, batch: str, native: Face, scratch: Path) -> None:

@@ -41,6 +41,7 @@ def errors(native: Face, path: str) -> int:
     return sum(operation["errors"] for operation in stat.values())
 
 
+@pytest.mark.long
 @needs_integrity
 @pytest.mark.parametrize("more", [[], ["--pi-offset", "8"], ["--block-size", "4K"]], ids=" ".join)
 @pytest.mark.parametrize("checksum", FORMATS)

@@ -287,6 +287,7 @@ def test_del_dead_minds_no_device_that_goes_away(native) -> None:
     assert native.list() == []
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 @pytest.mark.time_limit(300)
 def test_del_force_spares_other_disks_of_a_server(native) -> None:

@@ -81,6 +81,7 @@ def test_the_interpreter_s_exit_in_the_middle_of_io_removes_the_device() -> None
         load.wait()
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 def test_a_process_that_ends_without_clean_up_leaves_a_dead_device(native: Face) -> None:
     result = program("import os\nfrom disks import Ram\ndev = Ram().start()\nos._exit(0)\n")
@@ -88,6 +89,7 @@ def test_a_process_that_ends_without_clean_up_leaves_a_dead_device(native: Face)
     remove_the_dead(native)
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 def test_a_handler_that_kills_its_process_hangs_nobody(native: Face) -> None:
     with Server("Dies") as server:
@@ -134,6 +136,7 @@ def test_sigkill_while_a_handler_never_returns_hangs_nobody(native: Face) -> Non
     remove_the_dead(native)
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 def test_sigkill_after_a_stop_that_waits_for_a_handler_hangs_nobody(native: Face) -> None:
     with Server("Blocking") as server, Disk(server.path, direct=True) as disk:
@@ -195,6 +198,7 @@ def arm(server: Child, since: float) -> str:
     return path
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 @pytest.mark.time_limit(240)
 def test_del_force_kills_a_server_that_hangs(native: Face) -> None:

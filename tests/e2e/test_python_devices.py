@@ -45,6 +45,7 @@ def test_handlers_run_in_threads_that_python_knows() -> None:
         assert set(server.ask("list(disk.threads)")) <= set(known)
 
 
+@pytest.mark.long
 def test_many_devices_live_in_one_process(native: Face) -> None:
     count = 12
     with Server("Ram", size=1 << 20, count=count) as server:

@@ -42,6 +42,7 @@ def test_bytes_never_enter_python(scratch: Path) -> None:
             assert hashlib.sha256(model.data).hexdigest() == digest(file)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "workers"),
     [("Halves", 4), ("TaskHalves", None), ("Returns", None), ("Returns", 4), ("TaskReturns", None)],
@@ -72,6 +73,7 @@ def test_requests_are_put_together_from_pieces_of_several_files(scratch: Path) -
             assert model.data[at : at + 8192] == stripes[where % 2][where // 2 * 8192 :][:8192]
 
 
+@pytest.mark.long
 @pytest.mark.time_limit(150)
 def test_a_snapshot_leaves_its_image_alone_and_is_found_again(python, scratch: Path, tmp_path: Path) -> None:
     file = image(scratch, SIZE)
@@ -98,6 +100,7 @@ def test_a_snapshot_leaves_its_image_alone_and_is_found_again(python, scratch: P
     assert changes.stat().st_blocks * 512 < SIZE
 
 
+@pytest.mark.long
 def test_a_snapshot_under_load_is_verified(python, scratch: Path) -> None:
     file = image(scratch, SIZE)
     before = digest(file)

@@ -83,6 +83,7 @@ def test_a_device_that_somebody_else_deletes_is_told_to_the_program(native: Face
         assert server.ask("dev.wait(30)") is True
 
 
+@pytest.mark.long
 @pytest.mark.io_errors
 @pytest.mark.time_limit(120)
 @pytest.mark.parametrize("who", ["program", "process"])
@@ -109,6 +110,7 @@ def test_a_recoverable_disk_outlives_both(who: str, native: Face, scratch: Path)
     assert native.list() == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not has("QUIESCE"), reason="QUIESCE_DEV came with Linux 6.16")
 def test_a_disk_is_left_and_resized_from_the_program(native: Face, scratch: Path) -> None:
     file = image(scratch, 16 << 20)

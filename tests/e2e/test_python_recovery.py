@@ -49,6 +49,7 @@ def test_a_killed_program_is_followed_by_another_and_no_request_fails(native: Fa
     assert native.list() == []
 
 
+@pytest.mark.long
 @needs_quiesce
 @pytest.mark.time_limit(120 + ROUNDS * 30)
 def test_a_mounted_busy_disk_goes_from_program_to_program(native: Face, scratch: Path, tmp_path: Path) -> None:

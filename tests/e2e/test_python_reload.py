@@ -89,6 +89,7 @@ def test_code_that_does_not_work_is_told_and_changes_nothing(python, tmp_path: P
         assert not os.path.exists(path)
 
 
+@pytest.mark.long
 @needs_quiesce
 def test_a_command_runs_on_while_the_code_changes(python, tmp_path: Path) -> None:
     file = tmp_path / "livedisk.py"

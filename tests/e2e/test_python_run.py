@@ -153,6 +153,7 @@ def test_a_class_without_write_gives_a_read_only_disk(python: Face) -> None:
     assert result.out == "1\n", str(result)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -170,6 +171,7 @@ def test_something_that_cannot_be_served(python: Face, what: str, words: list[st
     assert python.list() == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "words"),
     [

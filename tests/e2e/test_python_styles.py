@@ -43,6 +43,7 @@ def test_data_is_whole(style: str) -> None:
             assert server.ask("disk.digest()") == hashlib.sha256(model.data).hexdigest()
 
 
+@pytest.mark.long
 @every_style
 def test_a_file_system_lives_on_it(style: str, tmp_path: Path) -> None:
     with serve(style, queues=2, size=32 << 20) as server:
@@ -109,6 +110,7 @@ def test_an_example_program_serves_until_ctrl_c(example: str) -> None:
         assert not os.path.exists(path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("example", "more"),
     [

@@ -62,6 +62,7 @@ def test_zones_are_written_opened_closed_finished_and_reset(path: str) -> None:
     assert f"start: {ZONE // 512:#011x}" in inside
 
 
+@pytest.mark.long
 def test_fio_writes_and_verifies_zones(path: str) -> None:
     fio.verify(path, rw="write", zonemode="zbd", bs="64k", iodepth=8, size=f"{4 * ZONE}", max_open_zones=4)
     fio.measure(path, rw="randwrite", zonemode="zbd", bs="16k", iodepth=8, size=f"{4 * ZONE}", max_open_zones=4)

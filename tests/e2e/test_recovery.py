@@ -90,6 +90,7 @@ def test_a_new_server_takes_a_mounted_busy_disk_over_without_a_failure(native, s
     native.run("del", "-n", str(device_id(path)))
 
 
+@pytest.mark.long
 @needs_quiesce
 @pytest.mark.parametrize("kind", ["copy", "get-data", "user-copy", "zero-copy", "auto-zero-copy"])
 @pytest.mark.parametrize("batch", ["on", "off"])

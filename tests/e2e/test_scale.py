@@ -77,6 +77,7 @@ def test_memory_of_a_burst_is_given_back(native: Face) -> None:
     native.run("del", "-a")
 
 
+@pytest.mark.long
 def test_a_server_that_runs_out_of_descriptors_fails_and_leaves_nothing(native: Face) -> None:
     limited = ["prlimit", "--nofile=64:64", *native.argv, "add", "-t", "null", "--count", "60"]
     result = run(limited, check=False, timeout=120)
@@ -85,6 +86,7 @@ def test_a_server_that_runs_out_of_descriptors_fails_and_leaves_nothing(native: 
     assert native.list() == []
 
 
+@pytest.mark.long
 def test_the_usual_limit_of_open_files_is_raised_as_far_as_it_may_be(native: Face) -> None:
     limited = ["prlimit", "--nofile=64:512", *native.argv, "add", "-t", "null", "--count", "60"]
     result = run(limited, timeout=120)
