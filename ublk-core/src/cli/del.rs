@@ -161,7 +161,7 @@ fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>
 /// A device whose server is just making it is DEAD, too, and has no pid. Servers open the char device at once, though; so
 /// one that no process has open counts as dead when it is older than `patience`. `opener` looks for the process. The
 /// device is opened as a probe, which admits one opener only and would keep out a server that starts at that moment, only
-/// where that does not tell, and last.
+/// where that is not conclusive, and last.
 ///
 /// Devices of other users, which cannot be looked at, and devices that go away meanwhile do not count.
 fn is_dead(

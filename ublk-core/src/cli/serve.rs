@@ -59,7 +59,7 @@ struct Source<'s> {
     next: &'s dyn Fn() -> Option<Signal>,
 }
 
-/// A device, and what tells it from a later one of its number.
+/// A device, and what distinguishes it from a later one with its number.
 #[derive(Debug)]
 struct Served {
     instance: Option<u64>,
