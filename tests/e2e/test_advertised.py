@@ -10,6 +10,8 @@ from support.blockio import Disk, error_of
 from support.command import run
 from support.server import Server
 
+pytestmark = pytest.mark.long
+
 SHORT = pytest.mark.short
 
 
@@ -72,7 +74,6 @@ def test_direct_io_below_the_block_size_is_refused(native_disk) -> None:
         assert len(disk.read(4096, 4096)) == 4096
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("disk", "can"),
     [

@@ -14,6 +14,8 @@ from support.command import NOBODY, Result, run
 from support.face import Face, device_id
 from support.waiting import until
 
+pytestmark = pytest.mark.long
+
 # Status 1 is a failure: one line on stderr. Status 2 is wrong usage, which may take more lines.
 FAILURE, USAGE = 1, 2
 
@@ -30,7 +32,6 @@ def refused(result: Result, *patterns: str, statuses: tuple[int, ...] = (FAILURE
         assert re.search(pattern, result.err, re.IGNORECASE), f"/{pattern}/ is not in: {result}"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "patterns"),
     [
@@ -167,7 +168,6 @@ def test_del_goes_on_behind_an_id_that_does_not_exist(face: Face, native) -> Non
     assert not os.path.exists(path)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "words", [["add", "-t", "null"], ["del", "-n", "0"], ["list"], ["features"]], ids=lambda words: words[0]
 )
@@ -188,7 +188,6 @@ def no_driver() -> Iterator[None]:
     driver.load()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "words", [["add", "-t", "null"], ["del", "-a"], ["list"], ["features"]], ids=lambda words: words[0]
 )

@@ -9,6 +9,8 @@ import pytest
 from support.command import Result, run
 from support.face import Face
 
+pytestmark = pytest.mark.long
+
 HELPERS = """
 set -eu
 state() { $UBLK_PROG list -n "$1" | grep "state" | awk '{print $11}'; }
@@ -30,7 +32,6 @@ def script(face: Face, body: str, limit: float = 100, **options) -> Result:
     return run(["bash", "-c", HELPERS + body], env=environment, timeout=limit, **options)
 
 
-@pytest.mark.short
 @pytest.mark.time_limit(120)
 def test_state_and_pid_are_found_by_position(face: Face) -> None:
     script(
@@ -86,7 +87,6 @@ def test_deletion_of_a_disk_in_use(target: str, face: Face, scratch: Path) -> No
     )
 
 
-@pytest.mark.long
 @pytest.mark.io_errors
 @pytest.mark.time_limit(250)
 @each_target
@@ -114,7 +114,6 @@ def test_recovery_with_the_reference_tools_options(kills: int, target: str, face
     )
 
 
-@pytest.mark.long
 @pytest.mark.io_errors
 @pytest.mark.time_limit(120)
 def test_recovery_that_is_asked_for_by_number(face: Face) -> None:

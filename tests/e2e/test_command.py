@@ -14,6 +14,8 @@ from support.face import Face, device_id
 from support.model import Model, exercise
 from support.server import Child
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.short
 def test_add_prints_the_path_and_nothing_else(face: Face) -> None:
@@ -133,7 +135,6 @@ def test_both_programs_see_the_same(native: Face, python: Face) -> None:
     assert python.list() == []
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("words", [["--help"], ["add", "--help"], ["del", "--help"], ["list", "--help"], ["--version"]])
 def test_help_goes_to_standard_output(face: Face, words: list[str]) -> None:
     result = face.run(*words)

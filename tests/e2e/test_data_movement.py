@@ -89,7 +89,6 @@ def test_a_ram_disk_gets_its_bytes(native: Face) -> None:
     native.run("del", "-n", str(device_id(path)))
 
 
-@pytest.mark.short
 @pytest.mark.parametrize("data", ["copy", "user-copy", "auto-zero-copy"])
 def test_several_threads_share_a_queue(data: str, native: Face, scratch: Path) -> None:
     words = ["-t", "file", "-f", image(scratch, SIZE), "--data", data, "--threads-per-queue", "3", "--threads", "3"]

@@ -20,6 +20,8 @@ from support.features import has
 from support.server import Server
 from support.uring import Ring
 
+pytestmark = pytest.mark.long
+
 KIB = 1024
 
 # The kernel's names of what the options make.
@@ -41,7 +43,6 @@ def errors(native: Face, path: str) -> int:
     return sum(operation["errors"] for operation in stat.values())
 
 
-@pytest.mark.long
 @needs_integrity
 @pytest.mark.parametrize("more", [[], ["--pi-offset", "8"], ["--block-size", "4K"]], ids=" ".join)
 @pytest.mark.parametrize("checksum", FORMATS)

@@ -12,6 +12,8 @@ from support.blockio import Disk
 from support.command import run
 from support.features import has
 
+pytestmark = pytest.mark.long
+
 # They came with 6.15, the feature with 6.16; no driver that this is run on is from between.
 HAS_SEGMENTS = has("UPDATE_SIZE")
 HAS_NO_SCAN = has("NO_AUTO_PART_SCAN")

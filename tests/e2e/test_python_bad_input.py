@@ -18,6 +18,8 @@ import json, sys
 sys.path.insert(0, {here!r})
 import ublk
 from disks import *
+
+pytestmark = pytest.mark.long
 for statement in {statements!r}:
     try:
         eval(statement)

@@ -33,7 +33,6 @@ ERRNOS = {
 }
 
 
-@pytest.mark.short
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_an_exception_with_an_errno_reaches_who_asked(operation: str) -> None:
     with Server("Failing") as server, Disk(server.path, direct=True) as disk:

@@ -23,7 +23,6 @@ def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.short
 def test_bytes_never_enter_python(scratch: Path) -> None:
     file = image(scratch, SIZE)
     with Server("Whole", path=str(file), queues=2, depth=32) as server:

@@ -23,7 +23,6 @@ def read_fails(path: str, offset: int) -> None:
         disk.read(offset, SECTOR)
 
 
-@pytest.mark.short
 @pytest.mark.parametrize(("kind", "workers"), [("Ram", None), ("Ram", 4), ("TaskRam", None)], ids=str)
 def test_data_is_right_whatever_the_program_does(kind: str, workers: int | None) -> None:
     with Server(kind, isolated=True, queues=2, workers=workers) as server:
@@ -68,7 +67,6 @@ def test_a_process_that_is_killed_takes_its_device_with_it_and_the_program_is_to
         assert server.ask("dev.running") is False
 
 
-@pytest.mark.short
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_program_that_is_killed_takes_its_devices_with_it(number: int, native: Face) -> None:
     with Server("Ram", isolated=True) as server, Disk(server.path, direct=True) as disk:

@@ -53,7 +53,6 @@ def test_sigterm_ends_it_in_good_order(python: Face) -> None:
         assert "Traceback" not in server.log
 
 
-@pytest.mark.short
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_command_s_status_is_returned(python: Face, status: int) -> None:
     result = python.run("run", RAM_DISK, "--size", "1M", "--", "sh", "-c", f"echo hello; exit {status}", check=False)

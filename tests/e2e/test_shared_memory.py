@@ -15,6 +15,8 @@ from support.features import has
 from support.server import Server, ServerFailed
 from support.waiting import until
 
+pytestmark = pytest.mark.long
+
 SIZE = 8 << 20
 SHARED = 1 << 20
 

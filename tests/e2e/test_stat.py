@@ -16,12 +16,13 @@ from support.face import NATIVE, Face, device_id
 from support.server import Child, Server
 from support.waiting import until
 
+pytestmark = pytest.mark.long
+
 
 def stat(native: Face, path: str) -> dict:
     return json.loads(native.run("stat", "-n", str(device_id(path)), "--json").out)
 
 
-@pytest.mark.short
 def test_requests_and_bytes_are_those_of_the_client(face: Face, scratch: Path) -> None:
     path = face.add("-t", "file", "-f", image(scratch, 16 << 20), "-q", "2")
     before = stat(face, path)["total"]

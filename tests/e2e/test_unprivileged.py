@@ -114,7 +114,6 @@ def test_a_file_of_the_users_is_a_disk(tmp_path: Path) -> None:
             file.unlink()
 
 
-@pytest.mark.short
 @pytest.mark.parametrize("style", [[], ["--workers", "4"]], ids=["plain", "workers"])
 def test_a_disk_in_python_is_a_users_from_beginning_to_end(style: list[str], python: Face, native: Face) -> None:
     words = ["run", "/opt/ublk/examples/ramdisk.py:RamDisk", "--size", "32M", *style]
