@@ -477,7 +477,7 @@ class Device:
            `UblkError` with ``EIO``: requests that the program has taken and keeps, those that ``workers`` are at work
            on, and those of tasks, which are cancelled. Methods that are still running go on without their request.
         3. With ``cancel``, tasks are cancelled at once, 1 and 2 take a second at most, and nothing is raised for
-           requests that fail.
+           requests that fail. A method that still runs is logged: keep open what it uses.
         4. A method that still runs on the thread of its queue (without ``workers``) keeps its request. After a few
            seconds this raises `UblkError` with ``ETIMEDOUT``: the device is still there, and stopping it again tries
            again. A program that ends leaves without such a method: it exits with status 1, which fails the request,
@@ -488,8 +488,9 @@ class Device:
         the process; so does the first one if a wait was ended before.
 
         In a handler of another device whose thread serves this one, too, the stop goes on in the background. A
-        recoverable device that another process has asked to wait for another server is left to that. In a forked child
-        this does nothing: the device is its parent's.
+        recoverable device that another process has asked to wait for another server is left to that; its requests do
+        not fail, since a method that still runs would write beside the next server, which has to wait for it. In a
+        forked child this does nothing: the device is its parent's.
 
         Raises `RuntimeError` in a handler of this device, which would wait for itself: raise `SystemExit` there.
         """
