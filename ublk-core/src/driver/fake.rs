@@ -20,7 +20,7 @@ mod tags;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -51,6 +51,8 @@ struct Shared {
     changed: Condvar,
     /// A client sends more: rings do not look yet.
     holding: AtomicBool,
+    /// What cleared memory is filled with. Not under the lock, which another thread may hold while a handler forks.
+    unwritten_byte: AtomicU8,
 }
 
 #[derive(Debug, Default)]
@@ -64,8 +66,6 @@ struct State {
     /// Rings may call themselves quiet: no client is at work.
     quiet: bool,
     files: Files,
-    /// What cleared memory is filled with.
-    unwritten_byte: u8,
     /// What the driver says it can do; everything unless a test wants less.
     offered: Option<Features>,
     /// Whether callers lack CAP_SYS_ADMIN.
@@ -268,7 +268,7 @@ impl FakeDriver {
     /// Has servers fill the memory of reads with `byte` where they [clear](crate::RequestOf::clear) it, so that a test sees
     /// which bytes a handler has left unwritten.
     pub fn poison_reads(&self, byte: u8) {
-        self.shared.state().unwritten_byte = byte;
+        self.shared.unwritten_byte.store(byte, Ordering::Relaxed);
     }
 
     /// Lets servers give memory back while rings are idle. Until then no client may send anything: it would

@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
@@ -40,7 +41,7 @@ unsafe impl CharDevice for FakeChar {
     }
 
     fn unwritten_byte(&self) -> u8 {
-        self.shared.state().unwritten_byte
+        self.shared.unwritten_byte.load(Ordering::Relaxed)
     }
 
     fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()> {
