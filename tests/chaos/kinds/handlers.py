@@ -72,6 +72,8 @@ class BackEnd:
     """What a case's disk is served with, and how requests get to it."""
 
     name = ""
+    # A sector of a read that a handler has left unwritten.
+    unwritten = content.ZEROS
 
     def __init__(self, server: Child, path: str) -> None:
         self.server = server
@@ -106,6 +108,7 @@ class StandIn(BackEnd):
     """The stand-in driver, whose client is a thread of the server: without a kernel."""
 
     name = "stand-in"
+    unwritten = b"\xa5" * 512
 
     def request(self, operation: str, offset: int) -> "StandIn":
         self.server.say(json.dumps({"operation": operation, "offset": offset}))
@@ -204,12 +207,12 @@ class Trial:
             self._judge_bytes(data)
 
     def _judge_bytes(self, data: bytes) -> None:
-        """Says whose bytes an answer has. What a handler leaves untouched may be zeros, and nothing of others."""
+        """Says whose bytes an answer has. What a handler leaves unwritten may be cleared, and has nothing of others."""
         for index in range(LENGTH // 512):
             part, number = data[index * 512 : (index + 1) * 512], WRONG // 512 + index
             if content.version_of(RUN, number, part) == 1:
                 continue
-            if part != content.ZEROS or "fills" not in self._case.name:
+            if part != self._disk.unwritten or "fills" not in self._case.name:
                 self._add("a read is answered with bytes that are not the disk's", content.describe(part))
                 return
 
