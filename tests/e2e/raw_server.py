@@ -109,9 +109,10 @@ class Server:
     def commit_in_thread(self, path: str) -> None:
         """Answer the read that is held by another thread, with data of a file."""
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        memory = mmap.mmap(fd, BUFFER_BYTES)
-        memory.madvise(mmap.MADV_RANDOM)
-        element = (self.held[0], 4096, address_of(memory))
+        # Kept: the thread's command must find it mapped.
+        self.file_memory = mmap.mmap(fd, BUFFER_BYTES)
+        self.file_memory.madvise(mmap.MADV_RANDOM)
+        element = (self.held[0], 4096, address_of(self.file_memory))
         threading.Thread(target=self._commit_once, args=[element], daemon=True).start()
 
     def commit_again(self) -> int:

@@ -13,13 +13,13 @@ from support.face import Face
 from support.server import HERE
 from test_bad_input import no_driver  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.long
+
 PROGRAM = """
 import json, sys
 sys.path.insert(0, {here!r})
 import ublk
 from disks import *
-
-pytestmark = pytest.mark.long
 for statement in {statements!r}:
     try:
         eval(statement)

@@ -64,6 +64,7 @@ OWN_DISK = """
 """
 
 
+# Stuck at an offset that no probe of udev reads.
 STUCK = """
     import sys, threading, time
     import ublk
@@ -73,7 +74,7 @@ STUCK = """
 
     class Stuck(ublk.BlockDevice):
         def read(self, offset, buf):
-            if offset == 65536:
+            if offset == 225280:
                 print("entered", flush=True)
                 time.sleep(3600)
             buf[:] = bytes(len(buf))
@@ -85,7 +86,7 @@ STUCK = """
 
     def pull():
         for request in device.requests():
-            if request.offset == 65536:
+            if request.offset == 225280:
                 kept.append(request)
                 print("entered", flush=True)
                 continue
@@ -127,7 +128,7 @@ def test_sigterm_removes_a_disk_whose_handler_is_stuck(pull: bool, options: str,
     def use() -> None:
         try:
             with Disk(path, direct=True) as disk:
-                disk.read(65536, SECTOR)
+                disk.read(225280, SECTOR)
         except OSError as error:
             errors.append(error.errno)
 
