@@ -451,7 +451,21 @@ void ublk_batch_cancel_fetch(struct ublk_fetch *fetch, unsigned int issue_flags)
 	ublk_fetch_free(fetch);
 }
 
-/* Cancels what is pending on a queue whose device takes no more requests. */
+static void ublk_fetch_abort_tw(struct io_tw_req tw_req, io_tw_token_t tw)
+{
+	struct io_uring_cmd *cmd = io_uring_cmd_from_tw(tw_req);
+	struct ublk_fetch *fetch =
+		io_uring_cmd_to_pdu(cmd, struct ublk_cmd_pdu)->fetch;
+
+	io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT,
+			  IO_URING_CMD_TASK_WORK_ISSUE_FLAGS);
+	ublk_fetch_free(fetch);
+}
+
+/*
+ * Cancels what is pending on a queue whose device takes no more requests. See
+ * ublk_slot_cancel_outside().
+ */
 void ublk_batch_cancel_fetches(struct ublk_queue *q)
 {
 	struct ublk_batch *b = q->batch;
@@ -465,11 +479,9 @@ void ublk_batch_cancel_fetches(struct ublk_queue *q)
 		if (ublk_batch_retire(b, fetch))
 			list_add_tail(&fetch->node, &idle);
 	spin_unlock(&b->lock);
-	list_for_each_entry_safe(fetch, next, &idle, node) {
-		io_uring_cmd_done(fetch->cmd, UBLK_IO_RES_ABORT,
-				  IO_URING_F_UNLOCKED);
-		ublk_fetch_free(fetch);
-	}
+	/* A command that is completed may be gone, and its structure with it. */
+	list_for_each_entry_safe(fetch, next, &idle, node)
+		io_uring_cmd_complete_in_task(fetch->cmd, ublk_fetch_abort_tw);
 }
 
 static int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,

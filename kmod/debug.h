@@ -11,6 +11,7 @@ enum ublk_race {
 	UBLK_RACE_QUEUE,	/* a request has a gate's word, and no slot yet */
 	UBLK_RACE_DELIVER,	/* task work has won a request */
 	UBLK_RACE_COMMIT,	/* a slot is armed again, its request not ended */
+	UBLK_RACE_TAKE,		/* a request is to be taken back, and not won */
 	UBLK_RACE_TAKE_BACK,	/* a request is taken back, and not ended */
 	UBLK_RACE_ADD,		/* a device is known, its uevent not sent */
 	UBLK_RACE_ADDED,	/* a device can be removed, its ADD_DEV not over */

@@ -300,9 +300,11 @@ out:
 	return ret;
 }
 
-static bool ublk_leaving(const struct ublk_device *ub)
+/* Whether the server that followed @nr_servers others leaves, or has left. */
+static bool ublk_leaving(const struct ublk_device *ub, unsigned int nr_servers)
 {
 	return ublk_server_told(ub) ||
+	       READ_ONCE(ub->nr_servers) != nr_servers ||
 	       READ_ONCE(ub->dev_info.state) != UBLK_S_DEV_LIVE;
 }
 
@@ -315,6 +317,7 @@ static bool ublk_leaving(const struct ublk_device *ub)
 int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms)
 {
 	unsigned long timeout = MAX_SCHEDULE_TIMEOUT;
+	unsigned int nr_servers;
 	long left;
 	int ret = 0;
 
@@ -331,13 +334,15 @@ int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms)
 		ublk_server_leaves(ub);
 		ublk_cancel_slots(ub);
 	}
+	nr_servers = ub->nr_servers;
 	mutex_unlock(&ub->mutex);
 	if (ret)
 		return min(ret, 0);
 
 	if (timeout_ms && timeout_ms < UINT_MAX)
 		timeout = msecs_to_jiffies(timeout_ms);
-	left = wait_event_interruptible_timeout(ub->wait, ublk_leaving(ub),
+	left = wait_event_interruptible_timeout(ub->wait,
+						ublk_leaving(ub, nr_servers),
 						timeout);
 	if (left < 0)
 		return -EINTR;

@@ -48,12 +48,15 @@ void ublk_no_server(struct ublk_queue *q, struct request *req)
  */
 static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
 {
+	struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
 	struct ublk_io *io = &q->ios[req->tag];
 	blk_status_t status;
 
 	status = ublk_fill_desc(q, req);
 	if (unlikely(status))
 		return status;
+	if (!pdu->rest)
+		pdu->since = jiffies;
 	blk_mq_start_request(req);
 	/*
 	 * Ahead of winning the slot, because a time-out that finds DISPATCH needs
@@ -141,8 +144,9 @@ static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flag
 		atomic_set(&io->state, UBLK_IO_CANCELED);
 		if (ours)
 			ublk_no_server(q, req);
-		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 		wake_up_all(&q->ub->wait);
+		/* May be the last thing that keeps the device. */
+		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 		return;
 	}
 	if (unlikely(res < 0)) {

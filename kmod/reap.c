@@ -56,8 +56,13 @@ static void ublk_reap_tick(struct work_struct *work)
 void ublk_reap_begin(void)
 {
 	atomic_inc(&ublk_nr_leaving);
-	WRITE_ONCE(ublk_reap_delay, UBLK_REAP_MIN_DELAY);
-	mod_delayed_work(ublk_reap_wq, &ublk_reap_timer, UBLK_REAP_MIN_DELAY);
+	/* What is to run soon is not put off: servers may leave all the time. */
+	if (xchg(&ublk_reap_delay, UBLK_REAP_MIN_DELAY) > UBLK_REAP_MIN_DELAY)
+		mod_delayed_work(ublk_reap_wq, &ublk_reap_timer,
+				 UBLK_REAP_MIN_DELAY);
+	else
+		queue_delayed_work(ublk_reap_wq, &ublk_reap_timer,
+				   UBLK_REAP_MIN_DELAY);
 }
 
 /* Its char device has been released. */

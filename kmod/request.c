@@ -138,17 +138,26 @@ bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
  * server: for dirty pages, or for a holder of the disk's open_mutex that does
  * I/O. With bottom halves off, as in an interrupt, fput() leaves the release to
  * a kernel worker.
+ *
+ * That is one worker for the whole system, which a user's server must not hold
+ * up. One that waits for itself is killed when its requests time out.
  */
 static bool ublk_end_bytes(struct request *req, blk_status_t status,
 			   unsigned int bytes)
 {
+	const struct ublk_queue *q = req->mq_hctx->driver_data;
+	bool in_worker = !(q->flags & UBLK_F_UNPRIVILEGED_DEV);
+	struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
 	bool more;
 
-	local_bh_disable();
+	if (in_worker)
+		local_bh_disable();
 	more = blk_update_request(req, status, bytes);
+	pdu->rest = more;
 	if (!more)
 		__blk_mq_end_request(req, status);
-	local_bh_enable();
+	if (in_worker)
+		local_bh_enable();
 	return more;
 }
 
@@ -159,10 +168,23 @@ void ublk_end_request(struct request *req, blk_status_t status)
 }
 
 /*
+ * Whether a user's server answers a request in parts, each of them in time, for
+ * longer than ublk_timeout() gives it for the whole.
+ */
+static bool ublk_rest_is_late(const struct ublk_queue *q, struct request *req)
+{
+	const struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
+
+	return q->flags & UBLK_F_UNPRIVILEGED_DEV &&
+	       time_after(jiffies, pdu->since + req->q->rq_timeout);
+}
+
+/*
  * Part of a read or write was done: ends that, and gives the rest to the
  * server as a new request. Only whole logical blocks count.
  */
-static void ublk_end_part(struct request *req, unsigned int done)
+static void ublk_end_part(struct ublk_queue *q, struct request *req,
+			  unsigned int done)
 {
 	unsigned int bytes = blk_rq_bytes(req);
 
@@ -170,7 +192,7 @@ static void ublk_end_part(struct request *req, unsigned int done)
 		done = round_down(done, queue_logical_block_size(req->q));
 	else
 		done = bytes;
-	if (!done)
+	if (!done || (done < bytes && ublk_rest_is_late(q, req)))
 		ublk_end_request(req, BLK_STS_IOERR);
 	else if (ublk_end_bytes(req, BLK_STS_OK, done))
 		blk_mq_requeue_request(req, true);
@@ -196,7 +218,7 @@ static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
 	switch (req_op(req)) {
 	case REQ_OP_READ:
 	case REQ_OP_WRITE:
-		ublk_end_part(req, result);
+		ublk_end_part(q, req, result);
 		break;
 	case REQ_OP_ZONE_APPEND:
 		/* The rest cannot be appended elsewhere. */

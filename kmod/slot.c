@@ -119,22 +119,53 @@ void ublk_slot_fetched(struct ublk_queue *q, struct ublk_io *io,
 }
 
 /*
- * Takes back an armed slot and tells the server so. False if there is nothing
- * to take back, or a request was quicker.
+ * Makes an armed slot CANCELED. False if there is nothing to take back, or a
+ * request was quicker. The caller completes the slot's command, if there is one.
  */
+static bool ublk_slot_disarm(struct ublk_io *io, struct io_uring_cmd **cmd)
+{
+	if (!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_CANCELED))
+		return false;
+	*cmd = io->cmd;
+	io->cmd = NULL;
+	return true;
+}
+
+/* Takes back an armed slot and completes its command, in its ring's context. */
 bool ublk_slot_cancel(struct ublk_io *io, unsigned int issue_flags)
 {
 	struct io_uring_cmd *cmd;
 
-	if (!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_CANCELED))
+	if (!ublk_slot_disarm(io, &cmd))
 		return false;
-	cmd = io->cmd;
-	io->cmd = NULL;
+	/* QUIESCE_DEV waits for the slot's state. */
+	wake_up_all(&ublk_io_queue(io)->ub->wait);
+	/* May be the last thing that keeps the device. */
 	if (cmd)
 		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
-	/* QUIESCE_DEV waits until the server has been told. */
-	wake_up_all(&ublk_io_queue(io)->ub->wait);
 	return true;
+}
+
+static void ublk_abort_tw(struct io_tw_req tw_req, io_tw_token_t tw)
+{
+	io_uring_cmd_done(io_uring_cmd_from_tw(tw_req), UBLK_IO_RES_ABORT,
+			  IO_URING_CMD_TASK_WORK_ISSUE_FLAGS);
+}
+
+/*
+ * The same from outside of the ring. io_uring_cmd_done() would wait for the
+ * ring's lock here, which the server holds while it serves a page fault, perhaps
+ * for ever. So the command completes when the server's thread gets to it.
+ */
+static void ublk_slot_cancel_outside(struct ublk_io *io)
+{
+	struct io_uring_cmd *cmd;
+
+	if (!ublk_slot_disarm(io, &cmd))
+		return;
+	wake_up_all(&ublk_io_queue(io)->ub->wait);
+	if (cmd)
+		io_uring_cmd_complete_in_task(cmd, ublk_abort_tw);
 }
 
 static void ublk_mark_leaving(struct ublk_device *ub)
@@ -157,7 +188,7 @@ void ublk_server_leaves(struct ublk_device *ub)
 	smp_mb();
 }
 
-/* Cancels all that waits, from outside of the rings. */
+/* Cancels all that waits, from outside of the rings, and waits for no server. */
 void ublk_cancel_slots(struct ublk_device *ub)
 {
 	unsigned int i, tag;
@@ -166,7 +197,7 @@ void ublk_cancel_slots(struct ublk_device *ub)
 		struct ublk_queue *q = ub->queues[i];
 
 		for (tag = 0; tag < q->depth; tag++)
-			ublk_slot_cancel(&q->ios[tag], IO_URING_F_UNLOCKED);
+			ublk_slot_cancel_outside(&q->ios[tag]);
 		ublk_batch_cancel_fetches(q);
 	}
 }
@@ -256,25 +287,33 @@ static void ublk_end_won(struct ublk_queue *q, struct ublk_io *io,
  * All of this is decided in one critical section, which ublk_reset_slots() needs
  * to enter: a request that a later server holds is never taken for one of the
  * server that is gone.
+ *
+ * The server may still commit @req meanwhile, and the slot go to the next request
+ * of its tag, so that this one is won. It has the same server, and what is won
+ * has to be ended.
  */
 bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 		    struct request *req, bool always)
 {
 	struct ublk_device *ub = q->ub;
+	struct request *won;
 	int res = 0;
 
 	spin_lock(&ub->lock);
-	if (READ_ONCE(io->req) == req && (always || ublk_holder_gone(q, io)))
+	if (READ_ONCE(io->req) == req && (always || ublk_holder_gone(q, io))) {
+		ublk_race(UBLK_RACE_TAKE);
 		res = ublk_win_back(q, io);
+	}
 	/* What finds the slot gone looks for the reason under this lock. */
 	if (res)
 		ublk_mark_leaving(ub);
 	spin_unlock(&ub->lock);
 	if (!res)
 		return false;
+	won = io->req;
 	ublk_race(UBLK_RACE_TAKE_BACK);
-	ublk_end_won(q, io, req, res);
-	return true;
+	ublk_end_won(q, io, won, res);
+	return won == req;
 }
 
 /* Takes all requests back whose server is gone, but has not closed the device. */
@@ -289,7 +328,7 @@ void ublk_take_back_gone(struct ublk_device *ub)
 			struct ublk_io *io = &q->ios[tag];
 			struct request *req = READ_ONCE(io->req);
 
-			/* No reference: it is only looked at after it was won back. */
+			/* No reference: only what was won back is looked at. */
 			if (req)
 				ublk_take_back(q, io, req, false);
 		}
@@ -378,6 +417,7 @@ void ublk_reset_slots(struct ublk_device *ub)
 	for (i = 0; i < ub->dev_info.nr_hw_queues; i++)
 		ub->queues[i]->nr_fetched = 0;
 	WRITE_ONCE(ub->nr_ready, 0);
+	WRITE_ONCE(ub->nr_servers, ub->nr_servers + 1);
 	ub->untrusted = false;
 	WRITE_ONCE(ub->closing, false);
 	if (ub->canceling)

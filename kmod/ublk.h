@@ -171,6 +171,7 @@ struct ublk_device {
 	bool			recoverable;	/* has been LIVE, will survive its server */
 	bool			untrusted;	/* fetched by a thread without privilege */
 	unsigned int		nr_ready;	/* queues whose tags are all fetched */
+	unsigned int		nr_servers;	/* that have left */
 
 	wait_queue_head_t	wait;		/* readiness, references of requests */
 	struct work_struct	release_work;	/* cleans up after a server */
@@ -191,6 +192,10 @@ struct ublk_rq {
 	/* REPORT_ZONES has no bio to carry these. */
 	sector_t		sector;
 	u32			nr_zones;
+	/* Part of it has been done, and the rest was queued again. */
+	bool			rest;
+	/* When it was first given to a server, in jiffies. */
+	unsigned long		since;
 };
 
 /* Private data of a parked command: io_uring_cmd.pdu. */

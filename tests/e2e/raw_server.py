@@ -44,6 +44,8 @@ class Options:
     depth: int = 8
     sectors: int = 1 << 16
     hold: int = 8 * 55
+    # Writes are kept, too, and never answered.
+    hold_writes: bool = False
     uid: int = 0
     # The process that has opened the device leaves it to a child, which serves.
     in_child: bool = False
@@ -58,6 +60,7 @@ class Server:
     id: int
     keeper: int = 0
     held: list[int] = field(default_factory=list)
+    stuck: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.fd = os.open(CHAR_DEVICE.format(self.id), os.O_RDWR | os.O_CLOEXEC)
@@ -149,6 +152,8 @@ class Server:
             operation, _sectors, start = self.request(tag)
             if operation == READ and start == self.options.hold:
                 self.held.append(tag)
+            elif operation == WRITE and self.options.hold_writes:
+                self.stuck.append(tag)
             else:
                 self.commit(tag)
         self.ring.enter()
@@ -160,6 +165,17 @@ class Server:
             self._batch_command(COMMIT_BATCH, [self._element(tag, result)])
         else:
             self._command(COMMIT, tag, result)
+
+    def release_part(self) -> None:
+        """Answer the first sector of the read that is held; the driver sends the rest again."""
+        tag = self.held.pop()
+        _operation, _sectors, start = self.request(tag)
+        self.options.hold = start + 1
+        if self.batch:
+            self._batch_command(COMMIT_BATCH, [self._element(tag, 512)])
+        else:
+            self._command(COMMIT, tag, 512)
+        self.ring.enter()
 
     def release(self) -> int:
         """Answer what is held; how many that were."""

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,44 @@ def test_a_close_that_hangs_delays_no_other_server() -> None:
                 control.delete(server.id)
 
 
+@pytest.mark.io_errors
+@pytest.mark.time_limit(180)
+def test_a_users_disk_delays_no_other_close(for_users: None) -> None:
+    """The system's work item for files that a completion has let go of must not wait for a user's server."""
+    flags = raw.UNPRIVILEGED_DEV | raw.NO_AUTO_PART_SCAN
+    with RawServer(flags=flags, uid=ALICE, hold_writes=True) as users, Server("Blocking") as other:
+        udev.settle()
+        with Aio() as aio:
+            buffered = os.open(users.node, os.O_RDWR | os.O_CLOEXEC)
+            direct = os.open(users.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            aio.read(direct, HELD, 4096)
+            users.until_held()
+            os.pwrite(buffered, b"dirty page", 0)
+            os.close(buffered)
+            os.close(direct)
+            users.say("server.release()")
+            assert aio.result() == 4096
+        # The last close of the user's disk waits for a write, until its server is killed.
+        with Aio() as aio, raw.Control() as control:
+            direct = os.open(other.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            aio.read(direct, GATE, 4096)
+            assert other.ask("disk.waiting.wait(10)") is True
+            os.close(direct)
+            other.ask("disk.gate.set()")
+            assert aio.result() == 4096
+            before = time.monotonic()
+            until(lambda: try_stop(control, other.id), "the other disk's close", 60)
+            waited = time.monotonic() - before
+            assert is_running(users.server), f"the close took {waited:.0f} s, and the user's server has been killed"
+
+
+def try_stop(control: raw.Control, number: int) -> bool:
+    """Stop a disk that is not open. False if it is."""
+    answer = error_of(lambda: control.command(raw.TRY_STOP_DEV, number))
+    assert answer in (0, errno.EBUSY)
+    return answer == 0
+
+
 def read_partitions(path: str) -> None:
     with contextlib.suppress(OSError), open(path, "rb") as disk:
         fcntl.ioctl(disk, BLKRRPART)
@@ -306,6 +345,56 @@ def test_a_page_fault_without_end_holds_no_client_up(mode: int, operation: str, 
         assert until(lambda: result, "the client's end", 3 * TIME_OUT) == [5]
         # The server cannot die before.
         file.close()
+    tasks.join()
+
+
+@batch_or_not
+@pytest.mark.io_errors
+@pytest.mark.time_limit(120)
+def test_a_page_fault_without_end_holds_no_command_up(mode: int) -> None:
+    """The server's thread has the lock of its ring, which idle commands are on."""
+    tasks = Tasks()
+    deleted: list[bool] = []
+
+    def delete(number: int) -> None:
+        with raw.Control() as control:
+            control.command(raw.DEL_DEV_ASYNC, number)
+        deleted.append(True)
+
+    with HangingFile() as file, RawServer(flags=mode | raw.NO_AUTO_PART_SCAN) as server:
+        udev.settle()
+        result = read_held(tasks, server.node)
+        server.until_held()
+        server.ask(f"server.use_file({file.path!r})")
+        server.say("server.release()")
+        assert file.line(60) == "read"
+        # It cannot die before.
+        kill(server.server)
+        tasks.start(delete, server.id)
+        until(lambda: deleted and result, "the command's end", 60)
+        assert result == [errno.EIO]
+        file.close()
+    tasks.join()
+
+
+@batch_or_not
+@pytest.mark.io_errors
+@pytest.mark.time_limit(180)
+def test_an_answer_in_parts_extends_no_users_time(mode: int, for_users: None) -> None:
+    """A user's server answers each part of a read in time, and never the whole."""
+    tasks = Tasks()
+    with RawServer(flags=mode | raw.UNPRIVILEGED_DEV | raw.NO_AUTO_PART_SCAN, uid=ALICE) as server:
+        udev.settle()
+        result = read_held(tasks, server.node)
+        parts = 0
+        while not result and parts < 8:
+            until(lambda: result or server.ask("len(server.held)"), "the rest of the read")
+            time.sleep(TIME_OUT / 2)
+            if not result:
+                server.ask("server.release_part()")
+                parts += 1
+        assert result == [errno.EIO]
+        assert parts <= 4
     tasks.join()
 
 

@@ -53,6 +53,8 @@ def _command(number: int, size: int, direction: int = 3) -> int:
 
 GET_DEV_INFO, GET_DEV_INFO2 = _command(0x02, 32, 2), _command(0x12, 32, 2)
 ADD_DEV, DEL_DEV, START_DEV, STOP_DEV, SET_PARAMS = (_command(number, 32) for number in range(0x04, 0x09))
+DEL_DEV_ASYNC = _command(0x14, 32, 2)
+TRY_STOP_DEV = _command(0x17, 32)
 FETCH, COMMIT = _command(0x20, 16), _command(0x21, 16)
 PREPARE_BATCH, COMMIT_BATCH, FETCH_BATCH = (_command(number, 16) for number in range(0x25, 0x28))
 
