@@ -292,13 +292,13 @@ def test_a_process_that_does_not_answer_a_stop_is_killed(monkeypatch):
 
 def test_a_stop_that_cancels_does_so_in_the_other_process(monkeypatch):
     asked = []
-    ask = _isolated.RemoteDevice._ask_locked
+    ask = _isolated.Questions.ask
 
     def note(self, question, *arguments, **more):
         asked.append((question, arguments))
         return ask(self, question, *arguments, **more)
 
-    monkeypatch.setattr(_isolated.RemoteDevice, "_ask_locked", note)
+    monkeypatch.setattr(_isolated.Questions, "ask", note)
     device = Disk().start(isolated=True, _driver=FakeDriver())
     device.stop(cancel=True)
     assert asked == [("stop", (1.0, True))]

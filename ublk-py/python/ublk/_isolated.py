@@ -2,7 +2,7 @@
 
 """Devices that a process of their own serves: this program's side.
 
-Two pipes lead there. Over ``control`` go questions and their answers, one at a time. Over ``events`` come log records,
+Two pipes lead there. Over ``control`` go questions and their answers (`Questions`). Over ``events`` come log records,
 and at last the news that the device has begun to end; if that is missing, the process has died.
 """
 
@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import errno
 import functools
-import itertools
 import logging
 import multiprocessing
 import multiprocessing.process
@@ -21,7 +20,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 import traceback
 import weakref
 from multiprocessing.connection import wait
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ublk import _device, _isolated_server, _ublk
 from ublk._errors import UblkError
+from ublk._isolated_questions import Questions
 from ublk._log import log
 from ublk._native import NativeDisk
 from ublk._serving import PullServing, Serving
@@ -47,10 +46,6 @@ _START_SECONDS = 120.0
 _ANSWER_SECONDS = 75.0
 # For the other side's part of a stop, besides the wait for handlers.
 _STOP_SECONDS = 15.0
-# After which it is looked whether a wait was expedited.
-_LOOK_SECONDS = 0.5
-# For an answer, from then on.
-_EXPEDITED_SECONDS = 3.0
 _EXIT_SECONDS = 5.0
 _GIVE_UP_SECONDS = 30.0
 
@@ -132,8 +127,8 @@ class RemoteDevice:
     queues_left = 0
 
     def __init__(self, payload: bytes, id: int | None, options: Mapping[str, Any], fake: bool) -> None:
-        self._lock = threading.Lock()
-        self._numbers = itertools.count()
+        # For the end of the process; a signal's handler that interrupts a stop may stop the device, too.
+        self._lock = threading.RLock()
         self._die: Callable[[BaseException], None] | None = None
         self._last: dict[str, Any] = {}
         self.id = -1
@@ -145,7 +140,8 @@ class RemoteDevice:
         weakref.finalize(self, os.close, self._ended).atexit = False
         self._owner = os.getpid()
         self._fake = fake
-        self._is_expedited = False
+        # What is wrong, if a stop has killed the process.
+        self._killed = ""
         # Whether a stop cancels tasks at once.
         self.cancels = False
         self._control, control = _spawn.Pipe()
@@ -161,20 +157,17 @@ class RemoteDevice:
         _remotes.add(self)
         _end_with_workers()
         assert self._process.pid is not None
-        # The pipes alone do not tell of its end: whatever it has forked has them open, too.
-        self._running = os.pidfd_open(self._process.pid)
-        weakref.finalize(self, os.close, self._running).atexit = False
+        self._questions = Questions(self._control, self._process.pid)
 
     def begin(self, die: Callable[[BaseException], None]) -> None:
         """Wait until the process serves its device, and listen to it from then on."""
-        with self._lock:
-            try:
-                shape = self._receive(next(self._numbers), _START_SECONDS)
-            except UblkError as error:
-                if error.errno != errno.EOWNERDEAD:
-                    raise
-                hint = 'a script that starts isolated devices does so under `if __name__ == "__main__":`'
-                raise UblkError(errno.EOWNERDEAD, f"{error.strerror} before the disk was there; {hint}") from None
+        try:
+            shape = self._value(self._questions.wait_for_start, _START_SECONDS)
+        except UblkError as error:
+            if error.errno != errno.EOWNERDEAD:
+                raise
+            hint = 'a script that starts isolated devices does so under `if __name__ == "__main__":`'
+            raise UblkError(errno.EOWNERDEAD, f"{error.strerror} before the disk was there; {hint}") from None
         self.path: Path = shape["path"]
         self.queues: int = shape["queues"]
         self.depth: int = shape["depth"]
@@ -184,9 +177,8 @@ class RemoteDevice:
         self.data: str = shape["data"]
         self._die = die
         self.id = shape["id"]
-        with self._lock, contextlib.suppress(OSError):
-            # From now on a device that is to be recovered is kept when this program dies.
-            self._control.send((-1, "", ()))
+        # From now on a device that is to be recovered is kept when this program dies.
+        self._questions.post("")
         threading.Thread(target=self._listen, name=f"ublk{self.id}events", daemon=True).start()
 
     def fileno(self) -> int:
@@ -222,7 +214,8 @@ class RemoteDevice:
 
     def expedite(self) -> None:
         """Have a stop wait no longer for handlers."""
-        self._is_expedited = True
+        self._questions.is_expedited = True
+        self._questions.post("expedite")
 
     def abandon(self) -> None:
         """Have the process gone, whatever becomes of the device."""
@@ -234,48 +227,31 @@ class RemoteDevice:
             raise UblkError(
                 errno.ESRCH, f"{self.path} is a device of process {self._owner}, from which this was forked"
             )
-        with self._lock:
-            return self._last[question] if question in self._last else self._ask_locked(question, *arguments)
+        if question in self._last:
+            return self._last[question]
+        return self._value(functools.partial(self._questions.ask, question, *arguments), _ANSWER_SECONDS)
 
-    def _ask_locked(self, question: str, *arguments: object, seconds: float = _ANSWER_SECONDS) -> Any:
-        number = next(self._numbers)
-        try:
-            self._control.send((number, question, arguments))
-        except OSError:
-            raise self._dead() from None
-        return self._receive(number, seconds)
-
-    def _receive(self, number: int, seconds: float) -> Any:
-        deadline = time.monotonic() + seconds
-        answer: Answer | None = None
-        try:
-            while answer is None:
-                if self._is_expedited:
-                    deadline = min(deadline, time.monotonic() + _EXPEDITED_SECONDS)
-                left = max(0.0, deadline - time.monotonic())
-                ready = wait([self._control, self._running], min(left, _LOOK_SECONDS))
-                if not ready:
-                    if left <= 0:
-                        break
-                    continue
-                if self._control not in ready:
-                    raise EOFError
-                came: Answer = self._control.recv()
-                # The answer to a question that was interrupted comes all the same.
-                answer = came if came.number == number else None
-        except (EOFError, OSError):
-            raise self._dead() from None
-        if answer is None:
-            text = f"process {self._process.pid}, which serves the device, does not answer after {seconds:g} s"
-            raise UblkError(errno.ETIMEDOUT, text)
+    def _value(self, ask: Callable[..., Answer], seconds: float) -> Any:
+        answer = self._answer(ask, seconds)
         if answer.error is not None:
             raise answer.error.restored()
         return answer.value
 
+    def _answer(self, ask: Callable[..., Answer], seconds: float) -> Answer:
+        try:
+            return ask(seconds=seconds)
+        except EOFError:
+            raise self._dead() from None
+        except TimeoutError:
+            text = f"process {self._process.pid}, which serves the device, does not answer after {seconds:g} s"
+            raise UblkError(errno.ETIMEDOUT, text) from None
+
     def _dead(self) -> UblkError:
-        """Tell how the process ended. Under the lock: only one thread at a time can learn of that."""
-        self._process.join(_EXIT_SECONDS)
-        status = self._process.exitcode
+        """Tell how the process ended."""
+        # Only one thread at a time can learn of that.
+        with self._lock:
+            self._process.join(_EXIT_SECONDS)
+            status = self._process.exitcode
         if status is None:
             how = "has closed its pipes"
         elif status < 0:
@@ -286,44 +262,69 @@ class RemoteDevice:
         return UblkError(errno.EOWNERDEAD, f"process {self._process.pid}, which {served}, {how}")
 
     def _finish(self, question: str, seconds: float | None = None) -> None:
-        if self._is_expedited and seconds is not None:
-            seconds = 0.0
-        arguments = () if seconds is None else (seconds, self.cancels)
-        patience = _ANSWER_SECONDS if seconds is None else seconds + _STOP_SECONDS
-        with self._lock:
-            if self.stopped:
-                return
-            if self.id < 0:
-                # A start that was given up. It removes what it has made when it finds nobody to tell of it.
+        if self.stopped:
+            return
+        if self.id < 0:
+            # A start that was given up. It removes what it has made when it finds nobody to tell of it.
+            with self._lock:
                 self._kill(_GIVE_UP_SECONDS)
-                return
-            if seconds is not None:
-                self._resume()
+            return
+        if seconds is not None:
+            if self._questions.is_expedited:
+                seconds = 0.0
+            self._resume()
+        error: BaseException | None = None
+        # Not again, if only the end of the process was not waited for.
+        if not self._last:
+            arguments = () if seconds is None else (seconds, self.cancels)
+            patience = _ANSWER_SECONDS if seconds is None else seconds + _STOP_SECONDS
             try:
-                # Not again, if only the end of the process was not waited for.
-                self._last = self._last or self._ask_locked(question, *arguments, seconds=patience)
-            except UblkError as error:
-                if error.errno == errno.EOWNERDEAD:
-                    try:
-                        self._clean_up()
-                    finally:
-                        self._kill(_EXIT_SECONDS)
-                    return
-                if seconds is None or self.recovery is not None:
-                    raise
-                # A handler is stuck, or the process. Its end is that of the requests.
+                # Others may ask for the same meanwhile: that process finds out which of them has the least time.
+                answer = self._answer(functools.partial(self._questions.ask, question, *arguments), patience)
+            except UblkError as failure:
+                error = failure
+            else:
+                self._last = answer.value or self._last
+                error = None if answer.error is None else answer.error.restored()
+        if self._last:
+            with self._lock:
+                self._kill(_EXIT_SECONDS)
+        elif isinstance(error, UblkError) and error.errno == errno.EOWNERDEAD:
+            self._finish_dead()
+            return
+        elif seconds is not None and self.recovery is None:
+            # A handler is stuck, or the process. Its end is that of the requests.
+            self._finish_stuck(error)
+            return
+        if error is not None:
+            raise error
+
+    def _finish_dead(self) -> None:
+        """Remove the device of a process that has ended by itself."""
+        with self._lock:
+            if self._killed:
+                raise UblkError(errno.EIO, self._killed)
+            try:
+                self._clean_up()
+            finally:
+                self._kill(_EXIT_SECONDS)
+
+    def _finish_stuck(self, error: BaseException | None) -> None:
+        """Kill a process that does not stop its device, and remove that."""
+        with self._lock:
+            if not self.stopped:
+                reason = error.strerror if isinstance(error, UblkError) else error
+                pid = self._process.pid
+                self._killed = f"{self.path}: process {pid} was killed, and its requests failed: {reason}"
                 self._kill()
                 self._clean_up()
-                raise UblkError(
-                    errno.EIO,
-                    f"{self.path}: process {self._process.pid} was killed, and its requests failed: {error.strerror}",
-                ) from None
-            self._kill(_EXIT_SECONDS)
+        if self._killed:
+            raise UblkError(errno.EIO, self._killed)
 
     def _resume(self) -> None:
         """Let a process go on that was suspended (SIGSTOP), which would keep the device."""
         with contextlib.suppress(OSError):
-            signal.pidfd_send_signal(self._running, signal.SIGCONT)
+            signal.pidfd_send_signal(self._questions.running, signal.SIGCONT)
 
     def _clean_up(self) -> None:
         """Remove the device of a process that is gone, unless it is to wait for another."""
@@ -343,7 +344,7 @@ class RemoteDevice:
 
     def _kill(self, seconds: float = 0.0) -> None:
         """End the process, which has so many seconds to do so by itself."""
-        self._control.close()
+        self._questions.close()
         self._process.join(seconds)
         if self._process.exitcode is None:
             self._process.kill()
@@ -365,7 +366,7 @@ class RemoteDevice:
     def _listen(self) -> None:
         told = False
         with self._events, contextlib.suppress(EOFError, OSError):
-            while self._events in wait([self._events, self._running]):
+            while self._events in wait([self._events, self._questions.running]):
                 message = self._events.recv()
                 if isinstance(message, dict):
                     _log(logging.makeLogRecord(message))
@@ -374,7 +375,7 @@ class RemoteDevice:
                 self._tell(None if message is None else message.restored())
         if not told:
             with self._lock:
-                error = None if self.stopped else self._dead()
+                error = None if self.stopped or self._last else self._dead()
             self._tell(error)
 
     def _tell(self, error: BaseException | None) -> None:

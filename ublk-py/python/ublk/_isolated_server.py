@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import functools
 import logging
 import logging.handlers
 import multiprocessing
@@ -15,6 +16,7 @@ import pickle
 import queue
 import select
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -169,6 +171,48 @@ def _start(payload: bytes, id: int | None, options: Mapping[str, Any], fake: boo
 _SHAPE = ("id", "path", "queues", "depth", "max_io_bytes", "recovery", "can_be_left", "data")
 
 
+class _Ends:
+    """Ends the device on threads of their own: meanwhile the program may ask for an end in less time, or be gone."""
+
+    def __init__(self, device: Device, answer: Callable[[Answer], None]) -> None:
+        self._device = device
+        self._answer = answer
+        self._threads: list[threading.Thread] = []
+        # Whether the device is being deleted.
+        self.deletes = False
+        # Readable once that is over, or the device was left to another server.
+        self.over = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def begin(self, number: int, question: str, arguments: tuple[Any, ...]) -> None:
+        """End the device as the question has it, and answer after that."""
+        end: Callable[[], None] = self._device.quiesce
+        if question == "stop":
+            self.deletes = True
+            seconds, cancel = arguments
+            end = functools.partial(self._device.stop, seconds, cancel=cancel)
+        thread = threading.Thread(target=self._end, args=[number, end], name="ublk-stop", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _end(self, number: int, end: Callable[[], None]) -> None:
+        native = self._device._native
+        error: Failure | None = None
+        try:
+            end()
+        except Exception as raised:
+            error = Failure.of(raised)
+        value = {"stats": native.stats(), "entries": native.entries} if error is None else None
+        self._answer(Answer(number, value, error))
+        if value is not None:
+            os.eventfd_write(self.over, 1)
+
+    def join(self, seconds: float = 5.0) -> None:
+        """Have all answers sent, once the device has ended."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
 def _attend(device: Device, control: Connection, events: _Events, announced: bool) -> None:
     """Answer questions, until one of them ends the device. ``announced`` is whether the program knows of it."""
     native = device._native
@@ -181,10 +225,17 @@ def _attend(device: Device, control: Connection, events: _Events, announced: boo
     except ProcessLookupError:
         _orphaned(device, announced)
         return
+    sending = threading.Lock()
+
+    def answer(answer: Answer) -> None:
+        with sending, contextlib.suppress(OSError):
+            control.send(answer)
+
+    ends = _Ends(device, answer)
     try:
         control.send(Answer(0, {name: getattr(native, name) for name in _SHAPE}))
         poller = select.poll()
-        for descriptor in (control.fileno(), native.fileno(), program):
+        for descriptor in (control.fileno(), native.fileno(), program, ends.over):
             poller.register(descriptor, select.POLLIN)
         while True:
             ready = {descriptor for descriptor, _ in poller.poll()}
@@ -192,14 +243,20 @@ def _attend(device: Device, control: Connection, events: _Events, announced: boo
                 poller.unregister(native.fileno())
                 # Whatever has ended it: the exception is there first.
                 events.ending(device._exception)
+            if ends.over in ready:
+                ends.join()
+                return
             if control.fileno() in ready:
                 number, question, arguments = control.recv()
                 announced = True
-                if question and _answer(device, control, number, question, arguments):
-                    return
+                if question in ("stop", "leave"):
+                    ends.begin(number, question, arguments)
+                elif question == "expedite":
+                    native.expedite()
+                elif question:
+                    answer(_answer(device, number, question, arguments))
             elif program in ready:
-                _orphaned(device, announced)
-                return
+                raise EOFError
     except (EOFError, OSError):
         _orphaned(device, announced)
     finally:
@@ -220,28 +277,12 @@ def _orphaned(device: Device, announced: bool) -> None:
     os._exit(1)
 
 
-def _answer(device: Device, control: Connection, number: int, question: str, arguments: tuple[Any, ...]) -> bool:
-    """Answer a question; tell whether it was the last one."""
-    native = device._native
-    ends: dict[str, Callable[..., None]] = {
-        "stop": lambda seconds, cancel: device.stop(seconds, cancel=cancel),
-        "leave": device.quiesce,
-    }
+def _answer(device: Device, number: int, question: str, arguments: tuple[Any, ...]) -> Answer:
     try:
-        value: Any = None
-        if question in ends:
-            ends[question](*arguments)
-            value = {"stats": native.stats(), "entries": native.entries}
-        elif question == "resize":
+        if question == "resize":
             device.resize(*arguments)
-        elif question == "stats":
-            value = native.stats()
-        elif question == "entries":
-            value = native.entries
+            return Answer(number)
+        native = device._native
+        return Answer(number, native.stats() if question == "stats" else native.entries)
     except Exception as error:
-        answer = Answer(number, error=Failure.of(error))
-    else:
-        answer = Answer(number, value)
-    with contextlib.suppress(OSError):
-        control.send(answer)
-    return question in ends and answer.error is None
+        return Answer(number, error=Failure.of(error))

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Questions to the process that serves an isolated device, and its answers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import queue
+import socket
+import threading
+import time
+import weakref
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from ublk._isolated_server import Answer
+
+# How often a wait checks whether it was expedited.
+_LOOK_SECONDS = 0.1
+# The wait for an answer, from then on.
+EXPEDITED_SECONDS = 5.0
+
+
+class _Question:
+    def __init__(self, number: int, text: str, arguments: tuple[object, ...]) -> None:
+        self.number = number
+        self.text = text
+        self.arguments = arguments
+        self.answer: Answer | None = None
+        self.answered = threading.Event()
+
+
+class Questions:
+    """Sends questions and receives answers on a thread of its own.
+
+    Any number of threads may wait for answers at the same time, and so may a signal's handler that interrupts a wait.
+    """
+
+    def __init__(self, control: Connection, pid: int) -> None:
+        self._control = control
+        self._numbers = itertools.count(1)
+        # Its `put` may be interrupted by another one.
+        self._queue: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
+        self._first = _Question(0, "", ())
+        self._waiting = {0: self._first}
+        self._is_over = False
+        self.is_expedited = False
+        # The pipe alone does not show the end of the process: whatever it has forked has it open, too.
+        self.running = os.pidfd_open(pid)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for descriptor in (self.running, self._wake):
+            weakref.finalize(self, os.close, descriptor).atexit = False
+        self._thread = threading.Thread(target=self._run, name="ublk-questions", daemon=True)
+        self._thread.start()
+
+    def ask(self, text: str, *arguments: object, seconds: float) -> Answer:
+        """Return the answer. Raises `EOFError` if the process ends before that, `TimeoutError` if the time is over."""
+        question = _Question(next(self._numbers), text, arguments)
+        self._put(question)
+        return self._wait(question, seconds)
+
+    def wait_for_start(self, seconds: float) -> Answer:
+        """Return the answer that comes without a question, once the process serves the device. Raises as `ask`."""
+        return self._wait(self._first, seconds)
+
+    def post(self, text: str) -> None:
+        """Send what needs no answer. May be called by a signal's handler."""
+        self._put(_Question(-1, text, ()))
+
+    def close(self) -> None:
+        """Ask nothing more; answers still come. The process sees it, and ends."""
+        self._put(None)
+
+    def join(self, seconds: float) -> None:
+        """Wait until everything is received that a process has sent that has ended."""
+        self._thread.join(seconds)
+
+    def _put(self, question: _Question | None) -> None:
+        self._queue.put(question)
+        os.eventfd_write(self._wake, 1)
+
+    def _wait(self, question: _Question, seconds: float) -> Answer:
+        deadline = time.monotonic() + seconds
+        while not question.answered.wait(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic()))):
+            if self._is_over:
+                break
+            if self.is_expedited:
+                deadline = min(deadline, time.monotonic() + EXPEDITED_SECONDS)
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+        if question.answer is None:
+            raise EOFError
+        return question.answer
+
+    def _run(self) -> None:
+        try:
+            # What is left of a process that has ended comes first.
+            while (ready := wait([self._control, self._wake, self.running])) != [self.running]:
+                if self._control in ready:
+                    self._receive(self._control.recv())
+                if self._wake in ready:
+                    self._send()
+        except (EOFError, OSError):
+            pass
+        finally:
+            self._is_over = True
+            self._control.close()
+            for question in self._waiting.values():
+                question.answered.set()
+
+    def _receive(self, answer: Answer) -> None:
+        # Of one that timed out or was interrupted, too.
+        question = self._waiting.pop(answer.number, None)
+        if question is not None:
+            question.answer = answer
+            question.answered.set()
+
+    def _send(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                question = self._queue.get_nowait()
+                if question is None:
+                    half = socket.socket(fileno=os.dup(self._control.fileno()))
+                    with half, contextlib.suppress(OSError):
+                        half.shutdown(socket.SHUT_WR)
+                    continue
+                if question.number > 0:
+                    self._waiting[question.number] = question
+                # A process that ends may have sent something that is still to be received.
+                with contextlib.suppress(OSError):
+                    self._control.send((question.number, question.text, question.arguments))
