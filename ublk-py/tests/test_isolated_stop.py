@@ -183,6 +183,18 @@ def program(tmp_path, code, workers=2, recoverable=False):
                     os.kill(pid, signal.SIGKILL)
 
 
+def is_over(pidfd):
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return True
+    # Perhaps nothing waits for it.
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:
+        pid = next(line.split()[1] for line in file if line.startswith("Pid:"))
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rsplit(")", 1)[1].split()[0] == "Z"
+
+
 def test_a_signal_handler_may_stop_a_device_that_is_being_stopped(tmp_path):
     code = """
     def hurry(number, frame):
@@ -205,3 +217,19 @@ def test_a_signal_handler_may_stop_a_device_that_is_being_stopped(tmp_path):
     with program(tmp_path, code) as (process, _child):
         out, _err = process.communicate(timeout=SOON)
     assert out.split() == ["inner", "5", "outer", "5"]
+
+
+@pytest.mark.parametrize("recoverable", [False, True])
+@pytest.mark.parametrize("workers", [2, None], ids=["workers", "methods"])
+def test_a_process_whose_program_dies_while_it_stops_ends(tmp_path, workers, recoverable):
+    code = """
+    threading.Thread(target=device.stop, args=[None], daemon=True).start()
+    tests.wait_for_stop(device)
+    print("stopping", flush=True)
+    time.sleep(600)
+    """
+    with program(tmp_path, code, workers, recoverable) as (process, child):
+        assert process.stdout.readline() == "stopping\n"
+        process.kill()
+        process.wait()
+        until(lambda: is_over(child))

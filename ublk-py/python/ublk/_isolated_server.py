@@ -258,7 +258,8 @@ def _attend(device: Device, control: Connection, events: _Events, announced: boo
             elif program in ready:
                 raise EOFError
     except (EOFError, OSError):
-        _orphaned(device, announced)
+        # One that is being deleted cannot be left to another server any more.
+        _orphaned(device, announced and not ends.deletes)
     finally:
         os.close(program)
 
