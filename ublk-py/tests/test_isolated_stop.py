@@ -4,6 +4,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -120,6 +121,14 @@ def test_the_stop_with_the_least_time_decides(begin):
     assert not device.running
 
 
+def test_a_stop_that_cancels_hurries_one_under_way(begin):
+    device = begin(workers=2)
+    patient = Stop(device, timeout=LONG)
+    wait_for_stop(device)
+    assert Stop(device, cancel=True).join() is None
+    patient.join()
+
+
 def test_a_stop_that_is_expedited_fails_requests(begin):
     device = begin(workers=2)
     patient = Stop(device, timeout=LONG)
@@ -233,3 +242,30 @@ def test_a_process_whose_program_dies_while_it_stops_ends(tmp_path, workers, rec
         process.kill()
         process.wait()
         until(lambda: is_over(child))
+
+
+@pytest.mark.parametrize("recoverable", [False, True])
+def test_a_stop_that_takes_requests_back_says_so(begin, recoverable):
+    device = begin(workers=2, recoverable=recoverable)
+    error = Stop(device, timeout=0.1).join()
+    assert error.errno == errno.EIO
+    assert error.strerror == f"{device.path}: 1 requests unfinished after 0.1 s; they failed, the device is deleted"
+    assert not device.running
+    assert device not in _device._running
+    assert device._native._process.exitcode is not None
+    device.stop()
+
+
+def test_a_stop_that_cancels_logs_the_requests_that_it_takes_back(begin, caplog):
+    device = begin(workers=2)
+    assert Stop(device, cancel=True).join() is None
+    (record,) = [record for record in caplog.records if "requests unfinished" in record.getMessage()]
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(f"{device.path}: 1 requests unfinished after 1 s;")
+
+
+def test_a_stop_that_cancels_raises_nothing_for_a_process_that_is_killed(begin, caplog):
+    device = begin()
+    assert Stop(device, cancel=True).join() is None
+    assert any("was killed, and its requests failed" in record.getMessage() for record in caplog.records)
+    assert not device.running

@@ -528,12 +528,11 @@ class Device:
 
     def _stop(self, seconds: float = STOP_SECONDS, cancel: bool = False) -> None:
         if cancel:
-            self._serving.cancel()
             seconds = min(seconds, _CANCEL_SECONDS)
         native = self._native
         is_over = native.stopped
-        self._end(functools.partial(native.stop, seconds))
-        if is_over or not isinstance(native, _ublk.NativeDevice) or not native.revoked:
+        self._end_in(seconds, cancel)
+        if is_over or not native.revoked:
             return
         text = (
             f"{self.path}: {native.revoked} requests unfinished after {seconds:g} s; they failed, the device is deleted"
@@ -541,6 +540,12 @@ class Device:
         if not cancel:
             raise UblkError(errno.EIO, text)
         log(logging.WARNING, "%s; a method that still runs may still write: keep what it uses", text)
+
+    def _end_in(self, seconds: float, cancel: bool) -> None:
+        """Stop the device, whatever requests have to be taken back for that."""
+        if cancel:
+            self._serving.cancel()
+        self._end(functools.partial(self._native.stop, seconds))
 
     def _end(self, end: Callable[[], None]) -> None:
         self._stopped = True

@@ -130,7 +130,6 @@ class RemoteDevice:
         # For the end of the process; a signal's handler that interrupts a stop may stop the device, too.
         self._lock = threading.RLock()
         self._die: Callable[[BaseException], None] | None = None
-        self._last: dict[str, Any] = {}
         self.id = -1
         self.ending = False
         self.stopped = False
@@ -189,6 +188,11 @@ class RemoteDevice:
         """Nothing: the process has done so."""
 
     @property
+    def revoked(self) -> int:
+        """How many requests have failed because they had not ended in time."""
+        return int(self._last.get("revoked", 0))
+
+    @property
     def entries(self) -> int:
         """How often that process's Python was entered for requests."""
         return int(self._ask("entries"))
@@ -204,7 +208,8 @@ class RemoteDevice:
     def stop(self, seconds: float) -> None:
         """Have the device deleted, and the process gone. It waits for handlers for so many seconds.
 
-        If that does not work, it is killed. Raises `UblkError` then, although the device is gone.
+        If that does not work, it is killed. Raises `UblkError` then, although the device is gone, unless tasks are
+        cancelled.
         """
         self._finish("stop", seconds)
 
@@ -227,9 +232,18 @@ class RemoteDevice:
             raise UblkError(
                 errno.ESRCH, f"{self.path} is a device of process {self._owner}, from which this was forked"
             )
-        if question in self._last:
-            return self._last[question]
-        return self._value(functools.partial(self._questions.ask, question, *arguments), _ANSWER_SECONDS)
+        if question not in self._last:
+            try:
+                return self._value(functools.partial(self._questions.ask, question, *arguments), _ANSWER_SECONDS)
+            except UblkError:
+                # Another thread may have stopped the device meanwhile.
+                if question not in self._last:
+                    raise
+        return self._last[question]
+
+    @property
+    def _last(self) -> dict[str, Any]:
+        return self._questions.last
 
     def _value(self, ask: Callable[..., Answer], seconds: float) -> Any:
         answer = self._answer(ask, seconds)
@@ -269,57 +283,67 @@ class RemoteDevice:
             with self._lock:
                 self._kill(_GIVE_UP_SECONDS)
             return
+        # Another stop may cancel meanwhile, and the end of the device does.
+        cancels = self.cancels
         if seconds is not None:
             if self._questions.is_expedited:
                 seconds = 0.0
             self._resume()
+        # What the end of the device has raised, and why that is still to come.
         error: BaseException | None = None
+        failure: BaseException | None = None
         # Not again, if only the end of the process was not waited for.
         if not self._last:
-            arguments = () if seconds is None else (seconds, self.cancels)
+            arguments = () if seconds is None else (seconds, cancels)
             patience = _ANSWER_SECONDS if seconds is None else seconds + _STOP_SECONDS
             try:
                 # Others may ask for the same meanwhile: that process finds out which of them has the least time.
                 answer = self._answer(functools.partial(self._questions.ask, question, *arguments), patience)
-            except UblkError as failure:
-                error = failure
-            else:
-                self._last = answer.value or self._last
-                error = None if answer.error is None else answer.error.restored()
+                error = failure = None if answer.error is None else answer.error.restored()
+            except UblkError as lost:
+                failure = lost
         if self._last:
             with self._lock:
                 self._kill(_EXIT_SECONDS)
-        elif isinstance(error, UblkError) and error.errno == errno.EOWNERDEAD:
-            self._finish_dead()
-            return
-        elif seconds is not None and self.recovery is None:
+            if error is not None:
+                raise error
+        elif isinstance(failure, UblkError) and failure.errno == errno.EOWNERDEAD:
+            self._finish_dead(cancels)
+        elif failure is not None and (seconds is None or self.recovery is not None):
+            raise failure
+        else:
             # A handler is stuck, or the process. Its end is that of the requests.
-            self._finish_stuck(error)
-            return
-        if error is not None:
-            raise error
+            self._finish_stuck(failure, cancels)
 
-    def _finish_dead(self) -> None:
+    def _finish_dead(self, cancels: bool) -> None:
         """Remove the device of a process that has ended by itself."""
         with self._lock:
-            if self._killed:
-                raise UblkError(errno.EIO, self._killed)
-            try:
-                self._clean_up()
-            finally:
-                self._kill(_EXIT_SECONDS)
+            if not self._killed:
+                try:
+                    self._clean_up()
+                finally:
+                    self._kill(_EXIT_SECONDS)
+        # Another stop, which has ended this one, too.
+        self._report_kill(cancels)
 
-    def _finish_stuck(self, error: BaseException | None) -> None:
+    def _finish_stuck(self, failure: BaseException | None, cancels: bool) -> None:
         """Kill a process that does not stop its device, and remove that."""
         with self._lock:
-            if not self.stopped:
-                reason = error.strerror if isinstance(error, UblkError) else error
+            if not self.stopped and not self._last:
+                reason = failure.strerror if isinstance(failure, UblkError) else failure
                 pid = self._process.pid
                 self._killed = f"{self.path}: process {pid} was killed, and its requests failed: {reason}"
                 self._kill()
                 self._clean_up()
-        if self._killed:
+        self._report_kill(cancels)
+
+    def _report_kill(self, cancels: bool) -> None:
+        """Raise if a stop has killed the process, or log that if it is one that cancels."""
+        if not self._killed:
+            return
+        if not cancels:
             raise UblkError(errno.EIO, self._killed)
+        log(logging.WARNING, "%s", self._killed)
 
     def _resume(self) -> None:
         """Let a process go on that was suspended (SIGSTOP), which would keep the device."""

@@ -13,13 +13,15 @@ import threading
 import time
 import weakref
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from ublk._isolated_server import Answer
 
+# Questions that end the device.
+ENDS = ("stop", "leave")
 # How often a wait checks whether it was expedited.
 _LOOK_SECONDS = 0.1
 # The wait for an answer, from then on.
@@ -50,6 +52,8 @@ class Questions:
         self._waiting = {0: self._first}
         self._is_over = False
         self.is_expedited = False
+        # What the process has reported of the device when that had ended; by the time that the process's end is seen.
+        self.last: dict[str, Any] = {}
         # The pipe alone does not show the end of the process: whatever it has forked has it open, too.
         self.running = os.pidfd_open(pid)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -117,6 +121,8 @@ class Questions:
         # Of one that timed out or was interrupted, too.
         question = self._waiting.pop(answer.number, None)
         if question is not None:
+            if question.text in ENDS and answer.value is not None:
+                self.last = answer.value
             question.answer = answer
             question.answered.set()
 

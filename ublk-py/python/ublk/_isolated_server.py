@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ublk import _ublk
 from ublk._device import recover
 from ublk._errors import UblkError
+from ublk._isolated_questions import ENDS
 from ublk._log import log
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ class _Ends:
         if question == "stop":
             self.deletes = True
             seconds, cancel = arguments
-            end = functools.partial(self._device.stop, seconds, cancel=cancel)
+            end = functools.partial(self._device._end_in, seconds, cancel)
         thread = threading.Thread(target=self._end, args=[number, end], name="ublk-stop", daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -201,7 +202,10 @@ class _Ends:
             end()
         except Exception as raised:
             error = Failure.of(raised)
-        value = {"stats": native.stats(), "entries": native.entries} if error is None else None
+        value: dict[str, Any] | None = None
+        if error is None or native.stopped:
+            # The device may have ended, and with a failure.
+            value = {"stats": native.stats(), "entries": native.entries, "revoked": native.revoked}
         self._answer(Answer(number, value, error))
         if value is not None:
             os.eventfd_write(self.over, 1)
@@ -249,7 +253,7 @@ def _attend(device: Device, control: Connection, events: _Events, announced: boo
             if control.fileno() in ready:
                 number, question, arguments = control.recv()
                 announced = True
-                if question in ("stop", "leave"):
+                if question in ENDS:
                     ends.begin(number, question, arguments)
                 elif question == "expedite":
                     native.expedite()
