@@ -31,7 +31,7 @@ from ublk._system import DeviceInfo
 from ublk._threads import running
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from _typeshed import FileDescriptorLike
@@ -87,6 +87,8 @@ class Device:
     _start_over: threading.Event
     _stopping: threading.Lock
     _failures: Limiter
+    # Called when there is a device that is not live yet.
+    _made: Callable[[], None]
 
     @classmethod
     def _make(
@@ -115,6 +117,7 @@ class Device:
         self._start_over = threading.Event()
         self._stopping = threading.Lock()
         self._failures = Limiter()
+        self._made = _nothing
         self._owner = os.getpid()
         workers = None if workers is None else number("workers", workers, 16)
         if workers == 0:
@@ -205,6 +208,7 @@ class Device:
     def _add(self, driver: _ublk.FakeDriver | None, made: list[Native]) -> None:
         self._serving.add(self._description, self._options, driver, made)
         self._native = made[0]
+        self._made()
 
     def _recover(self, id: int, driver: _ublk.FakeDriver | None) -> None:
         """Serve a device whose last server is gone."""
@@ -216,6 +220,7 @@ class Device:
         try:
             self._serving.recover(self._description, id, driver, made)
             self._native = made[0]
+            self._made()
             self._begin()
             self._register()
         except BaseException:
@@ -637,6 +642,10 @@ class Device:
             log(logging.ERROR, "stopping %s: %s", self.path, error)
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 def _seconds(timeout: float | None) -> float:
     """Check a time-out."""
     if timeout is None:
@@ -713,7 +722,7 @@ def _stop_running() -> None:
         hang = hang or device._is_hung()
     if hang:
         # The interpreter's end would take away what a thread needs that is still in a handler.
-        _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", _leave_removal())
+        _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", leave_removal(list(_running)))
         _try(sys.stdout.flush)
         _try(sys.stderr.flush)
         os._exit(1)
@@ -737,14 +746,17 @@ for id in map(int, sys.argv[3:]):
 """
 
 
-def _leave_removal() -> str:
-    """Have another process remove the devices of this one, once that has ended; return what a message says of that."""
+def leave_removal(devices: Iterable[Device], *, recoverable: bool = False) -> str:
+    """Have another process remove devices of this one, once that has ended; return what a message says of that.
+
+    Those that can be recovered are left to another server, unless ``recoverable``.
+    """
     ids: list[int] = []
     kept: list[int] = []
-    for device in list(_running):
+    for device in devices:
         native = device._native
         if isinstance(native, _ublk.NativeDevice) and native.on_kernel and not native.stopped:
-            (ids if native.recovery is None else kept).append(native.id)
+            (ids if recoverable or native.recovery is None else kept).append(native.id)
     text = "".join(f"; /dev/ublkb{id} waits for another server: ublk.recover({id}, ...)" for id in kept)
     if not ids:
         return text

@@ -25,7 +25,7 @@ import weakref
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
-from ublk import _device, _isolated_server, _ublk
+from ublk import _device, _isolated_server, _signals, _ublk
 from ublk._errors import UblkError
 from ublk._isolated_questions import Questions
 from ublk._log import log
@@ -146,20 +146,22 @@ class RemoteDevice:
         self._control, control = _spawn.Pipe()
         self._events, events = _spawn.Pipe(duplex=False)
         levels = {name: logging.getLogger(name).level for name in ("", "ublk")}
+        self._theirs = (control, events)
         arguments = (control, events, payload, id, dict(options), levels, fake)
         self._process: SpawnProcess = _spawn.Process(
             target=_isolated_server.serve, args=arguments, name="ublk-isolated"
         )
-        # Theirs alone, so that their end is the process's.
-        with control, events:
-            self._process.start()
-        _remotes.add(self)
-        _end_with_workers()
-        assert self._process.pid is not None
-        self._questions = Questions(self._control, self._process.pid)
 
     def begin(self, die: Callable[[BaseException], None]) -> None:
-        """Wait until the process serves its device, and listen to it from then on."""
+        """Start the process, wait until it serves its device, and listen to it from then on."""
+        _remotes.add(self)
+        _end_with_workers()
+        control, events = self._theirs
+        # Theirs alone, so that their end is the process's. A signal in between would leave a process without questions.
+        with _signals.deferred(), control, events:
+            self._process.start()
+            assert self._process.pid is not None
+            self._questions = Questions(self._control, self._process.pid)
         try:
             shape = self._value(self._questions.wait_for_start, _START_SECONDS)
         except UblkError as error:
@@ -279,9 +281,7 @@ class RemoteDevice:
         if self.stopped:
             return
         if self.id < 0:
-            # A start that was given up. It removes what it has made when it finds nobody to tell of it.
-            with self._lock:
-                self._kill(_GIVE_UP_SECONDS)
+            self._give_up(_GIVE_UP_SECONDS)
             return
         # Another stop may cancel meanwhile, and the end of the device does.
         cancels = self.cancels
@@ -350,36 +350,54 @@ class RemoteDevice:
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self._questions.running, signal.SIGCONT)
 
+    def _give_up(self, seconds: float) -> None:
+        """End a process whose start is given up, and remove what it has made if it does not do so by itself."""
+        with self._lock:
+            self._kill(seconds)
+            if self._process.pid is None or self._process.exitcode == 0:
+                return
+            self._questions.join(_EXIT_SECONDS)
+            if self._questions.made is not None and not self._fake:
+                self._remove(self._questions.made, None)
+
     def _clean_up(self) -> None:
         """Remove the device of a process that is gone, unless it is to wait for another."""
-        if self.id < 0 or self._fake or self._last:
-            return
+        if not self._fake and not self._last:
+            self._remove(self.id, self.recovery)
+
+    def _remove(self, id: int, recovery: str | None) -> None:
         try:
             # Whoever found it without a server may have removed it, and another may have its number.
-            if _ublk.device(self.id)["pid"] not in (None, self._process.pid):
+            if _ublk.device(id)["pid"] not in (None, self._process.pid):
                 return
-            if self.recovery is not None:
-                log(logging.WARNING, "%s waits for another server: ublk.recover(%d, ...)", self.path, self.id)
+            if recovery is not None:
+                log(logging.WARNING, "%s waits for another server: ublk.recover(%d, ...)", self.path, id)
             else:
-                _ublk.delete(self.id, True)
+                _ublk.delete(id, True)
         except UblkError as error:
             if error.errno != errno.ENODEV:
                 raise
 
     def _kill(self, seconds: float = 0.0) -> None:
         """End the process, which has so many seconds to do so by itself."""
-        self._questions.close()
-        self._process.join(seconds)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join(_EXIT_SECONDS)
+        if hasattr(self, "_questions"):
+            self._questions.close()
+        else:
+            self._control.close()
+        if self._process.pid is not None:
+            self._process.join(seconds)
+            if self._process.exitcode is None:
+                self._process.kill()
+                self._process.join(_EXIT_SECONDS)
         self.stopped = True
         self._end()
 
     def kill(self) -> None:
         """Remove the device, whatever its process is doing."""
         with self._lock:
-            if not self.stopped:
+            if not self.stopped and self.id < 0:
+                self._give_up(0.0)
+            elif not self.stopped:
                 self._kill()
                 self._clean_up()
 

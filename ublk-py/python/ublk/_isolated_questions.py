@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Questions that end the device.
 ENDS = ("stop", "leave")
+# The number of what is no answer, but comes before the first one.
+MADE = -1
 # How often a wait checks whether it was expedited.
 _LOOK_SECONDS = 0.1
 # The wait for an answer, from then on.
@@ -52,6 +54,8 @@ class Questions:
         self._waiting = {0: self._first}
         self._is_over = False
         self.is_expedited = False
+        # The number of the device that the process has made, before it is live.
+        self.made: int | None = None
         # What the process has reported of the device when that had ended; by the time that the process's end is seen.
         self.last: dict[str, Any] = {}
         # The pipe alone does not show the end of the process: whatever it has forked has it open, too.
@@ -118,6 +122,8 @@ class Questions:
                 question.answered.set()
 
     def _receive(self, answer: Answer) -> None:
+        if answer.number == MADE:
+            self.made = answer.value
         # Of one that timed out or was interrupted, too.
         question = self._waiting.pop(answer.number, None)
         if question is not None:

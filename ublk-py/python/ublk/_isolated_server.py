@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ublk import _ublk
-from ublk._device import recover
+from ublk._device import Device, leave_removal
 from ublk._errors import UblkError
-from ublk._isolated_questions import ENDS
+from ublk._isolated_questions import ENDS, MADE
 from ublk._log import log
 
 if TYPE_CHECKING:
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ublk._block_device import BlockDevice
-    from ublk._device import Device
 
 # So many log records wait for the program to take them; then they are lost. It must never hold up the disk.
 _RECORDS = 10_000
+# A start that is given up: for the stop of its device, and for the rest. The program waits a little longer.
+_UNDO_SECONDS = 5.0
+_END_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -145,28 +147,97 @@ def serve(
     # What the terminal sends is for the program, which stops this in order.
     os.setpgid(0, 0)
     events = _Events(pipe, levels)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
     try:
-        device = _start(payload, id, options, fake)
+        # The pipe alone does not tell: whatever the program has forked has it open, too.
+        program = os.pidfd_open(parent.pid)
+    except ProcessLookupError:
+        return
+    try:
+        device = _Start(control, program, id).run(payload, options, fake)
     except BaseException as error:
         with contextlib.suppress(OSError):
             control.send(Answer(0, error=Failure.of(error)))
     else:
         with device:
             # One that is recovered was there before.
-            _attend(device, control, events, announced=id is not None)
+            _attend(device, control, program, events, announced=id is not None)
     events.close()
 
 
-def _start(payload: bytes, id: int | None, options: Mapping[str, Any], fake: bool) -> Device:
-    try:
-        target: BlockDevice = pickle.loads(payload)
-    except (AttributeError, ImportError) as error:
-        # Of an interactive program, say.
-        raise TypeError(f"isolated=True needs a class that can be imported from a file: {error}") from None
-    driver = _ublk.FakeDriver() if fake else None
-    if id is None:
-        return target.start(**options, _driver=driver)
-    return recover(id, target, **options, _driver=driver)
+class _Start:
+    """Starts the device, or serves one that there is; undoes that if the program gives it up or is gone."""
+
+    def __init__(self, control: Connection, program: int, id: int | None) -> None:
+        self._control = control
+        self._program = program
+        self._id = id
+        self._device: Device | None = None
+        self._over = threading.Event()
+        self._over_descriptor = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def run(self, payload: bytes, options: Mapping[str, Any], fake: bool) -> Device:
+        """Return the device when it is live."""
+        threading.Thread(target=self._watch, name="ublk-start", daemon=True).start()
+        try:
+            try:
+                target: BlockDevice = pickle.loads(payload)
+            except (AttributeError, ImportError) as error:
+                # Of an interactive program, say.
+                raise TypeError(f"isolated=True needs a class that can be imported from a file: {error}") from None
+            driver = _ublk.FakeDriver() if fake else None
+            if self._id is None:
+                device = Device._make(target, **options)
+                device._made = lambda: self._made(device)
+                device._start(driver)
+            else:
+                target._check_recovery()
+                device = Device._make(target, 1, 1, None, **options)
+                device._made = lambda: self._made(device)
+                device._recover(self._id, driver)
+            return device
+        finally:
+            self._over.set()
+            os.eventfd_write(self._over_descriptor, 1)
+
+    def _made(self, device: Device) -> None:
+        """Let the program know what it has to remove if this process does not. Raises if it has given the start up."""
+        self._device = device
+        with contextlib.suppress(OSError):
+            if self._id is None:
+                self._control.send(Answer(MADE, device.id))
+            if not self._is_given_up(0):
+                return
+        raise UblkError(errno.ECANCELED, f"{device.path}: the program that starts it has given that up")
+
+    def _is_given_up(self, milliseconds: int | None) -> bool:
+        """Wait until the program gives the start up or is gone, or until the start is over."""
+        poller = select.poll()
+        poller.register(self._control.fileno(), select.POLLRDHUP)
+        poller.register(self._program, select.POLLIN)
+        poller.register(self._over_descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poller.poll(milliseconds)}
+        return bool(ready) and self._over_descriptor not in ready
+
+    def _watch(self) -> None:
+        if not self._is_given_up(None):
+            return
+        device = self._device
+        if device is not None:
+            try:
+                if self._id is None:
+                    device._native.stop(_UNDO_SECONDS)
+                else:
+                    device._native.abandon()
+            except UblkError as error:
+                log(logging.ERROR, "stopping %s: %s", device.path, error)
+        if not self._over.wait(_END_SECONDS):
+            # Something is stuck. Its end is that of the process.
+            if self._device is not None and self._id is None:
+                leave_removal([self._device], recoverable=True)
+            os._exit(1)
 
 
 _SHAPE = ("id", "path", "queues", "depth", "max_io_bytes", "recovery", "can_be_left", "data")
@@ -217,18 +288,9 @@ class _Ends:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _attend(device: Device, control: Connection, events: _Events, announced: bool) -> None:
+def _attend(device: Device, control: Connection, program: int, events: _Events, announced: bool) -> None:
     """Answer questions, until one of them ends the device. ``announced`` is whether the program knows of it."""
     native = device._native
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    assert parent.pid is not None
-    try:
-        # The pipe alone does not tell: whatever the program has forked has it open, too.
-        program = os.pidfd_open(parent.pid)
-    except ProcessLookupError:
-        _orphaned(device, announced)
-        return
     sending = threading.Lock()
 
     def answer(answer: Answer) -> None:
@@ -264,8 +326,6 @@ def _attend(device: Device, control: Connection, events: _Events, announced: boo
     except (EOFError, OSError):
         # One that is being deleted cannot be left to another server any more.
         _orphaned(device, announced and not ends.deletes)
-    finally:
-        os.close(program)
 
 
 def _orphaned(device: Device, announced: bool) -> None:

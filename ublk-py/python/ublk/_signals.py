@@ -180,7 +180,9 @@ def deferred() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_SIGNALS)}
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, *_SIGNALS)}
+    # A program that is started meanwhile inherits what is ignored.
+    before = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
     for wanted in before:
         signal.signal(wanted, lambda number, _frame: came.append(number))
     try:

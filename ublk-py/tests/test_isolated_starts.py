@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Starts of isolated devices that are given up."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import ublk
+from ublk import _device, _isolated
+from ublk._ublk import FakeDriver
+
+# More than what takes no time needs on a slow machine, and less than the longest wait here.
+SOON = 60
+
+
+class Disk(ublk.BlockDevice):
+    """In the other process its device is made, and then something happens to the start."""
+
+    def __init__(self, directory, fate):
+        super().__init__(size=1 << 20)
+        self.directory, self.fate = str(directory), fate
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        begin, fate = _device.Device._begin, self.fate
+
+        def begin_or_not(device):
+            with open(os.path.join(self.directory, "made"), "w") as file:
+                file.write(str(os.getpid()))
+            if fate == "waits until it is stopped":
+                while not device._native.stopped:
+                    time.sleep(0.01)
+            elif fate == "hangs":
+                threading.Event().wait()
+            elif fate == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            begin(device)
+
+        _device.Device._begin = begin_or_not
+
+    def read(self, offset, buf):
+        buf[:] = bytes(len(buf))
+
+
+def until(condition, seconds=SOON):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The system's devices as this program sees them; note which it deletes, and the processes that it starts."""
+    found = SimpleNamespace(deleted=[], processes=[])
+    initialize = _isolated.RemoteDevice.__init__
+
+    def remember(self, *arguments):
+        initialize(self, *arguments)
+        found.processes.append(self._process)
+
+    def delete(id, force):
+        found.deleted.append(id)
+
+    monkeypatch.setattr(_isolated.RemoteDevice, "__init__", remember)
+    # The driver of the other process, which is asked there.
+    monkeypatch.setattr(_isolated.RemoteDevice, "_fake", property(lambda self: False, lambda self, fake: None), False)
+    ublk_ = SimpleNamespace(device=lambda id: {"pid": None}, delete=delete)
+    monkeypatch.setattr(_isolated, "_ublk", ublk_)
+    return found
+
+
+def start(disk, **options):
+    return disk.start(isolated=True, _driver=FakeDriver(), id=7, **options)
+
+
+@pytest.mark.parametrize("recoverable", [False, True])
+def test_a_process_that_dies_before_its_device_is_live_leaves_none(kernel, tmp_path, recoverable):
+    with pytest.raises(ublk.UblkError, match="was killed by SIGKILL before the disk was there"):
+        start(Disk(tmp_path, "dies"), recoverable=recoverable)
+    assert kernel.deleted == [7]
+
+
+def test_a_start_that_takes_too_long_leaves_no_device(kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(_isolated, "_START_SECONDS", 4.0)
+    monkeypatch.setattr(_isolated, "_GIVE_UP_SECONDS", 0.5)
+    with pytest.raises(ublk.UblkError, match="does not answer after 4 s"):
+        start(Disk(tmp_path, "hangs"))
+    assert (tmp_path / "made").exists(), "a machine that is too slow"
+    assert kernel.deleted == [7]
+    assert kernel.processes[0].exitcode == -signal.SIGKILL
+
+
+def test_ctrl_c_while_a_device_starts_has_it_stopped_there(kernel, tmp_path):
+    def interrupt():
+        until((tmp_path / "made").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        start(Disk(tmp_path, "waits until it is stopped"))
+    # By itself, and without a device.
+    assert kernel.processes[0].exitcode == 0
+    assert kernel.deleted == []
+
+
+@pytest.mark.parametrize("fate", ["waits until it is stopped", "hangs"])
+def test_a_process_that_starts_a_device_ends_with_its_program(tmp_path, fate):
+    path = tmp_path / "program.py"
+    path.write_text(f"""
+import test_isolated_starts as tests
+
+if __name__ == "__main__":
+    tests.start(tests.Disk({str(tmp_path)!r}, {fate!r}))
+""")
+    here = os.path.dirname(os.path.abspath(__file__))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path])}
+    with subprocess.Popen([sys.executable, str(path)], env=environment) as program:
+        until(lambda: (tmp_path / "made").exists() and (tmp_path / "made").read_text())
+        program.kill()
+    child = int((tmp_path / "made").read_text())
+    try:
+        until(lambda: not is_running(child))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
