@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Programs that serve devices on the stand-in driver, for tests of how they end."""
+
+import subprocess
+import sys
+
+import pytest
+
+# A device under load, in a program of its own: crashes are the program's.
+SERVER = """
+import atexit, logging, os, signal, sys, threading, time
+
+# Runs after the handlers of ublk.
+atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
+# Takes what a signal's handler still raises.
+atexit.register(lambda: None)
+atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
+
+import ublk
+from ublk import _device
+from ublk._ublk import FakeDriver
+
+class Disk(ublk.BlockDevice):
+    def read(self, offset, buf):
+        if offset:
+            raise ValueError("a mistake")
+        buf[:] = bytes(len(buf))
+
+class Stuck(Disk):
+    def read(self, offset, buf):
+        entered.set()
+        leave.wait()
+
+def load(device):
+    while True:
+        for offset in (0, 4096):
+            try:
+                driver.read(device.id, offset, 512)
+            except OSError:
+                pass
+
+def serve(disk, **options):
+    device = disk(size=1 << 20).start(_driver=driver, **options)
+    for _ in range(3):
+        threading.Thread(target=load, args=[device], daemon=True).start()
+    return device
+
+driver, entered, leave = FakeDriver(), threading.Event(), threading.Event()
+print("ready", flush=True)
+"""
+
+STYLES = ["", "queues=2", "workers=2"]
+
+
+class Program:
+    """A program that goes on from the one above."""
+
+    def __init__(self, code):
+        command = [sys.executable, "-X", "faulthandler", "-c", SERVER + code]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_for(self, text):
+        for line in self.process.stdout:
+            if text in line:
+                return
+        pytest.fail(self.process.stderr.read())
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def end(self, seconds=60):
+        """Wait for the end, and give the status with what was printed."""
+        try:
+            out, err = self.process.communicate(timeout=seconds)
+        finally:
+            self.process.kill()
+            self.process.wait()
+        return self.process.returncode, out, err
+
+
+# Programs that take a request and do not end it.
+KEEPING = """
+class Pulls(ublk.BlockDevice):
+    pass
+
+def pull():
+    for request in device.requests():
+        kept.append(request)
+        entered.set()
+
+kept = []
+device = Pulls(size=1 << 20).start(_driver=driver, pull=True)
+threading.Thread(target=pull, daemon=True).start()
+device.wait_ready()
+threading.Thread(target=load, args=[device], daemon=True).start()
+entered.wait()
+print("serving", flush=True)
+"""
+STUCK = """
+device = serve(Stuck, {options})
+entered.wait()
+print("serving", flush=True)
+"""
