@@ -83,7 +83,7 @@ def start(disk, **options):
 
 
 @pytest.mark.parametrize("recoverable", [False, True])
-def test_a_process_that_dies_before_its_device_is_live_leaves_none(kernel, tmp_path, recoverable):
+def test_a_process_that_dies_in_its_start_leaves_no_device(kernel, tmp_path, recoverable):
     with pytest.raises(ublk.UblkError, match="was killed by SIGKILL before the disk was there"):
         start(Disk(tmp_path, "dies"), recoverable=recoverable)
     assert kernel.deleted == [7]

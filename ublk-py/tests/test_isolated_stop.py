@@ -137,7 +137,7 @@ def test_a_stop_that_is_expedited_fails_requests(begin):
     assert patient.join().errno == errno.EIO
 
 
-def test_a_stuck_process_is_killed_by_the_stop_with_the_least_time(begin):
+def test_a_stuck_process_is_killed_by_the_hastiest_stop(begin):
     device = begin()
     patient = Stop(device, timeout=LONG)
     wait_for_stop(device)
@@ -204,7 +204,7 @@ def is_over(pidfd):
         return file.read().rsplit(")", 1)[1].split()[0] == "Z"
 
 
-def test_a_signal_handler_may_stop_a_device_that_is_being_stopped(tmp_path):
+def test_a_signal_handler_may_stop_what_is_being_stopped(tmp_path):
     code = """
     def hurry(number, frame):
         try:
@@ -256,7 +256,7 @@ def test_a_stop_that_takes_requests_back_says_so(begin, recoverable):
     device.stop()
 
 
-def test_a_stop_that_cancels_logs_the_requests_that_it_takes_back(begin, caplog):
+def test_a_stop_that_cancels_logs_requests_that_it_fails(begin, caplog):
     device = begin(workers=2)
     assert Stop(device, cancel=True).join() is None
     (record,) = [record for record in caplog.records if "requests unfinished" in record.getMessage()]
@@ -264,7 +264,7 @@ def test_a_stop_that_cancels_logs_the_requests_that_it_takes_back(begin, caplog)
     assert record.getMessage().startswith(f"{device.path}: 1 requests unfinished after 1 s;")
 
 
-def test_a_stop_that_cancels_raises_nothing_for_a_process_that_is_killed(begin, caplog):
+def test_a_stop_that_cancels_raises_nothing_for_a_kill(begin, caplog):
     device = begin()
     assert Stop(device, cancel=True).join() is None
     assert any("was killed, and its requests failed" in record.getMessage() for record in caplog.records)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import ublk
-from ublk import testing
+from ublk import _device, testing
 
 SIZE = 1 << 20
 # More than a stop takes that waits for nothing, and less than one that waits.
@@ -106,6 +106,34 @@ def test_a_worker_s_view_outlives_a_request_that_was_taken_back(driver):
     disk.leave.set()
     # Into memory of its own.
     assert disk.done.wait(10)
+
+
+def test_a_start_that_cannot_be_undone_is_undone_at_exit(driver, monkeypatch):
+    disk, readers = Stuck(), []
+
+    def read(id):
+        with contextlib.suppress(OSError):
+            driver.read(id, 0, 512)
+
+    def interrupted(device):
+        readers.append(threading.Thread(target=read, args=[device.id]))
+        readers[0].start()
+        assert disk.entered.wait(20)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_device.Device, "_register", interrupted)
+    monkeypatch.setattr(_device, "STOP_SECONDS", 0.1)
+    before = set(_device._running)
+    with pytest.raises(ublk.UblkError) as caught:
+        disk.start(_driver=driver)
+    assert caught.value.errno == errno.ETIMEDOUT
+    (device,) = _device._running - before
+    assert device._is_hung()
+    disk.leave.set()
+    readers[0].join(20)
+    with contextlib.suppress(ublk.UblkError):
+        device.stop()
+    assert device not in _device._running
 
 
 class Pulls(Stuck):

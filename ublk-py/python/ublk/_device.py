@@ -258,6 +258,12 @@ class Device:
         finally:
             self._forget()
             _signals.device_stopped(self)
+            if any(isinstance(native, _ublk.NativeDevice) and not native.stopped for native in made):
+                # A handler is stuck, say. The end of the program tries again, and leaves without it if it still is.
+                self._native = made[0]
+                self._hangs = True
+                with _running_lock:
+                    _running.add(self)
 
     def _forget(self) -> None:
         """Take the device for one that does not run."""
