@@ -47,6 +47,7 @@ _ANSWER_SECONDS = 75.0
 # For the other side's part of a stop, besides the wait for handlers.
 _STOP_SECONDS = 15.0
 _EXIT_SECONDS = 5.0
+_STUCK_EXIT_SECONDS = 2.0
 _GIVE_UP_SECONDS = 30.0
 
 _spawn = multiprocessing.get_context("spawn")
@@ -304,7 +305,8 @@ class RemoteDevice:
                 failure = lost
         if self._last:
             with self._lock:
-                self._kill(_EXIT_SECONDS)
+                # A method that goes on without its request keeps the process from ending by itself.
+                self._kill(_STUCK_EXIT_SECONDS if self.revoked else _EXIT_SECONDS)
             if error is not None:
                 raise error
         elif isinstance(failure, UblkError) and failure.errno == errno.EOWNERDEAD:
