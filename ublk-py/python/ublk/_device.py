@@ -494,6 +494,10 @@ class Device:
            again. A program that ends leaves without such a method: it exits with status 1, which fails the request,
            and another process removes the device then.
 
+        The process of an isolated device ends with it, and so do methods that still run there. If it does not stop the
+        device, in place of 4, it is killed: that fails its requests, and this raises `UblkError` with ``EIO``, or logs
+        it with ``cancel``. Only a recoverable device is kept then, as in 4.
+
         In the main thread Ctrl-C, or what another signal's handler raises, ends the wait at once, and the stop goes on
         in the background as after ``timeout``. Once the program ends, the first signal ends the waits, and the second
         the process; so does the first one if a wait was ended before.

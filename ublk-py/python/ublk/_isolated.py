@@ -264,7 +264,7 @@ class RemoteDevice:
             raise UblkError(errno.ETIMEDOUT, text) from None
 
     def _dead(self) -> UblkError:
-        """Tell how the process ended."""
+        """Return an error that says how the process ended."""
         # Only one thread at a time can learn of that.
         with self._lock:
             self._process.join(_EXIT_SECONDS)

@@ -151,7 +151,7 @@ def serve(
     assert parent is not None
     assert parent.pid is not None
     try:
-        # The pipe alone does not tell: whatever the program has forked has it open, too.
+        # The pipe alone does not show the program's end: whatever the program has forked has it open, too.
         program = os.pidfd_open(parent.pid)
     except ProcessLookupError:
         return
