@@ -115,6 +115,26 @@ fn a_failed_sync_of_a_forwarded_flush_is_remembered() {
     finish(&driver, device);
 }
 
+/// The kernel reports lost writes once, by whatever errno the file system chose, so that a sync that is repeated
+/// succeeds.
+#[test]
+fn no_sync_is_repeated_whatever_errno_it_has() {
+    for errno in [Errno::EAGAIN, Errno::EINTR] {
+        let driver = FakeDriver::new();
+        let file_target = start(&driver, true, 1).0;
+        let forwarding = server(&driver, 1).start(forwarding(), &options(1, 4)).unwrap();
+        for device in [file_target, forwarding] {
+            let disk = driver.disk(device.id());
+            disk.write(0, &[7; 512]).unwrap();
+            driver.refuse_next("fdatasync", errno);
+            assert_eq!(disk.flush(), Err(errno));
+            assert_eq!(disk.flush(), Err(Errno::EIO));
+            device.stop().unwrap();
+        }
+        assert_eq!(driver.violations(), [""; 0]);
+    }
+}
+
 #[test]
 fn a_failed_sync_of_a_forwarded_fua_write_fails_later_flushes() {
     let driver = FakeDriver::new();

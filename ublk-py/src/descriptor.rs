@@ -10,6 +10,16 @@ use ublk_core::Errno;
 use crate::error::os_error;
 use crate::interpreter;
 
+/// Makes a file's data durable by one `fdatasync`, which `os.fdatasync` would repeat if it failed with `EINTR`.
+#[pyfunction]
+pub(crate) fn fdatasync(py: Python<'_>, file: &Bound<'_, PyAny>) -> PyResult<()> {
+    interpreter::check_return()?;
+    with_descriptor(file, |file| {
+        let (result, _permit) = interpreter::detached(py, || ublk_core::fdatasync(file));
+        result.map_err(os_error)
+    })
+}
+
 /// Does something with a file that is a descriptor, or has a `fileno()`.
 pub(crate) fn with_descriptor<T>(
     file: &Bound<'_, PyAny>,

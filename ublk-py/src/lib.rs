@@ -36,6 +36,8 @@ mod module {
     #[pymodule_export]
     use super::cli::main;
     #[pymodule_export]
+    use super::descriptor::fdatasync;
+    #[pymodule_export]
     use super::device::NativeDevice;
     #[pymodule_export]
     use super::extents::{Extents, PyExtent, PyZeros};

@@ -7,14 +7,17 @@ import contextlib
 import errno
 import importlib.util
 import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 import ublk
-from ublk import testing
+from ublk import _ublk, testing
 
 SIZE = 1 << 20
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -186,9 +189,9 @@ def test_flushes_side_by_side_succeed(driver, file):
 
 @pytest.fixture
 def fdatasync(monkeypatch):
-    """`os.fdatasync` as if the next write-back failed."""
+    """`_ublk.fdatasync`, which `FileSync` calls, as if the next write-back failed."""
     once = Once()
-    monkeypatch.setattr(os, "fdatasync", once)
+    monkeypatch.setattr(_ublk, "fdatasync", once)
     return once
 
 
@@ -208,7 +211,7 @@ def test_a_file_sync_fails_for_ever_once_it_has_failed(file, fdatasync, caplog):
 
 def test_a_file_sync_syncs_all_its_files(file, tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(os, "fdatasync", synced.append)
+    monkeypatch.setattr(_ublk, "fdatasync", synced.append)
     descriptor = os.open(tmp_path / "index", os.O_RDWR | os.O_CREAT)
     try:
         ublk.FileSync(file, descriptor).sync()
@@ -225,7 +228,7 @@ def test_a_file_sync_that_waits_shares_the_next_sync(file, monkeypatch):
         begun.release()
         assert leave.acquire(timeout=20)
 
-    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(_ublk, "fdatasync", fdatasync)
     sync = ublk.FileSync(file)
     threads = [threading.Thread(target=sync.sync) for _ in range(5)]
     threads[0].start()
@@ -252,7 +255,7 @@ def test_a_file_sync_fails_for_all_that_share_it(file, monkeypatch):
         leave.wait(20)
         raise OSError(errno.EIO, "write-back failed")
 
-    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(_ublk, "fdatasync", fdatasync)
     sync, errors = ublk.FileSync(file), []
 
     def run():
@@ -269,6 +272,42 @@ def test_a_file_sync_fails_for_all_that_share_it(file, monkeypatch):
     for thread in threads:
         thread.join(20)
     assert errors == [errno.EIO] * 3
+
+
+# A seccomp filter with which every fdatasync of the process fails.
+REFUSED = """
+import ctypes, errno, os, platform, signal, struct, sys, tempfile
+import ublk
+number = {"x86_64": 75, "aarch64": 83}[platform.machine()]
+filter = struct.pack("HBBI", 0x20, 0, 0, 0) + struct.pack("HBBI", 0x15, 0, 1, number)
+filter += struct.pack("HBBI", 0x06, 0, 0, 0x50000 | int(sys.argv[1])) + struct.pack("HBBI", 0x06, 0, 0, 0x7FFF0000)
+statements = ctypes.create_string_buffer(filter)
+program = struct.pack("HxxxxxxP", 4, ctypes.addressof(statements))
+libc = ctypes.CDLL(None)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program):
+    sys.exit(77)
+# One that repeats the call would do so for ever.
+signal.alarm(20)
+with tempfile.TemporaryFile() as file:
+    sync = ublk.FileSync(file)
+    for _ in range(2):
+        try:
+            sync.sync()
+        except OSError as error:
+            print(errno.errorcode[error.errno])
+"""
+
+
+@pytest.mark.parametrize("name", ["EINTR", "EAGAIN"])
+def test_a_file_sync_is_not_repeated(name):
+    if platform.machine() not in ("x86_64", "aarch64"):
+        pytest.skip("the number of the system call is not known")
+    command = [sys.executable, "-c", REFUSED, str(getattr(errno, name))]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if ended.returncode == 77:
+        pytest.skip("no seccomp filters here")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == [name, "EIO"]
 
 
 class Interrupted(BaseException):

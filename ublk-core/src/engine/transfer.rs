@@ -264,6 +264,8 @@ impl Transfer {
 
     fn failed(&mut self, errno: RawErrno) -> Next {
         match (errno.known(), self.step) {
+            // A sync is never repeated, see `fdatasync`. A durable write includes one.
+            (_, Step::SyncData | Step::Write { durable: true }) => Next::Finished(Err(errno)),
             (Errno::EINTR | Errno::EAGAIN, _) if self.retries < MAX_RETRIES => {
                 self.retries += 1;
                 Next::Continue
@@ -473,6 +475,19 @@ mod tests {
         let mut discard = transfer(Op::Discard, 0, 8);
         let last = (0..=MAX_RETRIES).map(|_| discard.completed(-512)).last();
         assert!(matches!(last, Some(Next::Finished(Err(_)))), "{last:?}");
+    }
+
+    #[test]
+    fn what_syncs_is_not_repeated() {
+        for errno in [libc::EINTR, libc::EAGAIN, 512] {
+            let failed = Next::Finished(Err(RawErrno::new(errno).unwrap()));
+            assert_eq!(transfer(Op::Flush, 0, 0).completed(-errno), failed);
+            assert_eq!(transfer(Op::Write, uapi::UBLK_IO_F_FUA, 8).completed(-errno), failed);
+            let mut discard = transfer(Op::Discard, uapi::UBLK_IO_F_FUA, 8);
+            assert_eq!(discard.completed(-errno), Next::Continue, "the hole is no sync");
+            assert_eq!(discard.completed(0), Next::Continue);
+            assert_eq!(discard.completed(-errno), failed);
+        }
     }
 
     #[test]

@@ -3,16 +3,39 @@
 //! When changes of a file are durable, and what a failed sync means for later ones.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::OpenFile;
 use crate::engine::SyncOrder;
-use crate::error::errno_of;
+use crate::errno::RawErrno;
+
+/// Makes a file's data durable by one `fdatasync`, which is not repeated whatever its errno.
+///
+/// The kernel reports lost writes once to each open file description, with the errno that the file system chose. If that
+/// is `EINTR`, [`File::sync_data`] repeats the sync, which then succeeds without what was lost. `EINTR` could also
+/// come from a signal, before anything was lost, so signals are blocked during the call.
+///
+/// # Errors
+///
+/// That of `fdatasync`. Writes may be lost, and later syncs do not report that again.
+pub fn fdatasync(file: impl AsFd) -> Result<(), RawErrno> {
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    // SAFETY: the descriptor is open for as long as `file` is borrowed.
+    let result = unsafe { libc::fdatasync(file.as_fd().as_raw_fd()) };
+    let outcome = if result == 0 { Ok(()) } else { Err(RawErrno::from(&io::Error::last_os_error())) };
+    if let Ok(before) = before {
+        // It cannot fail: the mask is one that the thread had.
+        let _ = before.thread_set_mask();
+    }
+    outcome
+}
 
 /// Whether syncs of a disk's files can be trusted.
 ///
@@ -54,8 +77,8 @@ impl WriteBack {
     pub(crate) fn sync(&self, file: &File) -> Result<(), Errno> {
         let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         self.check()?;
-        file.sync_data().map_err(|error| {
-            let errno = errno_of(&error);
+        fdatasync(file).map_err(|errno| {
+            let errno = errno.known();
             self.fail(errno);
             errno
         })
@@ -121,6 +144,49 @@ fn is_block_device(file: BorrowedFd<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Has every `fdatasync` of the calling thread fail. False if the system does not allow that.
+    fn refuse_fdatasync(errno: Errno) -> bool {
+        let statement = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter { code: code as u16, jt, jf, k };
+        let mut filter = [
+            // The number of the system call.
+            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+            statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_fdatasync as u32, 0, 1),
+            statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno as u32, 0, 0),
+            statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
+        ];
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        // SAFETY: the kernel copies the program, which is valid for the length that it has.
+        unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) == 0
+        }
+    }
+
+    #[test]
+    fn a_sync_that_fails_with_eintr_is_not_repeated() {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        // A thread of its own, which keeps the filter.
+        std::thread::spawn(move || {
+            let file = tempfile::tempfile().unwrap();
+            let write_back = WriteBack::new("test");
+            let outcomes = refuse_fdatasync(Errno::EINTR).then(|| [write_back.sync(&file), write_back.sync(&file)]);
+            sender.send(outcomes).unwrap();
+        });
+        match receiver.recv_timeout(std::time::Duration::from_secs(20)).expect("the sync ends") {
+            Some(outcomes) => assert_eq!(outcomes, [Err(Errno::EINTR), Err(Errno::EIO)]),
+            None => eprintln!("not tested: no seccomp filters here"),
+        }
+    }
+
+    #[test]
+    fn signals_are_blocked_only_during_a_sync() {
+        let before = SigSet::thread_get_mask().unwrap();
+        fdatasync(tempfile::tempfile().unwrap()).unwrap();
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        assert_eq!(fdatasync(pipe), Err(Errno::EINVAL.into()));
+        assert_eq!(SigSet::thread_get_mask().unwrap(), before);
+    }
 
     #[test]
     fn no_sync_succeeds_after_one_that_failed() {

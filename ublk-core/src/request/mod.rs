@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+pub use self::durability::fdatasync;
 pub(crate) use self::durability::{Durability, Sync as FileSync, WriteBack, is_uncached};
 pub use self::op::Op;
 pub use self::pieces::{FilePiece, FileRange, Keep, OpenFile, Pieces};

@@ -11,6 +11,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from ublk import _ublk
 from ublk._log import log
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class FileSync:
     def sync(self) -> None:
         """Make durable what was written before this is called.
 
-        Raises the `OSError` of `os.fdatasync`; and from then on, on all threads, one with ``EIO``: nothing says which
-        writes were lost. One sync runs at a time. Threads that wait for it share the next one.
+        Raises the `OSError` of ``fdatasync``, which is never repeated; and from then on, on all threads, one with ``EIO``: nothing says which
+        writes were lost. Signals are blocked on this thread meanwhile. One sync runs at a time. Threads that wait for it share the next one.
         """
         began = synced = False
         try:
@@ -77,7 +78,8 @@ class FileSync:
                 began = True
                 self._begun += 1
             for file in self._files:
-                os.fdatasync(file)
+                # Not `os.fdatasync`: it repeats a sync that failed with EINTR, which then succeeds.
+                _ublk.fdatasync(file)
             synced = True
         except OSError as error:
             if began:
