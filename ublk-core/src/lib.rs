@@ -46,6 +46,8 @@ pub mod pressure;
 mod process;
 pub mod pull;
 mod request;
+#[cfg(test)]
+mod seccomp;
 mod stats;
 mod target;
 pub mod targets;

@@ -10,7 +10,7 @@
 
 use std::fs;
 use std::io::IsTerminal;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -207,7 +207,7 @@ impl Opener {
     /// Looks for the process that has a device open.
     fn find(id: DeviceId) -> Self {
         let Ok(node) = fs::metadata(format!("/dev/ublkc{id}")) else { return Opener::Unknown };
-        match holders::has_opener(|m| m.file_type().is_char_device() && m.rdev() == node.rdev()) {
+        match holders::has_opener(|file| file.char_device() == Some(node.rdev())) {
             Ok(true) => Opener::Process,
             Ok(false) if holders::sees_all_processes() => Opener::None,
             _ => Opener::Unknown,

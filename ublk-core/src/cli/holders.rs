@@ -5,7 +5,8 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,8 @@ use crate::units::DeviceId;
 /// How long udev may take to look at a disk after its last use.
 const UDEV_PATIENCE: Duration = Duration::from_secs(5);
 const UDEV_RETRY: Duration = Duration::from_millis(20);
+/// How often processes are looked at that go away while their mounts are read.
+const MOST_PASSES: u32 = 5;
 
 /// Outcome of [`stop_unused`].
 #[derive(Debug)]
@@ -103,15 +106,19 @@ pub(super) fn looks_unused(disk: &Path) -> bool {
 /// How a disk is used, as far as that shows in /proc and /sys.
 fn seen_use(proc: &Path, disk: &Path) -> io::Result<Option<Stop>> {
     let nodes = nodes(disk);
-    let mut claims = mounts(proc, &nodes)?;
+    let sys = Path::new("/sys");
+    let numbers: Vec<(u64, &PathBuf)> = nodes.iter().filter_map(|node| Some((number_of(sys, node)?, node))).collect();
+    let mut claims = mounts(proc, &nodes, &numbers)?;
     claims.extend(swaps(proc, &nodes)?);
-    claims.extend(stacked(Path::new("/sys"), &nodes));
-    let processes = processes(proc, &nodes)?;
+    claims.extend(stacked(sys, &nodes));
+    let numbers: Vec<u64> = numbers.into_iter().map(|(number, _)| number).collect();
+    let (users, openers) = processes(proc, &numbers)?;
+    claims.extend(users);
     if !claims.is_empty() {
-        claims.extend(processes);
+        claims.extend(openers);
         return Ok(Some(Stop::Claimed(claims.join(", "))));
     }
-    Ok((!processes.is_empty()).then(|| Stop::Open(processes.join(", "))))
+    Ok((!openers.is_empty()).then(|| Stop::Open(openers.join(", "))))
 }
 
 /// Whether this process is root in the first namespace of processes, whose /proc shows the processes, and with them the
@@ -141,10 +148,22 @@ fn nodes(disk: &Path) -> Vec<PathBuf> {
     nodes
 }
 
+/// A block device's number.
+fn number_of(sys: &Path, node: &Path) -> Option<u64> {
+    let by_node = || Some(fs::metadata(node).ok()?.rdev());
+    // Where the node is not, or not yet, or in another directory.
+    let text = fs::read_to_string(sys.join("class/block").join(node.file_name()?).join("dev"));
+    let by_system = || {
+        let text = text.ok()?;
+        let (major, minor) = text.trim_end().split_once(':')?;
+        Some(nix::sys::stat::makedev(major.parse().ok()?, minor.parse().ok()?))
+    };
+    by_node().or_else(by_system)
+}
+
 /// Mounts in all namespaces that processes are in.
-fn mounts(proc: &Path, nodes: &[PathBuf]) -> io::Result<Vec<String>> {
-    let numbers: Vec<(String, &PathBuf)> =
-        nodes.iter().filter_map(|node| Some((number_of(fs::metadata(node).ok()?.rdev()), node))).collect();
+fn mounts(proc: &Path, nodes: &[PathBuf], numbers: &[(u64, &PathBuf)]) -> io::Result<Vec<String>> {
+    let numbers: Vec<_> = numbers.iter().map(|(number, node)| (as_mountinfo(*number), *node)).collect();
     let mut found = Vec::new();
     let mut add = |table: &str| {
         for line in table.lines() {
@@ -160,20 +179,46 @@ fn mounts(proc: &Path, nodes: &[PathBuf]) -> io::Result<Vec<String>> {
     };
     let own = proc.join("self");
     add(&fs::read_to_string(own.join("mountinfo"))?);
-    let mut namespaces: HashSet<_> = fs::read_link(own.join("ns/mnt")).into_iter().collect();
-    for process in numbered(proc)? {
-        // Those that go away meanwhile, and dead ones, have none.
-        if fs::read_link(process.join("ns/mnt")).is_ok_and(|namespace| namespaces.insert(namespace)) {
-            add(&fs::read_to_string(process.join("mountinfo")).unwrap_or_default());
+    let mut read: HashSet<_> = view(&own).into_iter().collect();
+    for _ in 0..MOST_PASSES {
+        let mut missed = Vec::new();
+        for process in numbered(proc)? {
+            // Dead processes have none.
+            let Some(view) = view(&process).filter(|view| view.1.is_none() || !read.contains(view)) else { continue };
+            match fs::read_to_string(process.join("mountinfo")) {
+                Ok(table) => {
+                    add(&table);
+                    read.insert(view);
+                }
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                // It has gone meanwhile.
+                Err(_) => missed.push(view),
+            }
+        }
+        // Another process may see the same, which comes before it or was made after the look at all.
+        let is_known =
+            |view: &View| read.contains(view) || view.1.is_none() && read.iter().any(|known| known.0 == view.0);
+        if missed.iter().all(is_known) {
+            found.sort();
+            found.dedup();
+            return Ok(found);
         }
     }
-    found.sort();
-    found.dedup();
-    Ok(found)
+    Err(io::Error::other("processes go away before their mounts are known"))
+}
+
+/// What decides which mounts a process sees: its namespace, and its root, if that is known.
+type View = (PathBuf, Option<(u64, u64, u64)>);
+
+fn view(process: &Path) -> Option<View> {
+    let namespace = fs::read_link(process.join("ns/mnt")).ok()?;
+    let root = look(&process.join("root")).ok();
+    let mount = root.filter(|root| root.stx_mask & libc::STATX_MNT_ID != 0);
+    Some((namespace, mount.map(|root| (root.stx_mnt_id, file_system(&root), root.stx_ino))))
 }
 
 /// A device's number as `mountinfo` has it.
-fn number_of(device: u64) -> String {
+fn as_mountinfo(device: u64) -> String {
     format!("{}:{}", nix::sys::stat::major(device), nix::sys::stat::minor(device))
 }
 
@@ -196,7 +241,8 @@ fn swaps(proc: &Path, nodes: &[PathBuf]) -> io::Result<Vec<String>> {
 }
 
 /// What the kernel has made of a disk: block devices on top, such as those of the device mapper, of RAID and loop devices,
-/// and file systems of several devices, whose mounts name one of them.
+/// file systems of several devices, whose mounts name one of them, and file systems without a mount: one that was
+/// unmounted lazily is there as long as a file of it is open.
 fn stacked(sys: &Path, nodes: &[PathBuf]) -> Vec<String> {
     let entries = |path: PathBuf| fs::read_dir(path).into_iter().flatten().flatten();
     let mut found = Vec::new();
@@ -211,6 +257,12 @@ fn stacked(sys: &Path, nodes: &[PathBuf]) -> Vec<String> {
                 found.push(format!("{} under {}", node.display(), device.file_name().display()));
             }
         }
+        for kind in entries(sys.join("fs")) {
+            // ext4, xfs, f2fs, erofs, and others.
+            if kind.path().join(name).is_dir() {
+                found.push(format!("{} used by {}", node.display(), kind.file_name().display()));
+            }
+        }
         for system in entries(sys.join("fs/btrfs")) {
             if system.path().join("devices").join(name).exists() {
                 found.push(format!("{} part of the btrfs {}", node.display(), system.file_name().display()));
@@ -220,68 +272,171 @@ fn stacked(sys: &Path, nodes: &[PathBuf]) -> Vec<String> {
     found
 }
 
-/// Processes that have a disk open. udev is not among them: it looks at each disk that changes, and does not mind if that
-/// goes.
-fn processes(proc: &Path, nodes: &[PathBuf]) -> io::Result<Vec<String>> {
-    let numbers: Vec<u64> = nodes.iter().filter_map(|node| fs::metadata(node).ok().map(|m| m.rdev())).collect();
-    let mut found = Vec::new();
+/// Processes that use a file system on a disk, and those that have the disk open. udev is not among the latter: it looks
+/// at each disk that changes, and does not mind if that goes.
+fn processes(proc: &Path, numbers: &[u64]) -> io::Result<(Vec<String>, Vec<String>)> {
+    let (mut users, mut openers) = (Vec::new(), Vec::new());
     for process in numbered(proc)? {
-        let Some(pid) = process.file_name().and_then(|name| name.to_str()?.parse().ok()) else { continue };
-        if has_open(pid, |m| m.file_type().is_block_device() && numbers.contains(&m.rdev())) {
-            let command = fs::read_to_string(process.join("comm")).unwrap_or_default();
-            if command.contains("udev") {
-                continue;
+        let command = || fs::read_to_string(process.join("comm")).unwrap_or_default().trim_end().to_owned();
+        let name = process.file_name().unwrap_or_default().display().to_string();
+        let is_used = |file: &OpenFile| numbers.contains(&file.file_system);
+        if ["cwd", "root", "exe"].iter().any(|link| OpenFile::at(&process.join(link)).is_ok_and(|file| is_used(&file)))
+            || opens(&process, is_used)
+        {
+            users.push(format!("file system in use by process {name}, {}", command()));
+        }
+        if opens(&process, |file| file.block_device().is_some_and(|number| numbers.contains(&number))) {
+            let command = command();
+            if !command.contains("udev") {
+                openers.push(format!("open in process {name}, {command}"));
             }
-            found.push(format!("open in process {pid}, {}", command.trim_end()));
         }
     }
-    Ok(found)
+    Ok((users, openers))
 }
 
-/// Whether any process has a node of a device open that is looked for.
-pub(super) fn has_opener(wanted: impl Fn(&fs::Metadata) -> bool) -> io::Result<bool> {
-    let processes = numbered(Path::new("/proc"))?;
-    let pids = processes.iter().filter_map(|process| process.file_name()?.to_str()?.parse().ok());
-    Ok(pids.into_iter().any(|pid| has_open(pid, &wanted)))
+/// Whether any process has a file open that is looked for.
+pub(super) fn has_opener(wanted: impl Fn(&OpenFile) -> bool) -> io::Result<bool> {
+    Ok(numbered(Path::new("/proc"))?.iter().any(|process| opens(process, &wanted)))
 }
 
-/// Whether a process has a node of a device open that is looked for. Files that are no nodes are not looked at: to ask
-/// their file systems may take for ever, if those are on a server, or a disk, that does not answer.
-pub(super) fn has_open(pid: i32, wanted: impl Fn(&fs::Metadata) -> bool) -> bool {
-    let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    files.map(|fd| fd.path()).any(|fd| {
-        fs::read_link(&fd).is_ok_and(|target| is_node(&target)) && fs::metadata(fd).is_ok_and(|found| wanted(&found))
-    })
+/// Whether a process has a file open that is looked for.
+pub(super) fn has_open(pid: i32, wanted: impl Fn(&OpenFile) -> bool) -> bool {
+    opens(&Path::new("/proc").join(pid.to_string()), wanted)
 }
 
-/// Whether an open file looks like a node by its path, which may be one of another root or mount namespace.
-fn is_node(path: &Path) -> bool {
-    let in_dev = path.parent().is_some_and(|parent| parent.components().any(|part| part.as_os_str() == "dev"));
-    in_dev || path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"ublk"))
+fn opens(process: &Path, wanted: impl Fn(&OpenFile) -> bool) -> bool {
+    let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+    files.into_iter().any(|fd| OpenFile::at(&fd.path()).is_ok_and(|file| wanted(&file)))
+}
+
+/// What is known of an open file.
+#[derive(Debug)]
+pub(super) struct OpenFile {
+    /// Type and permissions.
+    mode: u32,
+    /// The device that it is a node of.
+    number: u64,
+    /// The device that its file system is on.
+    file_system: u64,
+}
+
+impl OpenFile {
+    fn at(path: &Path) -> io::Result<Self> {
+        let found = look(path)?;
+        Ok(OpenFile {
+            mode: u32::from(found.stx_mode) & libc::S_IFMT,
+            number: nix::sys::stat::makedev(found.stx_rdev_major.into(), found.stx_rdev_minor.into()),
+            file_system: file_system(&found),
+        })
+    }
+
+    /// The number of the block device, if it is one.
+    pub(super) fn block_device(&self) -> Option<u64> {
+        (self.mode == libc::S_IFBLK).then_some(self.number)
+    }
+
+    /// The number of the char device, if it is one.
+    pub(super) fn char_device(&self) -> Option<u64> {
+        (self.mode == libc::S_IFCHR).then_some(self.number)
+    }
+}
+
+fn file_system(found: &libc::statx) -> u64 {
+    nix::sys::stat::makedev(found.stx_dev_major.into(), found.stx_dev_minor.into())
+}
+
+/// Looks at a file without asking its file system's server, which may never answer: a file server, or a disk's own.
+/// (9p without a cache asks all the same; that wait ends with this process.)
+fn look(path: &Path) -> io::Result<libc::statx> {
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    let wanted = libc::STATX_TYPE | libc::STATX_INO | libc::STATX_MNT_ID;
+    // SAFETY: the path is a C string, and the kernel fills the structure.
+    let result =
+        unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), libc::AT_STATX_DONT_SYNC, wanted, found.as_mut_ptr()) };
+    // SAFETY: plain numbers, for which zeros are a value too.
+    if result == 0 { Ok(unsafe { found.assume_init() }) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-
     use super::*;
 
+    fn number(path: &str) -> u64 {
+        fs::metadata(path).unwrap().rdev()
+    }
+
     #[test]
-    fn only_nodes_are_looked_at() {
-        let _file = tempfile::NamedTempFile::new().unwrap();
+    fn open_files_are_known_by_their_numbers() {
         let _node = fs::File::open("/dev/null").unwrap();
-        let own = std::process::id() as i32;
-        let (nodes, others) = (Cell::new(0), Cell::new(0));
-        let found = has_open(own, |m| {
-            let count = if m.file_type().is_char_device() { &nodes } else { &others };
-            count.set(count.get() + 1);
-            false
-        });
-        assert!(!found && nodes.get() > 0);
-        assert_eq!(others.get(), 0, "a file's file system may not answer");
-        let null = fs::metadata("/dev/null").unwrap().rdev();
-        assert!(has_open(own, |m| m.rdev() == null));
-        assert!(has_opener(|m| m.rdev() == null).unwrap());
+        let null = Some(number("/dev/null"));
+        assert!(has_open(std::process::id() as i32, |file| file.char_device() == null));
+        assert!(has_opener(|file| file.char_device() == null).unwrap());
+        assert!(!has_opener(|file| file.block_device() == null).unwrap());
+    }
+
+    /// Files may be on servers that do not answer.
+    #[test]
+    fn no_server_of_an_open_file_is_asked() {
+        use crate::seccomp::{allow, equals, filtered, has, load_argument, load_number, refuse};
+        let [asked, not_asked] = [libc::AT_EMPTY_PATH, libc::AT_STATX_DONT_SYNC].map(|flag| flag as u32);
+        let filter = vec![
+            load_number(),
+            equals(libc::SYS_statx as u32, 0, 4),
+            load_argument(2),
+            has(not_asked, 0, 1),
+            allow(),
+            refuse(nix::errno::Errno::EPERM),
+            equals(libc::SYS_newfstatat as u32, 0, 3),
+            load_argument(3),
+            has(asked, 1, 0),
+            refuse(nix::errno::Errno::EPERM),
+            allow(),
+        ];
+        let null = Some(number("/dev/null"));
+        let _node = fs::File::open("/dev/null").unwrap();
+        let found = filtered(filter, move || has_open(std::process::id() as i32, |file| file.char_device() == null));
+        assert_ne!(found, Some(false));
+    }
+
+    /// After `umount -l` nothing else shows.
+    #[test]
+    fn a_file_system_with_an_open_file_is_in_use() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (users, _) = processes(Path::new("/proc"), &[file.as_file().metadata().unwrap().dev()]).unwrap();
+        let own = format!("file system in use by process {}, ", std::process::id());
+        assert!(users.iter().any(|user| user.starts_with(&own)), "{users:?}");
+        let (users, openers) = processes(Path::new("/proc"), &[nix::sys::stat::makedev(259, 0xfffff)]).unwrap();
+        assert_eq!((users, openers), (vec![], vec![]));
+    }
+
+    #[test]
+    fn mounts_count_that_only_one_process_shows() {
+        let disk = Path::new("/nonexistent/ublkb7");
+        let mounted = "40 22 0:9 / /srv rw master:3 - btrfs /nonexistent/ublkb7 rw\n";
+        // Each process has its root, and its mounts unless it goes away.
+        let uses = |processes: &[(&str, &str, Option<&str>)]| {
+            let proc = tempfile::tempdir().unwrap();
+            for (name, root, mounts) in [("self", "a", Some(""))].iter().chain(processes) {
+                let process = proc.path().join(name);
+                fs::create_dir_all(process.join("ns")).unwrap();
+                fs::create_dir_all(proc.path().join(root)).unwrap();
+                let namespace = if *name == "self" { "mnt:[1]" } else { "mnt:[2]" };
+                std::os::unix::fs::symlink(namespace, process.join("ns/mnt")).unwrap();
+                std::os::unix::fs::symlink(proc.path().join(root), process.join("root")).unwrap();
+                mounts.iter().for_each(|mounts| fs::write(process.join("mountinfo"), mounts).unwrap());
+            }
+            seen_use(proc.path(), disk)
+        };
+        for (one, other) in [("17", "18"), ("18", "17")] {
+            let seen = uses(&[(one, "b", Some("")), (other, "a", Some(mounted))]);
+            assert!(matches!(seen, Ok(Some(Stop::Claimed(_)))), "the other one has another root: {seen:?}");
+            let seen = uses(&[(one, "a", None), (other, "a", Some(""))]);
+            assert!(matches!(seen, Ok(None)), "the namespace is known: {seen:?}");
+            let seen = uses(&[(one, "a", None), (other, "b", Some(""))]);
+            assert!(seen.is_err(), "it does not show: {seen:?}");
+        }
     }
 
     #[test]
@@ -327,10 +482,11 @@ mod tests {
         let proc = tempfile::tempdir().unwrap();
         fs::create_dir_all(proc.path().join("self/ns")).unwrap();
         // A file system that is named by a path of another root.
-        let number = number_of(fs::metadata("/dev/null").unwrap().rdev());
-        let table = format!("40 22 {number} / /srv rw - ext4 /dev/root rw\n");
+        let number = number("/dev/null");
+        let table = format!("40 22 {} / /srv rw - ext4 /dev/root rw\n", as_mountinfo(number));
         fs::write(proc.path().join("self/mountinfo"), table).unwrap();
-        assert_eq!(mounts(proc.path(), &["/dev/null".into()]).unwrap(), ["/dev/null mounted at /srv"]);
+        let nodes = ["/dev/null".into()];
+        assert_eq!(mounts(proc.path(), &nodes, &[(number, &nodes[0])]).unwrap(), ["/dev/null mounted at /srv"]);
     }
 
     #[test]
@@ -342,12 +498,14 @@ mod tests {
     }
 
     #[test]
-    fn nodes_are_known_by_their_paths() {
-        for path in ["/dev/ublkb0", "/dev/ublkb0 (deleted)", "/dev/xvda", "/srv/root/dev/disk", "/ublkc3"] {
-            assert!(is_node(path.as_ref()), "{path}");
+    fn a_file_system_without_a_mount_counts() {
+        let sys = tempfile::tempdir().unwrap();
+        let nodes = ["/nonexistent/ublkb7".into(), "/nonexistent/ublkb7p1".into()];
+        for path in ["fs/ext4/features", "fs/ext4/ublkb77", "fs/xfs/ublkb7p1", "class/block/ublkb7"] {
+            fs::create_dir_all(sys.path().join(path)).unwrap();
         }
-        for path in ["/mnt/nfs/disk.img", "/mnt/dev.img", "socket:[17]", "anon_inode:[io_uring]", "/"] {
-            assert!(!is_node(path.as_ref()), "{path}");
-        }
+        assert_eq!(stacked(sys.path(), &nodes), ["/nonexistent/ublkb7p1 used by xfs"]);
+        fs::write(sys.path().join("class/block/ublkb7/dev"), "259:7\n").unwrap();
+        assert_eq!(number_of(sys.path(), &nodes[0]), Some(nix::sys::stat::makedev(259, 7)));
     }
 }

@@ -14,7 +14,7 @@
 
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use super::holders::{self, has_open};
@@ -111,13 +111,13 @@ impl Server {
         let process = unsafe { OwnedFd::from_raw_fd(fd) };
         // After the descriptor was had, which therefore is of the process that is looked at.
         let number = fs::metadata(format!("/dev/ublkc{id}")).ok()?.rdev();
-        has_open(pid, |m| m.file_type().is_char_device() && m.rdev() == number).then_some(Server { pid, process })
+        has_open(pid, |file| file.char_device() == Some(number)).then_some(Server { pid, process })
     }
 
     /// Says so if the server has its own disk open, and may wait for itself.
     fn cycle(&self, id: DeviceId) -> String {
         let Ok(disk) = fs::metadata(format!("/dev/ublkb{id}")) else { return String::new() };
-        let waits = has_open(self.pid, |m| m.file_type().is_block_device() && m.rdev() == disk.rdev());
+        let waits = has_open(self.pid, |file| file.block_device() == Some(disk.rdev()));
         if waits { format!("it has its own disk /dev/ublkb{id} open, and waits for itself") } else { String::new() }
     }
 
