@@ -6,10 +6,11 @@ use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::claim;
 use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::uapi::{DeviceState, Features};
@@ -18,6 +19,8 @@ use crate::units::DeviceId;
 /// How long udev may take to look at a disk after its last use.
 const UDEV_PATIENCE: Duration = Duration::from_secs(5);
 const UDEV_RETRY: Duration = Duration::from_millis(20);
+/// How long an open of a disk may take, which may wait for its server.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(5);
 /// How often processes are looked at that go away while their mounts are read.
 const MOST_PASSES: u32 = 5;
 
@@ -94,7 +97,10 @@ fn use_of(disk: &Path, asker: Asker) -> Result<Option<Stop>> {
             errno: crate::Errno::EPERM,
             hint: "this process does not see all processes of the machine".into(),
         }),
-        Asker::Other => Ok(is_claimed(disk).then(|| Stop::Claimed("mounted or claimed".into()))),
+        Asker::Other => {
+            let claimed = claim::is_claimed(disk, CLAIM_PATIENCE).map_err(failed)?;
+            Ok(claimed.then(|| Stop::Claimed("mounted or claimed".into())))
+        }
     }
 }
 
@@ -128,12 +134,6 @@ pub(super) fn sees_all_processes() -> bool {
     const FIRST: &str = "pid:[4026531836]";
     let namespace = fs::read_link("/proc/self/ns/pid");
     nix::unistd::geteuid().is_root() && namespace.is_ok_and(|namespace| namespace.as_os_str() == FIRST)
-}
-
-/// Whether somebody has the disk for himself: a mount, or another exclusive user.
-fn is_claimed(disk: &Path) -> bool {
-    let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(disk);
-    opened.is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// The disk and its partitions.

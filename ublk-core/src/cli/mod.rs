@@ -5,6 +5,7 @@
 //! It is a library function, so that the Python package's `ublk` is the same program.
 
 mod add;
+mod claim;
 mod daemon;
 mod del;
 mod features;

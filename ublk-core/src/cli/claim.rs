@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Whether a block device is mounted or otherwise opened exclusively, found by opening it so.
+//!
+//! The open waits uninterruptibly while a driver looks for the disk's partitions, which the disk's server has to answer.
+//! A process cannot end before its threads do, so another process opens the disk, which may stay behind.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork, pipe2};
+
+/// How long the other process may take to end when it has answered, or was killed.
+const EXIT: Duration = Duration::from_millis(200);
+
+/// Whether a block device is opened exclusively.
+///
+/// # Errors
+///
+/// `TimedOut` if the disk cannot be opened in that time, and what keeps this from finding out.
+pub(super) fn is_claimed(disk: &Path, patience: Duration) -> io::Result<bool> {
+    let path = CString::new(disk.as_os_str().as_bytes())?;
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+    let report = writer.as_raw_fd();
+    // SAFETY: the child makes system calls only, and ends with one.
+    let child = match unsafe { fork() }? {
+        ForkResult::Parent { child } => child,
+        // SAFETY: system calls on numbers, on a C string, and on a byte of this function's.
+        ForkResult::Child => unsafe {
+            // Only the pipe stays open: others may wait for the end of what this process has inherited.
+            libc::dup2(report, 0);
+            libc::syscall(libc::SYS_close_range, 1, u32::MAX, 0);
+            let fd = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_EXCL | libc::O_CLOEXEC);
+            let answer = u8::from(fd < 0 && Errno::last_raw() == libc::EBUSY);
+            if fd >= 0 {
+                // Before the answer: an open disk is in use.
+                libc::close(fd);
+            }
+            libc::write(0, (&raw const answer).cast(), 1);
+            libc::_exit(0)
+        },
+    };
+    drop(writer);
+    let answer = answer(File::from(reader), Instant::now() + patience);
+    collect(child, answer.is_err());
+    answer
+}
+
+fn answer(mut pipe: File, deadline: Instant) -> io::Result<bool> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok(0) => return Err(Errno::ETIMEDOUT.into()),
+            Ok(_) => {
+                let mut byte = [0];
+                pipe.read_exact(&mut byte)?;
+                return Ok(byte == [1]);
+            }
+        }
+    }
+}
+
+/// Leaves no zombie, unless the process does not end: then it is init's when this one has ended.
+fn collect(child: Pid, is_late: bool) {
+    if is_late {
+        let _ = kill(child, Signal::SIGKILL);
+    }
+    let deadline = Instant::now() + EXIT;
+    while matches!(waitpid(child, Some(WaitPidFlag::WNOHANG)), Ok(WaitStatus::StillAlive) | Err(Errno::EINTR))
+        && Instant::now() < deadline
+    {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_opened_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let began = Instant::now();
+        let error = is_claimed(&fifo, Duration::from_millis(50)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ETIMEDOUT));
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn what_is_free_or_missing_is_not_claimed() {
+        for path in ["/dev/null", "/nonexistent/ublkb7"] {
+            assert!(!is_claimed(path.as_ref(), Duration::from_secs(20)).unwrap(), "{path}");
+        }
+    }
+}
