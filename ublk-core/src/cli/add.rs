@@ -201,7 +201,7 @@ pub(super) fn serve(
     args: &Args,
     origin: &Origin,
     waiting: Option<DeviceId>,
-    ready: impl FnOnce(&[Device]) -> Outcome,
+    ready: impl FnOnce(&[Device], &serve::Signals) -> Outcome,
 ) -> Outcome {
     // Before any thread is made: they inherit the mask.
     let signals = serve::Signals::block()?;
@@ -254,7 +254,7 @@ pub(super) fn serve(
     for device in devices.iter().filter(|_| args.shared_memory.is_some()) {
         share(device, args.shared_memory.as_deref().unwrap_or("".as_ref()))?;
     }
-    let told = keep(&devices, origin, options.recovery.is_some()).and_then(|()| ready(&devices));
+    let told = keep(&devices, origin, options.recovery.is_some()).and_then(|()| ready(&devices, &signals));
     if let Err(failure) = told {
         forget(devices, waiting.is_some());
         return Err(failure);
@@ -283,7 +283,7 @@ fn keep(devices: &[Device], origin: &Origin, needed: bool) -> Outcome {
     Ok(())
 }
 
-/// Ends devices that nobody can be told of. One that was there before is left as it was found.
+/// Ends devices whose server could not report them. One that was there before is left as it was found.
 fn forget(devices: Vec<Device>, found: bool) {
     for device in devices {
         let (id, instance) = (device.id(), state::instance(device.id()));

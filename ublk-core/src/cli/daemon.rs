@@ -9,15 +9,18 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{chdir, dup2_stderr, dup2_stdout, pipe2, setsid};
 
 use super::run_dir::RunDir;
+use super::serve::Signals;
 use super::{Failure, Host, Outcome, state};
 use crate::device::Device;
 use crate::units::DeviceId;
@@ -25,9 +28,38 @@ use crate::units::DeviceId;
 /// The hidden flag that makes a process the child.
 pub(super) const REPORT_FLAG: &str = "report-fd";
 
-/// Tells whoever started this process where its disks are.
-pub(super) fn print_paths(devices: &[Device]) -> Outcome {
-    super::print(&devices.iter().map(|device| format!("{}\n", device.path().display())).collect::<String>())
+/// Prints the paths of a foreground server's disks, until a signal comes or a device ends, which the server has to see to.
+pub(super) fn print_paths(devices: &[Device], signals: &Signals) -> Outcome {
+    let paths = devices.iter().map(|device| format!("{}\n", device.path().display())).collect();
+    super::printed(write_beside(std::io::stdout(), paths, &interruptions(devices, signals)))
+}
+
+/// What a server must not miss while it waits for something else.
+fn interruptions<'s>(devices: &'s [Device], signals: &'s Signals) -> Vec<BorrowedFd<'s>> {
+    std::iter::once(signals.as_fd()).chain(devices.iter().map(AsFd::as_fd)).collect()
+}
+
+/// Writes text on a thread of its own, until that is done or one of `others` can be read: a pipe may be full, and its
+/// reader may never read. The thread then goes on by itself.
+fn write_beside(mut out: impl Write + Send + 'static, text: String, others: &[BorrowedFd<'_>]) -> std::io::Result<()> {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::Builder::new().name("ublk-output".into()).spawn(move || {
+        let _ = sender.send(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
+        drop(writer);
+    })?;
+    let fds = std::iter::once(reader.as_fd()).chain(others.iter().copied());
+    let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+    loop {
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok(_) if fds[0].any() == Some(true) => {
+                return receiver.recv().unwrap_or_else(|_| Err(std::io::Error::other("the thread that writes failed")));
+            }
+            Ok(_) => return Ok(()),
+        }
+    }
 }
 
 /// A command line without what [`parent`] has added to it.
@@ -45,7 +77,8 @@ pub(super) fn without_report(arguments: &[OsString]) -> Vec<OsString> {
     kept
 }
 
-/// What becomes of devices whose paths nobody can be told.
+/// What becomes of devices whose paths cannot be printed, as where standard output is a file on a full disk. A reader that
+/// has gone away wants no paths, which is no failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Devices {
     /// They are new, and removed again.
@@ -97,7 +130,7 @@ pub(super) fn parent(arguments: &[OsString], host: &Host, kind: Devices) -> Outc
     }
 }
 
-/// Removes a device whose path nobody could be told.
+/// Removes a device whose path could not be printed.
 fn remove(id: &str) {
     let removed = id.parse().map_err(|_| format!("no device id: {id:?}")).and_then(|id| {
         let instance = state::instance(DeviceId(id));
@@ -122,7 +155,7 @@ fn describe(status: ExitStatus) -> String {
 pub(super) fn child(
     report: RawFd,
     log: Option<&Path>,
-    serve: impl FnOnce(&mut dyn FnMut(&[Device]) -> Outcome) -> Outcome,
+    serve: impl FnOnce(&mut dyn FnMut(&[Device], &Signals) -> Outcome) -> Outcome,
 ) -> Outcome {
     // SAFETY: the parent made this descriptor for us alone and told us its number; nothing else in
     // this process knows it.
@@ -134,14 +167,14 @@ pub(super) fn child(
     // Ctrl-C at the parent's terminal is not for the server.
     let _ = setsid();
     let mut place = None;
-    let mut ready = |devices: &[Device]| {
+    let mut ready = |devices: &[Device], signals: &Signals| {
         let (file, log) = Log::open(log, devices)?;
         place = Some(log);
-        let mut pipe = pipe.take().ok_or(Failure::Reported)?;
+        let pipe = pipe.take().ok_or(Failure::Reported)?;
         // Nobody waits any more: the device is not wanted.
         let lines: String = devices.iter().map(|d| format!("{} {}\n", d.id(), d.path().display())).collect();
-        pipe.write_all(format!("ok {lines}").as_bytes()).map_err(|_| Failure::Reported)?;
-        drop(pipe);
+        let told = write_beside(pipe, format!("ok {lines}"), &interruptions(devices, signals));
+        told.map_err(|_| Failure::Reported)?;
         // Last, so that everything above could still be seen by the caller.
         let redirected = dup2_stdout(&file).and_then(|()| dup2_stderr(&file)).and_then(|()| chdir("/"));
         redirected.map_err(|e| Failure::Text(format!("detaching: {e}")))
@@ -204,5 +237,40 @@ impl Log {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// A signal, say, while standard output is a pipe that nothing reads.
+    #[test]
+    fn a_full_pipe_keeps_nothing_else_waiting() {
+        let (_unread, full) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let text = "x".repeat(1 << 20);
+        let (signal, mut sender) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (done, ended) = channel();
+        std::thread::spawn(move || done.send(write_beside(File::from(full), text, &[signal.as_fd()])));
+        assert!(ended.recv_timeout(Duration::from_millis(100)).is_err(), "nothing has come yet");
+        sender.write_all(&[15]).unwrap();
+        ended.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_is_printed_arrives_or_fails() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        write_beside(writer, "/dev/ublkb7\n".into(), &[]).unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "/dev/ublkb7\n");
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        super::super::printed(write_beside(full, text.clone(), &[])).unwrap_err();
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        super::super::printed(write_beside(writer, text, &[])).unwrap();
     }
 }

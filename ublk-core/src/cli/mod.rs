@@ -174,10 +174,15 @@ fn control() -> Result<Control> {
     Ok(Control::new(Arc::new(KernelDriver::open()?)))
 }
 
-/// Writes to standard output; a reader that went away is no error worth a panic.
+/// Writes to standard output.
 fn print(text: &str) -> Outcome {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    printed(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
+}
+
+/// Outcome of a write to standard output. A reader that has gone away wants no more: that is no failure.
+fn printed(written: std::io::Result<()>) -> Outcome {
+    match written {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Text(format!("standard output: {e}"))),
         _ => Ok(()),
     }

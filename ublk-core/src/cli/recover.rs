@@ -7,7 +7,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use super::state::{Origin, State};
-use super::{Failure, Host, Outcome, add, daemon, upgrade};
+use super::{Failure, Host, Outcome, add, daemon, serve, upgrade};
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
@@ -64,7 +64,7 @@ fn has_no_server(id: DeviceId) -> bool {
     matches!(state, Ok(DeviceState::Quiesced | DeviceState::FailIo))
 }
 
-fn recover(args: &Args, ready: impl FnOnce(&[crate::Device]) -> Outcome) -> Outcome {
+fn recover(args: &Args, ready: impl FnOnce(&[crate::Device], &serve::Signals) -> Outcome) -> Outcome {
     let origin = origin(args)?;
     add::serve(&origin.add_args()?, &origin, Some(DeviceId(args.id)), ready)
 }

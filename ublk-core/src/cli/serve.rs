@@ -44,6 +44,12 @@ impl Signals {
     }
 }
 
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// Lets this process have as many descriptors as it may: each device takes two, and the usual limit is 1,024.
 pub(super) fn raise_file_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
