@@ -3,14 +3,22 @@
 //! `ublk upgrade`.
 
 use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use super::state::State;
 use super::{Failure, Host, Outcome, daemon};
 use crate::control::DRAIN_TIMEOUT;
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
+
+/// How long a program may take to say whether it can be the new server.
+const CHECK_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the end of its messages may take after its own.
+const MESSAGES_PATIENCE: Duration = Duration::from_secs(1);
+const CHECK_RETRY: Duration = Duration::from_millis(5);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -28,7 +36,7 @@ pub(super) fn run(args: &Args, host: &Host) -> Outcome {
     let mut host = host.clone();
     // All that can fail is to fail before the old server goes.
     if let Some(program) = &args.program {
-        check_program(program, id)?;
+        check_program(program, id, CHECK_PATIENCE)?;
         host.relaunch = vec![program.clone().into()];
     }
     let info = control.info(id)?;
@@ -66,24 +74,46 @@ fn way_back(id: DeviceId, old: Option<PathBuf>) -> String {
 }
 
 /// Checks whether a program can be the new server of a device.
-fn check_program(program: &Path, id: DeviceId) -> Outcome {
+fn check_program(program: &Path, id: DeviceId, patience: Duration) -> Outcome {
     let failed =
         |why: &dyn std::fmt::Display| Failure::Text(format!("{} cannot be the new server: {why}", program.display()));
-    let run = |arguments: &[&str]| {
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).output().map_err(|e| failed(&e))
-    };
-    let checked = run(&["recover", "--check", "-n", &id.to_string()])?;
-    match checked.status.code() {
+    let run = |arguments: &[&str]| run_within(program, arguments, patience).map_err(|e| failed(&e));
+    let (status, said) = run(&["recover", "--check", "-n", &id.to_string()])?;
+    match status.code() {
         Some(0) => Ok(()),
         // An older version of this program, which does not know `--check`.
-        Some(2) if run(&["recover", "--help"])?.status.success() => Ok(()),
+        Some(2) if run(&["recover", "--help"])?.0.success() => Ok(()),
         Some(2) => Err(failed(&"it does not know `recover`")),
         _ => {
-            let said = String::from_utf8_lossy(&checked.stderr);
             let said = said.trim();
-            Err(if said.is_empty() { failed(&checked.status) } else { failed(&said) })
+            Err(if said.is_empty() { failed(&status) } else { failed(&said) })
         }
+    }
+}
+
+/// Runs a program to its end, and returns what it wrote to standard error. Kills it if that takes too long.
+fn run_within(program: &Path, arguments: &[&str], patience: Duration) -> io::Result<(ExitStatus, String)> {
+    let mut command = Command::new(program);
+    let mut child =
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let messages = child.stderr.take();
+    std::thread::spawn(move || {
+        let mut said = Vec::new();
+        let _ = messages.map(|mut messages| messages.read_to_end(&mut said));
+        let _ = sender.send(String::from_utf8_lossy(&said).into_owned());
+    });
+    let deadline = Instant::now() + patience;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            // Programs that it has started may have its standard error open for ever.
+            return Ok((status, receiver.recv_timeout(MESSAGES_PATIENCE).unwrap_or_default()));
+        }
+        if Instant::now() >= deadline {
+            let _ = child.kill();
+            return Err(io::Error::other(format!("it does not answer within {} s", patience.as_secs_f32())));
+        }
+        std::thread::sleep(CHECK_RETRY);
     }
 }
 
@@ -103,7 +133,8 @@ mod tests {
     #[test]
     fn a_program_is_asked_whether_it_can_serve_the_device() {
         let directory = tempfile::tempdir().unwrap();
-        let check = |script: &str| match check_program(&program(directory.path(), script), DeviceId(7)) {
+        let check = |script: &str| match check_program(&program(directory.path(), script), DeviceId(7), CHECK_PATIENCE)
+        {
             Ok(()) => "ok".to_owned(),
             Err(Failure::Text(text)) => text,
             Err(other) => panic!("{other:?}"),
@@ -114,6 +145,20 @@ mod tests {
         assert_eq!(check(r#"[ "$2" = --help ] || exit 2"#), "ok", "an older version");
         assert!(check("exit 2").ends_with("it does not know `recover`"));
         assert!(check("kill -9 $$").contains("signal: 9"));
+    }
+
+    #[test]
+    fn a_program_that_does_not_answer_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let check = |script: &str, patience| {
+            let began = Instant::now();
+            let outcome = check_program(&program(directory.path(), script), DeviceId(7), patience);
+            assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+            outcome
+        };
+        let Err(Failure::Text(why)) = check("exec sleep 60", Duration::from_millis(50)) else { panic!() };
+        assert!(why.ends_with("server cannot be the new server: it does not answer within 0.05 s"), "{why}");
+        check("sleep 60 & exit 0", CHECK_PATIENCE).unwrap();
     }
 
     #[test]
