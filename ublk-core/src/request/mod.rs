@@ -370,6 +370,11 @@ impl<H: Home> RequestOf<H> {
     /// Once a sync has failed, of whatever file, every flush of the device fails with `EIO` until it has a new server,
     /// whether it is forwarded or not: writes may be lost, and the kernel does not report that again. The exception is a
     /// block device that is open for direct I/O, where the next flush covers the same writes.
+    ///
+    /// Nothing else may sync the file by the same open file description: not another device, nor the program, by this
+    /// [`File`](std::fs::File) or a duplicate of it. The kernel reports lost writes once to each description. What takes
+    /// the error fails, and this device's flushes succeed without the writes. Devices that share a file open it once
+    /// each.
     pub fn forward(mut self, file: FileRange) {
         let pieces = Pieces::from(FilePiece { file, len: self.len() });
         let durability = self.durability(&pieces);
@@ -395,6 +400,9 @@ impl<H: Home> RequestOf<H> {
 
     /// As [`forward`](RequestOf::forward), for a read or write whose bytes lie in several places, one after the other.
     /// `keep` is dropped when the last of them has been read or written.
+    ///
+    /// Nothing but this device may sync the files by the same open file descriptions, as with
+    /// [`forward`](RequestOf::forward).
     ///
     /// Fails the request with `EIO` unless the pieces have its length, and with `EOPNOTSUPP` if it is no read or write.
     pub fn forward_pieces(mut self, pieces: impl Into<Pieces>, keep: impl Into<Keep>) {

@@ -116,6 +116,10 @@ class Extent:
     ``file`` is a descriptor or an object with a ``fileno()``: a regular file or a block device, open for what is to be
     done. The program may close its own afterwards. A ``stable`` extent is kept, and Python is not asked again for
     requests of the same kind inside it, until `BlockDevice.invalidate` takes it back.
+
+    Only one disk may write to an open file, and nothing but its `BlockDevice.flush` may sync it: the kernel reports lost
+    writes once to each open file, and whatever takes the error leaves the disk's flushes to succeed. Disks that share a
+    file open it once each.
     """
 
     def __new__(
