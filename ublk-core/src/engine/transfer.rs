@@ -264,7 +264,8 @@ impl Transfer {
 
     fn failed(&mut self, errno: RawErrno) -> Next {
         match (errno.known(), self.step) {
-            // A sync is never repeated, see `fdatasync`. A durable write includes one.
+            // A sync is never repeated, see `fdatasync`; those of io_uring are not interrupted by signals. A durable
+            // write includes one.
             (_, Step::SyncData | Step::Write { durable: true }) => Next::Finished(Err(errno)),
             (Errno::EINTR | Errno::EAGAIN, _) if self.retries < MAX_RETRIES => {
                 self.retries += 1;

@@ -32,7 +32,8 @@ fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Err
 /// Not every file system can sync a directory, and not every user may open it. The disk works without, so that a
 /// failure is only logged.
 pub(super) fn sync_directory(directory: &Path) {
-    if let Err(error) = File::open(directory).and_then(|directory| directory.sync_all()) {
+    // Not `sync_all`, which repeats a sync that failed with EINTR.
+    if let Err(error) = File::open(directory).and_then(|directory| Ok(nix::unistd::fsync(&directory)?)) {
         log::warn!("syncing {}: {error}; files created in it may be missing after a crash", directory.display());
     }
 }

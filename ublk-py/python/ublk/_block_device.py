@@ -170,8 +170,9 @@ class BlockDevice:
         when `write` returns.
 
         With several threads, `os.fdatasync` of one descriptor reports lost writes to one flush only, and the others
-        succeed: use `FileSync`. If the engine has written to an `Extent`, the library sees to that: a flush that
-        succeeds waits for those beside it, and once one has failed, all flushes of the object fail with ``EIO``.
+        succeed; and it repeats a sync that reports them as ``EINTR``. Use `FileSync`. If the engine has written to an
+        `Extent`, the library sees to the other flushes: one that succeeds waits for those beside it, and once one has
+        failed, all flushes of the object fail with ``EIO``.
         """
         raise NotImplementedError
 

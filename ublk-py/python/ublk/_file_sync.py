@@ -23,7 +23,8 @@ class FileSync:
 
     The kernel reports an error of write-back once to each open file, and counts the lost pages as clean. If several
     threads call `os.fdatasync` for the same descriptor, one of them gets the error, and the others succeed although
-    data is lost; so does every later call. `flush` and all other methods that sync call `sync` of one object instead::
+    data is lost; so does every later call, and `os.fdatasync` itself calls again after ``EINTR``. `flush` and all
+    other methods that sync call `sync` of one object instead::
 
         def __init__(self, path):
             self.file = os.open(path, os.O_RDWR)
@@ -59,8 +60,9 @@ class FileSync:
     def sync(self) -> None:
         """Make durable what was written before this is called.
 
-        Raises the `OSError` of ``fdatasync``, which is never repeated; and from then on, on all threads, one with ``EIO``: nothing says which
-        writes were lost. Signals are blocked on this thread meanwhile. One sync runs at a time. Threads that wait for it share the next one.
+        Raises the `OSError` of ``fdatasync``, which is never repeated; and from then on, on all threads, one with
+        ``EIO``: nothing says which writes were lost. Signals are blocked on this thread meanwhile. One sync runs at a
+        time. Threads that wait for it share the next one.
         """
         began = synced = False
         try:

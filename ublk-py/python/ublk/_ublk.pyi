@@ -117,9 +117,9 @@ class Extent:
     done. The program may close its own afterwards. A ``stable`` extent is kept, and Python is not asked again for
     requests of the same kind inside it, until `BlockDevice.invalidate` takes it back.
 
-    Only one disk may write to an open file, and nothing but its `BlockDevice.flush` may sync it: the kernel reports lost
-    writes once to each open file, and whatever takes the error leaves the disk's flushes to succeed. Disks that share a
-    file open it once each.
+    Only one disk may write to an open file, and nothing but its `BlockDevice.flush` may sync it: the kernel reports
+    lost writes once to each open file, and whatever takes the error leaves the disk's flushes to succeed. Disks that
+    share a file open it once each.
     """
 
     def __new__(
