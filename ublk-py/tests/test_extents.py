@@ -12,7 +12,7 @@ import threading
 import pytest
 
 import ublk
-from ublk import testing
+from ublk import _block_device, testing
 
 SIZE = 1 << 20
 
@@ -563,6 +563,16 @@ def test_a_coroutine_on_the_caller_s_loop_may_wait_for_requests_on_an_extent(fil
             await asyncio.wait_for(asyncio.gather(*reads), 30)
 
     asyncio.run(main())
+
+
+def test_a_copy_where_the_first_object_was_has_none_of_its_extents(file, monkeypatch):
+    disk = Mapped(lambda op, offset, length: ublk.Extent(file, 0, SIZE, start=0, stable=True))
+    # The number of an object that is gone is another's: here, of all.
+    monkeypatch.setattr(_block_device, "id", lambda one: 1, raising=False)
+    with testing.open(disk) as device:
+        device.pread(0, 512)
+    assert len(disk._extents) == 1
+    assert len(copy.copy(copy.copy(disk))._extents) == 0
 
 
 def test_a_copy_of_a_disk_has_extents_of_its_own(tmp_path):

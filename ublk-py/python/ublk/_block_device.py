@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from ublk._numbers import number
@@ -46,6 +47,22 @@ _SHAPE = (
 
 # How long requests that are under way may take to end.
 _DRAIN_SECONDS = 60.0
+
+
+class _KeptExtents:
+    """Extents, and the object whose they are: not its number, which is another's when it is gone."""
+
+    def __init__(self, owner: BlockDevice | None = None, extents: Extents | None = None) -> None:
+        self._pid = os.getpid()
+        self._owner = None if owner is None else weakref.ref(owner)
+        self.extents = Extents() if extents is None else extents
+
+    def is_of(self, disk: BlockDevice) -> bool:
+        return self._pid == os.getpid() and self._owner is not None and self._owner() is disk
+
+    def __reduce__(self) -> tuple[type[_KeptExtents], tuple[()]]:
+        # Nobody's, in a copy.
+        return _KeptExtents, ()
 
 
 class BlockDevice:
@@ -267,13 +284,10 @@ class BlockDevice:
         # One for all threads, whichever comes first; and not from `__init__`, for classes whose own does not call it.
         # A forked child has others: requests of its parent would be under way in it for ever. So has a copy of the
         # object (`copy.copy`), whose bytes may be stored elsewhere: it has the owner of what it was copied from.
-        owner = (os.getpid(), id(self))
-        found, extents = self.__dict__.setdefault("_kept_extents", (owner, Extents()))
-        if found != owner:
-            extents = Extents()
-            self.__dict__["_kept_extents"] = (owner, extents)
-        kept: Extents = extents
-        return kept
+        kept: _KeptExtents = self.__dict__.setdefault("_kept_extents", _KeptExtents(self, Extents()))
+        if not kept.is_of(self):
+            kept = self.__dict__["_kept_extents"] = _KeptExtents(self, Extents())
+        return kept.extents
 
     def start(
         self,
