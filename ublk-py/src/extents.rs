@@ -116,9 +116,7 @@ pub(crate) struct DiskExtents {
 impl DiskExtents {
     /// Forwards a request to its places.
     pub(crate) fn forward<H: Home>(&self, request: RequestOf<H>, pieces: Pieces, flight: Flight) {
-        if request.op() == Op::Write {
-            self.flushes.written();
-        }
+        self.flushes.forwarded(request.op());
         request.forward_pieces(pieces, flight);
     }
 }
@@ -272,6 +270,12 @@ impl Extents {
     #[new]
     fn new() -> Self {
         Self::default()
+    }
+
+    /// Those of an object that serves the disk in place of this one's: none yet, and the same flushes, so that one that has
+    /// failed is not forgotten.
+    fn successor(&self) -> Self {
+        Extents(DiskExtents { map: ExtentMap::default(), flushes: self.0.flushes.clone() })
     }
 
     /// Take extents back, and wait for requests that are under way on them for at most so many seconds, unless None.

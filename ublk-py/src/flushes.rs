@@ -10,13 +10,17 @@
 //!    so have they all.
 //! 2. Once a flush has failed, no later one succeeds: nothing says which writes were lost.
 //!
+//! Writes of the server that a device was recovered from count as well: they may still be dirty, and the error of their
+//! write-back goes to the first flush here. A disk with `map` is taken for one that was written to through extents, and any
+//! other as soon as a handler returns an extent, for a read too.
+//!
 //! Handlers that write by themselves know better what a failure means, and what can be tried again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use pyo3::prelude::*;
-use ublk_core::{DetachedRequest, Errno, RawErrno};
+use ublk_core::{DetachedRequest, Errno, Op, RawErrno};
 
 use crate::held::{Holders, Revoke};
 
@@ -28,13 +32,17 @@ pub(crate) struct Flushes(Arc<Shared>);
 struct Shared {
     /// Whether writes have gone to extents.
     written: AtomicBool,
+    /// Another server may have written to extents before.
+    recovered: AtomicBool,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// One has failed.
+    /// One has failed. It counts if writes have gone to extents.
     failed: bool,
+    /// That is in the log.
+    reported: bool,
     /// Number of the next one.
     next: u64,
     /// Numbers of those under way.
@@ -44,8 +52,22 @@ struct State {
 }
 
 impl Flushes {
-    /// Notes that a write goes to an extent.
-    pub(crate) fn written(&self) {
+    /// Notes that a request goes to an extent.
+    pub(crate) fn forwarded(&self, op: Op) {
+        if op == Op::Write || self.0.recovered.load(Ordering::Relaxed) {
+            self.written();
+        }
+    }
+
+    /// Notes that the disk was recovered from a server that has written to extents, `certainly` or perhaps.
+    pub(crate) fn recovered(&self, certainly: bool) {
+        self.0.recovered.store(true, Ordering::Relaxed);
+        if certainly {
+            self.written();
+        }
+    }
+
+    fn written(&self) {
         // Not to take the line from other queues each time.
         if !self.0.written.load(Ordering::Relaxed) {
             self.0.written.store(true, Ordering::Release);
@@ -80,6 +102,7 @@ impl Flushes {
         let (mut failing, mut done, mut report) = (Vec::new(), Vec::new(), None);
         {
             let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let written = self.0.written.load(Ordering::Acquire);
             state.running.retain(|running| *running != number);
             match ended {
                 Some((request, Ok(()))) => {
@@ -87,31 +110,32 @@ impl Flushes {
                     state.succeeded.push((before, request));
                 }
                 Some((request, Err(errno))) => {
-                    if self.0.written.load(Ordering::Acquire) && !std::mem::replace(&mut state.failed, true) {
-                        report = Some((request.device(), errno));
-                    }
+                    state.failed |= written || self.0.recovered.load(Ordering::Relaxed);
                     failing.push((request, errno));
                 }
                 // Unserved, or it has ended before.
                 None => {}
             }
             let oldest = state.running.iter().min().copied().unwrap_or(u64::MAX);
-            let counts = |before: u64| before <= oldest || !self.0.written.load(Ordering::Acquire);
+            let has_failed = written && state.failed;
             for (before, request) in std::mem::take(&mut state.succeeded) {
-                if state.failed {
+                if has_failed {
                     failing.push((request, Errno::EIO.into()));
-                } else if counts(before) {
+                } else if before <= oldest || !written {
                     done.push(request);
                 } else {
                     state.succeeded.push((before, request));
                 }
             }
+            if let Some((request, errno)) = failing.first().filter(|_| has_failed && !state.reported) {
+                report = Some((request.device(), *errno));
+                state.reported = true;
+            }
         }
         // Not under the lock.
         if let Some((device, errno)) = report {
             log::error!(
-                "ublkb{}: a flush failed ({}): writes to its extents may be lost, and every flush fails until there is a new \
-                 block device",
+                "ublkb{}: a flush failed ({}): writes to its extents may be lost, and every flush fails from now on",
                 device.0,
                 errno.known().desc()
             );

@@ -92,6 +92,16 @@ impl Description {
         params
     }
 
+    /// Has the flushes of the block device know that another server has written to the disk.
+    fn note_recovery(&self, handlers: &Bound<'_, PyAny>) -> PyResult<()> {
+        // The others have no extents.
+        if !matches!(self.style.as_str(), "native" | "batch") {
+            let extents = handlers.get_item("extents")?;
+            extents.cast::<Extents>()?.get().0.flushes.recovered(self.style.starts_with("mapped"));
+        }
+        Ok(())
+    }
+
     /// Makes the target, and queues if its requests are pulled.
     fn target(self, handlers: &Bound<'_, PyAny>, queues: u32, watch: &Watch) -> PyResult<(Arc<dyn Target>, Pulled)> {
         if self.style == "native" {
@@ -223,6 +233,7 @@ pub(crate) fn recover(
     };
     let (found, permit) = interpreter::detached(py, find);
     let (server, info) = found.map_err(|e| to_python(py, &e))?;
+    description.note_recovery(handlers)?;
     let (target, queues) = description.target(handlers, info.queues.into(), &watch)?;
     let on_kernel = driver.is_none();
     let serve = || {

@@ -18,6 +18,7 @@ import pytest
 
 import ublk
 from ublk import _ublk, testing
+from ublk._reload import Reloader, Source
 
 SIZE = 1 << 20
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -170,6 +171,77 @@ def test_a_flush_of_a_disk_without_extents_may_be_tried_again(file):
         with pytest.raises(OSError):
             device.flush()
         device.flush()
+
+
+def all_flushes_fail(driver, device):
+    for _ in range(3):
+        with pytest.raises(OSError):
+            driver.flush(device.id)
+
+
+@KINDS
+def test_a_failed_flush_counts_for_writes_of_the_last_server(driver, file, kind, options):
+    old = kind(file, lambda file: None).start(recoverable=True, _driver=driver, queues=options.get("queues", 1))
+    driver.write(old.id, 0, b"x" * 4096)
+    old.quiesce()
+    workers = options.get("workers")
+    with ublk.recover(old.id, kind(file, Once()), workers=workers, _driver=driver) as device:
+        if kind is not Mapped:
+            # A disk without `map` shows by this that it has extents.
+            driver.read(device.id, 0, 4096)
+        all_flushes_fail(driver, device)
+
+
+def test_a_flush_that_fails_before_an_extent_is_seen_counts(driver, file):
+    old = Returning(file, lambda file: None).start(recoverable=True, _driver=driver)
+    old.quiesce()
+    with ublk.recover(old.id, Returning(file, Once()), _driver=driver) as device:
+        with pytest.raises(OSError):
+            driver.flush(device.id)
+        driver.read(device.id, 0, 4096)
+        all_flushes_fail(driver, device)
+
+
+def test_a_recovered_disk_without_extents_may_flush_again(driver, file):
+    class Plain(Returning):
+        def read(self, offset, buf):
+            buf[:] = bytes(len(buf))
+
+        def write(self, offset, buf):
+            pass
+
+    old = Plain(file, lambda file: None).start(recoverable=True, _driver=driver)
+    old.quiesce()
+    with ublk.recover(old.id, Plain(file, Once()), _driver=driver) as device:
+        driver.write(device.id, 0, b"x" * 4096)
+        with pytest.raises(OSError):
+            driver.flush(device.id)
+        driver.flush(device.id)
+
+
+def test_a_reload_remembers_a_failed_flush(driver, file, tmp_path):
+    made = []
+
+    def make():
+        made.append(Mapped(file, lambda file: None))
+        return made[-1]
+
+    (tmp_path / "source.py").touch()
+    first = Mapped(file, Once())
+    reloader = Reloader(first, make, Source(tmp_path / "source.py"), driver=driver)
+    device = reloader.start()
+    try:
+        driver.write(device.id, 0, b"x" * 4096)
+        with pytest.raises(OSError):
+            driver.flush(device.id)
+        new = make()
+        # As a new version does that syncs by itself.
+        new.take_over = lambda old: None
+        reloader._replace(new)
+        all_flushes_fail(driver, reloader.device)
+        assert new._extents is not first._extents
+    finally:
+        reloader.close()
 
 
 def test_flushes_side_by_side_succeed(driver, file):

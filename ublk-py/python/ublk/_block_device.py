@@ -189,7 +189,8 @@ class BlockDevice:
         With several threads, `os.fdatasync` of one descriptor reports lost writes to one flush only, and the others
         succeed; and it repeats a sync that reports them as ``EINTR``. Use `FileSync`. If the engine has written to an
         `Extent`, the library sees to the other flushes: one that succeeds waits for those beside it, and once one has
-        failed, all flushes of the object fail with ``EIO``.
+        failed, all flushes of the object fail with ``EIO``. So it is
+        for a disk with `map` that was recovered, whose last server may have written to extents.
         """
         raise NotImplementedError
 
@@ -288,6 +289,10 @@ class BlockDevice:
         if not kept.is_of(self):
             kept = self.__dict__["_kept_extents"] = _KeptExtents(self, Extents())
         return kept.extents
+
+    def _follow(self, old: BlockDevice) -> None:
+        """Remember flushes of the object that served the disk before: one that has failed has lost writes."""
+        self.__dict__["_kept_extents"] = _KeptExtents(self, old._extents.successor())
 
     def start(
         self,

@@ -212,6 +212,7 @@ class Reloader:
         # Requests wait from here on.
         try:
             pass_on(old, new)
+            new._follow(old)
             self.device = self._recover(id, new)
             self._target = new
         except BaseException:
