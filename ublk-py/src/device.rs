@@ -51,6 +51,8 @@ pub(crate) struct NativeDevice {
     hurried: AtomicBool,
     /// The device is being deleted: no other server can follow.
     deletes: AtomicBool,
+    /// It is being left to another server, whatever has interrupted that: no stop deletes it.
+    leaving: Arc<AtomicBool>,
 }
 
 impl NativeDevice {
@@ -74,6 +76,7 @@ impl NativeDevice {
             revoked: AtomicUsize::new(0),
             hurried: AtomicBool::new(false),
             deletes: AtomicBool::new(false),
+            leaving: Arc::default(),
         })
     }
 
@@ -120,6 +123,12 @@ impl NativeDevice {
     fn take_target(&self) -> Option<Arc<dyn Target>> {
         self.target.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
+}
+
+/// Whether this is why a device was not left, not why its queues do not end.
+fn is_refusal(error: &ublk_core::Error) -> bool {
+    use ublk_core::Error::{Control, Unsupported};
+    matches!(error, Unsupported { .. } | Control { command: "QUIESCE_DEV", .. })
 }
 
 /// Does something with a device, and looks for signals meanwhile. If their handlers raise, the rest goes on in the
@@ -254,7 +263,7 @@ impl NativeDevice {
         result.map_err(|e| to_python(py, &e))
     }
 
-    /// Stops and deletes the device; leaves one that another process has asked to wait for another server. Waits for
+    /// Stops and deletes the device; leaves one that this or another process has asked to wait for another server. Waits for
     /// handlers for so many seconds; then, if the device is deleted, requests that are not on the thread of their queue fail.
     /// In the main thread a signal's handler may end the wait by an exception; the device is stopped all the same, without
     /// waiting for handlers any longer.
@@ -263,17 +272,32 @@ impl NativeDevice {
         drop(self.take_target());
         let patience = timeout.max(GRACE);
         let timeout = patience + COMMIT;
-        // Otherwise another process has asked that the device wait for another server.
-        let deletes = !(self.device().is_ending() && self.device().recovery().is_some());
+        // Otherwise this or another process has asked that the device wait for another server. When all tags are at the
+        // server, nothing but the flag tells.
+        let is_left = self.leaving.load(Ordering::Relaxed) || self.device().is_ending();
+        let deletes = !(is_left && self.device().recovery().is_some());
         self.deletes.store(deletes, Ordering::Relaxed);
         self.end(py, patience, move |device| {
             if deletes { device.stop_within(timeout) } else { device.conclude_within(timeout).map(drop) }
         })
     }
 
+    /// Has no later stop delete the device: one concludes what `leave` may not have finished.
+    fn hand_over(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+    }
+
     /// Finishes the requests in flight and leaves the device to another server. Can be interrupted as `stop`.
     fn leave(&self, py: Python<'_>) -> PyResult<()> {
-        self.end(py, Duration::MAX, |device| device.leave())
+        let leaving = self.leaving.clone();
+        self.end(py, Duration::MAX, move |device| {
+            let left = device.leave();
+            // What the driver has refused was not begun.
+            if left.as_ref().is_err_and(is_refusal) && !device.is_ending() {
+                leaving.store(false, Ordering::Relaxed);
+            }
+            left
+        })
     }
 
     /// Ends waits for handlers: of a stop that is under way, and of later ones.
@@ -287,6 +311,12 @@ impl NativeDevice {
     #[getter]
     fn revoked(&self) -> usize {
         self.revoked.load(Ordering::Relaxed)
+    }
+
+    /// Whether they are revoked without waiting for them.
+    #[getter]
+    fn hurried(&self) -> bool {
+        self.hurried.load(Ordering::Relaxed)
     }
 
     /// Whether the calling thread serves one of the queues, perhaps beside those of other devices.

@@ -404,6 +404,9 @@ class Device:
                 errno.EINVAL, f"{self.path} was not started with recoverable=True: nobody could take it over"
             )
         if self.can_be_left:
+            if isinstance(self._native, _ublk.NativeDevice):
+                # From here on no stop deletes the disk under its users, whatever interrupts this.
+                self._native.hand_over()
             self._end(self._native.leave)
         else:
             # Says what is missing, and touches nothing.
@@ -549,9 +552,9 @@ class Device:
         self._end_in(seconds, cancel)
         if is_over or not native.revoked:
             return
-        text = (
-            f"{self.path}: {native.revoked} requests unfinished after {seconds:g} s; they failed, the device is deleted"
-        )
+        hurried = isinstance(native, _ublk.NativeDevice) and native.hurried
+        when = "when the wait for them was interrupted" if hurried else f"after {seconds:g} s"
+        text = f"{self.path}: {native.revoked} requests unfinished {when}; they failed, the device is deleted"
         if not cancel:
             raise UblkError(errno.EIO, text)
         log(logging.WARNING, "%s; a method that still runs may still write: keep what it uses", text)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+
+"""Starts, stops and hand-overs that something interrupts."""
+
+import contextlib
+import errno
+import signal
+import threading
+import time
+
+import pytest
+
+import ublk
+
+SIZE = 1 << 20
+
+
+class Interrupted(BaseException):
+    """What a signal's handler raises."""
+
+
+class Slow(ublk.BlockDevice):
+    """Reads that take until they may end."""
+
+    def __init__(self):
+        super().__init__(size=SIZE)
+        self.entered, self.leave = threading.Event(), threading.Event()
+
+    def read(self, offset, buf):
+        self.entered.set()
+        self.leave.wait(60)
+        buf[:] = b"x" * len(buf)
+
+
+class Client:
+    """Reads from a device, until the read has ended."""
+
+    def __init__(self, driver, id):
+        self.driver, self.id, self.error = driver, id, None
+        self.thread = threading.Thread(target=self.read)
+        self.thread.start()
+
+    def read(self):
+        try:
+            self.driver.read(self.id, 0, 512)
+        except OSError as error:
+            self.error = error
+
+
+@contextlib.contextmanager
+def interrupting(begun):
+    """Have a signal's handler raise in this thread, time and again until it has, once an event is set."""
+
+    def interrupt(*_):
+        if begun.is_set():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def recover_when_free(id, driver, disk):
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return ublk.recover(id, disk, _driver=driver)
+        except ublk.UblkError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("depth", [1, 2], ids=["all-tags", "free-tags"])
+@pytest.mark.parametrize("again", [False, True], ids=["once", "stopped-after-that"])
+def test_a_hand_over_that_is_interrupted_leaves_the_disk(driver, monkeypatch, caplog, depth, again):
+    disk = Slow()
+    device = disk.start(recoverable=True, workers=2, depth=depth, _driver=driver)
+    begun = threading.Event()
+    monkeypatch.setattr(device._serving, "abandon", begun.set)
+    client = Client(driver, device.id)
+    assert disk.entered.wait(10)
+    with pytest.raises(Interrupted), interrupting(begun):
+        device.quiesce()
+    if again:
+        # As the end of a `with` block does.
+        with contextlib.suppress(ublk.UblkError):
+            device.stop(timeout=0)
+    for thread in threading.enumerate():
+        if thread.name == "ublk-stop":
+            thread.join(60)
+    assert driver.devices() == [device.id]
+    assert client.error is None
+    disk.leave.set()
+    new = Slow()
+    new.leave.set()
+    recover_when_free(device.id, driver, new).stop()
+    client.thread.join(10)
+    assert client.error is None
+
+
+def test_a_stop_that_was_interrupted_names_no_time_it_has_not_waited(driver):
+    disk = Slow()
+    device = disk.start(workers=1, _driver=driver)
+    client = Client(driver, device.id)
+    assert disk.entered.wait(10)
+    # As the handler of a signal does.
+    device._native.expedite()
+    with pytest.raises(ublk.UblkError, match="1 requests unfinished when the wait for them was interrupted"):
+        device.stop()
+    disk.leave.set()
+    client.thread.join(10)
