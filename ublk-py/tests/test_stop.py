@@ -3,6 +3,7 @@
 """How long a stop waits for handlers, and who may ask for one."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import threading
@@ -353,6 +354,32 @@ def test_a_stop_that_cancels_does_so_on_the_caller_s_loop(driver):
     begin = time.monotonic()
     asyncio.run(main())
     assert time.monotonic() - begin < SOON
+
+
+def test_a_stop_needs_no_thread_of_the_loop_s_executor(driver):
+    """They may all be in calls of handlers that wait."""
+    leave = threading.Event()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(1))
+        calls = [asyncio.ensure_future(asyncio.to_thread(leave.wait)) for _ in range(2)]
+        await asyncio.sleep(0)
+        try:
+            device = await asyncio.wait_for(Waits().start_async(_driver=driver), 60)
+            await asyncio.wait_for(device.stop_async(cancel=True), 60)
+        finally:
+            leave.set()
+            await asyncio.gather(*calls)
+
+    # Whatever has gone wrong.
+    timer = threading.Timer(100, leave.set)
+    timer.start()
+    try:
+        asyncio.run(main())
+    finally:
+        timer.cancel()
+    assert driver.devices() == []
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan")])

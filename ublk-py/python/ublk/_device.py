@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import contextvars
 import errno
 import functools
 import logging
@@ -196,7 +197,7 @@ class Device:
         try:
             await _to_the_end(self._add, driver, made)
             self._begin()
-            await asyncio.to_thread(self._native.go_live)
+            await _in_thread(self._native.go_live)
             self._register()
         except BaseException:
             # The loop goes on meanwhile: requests may have to be served before the device can go.
@@ -668,9 +669,42 @@ def _seconds(timeout: float | None) -> float:
     return min(float(timeout), _FOREVER)
 
 
+def _in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
+    """Call a function in a thread of its own.
+
+    Those of the loop's executor may all be in calls of handlers, which wait for what this is to end.
+    """
+    loop = asyncio.get_running_loop()
+    over = loop.create_future()
+
+    def tell(error: BaseException | None) -> None:
+        # It may have been cancelled.
+        if over.done():
+            return
+        if error is None:
+            over.set_result(None)
+        else:
+            over.set_exception(error)
+
+    def call() -> None:
+        error: BaseException | None = None
+        try:
+            function(*arguments)
+        except BaseException as raised:
+            error = raised
+        # The loop may be closed by now.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(tell, error)
+
+    # A daemon: the interpreter joins others before it runs the exit handlers, which end such waits.
+    run = contextvars.copy_context().run
+    threading.Thread(target=run, args=(call,), name="ublk-call", daemon=True).start()
+    return over
+
+
 async def _to_the_end(function: Callable[..., None], *arguments: object) -> None:
     """Call a function in a thread, and wait for its end even when cancelled."""
-    call = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    call = _in_thread(function, *arguments)
     cancelled: asyncio.CancelledError | None = None
     while not call.done():
         try:
