@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""The end of a program while one of its threads starts devices."""
+"""The end of a program while it starts devices."""
 
+import signal
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import atexit, threading, time
@@ -39,3 +42,43 @@ def test_no_device_is_left_that_a_thread_starts_meanwhile():
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=180)
         assert "devices at the end: []" in done.stdout, done.stderr
         assert done.returncode == 0, done.stderr
+
+
+SIGNALLED = """
+import asyncio, atexit, os, signal, threading
+
+# Runs after the handlers of ublk.
+atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
+
+import ublk
+from ublk import _device
+from ublk._ublk import FakeDriver
+
+class Disk(ublk.BlockDevice):
+    {word} read(self, offset, buf):
+        buf[:] = bytes(len(buf))
+
+driver, begin = FakeDriver(), _device.Device._begin
+
+def begin_and_be_killed(self):
+    # The device is there, and not live.
+    begin(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+_device.Device._begin = begin_and_be_killed
+{start}
+"""
+STARTS = {
+    "plain": ("def", "Disk(size=1 << 20).start(_driver=driver)"),
+    "pull": ("def", "ublk.BlockDevice(size=1 << 20).start(pull=True, _driver=driver)"),
+    "async": ("async def", "asyncio.run(Disk(size=1 << 20).start_async(_driver=driver))"),
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_sigterm_during_a_start_leaves_no_device(kind):
+    word, start = STARTS[kind]
+    argv = [sys.executable, "-c", SIGNALLED.format(word=word, start=start)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "devices at the end: []" in done.stdout, done.stderr

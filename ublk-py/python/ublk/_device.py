@@ -167,6 +167,8 @@ class Device:
     def _start_device(self, driver: _ublk.FakeDriver | None) -> None:
         made: list[Native] = []
         try:
+            # First: what kills the program would leave behind what is there already.
+            _signals.device_started(self)
             self._add(driver, made)
             self._begin()
             if isinstance(self._serving, PullServing):
@@ -195,6 +197,7 @@ class Device:
     async def _start_device_async(self, driver: _ublk.FakeDriver | None) -> None:
         made: list[Native] = []
         try:
+            _signals.device_started(self)
             await _to_the_end(self._add, driver, made)
             self._begin()
             await _in_thread(self._native.go_live)
