@@ -82,3 +82,58 @@ def test_sigterm_during_a_start_leaves_no_device(kind):
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=180)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert "devices at the end: []" in done.stdout, done.stderr
+
+
+INTERRUPTED = """
+import atexit, os, signal, threading
+
+# Runs after the handlers of ublk.
+atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
+
+import ublk
+from ublk import _device
+from ublk._ublk import FakeDriver
+
+class Slow(ublk.BlockDevice):
+    def read(self, offset, buf):
+        entered.set()
+        leave.wait()
+
+driver, entered, leave = FakeDriver(), threading.Event(), threading.Event()
+# Before the handlers of ublk.
+atexit.register(leave.set)
+
+def read(id):
+    try:
+        driver.read(id, 0, 512)
+    except OSError:
+        pass
+
+def register(self):
+    # Ctrl-C comes while the kernel reads the disk.
+    threading.Thread(target=read, args=[self.id], daemon=True).start()
+    entered.wait()
+    raise KeyboardInterrupt
+
+def undo_and_be_interrupted(self, made):
+    print("undoing", flush=True)
+    undo(self, made)
+
+undo = _device.Device._undo
+_device.Device._register, _device.Device._undo = register, undo_and_be_interrupted
+Slow(size=1 << 20).start(_driver=driver)
+"""
+
+
+def test_ctrl_c_during_the_undo_of_a_start_leaves_no_device():
+    program = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert program.stdout.readline() == "undoing\n"
+        program.send_signal(signal.SIGINT)
+        out, err = program.communicate(timeout=120)
+    finally:
+        program.kill()
+        program.wait()
+    assert "devices at the end: []" in out, err

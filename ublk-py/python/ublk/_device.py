@@ -58,7 +58,7 @@ _LEAVE_SECONDS = 5.0
 _ATTEMPTS = 100
 _running: set[Device] = set()
 _running_lock = threading.Lock()
-# Starts under way, whose devices are not in `_running` yet; none begins once the program ends.
+# Starts under way, whose devices may not be in `_running` yet; none begins once the program ends.
 _starting = 0
 _exiting = False
 
@@ -212,6 +212,9 @@ class Device:
     def _add(self, driver: _ublk.FakeDriver | None, made: list[Native]) -> None:
         self._serving.add(self._description, self._options, driver, made)
         self._native = made[0]
+        with _running_lock:
+            # If the start is interrupted, and its undoing, too, the end of the program sees to the rest.
+            _running.add(self)
         self._made()
 
     def _recover(self, id: int, driver: _ublk.FakeDriver | None) -> None:
@@ -256,18 +259,18 @@ class Device:
 
     def _undo(self, made: list[Native]) -> None:
         """Leave nothing of a start that failed, or was interrupted between any two of its lines."""
-        try:
-            for native in made:
-                native.stop(STOP_SECONDS)
-        finally:
+        if not made:
             self._forget()
             _signals.device_stopped(self)
-            if any(isinstance(native, _ublk.NativeDevice) and not native.stopped for native in made):
-                # A handler is stuck, say. The end of the program tries again, and leaves without it if it still is.
-                self._native = made[0]
-                self._hangs = True
-                with _running_lock:
-                    _running.add(self)
+            return
+        self._native = made[0]
+        with _running_lock:
+            _running.add(self)
+        try:
+            self._end(functools.partial(self._native.stop, STOP_SECONDS))
+        finally:
+            # What sees to the rest waits for this.
+            self._start_over.set()
 
     def _forget(self) -> None:
         """Take the device for one that does not run."""
@@ -656,7 +659,8 @@ class Device:
             if hasattr(self, "_native"):
                 self._stop(seconds, cancel)
         except UblkError as error:
-            log(logging.ERROR, "stopping %s: %s", self.path, error)
+            name = getattr(self._native, "path", "a device that was being started")
+            log(logging.ERROR, "stopping %s: %s", name, error)
 
 
 def _nothing() -> None:
@@ -764,11 +768,13 @@ def _stop_running() -> None:
         time.sleep(0.01)
     for device in list(_running):
         if not device._is_hung():
-            _try(log, logging.WARNING, "%s was still running when the program ended", device.path)
+            # An isolated device whose start was interrupted has no node.
+            name = getattr(device._native, "path", "a device that was being started")
+            _try(log, logging.WARNING, "%s was still running when the program ended", name)
             try:
                 device._stop(max(0.0, deadline - time.monotonic()))
             except Exception as error:
-                _try(log, logging.ERROR, "stopping %s: %s", device.path, error)
+                _try(log, logging.ERROR, "stopping %s: %s", name, error)
         hang = hang or device._is_hung()
     if hang:
         # The interpreter's end would take away what a thread needs that is still in a handler.

@@ -211,7 +211,9 @@ class PullServing(Serving):
 
     def abandon(self) -> None:
         """Fail requests if nobody takes them."""
-        self.requests.abandon()
+        # A start may have failed before there are any.
+        if hasattr(self, "requests"):
+            self.requests.abandon()
 
 
 # Methods of zoned disks.
