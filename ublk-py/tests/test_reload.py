@@ -3,6 +3,8 @@
 """New code for a running disk."""
 
 import errno
+import os
+import signal
 import sys
 import threading
 import time
@@ -219,3 +221,64 @@ def test_new_code_takes_over_from_a_handler_that_hangs_once_it_returns(live, mon
     while not disk.reloader.look():
         assert time.monotonic() < deadline
     assert disk.read() == bytes(512)
+
+
+def test_ctrl_c_ends_a_take_over_that_hangs(live):
+    disk = live()
+    disk.write(b"x" * 512)
+    hanging = "\n    def take_over(self, old):\n        entered.set()\n        late.append(leave.wait(30))\n"
+    events = "import threading\nimport ublk\nleave, entered, late = threading.Event(), threading.Event(), []"
+
+    new = []
+
+    def interrupt():
+        while not hasattr(sys.modules["livedisk"], "entered"):
+            time.sleep(0.01)
+        new.append(sys.modules["livedisk"])
+        new[0].entered.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        disk.change(FIRST.replace("import ublk", events) + hanging)
+    thread.join()
+    assert new[0].late == [], "it was waited for"
+    assert disk.read() == b"x" * 512
+
+
+def test_a_second_signal_ends_a_reload_that_waits_for_a_handler(live, driver):
+    hanging = FIRST.replace("buf[:] =", "entered.set(); late.append(gate.wait(30)); buf[:] =", 1)
+    events = "import threading\nimport ublk\ngate, entered, late = threading.Event(), threading.Event(), []"
+    disk = live(hanging.replace("import ublk", events))
+    module, device = sys.modules["livedisk"], disk.device
+    client = threading.Thread(target=disk.read)
+    client.start()
+    assert module.entered.wait(10)
+
+    def interrupt():
+        device.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(SystemExit) as raised:
+            disk.change(FIRST)
+        assert module.late == [], "it was waited for"
+    finally:
+        thread.join()
+        module.gate.set()
+    assert raised.value.code == 128 + signal.SIGTERM
+    client.join(20)
+    # It was on the way to another server.
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            ublk.recover(device.id, disk.make(), _driver=driver).stop()
+            break
+        except ublk.UblkError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)

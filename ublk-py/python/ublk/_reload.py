@@ -182,9 +182,7 @@ class Reloader:
             return False
         try:
             with self._source.forgotten() if self._next is None else contextlib.nullcontext():
-                new = self._next or self._make()
-                with _signals.deferred():
-                    self._replace(new)
+                self._replace(self._next or self._make())
         except _signals.Terminated:
             raise
         except (Exception, SystemExit) as error:
@@ -202,6 +200,25 @@ class Reloader:
     def _replace(self, new: BlockDevice) -> None:
         old, id = self._target, self.device.id
         self._next = None
+        is_left = False
+        try:
+            # Signals wait for each step of the hand-over, but not for code of the class.
+            with _signals.deferred():
+                self._quiesce(new)
+                is_left = True
+            # Requests wait from here on.
+            pass_on(old, new)
+            new._follow(old)
+            with _signals.deferred():
+                self.device = self._recover(id, new)
+                self._target = new
+        except BaseException:
+            if is_left and self._target is old:
+                with _signals.deferred():
+                    self.device = self._recover(id, old)
+            raise
+
+    def _quiesce(self, new: BlockDevice) -> None:
         try:
             self.device.quiesce()
         except UblkError:
@@ -209,14 +226,9 @@ class Reloader:
             if self.device._native.queues_left and not self.device.running:
                 self._next = new
             raise
-        # Requests wait from here on.
-        try:
-            pass_on(old, new)
-            new._follow(old)
-            self.device = self._recover(id, new)
-            self._target = new
         except BaseException:
-            self.device = self._recover(id, old)
+            # The second signal: there is no time for new code.
+            log(logging.WARNING, "%s waits for another server: ublk.recover(%d, ...)", self.device.path, self.device.id)
             raise
 
     def _recover(self, id: int, target: BlockDevice) -> Device:

@@ -175,7 +175,7 @@ os.register_at_fork(after_in_child=_in_forked_child)
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP wait until the block is over, in the main thread."""
+    """Let SIGINT, SIGTERM and SIGHUP wait until the block is over, in the main thread. The second one does not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -183,13 +183,25 @@ def deferred() -> Iterator[None]:
     found = {number: signal.getsignal(number) for number in (signal.SIGINT, *_SIGNALS)}
     # A program that is started meanwhile inherits what is ignored.
     before = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
+
+    def put_back() -> None:
+        for wanted, handler in before.items():
+            signal.signal(wanted, signal.SIG_DFL if handler is None else handler)
+
+    def take(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            # Something in the block does not end.
+            came.clear()
+            put_back()
+            signal.raise_signal(number)
+
     for wanted in before:
-        signal.signal(wanted, lambda number, _frame: came.append(number))
+        signal.signal(wanted, take)
     try:
         yield
     finally:
-        for wanted, handler in before.items():
-            signal.signal(wanted, signal.SIG_DFL if handler is None else handler)
+        put_back()
         if came:
             signal.raise_signal(came[0])
 
