@@ -89,14 +89,6 @@ impl Flushes {
         Flush { flushes: self.clone(), number }
     }
 
-    /// Takes a flush for failed whose request another has ended.
-    fn revoked(&self, number: u64) {
-        if self.0.written.load(Ordering::Acquire) {
-            self.0.state.lock().unwrap_or_else(PoisonError::into_inner).failed = true;
-        }
-        self.end(number, None);
-    }
-
     /// Takes the outcome of a flush, and ends the requests whose outcome is known now.
     fn end(&self, number: u64, ended: Option<(DetachedRequest, Result<(), RawErrno>)>) {
         let (mut failing, mut done, mut report) = (Vec::new(), Vec::new(), None);
@@ -166,11 +158,6 @@ impl Flush {
     /// Ends its request, at once or when the outcome of those beside it is known.
     pub(crate) fn end(self, request: DetachedRequest, result: Result<(), RawErrno>) {
         self.flushes.end(self.number, Some((request, result)));
-    }
-
-    /// Its request has failed already.
-    pub(crate) fn revoked(self) {
-        self.flushes.revoked(self.number);
     }
 }
 

@@ -9,7 +9,9 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use pyo3::prelude::*;
-use ublk_core::{DetachedRequest, Errno};
+use ublk_core::{DetachedRequest, Errno, RawErrno};
+
+use crate::flushes::Flush;
 
 /// Something that may hold a request.
 pub(crate) trait Revoke: Send + Sync + fmt::Debug {
@@ -47,9 +49,9 @@ impl Holders {
     }
 }
 
-/// Place for a request while its method runs.
+/// Place for a request while its method runs, and for what else ends with it if it is a flush.
 #[derive(Debug)]
-pub(crate) struct Held<R>(Mutex<Option<R>>);
+pub(crate) struct Held<R>(Mutex<Option<(R, Option<Flush>)>>);
 
 impl<R> Default for Held<R> {
     fn default() -> Self {
@@ -59,11 +61,15 @@ impl<R> Default for Held<R> {
 
 impl<R> Held<R> {
     pub(crate) fn put(&self, request: R) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(request);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((request, None));
     }
 
     /// The request; `None` if it was revoked.
     pub(crate) fn take(&self) -> Option<R> {
+        self.take_both().map(|(request, _)| request)
+    }
+
+    fn take_both(&self) -> Option<(R, Option<Flush>)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -76,16 +82,29 @@ impl Held<DetachedRequest> {
         holders.add(weak);
         held
     }
+
+    pub(crate) fn put_flush(&self, request: DetachedRequest, flush: Flush) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((request, Some(flush)));
+    }
+
+    /// The request, and its flush; `None` if they were revoked.
+    pub(crate) fn take_flush(&self) -> Option<(DetachedRequest, Flush)> {
+        self.take_both().and_then(|(request, flush)| Some((request, flush?)))
+    }
 }
 
 impl Revoke for Held<DetachedRequest> {
     fn revoke(&self, _: Python<'_>) -> bool {
-        let Some(mut request) = self.take() else { return false };
+        let Some((mut request, flush)) = self.take_both() else { return false };
         if request.op().has_data() {
             // The method is at work on it.
             request.replace_buffer();
         }
-        request.fail(Errno::EIO);
+        match flush {
+            // It is over here, for those that wait for it: its method may never return.
+            Some(flush) => flush.end(request, Err(RawErrno::EIO)),
+            None => request.fail(Errno::EIO),
+        }
         true
     }
 }

@@ -115,17 +115,17 @@ impl Methods {
     /// Calls the method for a flush, and ends it as that and the flushes beside it say.
     pub(crate) fn flush(&self, py: Python<'_>, held: &Held<DetachedRequest>, request: DetachedRequest) {
         let flush = self.extents.get().0.flushes.begin();
-        held.put(request);
+        held.put_flush(request, flush);
         let returned = call(&self.flush, |method| method.bind(py).call0());
-        let request = held.take();
+        let left = held.take_flush();
         let outcome = returned.and_then(|returned| match returned {
             Some(value) => check_return(&value, None).map(Ok),
             None => Ok(Err(Errno::EOPNOTSUPP.into())),
         });
         let result = outcome.unwrap_or_else(|error| Err(self.errno_of(py, op_name(Op::Flush), &error)));
-        match request {
-            Some(request) => flush.end(request, result),
-            None => flush.revoked(),
+        // Otherwise it was revoked, and counts as one that has failed.
+        if let Some((request, flush)) = left {
+            flush.end(request, result);
         }
     }
 

@@ -470,3 +470,39 @@ def test_a_stop_fails_a_flush_that_waits_for_a_stuck_one(driver, file):
     assert set(errors) <= {errno.EIO, errno.ENODEV}
     assert len(errors) == 2
     leave.set()
+
+
+def test_a_flush_that_a_stop_has_failed_holds_up_none_later(driver, file):
+    first, entered, leave = threading.Lock(), threading.Event(), threading.Event()
+
+    def sync(file):
+        if first.acquire(blocking=False):
+            entered.set()
+            leave.wait(60)
+
+    disk = Mapped(file, sync)
+    device = disk.start(_driver=driver, workers=1)
+    driver.write(device.id, 0, bytes(4096))
+    errors = []
+
+    def flush(id):
+        try:
+            driver.flush(id)
+        except OSError as error:
+            errors.append(error.errno)
+
+    stuck = threading.Thread(target=flush, args=[device.id])
+    stuck.start()
+    assert entered.wait(10)
+    device.stop(cancel=True)
+    stuck.join(10)
+    with disk.start(_driver=driver, workers=1) as device:
+        later = threading.Thread(target=flush, args=[device.id], daemon=True)
+        later.start()
+        later.join(20)
+        was_over = not later.is_alive()
+        leave.set()
+        later.join(10)
+    assert was_over, "it waits for a flush whose request is no more"
+    # What that has not synced may be lost.
+    assert errors[-1] == errno.EIO
