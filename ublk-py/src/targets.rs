@@ -17,17 +17,25 @@ use crate::methods::operation_names;
 /// A target of the core's.
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
-pub(crate) struct NativeTarget(pub(crate) Arc<dyn Target>);
+pub(crate) struct NativeTarget {
+    pub(crate) target: Arc<dyn Target>,
+    /// The same, if it is a file.
+    file: Option<Arc<File>>,
+}
 
 impl NativeTarget {
     fn make<T: Target>(py: Python<'_>, make: impl FnOnce() -> Result<T> + Send) -> PyResult<Self> {
+        Ok(NativeTarget { target: Self::open(py, make)?, file: None })
+    }
+
+    fn open<T: Send + Sync>(py: Python<'_>, open: impl FnOnce() -> Result<T> + Send) -> PyResult<Arc<T>> {
         interpreter::check_return()?;
-        let (made, _permit) = interpreter::detached(py, make);
-        made.map(|target| NativeTarget(Arc::new(target))).map_err(|e| to_python(py, &e))
+        let (opened, _permit) = interpreter::detached(py, open);
+        opened.map(Arc::new).map_err(|e| to_python(py, &e))
     }
 
     fn params(&self) -> Params {
-        self.0.params()
+        self.target.params()
     }
 }
 
@@ -60,7 +68,8 @@ impl NativeTarget {
             Some(false) => Io::Buffered,
         };
         let options = FileOptions { io, read_only, logical_block_size: block_size };
-        Self::make(py, || File::open(path, &options))
+        let file = Self::open(py, || File::open(path, &options))?;
+        Ok(NativeTarget { target: file.clone(), file: Some(file) })
     }
 
     /// A zoned disk, in memory or with a file for each zone.
@@ -87,12 +96,19 @@ impl NativeTarget {
 
     #[getter]
     fn kind(&self) -> String {
-        self.0.kind().to_owned()
+        self.target.kind().to_owned()
     }
 
     #[getter]
     fn size(&self) -> u64 {
         self.params().size
+    }
+
+    /// How many bytes the open file has now; None for other targets.
+    #[getter]
+    fn backing_size(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let size = self.file.as_ref().map(|file| file.backing_size());
+        size.transpose().map_err(|e| to_python(py, &e))
     }
 
     #[getter]

@@ -118,6 +118,18 @@ def test_it_takes_a_disk_over_from_python_and_gives_it_back(driver):
         assert driver.read(device.id, 0, 512) == b"p" * 512
 
 
+def test_a_file_that_took_the_name_does_not_let_a_disk_grow(driver, tmp_path):
+    path, other = tmp_path / "disk.img", tmp_path / "other.img"
+    path.write_bytes(bytes(SIZE))
+    other.write_bytes(bytes(4 * SIZE))
+    with ublk.File(path).start(_driver=driver) as device:
+        os.rename(other, path)
+        with pytest.raises(ValueError, match=f"{SIZE} bytes behind"):
+            device.resize(4 * SIZE)
+        os.unlink(path)
+        device.resize(SIZE)
+
+
 @pytest.mark.parametrize("kind", ["mem", "file"])
 def test_a_disk_does_not_grow_beyond_what_it_has(driver, tmp_path, kind):
     path = tmp_path / "disk.img"

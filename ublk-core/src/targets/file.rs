@@ -239,6 +239,15 @@ impl File {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// The size of the open file in bytes, as it is now. Another file may have taken its name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] if the kernel does not give it.
+    pub fn backing_size(&self) -> Result<u64> {
+        size_of(&self.file, &self.path)
+    }
 }
 
 /// The size of a regular file or block device in bytes.

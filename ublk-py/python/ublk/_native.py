@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from ublk._serving import NativeServing
 from ublk._ublk import NativeTarget
 
 if TYPE_CHECKING:
+    import os
+
     from ublk._device import Device
     from ublk._serving import Report, Serving
     from ublk._ublk import FakeDriver
@@ -149,11 +150,10 @@ class File(NativeDisk):
         direct: bool | None = None,
     ) -> None:
         super().__init__(NativeTarget.file(path, read_only, block_size, direct))
-        self._path = os.path.abspath(path)
 
-    def _room(self) -> int:
-        with open(self._path, "rb") as file:
-            return file.seek(0, os.SEEK_END)
+    def _room(self) -> int | None:
+        # Of the open file: another one may have its name.
+        return self._native.backing_size
 
 
 class Zoned(NativeDisk):
