@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+import ublk
 from ublk import _cli
 
 
@@ -83,3 +84,45 @@ def test_wrong_usage_is_status_2(arguments, capfd):
 def test_the_help_knows_run(capfd):
     assert _cli.main(["--help"]) == 0
     assert "Serve a block device written in Python" in capfd.readouterr().out
+
+
+class Asleep:
+    """A command that sleeps in the kernel, even when killed, until the disk is gone."""
+
+    def __init__(self):
+        self.disk_is_gone = self.is_interrupted = self.is_collected = False
+
+    def poll(self):
+        return None
+
+    def send_signal(self, number): ...
+
+    def kill(self): ...
+
+    def wait(self, timeout=None):
+        if not self.is_interrupted:
+            self.is_interrupted = True
+            raise KeyboardInterrupt
+        assert timeout is not None, "it waits without a limit"
+        if not self.disk_is_gone:
+            raise subprocess.TimeoutExpired("command", timeout)
+        self.is_collected = True
+        return -9
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_command_that_sleeps_in_the_disk_does_not_keep_it(monkeypatch, fails):
+    child = Asleep()
+
+    class Device:
+        path = "/dev/ublkb0"
+
+        def stop(self):
+            child.disk_is_gone = True
+            if fails:
+                raise ublk.UblkError(5, "requests unfinished")
+
+    monkeypatch.setattr(_cli.subprocess, "Popen", lambda *_, **__: child)
+    with pytest.raises(ublk.UblkError if fails else KeyboardInterrupt):
+        _cli._run_command(["command"], Device, None)
+    assert child.is_collected

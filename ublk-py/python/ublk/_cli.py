@@ -36,6 +36,8 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTP]?)(?:I?B)?", re.IGNORECASE | re.ASCI
 _SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
 _EXTRA = [("run", "Serve a block device written in Python, or run a command on it")]
 _COMMAND_GRACE = 10.0
+# For a command that was killed.
+_KILL_GRACE = 5.0
 
 
 class _UsageError(Exception):
@@ -241,19 +243,32 @@ def _run_command(command: Sequence[str], running: Callable[[], Device], reloader
     try:
         status = _wait(child, reloader)
     except BaseException:
-        # Ctrl-C reaches the command by itself; other ends do not.
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(_COMMAND_GRACE)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        _end_command(child, running)
         raise
     if not running().running:
         print(f"ublk: {path} ended before the command did", file=sys.stderr)
         return status or 1
     return status if status >= 0 else 128 - status
+
+
+def _end_command(child: subprocess.Popen[bytes], running: Callable[[], Device]) -> None:
+    """Have the command ended before the device, if that is possible."""
+    # Ctrl-C reaches the command by itself; other ends do not.
+    if child.poll() is None:
+        child.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(_COMMAND_GRACE)
+        return
+    child.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(_KILL_GRACE)
+        return
+    # It may wait for the disk itself, in the kernel, where only the end of its requests ends it.
+    try:
+        running().stop()
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_KILL_GRACE)
 
 
 def _wait(child: subprocess.Popen[bytes], reloader: Reloader | None) -> int:
