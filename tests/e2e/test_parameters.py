@@ -243,7 +243,7 @@ def test_partitions_are_looked_for_unless_it_is_forbidden(native_disk, native, s
         (["--dma-alignment", "3"], "DMA alignment = 3"),
         (["--dma-alignment", "1"], "DMA alignment = 1"),
         (["--dma-alignment", "8K"], "DMA alignment = 8192"),
-        (["--max-segment-size", "512"], "longest segment = 512"),
+        (["--max-segment-size", "512"], "maximum segment size = 512"),
         (["--segment-boundary", "2K"], "segment boundary = 2048"),
         (["--segment-boundary", "0"], "segment boundary = 0"),
         (["--discard-granularity", "1000"], "discard granularity = 1000"),

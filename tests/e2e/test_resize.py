@@ -60,7 +60,7 @@ def test_a_mounted_file_system_uses_the_new_room(native, scratch: Path, tmp_path
 def test_sizes_that_cannot_be_are_refused(native, scratch: Path) -> None:
     path = native.add("-t", "file", "-f", image(scratch, 32 << 20))
     number = str(device_id(path))
-    for size, words in (("64M", "bytes behind it"), ("1000", "multiple"), ("0", "multiple")):
+    for size, words in (("64M", "exceeds the backing store"), ("1000", "multiple"), ("0", "multiple")):
         refused = native.run("resize", "-n", number, "-s", size, check=False)
         assert refused.status == 1, str(refused)
         assert words in refused.err, str(refused)
@@ -77,7 +77,7 @@ def test_a_file_that_took_the_name_of_the_backing_file_counts_for_nothing(native
     for words in ([], ["-s", "64M"]):
         refused = native.run("resize", "-n", number, *words, check=False)
         assert refused.status == 1, str(refused)
-        assert "another file has that name" in refused.err, str(refused)
+        assert "the file has been replaced" in refused.err, str(refused)
     assert sysfs.size(path) == 32 << 20
     native.run("del", "-n", number)
 

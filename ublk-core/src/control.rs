@@ -303,7 +303,7 @@ impl Control {
             })
         };
         if Recovery::of(info.features).is_none() {
-            return refused("the device was not made to be recovered (`ublk add --recovery`, `recoverable=True`)");
+            return refused("the device was created without recovery (`ublk add --recovery`, `recoverable=True`)");
         }
         crate::plan::require(self.features()?, Features::QUIESCE)?;
         refused(
@@ -344,7 +344,7 @@ impl Control {
                 false
             })?;
         u16::try_from(index)
-            .map_err(|_| Error::invalid("number of shared memory", index, "the driver's answer is impossible"))
+            .map_err(|_| Error::invalid("shared memory index", index, "the driver returned an invalid index"))
     }
 
     /// UNREG_BUF: the counterpart. Waits for requests that are in the memory. Linux 7.1.
@@ -361,7 +361,7 @@ impl Control {
     pub fn update_size(&self, id: DeviceId, bytes: u64) -> Result<()> {
         let block = self.params(id)?.params.logical_block_size;
         if bytes == 0 || !bytes.is_multiple_of(u64::from(block)) {
-            let rule = format!("a multiple of the logical block size ({block}) is needed");
+            let rule = format!("must be a multiple of the logical block size ({block})");
             return Err(Error::invalid("size", bytes, rule));
         }
         let command = command("UPDATE_SIZE", uapi::UBLK_U_CMD_UPDATE_SIZE, Some(id));
@@ -514,36 +514,38 @@ fn hint(command: &str, errno: Errno) -> &'static str {
     match (command, errno) {
         ("ADD_DEV", Errno::EEXIST) => "the id is in use (`ublk list` shows the devices)",
         ("ADD_DEV", Errno::EINVAL) => {
-            "the driver does not take this together; Linux's (7.3) takes no batches of a queue of depth 1"
+            "the driver refuses this combination; Linux's driver (7.3) does not support batches with a queue depth of 1"
         }
-        ("ADD_DEV", Errno::EPERM) => "root (CAP_SYS_ADMIN) is needed",
-        ("DEL_DEV_ASYNC", Errno::EINVAL) => "Linux's driver cannot do this with a user's device: do without --async",
+        ("ADD_DEV", Errno::EPERM) => "needs root (CAP_SYS_ADMIN)",
+        ("DEL_DEV_ASYNC", Errno::EINVAL) => {
+            "Linux's driver does not support this for an unprivileged device: omit --async"
+        }
         ("ADD_DEV", Errno::EACCES) => {
             "the limit of unprivileged devices is reached (module parameters ublks_max and, per user, ublks_max_per_user)"
         }
         ("ADD_DEV", Errno::ENOMEM) => {
             "not enough memory for that many queues and tags (`ulimit -l`, for a user's device?)"
         }
-        ("START_DEV", Errno::EEXIST) => "the device is started already, or its last disk is still held open",
+        ("START_DEV", Errno::EEXIST) => "the device is already started, or a process still has its previous disk open",
         ("START_DEV", Errno::EBUSY) => "the device was stopped while its server still had it open",
         ("TRY_STOP_DEV", Errno::EBUSY) => "the disk is open or mounted",
-        ("TRY_STOP_DEV", Errno::EOPNOTSUPP) => "Linux 7.0 or newer has it",
-        ("QUIESCE_DEV" | "UPDATE_SIZE", Errno::EOPNOTSUPP) => "Linux 6.16 or newer has it",
+        ("TRY_STOP_DEV", Errno::EOPNOTSUPP) => "needs Linux 7.0 or newer",
+        ("QUIESCE_DEV" | "UPDATE_SIZE", Errno::EOPNOTSUPP) => "needs Linux 6.16 or newer",
         ("UPDATE_SIZE", Errno::ENODEV) => "there is no such device, or it has no disk",
-        ("REG_BUF" | "UNREG_BUF", Errno::EOPNOTSUPP) => "the device was not made for shared memory (Linux 7.1)",
-        ("REG_BUF", Errno::EEXIST) => "some of these pages are registered already",
+        ("REG_BUF" | "UNREG_BUF", Errno::EOPNOTSUPP) => "the device was created without shared memory (Linux 7.1)",
+        ("REG_BUF", Errno::EEXIST) => "some of these pages are already registered",
         ("REG_BUF", Errno::EFAULT | Errno::ENOMEM) => "the pages cannot be pinned (`ulimit -l`?)",
-        ("GET_DEV_INFO2", Errno::ENOENT) => "its node in /dev is missing, by which a user's device is named",
-        ("UNREG_BUF", Errno::ENOENT) => "no memory has this number",
-        ("START_USER_RECOVERY", Errno::EINVAL) => "the device was not made to be recovered",
-        ("START_USER_RECOVERY", Errno::EBUSY) => "the device is still served, or still held open",
-        ("END_USER_RECOVERY", Errno::EBUSY) => "the device does not wait for a server",
+        ("GET_DEV_INFO2", Errno::ENOENT) => "its node in /dev, which identifies an unprivileged device, is missing",
+        ("UNREG_BUF", Errno::ENOENT) => "no shared memory is registered with this index",
+        ("START_USER_RECOVERY", Errno::EINVAL) => "the device was created without recovery",
+        ("START_USER_RECOVERY", Errno::EBUSY) => "the device still has a server, or a process still has it open",
+        ("END_USER_RECOVERY", Errno::EBUSY) => "the device is not waiting for a server",
         ("GET_FEATURES", Errno::EOPNOTSUPP | Errno::ENODEV | Errno::EINVAL | Errno::EPERM) => {
             "the driver is older than Linux 6.5"
         }
-        (_, Errno::EPERM | Errno::EACCES) => "root (CAP_SYS_ADMIN) is needed",
+        (_, Errno::EPERM | Errno::EACCES) => "needs root (CAP_SYS_ADMIN)",
         (_, Errno::ENODEV) => "there is no such device",
-        (_, Errno::EOPNOTSUPP) => "this driver does not know the command",
+        (_, Errno::EOPNOTSUPP) => "the driver does not know this command",
         (_, Errno::EINTR) => "interrupted",
         _ => "",
     }
@@ -555,7 +557,7 @@ fn pending_hint(id: DeviceId, pid: i32) -> String {
     let why = if process::is_stopped(pid) {
         format!("process {pid} is stopped (SIGSTOP?)")
     } else {
-        "it does not finish its requests".to_owned()
+        "it does not complete its requests".to_owned()
     };
     format!(
         "{why}. The request to leave is pending and cannot be taken back: new I/O waits, and the server leaves as soon \

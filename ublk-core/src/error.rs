@@ -32,8 +32,8 @@ pub enum Error {
 
     /// `/dev/ublk-control` does not exist.
     #[error(
-        "{} does not exist: the ublk driver is not loaded (try `modprobe ublk_drv`; Linux 6.0 or newer with \
-         CONFIG_BLK_DEV_UBLK has it)",
+        "{} does not exist: the ublk driver is not loaded (try `modprobe ublk_drv`; it is part of Linux 6.0 or newer with \
+         CONFIG_BLK_DEV_UBLK)",
         path.display()
     )]
     DriverMissing {
@@ -99,7 +99,7 @@ pub enum Error {
     },
 
     /// The driver at hand lacks something that was asked for.
-    #[error("{feature} is not offered by this driver (Linux {since} or newer has it)")]
+    #[error("{feature} is not supported by this driver (needs Linux {since} or newer)")]
     Unsupported {
         /// The feature's name.
         feature: &'static str,
@@ -190,8 +190,8 @@ mod tests {
 
     #[test]
     fn an_invalid_value_is_einval_and_names_the_value() {
-        let error = Error::invalid("queue depth", 0, "1 to 4096 are possible");
+        let error = Error::invalid("queue depth", 0, "must be from 1 to 4096");
         assert_eq!(error.errno(), Errno::EINVAL);
-        assert_eq!(error.to_string(), "queue depth = 0: 1 to 4096 are possible");
+        assert_eq!(error.to_string(), "queue depth = 0: must be from 1 to 4096");
     }
 }

@@ -94,7 +94,7 @@ impl FromStr for CpuSet {
         let number = |word: &str| match word.trim().parse::<usize>() {
             Ok(cpu) if cpu < Self::LIMIT => Ok(cpu),
             Ok(cpu) => Err(wrong(format!("{cpu} is beyond {}", Self::LIMIT - 1))),
-            Err(_) => Err(wrong("a list like 0-3,8 is needed".into())),
+            Err(_) => Err(wrong("must be a list like 0-3,8".into())),
         };
         let mut cpus = Vec::new();
         for part in text.split(',') {
@@ -195,7 +195,7 @@ impl ThreadPlace {
         }
         if let Err(errno) = self.try_move_to(wish) {
             let cpus = wish.map_or_else(|| "any CPU".to_owned(), |cpus| format!("CPUs {cpus}"));
-            log::warn!("a thread that serves queues is not pinned to {cpus}: {}", errno.desc());
+            log::warn!("cannot pin a queue thread to CPUs {cpus}: {}", errno.desc());
         }
     }
 

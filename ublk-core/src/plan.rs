@@ -35,7 +35,7 @@ pub(crate) struct Demands {
 
 /// Ways in which data moves that an unprivileged device cannot have.
 const PRIVILEGED: Features = Features::SUPPORT_ZERO_COPY.union(Features::USER_COPY).union(Features::AUTO_BUF_REG);
-const NEEDS_PRIVILEGE: &str = "root (CAP_SYS_ADMIN) is needed for that";
+const NEEDS_PRIVILEGE: &str = "needs root (CAP_SYS_ADMIN)";
 
 impl Plan {
     /// Chooses among what the driver offers.
@@ -50,20 +50,24 @@ impl Plan {
             None => Self::movement(offered, demands),
         };
         if demands.excludes_copy && data.is_copied_by_driver() {
-            return Err(Error::invalid("data movement", data, "zones and integrity metadata need user-copy"));
+            return Err(Error::invalid("data movement", data, "zones and integrity metadata require user-copy"));
         }
         let threads_per_queue = u16::try_from(options.threads_per_queue).unwrap_or(u16::MAX);
         if threads_per_queue == 0 || u32::from(threads_per_queue) > options.depth {
             return Err(Error::invalid(
                 "threads per queue",
                 options.threads_per_queue,
-                format!("1 to {}, the queue depth, are possible", options.depth),
+                format!("must be from 1 to {}, the queue depth", options.depth),
             ));
         }
         // A batch belongs to no thread, and there is none of tags whose writes come in two steps.
         let batch_is_possible = threads_per_queue == 1 && data != DataMovement::GetData;
         if options.batch == Some(true) && !batch_is_possible {
-            return Err(Error::invalid("batch", true, "not with get-data, nor with several threads per queue"));
+            return Err(Error::invalid(
+                "batch",
+                true,
+                "cannot be combined with get-data or with several threads per queue",
+            ));
         }
         // Linux's driver (7.3) fails requests of a batch device whose server was asked to leave, instead of holding
         // them: a hand-over would not be without failures. And it makes no batch device of depth 1.

@@ -29,7 +29,7 @@ pub fn lock_memory() -> Result<()> {
         errno,
         hint: match errno {
             Errno::EPERM | Errno::ENOMEM | Errno::EAGAIN => {
-                "CAP_IPC_LOCK or a higher limit of locked memory (RLIMIT_MEMLOCK) is needed".into()
+                "needs CAP_IPC_LOCK or a higher limit of locked memory (RLIMIT_MEMLOCK)".into()
             }
             _ => String::new(),
         },
@@ -53,7 +53,7 @@ pub fn refuse_oom_kill() -> Result<()> {
         operation: "protecting itself from the out-of-memory killer",
         errno: errno_of(&e),
         hint: match errno_of(&e) {
-            Errno::EACCES | Errno::EPERM => "CAP_SYS_RESOURCE is needed".into(),
+            Errno::EACCES | Errno::EPERM => "needs CAP_SYS_RESOURCE".into(),
             _ => String::new(),
         },
     })

@@ -83,7 +83,7 @@ pub fn pull_with(
 /// [`Error::InvalidValue`] for an impossible number of queues.
 pub fn feeds(queues: u32) -> Result<(Feeds, Vec<PullQueue>)> {
     if !(1..=u32::from(MAX_QUEUES)).contains(&queues) {
-        return Err(Error::invalid("queues", queues, format!("1 to {MAX_QUEUES} are possible")));
+        return Err(Error::invalid("queues", queues, format!("must be from 1 to {MAX_QUEUES}")));
     }
     let shared = (0..queues).map(|_| Shared::new().map(Arc::new)).collect::<Result<Vec<_>>>()?;
     let queues = shared.iter().map(|shared| PullQueue(shared.clone())).collect();
@@ -105,7 +105,7 @@ impl Feeds {
     /// [`Error::InvalidValue`] if there are not as many.
     pub fn open(&self, queue: QueueId) -> Result<Feed> {
         let shared = self.0.get(usize::from(queue.0)).ok_or_else(|| {
-            Error::invalid("queues", queue.0 + 1, format!("the target was made for {}", self.0.len()))
+            Error::invalid("queues", queue.0 + 1, format!("the target was created for {}", self.0.len()))
         })?;
         shared.open();
         Ok(Feed(shared.clone()))
@@ -213,7 +213,7 @@ impl State {
 impl Shared {
     fn new() -> Result<Self> {
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| Error::Ring { errno, hint: "an eventfd could not be made".into() })?;
+            .map_err(|errno| Error::Ring { errno, hint: "cannot create an eventfd".into() })?;
         Ok(Shared { state: Mutex::default(), changed: Condvar::new(), event })
     }
 

@@ -166,7 +166,7 @@ fn a_device_that_was_not_made_for_it_is_neither_left_nor_recovered() {
     let device = server(&driver, 1).start(ram_disk(), &options(1, 4)).unwrap();
     assert!(device.leave().unwrap_err().to_string().contains("QUIESCE"));
     let error = server(&driver, 1).recover(device.id(), ram_disk()).unwrap_err();
-    assert!(error.to_string().contains("not made to be recovered"), "{error}");
+    assert!(error.to_string().contains("created without recovery"), "{error}");
     finish(&driver, device);
 }
 
@@ -452,7 +452,7 @@ fn a_target_that_needs_another_shape_leaves_the_device_waiting() {
     let needs: [Need; 5] = [
         ("write cache", |params| params.operations |= Operations::FLUSH),
         ("chunk size", |params| params.chunk_size = 1 << 19),
-        ("longest request", |params| params.max_io_bytes = 4096),
+        ("maximum request size", |params| params.max_io_bytes = 4096),
         ("DMA alignment", |params| params.dma_alignment = Some(512)),
         ("segments", |params| params.segments = Some(SegmentLimits { max_count: 1, ..SegmentLimits::default() })),
     ];

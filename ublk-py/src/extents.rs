@@ -19,7 +19,7 @@ use crate::flushes::Flushes;
 use crate::interpreter;
 use crate::methods::op_object;
 
-/// Where a range of the disk lies in a file.
+/// Location of a range of the disk in a file.
 #[pyclass(frozen, module = "ublk", name = "Extent")]
 #[derive(Debug)]
 pub(crate) struct PyExtent {
@@ -56,7 +56,7 @@ impl PyExtent {
     }
 }
 
-/// A range of the disk that is zeros.
+/// Range of the disk that reads as zeros.
 #[pyclass(frozen, module = "ublk", name = "Zeros")]
 #[derive(Debug)]
 pub(crate) struct PyZeros {

@@ -138,7 +138,7 @@ fn over() -> PyErr {
 
 #[pymethods]
 impl PyRequest {
-    /// What the request asks for, an `ublk.Op`.
+    /// Operation of the request, an `ublk.Op`.
     #[getter]
     fn op(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         op_object(py, self.op)
@@ -156,32 +156,32 @@ impl PyRequest {
         self.length
     }
 
-    /// Whether a write must be durable before it is acknowledged. Linux sends this only to disks that have said
-    /// they can do so; others get a flush after the write.
+    /// Whether the write must be durable before it is acknowledged (FUA). Linux sends FUA writes only to disks that
+    /// advertise them; others get a flush after the write.
     #[getter]
     fn fua(&self) -> bool {
         self.fua
     }
 
-    /// Whether zeroed space must stay allocated.
+    /// Whether zeroed blocks must stay allocated.
     #[getter]
     fn no_unmap(&self) -> bool {
         self.no_unmap
     }
 
-    /// Number of the hardware queue that the request came through.
+    /// Number of the hardware queue that delivered the request.
     #[getter]
     fn queue(&self) -> u16 {
         self.queue
     }
 
-    /// Whether the request has ended.
+    /// Whether the request has been completed or failed.
     #[getter]
     fn done(&self) -> bool {
         self.ending.state().request.is_none()
     }
 
-    /// The request's own memory: what a write carries (read-only), or where a read's data goes. Lent until the
+    /// The request's own memory, with the data of a write (read-only) or for the data of a read. Valid until the
     /// request ends; empty for requests without data.
     #[getter]
     fn buffer<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyMemoryView>> {
@@ -215,16 +215,16 @@ impl PyRequest {
         self.buffer(py)
     }
 
-    /// End the request as done, in full.
+    /// Complete the request in full.
     fn complete(&self, py: Python<'_>) -> PyResult<()> {
         self.end(py, Ok(()))
     }
 
-    /// End the request as failed, with an errno.
+    /// Fail the request with an errno.
     #[pyo3(signature = (errno = 5))]
     fn fail(&self, py: Python<'_>, errno: i32) -> PyResult<()> {
         let errno = RawErrno::new(errno)
-            .ok_or_else(|| PyValueError::new_err(format!("{errno} is no errno: 1 to 4095 are possible")))?;
+            .ok_or_else(|| PyValueError::new_err(format!("errno = {errno}: must be from 1 to 4095")))?;
         self.end(py, Err(errno))
     }
 
@@ -232,7 +232,8 @@ impl PyRequest {
         slf
     }
 
-    /// End the request, if the block did not: as done, or with the exception's errno. Exceptions that have none go on.
+    /// Complete the request unless the block has ended it, or fail it with the exception's errno. Exceptions without an
+    /// errno propagate.
     fn __exit__(
         &self,
         py: Python<'_>,

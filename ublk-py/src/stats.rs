@@ -25,7 +25,7 @@ pub(crate) fn publish(device: &Device) {
     if service.is_none() {
         match StatsService::start() {
             Ok(made) => *service = Some((std::process::id(), made)),
-            Err(error) => return log::debug!("`ublk stat` will not work: {error}"),
+            Err(error) => return log::debug!("`ublk stat` is not available: {error}"),
         }
     }
     if let Some((_, service)) = service.as_ref() {

@@ -86,7 +86,7 @@ impl NativeTarget {
         directory: Option<PathBuf>,
     ) -> PyResult<Self> {
         if zone_size == 0 {
-            return Err(PyValueError::new_err("zone_size = 0: a power of two is needed"));
+            return Err(PyValueError::new_err("zone_size = 0: must be a power of two"));
         }
         let logical_block_size = block_size;
         let options =

@@ -65,7 +65,7 @@ def test_arguments_are_literals_or_strings():
     [
         ("Disk", "neither FILE.py:CLASS nor package.module:CLASS"),
         ("/nonexistent.py:Disk", "there is no file /nonexistent.py"),
-        ("{disk}:Nothing", "there is no Nothing in"),
+        ("{disk}:Nothing", "mydisk.py does not define Nothing"),
         ("{disk}:other", "not a subclass of ublk.BlockDevice"),
         ("no.such.module:Disk", "importing no.such.module: ModuleNotFoundError"),
         ("{disk}:Disk", "does it need --size"),

@@ -427,9 +427,9 @@ def test_a_report_follows_the_disk_s_size():
 @pytest.mark.parametrize(
     ("second", "reason"),
     [
-        (_empty(2), "a zone at 2097152 where that at 1048576 belongs"),
+        (_empty(2), "a zone at 2097152 instead of the one at 1048576"),
         (_empty(1, length=1 << 19), "has 1048576 bytes, not 524288"),
-        (_empty(1, capacity=2 << 20), "no capacity of 2097152"),
+        (_empty(1, capacity=2 << 20), "invalid capacity: 2097152"),
         (_empty(1, write_pointer=0), "the write pointer 0 is not in the zone at 1048576"),
     ],
 )
@@ -439,7 +439,7 @@ def test_zones_that_the_kernel_would_refuse_are_named(second, reason):
 
 
 def test_a_report_that_lacks_zones_is_refused():
-    with pytest.raises(ValueError, match="gives 1 zones"):
+    with pytest.raises(ValueError, match="returned 1 zones"):
         _reported([_empty(0)])
 
 

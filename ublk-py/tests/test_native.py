@@ -77,7 +77,7 @@ def test_what_cannot_be_is_refused(make, kind):
     "make", [lambda: ublk.Mem(SIZE), lambda: ublk.Zoned(SIZE, zone_size=SIZE)], ids=["mem", "zoned"]
 )
 def test_a_disk_in_memory_cannot_be_recoverable(driver, make, recoverable):
-    with pytest.raises(ValueError, match="in this process's memory and ends with it"):
+    with pytest.raises(ValueError, match="in this process's memory and is lost with it"):
         make().start(recoverable=recoverable, _driver=driver)
 
 
@@ -109,7 +109,7 @@ def test_it_takes_a_disk_over_from_python_and_gives_it_back(driver):
 
     device = Ram(size=SIZE).start(recoverable=True, _driver=driver)
     device.quiesce()
-    with pytest.raises(ValueError, match="without Python"):
+    with pytest.raises(ValueError, match="native disk"):
         ublk.recover(device.id, ublk.Null(SIZE), workers=2, _driver=driver)
     device = ublk.recover(device.id, ublk.Null(SIZE), _driver=driver)
     assert driver.read(device.id, 0, 512) != b"p" * 512
@@ -136,7 +136,7 @@ def test_a_disk_does_not_grow_beyond_what_it_has(driver, tmp_path, kind):
     path.write_bytes(bytes(1 << 20))
     disk = ublk.Mem(1 << 20) if kind == "mem" else ublk.File(path)
     with disk.start(_driver=driver) as dev:
-        with pytest.raises(ValueError, match="1048576 bytes behind"):
+        with pytest.raises(ValueError, match="exceeds the backing store"):
             dev.resize(2 << 20)
         dev.resize(1 << 19)
         dev.resize(1 << 20)

@@ -37,20 +37,20 @@ const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Kind {
-    /// Accepts everything, stores nothing
+    /// Accept every request and store nothing
     Null,
-    /// A RAM disk
+    /// RAM disk
     Mem,
-    /// A disk in a file or on another block device
+    /// Disk stored in a file or on another block device
     #[value(alias = "loop")]
     File,
-    /// A host-managed zoned disk, in memory or, with --file, in a directory
+    /// Host-managed zoned disk, in memory or, with --file, in a directory
     Zoned,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum IoMode {
-    /// Direct if the file system can
+    /// O_DIRECT if the file system supports it, otherwise through the page cache
     Auto,
     /// O_DIRECT
     Direct,
@@ -90,94 +90,94 @@ fn movement() -> impl TypedValueParser<Value = DataMovement> {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// What serves the device
+    /// Kind of disk
     #[arg(short = 't', long = "type", value_enum)]
     kind: Kind,
-    /// Backing file or block device (file); directory with a file per zone (zoned)
+    /// Backing file or block device (file), or directory with one file per zone (zoned)
     #[arg(short, long, value_name = "PATH", required_if_eq("kind", "file"))]
     file: Option<PathBuf>,
-    /// Number of the device [default: the lowest free one]
+    /// Device number [default: the lowest free one]
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: Option<u32>,
-    /// How many devices to make, all served by one process (null, mem)
+    /// Number of devices to create, all served by one process (null, mem)
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
     count: u32,
-    /// Hardware queues; the driver makes no more of them than there are CPUs
+    /// Number of hardware queues; the driver creates at most one per CPU
     #[arg(short, long, default_value_t = 1)]
     queues: u32,
-    /// Requests per queue, 1 to 4096
+    /// Requests in flight per queue, 1 to 4096
     #[arg(short, long, default_value_t = 128)]
     depth: u32,
-    /// Size, e.g. 512M [default: 250G for null, 1G for mem and zoned, all of the file for file]
+    /// Size of the disk, e.g. 512M [default: 250G for null, 1G for mem and zoned, the file's size for file]
     #[arg(short, long, value_parser = size::parse)]
     size: Option<u64>,
-    /// Logical block size: a power of two from 512 to 4096 [default: 512, or what the file needs]
+    /// Logical block size: a power of two from 512 to 4096 [default: 512, or that of the backing device]
     #[arg(short, long, value_name = "BYTES", value_parser = size::parse_u32)]
     block_size: Option<u32>,
-    /// How data moves [default: what fits the target best among what the driver offers]
+    /// How data moves between clients and the server [default: the fastest that driver and target support]
     #[arg(long, value_name = "MOVEMENT", value_parser = movement())]
     data: Option<DataMovement>,
-    /// Whether requests go to and from the driver in batches; those that come one at a time cost less without [default:
-    /// where the driver has them, but not with --recovery nor a depth of 1]
+    /// Exchange requests with the driver in batches, which costs more for single requests [default: on where the driver
+    /// supports it, except with --recovery or --depth 1]
     #[arg(long, value_enum, value_name = "SWITCH")]
     batch: Option<Switch>,
-    /// Threads that share each queue
+    /// Number of threads that serve each queue
     #[arg(long, value_name = "N", default_value_t = 1)]
     threads_per_queue: u32,
-    /// Let the device survive its server, for `ublk recover` and `ublk upgrade`; and what becomes of requests
-    /// meanwhile. Not for disks in memory (mem, and zoned without --file), whose data ends with the server
+    /// Keep the device when its server exits, for `ublk recover` and `ublk upgrade`, and queue, reissue or fail its
+    /// requests meanwhile. Not available for disks in memory (mem, and zoned without --file)
     #[arg(short, long, value_name = "HOW", num_args = 0..=1, default_missing_value = "reissue", value_parser = recovery())]
     recovery: Option<Recovery>,
-    /// Size of a zone, a power of two (zoned)
+    /// Zone size, a power of two (zoned)
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32, default_value = "64M")]
     zone_size: u32,
-    /// Zones at the disk's beginning that can be written anywhere (zoned)
+    /// Number of conventional zones at the start of the disk (zoned)
     #[arg(long, value_name = "N", default_value_t = 0)]
     conventional_zones: u32,
-    /// Most open zones; 0 for no limit (zoned)
+    /// Maximum number of open zones; 0 for no limit (zoned)
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_open_zones: u32,
-    /// Most active zones, open or closed; 0 for no limit (zoned)
+    /// Maximum number of active zones (open or closed); 0 for no limit (zoned)
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_active_zones: u32,
-    /// A file, on tmpfs or hugetlbfs, whose memory clients map for direct I/O without any copy
+    /// File on tmpfs or hugetlbfs that clients map to do direct I/O without copying
     #[arg(long, value_name = "FILE")]
     shared_memory: Option<PathBuf>,
-    /// Do not look for partitions
+    /// Do not scan for partitions
     #[arg(long)]
     no_partition_scan: bool,
-    /// Refuse writes
+    /// Make the disk read-only
     #[arg(short = 'o', long)]
     read_only: bool,
-    /// Where integrity metadata is kept [default: beside the backing file, with .integrity behind its name] (file)
+    /// File for integrity metadata [default: the backing file's path with .integrity appended] (file)
     #[arg(long, value_name = "PATH", requires = "integrity")]
     integrity_file: Option<PathBuf>,
-    /// How the backing file is accessed (file)
+    /// How to access the backing file (file)
     #[arg(long, value_enum, default_value = "auto")]
     io: IoMode,
-    /// Most threads that serve queues [default: one per CPU]
+    /// Maximum number of threads that serve queues [default: one per CPU]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// CPUs that serve the queues: `auto` for those whose requests each queue gets, a list like 0-3,8, or `off`
+    /// CPUs to serve the queues on: `auto` for those that submit to each queue, a list like 0-3,8, or `off`
     #[arg(long, value_name = "CPUS", default_value = "off", value_parser = cpus)]
     cpus: Cpus,
-    /// Let requests gather for so many microseconds while several are under way: less work per request and more
-    /// latency
+    /// Coalesce requests: under load, wait up to N microseconds and handle what has arrived as one batch, for less work
+    /// per request and more latency
     #[arg(long, value_name = "N", default_value_t = 0)]
     coalesce_usecs: u32,
-    /// Keep the server's memory in RAM, for disks that carry swap or a root file system
+    /// Lock the server's memory in RAM, for disks that hold swap or a root file system
     #[arg(long)]
     lock_memory: bool,
-    /// Keep the server from being killed when memory runs out, for the same disks
+    /// Exempt the server from the OOM killer, for disks that hold swap or a root file system
     #[arg(long)]
     protect: bool,
-    /// Serve in this process until SIGINT, SIGTERM, SIGHUP or the device's deletion
+    /// Serve in the foreground until SIGINT, SIGTERM, SIGHUP or deletion of the device
     #[arg(long)]
     foreground: bool,
-    /// Where a server in the background writes its messages [default: /run/ublk/ublkbN.log]
+    /// Log file of a background server [default: /run/ublk/ublkbN.log]
     #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
     log: Option<PathBuf>,
-    /// Where a server in the background tells that it is ready
+    /// Descriptor on which a background server reports that it is ready
     #[arg(long = daemon::REPORT_FLAG, value_name = "FD", hide = true)]
     report: Option<RawFd>,
     #[command(flatten)]
@@ -207,7 +207,7 @@ pub(super) fn serve(
     let signals = serve::Signals::block()?;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     if threads == 0 {
-        return Err(Error::invalid("threads", 0, "at least one is needed").into());
+        return Err(Error::invalid("threads", 0, "must be at least 1").into());
     }
     args.check_recovery()?;
     serve::raise_file_limit();
@@ -321,7 +321,7 @@ impl Args {
             Some(recovery) if in_memory => Err(Error::invalid(
                 "recovery",
                 recovery.name(),
-                "the disk's data is in its server's memory and ends with it; use -t file, or -t zoned with --file",
+                "the disk's data is in the server's memory and is lost with it; use -t file, or -t zoned with --file",
             )),
             _ => Ok(()),
         }
@@ -354,16 +354,16 @@ impl Args {
             (Kind::File, Some(file)) => targets::file_size(file)?,
             // It has room for what it was made with.
             (Kind::Mem, _) => self.size.unwrap_or(DEFAULT_MEM_SIZE),
-            (Kind::Zoned, _) => return Err(Error::invalid("size", present, "a zoned disk keeps its size")),
+            (Kind::Zoned, _) => return Err(Error::invalid("size", present, "a zoned disk cannot be resized")),
             _ => u64::MAX,
         };
         match wish {
             Some(bytes) if bytes > limit => {
-                Err(Error::invalid("size", bytes, format!("there are {limit} bytes behind it")))
+                Err(Error::invalid("size", bytes, format!("exceeds the backing store ({limit} bytes)")))
             }
             Some(bytes) => Ok(bytes),
             None if self.kind == Kind::File => Ok(limit),
-            None => Err(Error::invalid("size", present, "only a disk in a file can do without a new size")),
+            None => Err(Error::invalid("size", present, "--size is required unless the disk is stored in a file")),
         }
     }
 }

@@ -94,7 +94,7 @@ pub(super) fn parent(arguments: &[OsString], host: &Host, kind: Devices) -> Outc
     // The child finds the pipe by its number.
     fcntl(&writer, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| failed("pipe", &e))?;
     let Some((program, before)) = host.relaunch.split_first() else {
-        return Err(Failure::Text("starting the server: no program to start".into()));
+        return Err(Failure::Text("starting the server: no program given".into()));
     };
     let mut child = Command::new(program)
         .args(before)
@@ -125,7 +125,7 @@ pub(super) fn parent(arguments: &[OsString], host: &Host, kind: Devices) -> Outc
         }
         _ => {
             let status = child.wait().map_err(|e| failed("waiting for it", &e))?;
-            Err(Failure::Text(format!("the server ended before the device was ready ({})", describe(status))))
+            Err(Failure::Text(format!("the server exited before the device was ready ({})", describe(status))))
         }
     }
 }
@@ -217,7 +217,7 @@ impl Log {
             return Ok((file, Log::Named(path.to_owned())));
         }
         let name = devices.first().map_or_else(|| "server.log".into(), |device| format!("ublkb{}.log", device.id()));
-        let made = RunDir::make().map_err(|e| Failure::Text(format!("making {}: {e}", RunDir::place().display())));
+        let made = RunDir::make().map_err(|e| Failure::Text(format!("creating {}: {e}", RunDir::place().display())));
         let directory = made?;
         let file = directory.append(&name).map_err(|e| failed(&directory.name(&name), &e))?;
         Ok((file, Log::Default(directory, name)))

@@ -31,7 +31,7 @@ const MAKING_RETRY: Duration = Duration::from_millis(200);
 #[group(skip)]
 #[command(group = clap::ArgGroup::new("which").required(true).args(["ids", "all", "dead"]))]
 pub(super) struct Args {
-    /// Number of a device to remove; may be given several times
+    /// Device number; may be repeated
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     ids: Vec<u32>,
     /// Remove all devices
@@ -40,14 +40,14 @@ pub(super) struct Args {
     /// Remove devices whose server has exited, except recoverable ones
     #[arg(long)]
     dead: bool,
-    /// Remove mounted and otherwise used disks too, and kill a server that does not let go of its device, unless it serves
-    /// other disks in use that are not to be removed as well: their users get errors
+    /// Also remove disks that are mounted or in use, whose users get I/O errors, and kill a server that does not release its
+    /// device, unless it serves other disks in use
     #[arg(short, long)]
     force: bool,
-    /// Refuse disks that a process has open, which at a terminal is the default; mounted ones are refused anyway
+    /// Also refuse disks that a process has open (the default at a terminal); mounted disks are always refused
     #[arg(long, conflicts_with = "force")]
     unused: bool,
-    /// Do not wait until the numbers are free again
+    /// Return without waiting until the device numbers are free again
     #[arg(long = "async")]
     no_wait: bool,
 }
@@ -109,7 +109,9 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
         Err(error) => return Err(error.into()),
         Ok(Removal::Complete) => {}
         Ok(Removal::HeldOpen) => {
-            eprintln!("ublk: device {id} is deleted, but a process still holds it open; its id is free after that");
+            eprintln!(
+                "ublk: device {id} is deleted, but a process still has it open; its number becomes free when it is closed"
+            );
         }
     }
     state::remove(id, instance);
@@ -129,11 +131,11 @@ fn stop_unless_in_use(control: &Control, id: DeviceId, refuse_open: bool) -> std
         Stop::Done => Ok(true),
         Stop::NotUsed => Ok(false),
         Stop::Open(who) if !refuse_open => {
-            eprintln!("ublk: device {id} is removed while it is in use ({who})");
+            eprintln!("ublk: removing device {id} although it is in use ({who})");
             Ok(false)
         }
         Stop::Open(who) | Stop::Claimed(who) => {
-            Err(Failure::Text(format!("device {id} is in use ({who}); `ublk del --force` removes it all the same")))
+            Err(Failure::Text(format!("device {id} is in use ({who}); use `ublk del --force` to remove it anyway")))
         }
     }
 }

@@ -42,7 +42,7 @@ fn json(features: Features) -> Result<String, Failure> {
     for bit in unknown(features) {
         map.insert(format!("bit {bit}"), serde_json::json!({ "here": true, "since": null }));
     }
-    let mut text = serde_json::to_string_pretty(&map).map_err(|e| Failure::Text(format!("making JSON: {e}")))?;
+    let mut text = serde_json::to_string_pretty(&map).map_err(|e| Failure::Text(format!("writing JSON: {e}")))?;
     text.push('\n');
     Ok(text)
 }

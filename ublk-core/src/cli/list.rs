@@ -21,13 +21,13 @@ use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Number of a device to show; may be given several times [default: all]
+    /// Device number; may be repeated [default: all]
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     ids: Vec<u32>,
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Of the reference tool; everything is shown anyway
+    /// Accepted for compatibility with the reference tool; has no effect
     #[arg(short, long, hide = true)]
     verbose: bool,
 }
@@ -83,11 +83,11 @@ pub(super) fn run(args: &Args) -> Outcome {
         }
     }
     if others != 0 {
-        eprintln!("ublk: {others} more of other users' that this user may not look at");
+        eprintln!("ublk: {others} devices owned by other users not shown (permission denied)");
     }
     let text = if args.json {
         let mut json =
-            serde_json::to_string_pretty(&entries).map_err(|e| Failure::Text(format!("making JSON: {e}")))?;
+            serde_json::to_string_pretty(&entries).map_err(|e| Failure::Text(format!("writing JSON: {e}")))?;
         json.push('\n');
         json
     } else {

@@ -39,7 +39,7 @@ use crate::control::Control;
 use crate::driver::kernel::KernelDriver;
 use crate::error::{Error, Result};
 
-/// Make, list and remove block devices that are served by user-space processes (Linux ublk).
+/// Create and manage block devices served by user-space processes (Linux ublk).
 #[derive(Debug, Parser)]
 #[command(name = "ublk", version, arg_required_else_help = true)]
 struct Cli {
@@ -49,25 +49,25 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make a device and serve it; prints its path when it can be used
+    /// Create a device, serve it, and print its path when it is ready
     Add(Box<add::Args>),
     /// Stop and remove devices
     Del(del::Args),
-    /// Serve a device whose server is gone; prints its path when it works again
+    /// Serve a device whose server has exited, and print its path when it is ready
     Recover(recover::Args),
-    /// Let a new server take a device over while it is in use
+    /// Hand a device over to a new server while it is in use
     Upgrade(upgrade::Args),
     /// Stop the server and hold I/O until another one recovers the device
     Quiesce(quiesce::Args),
     /// Change the size of a disk while it is in use
     Resize(resize::Args),
-    /// Show devices
+    /// List devices
     List(list::Args),
-    /// Show what a device's server has done
+    /// Show I/O statistics of a device
     Stat(stat::Args),
-    /// Show what the driver can do
+    /// Show the features that the driver supports
     Features(features::Args),
-    /// Show whose a device is; for udev, which gives it to its user
+    /// Print the owner of a device, for udev rules
     #[command(hide = true)]
     Owner(owner::Args),
 }
@@ -106,7 +106,9 @@ pub fn main() -> ExitCode {
 /// 1 for a failure, 2 for wrong usage.
 pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
     if arguments.first().is_some_and(|first| first == "run") && !host.extra.iter().any(|extra| extra.name == "run") {
-        eprintln!("ublk: `run` serves disks in Python, and comes with the Python package: `python3 -m ublk run`");
+        eprintln!(
+            "ublk: `run` serves disks written in Python; it is part of the Python package: `python3 -m ublk run`"
+        );
         return 2;
     }
     let named = std::iter::once(OsString::from("ublk")).chain(arguments.iter().cloned());

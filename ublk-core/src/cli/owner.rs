@@ -28,7 +28,8 @@ pub(super) struct Args {
 /// Prints the user's and the group's number, or gives the node to them. Fails for a device that root has made: its nodes
 /// stay root's.
 pub(super) fn run(args: &Args) -> Outcome {
-    let id = device(&args.node).ok_or_else(|| Failure::Text(format!("{:?} is no node of a ublk device", args.node)))?;
+    let id =
+        device(&args.node).ok_or_else(|| Failure::Text(format!("{:?} is not a node of a ublk device", args.node)))?;
     let node = format!("/dev/{}", args.node);
     let failed = |what: &str, e: &dyn std::fmt::Display| Failure::Text(format!("{what} {node}: {e}"));
     let before = state::instance(id);
@@ -40,15 +41,15 @@ pub(super) fn run(args: &Args) -> Outcome {
     };
     let info = super::control()?.info(id)?;
     if !info.features.contains(Features::UNPRIVILEGED_DEV) {
-        return Err(Failure::Text(format!("device {id} is no user's own")));
+        return Err(Failure::Text(format!("device {id} is not an unprivileged device")));
     }
     let Some(opened) = opened else { return super::print(&format!("{} {}\n", info.owner_uid, info.owner_gid)) };
     // udev runs a moment late, when the number may be another device's. If it is the same one before and after, the
     // node that was opened in between is its own. Nodes of devices that are gone can be given away: they have no name.
     if before.is_none() || state::instance(id) != before {
-        return Err(Failure::Text(format!("device {id} is another one by now")));
+        return Err(Failure::Text(format!("device {id} has been replaced meanwhile")));
     }
-    give(&opened, &info).map_err(|e| failed("giving away", &e))
+    give(&opened, &info).map_err(|e| failed("changing the owner of", &e))
 }
 
 /// Gives a node that was opened to a device's owner.

@@ -8,7 +8,7 @@ use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Number of the device
+    /// Device number
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: u32,
 }

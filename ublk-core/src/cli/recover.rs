@@ -13,25 +13,25 @@ use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Number of the device
+    /// Device number
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: u32,
-    /// What serves the device [default: what served it before]; needed only for a device that this program has not made
+    /// Kind of disk [default: as before]; needed only for a device that another program created
     #[arg(short = 't', long = "type", value_enum)]
     kind: Option<add::Kind>,
-    /// Backing file or directory, as for `ublk add` [default: the one that it was made with]
+    /// Backing file or directory, as for `ublk add` [default: as before]
     #[arg(short, long, value_name = "PATH", requires = "kind")]
     file: Option<PathBuf>,
-    /// Serve in this process until SIGINT, SIGTERM, SIGHUP or the device's deletion
+    /// Serve in the foreground until SIGINT, SIGTERM, SIGHUP or deletion of the device
     #[arg(long)]
     foreground: bool,
-    /// Where a server in the background writes its messages [default: where the last one did]
+    /// Log file of a background server [default: as before]
     #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
     log: Option<PathBuf>,
-    /// Only check whether this program could serve the device, also while another server does
+    /// Only check that this program can serve the device, even while another server does
     #[arg(long, hide = true)]
     check: bool,
-    /// Where a server in the background tells that it is ready
+    /// Descriptor on which a background server reports that it is ready
     #[arg(long = daemon::REPORT_FLAG, value_name = "FD", hide = true)]
     report: Option<RawFd>,
 }
@@ -53,7 +53,7 @@ pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     }
     // Before a process is started for it.
     origin(args)?.add_args()?.check_recovery()?;
-    log::debug!("device {id} gets a server in the background");
+    log::debug!("starting a background server for device {id}");
     let recovered = daemon::parent(arguments, host, daemon::Devices::Found);
     recovered.map_err(|failure| if has_no_server(id) { upgrade::with_way_back(failure, id, None) } else { failure })
 }
@@ -79,6 +79,6 @@ fn origin(args: &Args) -> Result<Origin, Failure> {
     let (made, given) = (state.add_args()?, given.add_args()?);
     match made.difference(&given) {
         None => Ok(state.origin()),
-        Some(what) => Err(Failure::Text(format!("device {id} was made with another {what}: leave out -t and -f"))),
+        Some(what) => Err(Failure::Text(format!("device {id} was created with another {what}: omit -t and -f"))),
     }
 }

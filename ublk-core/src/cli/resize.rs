@@ -12,10 +12,10 @@ use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Number of the device
+    /// Device number
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: u32,
-    /// The new size, e.g. 2G [default: that of the backing file]
+    /// New size, e.g. 2G [default: that of the backing file]
     #[arg(short, long, value_parser = size::parse)]
     size: Option<u64>,
 }
@@ -53,7 +53,7 @@ fn served(id: DeviceId, pid: i32, path: &Path) -> Result<PathBuf, Failure> {
         }
     }
     Err(Failure::Text(format!(
-        "the server of device {id} (process {pid}) does not have {} open: another file has that name now",
+        "the server of device {id} (process {pid}) does not have {} open: the file has been replaced",
         path.display()
     )))
 }
@@ -84,7 +84,7 @@ mod tests {
         fs::write(&new, vec![0; 8192]).unwrap();
         fs::rename(&new, &path).unwrap();
         let Err(Failure::Text(why)) = served(DeviceId(0), own, &path) else { panic!("it is another file") };
-        assert!(why.contains("another file"), "{why}");
+        assert!(why.contains("has been replaced"), "{why}");
         drop(file);
     }
 }

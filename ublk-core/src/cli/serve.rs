@@ -75,7 +75,7 @@ struct Served {
 /// Serves devices to their end. A signal stops and deletes them all, but for those that can be recovered and are in use:
 /// they are left to their next servers. Another one ends the server at once.
 pub(super) fn run(signals: &Signals, devices: Vec<Device>) -> Outcome {
-    let station = Station::open().inspect_err(|error| log::warn!("`ublk stat` will not work: {error}")).ok();
+    let station = Station::open().inspect_err(|error| log::warn!("`ublk stat` is not available: {error}")).ok();
     let next = || {
         let info = signals.0.read_signal().ok().flatten()?;
         Signal::try_from(info.ssi_signo as i32).ok()
@@ -104,7 +104,7 @@ fn serve(signals: &Source<'_>, mut station: Option<Station>, devices: Vec<Device
             Err(errno) => {
                 drop(fds);
                 serving.extend(ending);
-                return give_up(serving, Failure::Text(format!("waiting for the devices' end: {errno}")));
+                return give_up(serving, Failure::Text(format!("waiting for the devices to end: {errno}")));
             }
         }
         let ready = |fd: &PollFd<'_>| fd.any() == Some(true);
@@ -125,7 +125,7 @@ fn serve(signals: &Source<'_>, mut station: Option<Station>, devices: Vec<Device
                     }
                 }
                 Wish::EndAtOnce => {
-                    log::warn!("{signal} ends the server at once");
+                    log::warn!("{signal} again: ending the server at once");
                     ending.iter().for_each(|served| served.device.expedite());
                 }
                 Wish::Nothing => {}
@@ -158,10 +158,10 @@ fn leave_behind(devices: Vec<Arc<Served>>) -> Outcome {
         let id = served.device.id();
         if served.device.recovery().is_some() {
             log::error!(
-                "device {id} is left without a server: `ublk recover -n {id}`, or `ublk del -n {id}` to remove it"
+                "device {id} has no server any more: use `ublk recover -n {id}` to serve it, or `ublk del -n {id}` to remove it"
             );
         } else {
-            log::error!("device {id} is left dead: `ublk del -n {id}` removes it");
+            log::error!("device {id} is dead: remove it with `ublk del -n {id}`");
         }
         // A thread is at it.
         std::mem::forget(served);
@@ -232,8 +232,8 @@ fn end(served: &Served, wanted: bool) -> Outcome {
     if instance.is_some() && state::instance(id) == *instance {
         // Its next server needs its state. One that was to be stopped is without a server.
         match &ending {
-            Ok(_) => log::info!("device {id} is left to another server"),
-            Err(_) => log::error!("device {id} is left without a server: `ublk del -n {id}` removes it"),
+            Ok(_) => log::info!("another server has taken over device {id}"),
+            Err(_) => log::error!("device {id} has no server any more: remove it with `ublk del -n {id}`"),
         }
     } else {
         state::remove(id, *instance);
@@ -261,8 +261,8 @@ fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
         Err(error) => format!("perhaps in use ({error})"),
     };
     log::warn!(
-        "device {id} is {who} and waits for another server now: `ublk recover -n {id}`, or `ublk del --force -n {id}` to \
-         remove it"
+        "device {id} is {who} and now waits for a new server: use `ublk recover -n {id}` to serve it, or \
+         `ublk del --force -n {id}` to remove it"
     );
     // Before Linux 6.16 it is the end of this process that leaves it.
     if device.info().features.contains(Features::QUIESCE) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What `ublk add` can be told about a disk: attributes and limits.
+//! Options of `ublk add` for a disk's attributes and limits.
 
 use clap::ValueEnum;
 
@@ -14,7 +14,7 @@ pub(super) enum Switch {
     Off,
 }
 
-/// What guards data; as [`Checksum`].
+/// Checksum of the protection information; as [`Checksum`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Guard {
     None,
@@ -32,64 +32,64 @@ pub(super) struct Args {
     /// Physical block size
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     physical_block_size: Option<u32>,
-    /// Longest read or write [default: 512K]
+    /// Maximum size of a read or write [default: 512K]
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     max_io: Option<u32>,
-    /// Preferred smallest request [default: the physical block size]
+    /// Preferred minimum request size [default: the physical block size]
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     io_min: Option<u32>,
-    /// Preferred request for streaming
+    /// Preferred request size for streaming
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     io_opt: Option<u32>,
-    /// No request crosses a multiple of this, e.g. a RAID stripe
+    /// Split requests at multiples of this size, e.g. a RAID stripe
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     chunk_size: Option<u32>,
-    /// What the addresses of clients' memory have to be a multiple of [default: 4] (Linux 6.15)
+    /// Required alignment of clients' buffers [default: 4] (Linux 6.15)
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     dma_alignment: Option<u32>,
-    /// Most pieces of memory in a request (Linux 6.15)
+    /// Maximum number of memory segments in a request (Linux 6.15)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     max_segments: Option<u16>,
-    /// Longest piece of memory in a request (Linux 6.15)
+    /// Maximum size of a memory segment (Linux 6.15)
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     max_segment_size: Option<u32>,
-    /// No piece of memory crosses a multiple of this, a power of two (Linux 6.15)
+    /// Boundary, a power of two, that no memory segment may cross (Linux 6.15)
     #[arg(long, value_name = "BYTES", value_parser = size::parse)]
     segment_boundary: Option<u64>,
-    /// Within a request, memory breaks only at multiples of this, a power of two; 0 for anywhere
+    /// Boundary, a power of two, at which all inner segments of a request start and end; 0 for none
     #[arg(long, value_name = "BYTES", value_parser = size::parse)]
     virt_boundary: Option<u64>,
     /// Smallest unit that a discard can free
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     discard_granularity: Option<u32>,
-    /// Where on the disk the first such unit begins [default: 0]
+    /// Offset of the first discard unit on the disk [default: 0]
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32)]
     discard_alignment: Option<u32>,
-    /// Longest discard; 0 for no discard at all
+    /// Maximum size of a discard; 0 disables discards
     #[arg(long, value_name = "BYTES", value_parser = size::parse)]
     max_discard: Option<u64>,
-    /// Longest write of zeros; 0 for none at all
+    /// Maximum size of a write-zeroes request; 0 disables them
     #[arg(long, value_name = "BYTES", value_parser = size::parse)]
     max_write_zeroes: Option<u64>,
-    /// Whether there is a write cache, so that fsync sends a flush [default: what the target has]
+    /// Report a volatile write cache, so that fsync sends a flush [default: as the target needs]
     #[arg(long, value_enum, value_name = "SWITCH")]
     write_cache: Option<Switch>,
-    /// Whether single writes can be durable at once; takes a write cache [default: what the target has]
+    /// Accept FUA writes, which are durable when acknowledged; needs a write cache [default: as the target supports]
     #[arg(long, value_enum, value_name = "SWITCH")]
     fua: Option<Switch>,
-    /// Integrity metadata with each block, and what guards the data in it (mem, file; Linux 7.0)
+    /// Store integrity metadata with each block, protected by this checksum (mem, file; Linux 7.0)
     #[arg(long, value_enum, value_name = "CHECKSUM")]
     integrity: Option<Guard>,
-    /// Bytes of metadata [default: what the protection information takes, 8 without]
+    /// Metadata bytes per interval [default: the size of the protection information, or 8 without]
     #[arg(long, value_name = "BYTES", requires = "integrity")]
     metadata_size: Option<u8>,
-    /// Where in the metadata the protection information lies
+    /// Offset of the protection information in the metadata
     #[arg(long, value_name = "BYTES", default_value_t = 0, requires = "integrity")]
     pi_offset: u8,
-    /// Bytes of data that share metadata [default: the logical block size]
+    /// Data bytes per interval [default: the logical block size]
     #[arg(long, value_name = "BYTES", value_parser = size::parse_u32, requires = "integrity")]
     integrity_interval: Option<u32>,
-    /// Do not keep the block's number in the protection information
+    /// Omit the reference tag (block number) from the protection information
     #[arg(long, requires = "integrity")]
     no_reference_tag: bool,
     /// Report the disk as rotational
@@ -162,7 +162,7 @@ impl Args {
         segments.max_count = self.max_segments.unwrap_or(segments.max_count);
         if let Some(bytes) = self.max_segment_size {
             if bytes == 0 {
-                return Err(Error::invalid("longest segment", bytes, "at least 4096 bytes"));
+                return Err(Error::invalid("maximum segment size", bytes, "at least 4096 bytes"));
             }
             segments.max_size = bytes;
         }
@@ -193,7 +193,7 @@ impl Args {
             } else if params.operations.contains(operation) {
                 *limit = sectors;
             } else {
-                return Err(Error::invalid(name, u64::from(sectors) << 9, "the target cannot do that at all"));
+                return Err(Error::invalid(name, u64::from(sectors) << 9, "not supported by the target"));
             }
         }
         Ok(())
@@ -205,7 +205,7 @@ fn mask(name: &'static str, bytes: u64, least: u64) -> Result<u64> {
     if bytes.is_power_of_two() && bytes >= least {
         Ok(bytes - 1)
     } else {
-        Err(Error::invalid(name, bytes, format!("a power of two from {least} bytes is needed")))
+        Err(Error::invalid(name, bytes, format!("must be a power of two of at least {least} bytes")))
     }
 }
 
@@ -213,10 +213,10 @@ fn mask(name: &'static str, bytes: u64, least: u64) -> Result<u64> {
 fn whole_sectors(name: &'static str, bytes: Option<u64>) -> Result<Option<u32>> {
     let Some(bytes) = bytes else { return Ok(None) };
     if !bytes.is_multiple_of(512) {
-        return Err(Error::invalid(name, bytes, "a multiple of 512 bytes is needed"));
+        return Err(Error::invalid(name, bytes, "must be a multiple of 512 bytes"));
     }
     let sectors = u32::try_from(bytes >> 9).ok();
-    let sectors = sectors.ok_or_else(|| Error::invalid(name, bytes, "the kernel counts at most 2^32 - 1 sectors"))?;
+    let sectors = sectors.ok_or_else(|| Error::invalid(name, bytes, "the kernel's limit is 2^32 - 1 sectors"))?;
     Ok(Some(sectors))
 }
 
@@ -239,7 +239,7 @@ mod tests {
     #[test]
     fn an_operation_that_the_target_lacks_has_no_limit() {
         let args = Args { max_write_zeroes: Some(1 << 20), ..Args::default() };
-        assert!(args.apply(disk()).unwrap_err().to_string().contains("cannot do that"));
+        assert!(args.apply(disk()).unwrap_err().to_string().contains("not supported by the target"));
     }
 
     #[test]

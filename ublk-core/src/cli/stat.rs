@@ -16,13 +16,13 @@ use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Number of the device
+    /// Device number
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: u32,
-    /// Print again and again what came since the last time, until Ctrl-C or the device's end
+    /// Print the activity of each interval until Ctrl-C or deletion of the device
     #[arg(short, long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
     watch: Option<Duration>,
-    /// Print JSON; with --watch, all counts in one line each time
+    /// Print JSON; with --watch, one line with all counters per interval
     #[arg(long)]
     json: bool,
 }
@@ -32,7 +32,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
     if (0.1..=86_400.0).contains(&number) {
         Ok(Duration::from_secs_f64(number))
     } else {
-        Err("0.1 to 86400 seconds are possible".into())
+        Err("must be from 0.1 to 86400 seconds".into())
     }
 }
 
@@ -70,13 +70,13 @@ fn report(control: &Control, id: DeviceId) -> Result<Report, Failure> {
     let info = control.info(id)?;
     match u32::try_from(info.pid) {
         Ok(pid) if pid > 0 => station::ask(pid, id),
-        _ => Err(Failure::Text(format!("no server answers for device {id}: it is {} and has none", info.state.name()))),
+        _ => Err(Failure::Text(format!("device {id} has no server: it is {}", info.state.name()))),
     }
 }
 
 fn json(report: &Report, pretty: bool) -> Result<String, Failure> {
     let text = if pretty { serde_json::to_string_pretty(report) } else { serde_json::to_string(report) };
-    text.map(|text| text + "\n").map_err(|e| Failure::Text(format!("making JSON: {e}")))
+    text.map(|text| text + "\n").map_err(|e| Failure::Text(format!("writing JSON: {e}")))
 }
 
 /// Counts as a table, or what came since an earlier look, as rates.

@@ -38,7 +38,7 @@ impl State {
     pub(super) fn of(device: &Device, origin: &Origin) -> Result<Self, Failure> {
         let arguments = origin.arguments.iter().map(|word| word.to_str().map(str::to_owned));
         let arguments = arguments.collect::<Option<Vec<_>>>().ok_or_else(|| {
-            Failure::Text("a command line that is not UTF-8 cannot be kept for the device's next server".into())
+            Failure::Text("the command line is not UTF-8 and cannot be stored for the device's next server".into())
         })?;
         let (data, reason) = device.data_movement();
         Ok(State {
@@ -71,9 +71,9 @@ impl State {
             Err(e) => return Err(Failure::Text(format!("reading {}: {e}", path.display()))),
         };
         let state: State = serde_json::from_slice(&text)
-            .map_err(|e| Failure::Text(format!("{} is not what it should be: {e}", path.display())))?;
+            .map_err(|e| Failure::Text(format!("{} is not a valid state file: {e}", path.display())))?;
         if state.version != VERSION {
-            return Err(Failure::Text(format!("{} is of another version of this program", path.display())));
+            return Err(Failure::Text(format!("{} was written by another version of ublk", path.display())));
         }
         Ok(instance(id).is_none_or(|instance| instance == state.instance).then_some(state))
     }
@@ -82,7 +82,7 @@ impl State {
     pub(super) fn load(id: DeviceId) -> Result<Self, Failure> {
         Self::find(id)?.ok_or_else(|| {
             Failure::Text(format!(
-                "device {id}: there is no {}, which says how to serve it: `ublk add --recovery` keeps it",
+                "device {id}: no state file {}: only devices created by `ublk add --recovery` have one",
                 RunDir::place().join(name(id)).display()
             ))
         })
@@ -121,7 +121,7 @@ impl Origin {
                 args.resolve(&self.directory);
                 Ok(*args)
             }
-            _ => Err(Failure::Text(format!("the kept command line is not one of `ublk add`: {:?}", self.arguments))),
+            _ => Err(Failure::Text(format!("the stored command line is not one of `ublk add`: {:?}", self.arguments))),
         }
     }
 }

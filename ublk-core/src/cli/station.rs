@@ -146,7 +146,7 @@ impl Station {
             if step == Step::Waits && client.answer.is_some() && !had_answer {
                 let mut event = EpollEvent::new(EpollFlags::EPOLLOUT, 0);
                 if let Err(errno) = self.epoll.modify(&client.stream, &mut event) {
-                    log::warn!("a question to the server: {errno}");
+                    log::warn!("accepting a connection of `ublk stat`: {errno}");
                     return false;
                 }
             }
@@ -176,7 +176,7 @@ impl Station {
                 Err(e) => {
                     // Out of descriptors, say; the client stays in the socket's queue.
                     if !std::mem::replace(&mut self.complained, true) {
-                        log::warn!("questions to the server cannot be answered: {e}");
+                        log::warn!("cannot answer `ublk stat`: {e}");
                     }
                     std::thread::sleep(Duration::from_millis(50));
                     return;
@@ -217,7 +217,7 @@ impl Client {
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Step::Waits,
                 Err(e) => {
-                    log::debug!("a question to the server: {e}");
+                    log::debug!("answering `ublk stat`: {e}");
                     return Step::Done;
                 }
             }
@@ -266,7 +266,7 @@ fn sweep(directory: &RunDir) {
         // One of another pid namespace may live.
         let is_gone = !Path::new(&format!("/proc/{pid}")).exists();
         if is_gone && matches!(call(directory, name, Instant::now()), Err(Silence::Dead)) {
-            log::debug!("{} is a dead server's", directory.name(name).display());
+            log::debug!("{} belongs to a server that has exited", directory.name(name).display());
             if let Err(e) = directory.remove(name) {
                 log::debug!("removing {}: {e}", directory.name(name).display());
             }

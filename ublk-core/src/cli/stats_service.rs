@@ -76,7 +76,7 @@ fn serve(mut station: Station, devices: &Devices, stop: &EventFd) {
         let mut fds = [PollFd::new(station.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, patience) {
             Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return log::error!("waiting for questions of `ublk stat`: {errno}"),
+            Err(errno) => return log::error!("waiting for connections of `ublk stat`: {errno}"),
         }
         if fds[1].any() == Some(true) {
             return;

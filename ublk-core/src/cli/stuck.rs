@@ -51,7 +51,7 @@ pub(super) fn stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceI
         return Err(Failure::Text(format!("{waited}; {}", refusal(id, pid, &in_use))));
     }
     for other in others.iter().filter(|other| !removed_too(**other)) {
-        eprintln!("ublk: device {other}, which is not in use, loses its server, process {pid}, too");
+        eprintln!("ublk: device {other}, which is not in use, also loses its server, process {pid}");
     }
     let cycle = server.cycle(id);
     eprintln!(
@@ -61,8 +61,8 @@ pub(super) fn stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceI
     server.kill()?;
     match control.stop_within(id, NOTICE) {
         Err(Error::Timeout { .. }) if process::is_alive(pid) => Err(Failure::Text(format!(
-            "device {id} does not stop, because process {pid} cannot die: {}. Linux's own driver cannot end this, only a \
-             restart of the machine can (this project's driver can end it)",
+            "device {id} does not stop: process {pid} cannot be killed: {}. With Linux's own driver only a reboot ends this \
+             (this project's driver does not have the problem)",
             if cycle.is_empty() { "one of its threads waits in the kernel".to_owned() } else { cycle }
         ))),
         Err(error) if error.errno() == crate::Errno::ENODEV => Ok(()),

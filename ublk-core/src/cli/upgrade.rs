@@ -22,10 +22,10 @@ const CHECK_RETRY: Duration = Duration::from_millis(5);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Number of the device
+    /// Device number
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: u32,
-    /// The program of the new server [default: this one]
+    /// Program of the new server [default: this one]
     #[arg(long, value_name = "PATH")]
     program: Option<PathBuf>,
 }

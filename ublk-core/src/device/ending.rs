@@ -79,7 +79,9 @@ impl Device {
         match self.control.remove(id) {
             Ok(Removal::Complete) | Err(Error::Control { errno: Errno::ENODEV, .. }) => {}
             Ok(Removal::HeldOpen) => {
-                log::warn!("device {id} is deleted, but somebody still holds it open; its id is free after that");
+                log::warn!(
+                    "device {id} is deleted, but a process still has it open; its number becomes free when it is closed"
+                );
             }
             Err(error) => return Err(error),
         }
@@ -114,7 +116,7 @@ impl Device {
     fn stop_disk(&self, patience: &Patience<'_>) -> Result<()> {
         match gone_is_fine(self.control.stop_unless(self.id(), patience.left(), &|| patience.is_over())) {
             Err(error) if patience.is_over() && matches!(error.errno(), Errno::ETIMEDOUT | Errno::ECANCELED) => {
-                log::error!("device {}: requests are not finished in time; giving up its queues", self.id());
+                log::error!("device {}: requests did not finish in time; abandoning its queues", self.id());
                 self.give_up_queues(patience, Successor::None)?;
                 gone_is_fine(self.control.stop_unless(self.id(), REMOVE_TIMEOUT, &|| false))
             }
@@ -250,7 +252,7 @@ impl Device {
                 command: "QUIESCE_DEV",
                 device: Some(id),
                 errno: Errno::ENODEV,
-                hint: "somebody else has deleted the device meanwhile".into(),
+                hint: "another process has deleted the device meanwhile".into(),
             }),
         }
     }

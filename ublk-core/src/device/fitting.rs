@@ -43,7 +43,7 @@ pub(super) fn check(target: &Params, access: Access, disk: &Params, data: DataMo
     // Both are powers of two.
     at_most("logical block size", target.logical_block_size, disk.logical_block_size)?;
     check_operations(target, disk)?;
-    at_least("longest request", target.max_io_bytes, disk.max_io_bytes)?;
+    at_least("maximum request size", target.max_io_bytes, disk.max_io_bytes)?;
     // A request that crosses no boundary of the disk's crosses none of the target's if those are among the disk's.
     let chunk = target.chunk_size;
     if chunk != 0 && (disk.chunk_size == 0 || !chunk.is_multiple_of(disk.chunk_size)) {
@@ -66,7 +66,7 @@ pub(super) fn check(target: &Params, access: Access, disk: &Params, data: DataMo
 }
 
 fn refusal(name: &'static str, value: impl ToString, disk: impl std::fmt::Display) -> Error {
-    Error::invalid(name, value, format!("the target does not fit the disk, which {disk}"))
+    Error::invalid(name, value, format!("the target does not match the disk, which {disk}"))
 }
 
 /// Refuses a need of the target's that is greater than the disk's.
@@ -150,7 +150,7 @@ fn check_discards(target: &Params, disk: &Params) -> Result<()> {
 fn check_segments(target: &Params, disk: &Params) -> Result<()> {
     let (target, disk) = (target.segments.unwrap_or_default(), disk.segments.unwrap_or_default());
     at_least_or_none("most segments", target.max_count.into(), disk.max_count.into())?;
-    at_least_or_none("longest segment", target.max_size.into(), disk.max_size.into())?;
+    at_least_or_none("maximum segment size", target.max_size.into(), disk.max_size.into())?;
     at_least_or_none("segment boundary mask", target.boundary_mask, disk.boundary_mask)
 }
 
@@ -159,9 +159,9 @@ fn check_zones(target: &Params, disk: &Params) -> Result<()> {
     if target.chunk_size != disk.chunk_size {
         return Err(refusal("zone size", target.chunk_size, format!("has zones of {} bytes", disk.chunk_size)));
     }
-    at_least_or_none("most open zones", served.max_open.into(), had.max_open.into())?;
-    at_least_or_none("most active zones", served.max_active.into(), had.max_active.into())?;
-    at_least("longest zone append", served.max_append_bytes, had.max_append_bytes)
+    at_least_or_none("maximum open zones", served.max_open.into(), had.max_open.into())?;
+    at_least_or_none("maximum active zones", served.max_active.into(), had.max_active.into())?;
+    at_least("maximum zone append size", served.max_append_bytes, had.max_append_bytes)
 }
 
 /// The form of metadata is what clients compute and check, so that it has to be the same.
@@ -229,21 +229,21 @@ mod tests {
         ("operations", |p| p.operations -= Operations::FLUSH | Operations::FUA),
         ("operations", |p| p.operations -= Operations::DISCARD),
         ("operations", |p| p.read_only = true),
-        ("longest request", |p| p.max_io_bytes = 4096),
+        ("maximum request size", |p| p.max_io_bytes = 4096),
         ("chunk size", |p| p.chunk_size = 1 << 19),
         ("virt boundary mask", |p| p.virt_boundary_mask = 8191),
         ("DMA alignment", |p| p.dma_alignment = Some(1024)),
         ("most segments", |p| p.segments.as_mut().unwrap().max_count = 6),
-        ("longest segment", |p| p.segments.as_mut().unwrap().max_size = 4096),
+        ("maximum segment size", |p| p.segments.as_mut().unwrap().max_size = 4096),
         ("segment boundary mask", |p| p.segments.as_mut().unwrap().boundary_mask = 4095),
         ("longest discard", |p| p.discard.max_discard_sectors = 8),
         ("longest write of zeros", |p| p.discard.max_write_zeroes_sectors = 8),
         ("discard granularity", |p| p.discard.granularity = 32768),
         ("discard alignment", |p| p.discard.alignment = 4096),
         ("zone size", |p| p.chunk_size = 2 << 20),
-        ("most open zones", |p| p.zoned.as_mut().unwrap().max_open = 3),
-        ("most active zones", |p| p.zoned.as_mut().unwrap().max_active = 7),
-        ("longest zone append", |p| p.zoned.as_mut().unwrap().max_append_bytes = 4096),
+        ("maximum open zones", |p| p.zoned.as_mut().unwrap().max_open = 3),
+        ("maximum active zones", |p| p.zoned.as_mut().unwrap().max_active = 7),
+        ("maximum zone append size", |p| p.zoned.as_mut().unwrap().max_append_bytes = 4096),
         ("integrity metadata", |p| p.integrity.as_mut().unwrap().interval = 512),
     ];
 
@@ -265,7 +265,7 @@ mod tests {
             ("virt boundary mask", |p| p.virt_boundary_mask = 4095),
             ("DMA alignment", |p| p.dma_alignment = Some(512)),
             ("most segments", |p| p.segments = Some(SegmentLimits { max_count: 100, ..Default::default() })),
-            ("longest segment", |p| p.segments = Some(SegmentLimits { max_size: 1 << 20, ..Default::default() })),
+            ("maximum segment size", |p| p.segments = Some(SegmentLimits { max_size: 1 << 20, ..Default::default() })),
             ("segment boundary", |p| {
                 p.segments = Some(SegmentLimits { boundary_mask: u64::from(u32::MAX), ..Default::default() });
             }),

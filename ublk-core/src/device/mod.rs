@@ -290,7 +290,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// `ENOENT` if no memory has this number.
+    /// `ENOENT` if no shared memory is registered with this index.
     pub fn unshare_memory(&self, index: u16) -> Result<()> {
         self.shared.remove(index, || self.control.unregister_memory(self.id(), index))
     }
@@ -322,7 +322,7 @@ impl Device {
                 command: "START_DEV",
                 device: Some(self.id()),
                 errno: Errno::EEXIST,
-                hint: "the device has been started before".into(),
+                hint: "the device has already been started".into(),
             });
         }
         self.try_to_go_live(&target).map_err(|error| self.undo(error))
@@ -461,7 +461,7 @@ impl Device {
             Err(_) => Err(Error::Timeout {
                 waiting_for: format!("opening queue {queue} of device {}", self.id()),
                 waited: OPEN_TIMEOUT,
-                hint: "its thread is busy with a handler, or has ended".into(),
+                hint: "its thread is in a handler or has ended".into(),
             }),
         }
     }
@@ -474,14 +474,14 @@ impl Device {
                     command: "START_DEV",
                     device: Some(self.id()),
                     errno: Errno::ENODEV,
-                    hint: "somebody else stopped the device meanwhile".into(),
+                    hint: "another process has stopped the device meanwhile".into(),
                 });
             }
             if Instant::now() >= deadline {
                 return Err(Error::Timeout {
                     waiting_for: format!("{} as a block device", self.path.display()),
                     waited: NODE_TIMEOUT,
-                    hint: "the disk exists, but nothing made its node (is /dev a devtmpfs?)".into(),
+                    hint: "the disk exists, but its node was not created (is /dev a devtmpfs?)".into(),
                 });
             }
             std::thread::sleep(Duration::from_millis(2));

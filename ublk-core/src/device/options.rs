@@ -113,13 +113,13 @@ impl DeviceOptions {
     pub(super) fn checked(&self) -> Result<(u16, u16)> {
         let limited = |name, value: u32, limit: u16| match u16::try_from(value) {
             Ok(fits) if (1..=limit).contains(&fits) => Ok(fits),
-            _ => Err(Error::invalid(name, value, format!("1 to {limit} are possible"))),
+            _ => Err(Error::invalid(name, value, format!("must be from 1 to {limit}"))),
         };
         if let Some(id) = self.id.filter(|id| *id > DeviceId::MAX) {
-            return Err(Error::invalid("device id", id, format!("0 to {} are possible", DeviceId::MAX)));
+            return Err(Error::invalid("device id", id, format!("must be from 0 to {}", DeviceId::MAX)));
         }
         if self.shared_memory && self.recovery.is_some() {
-            let rule = "not with recovery: the next server would not know the numbers of the memory";
+            let rule = "cannot be combined with recovery: a new server cannot learn which memory was registered";
             return Err(Error::invalid("shared memory", true, rule));
         }
         Ok((limited("queues", self.queues, MAX_QUEUES)?, limited("queue depth", self.depth, MAX_DEPTH)?))

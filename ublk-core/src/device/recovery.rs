@@ -80,7 +80,7 @@ impl Server {
             batch: info.features.contains(Features::BATCH_IO),
             threads_per_queue: 1,
             features: info.features,
-            reason: "as the device was made",
+            reason: "as the device was created",
         };
         let mut device = self.device(info, params, plan, events);
         // Whatever happens here, the device is not to be deleted by it.
@@ -171,7 +171,7 @@ impl Server {
                 // Up to Linux 6.12, a second one without a server between them is refused so: the first
                 // attempt at a recovery failed, and all is as prepared as it can be.
                 Err(Error::Control { errno: Errno::EINVAL, .. }) => {
-                    log::debug!("device {}: a recovery has been begun before", info.id);
+                    log::debug!("device {}: a recovery was already started", info.id);
                     return Ok(());
                 }
                 Err(error) => return Err(error),
@@ -190,7 +190,7 @@ fn require_recovery(info: &DeviceInfo) -> Result<()> {
         command: "START_USER_RECOVERY",
         device: Some(info.id),
         errno: Errno::EINVAL,
-        hint: "the device was not made to be recovered".into(),
+        hint: "the device was created without recovery".into(),
     })
 }
 

@@ -122,7 +122,7 @@ impl KernelDriver {
                     errno,
                     hint: match errno {
                         Errno::EACCES | Errno::EPERM => {
-                            "root (CAP_SYS_ADMIN) is needed, or udev rules that let users have devices".into()
+                            "needs root (CAP_SYS_ADMIN) or the udev rules for unprivileged devices".into()
                         }
                         Errno::ENODEV | Errno::ENXIO => "the node is stale: the ublk driver is not loaded".into(),
                         _ => String::new(),
@@ -213,7 +213,11 @@ unsafe impl Driver for KernelDriver {
         };
         let Some(result) = cancel(&mut ring) else {
             // The kernel may still write to the payload when the command ends some day.
-            log::warn!("{} does not end; its {} bytes are left to the kernel", command.name, payload.len());
+            log::warn!(
+                "{} does not end; leaking its buffer of {} bytes, which the kernel may still use",
+                command.name,
+                payload.len()
+            );
             std::mem::forget(payload);
             return Err(failure);
         };

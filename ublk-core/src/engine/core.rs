@@ -98,7 +98,7 @@ pub(crate) struct QueueCore {
     /// Requests came since idle memory was last given back.
     pub(super) warm: Cell<bool>,
     /// It was told that a file is shorter than what is said to lie there.
-    told_of_end: Cell<bool>,
+    end_is_logged: Cell<bool>,
     /// Set when the ring itself failed.
     pub(super) broken: RefCell<Option<io::Error>>,
     stats: Arc<QueueStats>,
@@ -168,7 +168,7 @@ impl QueueCore {
             deliveries: Cell::new(Deliveries::None),
             pace: Pace::default(),
             warm: Cell::new(false),
-            told_of_end: Cell::new(false),
+            end_is_logged: Cell::new(false),
             broken: RefCell::new(None),
             stats,
             round: Cell::new(0),
@@ -380,7 +380,7 @@ impl QueueCore {
     fn bring_data(&self, tag: Tag, op: Op, descriptor: &Descriptor) -> Result<Arc<IoBuffer>, RawErrno> {
         let len = op.len(descriptor) as usize;
         let failed = |e: io::Error| {
-            log::error!("{}: bringing its data to memory: {e}", self.name(tag));
+            log::error!("{}: reading its data into memory: {e}", self.name(tag));
             RawErrno::from(&e)
         };
         let memory = self.take_memory(len).map_err(failed)?;
@@ -435,11 +435,11 @@ impl QueueCore {
             Next::Continue => return self.push_transfer(tag, forwarded),
             Next::Finished(outcome) => outcome,
         };
-        if result == 0 && outcome.is_err() && !self.told_of_end.replace(true) {
+        if result == 0 && outcome.is_err() && !self.end_is_logged.replace(true) {
             let (fd, offset) = forwarded.transfer.position();
             log::error!(
-                "{}: descriptor {fd}, where its data lies, ends at byte {offset}, in the middle of the request, which fails; \
-                 the queue's next such requests are not told",
+                "{}: unexpected end of file on descriptor {fd} at offset {offset}; request failed (further occurrences on this \
+                 queue are not logged)",
                 self.name(tag)
             );
         }
@@ -712,7 +712,7 @@ impl QueueCore {
     pub(super) fn leave_ring(&self) {
         let mut ring = self.ring.borrow_mut();
         if let Err(error) = ring.remove_file(self.slot) {
-            log::error!("ublkb{}: taking the char device out of the ring: {error}", self.info.device);
+            log::error!("ublkb{}: unregistering the char device from the ring: {error}", self.info.device);
         }
         if let Some(first) = self.registered
             && self.tags.borrow().drained()

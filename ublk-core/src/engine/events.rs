@@ -35,7 +35,7 @@ struct State {
 impl QueueEvents {
     pub(crate) fn new() -> Result<Self> {
         let ending = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| Error::Ring { errno, hint: "an eventfd could not be made".into() })?;
+            .map_err(|errno| Error::Ring { errno, hint: "cannot create an eventfd".into() })?;
         Ok(QueueEvents { state: Mutex::default(), changed: Condvar::new(), ending })
     }
 
@@ -100,7 +100,7 @@ impl QueueEvents {
         drop(state);
         self.changed.notify_all();
         if ending && let Err(errno) = self.ending.write(1) {
-            log::error!("signalling the end of a device: {errno}");
+            log::error!("cannot signal the end of a device: {errno}");
         }
     }
 

@@ -137,7 +137,7 @@ impl Inbox {
         let mut state = self.state();
         if state.closed {
             drop(state);
-            log::debug!("a request comes back whose thread has ended: tag {tag}");
+            log::debug!("late answer to a request whose thread has ended: tag {tag}");
             return;
         }
         state.returned.push(Returned { place, tag, buffer, what });

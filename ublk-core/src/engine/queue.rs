@@ -198,7 +198,10 @@ impl Queue {
             Event::Request => self.ready.push(tag),
             Event::Gone => self.events.stopping(),
             Event::CommitRefused(errno) => {
-                log::error!("{}: the driver refused the commit: {errno}; failing the request", self.core.name(tag));
+                log::error!(
+                    "{}: the driver refused to commit the result: {errno}; failing the request",
+                    self.core.name(tag)
+                );
                 let buffer = self.core.take_buffer(tag);
                 self.core.commit(tag, buffer, Answer::error(Errno::EIO));
             }
@@ -252,7 +255,7 @@ impl Queue {
     /// Takes back a request that was elsewhere.
     pub(super) fn returned(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, what: Return) {
         if self.given_up.is_some() {
-            log::debug!("{}: a request comes back to a queue that was given up", self.core.name(tag));
+            log::debug!("{}: late answer to a request of an abandoned queue", self.core.name(tag));
             return;
         }
         match what {
@@ -285,7 +288,7 @@ impl Queue {
         let Some(handler) = &mut handler.inner else { return };
         if let Err(panic) = guarded(|| handler.handle(Requests::new(core, ready))) {
             log::error!(
-                "ublkb{} queue {}: the handler panicked: {}; its request failed with EIO, the device lives on",
+                "ublkb{} queue {}: the handler panicked: {}; its request fails with EIO, the device keeps running",
                 self.core.info.device,
                 self.core.info.queue,
                 panic

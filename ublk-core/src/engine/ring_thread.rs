@@ -164,7 +164,7 @@ impl RingThread {
     fn take_back(&mut self) {
         for Returned { place, tag, buffer, what } in self.returned.drain(..) {
             let Some(queue) = self.queues.get(place as usize).and_then(Option::as_ref) else {
-                log::debug!("a request comes back whose queue was given up: tag {tag}");
+                log::debug!("late answer to a request of an abandoned queue: tag {tag}");
                 continue;
             };
             queue.returned(tag, buffer, what);
@@ -256,7 +256,7 @@ impl RingThread {
             let cookie = Cookie::decode(completion.user_data);
             let queue = cookie.and_then(|c| self.queues.get_mut(c.queue as usize)?.as_mut().map(|q| (c, q)));
             let Some((cookie, queue)) = queue else {
-                log::debug!("a completion of a queue that was given up: {completion:?}");
+                log::debug!("late completion of an abandoned queue: {completion:?}");
                 if let Some(Cookie { kind: Kind::Transfer, queue, tag }) = cookie
                     && let Some(transfer) = self.transfers.remove(&(queue, tag))
                 {

@@ -41,11 +41,11 @@ impl SegmentLimits {
     fn validate(&self) -> Result<()> {
         let mask = self.boundary_mask;
         if mask != 0 && !is_mask(mask, 4095) {
-            let rule = "a power of two minus one, from 4095 to 2^63 - 1, is needed";
+            let rule = "must be a power of two minus one, from 4095 to 2^63 - 1";
             return Err(Error::invalid("segment boundary mask", mask, rule));
         }
         if self.max_size != 0 && self.max_size < PAGE_SIZE {
-            return Err(Error::invalid("longest segment", self.max_size, format!("at least {PAGE_SIZE} bytes")));
+            return Err(Error::invalid("maximum segment size", self.max_size, format!("at least {PAGE_SIZE} bytes")));
         }
         Ok(())
     }
@@ -161,7 +161,7 @@ impl Integrity {
 
     fn validate(&self, block: u32) -> Result<()> {
         if self.metadata_size == 0 {
-            return Err(Error::invalid("metadata size", 0, "at least a byte is needed"));
+            return Err(Error::invalid("metadata size", 0, "must be at least one byte"));
         }
         let end = u16::from(self.pi_offset) + u16::from(self.checksum.tuple_size());
         if end > u16::from(self.metadata_size) {
@@ -176,14 +176,14 @@ impl Integrity {
             ));
         }
         if !self.interval.is_power_of_two() || !(512..=block).contains(&self.interval) {
-            let rule = format!("a power of two from 512 to the logical block size ({block}) is needed");
+            let rule = format!("must be a power of two from 512 to the logical block size ({block})");
             return Err(Error::invalid("integrity interval", self.interval, rule));
         }
         if self.reference_tag && self.checksum == Checksum::None {
             return Err(Error::invalid(
                 "reference tag",
                 true,
-                "it is a part of protection information, and there is none",
+                "needs a checksum: it is part of the protection information",
             ));
         }
         Ok(())
@@ -195,40 +195,40 @@ impl Params {
         let block = self.logical_block_size;
         let chunk = self.chunk_size;
         if !chunk.is_multiple_of(block) {
-            let rule = format!("a multiple of the logical block size ({block}) is needed");
+            let rule = format!("must be a multiple of the logical block size ({block})");
             return Err(Error::invalid("chunk size", chunk, rule));
         }
         let mask = self.virt_boundary_mask;
         if mask != 0 && !is_mask(mask, 511) {
-            let rule = "a power of two minus one, from 511 to 2^63 - 1, is needed";
+            let rule = "must be a power of two minus one, from 511 to 2^63 - 1";
             return Err(Error::invalid("virt boundary mask", mask, rule));
         }
         // The block layer takes a mask of 0 for its own default, 511.
         if let Some(alignment) = self.dma_alignment
             && (!alignment.is_power_of_two() || !(2..=PAGE_SIZE).contains(&alignment))
         {
-            let rule = format!("a power of two from 2 to {PAGE_SIZE} bytes is needed");
+            let rule = format!("must be a power of two from 2 to {PAGE_SIZE} bytes");
             return Err(Error::invalid("DMA alignment", alignment, rule));
         }
         self.segments.map_or(Ok(()), |segments| segments.validate())?;
         if let Some(zoned) = self.zoned {
             if !chunk.is_power_of_two() {
-                return Err(Error::invalid("zone size", chunk, "a zoned disk needs one that is a power of two"));
+                return Err(Error::invalid("zone size", chunk, "must be a power of two"));
             }
             let zones = self.size / u64::from(chunk);
-            for (name, value) in [("most open zones", zoned.max_open), ("most active zones", zoned.max_active)] {
+            for (name, value) in [("maximum open zones", zoned.max_open), ("maximum active zones", zoned.max_active)] {
                 if u64::from(value) > zones {
                     return Err(Error::invalid(name, value, format!("the disk has {zones} zones")));
                 }
             }
             if zoned.max_active != 0 && zoned.max_open > zoned.max_active {
                 let rule = format!("open zones are active, of which there may be {}", zoned.max_active);
-                return Err(Error::invalid("most open zones", zoned.max_open, rule));
+                return Err(Error::invalid("maximum open zones", zoned.max_open, rule));
             }
             let append = zoned.max_append_bytes;
             if append == 0 || !append.is_multiple_of(block) {
-                let rule = format!("a multiple of the logical block size ({block}) is needed");
-                return Err(Error::invalid("longest zone append", append, rule));
+                let rule = format!("must be a multiple of the logical block size ({block})");
+                return Err(Error::invalid("maximum zone append size", append, rule));
             }
         }
         self.integrity.map_or(Ok(()), |integrity| integrity.validate(block))
@@ -307,7 +307,7 @@ mod tests {
             (params(|p| p.dma_alignment = Some(8192)), "DMA alignment"),
             (params(|p| p.segments = Some(SegmentLimits { boundary_mask: 2047, ..segments })), "segment boundary"),
             (params(|p| p.segments = Some(SegmentLimits { boundary_mask: u64::MAX, ..segments })), "segment boundary"),
-            (params(|p| p.segments = Some(SegmentLimits { max_size: 512, ..segments })), "longest segment"),
+            (params(|p| p.segments = Some(SegmentLimits { max_size: 512, ..segments })), "maximum segment size"),
             (params(|p| p.zoned = Some(zoned)), "zone size"),
             (params(|p| (p.chunk_size, p.zoned) = (3 << 20, Some(zoned))), "zone size"),
             (

@@ -142,11 +142,11 @@ impl Params {
             return Err(Error::invalid(
                 "logical block size",
                 block,
-                format!("a power of two from 512 to {PAGE_SIZE} bytes is needed"),
+                format!("must be a power of two from 512 to {PAGE_SIZE} bytes"),
             ));
         }
         if self.size == 0 {
-            return Err(Error::invalid("size", 0, "a disk needs at least one block"));
+            return Err(Error::invalid("size", 0, "must be at least one block"));
         }
         if !self.size.is_multiple_of(u64::from(block)) {
             return Err(Error::invalid(
@@ -163,7 +163,7 @@ impl Params {
             return Err(Error::invalid(
                 "physical block size",
                 physical,
-                format!("a power of two from the logical block size ({block}) to 2^{MAX_SHIFT} bytes is needed"),
+                format!("must be a power of two from the logical block size ({block}) to 2^{MAX_SHIFT} bytes"),
             ));
         }
         for (name, value, optional) in [("io_min", self.io_min, false), ("io_opt", self.io_opt, true)] {
@@ -174,7 +174,7 @@ impl Params {
                 return Err(Error::invalid(
                     name,
                     value,
-                    format!("a power of two from the logical block size ({block}) to 2^{MAX_SHIFT} bytes is needed"),
+                    format!("must be a power of two from the logical block size ({block}) to 2^{MAX_SHIFT} bytes"),
                 ));
             }
         }
@@ -183,9 +183,9 @@ impl Params {
             || !self.max_io_bytes.is_multiple_of(PAGE_SIZE)
         {
             return Err(Error::invalid(
-                "longest request",
+                "maximum request size",
                 self.max_io_bytes,
-                format!("a multiple of {PAGE_SIZE} up to {} bytes is needed", crate::device::MAX_IO_BYTES),
+                format!("must be a multiple of {PAGE_SIZE} of at most {} bytes", crate::device::MAX_IO_BYTES),
             ));
         }
         if self.operations.contains(Operations::FUA) && !self.operations.contains(Operations::FLUSH) {
@@ -208,7 +208,7 @@ impl Params {
                 return Err(Error::invalid(
                     "discard granularity",
                     granularity,
-                    format!("a multiple of the logical block size ({block}) is needed"),
+                    format!("must be a multiple of the logical block size ({block})"),
                 ));
             }
             let alignment = self.discard.alignment;
@@ -216,7 +216,7 @@ impl Params {
                 return Err(Error::invalid(
                     "discard alignment",
                     alignment,
-                    format!("a multiple of the logical block size ({block}) below the granularity is needed"),
+                    format!("must be a multiple of the logical block size ({block}) and less than the granularity"),
                 ));
             }
             for (name, operation, sectors) in [
@@ -225,7 +225,7 @@ impl Params {
             ] {
                 if self.operations.contains(operation) && sectors < block >> 9 {
                     let bytes = u64::from(sectors) << 9;
-                    return Err(Error::invalid(name, bytes, format!("at least a block ({block} bytes) is needed")));
+                    return Err(Error::invalid(name, bytes, format!("must be at least a block ({block} bytes)")));
                 }
             }
         }

@@ -67,7 +67,7 @@ impl WriteBack {
         if !self.failed.swap(true, Ordering::AcqRel) {
             let name = &self.name;
             log::error!(
-                "{name}: fdatasync: {errno}; writes may be lost, and every flush fails until there is a new server"
+                "{name}: fdatasync: {errno}; writes may be lost; every further flush fails until the server is replaced"
             );
         }
     }

@@ -411,7 +411,7 @@ impl<H: Home> RequestOf<H> {
         }
         let pieces = pieces.into();
         if pieces.len() != Some(self.len()) {
-            log::error!("{self:?}: was to be forwarded to {pieces:?}");
+            log::error!("{self:?}: cannot be forwarded to {pieces:?}");
             return self.fail(Errno::EIO);
         }
         let durability = self.durability(&pieces);
@@ -621,7 +621,7 @@ impl<H: Home> RequestOf<H> {
     /// A zone append is ended by [`complete_append`](RequestOf::complete_append); here it fails with `EIO`.
     pub fn complete(mut self) {
         if self.op == Op::ZoneAppend {
-            log::error!("{self:?} was completed without the place where it landed; it fails with EIO");
+            log::error!("zone append {self:?} was completed without an offset; failing it with EIO");
             return self.commit(Answer::error(Errno::EIO));
         }
         let answer = self.filled();
@@ -633,7 +633,7 @@ impl<H: Home> RequestOf<H> {
     /// Any other request fails with `EIO`, as does an append with an offset that is not whole sectors.
     pub fn complete_append(mut self, offset: u64) {
         if self.op != Op::ZoneAppend || !offset.is_multiple_of(Sectors::SIZE) {
-            log::error!("{self:?} was completed as an append at {offset}; it fails with EIO");
+            log::error!("{self:?} was completed as a zone append at {offset}, which it is not; failing it with EIO");
             return self.commit(Answer::error(Errno::EIO));
         }
         let result = self.data_len() as i32;
@@ -695,11 +695,11 @@ pub(crate) fn memory_or_abort(len: usize, for_whom: &dyn fmt::Debug) -> IoBuffer
         match IoBuffer::new(len) {
             Ok(memory) => return memory,
             Err(error) if Instant::now() < deadline => {
-                log::warn!("{for_whom:?}: no memory for a fresh buffer: {error}; waiting");
+                log::warn!("{for_whom:?}: cannot allocate a buffer: {error}; retrying");
                 std::thread::sleep(Duration::from_millis(100));
             }
             Err(error) => {
-                log::error!("{for_whom:?}: no memory for a fresh buffer: {error}; ending the process");
+                log::error!("{for_whom:?}: cannot allocate a buffer: {error}; aborting the process");
                 std::process::abort();
             }
         }
@@ -709,7 +709,7 @@ pub(crate) fn memory_or_abort(len: usize, for_whom: &dyn fmt::Debug) -> IoBuffer
 impl<H: Home> Drop for RequestOf<H> {
     fn drop(&mut self) {
         if !self.spent {
-            log::error!("{self} was dropped by its handler, and fails with EIO");
+            log::error!("{self} was dropped by its handler without an answer; failing it with EIO");
             self.commit(Answer::error(Errno::EIO));
         }
     }

@@ -112,7 +112,7 @@ impl File {
                 operation: "open",
                 path: path.to_owned(),
                 errno: Errno::EINVAL,
-                hint: "neither a regular file nor a block device".into(),
+                hint: "is neither a regular file nor a block device".into(),
             });
         }
         let (file, direct) = if serves || !is_block {
@@ -131,7 +131,7 @@ impl File {
             return Err(Error::invalid(
                 "logical block size",
                 block,
-                format!("direct I/O on {} needs {smallest} bytes at least (or use buffered I/O)", path.display()),
+                format!("must be at least {smallest} bytes for direct I/O on {} (or use buffered I/O)", path.display()),
             ));
         }
         let mut params = Params::new(size, block);
@@ -177,7 +177,7 @@ impl File {
     pub fn with_params(mut self, params: Params) -> Result<Self> {
         params.validate()?;
         if params.integrity != self.params.integrity {
-            return Err(Error::invalid("integrity", "metadata", "`with_integrity` says where it is kept"));
+            return Err(Error::invalid("integrity", "metadata", "use `with_integrity` to set where it is stored"));
         }
         if params.size > self.params.size {
             return Err(Error::invalid(
@@ -277,7 +277,7 @@ fn open(path: &Path, options: &FileOptions, is_block: bool) -> Result<(fs::File,
         errno,
         hint: match errno {
             Errno::EBUSY if is_block => "the block device is mounted or in use".into(),
-            Errno::EINVAL if options.io == Io::Direct => "its file system has no direct I/O".into(),
+            Errno::EINVAL if options.io == Io::Direct => "the file system does not support direct I/O".into(),
             _ => String::new(),
         },
     };
@@ -309,7 +309,7 @@ fn lock(file: &fs::File, path: &Path, options: &FileOptions, patience: Duration)
                 });
             }
             Err(errno) => {
-                log::warn!("{} cannot be locked against a second server: {errno}", path.display());
+                log::warn!("cannot lock {} against a second server: {errno}", path.display());
                 return Ok(());
             }
         }
@@ -340,7 +340,7 @@ fn direct_alignment(file: &fs::File, path: &Path, size: u64) -> Result<u32> {
         operation: "read directly from",
         path: path.to_owned(),
         errno: last,
-        hint: "direct I/O does not work with blocks of up to a page; use buffered I/O".into(),
+        hint: "direct I/O does not work with any block size up to a page; use buffered I/O".into(),
     })
 }
 
@@ -489,7 +489,7 @@ mod tests {
     #[test]
     fn a_directory_is_refused() {
         let error = File::open("/", &FileOptions::default()).unwrap_err();
-        assert!(error.to_string().contains("neither a regular file nor a block device"), "{error}");
+        assert!(error.to_string().contains("is neither a regular file nor a block device"), "{error}");
     }
 
     #[test]

@@ -34,7 +34,7 @@ fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Err
 pub(super) fn sync_directory(directory: &Path) {
     // Not `sync_all`, which repeats a sync that failed with EINTR.
     if let Err(error) = File::open(directory).and_then(|directory| Ok(nix::unistd::fsync(&directory)?)) {
-        log::warn!("syncing {}: {error}; files created in it may be missing after a crash", directory.display());
+        log::warn!("cannot sync {}: {error}; files created in it may be missing after a crash", directory.display());
     }
 }
 
@@ -43,7 +43,7 @@ pub(super) fn sync_name(path: &Path) {
     // A relative path of one word has an empty parent.
     match std::path::absolute(path) {
         Ok(path) => path.parent().into_iter().for_each(sync_directory),
-        Err(error) => log::warn!("finding the directory of {}: {error}", path.display()),
+        Err(error) => log::warn!("cannot find the directory of {}: {error}", path.display()),
     }
 }
 

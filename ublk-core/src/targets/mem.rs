@@ -123,7 +123,7 @@ impl QueueHandler for MemQueue {
             if self.0.has(&request) {
                 self.0.serve(request);
             } else {
-                log::error!("{request:?} lies beyond the {} bytes of this RAM disk", self.0.params.size);
+                log::error!("{request:?} exceeds the RAM disk's {} bytes", self.0.params.size);
                 request.fail(Errno::EIO);
             }
         });

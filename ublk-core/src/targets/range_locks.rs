@@ -176,7 +176,7 @@ fn run_jobs(shared: &Arc<Shared>) {
             drop(state);
             let held = Held { shared: shared.clone(), number };
             if catch_unwind(AssertUnwindSafe(|| job(held))).is_err() {
-                log::error!("serving a request that had waited for a lock panicked; the request failed with EIO");
+                log::error!("the handler of a request that had waited for a lock panicked; the request fails with EIO");
             }
             state = shared.state();
         } else if state.closed && state.locks.iter().all(|lock| lock.job.is_none()) {

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Block devices written in Python, on Linux's ublk.
+"""Block devices written in Python, served through Linux's ublk driver.
 
-Subclass `BlockDevice`, override `read` (and `write`, `flush`, `discard`, `write_zeroes` as far as the
-disk has them), and start it::
+Subclass `BlockDevice`, override `BlockDevice.read` and the operations that the disk supports, and start it::
 
     with MyDisk(size).start(queues=2) as dev:
         print(dev.path)
         dev.wait()
 
-`ublk.testing` serves disks without a kernel. The library logs under the logger ``ublk``.
+`ublk.testing` serves disks without the kernel's driver. The library logs under the logger ``ublk``.
 """
 
 from ublk._block_device import BlockDevice

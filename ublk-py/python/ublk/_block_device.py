@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""The class that users derive from."""
+"""Base class of block devices written in Python."""
 
 from __future__ import annotations
 
@@ -66,63 +66,60 @@ class _KeptExtents:
 
 
 class BlockDevice:
-    """A disk whose content is Python's business.
+    """Base class of disks written in Python.
 
-    Override `read`, and of `write`, `flush`, `discard` and `write_zeroes` those that the disk has. Only
-    what a subclass overrides is advertised to the kernel.
+    Override `read`, and those of `write`, `flush`, `discard` and `write_zeroes` that the disk supports. Only methods
+    that a subclass overrides are advertised to the kernel.
 
-    A disk whose bytes lie in files need not touch them: see `map`. There are four ways to be served:
+    A disk whose bytes are stored in files can leave the data to the engine: see `map`. There are four ways to handle
+    requests:
 
-    * Plain methods run on the threads that serve the queues: with ``queues=1`` one at a time, with more of them on
-      several threads at once. `start` with ``workers=N`` runs them on a pool of threads, for methods that wait.
-    * ``async def`` methods run as tasks of an event loop: one for each queue, in a thread of its own, or the
-      caller's, with `start_async`. A class may have methods of both kinds; the plain ones must not wait.
-    * `handle`, in place of the others, gets all requests of a wake-up.
-    * `start` with ``pull=True`` leaves it to the program to take requests (`Device.requests`).
+    * Plain methods run on the queue threads: with ``queues=1`` one at a time, with more queues on several threads
+      concurrently. `start` with ``workers=N`` runs them on a pool of threads, for methods that block.
+    * ``async def`` methods run as tasks of an event loop: one per queue, in a thread of its own, or the caller's loop
+      with `start_async`. A class may mix both kinds of methods; the plain ones must not block.
+    * `handle`, which replaces the others, gets all requests of a wake-up.
+    * `start` with ``pull=True`` lets the program take requests from `Device.requests`.
 
     A request is acknowledged when its method returns. Exceptions:
 
-    * `OSError` fails the request with its errno, or with ``EIO`` if Linux has no such number;
-    * `NotImplementedError` with ``EOPNOTSUPP``, `TimeoutError` with ``ETIMEDOUT``, `MemoryError` with
+    * `OSError` fails the request with its errno, or with ``EIO`` if Linux does not know the number;
+    * `NotImplementedError` fails it with ``EOPNOTSUPP``, `TimeoutError` with ``ETIMEDOUT``, `MemoryError` with
       ``ENOMEM``;
-    * any other exception is logged with its traceback under the logger ``ublk`` and becomes ``EIO``; the
-      device lives on;
-    * `SystemExit` and `KeyboardInterrupt` fail the request with ``EIO`` and stop the device; whoever
-      waits for it gets the exception.
+    * any other exception fails it with ``EIO`` and is logged with its traceback under the logger ``ublk``; the device
+      keeps running;
+    * `SystemExit` and `KeyboardInterrupt` fail it with ``EIO`` and stop the device; `Device.wait` raises them.
 
-    Methods return ``None`` or, as ``readinto`` and ``preadv`` do, the number of bytes, which must be all
-    of them.
+    Methods return ``None`` or, like ``readinto`` and ``preadv``, the number of bytes, which must be all of them.
 
     Parameters
     ----------
     size:
         Capacity in bytes, a multiple of ``block_size``.
     block_size:
-        Logical block size: the smallest unit of a request; a power of two from 512 to 4096.
+        Logical block size, the smallest unit of a request: a power of two from 512 to 4096.
     physical_block_size:
-        The smallest unit that needs no read-modify-write; ``block_size`` by default.
+        Smallest unit that needs no read-modify-write; by default ``block_size``.
     max_io_bytes:
-        Longest read or write; a multiple of 4096 up to 32 MiB. Each of ``queues * depth`` requests has a
-        buffer of this size, whose pages are taken when they are first used.
+        Maximum size of a read or write: a multiple of 4096 up to 32 MiB. Each of the ``queues * depth`` requests has a
+        buffer of this size, whose pages are allocated on first use.
     discard_granularity:
-        Smallest unit of a discard; ``block_size`` by default.
+        Smallest unit of a discard; by default ``block_size``.
     rotational:
-        Report the disk as one with moving parts.
+        Report the disk as rotational.
     read_only:
-        Refuse writes even though `write` is there.
+        Make the disk read-only even though it defines `write`.
     zone_size:
-        Make the disk a zoned one, with zones of so many bytes, a power of two: with the methods `report_zones`,
-        `zone_reset` and others. Linux 6.6.
+        Zone size in bytes, a power of two, which makes this a zoned disk; see `report_zones`. Linux 6.6.
     max_open_zones, max_active_zones:
-        Their limits; 0 for none.
+        Limits of the zoned disk; 0 for no limit.
     max_append_bytes:
-        Longest `zone_append`; ``max_io_bytes`` by default.
+        Maximum size of a `zone_append`; by default ``max_io_bytes``.
 
     """
 
     operations: Collection[str] = (Op.READ, Op.WRITE)
-    """What a disk with `map` or `handle`, or one whose requests are pulled, can do; of others it is what methods they
-    have."""
+    """Operations of a disk with `map`, `handle` or ``pull=True``. Otherwise the methods of the class decide."""
 
     def __init__(
         self,
@@ -161,60 +158,58 @@ class BlockDevice:
     def read(self, offset: int, buf: memoryview, /) -> MaybeAsync[int | Extent | Zeros | None]:
         """Fill ``buf`` with the disk's bytes from ``offset`` on.
 
-        ``buf`` is the request's own memory, writable, and lent for the time of the call: used
-        afterwards it raises `ValueError`. Objects that hold on to it (a numpy array over it, a slice)
-        stay valid memory of their own and never see another request. Fill all of it: what is left
-        untouched is zeros, and `testing.POISON` in `ublk.testing`.
+        ``buf`` is the request's own memory, writable, and valid until the method returns; using the view afterwards
+        raises `ValueError`. Objects that still reference the memory (a slice, a numpy array) keep it alive and never
+        see another request's data. Bytes left unwritten are zeros, or `ublk.testing.POISON` under `ublk.testing`.
 
-        In place of that it may return an `Extent` or `Zeros` that covers the request, and is not ``stable``: the engine
-        reads from there then. If that is invalidated in the meantime, this is called again, up to 16 times.
+        Instead of filling ``buf``, the method may return an `Extent` (not a ``stable`` one) or `Zeros` that covers the
+        request, and the engine reads from there. If the extent is invalidated meanwhile, the method is called again, up
+        to 16 times.
         """
         raise NotImplementedError
 
     def write(self, offset: int, buf: memoryview, /) -> MaybeAsync[int | Extent | None]:
         """Store the bytes of ``buf`` at ``offset``.
 
-        ``buf`` is read-only and lent as in `read`. Without this method the disk is read-only. It may return an `Extent`
-        that covers the request: the engine writes to that then, or calls this again, as with `read`.
+        ``buf`` is read-only, and valid until the method returns. Without this method the disk is read-only. The method
+        may return an `Extent` that covers the request, and the engine writes there; see `read`.
         """
         raise NotImplementedError
 
     def flush(self) -> MaybeAsync[None]:
-        """Make everything durable whose `write` has returned.
+        """Make all acknowledged writes durable.
 
-        A disk with this method has a volatile write cache in the kernel's eyes: ``fsync`` ends here, and
-        writes that must be durable at once are followed by a flush. Without it, writes count as durable
-        when `write` returns.
+        A disk with this method has a volatile write cache as far as the kernel is concerned: ``fsync`` calls it, and
+        FUA writes are followed by a flush. Without it, writes count as durable when `write` returns.
 
-        With several threads, `os.fdatasync` of one descriptor reports lost writes to one flush only, and the others
-        succeed; and it repeats a sync that reports them as ``EINTR``. Use `FileSync`. If the engine has written to an
-        `Extent`, the library sees to the other flushes: one that succeeds waits for those beside it, and once one has
-        failed, all flushes of the object fail with ``EIO``. So it is
-        for a disk with `map` that was recovered, whose last server may have written to extents.
+        `os.fdatasync` reports lost writes to one of several concurrent callers only, and repeats a sync that reports
+        them as ``EINTR``: use `FileSync`. For writes of the engine to an `Extent`, of this or an earlier server of the
+        device, the library takes care of the rest: a flush that succeeds waits for concurrent ones, and once one has
+        failed, all further flushes of the disk fail with ``EIO``.
         """
         raise NotImplementedError
 
     def discard(self, offset: int, length: int, /) -> MaybeAsync[None]:
-        """Forget a range; it may read as anything until it is written again."""
+        """Discard a range, whose content is undefined until it is written again."""
         raise NotImplementedError
 
     def write_zeroes(self, offset: int, length: int, /) -> MaybeAsync[None]:
-        """Make a range read as zeros. Without this method the kernel writes pages of zeros."""
+        """Zero a range. Without this method the kernel writes pages of zeros."""
         raise NotImplementedError
 
     def report_zones(self, offset: int, count: int, /) -> Iterable[Zone]:
-        """Give the zones of a zoned disk from the one at ``offset`` on, ``count`` of them, in order.
+        """Return ``count`` zones in order, starting with the one at ``offset``.
 
-        A report that contradicts itself or the disk's size fails with the reason in the log; a device whose first
-        report fails does not start.
+        A report that contradicts itself or the disk's size fails, and the reason is logged; a device whose first report
+        fails does not start.
 
-        A zoned disk keeps the rules itself: that sequential zones are written at their write pointers (else ``EIO``),
-        and how many of them may be open.
+        The disk itself enforces the rules: sequential zones are written at their write pointers (otherwise ``EIO``),
+        and only so many of them may be open.
         """
         raise NotImplementedError
 
     def zone_append(self, offset: int, buf: memoryview, /) -> int:
-        """Store ``buf`` at the write pointer of the zone at ``offset``, and return the disk's offset where that is."""
+        """Store ``buf`` at the write pointer of the zone at ``offset``, and return the offset on the disk."""
         raise NotImplementedError
 
     def zone_open(self, offset: int, /) -> None:
@@ -226,53 +221,53 @@ class BlockDevice:
         raise NotImplementedError
 
     def zone_finish(self, offset: int, /) -> None:
-        """Make the zone at ``offset`` full."""
+        """Finish the zone at ``offset``: mark it as full."""
         raise NotImplementedError
 
     def zone_reset(self, offset: int, /) -> None:
-        """Make the zone at ``offset`` empty."""
+        """Reset the zone at ``offset``: discard its data."""
         raise NotImplementedError
 
     def zone_reset_all(self) -> None:
-        """Make all sequential zones empty; by default one after the other, by `zone_reset`."""
+        """Reset all sequential zones; by default one after the other with `zone_reset`."""
         for start in range(0, self.size, self.zone_size):
             zone = next(iter(self.report_zones(start, 1)))
             if zone.condition not in (ZoneCondition.CONVENTIONAL, ZoneCondition.EMPTY):
                 self.zone_reset(start)
 
     def handle(self, requests: Sequence[Request], /) -> None:
-        """Take all requests of a wake-up, and see to it that each of them ends, now or later, on any thread.
+        """Handle all requests of a wake-up: complete or fail each of them, now or later, on any thread.
 
-        In place of all other methods; `operations` says what the disk can do. A request that is dropped without an
-        end fails with ``EIO``. An exception fails all requests of the batch that have not ended.
+        Replaces all other methods; `operations` lists what the disk supports. A request that is dropped without an
+        answer fails with ``EIO``. An exception fails all requests of the batch that are still unanswered.
         """
         raise NotImplementedError
 
     def map(self, op: Op, offset: int, length: int, /) -> Extent | Zeros | None:
-        """Say where the bytes of a read or write lie, so that they never pass through Python.
+        """Return where the bytes of a read or write are stored, so that the engine transfers them without Python.
 
-        Called for each, before `read` or `write`, on the threads of the queues. The engine then reads or writes the
-        file itself, without a copy where the kernel can (Linux 6.15). An extent that is shorter than what was asked
-        for makes the engine ask again for the rest; ``None`` leaves the whole request to `read` or `write`, which may
-        be coroutines, or run on ``workers``. An extent that is ``stable`` is kept: Python is not asked again for what
-        lies inside it.
+        Called on the queue threads before `read` or `write`. The engine reads or writes the file itself, without a copy
+        where the kernel supports it (Linux 6.15). If the extent is shorter than the request, this is called again for
+        the rest. ``None`` passes the whole request to `read` or `write`, which may be coroutines or run on ``workers``.
+        A ``stable`` extent is cached: this is not called again for requests inside it.
 
-        The disk can do what it has methods for, and what `operations` says: writes, by default. `flush` is still its
-        own: without one, what was written to a file counts as durable. A file that is opened with ``O_DIRECT`` needs
-        extents that begin at a multiple of its block size.
+        The disk supports the operations that it has methods for and those in `operations`, by default writes. Without
+        `flush`, data written to a file counts as durable. A file opened with ``O_DIRECT`` needs extents aligned to its
+        block size.
         """
         raise NotImplementedError
 
     def invalidate(self, offset: int = 0, length: int | None = None, *, wait: bool = False) -> None:
-        """Take back what `map` or a handler has said of a range, by default of the whole disk, kept or not.
+        """Withdraw the extents of a range, by default of the whole disk, whether cached or in use.
 
-        Once this has returned, Python is asked for every request that comes to the range. Requests that came before may
-        still be under way on the old extents. With ``wait`` they are not: this returns when they have ended, and the
-        place where they were can be used for something else. A handler cannot wait (`RuntimeError`), because the
-        requests may be its own thread's; nor is there a need to, if it has just made a copy: who reads before a write
-        was acknowledged may see the old bytes. For the same reason, whoever waits must not hold a lock that `map` or a
-        handler needs: let `map` answer ``None`` for the range, wait, and take the lock then. Raises `TimeoutError`
-        after a minute.
+        After this returns, `map` is called for every new request to the range. Earlier requests may still use the old
+        extents. With ``wait`` this returns only when they have ended, so that their place in the file can be reused.
+        Raises `TimeoutError` after a minute.
+
+        A handler cannot wait (`RuntimeError`), since it might wait for a request of its own thread. It need not after
+        copying data, either: a client that reads before a write is acknowledged may see the old bytes. A thread that
+        waits must not hold a lock that `map` or a handler needs: have `map` return ``None`` for the range, wait, then
+        lock.
         """
         length = (1 << 63) - 1 - offset if length is None else length
         if wait and threading.current_thread() in _threads:
@@ -310,55 +305,60 @@ class BlockDevice:
         coalesce_usecs: int = 0,
         _driver: FakeDriver | None = None,
     ) -> Device:
-        """Make the device and serve it; return when its node can be used.
+        """Create the device, serve it, and return when its node is ready.
 
-        Leaving the returned `Device`'s ``with`` block, or its ``stop``, ends it.
+        Leaving the ``with`` block of the returned `Device`, or calling `Device.stop`, stops and deletes it.
 
-        ``queues`` is how many threads share the work (the driver makes no more queues than there are
-        CPUs), ``depth`` how many requests each queue holds, 1 to 4096, and ``id`` the number N of
-        ``/dev/ublkbN``, by default the lowest free one.
+        While devices are running, ``SIGTERM`` and ``SIGHUP`` raise `SystemExit` in the main thread, unless the program
+        has its own handlers, so that a terminated program removes its devices. The interpreter's switch interval is
+        lowered from 5 ms to 0.5 ms (`sys.setswitchinterval`), so that a thread that computes delays requests less.
 
-        A ``recoverable`` device outlives a process that is killed, or that calls `Device.quiesce`: its disk stays
-        mounted, and `recover` serves it again. In the meantime requests wait, and with ``"reissue"``, which ``True``
-        stands for, so do those that were under way, which may be carried out twice; with ``"queue"`` those fail;
-        with ``"fail-io"`` all fail. Linux 6.1, 6.13 for ``"fail-io"``.
+        A handler may fork. If the child returns from the handler, it is ended with status 1.
 
-        A handler that runs for longer than ``hang_after`` seconds is reported, once, in the log with its stack.
+        Do not use a disk in the process that serves it: a thread that waits for a disk cannot be killed, and a process
+        that is killed while it waits for itself may never end. The log warns about programs that have their own disk
+        open. If a handler is late while threads of the program wait for this disk, that is reported as well, and late
+        requests of tasks fail, so that the threads can continue. Plain methods that wait for their own disk cannot be
+        interrupted: the device stays until the machine is rebooted, unless the driver can abort the requests of a dying
+        process (``ublk del --force``).
 
-        A handler may fork. The child must not return from the handler: it is ended with status 1 if it does.
+        Parameters
+        ----------
+        queues:
+            Number of hardware queues, each with a thread. The driver creates at most one per CPU.
+        depth:
+            Maximum number of requests in flight per queue, 1 to 4096.
+        id:
+            Number N of ``/dev/ublkbN``; by default the lowest free one.
+        recoverable:
+            Keep the device when this process is killed or calls `Device.quiesce`; `recover` serves it again. Requests
+            wait meanwhile. Requests in flight wait, too, with ``"reissue"`` (or ``True``), and may be carried out
+            twice; they fail with ``"queue"``. With ``"fail-io"`` all requests fail. Linux 6.1; 6.13 for ``"fail-io"``.
+        hang_after:
+            Seconds after which a handler that still runs is reported in the log with its stack, once. ``None`` for
+            never.
+        workers:
+            Number of threads that call plain methods instead of the queue threads, divided among the queues. At most
+            ``depth`` per queue have something to do.
+        pull:
+            Let the program take requests from `Device.requests`. Returns before the node exists, since the kernel reads
+            the disk first.
+        loop_factory:
+            Creates the event loops of coroutine methods, for example ``uvloop.new_event_loop``.
+        isolated:
+            Serve the disk from a separate process, which the program cannot delay. It gets a pickled copy of this
+            object, whose class must be importable; changes to either copy (`invalidate`, for example) are not seen by
+            the other. Its log records are passed to this process, unless the class's module configures logging when
+            imported. It exits with the program; if it dies, `Device.wait` raises `UblkError` with ``EOWNERDEAD``.
+            Scripts need ``if __name__ == "__main__":``, since the process imports them.
+        shared_memory:
+            Allow `Device.share_memory`. Linux 7.1; not for recoverable devices.
+        coalesce_usecs:
+            Coalesce requests: under load, wait up to this many microseconds (at most 10,000) and handle what has
+            arrived as one batch. Reduces the work per request and adds latency to receiving it and to answers from
+            workers, coroutines or files. A client that sends one request at a time is not delayed, unless the thread
+            serves other devices. 20 is a good start.
 
-        A program may use its own disk in threads that do not serve it, but had better not: a thread that waits for a
-        disk cannot be killed, and a process that is killed while it waits for itself may never end. The log warns of
-        programs that have their own disk open. If a handler is late and threads of the program wait for this disk
-        meanwhile, that is reported as well, and requests of tasks that are late fail, so that the threads can go on.
-        Plain methods that wait for their own disk cannot be helped: the device stays until the machine is restarted, or
-        its driver has a way to abort the requests of a process that is dying (`ublk del --force`).
-
-        ``workers`` is how many threads call plain methods, divided among the queues, in place of the queues' own
-        threads: up to ``depth`` of them for each queue have something to do. ``loop_factory`` makes the event
-        loops of coroutine methods (``uvloop.new_event_loop``, say). With ``pull`` the program takes requests
-        by itself; `start` returns before the node is there then, because the kernel reads the disk first.
-
-        An ``isolated`` device is served by a process of its own, which nothing that the program does can hold up. It
-        gets a copy of the block device, by pickling: its class has to be importable, and what becomes of the copy is
-        not seen here, nor what is done to the original (`invalidate`, say) there. The returned `Device` does all the
-        same; its log comes here, too, unless the class's module sets up logging by itself when it is imported. The
-        process ends with the program, and if it dies, `Device.wait` raises `UblkError` with ``EOWNERDEAD``. A script
-        that starts such devices does so under ``if __name__ == "__main__":``, because the process imports it.
-
-        With ``shared_memory`` the device can have memory in common with its clients: `Device.share_memory`. Linux 7.1;
-        not for recoverable devices.
-
-        With ``coalesce_usecs``, up to 10,000, requests gather for so many microseconds while several are under way:
-        the queue's thread sleeps instead of being woken up for each. That is less work per request, and up to so much
-        more latency for each step: to be seen, and to be answered by workers, coroutines or files. A client that
-        sends one request at a time does not wait, unless the thread has other devices. Some 20 are a beginning.
-
-        While devices run, threads of the program that compute give the interpreter to others every 0.5 ms
-        (`sys.setswitchinterval`; by default 5 ms, which is what each request would take then).
-
-        While devices run, ``SIGTERM`` and ``SIGHUP`` raise `SystemExit` in the main thread, unless the
-        program has handlers of its own, so that a killed program removes its devices.
         """
         from ublk._device import Device
 
@@ -390,10 +390,10 @@ class BlockDevice:
         coalesce_usecs: int = 0,
         _driver: FakeDriver | None = None,
     ) -> Device:
-        """Make the device and serve it by tasks of the running event loop; for classes with coroutine methods.
+        """Create the device and serve it on the running event loop, for classes with coroutine methods.
 
-        ``async with await disk.start_async() as device:`` stops it in the end; so does `Device.stop_async`. The
-        arguments are those of `start`.
+        Use it as ``async with await disk.start_async() as device:``, or stop it with `Device.stop_async`. The
+        parameters are those of `start`.
         """
         from ublk._device import Device
 
@@ -411,7 +411,7 @@ class BlockDevice:
         pull: bool,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None,
     ) -> Serving:
-        """Choose how requests get to the methods."""
+        """Choose how requests reach the methods."""
         from ublk import _serving
 
         return _serving.choose(self, report, workers=workers, pull=pull, loop_factory=loop_factory)
@@ -422,13 +422,13 @@ class BlockDevice:
         check({**self._describe(), **served})
 
     def _check_recovery(self) -> None:
-        """Refuse to be the server after another; the disk's own business, here."""
+        """Refuse to serve a device after another server; accepts by default."""
 
     def _check_size(self, size: int) -> None:
-        """Refuse a size that the disk cannot have; its own business, here."""
+        """Refuse a size that the disk cannot have; accepts by default."""
 
     def _describe(self) -> dict[str, Any]:
-        """Tell the disk's shape."""
+        """Return the disk's parameters."""
         missing = [name for name in _SHAPE if not hasattr(self, name)]
         if missing:
             name = type(self).__name__

@@ -82,8 +82,8 @@ def _parse_argument(text: str) -> tuple[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ublk run",
-        description="Serve a block device written in Python until Ctrl-C, SIGTERM or SIGHUP, stop it, and return 0; "
-        "or, with a command, run that with the device's path, stop the device when it ends, and return its status.",
+        description="Serve a block device written in Python until Ctrl-C, SIGTERM or SIGHUP, then stop it and exit. "
+        "With a command, run that, stop the device when it exits, and exit with its status.",
         usage="ublk run [options] WHAT [-- COMMAND [ARG ...]]",
     )
     parser.add_argument("what", metavar="WHAT", help="FILE.py:CLASS or package.module:CLASS")
@@ -97,26 +97,32 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="pass another argument to the class: a Python literal, or else a string; may be repeated",
     )
-    parser.add_argument("-n", "--number", "--id", dest="id", type=int, help="number of the device")
-    parser.add_argument("-q", "--queues", type=int, default=1, help="hardware queues (default: 1)")
-    parser.add_argument("-d", "--depth", type=int, default=128, help="requests per queue (default: 128)")
-    parser.add_argument("-w", "--workers", type=int, help="threads that call plain methods, for methods that wait")
+    parser.add_argument(
+        "-n", "--number", "--id", dest="id", type=int, help="device number (default: the lowest free one)"
+    )
+    parser.add_argument("-q", "--queues", type=int, default=1, help="number of hardware queues (default: 1)")
+    parser.add_argument("-d", "--depth", type=int, default=128, help="requests in flight per queue (default: 128)")
+    parser.add_argument(
+        "-w", "--workers", type=int, help="number of threads that call plain methods, for methods that block"
+    )
     parser.add_argument(
         "--coalesce-usecs",
         metavar="N",
         type=int,
         default=0,
-        help="let requests gather for so many microseconds while several are under way: less work per request and more "
-        "latency (default: 0)",
+        help="coalesce requests: under load, wait up to N microseconds and handle what has arrived as one batch, for "
+        "less work per request and more latency (default: 0)",
     )
     parser.add_argument(
         "-R",
         "--reload",
         action="store_true",
-        help="serve the disk with new code whenever the source changes: no request fails, nobody has to unmount it "
+        help="replace the running code whenever the source file changes, without failing a request or unmounting "
         "(Linux 6.16, or this project's driver)",
     )
-    parser.epilog = "In COMMAND, {dev} stands for the device's path, which is also in its environment as UBLK_DEV."
+    parser.epilog = (
+        "{dev} in COMMAND is replaced by the device's path, which is also in the environment variable UBLK_DEV."
+    )
     return parser
 
 
@@ -130,7 +136,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         parsed = parser.parse_args(options)
         if command is not None and not command:
-            parser.error("there is no command after --")
+            parser.error("no command given after --")
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 2
     shape: dict[str, Any] = {"queues": parsed.queues, "depth": parsed.depth, "id": parsed.id}
@@ -182,7 +188,7 @@ def _make(what: str, size: int | None, arguments: Sequence[tuple[str, Any]]) -> 
     try:
         made = getattr(module, name)
     except AttributeError:
-        raise _UsageError(f"there is no {name} in {place}") from None
+        raise _UsageError(f"{place} does not define {name}") from None
     if not (isinstance(made, type) and issubclass(made, BlockDevice)):
         raise _UsageError(f"{what} is not a subclass of ublk.BlockDevice")
     keywords = dict(arguments)

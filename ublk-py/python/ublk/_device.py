@@ -71,7 +71,7 @@ class Device:
     """
 
     def __init__(self) -> None:
-        raise TypeError("a Device is made by BlockDevice.start()")
+        raise TypeError("use BlockDevice.start() to create a Device")
 
     _native: Native
     _target: BlockDevice | NativeDisk
@@ -122,17 +122,17 @@ class Device:
         self._owner = os.getpid()
         workers = None if workers is None else number("workers", workers, 16)
         if workers == 0:
-            raise ValueError("workers = 0: no thread would serve the device")
+            raise ValueError("workers = 0: must be at least 1")
         shape = target._describe()
         if hang_after is not None and not hang_after > 0:
-            raise ValueError(f"hang_after = {hang_after}: more than 0 seconds, or None")
+            raise ValueError(f"hang_after = {hang_after}: must be more than 0 seconds, or None")
         # Never, which is for the watchdog not to be asked at all.
         hang_after = None if hang_after == math.inf else hang_after
         self._serving = target._serve(self._report, workers=workers, pull=pull, loop_factory=loop_factory)
         coalesce_usecs = number("coalesce_usecs", coalesce_usecs, 32)
         if isolated:
             if shared_memory:
-                raise ValueError("memory is shared with this program: the device cannot be isolated from it")
+                raise ValueError("isolated=True cannot be combined with shared_memory=True")
             # Not everybody needs another process, and what belongs to one.
             from ublk._isolated import isolate
 
@@ -405,10 +405,10 @@ class Device:
             return
         self._check_end()
         if isinstance(self._native, _ublk.NativeDevice) and self._native.served_here:
-            raise RuntimeError("this thread serves the device, too: it cannot wait for that")
+            raise RuntimeError("this thread also serves the device: it cannot wait for this")
         if self.recovery is None:
             raise UblkError(
-                errno.EINVAL, f"{self.path} was not started with recoverable=True: nobody could take it over"
+                errno.EINVAL, f"{self.path} was not started with recoverable=True: no other server could take it over"
             )
         if self.can_be_left:
             if isinstance(self._native, _ublk.NativeDevice):
@@ -452,7 +452,7 @@ class Device:
         interrupts the wait with `KeyboardInterrupt`.
         """
         if timeout is not None and timeout != timeout:
-            raise ValueError("timeout = nan: a number of seconds, or None")
+            raise ValueError("timeout = nan: must be a number of seconds, or None")
         poller = select.poll()
         poller.register(self._native.fileno(), select.POLLIN)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -672,7 +672,7 @@ def _seconds(timeout: float | None) -> float:
     if timeout is None:
         return _FOREVER
     if not timeout >= 0:
-        raise ValueError(f"timeout = {timeout}: 0 seconds or more, or None")
+        raise ValueError(f"timeout = {timeout}: must be at least 0 seconds, or None")
     return min(float(timeout), _FOREVER)
 
 

@@ -137,7 +137,7 @@ class LoopServer:
             self._queue.close()
             self._fail_unbegun()
             self._forget_descriptor()
-            self._die(RuntimeError("the event loop that served the device has ended"))
+            self._die(RuntimeError("the event loop that serves the device has ended"))
             raise
 
     def _forget_descriptor(self) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Syncs of files whose failures are remembered."""
+"""Syncs of files that remember failures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class FileSync:
-    """Makes the data of files durable for all threads of a disk, and never forgets a failure.
+    """Makes the data of files durable for all threads of a disk, and remembers failures.
 
-    The kernel reports an error of write-back once to each open file, and counts the lost pages as clean. If several
-    threads call `os.fdatasync` for the same descriptor, one of them gets the error, and the others succeed although
-    data is lost; so does every later call, and `os.fdatasync` itself calls again after ``EINTR``. `flush` and all
-    other methods that sync call `sync` of one object instead::
+    The kernel reports a write-back error once per open file, and marks the lost pages clean. If several threads call
+    ``os.fdatasync`` for the same descriptor, one of them gets the error; the others, and all later calls, succeed
+    although data is lost. ``os.fdatasync`` itself calls again after ``EINTR``. Use one object of this class in all
+    methods that sync::
 
         def __init__(self, path):
             self.file = os.open(path, os.O_RDWR)
@@ -33,9 +33,9 @@ class FileSync:
         def flush(self):
             self.file_sync.sync()
 
-    ``files`` are descriptors or objects with a ``fileno()``, synced in this order. They stay the caller's, who closes
-    them. Nothing else may sync them by the same open file: not `os.fsync`, `os.fdatasync`, `mmap.flush`, nor another
-    object of this class. A coroutine calls `sync` by `asyncio.to_thread`.
+    ``files`` are descriptors or objects with a ``fileno()``, synced in this order. The caller closes them. Nothing else
+    may sync them through the same open file: not ``os.fsync``, ``os.fdatasync``, ``mmap.flush`` or another object of
+    this class. A coroutine calls `sync` through ``asyncio.to_thread``.
     """
 
     def __init__(self, *files: FileDescriptorLike) -> None:
@@ -58,7 +58,7 @@ class FileSync:
         return self._failed
 
     def sync(self) -> None:
-        """Make durable what was written before this is called.
+        """Make everything durable that was written before this call.
 
         Raises the `OSError` of ``fdatasync``, which is never repeated; and from then on, on all threads, one with
         ``EIO``: nothing says which writes were lost. Signals are blocked on this thread meanwhile. One sync runs at a

@@ -59,9 +59,9 @@ def isolate(
 ) -> IsolatedServing:
     """Have another process serve a block device in the way that was found for it."""
     if isinstance(target, NativeDisk):
-        raise ValueError(f"{type(target).__name__} is served without Python: there is nothing to isolate")
+        raise ValueError(f"{type(target).__name__} is a native disk: there is nothing to isolate")
     if isinstance(served, PullServing):
-        raise ValueError("pull=True leaves requests to this program: it cannot be isolated from them")
+        raise ValueError("isolated=True cannot be combined with pull=True")
     return IsolatedServing(target, served, report, options)
 
 
@@ -233,7 +233,7 @@ class RemoteDevice:
     def _ask(self, question: str, *arguments: object) -> Any:
         if self._owner != os.getpid():
             raise UblkError(
-                errno.ESRCH, f"{self.path} is a device of process {self._owner}, from which this was forked"
+                errno.ESRCH, f"{self.path} belongs to process {self._owner}, from which this one was forked"
             )
         if question not in self._last:
             try:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Disks that the engine serves by itself, without Python."""
+"""Native disks, which the engine serves without Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class NativeDisk:
-    """What `Null`, `Mem`, `File` and `Zoned` have in common."""
+    """Base class of `Null`, `Mem`, `File` and `Zoned`."""
 
     # Whether the disk's data ends with this process.
     _in_memory = False
@@ -49,9 +49,9 @@ class NativeDisk:
         coalesce_usecs: int = 0,
         _driver: FakeDriver | None = None,
     ) -> Device:
-        """Make the device and serve it; return when its node can be used. As `BlockDevice.start`.
+        """Create the device, serve it, and return when its node is ready; see `BlockDevice.start`.
 
-        Raises `ValueError` for a ``recoverable`` disk in memory: its data ends with this process.
+        Raises `ValueError` for a ``recoverable`` disk in memory, whose data is lost with this process.
         """
         from ublk._device import Device
 
@@ -72,24 +72,25 @@ class NativeDisk:
 
     def _serve(self, report: Report, *, workers: object, pull: bool, loop_factory: object) -> Serving:
         if workers is not None or pull or loop_factory is not None:
-            raise ValueError(f"{type(self).__name__} is served without Python: no workers, no event loop, no requests")
+            name = type(self).__name__
+            raise ValueError(f"{name} is a native disk: it cannot be combined with workers, an event loop or pull=True")
         return NativeServing(self._native, self._native.operations, report)
 
     def _check_size(self, size: int) -> None:
         room = self._room()
         if room is not None and size > room:
-            raise ValueError(f"size = {size}: there are {room} bytes behind {self!r}")
+            raise ValueError(f"size = {size}: exceeds the backing store of {self!r} ({room} bytes)")
 
     def _check_recovery(self) -> None:
-        """Refuse to have another server after this one, or to be one, if no data outlives a server."""
+        """Refuse recovery if the data is lost with this process."""
         if self._in_memory:
             raise ValueError(
-                f"{type(self).__name__}: the disk's data is in this process's memory and ends with it, so that"
-                " nothing could be recovered; use File, or Zoned with a directory"
+                f"{type(self).__name__}: the disk's data is in this process's memory and is lost with it;"
+                " use File, or Zoned with a directory"
             )
 
     def _room(self) -> int | None:
-        """Tell how many bytes there are, if there is a limit."""
+        """Return the size of the backing store, or None if there is no limit."""
         return self._made_for
 
     def _describe(self) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class NativeDisk:
 
 
 class Null(NativeDisk):
-    """A disk that accepts everything, stores nothing, and reads as whatever was in memory: for measurements."""
+    """Disk that accepts every request and stores nothing, for measurements. Reads return undefined data."""
 
     def __init__(self, size: int, *, block_size: int = 512) -> None:
         super().__init__(NativeTarget.null(size, block_size))
@@ -122,7 +123,7 @@ class Null(NativeDisk):
 
 
 class Mem(NativeDisk):
-    """A RAM disk. Its content is the object's: it is there again when the object is started again.
+    """RAM disk. The object owns the content, which is still there when it is started again.
 
     It cannot be ``recoverable``.
     """
@@ -134,11 +135,11 @@ class Mem(NativeDisk):
 
 
 class File(NativeDisk):
-    """A disk in a file or on a block device.
+    """Disk stored in a file or on a block device.
 
-    The file is opened and locked when the object is made (`UblkError` with ``EAGAIN`` or ``EBUSY`` if somebody else has
-    it), and closed when the object is gone. ``direct`` is whether to go round the page cache; by default where the
-    file system can. ``block_size`` is by default the smallest that the file can serve.
+    The file is opened and locked when the object is created (`UblkError` with ``EAGAIN`` or ``EBUSY`` if it is in use),
+    and closed when the object is destroyed. ``direct`` selects ``O_DIRECT``; by default it is used if the file system
+    supports it. ``block_size`` is by default the smallest that the file supports.
     """
 
     def __init__(
@@ -157,11 +158,11 @@ class File(NativeDisk):
 
 
 class Zoned(NativeDisk):
-    """A zoned disk, in memory, or with a file for each zone in ``directory``. Linux 6.6.
+    """Zoned disk, in memory or with one file per zone in ``directory``. Linux 6.6.
 
-    Sizes are bytes, ``zone_size`` a power of two. The first ``conventional`` zones can be written anywhere.
-    ``max_open`` and ``max_active`` limit open and active zones; 0 is for no limit. Only a disk in files can be
-    ``recoverable``.
+    Sizes are in bytes; ``zone_size`` is a power of two. The first ``conventional`` zones can be written anywhere.
+    ``max_open`` and ``max_active`` limit the number of open and active zones; 0 means no limit. Only a disk in a
+    directory can be ``recoverable``.
     """
 
     def __init__(

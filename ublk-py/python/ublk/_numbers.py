@@ -17,5 +17,5 @@ def number(name: str, value: SupportsIndex, bits: int) -> int:
     except TypeError:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
     if not 0 <= integer < 1 << bits:
-        raise ValueError(f"{name} = {integer}: 0 to {(1 << bits) - 1} are possible")
+        raise ValueError(f"{name} = {integer}: must be from 0 to {(1 << bits) - 1}")
     return integer

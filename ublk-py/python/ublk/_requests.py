@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Requests as objects, and the iterators that programs take them from."""
+"""Requests as objects, and iterators over the requests of a device."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _GRACE_SECONDS = 1.0
 
 
 class Op(enum.StrEnum):
-    """What a request asks for. Equal to its name: ``Op.READ == "read"``."""
+    """Operation of a request. Equal to its name: ``Op.READ == "read"``."""
 
     READ = "read"
-    """Fill the buffer with what the disk holds."""
+    """Fill the buffer with data of the disk."""
     WRITE = "write"
     """Store the buffer."""
     FLUSH = "flush"
@@ -44,11 +44,11 @@ class Op(enum.StrEnum):
     DISCARD = "discard"
     """The range's content is no longer needed."""
     WRITE_ZEROES = "write_zeroes"
-    """The range reads as zeros afterwards."""
+    """Zero the range."""
 
 
 def dropped(what: str) -> None:
-    """Tell that a request went without an end; called where its last reference goes."""
+    """Log that a request was dropped without an answer; called where its last reference goes."""
     frame = sys._getframe().f_back
     if frame is None or frame.f_code.co_filename == threading.__file__:
         place = "when its handler had returned"
@@ -56,7 +56,7 @@ def dropped(what: str) -> None:
         place = f"at {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
     left_out = _dropped.admit(place)
     if left_out is not None:
-        text = "request %s was dropped %s and gets EIO: end requests by complete() or fail()%s"
+        text = "request %s was dropped %s without an answer, and fails with EIO: call complete() or fail()%s"
         log(logging.WARNING, text, what, place, also(left_out))
 
 
@@ -65,11 +65,11 @@ def _unfinished(hand: list[weakref.ref[Request]]) -> list[Request]:
 
 
 class Requests:
-    """The requests of a device, to be taken one at a time, by ``for`` or by ``async for``.
+    """Iterator over the requests of a device, for ``for`` and ``async for``.
 
-    Several threads and tasks may iterate at the same time: each request goes to one of them. The iteration ends
-    with the device. Whoever leaves it early and is the last one leaves the device without a server: what still
-    comes fails with ``EIO``.
+    Several threads and tasks may iterate concurrently: each request goes to one of them. The iteration ends with the
+    device. When the last iteration is left early, the device has no server any more: further requests fail with
+    ``EIO``.
     """
 
     def __init__(self, queues: Sequence[PullQueue], error: Callable[[], BaseException | None]) -> None:
@@ -81,7 +81,7 @@ class Requests:
         self._hands: dict[object, list[weakref.ref[Request]]] = {}
 
     def __iter__(self) -> Iterator[Request]:
-        """Wait for requests in this thread. In the main thread, Ctrl-C interrupts that."""
+        """Wait for requests in this thread. In the main thread, Ctrl-C interrupts the wait."""
         with self._consumer() as (descriptors, hand), _signals.wakeup_fd() as signalled:
             poller = select.poll()
             if signalled is not None:

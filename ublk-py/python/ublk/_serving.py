@@ -231,9 +231,9 @@ def _zone_methods(target: BlockDevice) -> Handlers:
             raise TypeError(f"{name} has {written[0]}(), but no zone_size")
         return {}
     if report is None or found["zone_reset"] is None:
-        raise TypeError(f"{name} has a zone_size, and not the methods report_zones and zone_reset")
+        raise TypeError(f"{name} has a zone_size but lacks the methods report_zones and zone_reset")
     if any(map(_is_coroutine, (report, *found.values()))):
-        raise TypeError(f"{name}: the methods for zones are plain ones")
+        raise TypeError(f"{name}: zone methods must be plain methods, not coroutines")
     return {**found, "zone_reset_all": target.zone_reset_all, "report_zones": reporter(target, report)}
 
 
@@ -329,30 +329,30 @@ def choose(
     handle = target._overridden("handle")
     coroutines = [op for op in written if _is_coroutine(methods[op])]
     if (pull or handle is not None) and target.zone_size:
-        raise ValueError(f"{name} is zoned: plain methods serve it")
+        raise ValueError(f"{name} is zoned: only plain methods can serve it")
     if pull:
         if written or handle is not None or target._overridden("map") is not None:
-            raise TypeError(f"{name} has methods, which pull=True would never call")
+            raise TypeError(f"{name} has handler methods, which are never called with pull=True")
         if workers is not None or loop_factory is not None:
-            raise ValueError("pull=True leaves threads and loops to the program")
+            raise ValueError("pull=True cannot be combined with workers or an event loop: the program handles requests")
         return PullServing({"extents": target._extents}, _declared(target), report)
     if handle is not None:
         others = [*written, *(["map"] if target._overridden("map") is not None else [])]
         if others:
-            raise TypeError(f"{name} has handle() and {others[0]}(): which one is meant?")
+            raise TypeError(f"{name} defines both handle() and {others[0]}(): define only one of them")
         if _is_coroutine(handle):
-            raise TypeError(f"{name}.handle is a coroutine function; `async for` over a pulling device does that")
+            raise TypeError(f"{name}.handle must not be a coroutine function; use pull=True and `async for` instead")
         if workers is not None or loop_factory is not None:
-            raise ValueError("handle() runs on the threads of the queues: no workers, no event loop")
+            raise ValueError("handle() runs on the queue threads and cannot be combined with workers or an event loop")
         return BatchServing({"handle": handle}, _declared(target), report)
     mapping = target._overridden("map")
     zones = _zone_methods(target)
     if zones and (coroutines or mapping is not None):
-        raise ValueError(f"{name} is zoned: plain methods serve it, and no map()")
+        raise ValueError(f"{name} is zoned: only plain methods can serve it, not map()")
     if methods["read"] is None and mapping is None:
         raise TypeError(f"{name} has no read(self, offset, buf) method")
     if workers is not None and coroutines:
-        raise ValueError(f"{name}.{coroutines[0]} is a coroutine function: workers are for plain methods")
+        raise ValueError(f"{name}.{coroutines[0]} is a coroutine function, which workers cannot call")
     if loop_factory is not None and not coroutines:
         raise ValueError(f"{name} has no coroutine methods for an event loop")
     handlers: Handlers = {**methods, "extents": target._extents}
@@ -360,7 +360,7 @@ def choose(
         handlers["zones"] = zones
     if mapping is not None:
         if _is_coroutine(mapping):
-            raise TypeError(f"{name}.map is a coroutine function; it is called on the threads of the queues")
+            raise TypeError(f"{name}.map must not be a coroutine function: it is called on the queue threads")
         handlers |= {"read": target.read, "map": mapping}
         written = [*_declared(target), *written]
     operations = sorted(set(written))
@@ -376,4 +376,4 @@ def _declared(target: BlockDevice) -> list[str]:
     try:
         return sorted({Op(operation) for operation in target.operations} | {Op.READ})
     except ValueError as error:
-        raise ValueError(f"{type(target).__name__}.operations: {error}; there are {', '.join(Op)}") from None
+        raise ValueError(f"{type(target).__name__}.operations: {error}; valid operations: {', '.join(Op)}") from None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""What a device has done."""
+"""Statistics of a device."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class OpStats:
-    """What one operation has done on a device since this process serves it."""
+    """Statistics of one operation since this process has served the device."""
 
     requests: int
-    """How many have ended."""
+    """Number of completed requests, failed ones included."""
     bytes: int
-    """Bytes of those that succeeded."""
+    """Bytes of successful requests."""
     errors: int
-    """How many have failed."""
+    """Number of failed requests."""
     mean: float
-    """Seconds from the wake-up that brought a request to its end; so are those below, exact to a sixteenth."""
+    """Mean latency in seconds, from the wake-up that brought a request to its completion.
+
+    The other latencies have the same unit, and an error of at most 1/16.
+    """
     p50: float
     p99: float
     p99_9: float
@@ -37,14 +40,14 @@ class OpStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a device has done since this process serves it."""
+    """Statistics of a device since this process has served it."""
 
     operations: dict[str, OpStats]
-    """By name, for each operation that has come."""
+    """Statistics by operation name, for operations that have occurred."""
     entries: int
-    """How often Python was entered for requests: once per wake-up, however many there were."""
+    """Number of times that Python was entered for requests, once per wake-up."""
 
     @property
     def requests(self) -> int:
-        """Requests of all kinds."""
+        """Number of requests of all operations."""
         return sum(operation.requests for operation in self.operations.values())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""The devices of the system, whoever serves them, and what the driver can do."""
+"""Devices of the system, and features of the driver."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ublk import _ublk
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What the driver knows about a device, whoever made it."""
+    """Information about a device of the system, as the driver reports it."""
 
     id: int
     path: str
     state: str
-    """``LIVE``; ``DEAD`` without a disk; ``QUIESCED`` or ``FAIL_IO`` while its server is gone."""
+    """``LIVE``, ``DEAD`` (without a disk), ``QUIESCED`` or ``FAIL_IO`` (without a server)."""
     pid: int | None
-    """The server's process, None without one."""
+    """Process ID of the server; None without one."""
     queues: int
     depth: int
     size: int
@@ -26,41 +26,42 @@ class DeviceInfo:
     max_io_bytes: int
     read_only: bool
     recovery: str | None
-    """What becomes of requests when the server is gone: ``queue``, ``reissue`` or ``fail-io``; None if the disk goes
-    too."""
+    """Recovery mode ``queue``, ``reissue`` or ``fail-io``; None if the device is removed with its server."""
 
 
 class SystemDevice:
-    """A device of the system, whoever serves it; made by `open`. Closing it is not needed."""
+    """Device of the system, whichever process serves it; returned by `open`. It need not be closed."""
 
     def __init__(self, id: int) -> None:
         self.id = id
         """The number N of ``/dev/ublkbN``."""
         self.path: str = self.info.path
-        """The block device's node."""
+        """Path of the block device."""
 
     @property
     def info(self) -> DeviceInfo:
-        """What the driver knows about it now. Raises `UblkError` with ``ENODEV`` once it is gone."""
+        """Current information about the device. Raises `UblkError` with ``ENODEV`` if it does not exist any more."""
         return DeviceInfo(**_ublk.device(self.id))
 
     def delete(self, *, force: bool = False) -> None:
-        """Stop and delete the device. Raises `UblkError` with ``EBUSY`` if it is open or mounted, unless forced.
+        """Stop and delete the device. Raises `UblkError` with ``EBUSY`` if it is open or mounted, unless ``force``.
 
-        Before Linux 7.0 the driver cannot tell, so that only ``force`` works.
+        Before Linux 7.0 the driver cannot detect that, and ``force`` is required.
         """
         _ublk.delete(self.id, force)
 
     def quiesce(self) -> None:
-        """Ask its server to finish its requests and leave, and wait until it has. Linux 6.16.
+        """Ask the server to complete its requests and leave, and wait until it has. Linux 6.16.
 
-        Requests that come then wait for the next server (`recover`). Only devices that were started with
-        ``recoverable`` have that.
+        Later requests wait for a new server (`recover`). Only for ``recoverable`` devices.
         """
         _ublk.quiesce(self.id)
 
     def resize(self, size: int) -> None:
-        """Change the disk's size in bytes while it is in use. Its server must have room; it is not told. Linux 6.16."""
+        """Change the size of the disk in bytes while it is in use. Linux 6.16.
+
+        The server must have room for it, and is not notified.
+        """
         _ublk.resize(self.id, size)
 
     def __repr__(self) -> str:
@@ -68,15 +69,15 @@ class SystemDevice:
 
 
 def open(id: int) -> SystemDevice:
-    """Find a device by its number. Raises `UblkError` with ``ENODEV`` if there is none."""
+    """Return the device with a number. Raises `UblkError` with ``ENODEV`` if there is none."""
     return SystemDevice(id)
 
 
 def devices() -> list[DeviceInfo]:
-    """List the devices of the system, whoever made them."""
+    """Return the devices of the system, whichever process serves them."""
     return [DeviceInfo(**info) for info in _ublk.devices()]
 
 
 def features() -> dict[str, bool]:
-    """Tell which of the features that this library knows the running driver offers."""
+    """Return which features the running driver supports, by name."""
     return _ublk.features()

@@ -45,19 +45,19 @@ __version__: str
 
 @final
 class Buffer:
-    """The memory of one tag; lent to handlers as a memoryview."""
+    """Memory of one tag, which handlers see as a memoryview."""
 
 @final
 class Request:
-    """One request of the block layer, to be ended once, at any time and from any thread.
+    """Request of the block layer, to be completed or failed once, at any time and from any thread.
 
-    A request that is dropped without an end fails with ``EIO``, and the log says where that was. As a context
-    manager it ends with the block: as done, or with the errno of the block's exception.
+    A request that is dropped without an answer fails with ``EIO``, and the log shows where. As a context manager it is
+    completed at the end of the block, or fails with the errno of the block's exception.
     """
 
     @property
     def op(self) -> Op:
-        """What the request asks for."""
+        """Operation of the request."""
 
     @property
     def offset(self) -> int:
@@ -69,35 +69,35 @@ class Request:
 
     @property
     def fua(self) -> bool:
-        """Whether a write must be durable before it is acknowledged.
+        """Whether the write must be durable before it is acknowledged (FUA).
 
-        Linux sends this only to disks that have said they can do so; others get a flush after the write.
+        Linux sends FUA writes only to disks that advertise them; others get a flush after the write.
         """
 
     @property
     def no_unmap(self) -> bool:
-        """Whether zeroed space must stay allocated."""
+        """Whether zeroed blocks must stay allocated."""
 
     @property
     def queue(self) -> int:
-        """Number of the hardware queue that the request came through."""
+        """Number of the hardware queue that delivered the request."""
 
     @property
     def done(self) -> bool:
-        """Whether the request has ended."""
+        """Whether the request has been completed or failed."""
 
     @property
     def buffer(self) -> memoryview:
-        """The request's own memory: what a write carries (read-only), or where a read's data goes.
+        """The request's own memory, with the data of a write (read-only) or for the data of a read.
 
-        Lent until the request ends. Empty for requests without data. Raises `ValueError` afterwards.
+        Valid until the request ends; raises `ValueError` afterwards. Empty for requests without data.
         """
 
     def complete(self) -> None:
-        """End the request as done, in full. Raises `ValueError` if it has ended before."""
+        """Complete the request in full. Raises `ValueError` if it has ended already."""
 
     def fail(self, errno: int = 5) -> None:
-        """End the request as failed, with an errno. Raises `ValueError` if it has ended before."""
+        """Fail the request with an errno. Raises `ValueError` if it has ended already."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -108,18 +108,18 @@ class Request:
 
 @final
 class Extent:
-    """Where a range of a disk lies: ``length`` bytes of a file, from its byte ``offset`` on.
+    """Location of a range of a disk: ``length`` bytes of a file, starting at ``offset``.
 
-    The range begins at the byte of the disk that `BlockDevice.map` was asked for, or at ``start``, which may be before
-    that. It may be longer or shorter than what was asked for.
+    The range starts at the offset of the disk that `BlockDevice.map` was called for, or at ``start``, which may be
+    lower. It may be longer or shorter than the request.
 
-    ``file`` is a descriptor or an object with a ``fileno()``: a regular file or a block device, open for what is to be
-    done. The program may close its own afterwards. A ``stable`` extent is kept, and Python is not asked again for
-    requests of the same kind inside it, until `BlockDevice.invalidate` takes it back.
+    ``file`` is a descriptor or an object with a ``fileno()``: a regular file or a block device, opened for the required
+    access. The program may close it afterwards. A ``stable`` extent is cached until `BlockDevice.invalidate` withdraws
+    it: `BlockDevice.map` is not called for requests of the same operation inside it.
 
-    Only one disk may write to an open file, and nothing but its `BlockDevice.flush` may sync it: the kernel reports
-    lost writes once to each open file, and whatever takes the error leaves the disk's flushes to succeed. Disks that
-    share a file open it once each.
+    Only one disk may write to an open file, and only its `BlockDevice.flush` may sync it: the kernel reports lost writes
+    once per open file, and the flushes of a disk succeed if something else has received the error. Disks that share a
+    file must each open it.
     """
 
     def __new__(
@@ -136,7 +136,7 @@ class Extent:
 
 @final
 class Zeros:
-    """A range of a disk that reads as zeros, from the byte asked for or from ``start`` on; otherwise as `Extent`."""
+    """Range of a disk that reads as zeros; see `Extent` for the parameters."""
 
     def __new__(cls, length: int, *, start: int | None = None, stable: bool = False) -> Zeros: ...
     @property

@@ -22,17 +22,17 @@ _SECTOR = 512
 
 
 class ZoneCondition(enum.IntEnum):
-    """What a zone is ready for; the kernel's numbers."""
+    """Condition of a zone; the values are the kernel's."""
 
     CONVENTIONAL = 0
-    """It has no write pointer: anything can be written anywhere."""
+    """Without a write pointer; can be written anywhere."""
     EMPTY = 1
     IMPLICITLY_OPEN = 2
     """Opened by a write."""
     EXPLICITLY_OPEN = 3
     """Opened by a command."""
     CLOSED = 4
-    """Written to, and not open."""
+    """Partly written, and not open."""
     READ_ONLY = 13
     FULL = 14
     OFFLINE = 15
@@ -54,9 +54,9 @@ class Zone:
     start: int
     """First byte."""
     length: int
-    """The disk's zone size; less for the last zone of some disks."""
+    """The disk's zone size; the last zone may be shorter."""
     write_pointer: int
-    """Where the next write belongs, an offset on the disk; means nothing for conventional and full zones."""
+    """Offset on the disk of the next write; meaningless for conventional and full zones."""
     condition: ZoneCondition
     capacity: int | None = None
     """How many bytes can be written; by default all."""
@@ -80,11 +80,11 @@ def _check(zone: Zone, start: int, size: int, zone_size: int) -> None:
     length = min(zone_size, size - start)
     capacity = length if zone.capacity is None else zone.capacity
     if zone.start != start:
-        raise ValueError(f"report_zones() gives a zone at {zone.start} where that at {start} belongs")
+        raise ValueError(f"report_zones() returned a zone at {zone.start} instead of the one at {start}")
     if zone.length != length:
         raise ValueError(f"report_zones(): the zone at {start} has {length} bytes, not {zone.length}")
     if not 0 < capacity <= length:
-        raise ValueError(f"report_zones(): the zone at {start} with {length} bytes has no capacity of {capacity}")
+        raise ValueError(f"report_zones(): the zone at {start} with {length} bytes has an invalid capacity: {capacity}")
     if zone.condition in _WRITABLE and not start <= zone.write_pointer <= start + capacity:
         raise ValueError(f"report_zones(): the write pointer {zone.write_pointer} is not in the zone at {start}")
 
@@ -101,7 +101,7 @@ def reporter(
         starts = range(first, size, zone_size)[: len(buf) // _LAYOUT.size]
         zones = list(itertools.islice(report_zones(first, len(starts)), len(starts)))
         if len(zones) < len(starts):
-            raise ValueError(f"report_zones({first}, {len(starts)}) gives {len(zones)} zones")
+            raise ValueError(f"report_zones({first}, {len(starts)}) returned {len(zones)} zones")
         # The kernel takes zeros for the end of the zones.
         buf[:] = bytes(len(buf))
         for number, (start, zone) in enumerate(zip(starts, zones, strict=True)):

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Try block devices in this process: on any machine, without a kernel, without privileges.
+"""Test block devices in this process: on any machine, without the kernel's driver, without privileges.
 
-`open` serves a `BlockDevice` on a stand-in for the driver, by the same engine, with the same buffers, checks and errors
-as in earnest, and gives a file on it::
+`ublk.testing.open` serves a `ublk.BlockDevice` on a stand-in for the driver, with the real engine, buffers, checks and
+errors, and returns a binary file::
 
     with ublk.testing.open(MyDisk(1 << 20)) as file:
         file.pwrite(4096, b"x" * 4096)
         assert file.pread(4096, 4096) == b"x" * 4096
 
-The memory of a read is filled with `POISON` before its handler runs, so that bytes that the handler leaves untouched
-are seen. What it does not have is the block layer's: no page cache, no reordering, no partitions.
+The memory of a read is filled with `ublk.testing.POISON` before its handler runs, so that bytes that the handler leaves
+unwritten are visible. The block layer is not simulated: there is no page cache, no reordering and no partitions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["POISON", "File", "open"]
 
 POISON = 0xA5
-"""Each byte of a read that its handler has not filled."""
+"""Value of each byte of a read that its handler has not written."""
 
 # The block layer counts the sectors of a request in 32 bits.
 _MAX_SECTORS = (1 << 32) - 1
@@ -73,14 +73,14 @@ class _Ranges:
 
 
 class File(io.RawIOBase):
-    """A disk as an unbuffered file; made by `open`.
+    """Unbuffered binary file on a disk; returned by `ublk.testing.open`.
 
-    Offsets and lengths are bytes. What is longer than a request can be becomes several. What does not begin and end
-    with a block is read, changed and written back, as the page cache does. A request that fails raises `OSError`
-    with its errno. Threads may use `pread`, `pwrite` and the other methods that take offsets at the same time.
+    Offsets and lengths are in bytes. Long transfers become several requests; transfers that are not whole blocks are
+    read, modified and written back, as the page cache does. A failed request raises `OSError` with its errno. The
+    methods that take an offset may be called from several threads concurrently.
 
-    Closing flushes and stops the device; so does leaving the ``with`` block, unless by an exception: then nothing is
-    flushed, as with `abort`. If stopping fails, the file is still open, and closing it again tries again.
+    Closing flushes and stops the device. So does leaving the ``with`` block, except by an exception, which acts like
+    `abort`. If stopping fails, the file stays open, and closing it again retries.
     """
 
     # Whether its device was stopped in order.
@@ -89,7 +89,7 @@ class File(io.RawIOBase):
     def __init__(self, disk: BlockDevice | NativeDisk, **options: Any) -> None:
         super().__init__()
         if options.get("isolated"):
-            raise ValueError("a disk without a kernel is served in this process: it cannot be isolated")
+            raise ValueError("isolated=True is not supported without a kernel")
         self._driver = _ublk.FakeDriver()
         self._position = 0
         self._ranges = _Ranges()
@@ -123,15 +123,15 @@ class File(io.RawIOBase):
         return True
 
     def writable(self) -> bool:
-        """Whether the disk has a way to write."""
+        """Whether the disk can be written."""
         return not self.device.read_only
 
     def tell(self) -> int:
-        """Tell where the next `read` or `write` begins."""
+        """Return the current position."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move there."""
+        """Set the current position, and return it."""
         bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
         if whence not in bases:
             raise ValueError(f"invalid whence ({whence}, should be {', '.join(map(str, bases))})")
@@ -142,7 +142,7 @@ class File(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Buffer, /) -> int:
-        """Read from the present position on; less at the disk's end."""
+        """Read from the current position; fewer bytes at the end of the disk."""
         view = memoryview(buffer).cast("B")
         length = min(len(view), max(self.size - self._position, 0))
         data = self.pread(self._position, length) if length else b""
@@ -151,7 +151,7 @@ class File(io.RawIOBase):
         return len(data)
 
     def write(self, data: Buffer, /) -> int:
-        """Write at the present position; ``ENOSPC`` beyond the disk's end."""
+        """Write at the current position. Raises `OSError` (``ENOSPC``) beyond the end of the disk."""
         count = self.pwrite(self._position, data)
         self._position += count
         return count
@@ -164,7 +164,7 @@ class File(io.RawIOBase):
         return b"".join(parts)[offset - first :][:length]
 
     def pwrite(self, offset: int, data: Buffer) -> int:
-        """Write a range, and tell its length."""
+        """Write a range, and return its length."""
         if not self.writable():
             raise io.UnsupportedOperation("the disk is read-only")
         content = memoryview(data).cast("B").tobytes()
@@ -185,13 +185,13 @@ class File(io.RawIOBase):
         return length
 
     def flush(self) -> None:
-        """Make what was written durable; nothing, for disks without a cache. ``ENODEV`` if the device has ended."""
+        """Flush the disk's write cache, if it has one. Raises `OSError` (``ENODEV``) if the device has ended."""
         # The base class's `close` calls this too, when a file is collected also for a device that could not be started.
         if not self.closed and not self._stopped and hasattr(self, "device") and "flush" in self.device.operations:
             self._driver.flush(self.device.id)
 
     def discard(self, offset: int, length: int) -> None:
-        """Forget whole blocks; ``EOPNOTSUPP`` if the disk cannot."""
+        """Discard whole blocks. Raises `OSError` (``EOPNOTSUPP``) if the disk does not support it."""
         if "discard" not in self.device.operations:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         self._check_aligned(offset, length)
@@ -200,7 +200,7 @@ class File(io.RawIOBase):
                 self._driver.discard(self.device.id, at, size)
 
     def write_zeroes(self, offset: int, length: int) -> None:
-        """Zero whole blocks; by writing them, if the disk has no better way."""
+        """Zero whole blocks, by writing zeros if the disk has no ``write_zeroes``."""
         self._check_aligned(offset, length)
         if "write_zeroes" in self.device.operations:
             with self._ranges.locked(offset, offset + length, alone=False):
@@ -211,7 +211,7 @@ class File(io.RawIOBase):
                 self.pwrite(at, bytes(size))
 
     def close(self) -> None:
-        """Stop the device. Raises `AssertionError` if the library has broken a rule of the driver."""
+        """Flush and stop the device. Raises `AssertionError` if the library has violated the driver's protocol."""
         if self.closed:
             return
         if hasattr(self, "device"):
@@ -225,9 +225,9 @@ class File(io.RawIOBase):
             self._stop()
 
     def abort(self) -> None:
-        """Stop the device as if the power had gone.
+        """Stop the device as a power cut would.
 
-        Nothing is flushed, requests in flight fail, and tasks that serve them are cancelled. Raises as `close`.
+        Nothing is flushed, requests in flight fail, and their tasks are cancelled. Raises like `close`.
         """
         if not self.closed:
             self._stop(timeout=0, cancel=True)
@@ -259,16 +259,17 @@ class File(io.RawIOBase):
 
     def _check(self, offset: int, length: int, code: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise OSError(code, f"{offset}+{length} is not on a disk of {self.size} bytes")
+            raise OSError(code, f"{offset}+{length} exceeds the disk of {self.size} bytes")
 
     def _check_aligned(self, offset: int, length: int) -> None:
         if not self.writable():
             raise io.UnsupportedOperation("the disk is read-only")
         self._check(offset, length, errno.EINVAL)
         if offset % self.device.block_size or length % self.device.block_size:
-            raise OSError(errno.EINVAL, f"{offset}+{length} is not whole blocks of {self.device.block_size} bytes")
+            block = self.device.block_size
+            raise OSError(errno.EINVAL, f"{offset}+{length} is not a multiple of the block size ({block})")
 
 
 def open(disk: BlockDevice | NativeDisk, **options: Any) -> File:
-    """Serve a block device and give a file on its disk. The options are those of `BlockDevice.start`."""
+    """Serve a block device and return a file on it. The options are those of `ublk.BlockDevice.start`."""
     return File(disk, **options)

@@ -49,13 +49,13 @@ fn target(args: &Args, size: Option<u64>) -> Result<Arc<dyn Target>> {
         return Err(Error::invalid("file", file.display(), "only for -t file and -t zoned"));
     }
     if args.count > 1 && (args.file.is_some() || args.id.is_some()) {
-        return Err(Error::invalid("count", args.count, "one device has this file or number"));
+        return Err(Error::invalid("count", args.count, "cannot be combined with --file or --number"));
     }
     if args.count > 1 && args.recovery.is_some() {
-        return Err(Error::invalid("count", args.count, "a server of several devices cannot be replaced"));
+        return Err(Error::invalid("count", args.count, "cannot be combined with --recovery"));
     }
     if args.shared_memory.is_some() && (args.recovery.is_some() || args.count > 1) {
-        let rule = "neither with --recovery, whose next server would not know its number, nor with --count";
+        let rule = "cannot be combined with --recovery or --count";
         return Err(Error::invalid("shared memory", true, rule));
     }
     let block = args.block_size.unwrap_or(512);
@@ -134,7 +134,7 @@ impl Args {
         let (target, access) = match self.kind {
             // It stores nothing, and so suits any disk.
             Kind::Null => return Ok(()),
-            Kind::Mem => return Err(Error::invalid("type", "mem", "a disk in memory has no next server")),
+            Kind::Mem => return Err(Error::invalid("type", "mem", "a disk in memory cannot be recovered")),
             Kind::File => {
                 let file = file(self, Some(disk.size), |path, options| File::examine(path, options))?;
                 (file.params(), file.access())
@@ -154,7 +154,7 @@ impl Args {
 fn shape(args: &Args, params: Params) -> Result<Params> {
     let mut params = args.shape.apply(params)?;
     if params.integrity.is_some() && !matches!(args.kind, Kind::Mem | Kind::File) {
-        return Err(Error::invalid("integrity", "metadata", "only -t mem and -t file keep it"));
+        return Err(Error::invalid("integrity", "metadata", "only supported by -t mem and -t file"));
     }
     params.read_only |= args.read_only;
     Ok(params)
@@ -222,7 +222,7 @@ mod tests {
         let refused = |args: Args| args.check_successor(device.control(), device.info()).unwrap_err().to_string();
         for (line, words) in [
             (&["--write-cache", "on", "--max-io", "256K"], "no write cache"),
-            (&["--write-cache", "off", "--max-io", "64K"], "longest request"),
+            (&["--write-cache", "off", "--max-io", "64K"], "maximum request size"),
         ] {
             let message = refused(args(&image, line));
             assert!(message.contains(words), "{message}");

@@ -45,7 +45,7 @@ struct Job {
 impl Ends {
     pub(super) fn new() -> Result<Self, Failure> {
         let news = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        let news = news.map_err(|errno| Failure::Text(format!("making an eventfd: {errno}")))?;
+        let news = news.map_err(|errno| Failure::Text(format!("creating an eventfd: {errno}")))?;
         Ok(Ends(Arc::new(Shared { state: Mutex::default(), news })))
     }
 
@@ -60,7 +60,7 @@ impl Ends {
         drop(state);
         let shared = self.0.clone();
         if let Err(error) = thread::Builder::new().name("ublk-end".into()).spawn(move || shared.work()) {
-            log::warn!("starting a thread: {error}; devices are ended one after the other");
+            log::warn!("cannot start a thread: {error}; stopping devices one after the other");
             self.0.work();
         }
     }

@@ -63,7 +63,7 @@ struct EventWaker(EventFd);
 impl Waker for EventWaker {
     fn wake(&self) {
         if let Err(errno) = self.0.write(1) {
-            log::error!("waking a ring thread: {errno}");
+            log::error!("cannot wake a ring thread: {errno}");
         }
     }
 }

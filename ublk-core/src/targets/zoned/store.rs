@@ -90,7 +90,10 @@ impl Files {
             let blocks = len / u64::from(block) * u64::from(block);
             let is_longer = !is_conventional && blocks != len;
             if is_longer {
-                log::warn!("{} ends within a block, at byte {len}; its zone is written up to {blocks}", path.display());
+                log::warn!(
+                    "{} ends within a block, at byte {len}; setting its write pointer to {blocks}",
+                    path.display()
+                );
             }
             written.push((!is_conventional).then_some(blocks));
             longer.push(is_longer.into());
@@ -182,7 +185,7 @@ impl Store {
         if let Store::Files(files) = self
             && let Err(error) = files.cut(zone, written)
         {
-            log::error!("zoned: cutting zone {zone} to {written} bytes after a write that failed: {error}");
+            log::error!("zoned: cannot truncate zone {zone} to {written} bytes after a failed write: {error}");
         }
     }
 
