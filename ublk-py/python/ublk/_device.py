@@ -64,10 +64,10 @@ _exiting = False
 
 
 class Device:
-    """A running block device; made by `BlockDevice.start`.
+    """Running block device; returned by `BlockDevice.start`.
 
-    A context manager: leaving the block stops and deletes the device, also by an exception. All methods
-    may be called from any thread.
+    A context manager: leaving the block, also by an exception, stops and deletes the device. All methods may be called
+    from any thread.
     """
 
     def __init__(self) -> None:
@@ -299,17 +299,17 @@ class Device:
 
     @property
     def path(self) -> str:
-        """The block device's node, ``/dev/ublkbN``."""
+        """Path of the block device, ``/dev/ublkbN``."""
         return str(self._native.path)
 
     @property
     def queues(self) -> int:
-        """How many hardware queues the driver made."""
+        """Number of hardware queues that the driver created."""
         return self._native.queues
 
     @property
     def depth(self) -> int:
-        """How many requests each queue holds."""
+        """Maximum number of requests in flight per queue."""
         return self._native.depth
 
     @property
@@ -324,48 +324,45 @@ class Device:
 
     @property
     def read_only(self) -> bool:
-        """Whether the disk refuses writes."""
+        """Whether the disk is read-only."""
         return bool(self._description["read_only"]) or "write" not in self.operations
 
     @property
     def operations(self) -> frozenset[str]:
-        """What the disk can do beside being read: of ``write``, ``flush``, ``discard``, ``write_zeroes``."""
+        """Operations that the disk supports besides reads (``write``, ``flush``, ``discard``, ``write_zeroes``)."""
         return frozenset(map(str, self._serving.operations)) - {"read"}
 
     @property
     def max_io_bytes(self) -> int:
-        """Longest read or write in bytes."""
+        """Maximum size of a read or write in bytes."""
         return self._native.max_io_bytes
 
     @property
     def recovery(self) -> str | None:
-        """What becomes of requests when this process is gone: ``queue``, ``reissue`` or ``fail-io``.
-
-        None if the disk goes too.
-        """
+        """Recovery mode ``queue``, ``reissue`` or ``fail-io``; None if the device is removed with its server."""
         return self._native.recovery
 
     @property
     def can_be_left(self) -> bool:
-        """Whether `quiesce` works: for recoverable devices, from Linux 6.16 on."""
+        """Whether `quiesce` is supported (recoverable devices, Linux 6.16)."""
         return self._native.can_be_left
 
     @property
     def info(self) -> DeviceInfo:
-        """What the driver knows about the device."""
+        """Information about the device, as the driver reports it."""
         return DeviceInfo(**_ublk.device(self.id))
 
     @property
     def data(self) -> str:
-        """How data moves: ``copy``, ``user-copy``, ``zero-copy``, ``auto-zero-copy``."""
+        """How data moves (``copy``, ``user-copy``, ``zero-copy`` or ``auto-zero-copy``)."""
         return self._native.data
 
     def stats(self) -> Stats:
-        """Tell what the device has done since this process serves it."""
+        """Return statistics since this process has served the device."""
         return Stats(OpStats._all(self._native.stats()), self._native.entries)
 
     def resize(self, size: SupportsIndex) -> None:
-        """Change the disk's capacity while it is in use. Linux 6.16.
+        """Change the size of the disk while it is in use. Linux 6.16.
 
         The block device must be able to serve the new size when it grows; its ``size`` follows.
         """
@@ -375,7 +372,7 @@ class Device:
         self._description["size"] = self._target.size = size
 
     def share_memory(self, file: FileDescriptorLike, *, read_only: bool = False) -> int:
-        """Let clients that map the same file use it for direct I/O without a copy by the driver. Linux 7.1.
+        """Let clients that map the same file do direct I/O with it without a copy. Linux 7.1.
 
         ``file`` is a memfd, or a file on tmpfs or hugetlbfs, of whole pages and up to 4 GiB, as a descriptor or an
         object with a ``fileno()``. If all of a request's memory is in it, in order, then files that serve the request
@@ -388,7 +385,7 @@ class Device:
         return self._shareable().share_memory(file, read_only)
 
     def unshare_memory(self, number: int) -> None:
-        """Take shared memory back, once no request is in it. Raises `UblkError` with ``ENOENT`` if there is none."""
+        """Withdraw shared memory, once no request uses it. Raises `UblkError` with ``ENOENT`` if there is none."""
         self._shareable().unshare_memory(number)
 
     def _shareable(self) -> _ublk.NativeDevice:
@@ -397,7 +394,7 @@ class Device:
         return self._native
 
     def quiesce(self) -> None:
-        """Finish the requests in flight and leave the disk to another server (`recover`); whoever uses it waits.
+        """Complete the requests in flight and leave the disk to another server (`recover`); later requests wait.
 
         For devices that were started with ``recoverable``. Linux 6.16.
         """
@@ -421,11 +418,11 @@ class Device:
 
     @property
     def running(self) -> bool:
-        """Whether the device is served: neither stopped nor about to be."""
+        """Whether the device is being served, neither stopped nor about to be."""
         return not self._native.ending
 
     def requests(self) -> Requests:
-        """Give the requests of a device that was started with ``pull=True``, to be iterated over.
+        """Return an iterator over the requests of a device that was started with ``pull=True``.
 
         By ``for`` or ``async for``; several threads and tasks may do so at once. Each `Request` is to be ended by
         whoever has taken it, and may be so at any time and from any thread.
@@ -435,7 +432,7 @@ class Device:
         return self._serving.requests
 
     def wait_ready(self, timeout: float | None = None) -> bool:
-        """Wait until the start is over and the node can be used; at once unless it was started with ``pull=True``.
+        """Wait until the device's node is ready; returns at once unless the device was started with ``pull=True``.
 
         Return whether it was within ``timeout`` seconds. Raises what the start failed with.
         """
@@ -445,7 +442,7 @@ class Device:
         return over
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the device begins to end: stopped by another thread, or deleted by anyone.
+        """Wait until the device begins to end, stopped by another thread or deleted by any process.
 
         Return whether it did so within ``timeout`` seconds; without a timeout, wait for ever. An exception
         that a handler ended the device with (`SystemExit`, say) is raised here. In the main thread Ctrl-C
@@ -473,7 +470,7 @@ class Device:
         return True
 
     async def wait_async(self) -> None:
-        """Wait until the device begins to end, without blocking the event loop. Raises as `wait`."""
+        """Wait until the device begins to end, without blocking the event loop. Raises like `wait`."""
         loop = event_loop("wait_async")
         ending = asyncio.Event()
         # A loop knows one reader for each descriptor.
@@ -489,7 +486,7 @@ class Device:
             raise self._exception
 
     def stop(self, timeout: float | None = STOP_SECONDS, *, cancel: bool = False) -> None:
-        """Stop and delete the device; again is harmless.
+        """Stop and delete the device. Calling it again has no effect.
 
         What becomes of requests that are in flight:
 
@@ -531,7 +528,7 @@ class Device:
         self._stop(seconds, cancel)
 
     async def stop_async(self, timeout: float | None = STOP_SECONDS, *, cancel: bool = False) -> None:
-        """Stop and delete the device as `stop`, without blocking the event loop, which serves it meanwhile.
+        """Stop and delete the device like `stop`, without blocking the event loop, which serves it meanwhile.
 
         Raises `RuntimeError` in a task that serves a request of this device, which would wait for itself: leave it to
         another task, or raise `SystemExit`.
@@ -859,7 +856,7 @@ def run(
     workers: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Serve a block device until Ctrl-C, SIGTERM or its deletion by somebody else, then return.
+    """Serve a block device until Ctrl-C, SIGTERM or its deletion by another process, then return.
 
     Prints the device's path when it can be used, unless ``quiet``. The arguments are those of
     `BlockDevice.start`. An exception that a handler ended the device with is raised here.
@@ -886,7 +883,7 @@ def recover(
     coalesce_usecs: int = 0,
     _driver: _ublk.FakeDriver | None = None,
 ) -> Device:
-    """Serve a device whose last server is gone, and return when its disk works again.
+    """Serve a recoverable device whose server has left, and return when its disk works again.
 
     The device was started with ``recoverable``, by whatever program. It keeps its shape and queues; the block device
     has to fit them. Of a server that has just died this waits for the driver to notice. Requests that have waited

@@ -117,9 +117,9 @@ class Extent:
     access. The program may close it afterwards. A ``stable`` extent is cached until `BlockDevice.invalidate` withdraws
     it: `BlockDevice.map` is not called for requests of the same operation inside it.
 
-    Only one disk may write to an open file, and only its `BlockDevice.flush` may sync it: the kernel reports lost writes
-    once per open file, and the flushes of a disk succeed if something else has received the error. Disks that share a
-    file must each open it.
+    Only one disk may write to an open file, and only its `BlockDevice.flush` may sync it: the kernel reports lost
+    writes once per open file, and the flushes of a disk succeed if something else has received the error. Disks that
+    share a file must each open it.
     """
 
     def __new__(
