@@ -85,7 +85,7 @@ def test_a_failed_start_leaves_nothing(driver):
         ({"size": SIZE, "block_size": 0}, "logical block size = 0"),
         ({"size": SIZE, "block_size": 8192}, "logical block size = 8192"),
         ({"size": SIZE, "physical_block_size": 256}, "physical block size = 256"),
-        ({"size": SIZE, "max_io_bytes": 1000}, "longest request = 1000"),
+        ({"size": SIZE, "max_io_bytes": 1000}, "maximum request size = 1000"),
         ({"size": 1 << 64}, "size = 18446744073709551616"),
     ],
 )
@@ -274,7 +274,7 @@ def test_a_device_that_was_not_made_for_it_is_not_left(driver):
     with Disk(size=1 << 20).start(_driver=driver) as device:
         with pytest.raises(ublk.UblkError, match="not started with recoverable"):
             device.quiesce()
-        with pytest.raises(ublk.UblkError, match="not made to be recovered"):
+        with pytest.raises(ublk.UblkError, match="created without recovery"):
             ublk.recover(device.id, Disk(size=1 << 20), _driver=driver)
         assert device.running
 
@@ -451,7 +451,7 @@ def test_write_pointers_of_zones_without_one_mean_nothing():
 def test_shared_memory_is_for_devices_that_were_made_for_it(driver, tmp_path):
     with pytest.raises(ValueError, match="isolated"):
         Disk(size=SIZE).start(shared_memory=True, isolated=True, _driver=driver)
-    with pytest.raises(ValueError, match="not with recovery"):
+    with pytest.raises(ValueError, match="cannot be combined with recovery"):
         Disk(size=SIZE).start(shared_memory=True, recoverable=True, _driver=driver)
     with open(tmp_path / "memory", "w+b") as file:
         with Disk(size=SIZE).start(_driver=driver) as dev, pytest.raises(ublk.UblkError, match="shared_memory=True"):
