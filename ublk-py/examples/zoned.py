@@ -46,7 +46,7 @@ class ZonedRam(ublk.BlockDevice):
             return self.store(offset // ZONE, buf)
 
     def store(self, number, buf):
-        """Write at a zone's write pointer, and tell where that was."""
+        """Write at a zone's write pointer, and return the offset."""
         place = number * ZONE + self.written[number]
         if self.written[number] + len(buf) > ZONE:
             raise OSError(errno.EIO, "there is not so much room in the zone")

@@ -13,8 +13,8 @@
 //! 3. Python code may race with itself on a view it shares between its threads, as with any writable
 //!    buffer; nothing in Rust holds a reference to the bytes meanwhile.
 //! 4. Without the interpreter lock another thread may be in the middle of a copy when its view is released, which
-//!    no count tells. So memory is not used again if anybody else has the view when the lease ends, and the `Buffer`
-//!    lives until that view is gone, which whoever uses it holds.
+//!    no count tells. So memory is not used again if another thread has the view when the lease ends, and the `Buffer`
+//!    lives until that view is gone, which its user holds.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
@@ -132,7 +132,7 @@ impl Lease {
     }
 
     /// Ends the lease. Tells whether the memory may be used again, which it may not if Python still holds a view, and gives
-    /// the buffer object if nobody else knows that.
+    /// the buffer object if there is no other reference to it.
     pub(crate) fn end(self, py: Python<'_>) -> (bool, Option<Py<Buffer>>) {
         let Lease { buffer, view } = self;
         buffer.get().active.store(false, Ordering::SeqCst);
@@ -149,7 +149,7 @@ impl Lease {
         if shared && cfg!(Py_GIL_DISABLED) || buffer.get().exports.load(Ordering::SeqCst) != 0 {
             return (false, None);
         }
-        // Whoever has the object itself could have a view of the next request made.
+        // A holder of the object itself could create a view of the next request.
         let known = is_shared(buffer.as_ptr());
         (true, (!known).then_some(buffer))
     }

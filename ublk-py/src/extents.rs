@@ -91,11 +91,11 @@ fn check_length(length: u64, offset: u64, start: Option<u64>) -> PyResult<()> {
     Ok(())
 }
 
-/// What came of asking where a request lies.
+/// Outcome of asking where a request's bytes are stored.
 pub(crate) enum Mapped {
     /// There.
     At(Pieces, Flight),
-    /// Nobody knows: the handler has it.
+    /// Not known: the handler has it.
     Unknown,
 }
 
@@ -149,7 +149,7 @@ impl Mapper {
         }
     }
 
-    /// Asks Python where a request lies.
+    /// Asks Python where a request's bytes are stored.
     pub(crate) fn ask(&self, py: Python<'_>, request: &Request<'_>) -> PyResult<Mapped> {
         let Some(direction) = direction(request.op()) else { return Ok(Mapped::Unknown) };
         let (start, end) = (request.offset(), request.offset() + request.len());

@@ -68,7 +68,7 @@ impl FakeDriver {
         check(
             interpreter::detached(py, || {
                 let disk = self.disk(id);
-                // So that all tags have been lent.
+                // So that all tags have been fetched.
                 disk.read(0, 4096)?;
                 (0..rounds).try_for_each(|_| disk.read_at_once(depth, 4096))
             })

@@ -24,8 +24,7 @@ use crate::watch::{Seat, Watch};
 pub(crate) enum Style {
     /// A method for each operation.
     Methods(Methods),
-    /// The same, and one that says where bytes lie. What it does not say goes to the methods, or to whoever takes
-    /// requests.
+    /// The same, and one that returns where bytes are stored. Other requests go to the methods, or to the program.
     Mapped(Methods, Mapper, Option<Feeds>),
     /// One function for all requests of a wake-up.
     Batch(Batch),
@@ -150,7 +149,7 @@ impl Serve for MethodsQueue {
     }
 }
 
-/// One queue of a device that says where bytes lie. Python sees only what it has not told before.
+/// One queue of a device that returns where bytes are stored. Python sees only requests that no cached extent covers.
 struct MappedQueue {
     /// Taken out when it is dropped.
     inner: Option<(MethodsQueue, Mapper)>,
@@ -205,7 +204,7 @@ fn loaded(mut request: Request<'_>) -> Option<Request<'_>> {
 }
 
 impl MethodsQueue {
-    /// Asks where a request lies, and forwards it there. Gives it back if that is for the handler to say.
+    /// Asks where a request's bytes are stored, and forwards it there. Returns it if the handler has to serve it.
     fn map<'q>(&self, py: Python<'_>, mapper: &Mapper, request: Request<'q>) -> Option<Request<'q>> {
         match self.seat.during(|| mapper.ask(py, &request)) {
             Ok(Mapped::At(pieces, flight)) => mapper.extents.forward(request, pieces, flight),

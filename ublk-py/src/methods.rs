@@ -260,7 +260,7 @@ fn call<'py>(
     method.as_ref().map(call).transpose()
 }
 
-/// Tells Python about an exception that is no errno.
+/// Reports an exception that is no errno to Python.
 pub(crate) fn report(py: Python<'_>, report: &Py<PyAny>, operation: &str, error: &PyErr) {
     // Not `value`, which before Python 3.12 knows nothing of its traceback.
     let exception = error.clone_ref(py).into_value(py);

@@ -120,7 +120,7 @@ impl PyRequest {
         PyRequest { op, offset, length, fua, no_unmap, queue, device, extents: extents.clone(), ending }
     }
 
-    /// For whoever sees to it that the request ends, and holds up nobody who drops it.
+    /// For code that ends the request later, without keeping the object alive.
     pub(crate) fn ending(&self) -> Arc<Ending> {
         self.ending.clone()
     }
@@ -255,7 +255,7 @@ impl PyRequest {
 
     /// End the request as a handler's return value says. False if the handler is to be called again.
     fn _finish(&self, py: Python<'_>, returned: &Bound<'_, PyAny>) -> PyResult<bool> {
-        // Whoever has ended it by itself may return what it likes.
+        // A handler that has ended it may return anything.
         if self.done() {
             return Ok(true);
         }
@@ -301,7 +301,7 @@ impl PyRequest {
     }
 }
 
-/// A request that nobody has ended fails, and that is said.
+/// A request that was not ended fails, and this is logged.
 impl Drop for PyRequest {
     fn drop(&mut self) {
         if self.done() {
@@ -311,8 +311,8 @@ impl Drop for PyRequest {
         interpreter::attach(|py| {
             // Whatever is on its way goes on.
             let pending = PyErr::take(py);
-            let told = py.import("ublk._requests").and_then(|module| module.call_method1("dropped", (text,)));
-            if let Err(error) = told {
+            let logged = py.import("ublk._requests").and_then(|module| module.call_method1("dropped", (text,)));
+            if let Err(error) = logged {
                 error.write_unraisable(py, None);
             }
             if let Some(pending) = pending {

@@ -67,7 +67,7 @@ pub(crate) struct Description {
     operations: Vec<String>,
     /// `methods`, `mapped`, `batch`, `pull`, `mapped-pull` or `native`.
     style: String,
-    /// How long requests may gather.
+    /// How long requests may be coalesced.
     coalesce_usecs: u32,
 }
 

@@ -53,7 +53,7 @@ pub(crate) fn device(py: Python<'_>, id: u32) -> PyResult<Bound<'_, PyDict>> {
     to_dict(py, on_system(py, |control| look(control, DeviceId(id)))?)
 }
 
-/// Stops and deletes a device, whoever serves it; unless it is in use, if that is no reason.
+/// Stops and deletes a device, whichever process serves it; unless it is in use, if not forced.
 #[pyfunction]
 pub(crate) fn delete(py: Python<'_>, id: u32, force: bool) -> PyResult<()> {
     let id = DeviceId(id);
@@ -75,7 +75,7 @@ pub(crate) fn quiesce(py: Python<'_>, id: u32) -> PyResult<()> {
     on_system(py, |control| control.quiesce_until(DeviceId(id), DRAIN_TIMEOUT).map(drop))
 }
 
-/// Changes the size of a disk. Its server is not told.
+/// Changes the size of a disk. Its server is not notified.
 #[pyfunction]
 pub(crate) fn resize(py: Python<'_>, id: u32, size: u64) -> PyResult<()> {
     on_system(py, |control| control.update_size(DeviceId(id), size))

@@ -26,7 +26,7 @@ struct Shared {
 /// A thread that calls handlers.
 #[derive(Debug)]
 pub(crate) struct Seat {
-    /// As `threading.get_ident()` tells it.
+    /// As `threading.get_ident()` returns it.
     thread: u64,
     /// When the call that is going on began, in nanoseconds of the clock; 0 without one.
     since: AtomicU64,

@@ -50,7 +50,7 @@ _DRAIN_SECONDS = 60.0
 
 
 class _KeptExtents:
-    """Extents, and the object whose they are: not its number, which is another's when it is gone."""
+    """Extents with a reference to the disk that owns them, since an `id()` may be reused."""
 
     def __init__(self, owner: BlockDevice | None = None, extents: Extents | None = None) -> None:
         self._pid = os.getpid()
@@ -61,7 +61,7 @@ class _KeptExtents:
         return self._pid == os.getpid() and self._owner is not None and self._owner() is disk
 
     def __reduce__(self) -> tuple[type[_KeptExtents], tuple[()]]:
-        # Nobody's, in a copy.
+        # A copy has no owner.
         return _KeptExtents, ()
 
 

@@ -210,7 +210,7 @@ def _import(place: str) -> ModuleType:
     path = Path(place)
     if not path.is_file():
         raise _UsageError(f"there is no file {place}")
-    # As for a script: what lies beside it can be imported.
+    # As for a script: modules in its directory can be imported.
     _search(str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
@@ -237,7 +237,7 @@ def _import_errors(place: str) -> Iterator[None]:
 
 
 def _run_command(command: Sequence[str], running: Callable[[], Device], reloader: Reloader | None) -> int:
-    """Run a command on the device and return its status, as a shell would tell it."""
+    """Run a command on the device and return its status as a shell does."""
     path = running().path
     words = [word.replace("{dev}", path) for word in command]
     environment = {**os.environ, "UBLK_DEV": path}

@@ -167,7 +167,7 @@ class Device:
     def _start_device(self, driver: _ublk.FakeDriver | None) -> None:
         made: list[Native] = []
         try:
-            # First: what kills the program would leave behind what is there already.
+            # First: a signal that kills the program would leave a device that was already created.
             _signals.device_started(self)
             self._add(driver, made)
             self._begin()
@@ -231,7 +231,7 @@ class Device:
             self._begin()
             self._register()
         except BaseException:
-            # Whoever waits for the disk goes on waiting.
+            # Clients of the disk continue to wait.
             for native in made:
                 native.abandon()
             self._forget()
@@ -241,7 +241,7 @@ class Device:
             self._start_over.set()
 
     def _begin(self) -> None:
-        """Have somebody take the requests, unless another process does."""
+        """Start to take requests, unless another process does."""
         if not isinstance(self._native, _ublk.NativeDevice):
             return
         self._serving.begin(self._native)
@@ -282,11 +282,11 @@ class Device:
             _watchdog.forget(native)
 
     def _go_live_later(self) -> None:
-        """Go live while somebody takes the requests."""
+        """Go live while requests are being taken."""
         try:
             self._native.go_live()
         except BaseException as error:
-            # Whoever takes requests or waits for the device gets it, unless the device was stopped meanwhile.
+            # Threads that take requests or wait for the device raise it, unless the device was stopped meanwhile.
             if not self._stopped:
                 self._exception = error
         finally:
@@ -463,7 +463,7 @@ class Device:
                 poller.poll(None if left is None else min(left, _LONGEST_POLL) * 1000)
                 if signalled is not None:
                     _signals.drain(signalled)
-        # The thread that starts a pulling device is about to tell what went wrong.
+        # The thread that starts a pulling device is about to report what went wrong.
         self._start_over.wait(_JOIN_SECONDS)
         if self._exception is not None:
             raise self._exception
@@ -584,7 +584,7 @@ class Device:
             self._hangs = isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT
             if interrupted and not self._stopped:
                 self._hurried = True
-                # What goes on in the background is over soon, and somebody has to see to the rest then.
+                # The stop in the background is over soon, and this thread then does the rest.
                 self._native.expedite()
                 with contextlib.suppress(RuntimeError):
                     threading.Thread(target=self._stop_quietly, name="ublk-stop", daemon=True).start()
@@ -637,7 +637,7 @@ class Device:
             self._die(exception)
 
     def _die(self, exception: BaseException) -> None:
-        """Stop the device, and give the exception to whoever waits for it."""
+        """Stop the device, and pass the exception to the threads that wait for it."""
         if self._stopped or not self._stopping.acquire(blocking=False):
             return
         self._exception = exception
@@ -721,7 +721,7 @@ async def _to_the_end(function: Callable[..., None], *arguments: object) -> None
 
 
 def _stop_all() -> None:
-    """Leave nothing behind when the interpreter exits, whatever loggers and signals' handlers raise."""
+    """Remove all devices when the interpreter exits, whatever loggers and signal handlers raise."""
     for _ in range(_ATTEMPTS):
         try:
             again = any(device._hurried for device in list(_running))

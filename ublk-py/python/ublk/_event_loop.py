@@ -30,7 +30,7 @@ _AT_ONCE = 64
 
 
 def _stack(coroutine: Any, thread: int) -> str:
-    """Tell what a coroutine waits for, down to the innermost one; or what it is at on that thread."""
+    """Return what a coroutine waits for, down to the innermost one, or where it runs on that thread."""
     if getattr(coroutine, "cr_running", False) and (frame := sys._current_frames().get(thread)) is not None:
         outermost = coroutine.cr_frame
         frames = [found for found, _ in traceback.walk_stack(frame)]
@@ -54,7 +54,7 @@ def _end_forked_child() -> None:
 
 
 def _starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
-    """Tell whether tasks may begin at once: from Python 3.12 on, if the loop has no way of its own to make them."""
+    """Return whether tasks may start eagerly: from Python 3.12 on, if the loop has no task factory."""
     if sys.version_info < (3, 12):
         return False
     kind = type(loop)
@@ -112,7 +112,7 @@ class LoopServer:
             if self._attached.is_set():
                 self._die(error)
         finally:
-            # If that ended in another way, nobody serves the queue any more.
+            # If it ended in another way, the queue is not served any more.
             self._queue.close()
             self._attached.set()
 
@@ -148,7 +148,7 @@ class LoopServer:
             self._descriptor = -1
 
     def waiting(self) -> list[tuple[int, float, str]]:
-        """Tell what tasks are at: a number, the seconds that each has had a request, and its stack."""
+        """Return what tasks do: a number, the seconds that each has had its request, and its stack."""
         found = []
         for number, (began, _request, coroutine) in list(self._serving.items()):
             found.append((number, time.monotonic() - began, _stack(coroutine, self._thread)))

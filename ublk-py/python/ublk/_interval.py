@@ -2,7 +2,7 @@
 
 """How long a thread that computes may keep the interpreter from those that serve requests.
 
-CPython lets it go on for `sys.getswitchinterval()`, 5 ms by default, each time somebody else wants to enter: that is
+CPython lets it go on for `sys.getswitchinterval()`, 5 ms by default, each time another thread wants to enter: that is
 what a request then takes at least. While devices run it is a tenth of that.
 """
 

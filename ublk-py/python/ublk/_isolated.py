@@ -201,7 +201,7 @@ class RemoteDevice:
         return int(self._ask("entries"))
 
     def stats(self) -> list[dict[str, Any]]:
-        """Tell what each operation has done."""
+        """Return the statistics of each operation."""
         return [dict(operation) for operation in self._ask("stats")]
 
     def resize(self, size: int) -> None:
@@ -369,7 +369,7 @@ class RemoteDevice:
 
     def _remove(self, id: int, recovery: str | None) -> None:
         try:
-            # Whoever found it without a server may have removed it, and another may have its number.
+            # A process that found it without a server may have removed it, and another device may have its number.
             if _ublk.device(id)["pid"] not in (None, self._process.pid):
                 return
             if recovery is not None:
@@ -423,14 +423,14 @@ class RemoteDevice:
             self._tell(error)
 
     def _tell(self, error: BaseException | None) -> None:
-        # Before whoever waits is woken.
+        # Before waiting threads are woken.
         if error is not None and self._die is not None:
             self._die(error)
         self._end()
 
 
 def _log(record: logging.LogRecord) -> None:
-    """Have the program's handlers log a record. What they raise is told, as they do it, and no reason to stop."""
+    """Have the program's handlers log a record. What they raise is reported as logging does, and not propagated."""
     try:
         log = logging.getLogger(record.name)
         if log.isEnabledFor(record.levelno):

@@ -72,7 +72,7 @@ def _text(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What comes back for a question; the first one tells of the start."""
+    """Answer to a question; the first one reports the start."""
 
     number: int
     value: Any = None
@@ -100,11 +100,11 @@ class _Word(enum.Enum):
 
 
 class _Events:
-    """What the program is told without being asked."""
+    """Message to the program that is not an answer."""
 
     def __init__(self, pipe: Connection, levels: Mapping[str, int]) -> None:
         self._pipe = pipe
-        # Whoever has something to say never waits for the program to listen.
+        # A thread that logs never waits for the program to read.
         self._queue: queue.SimpleQueue[logging.LogRecord | Failure | _Word] = queue.SimpleQueue()
         # If the module that was imported for the class has seen to it by itself, its log goes where it says.
         if not logging.getLogger().handlers:
@@ -120,12 +120,12 @@ class _Events:
             if isinstance(event, logging.LogRecord):
                 # Whatever else a program hangs on its records may have classes that are not known there.
                 message = {name: value for name, value in vars(event).items() if isinstance(value, (str, int, float))}
-            # Nobody may be there any more.
+            # The program may have exited.
             with contextlib.suppress(OSError):
                 self._pipe.send(message)
 
     def ending(self, error: BaseException | None) -> None:
-        """Tell that the device begins to end, and the exception of a handler that is to blame."""
+        """Report that the device begins to end, with the exception of the handler that caused it."""
         self._queue.put(_Word.ENDED if error is None else Failure.of(error))
 
     def close(self, seconds: float = 2.0) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ublk._device import Device
     from ublk._ublk import FakeDriver
 
-    # What tells one state of a file from another.
+    # What distinguishes one state of a file from another.
     Stamp = tuple[int, int, int]
 
 
@@ -35,11 +35,11 @@ POLL_SECONDS = 0.3
 
 
 class Source:
-    """The files that a class comes from: that of its module, and of all modules that lie beside it or below."""
+    """The files that a class comes from: its module and all modules in the same directory or below."""
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self._root = Path(file).resolve().parent
-        # Compiled code is told from its source by a time in seconds, and edits may be quicker.
+        # Compiled code is compared with its source by a time in seconds, and edits may be quicker.
         sys.dont_write_bytecode = True
         self._seen = self._stamps()
         self._changing = self._seen
@@ -72,7 +72,7 @@ class Source:
         return stamps
 
     def has_changed(self) -> bool:
-        """Tell whether something is new since the last time, and has been left alone since the last look."""
+        """Return whether something has changed since the last time, and not since the last look."""
         stamps = self._stamps()
         settled = stamps == self._changing and None not in stamps.values()
         self._changing = stamps
@@ -148,7 +148,7 @@ class Reloader:
             self.device.stop()
             text = "--reload needs UBLK_F_QUIESCE: Linux 6.16 or newer, or the driver of this project"
             raise UblkError(errno.EOPNOTSUPP, text)
-        # Between two servers there is a device all the same, which SIGTERM must not leave behind.
+        # Between two servers the device exists, too, and SIGTERM must remove it.
         _signals.device_started(self)
         self._counted = True
         return self.device
@@ -163,7 +163,7 @@ class Reloader:
                 _signals.device_stopped(self)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the device's end; tell whether it came within so many seconds."""
+        """Wait for the device to end; return whether it did within so many seconds."""
         if self._next is None:
             return self.device.wait(seconds)
         # It has begun to end, for the next one to take it over.
@@ -171,7 +171,7 @@ class Reloader:
         return False
 
     def look(self) -> bool:
-        """Serve the disk with new code, if there is some that works; tell whether that is so.
+        """Serve the disk with new code, if there is some that works; return whether there was.
 
         Raises `UblkError` if the disk is left without a server.
         """
@@ -222,7 +222,7 @@ class Reloader:
         try:
             self.device.quiesce()
         except UblkError:
-            # The driver takes no requests to the old code any more, but somebody may still be in there.
+            # The driver takes no requests to the old code any more, but a thread may still be in there.
             if self.device._native.queues_left and not self.device.running:
                 self._next = new
             raise

@@ -128,7 +128,7 @@ class Requests:
     ) -> tuple[list[Request], list[PullQueue]]:
         """Take a request from the first queue that has one, which is the last one next time.
 
-        Take queues that have ended out of the list, and tell which they were.
+        Take queues that have ended out of the list, and return which they were.
         """
         ended = []
         # The body is done with the one before, or has handed it on.
@@ -175,12 +175,12 @@ class Requests:
                 self.close()
 
     def close(self) -> None:
-        """Fail all requests that nobody has taken, and all that still come. Iterations end."""
+        """Fail all requests that have not been taken, and all later ones. Iterations end."""
         for queue in self._queues:
             queue.close()
 
     def abandon(self) -> None:
-        """Close the queues if nobody takes requests: nobody but this thread, which has something else to do."""
+        """Close the queues unless a thread other than this one takes requests."""
         # What iterations were left with: an exception's traceback keeps it, so that it is not dropped. Another thread
         # may have been given it.
         left = [hand for token, hand in list(self._hands.items()) if token not in self._consumers]

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 def _ignore(operation: str, exception: BaseException) -> None:
-    """Report to nobody."""
+    """Discard a report."""
 
 
 def _die(exception: BaseException) -> None:
-    """Nobody's death."""
+    """No-op default for `die`."""
 
 
 class Serving:
@@ -44,7 +44,7 @@ class Serving:
     needs_python = True
 
     def __init__(self, handlers: Handlers, operations: Iterable[str], report: Report) -> None:
-        # With `map`, which says where bytes lie, before everything else.
+        # With `map`, which returns where bytes are stored, before everything else.
         self.style = "mapped" if "map" in handlers else "methods"
         self.operations = sorted(operations)
         self.handlers: Handlers | _ublk.NativeTarget = {**handlers, "report": report}
@@ -78,7 +78,7 @@ class Serving:
         self.die = _die
 
     def tasks(self) -> list[tuple[int, float, str]]:
-        """Tell the requests that tasks have: a number, seconds, and the task's stack."""
+        """Return the requests that tasks have: a number, seconds, and the task's stack."""
         return []
 
     def fail_late(self, seconds: float) -> int:
@@ -95,7 +95,7 @@ class Serving:
         """Cancel tasks that serve requests of the device."""
 
     def abandon(self) -> None:
-        """Let requests fail that nobody will take any more; called before the device stops."""
+        """Fail requests that will not be taken any more; called before the device stops."""
 
 
 class NativeServing(Serving):
@@ -210,7 +210,7 @@ class PullServing(Serving):
         """Have the queues ready to be iterated over."""
 
     def abandon(self) -> None:
-        """Fail requests if nobody takes them."""
+        """Fail requests that are not taken."""
         # A start may have failed before there are any.
         if hasattr(self, "requests"):
             self.requests.abandon()

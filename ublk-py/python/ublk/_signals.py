@@ -41,7 +41,7 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
     raise Terminated(128 + number)
 
 
-# The pipe that every signal writes to while somebody waits, how many do, and what was in its place.
+# The pipe that every signal writes to while threads wait, how many do, and the descriptor that it replaces.
 _pipe: tuple[int, int] | None = None
 _waiting = 0
 _before = -1
@@ -88,7 +88,7 @@ def drain(descriptor: int) -> None:
 
 
 def _give_back() -> bool:
-    """Give a program that had a wakeup descriptor of its own that one back; tell whether it had."""
+    """Restore the program's own wake-up descriptor, if it had one; return whether it had."""
     with _lock:
         if _before == -1:
             return False

@@ -119,7 +119,7 @@ def _look(native: NativeDevice, watched: _Watched) -> None:
 
 
 def _report_threads(native: NativeDevice, watched: _Watched) -> bool:
-    """Report threads that have been in a handler for too long, once each; tell whether there are any."""
+    """Report threads that have been in a handler for too long, once each; return whether there are any."""
     frames = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     calls, late = set(), False
@@ -138,7 +138,7 @@ def _report_threads(native: NativeDevice, watched: _Watched) -> bool:
 
 
 def _report_tasks(watched: _Watched) -> bool:
-    """Report tasks that have had a request for too long, once each; tell whether there are any."""
+    """Report tasks that have had a request for too long, once each; return whether there are any."""
     numbers, late = set(), False
     for number, seconds, stack in watched.tasks():
         numbers.add(number)

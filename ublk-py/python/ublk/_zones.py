@@ -96,7 +96,7 @@ def reporter(
 
     def report(offset: int, buf: memoryview) -> None:
         size, zone_size = target.size, target.zone_size
-        # Whoever asks for a report may do so in the middle of a zone.
+        # A report may be requested from the middle of a zone.
         first = offset - offset % zone_size
         starts = range(first, size, zone_size)[: len(buf) // _LAYOUT.size]
         zones = list(itertools.islice(report_zones(first, len(starts)), len(starts)))
