@@ -377,6 +377,7 @@ def test_a_page_fault_without_end_holds_no_command_up(mode: int) -> None:
     tasks.join()
 
 
+@pytest.mark.long
 @batch_or_not
 @pytest.mark.io_errors
 @pytest.mark.time_limit(180)
