@@ -124,7 +124,7 @@ def test_a_dead_servers_socket_is_removed(native: Face) -> None:
     until(lambda: native.list()[0]["state"] == "DEAD", "the state DEAD")
     assert address.exists()
     refused = native.run("stat", "-n", str(device_id(path)), check=False)
-    assert "no server answers for device 0: it is DEAD" in refused.err, str(refused)
+    assert "device 0 has no server: it is DEAD" in refused.err, str(refused)
     native.run("del", "--dead")
     assert not address.exists()
 

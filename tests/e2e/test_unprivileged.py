@@ -148,7 +148,7 @@ def test_it_is_nobody_elses(disk: str) -> None:
     assert read.status == 1, str(read)
     listed = ublk(BOB, "list")
     assert disk not in listed.out, str(listed)
-    assert "1 more" in listed.err, str(listed)
+    assert "1 device owned by other users not shown" in listed.err, str(listed)
     fio.verify(disk, size="1m", bs="4k", iodepth=4)
 
 

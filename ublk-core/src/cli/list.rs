@@ -83,7 +83,8 @@ pub(super) fn run(args: &Args) -> Outcome {
         }
     }
     if others != 0 {
-        eprintln!("ublk: {others} devices owned by other users not shown (permission denied)");
+        let devices = if others == 1 { "device" } else { "devices" };
+        eprintln!("ublk: {others} {devices} owned by other users not shown (permission denied)");
     }
     let text = if args.json {
         let mut json =
