@@ -13,7 +13,7 @@
 //! 3. Python code may race with itself on a view it shares between its threads, as with any writable
 //!    buffer; nothing in Rust holds a reference to the bytes meanwhile.
 //! 4. Without the interpreter lock another thread may be in the middle of a copy when its view is released, which
-//!    no count tells. So memory is not used again if another thread has the view when the lease ends, and the `Buffer`
+//!    no count shows it. So memory is not used again if another thread has the view when the lease ends, and the `Buffer`
 //!    lives until that view is gone, which its user holds.
 
 use std::ffi::c_int;

@@ -273,7 +273,7 @@ impl NativeDevice {
         let patience = timeout.max(GRACE);
         let timeout = patience + COMMIT;
         // Otherwise this or another process has asked that the device wait for another server. When all tags are at the
-        // server, nothing but the flag tells.
+        // server, only the flag shows it.
         let is_left = self.leaving.load(Ordering::Relaxed) || self.device().is_ending();
         let deletes = !(is_left && self.device().recovery().is_some());
         self.deletes.store(deletes, Ordering::Relaxed);

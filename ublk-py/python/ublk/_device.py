@@ -681,7 +681,7 @@ def _in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Fut
     loop = asyncio.get_running_loop()
     over = loop.create_future()
 
-    def tell(error: BaseException | None) -> None:
+    def settle(error: BaseException | None) -> None:
         # It may have been cancelled.
         if over.done():
             return
@@ -698,7 +698,7 @@ def _in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Fut
             error = raised
         # The loop may be closed by now.
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(tell, error)
+            loop.call_soon_threadsafe(settle, error)
 
     # A daemon: the interpreter joins others before it runs the exit handlers, which end such waits.
     run = contextvars.copy_context().run
