@@ -254,8 +254,8 @@ pub(super) fn serve(
     for device in devices.iter().filter(|_| args.shared_memory.is_some()) {
         share(device, args.shared_memory.as_deref().unwrap_or("".as_ref()))?;
     }
-    let told = keep(&devices, origin, options.recovery.is_some()).and_then(|()| ready(&devices, &signals));
-    if let Err(failure) = told {
+    let reported = keep(&devices, origin, options.recovery.is_some()).and_then(|()| ready(&devices, &signals));
+    if let Err(failure) = reported {
         forget(devices, waiting.is_some());
         return Err(failure);
     }

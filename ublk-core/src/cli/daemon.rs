@@ -157,7 +157,7 @@ pub(super) fn child(
     log: Option<&Path>,
     serve: impl FnOnce(&mut dyn FnMut(&[Device], &Signals) -> Outcome) -> Outcome,
 ) -> Outcome {
-    // SAFETY: the parent made this descriptor for us alone and told us its number; nothing else in
+    // SAFETY: the parent made this descriptor for this process alone and passed its number; nothing else in
     // this process knows it.
     let mut pipe = Some(File::from(unsafe { OwnedFd::from_raw_fd(report) }));
     if let Some(pipe) = &pipe {
@@ -173,8 +173,8 @@ pub(super) fn child(
         let pipe = pipe.take().ok_or(Failure::Reported)?;
         // Nobody waits any more: the device is not wanted.
         let lines: String = devices.iter().map(|d| format!("{} {}\n", d.id(), d.path().display())).collect();
-        let told = write_beside(pipe, format!("ok {lines}"), &interruptions(devices, signals));
-        told.map_err(|_| Failure::Reported)?;
+        let reported = write_beside(pipe, format!("ok {lines}"), &interruptions(devices, signals));
+        reported.map_err(|_| Failure::Reported)?;
         // Last, so that everything above could still be seen by the caller.
         let redirected = dup2_stdout(&file).and_then(|()| dup2_stderr(&file)).and_then(|()| chdir("/"));
         redirected.map_err(|e| Failure::Text(format!("detaching: {e}")))
