@@ -192,14 +192,14 @@ def test_a_third_ctrl_c_ends_a_program_at_once():
 
 # A program that serves a disk without a kernel, in one of three ways.
 ENDS = """
-import functools, sys
+import sys
 import ublk
-from ublk import _cli
+from ublk import _cli, _driver
 from ublk._ublk import FakeDriver
 
 driver = FakeDriver()
-start = ublk.BlockDevice.start
-ublk.BlockDevice.start = functools.partialmethod(start, _driver=driver)
+stand_in = _driver.using(driver)
+stand_in.__enter__()
 
 class Disk(ublk.BlockDevice):
     def read(self, offset, buf):

@@ -15,6 +15,7 @@ import atexit, threading, time
 atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
 
 import ublk
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 class Disk(ublk.BlockDevice):
@@ -24,7 +25,8 @@ class Disk(ublk.BlockDevice):
 def start_and_stop():
     devices = []
     while True:
-        devices.append(Disk(size=1 << 20).start(_driver=driver))
+        with using(driver):
+            devices.append(Disk(size=1 << 20).start())
         begun.set()
         if len(devices) > 3:
             devices.pop(0).stop()
@@ -52,6 +54,7 @@ atexit.register(lambda: print("devices at the end:", driver.devices(), flush=Tru
 
 import ublk
 from ublk import _device
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 class Disk(ublk.BlockDevice):
@@ -66,12 +69,13 @@ def begin_and_be_killed(self):
     os.kill(os.getpid(), signal.SIGTERM)
 
 _device.Device._begin = begin_and_be_killed
-{start}
+with using(driver):
+    {start}
 """
 STARTS = {
-    "plain": ("def", "Disk(size=1 << 20).start(_driver=driver)"),
-    "pull": ("def", "ublk.BlockDevice(size=1 << 20).start(pull=True, _driver=driver)"),
-    "async": ("async def", "asyncio.run(Disk(size=1 << 20).start_async(_driver=driver))"),
+    "plain": ("def", "Disk(size=1 << 20).start()"),
+    "pull": ("def", "ublk.BlockDevice(size=1 << 20).start(pull=True)"),
+    "async": ("async def", "asyncio.run(Disk(size=1 << 20).start_async())"),
 }
 
 
@@ -92,6 +96,7 @@ atexit.register(lambda: print("devices at the end:", driver.devices(), flush=Tru
 
 import ublk
 from ublk import _device
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 class Slow(ublk.BlockDevice):
@@ -121,7 +126,8 @@ def undo_and_be_interrupted(self, made):
 
 undo = _device.Device._undo
 _device.Device._register, _device.Device._undo = register, undo_and_be_interrupted
-Slow(size=1 << 20).start(_driver=driver)
+with using(driver):
+    Slow(size=1 << 20).start()
 """
 
 

@@ -545,7 +545,7 @@ def test_a_forked_child_has_none_of_its_parent_s_extents(file):
         assert len(disk._extents) == 1
 
 
-def test_a_coroutine_on_the_caller_s_loop_may_wait_for_requests_on_an_extent(file):
+def test_a_coroutine_on_the_caller_s_loop_may_wait_for_requests_on_an_extent(file, driver):
     # They are the engine's, on threads of its own: the loop that waits is not needed for them.
     class Half(ublk.BlockDevice):
         def map(self, op, offset, length):
@@ -556,9 +556,8 @@ def test_a_coroutine_on_the_caller_s_loop_may_wait_for_requests_on_an_extent(fil
             buf[:] = bytes(len(buf))
 
     async def main():
-        driver = ublk._ublk.FakeDriver()
         disk = Half(size=SIZE)
-        async with await disk.start_async(_driver=driver) as device:
+        async with await disk.start_async() as device:
             reads = [asyncio.to_thread(driver.read, device.id, at * 4096, 4096) for at in range(0, SIZE // 4096, 8)]
             await asyncio.wait_for(asyncio.gather(*reads), 30)
 

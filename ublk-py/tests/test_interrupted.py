@@ -69,7 +69,7 @@ def recover_when_free(id, driver, disk):
     deadline = time.monotonic() + 60
     while True:
         try:
-            return ublk.recover(id, disk, _driver=driver)
+            return ublk.recover(id, disk)
         except ublk.UblkError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 raise
@@ -80,7 +80,7 @@ def recover_when_free(id, driver, disk):
 @pytest.mark.parametrize("again", [False, True], ids=["once", "stopped-after-that"])
 def test_a_hand_over_that_is_interrupted_leaves_the_disk(driver, monkeypatch, caplog, depth, again):
     disk = Slow()
-    device = disk.start(recoverable=True, workers=2, depth=depth, _driver=driver)
+    device = disk.start(recoverable=True, workers=2, depth=depth)
     begun = threading.Event()
     monkeypatch.setattr(device._serving, "abandon", begun.set)
     client = Client(driver, device.id)
@@ -106,7 +106,7 @@ def test_a_hand_over_that_is_interrupted_leaves_the_disk(driver, monkeypatch, ca
 
 def test_a_stop_that_was_interrupted_names_no_time_it_has_not_waited(driver):
     disk = Slow()
-    device = disk.start(workers=1, _driver=driver)
+    device = disk.start(workers=1)
     client = Client(driver, device.id)
     assert disk.entered.wait(10)
     # As the handler of a signal does.

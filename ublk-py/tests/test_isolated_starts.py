@@ -15,6 +15,7 @@ import pytest
 
 import ublk
 from ublk import _device, _isolated
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 # More than what takes no time needs on a slow machine, and less than the longest wait here.
@@ -79,7 +80,8 @@ def kernel(monkeypatch):
 
 
 def start(disk, **options):
-    return disk.start(isolated=True, _driver=FakeDriver(), id=7, **options)
+    with using(FakeDriver()):
+        return disk.start(isolated=True, id=7, **options)
 
 
 @pytest.mark.parametrize("recoverable", [False, True])

@@ -27,7 +27,7 @@ class Disk(ublk.BlockDevice):
 def test_sizes_may_be_any_integers(driver):
     disk = Disk(size=numpy.int64(SIZE), block_size=numpy.uint16(4096))
     assert type(disk.size) is int
-    with disk.start(queues=numpy.int8(1), depth=numpy.int8(4), id=numpy.int64(7), _driver=driver) as device:
+    with disk.start(queues=numpy.int8(1), depth=numpy.int8(4), id=numpy.int64(7)) as device:
         assert (device.size, device.block_size, device.depth, device.id) == (SIZE, 4096, 4, 7)
 
 
@@ -240,7 +240,7 @@ def test_a_log_handler_that_raises_fails_no_request_and_kills_no_watchdog(driver
     handler, go = Raises(), threading.Event()
     logging.getLogger("ublk").addHandler(handler)
     try:
-        with Slow(size=SIZE).start(hang_after=0.05, workers=2, _driver=driver) as device:
+        with Slow(size=SIZE).start(hang_after=0.05, workers=2) as device:
             clients = [threading.Thread(target=pytest.raises, args=(OSError, driver.read, 0, 0, 512)) for _ in "ab"]
             for client in clients:
                 client.start()
@@ -256,7 +256,7 @@ def test_a_log_handler_that_raises_fails_no_request_and_kills_no_watchdog(driver
 
 @pytest.mark.parametrize("seconds", [float("inf"), 1e300])
 def test_a_wait_without_end_is_no_end_of_the_watchdog(driver, seconds):
-    with Disk(size=SIZE).start(hang_after=seconds, _driver=driver), Disk(size=SIZE).start(_driver=driver):
+    with Disk(size=SIZE).start(hang_after=seconds), Disk(size=SIZE).start():
         time.sleep(0.1)
         assert any(thread.name == "ublk-watch" for thread in threading.enumerate())
 

@@ -39,7 +39,7 @@ class Live:
         self.file.write_text(source)
         self.driver = driver
         target = self.make()
-        self.reloader = Reloader(target, self.make, Source(self.file), driver=driver)
+        self.reloader = Reloader(target, self.make, Source(self.file))
         self.device = self.reloader.start(queues=2)
 
     def make(self):
@@ -276,7 +276,7 @@ def test_a_second_signal_ends_a_reload_that_waits_for_a_handler(live, driver):
     deadline = time.monotonic() + 60
     while True:
         try:
-            ublk.recover(device.id, disk.make(), _driver=driver).stop()
+            ublk.recover(device.id, disk.make()).stop()
             break
         except ublk.UblkError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:

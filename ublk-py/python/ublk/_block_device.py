@@ -10,6 +10,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from ublk import _driver
 from ublk._numbers import number
 from ublk._requests import Op
 from ublk._threads import threads as _threads
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from ublk._device import Device
     from ublk._serving import Report, Serving
-    from ublk._ublk import Extent, FakeDriver, Request, Zeros
+    from ublk._ublk import Extent, Request, Zeros
     from ublk._zones import Zone
 
     Result = TypeVar("Result")
@@ -303,7 +304,6 @@ class BlockDevice:
         isolated: bool = False,
         shared_memory: bool = False,
         coalesce_usecs: int = 0,
-        _driver: FakeDriver | None = None,
     ) -> Device:
         """Create the device, serve it, and return when its node is ready.
 
@@ -376,7 +376,7 @@ class BlockDevice:
             shared_memory=shared_memory,
             coalesce_usecs=coalesce_usecs,
         )
-        device._start(_driver)
+        device._start(_driver.current())
         return device
 
     async def start_async(
@@ -388,7 +388,6 @@ class BlockDevice:
         recoverable: bool | str = False,
         hang_after: float | None = 30.0,
         coalesce_usecs: int = 0,
-        _driver: FakeDriver | None = None,
     ) -> Device:
         """Create the device and serve it on the running event loop, for classes with coroutine methods.
 
@@ -400,7 +399,7 @@ class BlockDevice:
         device = Device._make(
             self, queues, depth, id, recoverable=recoverable, hang_after=hang_after, coalesce_usecs=coalesce_usecs
         )
-        await device._start_async(_driver)
+        await device._start_async(_driver.current())
         return device
 
     def _serve(

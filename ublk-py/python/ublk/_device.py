@@ -20,7 +20,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
-from ublk import _interval, _signals, _ublk, _watchdog
+from ublk import _driver, _interval, _signals, _ublk, _watchdog
 from ublk._errors import UblkError
 from ublk._log import Limiter, also, log
 from ublk._numbers import number
@@ -881,7 +881,6 @@ def recover(
     loop_factory: LoopFactory | None = None,
     isolated: bool = False,
     coalesce_usecs: int = 0,
-    _driver: _ublk.FakeDriver | None = None,
 ) -> Device:
     """Serve a recoverable device whose server has left, and return when its disk works again.
 
@@ -905,5 +904,5 @@ def recover(
         isolated=isolated,
         coalesce_usecs=coalesce_usecs,
     )
-    device._recover(number("id", id, 20), _driver)
+    device._recover(number("id", id, 20), _driver.current())
     return device

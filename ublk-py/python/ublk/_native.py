@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ublk import _driver
 from ublk._serving import NativeServing
 from ublk._ublk import NativeTarget
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from ublk._device import Device
     from ublk._serving import Report, Serving
-    from ublk._ublk import FakeDriver
 
 
 class NativeDisk:
@@ -47,7 +47,6 @@ class NativeDisk:
         recoverable: bool | str = False,
         shared_memory: bool = False,
         coalesce_usecs: int = 0,
-        _driver: FakeDriver | None = None,
     ) -> Device:
         """Create the device, serve it, and return when its node is ready; see `BlockDevice.start`.
 
@@ -67,7 +66,7 @@ class NativeDisk:
             shared_memory=shared_memory,
             coalesce_usecs=coalesce_usecs,
         )
-        device._start(_driver)
+        device._start(_driver.current())
         return device
 
     def _serve(self, report: Report, *, workers: object, pull: bool, loop_factory: object) -> Serving:

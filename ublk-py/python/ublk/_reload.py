@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from ublk._block_device import BlockDevice
     from ublk._device import Device
-    from ublk._ublk import FakeDriver
 
     # What distinguishes one state of a file from another.
     Stamp = tuple[int, int, int]
@@ -130,12 +129,11 @@ class Reloader:
         *,
         workers: int | None = None,
         coalesce_usecs: int = 0,
-        driver: FakeDriver | None = None,
     ) -> None:
         self._target = target
         self._make = make
         self._source = source
-        self._how: dict[str, Any] = {"workers": workers, "coalesce_usecs": coalesce_usecs, "_driver": driver}
+        self._how: dict[str, Any] = {"workers": workers, "coalesce_usecs": coalesce_usecs}
         # What is to serve the disk as soon as the old code lets go.
         self._next: BlockDevice | None = None
         self._counted = False

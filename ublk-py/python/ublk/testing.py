@@ -22,7 +22,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
-from ublk import _ublk
+from ublk import _driver, _ublk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +93,8 @@ class File(io.RawIOBase):
         self._driver = _ublk.FakeDriver()
         self._position = 0
         self._ranges = _Ranges()
-        self.device: Device = disk.start(**options, _driver=self._driver)
+        with _driver.using(self._driver):
+            self.device: Device = disk.start(**options)
         """The running device."""
         self.device.wait_ready()
 
