@@ -68,9 +68,9 @@ OWN_DISK = """
 STUCK = """
     import sys, threading, time
     import ublk
-    from ublk import _device
+    from ublk import _lifecycle
 
-    _device.STOP_SECONDS = 3.0
+    _lifecycle.STOP_SECONDS = 3.0
 
     class Stuck(ublk.BlockDevice):
         def read(self, offset, buf):

@@ -18,7 +18,7 @@ atexit.register(lambda: None)
 atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
 import ublk
-from ublk import _device
+from ublk import _lifecycle
 from ublk._driver import using
 from ublk._ublk import FakeDriver
 

@@ -54,9 +54,9 @@ try:
 except KeyboardInterrupt:
     leave.set()
 deadline = time.monotonic() + 30
-while (driver.devices() or device in _device._running) and time.monotonic() < deadline:
+while (driver.devices() or device in _lifecycle.running) and time.monotonic() < deadline:
     time.sleep(0.01)
-print("left:", driver.devices(), device in _device._running, flush=True)
+print("left:", driver.devices(), device in _lifecycle.running, flush=True)
 """)
     status, out, err = program.end()
     assert status == 0, err
@@ -69,7 +69,7 @@ device = serve(Stuck)
 entered.wait()
 atexit.register(print, "ending", flush=True)
 # The first signal would end the wait for the handler: this waits all the same.
-_device._expedite_all = lambda: print("expedited", flush=True)
+_lifecycle._expedite_all = lambda: print("expedited", flush=True)
 """)
     program.wait_for("ending")
     time.sleep(0.5)

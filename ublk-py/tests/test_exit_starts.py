@@ -53,7 +53,7 @@ import asyncio, atexit, os, signal, threading
 atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
 
 import ublk
-from ublk import _device
+from ublk import _start
 from ublk._driver import using
 from ublk._ublk import FakeDriver
 
@@ -61,14 +61,14 @@ class Disk(ublk.BlockDevice):
     {word} read(self, offset, buf):
         buf[:] = bytes(len(buf))
 
-driver, begin = FakeDriver(), _device.Device._begin
+driver, begin = FakeDriver(), _start._begin
 
 def begin_and_be_killed(self):
     # The device is there, and not live.
     begin(self)
     os.kill(os.getpid(), signal.SIGTERM)
 
-_device.Device._begin = begin_and_be_killed
+_start._begin = begin_and_be_killed
 with using(driver):
     {start}
 """
@@ -95,7 +95,7 @@ import atexit, os, signal, threading
 atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
 
 import ublk
-from ublk import _device
+from ublk import _start
 from ublk._driver import using
 from ublk._ublk import FakeDriver
 
@@ -124,8 +124,8 @@ def undo_and_be_interrupted(self, made):
     print("undoing", flush=True)
     undo(self, made)
 
-undo = _device.Device._undo
-_device.Device._register, _device.Device._undo = register, undo_and_be_interrupted
+undo = _start._undo
+_start._register, _start._undo = register, undo_and_be_interrupted
 with using(driver):
     Slow(size=1 << 20).start()
 """

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
-from ublk import _device, _isolated
+from ublk import _isolated, _start
 from ublk._driver import using
 from ublk._ublk import FakeDriver
 
@@ -31,7 +31,7 @@ class Disk(ublk.BlockDevice):
 
     def __setstate__(self, state):
         self.__dict__ = state
-        begin, fate = _device.Device._begin, self.fate
+        begin, fate = _start._begin, self.fate
 
         def begin_or_not(device):
             with open(os.path.join(self.directory, "made"), "w") as file:
@@ -45,7 +45,7 @@ class Disk(ublk.BlockDevice):
                 os.kill(os.getpid(), signal.SIGKILL)
             begin(device)
 
-        _device.Device._begin = begin_or_not
+        _start._begin = begin_or_not
 
     def read(self, offset, buf):
         buf[:] = bytes(len(buf))

@@ -15,7 +15,7 @@ import time
 import pytest
 
 import ublk
-from ublk import _device, _ublk
+from ublk import _device, _lifecycle, _ublk
 from ublk._driver import using
 from ublk._ublk import FakeDriver
 
@@ -254,7 +254,7 @@ def test_a_stop_that_takes_requests_back_says_so(begin, recoverable):
     assert error.errno == errno.EIO
     assert error.strerror == f"{device.path}: 1 requests unfinished after 0.1 s; they failed, the device is deleted"
     assert not device.running
-    assert device not in _device._running
+    assert device not in _lifecycle.running
     assert device._native._process.exitcode is not None
     device.stop()
 

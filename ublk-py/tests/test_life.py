@@ -16,7 +16,7 @@ import time
 import pytest
 
 import ublk
-from ublk import ZoneCondition, _device, _interval, _signals, _threads, _watchdog
+from ublk import ZoneCondition, _interval, _lifecycle, _signals, _threads, _watchdog
 from ublk._driver import using
 from ublk._ublk import FakeDriver
 from ublk._zones import reporter
@@ -207,7 +207,7 @@ def test_a_forked_child_can_make_a_device_of_its_own(driver):
 
 def test_a_forked_child_waits_for_no_thread_of_its_parent(driver):
     held, release = threading.Event(), threading.Event()
-    locks = [_device._running_lock, _interval._lock, _signals._lock, _threads._lock, _watchdog._wake]
+    locks = [_lifecycle._lock, _interval._lock, _signals._lock, _threads._lock, _watchdog._wake]
 
     def hold():
         with contextlib.ExitStack() as stack:

@@ -14,6 +14,7 @@ import time
 import pytest
 
 import ublk
+from ublk._driver import using
 
 BLOCK = 4096
 # For each client of a disk.
@@ -102,7 +103,7 @@ def served(driver, style):
     """Serve a disk with several queues, by several threads."""
     memory, options = Memory(), {"queues": QUEUES, "depth": 4}
     if style == "pull":
-        with ublk.BlockDevice(size=SIZE).start(pull=True, **options) as dev:
+        with using(driver), ublk.BlockDevice(size=SIZE).start(pull=True, **options) as dev:
             takers = [threading.Thread(target=take_all, args=[dev, memory]) for _ in range(QUEUES)]
             for taker in takers:
                 taker.start()
@@ -115,7 +116,7 @@ def served(driver, style):
     if style == "workers":
         options["workers"] = 2 * QUEUES
     disk = Batches(memory) if style == "handle" else Methods(memory)
-    with disk.start(**options) as dev:
+    with using(driver), disk.start(**options) as dev:
         yield dev
 
 

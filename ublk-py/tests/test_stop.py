@@ -12,7 +12,7 @@ import time
 import pytest
 
 import ublk
-from ublk import _device, testing
+from ublk import _lifecycle, _start, testing
 
 SIZE = 1 << 20
 # More than a stop takes that waits for nothing, and less than one that waits.
@@ -122,19 +122,19 @@ def test_a_start_that_cannot_be_undone_is_undone_at_exit(driver, monkeypatch):
         assert disk.entered.wait(20)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_device.Device, "_register", interrupted)
-    monkeypatch.setattr(_device, "STOP_SECONDS", 0.1)
-    before = set(_device._running)
+    monkeypatch.setattr(_start, "_register", interrupted)
+    monkeypatch.setattr(_lifecycle, "STOP_SECONDS", 0.1)
+    before = set(_lifecycle.running)
     with pytest.raises(ublk.UblkError) as caught:
         disk.start()
     assert caught.value.errno == errno.ETIMEDOUT
-    (device,) = _device._running - before
+    (device,) = _lifecycle.running - before
     assert device._is_hung()
     disk.leave.set()
     readers[0].join(20)
     with contextlib.suppress(ublk.UblkError):
         device.stop()
-    assert device not in _device._running
+    assert device not in _lifecycle.running
 
 
 class Pulls(Stuck):

@@ -10,20 +10,21 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from ublk import _driver
+from ublk import _methods, _start
+from ublk._device import Device
 from ublk._numbers import number
+from ublk._options import Options
 from ublk._requests import Op
 from ublk._threads import threads as _threads
 from ublk._ublk import Extents, check
 from ublk._zones import ZoneCondition
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
     from typing import TypeAlias, TypeVar
 
-    from ublk._device import Device
-    from ublk._serving import Report, Serving
+    from ublk._options import LoopFactory
+    from ublk._serving import Hooks, Serving
     from ublk._ublk import Extent, Request, Zeros
     from ublk._zones import Zone
 
@@ -300,7 +301,7 @@ class BlockDevice:
         hang_after: float | None = 30.0,
         workers: int | None = None,
         pull: bool = False,
-        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+        loop_factory: LoopFactory | None = None,
         isolated: bool = False,
         shared_memory: bool = False,
         coalesce_usecs: int = 0,
@@ -360,13 +361,10 @@ class BlockDevice:
             serves other devices. 20 is a good start.
 
         """
-        from ublk._device import Device
-
-        device = Device._make(
-            self,
-            queues,
-            depth,
-            id,
+        options = Options(
+            queues=queues,
+            depth=depth,
+            id=id,
             recoverable=recoverable,
             hang_after=hang_after,
             workers=workers,
@@ -376,7 +374,8 @@ class BlockDevice:
             shared_memory=shared_memory,
             coalesce_usecs=coalesce_usecs,
         )
-        device._start(_driver.current())
+        device = Device._make(self, options)
+        _start.start(device)
         return device
 
     async def start_async(
@@ -394,31 +393,25 @@ class BlockDevice:
         Use it as ``async with await disk.start_async() as device:``, or stop it with `Device.stop_async`. The
         parameters are those of `start`.
         """
-        from ublk._device import Device
-
-        device = Device._make(
-            self, queues, depth, id, recoverable=recoverable, hang_after=hang_after, coalesce_usecs=coalesce_usecs
+        options = Options(
+            queues=queues,
+            depth=depth,
+            id=id,
+            recoverable=recoverable,
+            hang_after=hang_after,
+            coalesce_usecs=coalesce_usecs,
         )
-        await device._start_async(_driver.current())
+        device = Device._make(self, options)
+        await _start.start_async(device)
         return device
 
-    def _serve(
-        self,
-        report: Report,
-        *,
-        workers: int | None,
-        pull: bool,
-        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None,
-    ) -> Serving:
+    def _serve(self, hooks: Hooks, options: Options) -> Serving:
         """Choose how requests reach the methods."""
-        from ublk import _serving
-
-        return _serving.choose(self, report, workers=workers, pull=pull, loop_factory=loop_factory)
+        return _methods.choose(self, hooks, options)
 
     def _check_shape(self) -> None:
         """Raise `ValueError` for a shape that no disk can have."""
-        served = {"kind": "", "operations": [], "style": "", "coalesce_usecs": 0}
-        check({**self._describe(), **served})
+        check(self._describe())
 
     def _check_recovery(self) -> None:
         """Refuse to serve a device after another server; accepts by default."""

@@ -5,62 +5,46 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
-import contextvars
 import errno
 import functools
 import logging
-import math
 import os
 import select
-import subprocess
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
-from ublk import _driver, _interval, _signals, _ublk, _watchdog
+from ublk import _interval, _lifecycle, _signals, _ublk, _watchdog
 from ublk._errors import UblkError
+from ublk._lifecycle import STOP_SECONDS
 from ublk._log import Limiter, also, log
 from ublk._numbers import number
-from ublk._requests import Requests
-from ublk._running_loop import event_loop
-from ublk._serving import LoopServing, PullServing, Serving
+from ublk._running_loop import event_loop, to_the_end
+from ublk._serving import Hooks
 from ublk._stats import OpStats, Stats
 from ublk._system import DeviceInfo
-from ublk._threads import running
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
     from types import TracebackType
 
     from _typeshed import FileDescriptorLike
 
     from ublk._block_device import BlockDevice
     from ublk._native import NativeDisk
-    from ublk._serving import LoopFactory, Native
+    from ublk._options import Options
+    from ublk._requests import Requests
+    from ublk._serving import Native, Serving
 
-_JOIN_SECONDS = 5.0
-# After which a handler that is still running is reported.
-HANG_SECONDS = 30.0
-# For how long a stop waits for handlers.
-STOP_SECONDS = 30.0
-# The same, for one that cancels.
+# How long `wait` waits for a start in progress, whose failure it raises.
+_START_SECONDS = 5.0
+# How long a stop that cancels waits for handlers.
 _CANCEL_SECONDS = 1.0
 # The kernel counts milliseconds in 31 bits.
 _LONGEST_POLL = 1_000_000.0
-# As long as any.
+# Longer than any device is served.
 _FOREVER = float(1 << 31)
-# For threads that are in the interpreter when it is about to be finalized.
-_LEAVE_SECONDS = 5.0
-# Signals' handlers may keep the stopping of devices from its work so often.
-_ATTEMPTS = 100
-_running: set[Device] = set()
-_running_lock = threading.Lock()
-# Starts under way, whose devices may not be in `_running` yet; none begins once the program ends.
-_starting = 0
-_exiting = False
 
 
 class Device:
@@ -75,42 +59,29 @@ class Device:
 
     _native: Native
     _target: BlockDevice | NativeDisk
-    _description: dict[str, Any]
-    _options: dict[str, Any]
+    _shape: dict[str, Any]
+    _options: Options
     _serving: Serving
     _exception: BaseException | None
     _stopped: bool
+    # Whether a handler was still running when a stop timed out.
     _hangs: bool
-    # A wait for its end was interrupted.
+    # Whether a signal handler interrupted the wait of a stop.
     _hurried: bool
-    _hang_after: float | None
     _owner: int
+    # Set once the start has succeeded or failed.
     _start_over: threading.Event
     _stopping: threading.Lock
     _failures: Limiter
-    # Called when there is a device that is not live yet.
+    # Called when the device was created, before it is live.
     _made: Callable[[], None]
 
     @classmethod
-    def _make(
-        cls,
-        target: BlockDevice | NativeDisk,
-        queues: int,
-        depth: int,
-        id: int | None,
-        *,
-        recoverable: bool | str = False,
-        hang_after: float | None = HANG_SECONDS,
-        workers: int | None = None,
-        pull: bool = False,
-        loop_factory: LoopFactory | None = None,
-        isolated: bool = False,
-        shared_memory: bool = False,
-        coalesce_usecs: int = 0,
-    ) -> Device:
-        """Check everything; nothing is made yet."""
+    def _make(cls, target: BlockDevice | NativeDisk, options: Options) -> Device:
+        """Check everything that can be checked without the driver, and return a device that is not created yet."""
         self = object.__new__(cls)
         self._target = target
+        self._options = options
         self._exception = None
         self._stopped = False
         self._hangs = False
@@ -120,177 +91,24 @@ class Device:
         self._failures = Limiter()
         self._made = _nothing
         self._owner = os.getpid()
-        workers = None if workers is None else number("workers", workers, 16)
-        if workers == 0:
-            raise ValueError("workers = 0: must be at least 1")
-        shape = target._describe()
-        if hang_after is not None and not hang_after > 0:
-            raise ValueError(f"hang_after = {hang_after}: must be more than 0 seconds, or None")
-        # Never, which is for the watchdog not to be asked at all.
-        hang_after = None if hang_after == math.inf else hang_after
-        self._serving = target._serve(self._report, workers=workers, pull=pull, loop_factory=loop_factory)
-        coalesce_usecs = number("coalesce_usecs", coalesce_usecs, 32)
-        if isolated:
-            if shared_memory:
-                raise ValueError("isolated=True cannot be combined with shared_memory=True")
-            # Not everybody needs another process, and what belongs to one.
-            from ublk._isolated import isolate
+        self._shape = target._describe()
+        hooks = Hooks(self._report, self._die, lambda: self._exception)
+        self._serving = target._serve(hooks, options)
+        if options.isolated:
+            # Imports `multiprocessing`, which most programs do not need.
+            from ublk._isolated import IsolatedServing
 
-            more = {"hang_after": hang_after, "workers": workers, "loop_factory": loop_factory}
-            more["coalesce_usecs"] = coalesce_usecs
-            self._serving = isolate(target, self._serving, self._report, more)
-            # Hanging handlers are reported there.
-            hang_after = None
-        self._serving.die = self._die
-        self._description = {
-            **shape,
-            "kind": type(target).__name__,
-            "operations": self._serving.operations,
-            "style": self._serving.style,
-            "coalesce_usecs": coalesce_usecs,
-        }
-        self._hang_after = hang_after
-        self._options = {
-            "queues": number("queues", queues, 32),
-            "depth": number("depth", depth, 32),
-            "id": None if id is None else number("id", id, 20),
-            "recovery": ("reissue" if recoverable else None) if isinstance(recoverable, bool) else recoverable,
-            "shared_memory": bool(shared_memory),
-        }
+            self._serving.check_isolated()
+            self._serving = IsolatedServing(target, self._serving, hooks, options)
         return self
 
-    def _start(self, driver: _ublk.FakeDriver | None) -> None:
-        """Make the device and serve it."""
-        with _one_start():
-            self._start_device(driver)
-
-    def _start_device(self, driver: _ublk.FakeDriver | None) -> None:
-        made: list[Native] = []
-        try:
-            # First: a signal that kills the program would leave a device that was already created.
-            _signals.device_started(self)
-            self._add(driver, made)
-            self._begin()
-            if isinstance(self._serving, PullServing):
-                self._register()
-                # The kernel reads the disk before this is over, and it is the caller who will answer.
-                threading.Thread(target=self._go_live_later, name=f"ublk{self.id}start", daemon=True).start()
-                return
-            self._native.go_live()
-            self._register()
-        except BaseException:
-            self._undo(made)
-            raise
-        finally:
-            if not isinstance(self._serving, PullServing):
-                self._start_over.set()
-
-    async def _start_async(self, driver: _ublk.FakeDriver | None) -> None:
-        """Make the device and serve it on the running loop."""
-        if not isinstance(self._serving, LoopServing):
-            raise TypeError(f"{type(self._target).__name__} has no coroutine methods: use start()")
-        event_loop("start_async")
-        self._serving.is_here = True
-        with _one_start():
-            await self._start_device_async(driver)
-
-    async def _start_device_async(self, driver: _ublk.FakeDriver | None) -> None:
-        made: list[Native] = []
-        try:
-            _signals.device_started(self)
-            await _to_the_end(self._add, driver, made)
-            self._begin()
-            await _in_thread(self._native.go_live)
-            self._register()
-        except BaseException:
-            # The loop goes on meanwhile: requests may have to be served before the device can go.
-            await _to_the_end(self._undo, made)
-            raise
-        finally:
-            self._start_over.set()
-
-    def _add(self, driver: _ublk.FakeDriver | None, made: list[Native]) -> None:
-        self._serving.add(self._description, self._options, driver, made)
-        self._native = made[0]
-        with _running_lock:
-            # If the start is interrupted, and its undoing, too, the end of the program sees to the rest.
-            _running.add(self)
-        self._made()
-
-    def _recover(self, id: int, driver: _ublk.FakeDriver | None) -> None:
-        """Serve a device whose last server is gone."""
-        with _one_start():
-            self._recover_device(id, driver)
-
-    def _recover_device(self, id: int, driver: _ublk.FakeDriver | None) -> None:
-        made: list[Native] = []
-        try:
-            self._serving.recover(self._description, id, driver, made)
-            self._native = made[0]
-            self._made()
-            self._begin()
-            self._register()
-        except BaseException:
-            # Clients of the disk continue to wait.
-            for native in made:
-                native.abandon()
-            self._forget()
-            _signals.device_stopped(self)
-            raise
-        finally:
-            self._start_over.set()
-
-    def _begin(self) -> None:
-        """Start to take requests, unless another process does."""
-        if not isinstance(self._native, _ublk.NativeDevice):
-            return
-        self._serving.begin(self._native)
-        if isinstance(self._serving, PullServing):
-            self._serving.requests = Requests(self._native.pull_queues, lambda: self._exception)
-
-    def _register(self) -> None:
-        with _running_lock:
-            _running.add(self)
-        if self._serving.needs_python:
-            _interval.shorten(self)
-        if self._hang_after is not None and isinstance(self._native, _ublk.NativeDevice):
-            _watchdog.watch(self._native, self.path, self._hang_after, self._serving)
-        _signals.device_started(self)
-
-    def _undo(self, made: list[Native]) -> None:
-        """Leave nothing of a start that failed, or was interrupted between any two of its lines."""
-        if not made:
-            self._forget()
-            _signals.device_stopped(self)
-            return
-        self._native = made[0]
-        with _running_lock:
-            _running.add(self)
-        try:
-            self._end(functools.partial(self._native.stop, STOP_SECONDS))
-        finally:
-            # What sees to the rest waits for this.
-            self._start_over.set()
-
     def _forget(self) -> None:
-        """Take the device for one that does not run."""
-        with _running_lock:
-            _running.discard(self)
+        """Withdraw the device from everything that looks at running devices."""
+        _lifecycle.discard(self)
         _interval.restore(self)
         native = getattr(self, "_native", None)
-        if isinstance(native, _ublk.NativeDevice):
+        if native is not None:
             _watchdog.forget(native)
-
-    def _go_live_later(self) -> None:
-        """Go live while requests are being taken."""
-        try:
-            self._native.go_live()
-        except BaseException as error:
-            # Threads that take requests or wait for the device raise it, unless the device was stopped meanwhile.
-            if not self._stopped:
-                self._exception = error
-        finally:
-            self._start_over.set()
 
     @property
     def id(self) -> int:
@@ -315,17 +133,17 @@ class Device:
     @property
     def size(self) -> int:
         """Capacity in bytes."""
-        return int(self._description["size"])
+        return int(self._shape["size"])
 
     @property
     def block_size(self) -> int:
         """Logical block size in bytes."""
-        return int(self._description["block_size"])
+        return int(self._shape["block_size"])
 
     @property
     def read_only(self) -> bool:
         """Whether the disk is read-only."""
-        return bool(self._description["read_only"]) or "write" not in self.operations
+        return bool(self._shape["read_only"]) or "write" not in self.operations
 
     @property
     def operations(self) -> frozenset[str]:
@@ -369,7 +187,7 @@ class Device:
         size = number("size", size, 64)
         self._target._check_size(size)
         self._native.resize(size)
-        self._description["size"] = self._target.size = size
+        self._shape["size"] = self._target.size = size
 
     def share_memory(self, file: FileDescriptorLike, *, read_only: bool = False) -> int:
         """Let clients that map the same file do direct I/O with it without a copy. Linux 7.1.
@@ -389,7 +207,7 @@ class Device:
         self._shareable().unshare_memory(number)
 
     def _shareable(self) -> _ublk.NativeDevice:
-        if not isinstance(self._native, _ublk.NativeDevice) or not self._options["shared_memory"]:
+        if not isinstance(self._native, _ublk.NativeDevice) or not self._options.shared_memory:
             raise UblkError(errno.EOPNOTSUPP, f"{self.path} was not started with shared_memory=True")
         return self._native
 
@@ -401,16 +219,15 @@ class Device:
         if self._owner != os.getpid():
             return
         self._check_end()
-        if isinstance(self._native, _ublk.NativeDevice) and self._native.served_here:
+        if self._native.served_here:
             raise RuntimeError("this thread also serves the device: it cannot wait for this")
         if self.recovery is None:
             raise UblkError(
                 errno.EINVAL, f"{self.path} was not started with recoverable=True: no other server could take it over"
             )
         if self.can_be_left:
-            if isinstance(self._native, _ublk.NativeDevice):
-                # From here on no stop deletes the disk under its users, whatever interrupts this.
-                self._native.hand_over()
+            # From here on no stop deletes the disk under its users, whatever interrupts this.
+            self._native.hand_over()
             self._end(self._native.leave)
         else:
             # Says what is missing, and touches nothing.
@@ -427,8 +244,6 @@ class Device:
         By ``for`` or ``async for``; several threads and tasks may do so at once. Each `Request` is to be ended by
         whoever has taken it, and may be so at any time and from any thread.
         """
-        if not isinstance(self._serving, PullServing):
-            raise TypeError("the device was not started with pull=True")
         return self._serving.requests
 
     def wait_ready(self, timeout: float | None = None) -> bool:
@@ -464,7 +279,7 @@ class Device:
                 if signalled is not None:
                     _signals.drain(signalled)
         # The thread that starts a pulling device is about to report what went wrong.
-        self._start_over.wait(_JOIN_SECONDS)
+        self._start_over.wait(_START_SECONDS)
         if self._exception is not None:
             raise self._exception
         return True
@@ -520,8 +335,7 @@ class Device:
             return
         seconds = _seconds(timeout)
         self._check_end()
-        native = self._native
-        if isinstance(native, _ublk.NativeDevice) and native.served_here:
+        if self._native.served_here:
             stop = functools.partial(self._stop_quietly, seconds, cancel)
             threading.Thread(target=stop, name="ublk-stop", daemon=True).start()
             return
@@ -538,12 +352,11 @@ class Device:
         seconds = _seconds(timeout)
         event_loop("stop_async")
         self._serving.check_task()
-        await _to_the_end(self._stop, seconds, cancel)
+        await to_the_end(self._stop, seconds, cancel)
 
     def _check_end(self) -> None:
         """Raise in a handler of this device, or on the event loop that serves it."""
-        native = self._native
-        if isinstance(native, _ublk.NativeDevice) and native.in_handler:
+        if self._native.in_handler:
             raise RuntimeError("a handler cannot wait for its own device to stop; raise SystemExit instead")
         self._serving.check_task()
         self._serving.check_loop()
@@ -556,8 +369,7 @@ class Device:
         self._end_in(seconds, cancel)
         if is_over or not native.revoked:
             return
-        hurried = isinstance(native, _ublk.NativeDevice) and native.hurried
-        when = "when the wait for them was interrupted" if hurried else f"after {seconds:g} s"
+        when = "when the wait for them was interrupted" if native.hurried else f"after {seconds:g} s"
         text = f"{self.path}: {native.revoked} requests unfinished {when}; they failed, the device is deleted"
         if not cancel:
             raise UblkError(errno.EIO, text)
@@ -646,8 +458,7 @@ class Device:
 
     def _is_hung(self) -> bool:
         """Whether a handler has made a stop time out, and is still running."""
-        native = self._native
-        return self._hangs and isinstance(native, _ublk.NativeDevice) and bool(native.busy())
+        return self._hangs and bool(self._native.busy())
 
     def _stop_quietly(self, seconds: float = STOP_SECONDS, cancel: bool = False) -> None:
         # A handler may end the device before `start` has finished with it, or given it up.
@@ -671,238 +482,3 @@ def _seconds(timeout: float | None) -> float:
     if not timeout >= 0:
         raise ValueError(f"timeout = {timeout}: must be at least 0 seconds, or None")
     return min(float(timeout), _FOREVER)
-
-
-def _in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
-    """Call a function in a thread of its own.
-
-    Those of the loop's executor may all be in calls of handlers, which wait for what this is to end.
-    """
-    loop = asyncio.get_running_loop()
-    over = loop.create_future()
-
-    def settle(error: BaseException | None) -> None:
-        # It may have been cancelled.
-        if over.done():
-            return
-        if error is None:
-            over.set_result(None)
-        else:
-            over.set_exception(error)
-
-    def call() -> None:
-        error: BaseException | None = None
-        try:
-            function(*arguments)
-        except BaseException as raised:
-            error = raised
-        # The loop may be closed by now.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, error)
-
-    # A daemon: the interpreter joins others before it runs the exit handlers, which end such waits.
-    run = contextvars.copy_context().run
-    threading.Thread(target=run, args=(call,), name="ublk-call", daemon=True).start()
-    return over
-
-
-async def _to_the_end(function: Callable[..., None], *arguments: object) -> None:
-    """Call a function in a thread, and wait for its end even when cancelled."""
-    call = _in_thread(function, *arguments)
-    cancelled: asyncio.CancelledError | None = None
-    while not call.done():
-        try:
-            await asyncio.wait([call])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    call.result()
-
-
-def _stop_all() -> None:
-    """Remove all devices when the interpreter exits, whatever loggers and signal handlers raise."""
-    for _ in range(_ATTEMPTS):
-        try:
-            again = any(device._hurried for device in list(_running))
-            with _signals.hurrying(_expedite_all, again=again):
-                _stop_running()
-            return
-        except BaseException:
-            # From a signal's handler, at any place; again, with what is left.
-            continue
-
-
-def _expedite_all() -> None:
-    """End all waits for handlers."""
-    for device in list(_running):
-        device._native.expedite()
-
-
-@contextlib.contextmanager
-def _one_start() -> Iterator[None]:
-    """Have the end of the program wait for a start, and refuse starts after that."""
-    global _starting
-    with _running_lock:
-        if _exiting:
-            raise RuntimeError("the interpreter is shutting down")
-        _starting += 1
-    try:
-        yield
-    finally:
-        with _running_lock:
-            _starting -= 1
-
-
-def _stop_running() -> None:
-    global _exiting
-    deadline = time.monotonic() + STOP_SECONDS
-    hang = False
-    with _running_lock:
-        _exiting = True
-    # By other threads; what they have started is to be stopped, too.
-    while _starting and time.monotonic() < deadline:
-        time.sleep(0.01)
-    for device in list(_running):
-        if not device._is_hung():
-            # An isolated device whose start was interrupted has no node.
-            name = getattr(device._native, "path", "a device that was being started")
-            _try(log, logging.WARNING, "%s was still running when the program ended", name)
-            try:
-                device._stop(max(0.0, deadline - time.monotonic()))
-            except Exception as error:
-                _try(log, logging.ERROR, "stopping %s: %s", name, error)
-        hang = hang or device._is_hung()
-    if hang:
-        # The interpreter's end would take away what a thread needs that is still in a handler.
-        _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", leave_removal(list(_running)))
-        _try(sys.stdout.flush)
-        _try(sys.stderr.flush)
-        os._exit(1)
-    deadline = time.monotonic() + _JOIN_SECONDS
-    for thread in running():
-        thread.join(max(0.0, deadline - time.monotonic()))
-
-
-# Run with this package's directory, the number of a process, and those of its devices.
-_REMOVER = """
-import sys
-sys.stdin.read()
-sys.path.append(sys.argv[1])
-from ublk import _ublk
-for id in map(int, sys.argv[3:]):
-    try:
-        if _ublk.device(id)["pid"] in (None, int(sys.argv[2])):
-            _ublk.delete(id, True)
-    except OSError as error:
-        sys.stderr.write(f"ublk: removing /dev/ublkb{id}: {error}; `ublk del --dead` tries again\\n")
-"""
-
-
-def leave_removal(devices: Iterable[Device], *, recoverable: bool = False) -> str:
-    """Have another process remove devices of this one, once that has ended; return what a message says of that.
-
-    Those that can be recovered are left to another server, unless ``recoverable``.
-    """
-    ids: list[int] = []
-    kept: list[int] = []
-    for device in devices:
-        native = device._native
-        if isinstance(native, _ublk.NativeDevice) and native.on_kernel and not native.stopped:
-            (ids if recoverable or native.recovery is None else kept).append(native.id)
-    text = "".join(f"; /dev/ublkb{id} waits for another server: ublk.recover({id}, ...)" for id in kept)
-    if not ids:
-        return text
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    # Isolated: code in the working directory, and what the environment names, is not to run.
-    command = [sys.executable, "-I", "-c", _REMOVER, package, str(os.getpid()), *map(str, ids)]
-    try:
-        # It begins when the pipe ends, with this process. It may not be interrupted with this one.
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd="/", start_new_session=True)
-    except Exception as error:
-        return f"{text}; `ublk del --dead` removes its devices ({error})"
-    return f"{text}; its devices are removed after that"
-
-
-def _try(function: Callable[..., object], *arguments: object) -> None:
-    """Call something of the program's that must not keep devices from being stopped."""
-    with contextlib.suppress(BaseException):
-        function(*arguments)
-
-
-# Handlers run from the last to the first: when all devices are stopped, their threads are kept out of the interpreter.
-atexit.register(_ublk.close_gate, _LEAVE_SECONDS)
-atexit.register(_stop_all)
-
-
-def _in_forked_child() -> None:
-    """Forget the parent's devices, and the lock that one of its threads may have held."""
-    global _running_lock, _starting
-    _ublk.after_fork()
-    _running_lock = threading.Lock()
-    _starting = 0
-    _running.clear()
-
-
-os.register_at_fork(after_in_child=_in_forked_child)
-
-
-def run(
-    target: BlockDevice | NativeDisk,
-    *,
-    queues: int = 1,
-    depth: int = 128,
-    id: int | None = None,
-    workers: int | None = None,
-    quiet: bool = False,
-) -> None:
-    """Serve a block device until Ctrl-C, SIGTERM or its deletion by another process, then return.
-
-    Prints the device's path when it can be used, unless ``quiet``. The arguments are those of
-    `BlockDevice.start`. An exception that a handler ended the device with is raised here.
-    """
-    more: dict[str, Any] = {} if workers is None else {"workers": workers}
-    with (
-        contextlib.suppress(KeyboardInterrupt, _signals.Terminated),
-        target.start(queues=queues, depth=depth, id=id, **more) as device,
-    ):
-        if not quiet:
-            print(device.path, flush=True)
-        device.wait()
-
-
-def recover(
-    id: int,
-    target: BlockDevice | NativeDisk,
-    *,
-    hang_after: float | None = HANG_SECONDS,
-    workers: int | None = None,
-    pull: bool = False,
-    loop_factory: LoopFactory | None = None,
-    isolated: bool = False,
-    coalesce_usecs: int = 0,
-) -> Device:
-    """Serve a recoverable device whose server has left, and return when its disk works again.
-
-    The device was started with ``recoverable``, by whatever program. It keeps its shape and queues; the block device
-    has to fit them. Of a server that has just died this waits for the driver to notice. Requests that have waited
-    are served then.
-
-    Raises `UblkError` with ``EBUSY`` if a living process serves the device, and with ``EINVAL`` if it was not made to
-    be recovered, `ValueError` if the block device does not fit or is a disk in memory.
-    """
-    target._check_recovery()
-    device = Device._make(
-        target,
-        1,
-        1,
-        None,
-        hang_after=hang_after,
-        workers=workers,
-        pull=pull,
-        loop_factory=loop_factory,
-        isolated=isolated,
-        coalesce_usecs=coalesce_usecs,
-    )
-    device._recover(number("id", id, 20), _driver.current())
-    return device

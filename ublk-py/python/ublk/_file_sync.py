@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -120,12 +119,9 @@ class FileSync:
 _all: weakref.WeakSet[FileSync] = weakref.WeakSet()
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Replace locks that a thread of the parent may have held, and forget its syncs."""
     for one in list(_all):
         one._changed = threading.Condition()
         one._ended = one._begun
         one._waiting = 0
-
-
-os.register_at_fork(after_in_child=_in_forked_child)

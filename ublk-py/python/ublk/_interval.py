@@ -8,7 +8,6 @@ what a request then takes at least. While devices run it is a tenth of that.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 
@@ -44,12 +43,9 @@ def _restore() -> None:
     _before = None
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Forget the parent's devices, and the lock that one of its threads may have held."""
     global _lock
     _lock = threading.Lock()
     _devices.clear()
     _restore()
-
-
-os.register_at_fork(after_in_child=_in_forked_child)

@@ -8,14 +8,13 @@ and at last the news that the device has begun to end; if that is missing, the p
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import dataclasses
 import errno
 import functools
 import logging
 import multiprocessing
 import multiprocessing.process
-import multiprocessing.util
 import os
 import pickle
 import signal
@@ -25,21 +24,20 @@ import weakref
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
-from ublk import _device, _isolated_server, _signals, _ublk
+from ublk import _isolated_server, _lifecycle, _signals, _ublk
 from ublk._errors import UblkError
 from ublk._isolated_questions import Questions
 from ublk._log import log
-from ublk._native import NativeDisk
-from ublk._serving import PullServing, Serving
+from ublk._serving import Serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from multiprocessing.context import SpawnProcess
     from pathlib import Path
 
-    from ublk._block_device import BlockDevice
     from ublk._isolated_server import Answer
-    from ublk._serving import Native, Report
+    from ublk._options import Options
+    from ublk._serving import Hooks, Native
 
 # A process that imports what the program imports, and then has the kernel read the disk.
 _START_SECONDS = 120.0
@@ -54,80 +52,59 @@ _spawn = multiprocessing.get_context("spawn")
 _remotes: weakref.WeakSet[RemoteDevice] = weakref.WeakSet()
 
 
-def isolate(
-    target: BlockDevice | NativeDisk, served: Serving, report: Report, options: Mapping[str, Any]
-) -> IsolatedServing:
-    """Have another process serve a block device in the way that was found for it."""
-    if isinstance(target, NativeDisk):
-        raise ValueError(f"{type(target).__name__} is a native disk: there is nothing to isolate")
-    if isinstance(served, PullServing):
-        raise ValueError("isolated=True cannot be combined with pull=True")
-    return IsolatedServing(target, served, report, options)
-
-
 class IsolatedServing(Serving):
-    """Another process has a copy of the block device, and serves it in its own way."""
+    """Has another process serve a copy of the block device, in the way that was chosen for it."""
 
     needs_python = False
+    # Hanging handlers are reported by the other process.
+    is_watched = False
 
-    def __init__(self, target: BlockDevice, served: Serving, report: Report, options: Mapping[str, Any]) -> None:
-        super().__init__({}, served.operations, report)
-        self.style = "isolated"
+    def __init__(self, target: object, served: Serving, hooks: Hooks, options: Options) -> None:
+        super().__init__(served.kind, {}, served.operations, hooks)
         self._remote: RemoteDevice | None = None
         try:
             self._payload = pickle.dumps(target)
         except Exception as error:
-            error.add_note(f"isolated=True gives a copy of the {type(target).__name__} to another process, by pickling")
+            error.add_note(f"isolated=True gives a copy of the {served.kind} to another process, by pickling")
             raise
-        self._options = dict(options)
+        self._options = dataclasses.replace(options, isolated=False)
 
     def add(
-        self,
-        description: Mapping[str, Any],
-        options: Mapping[str, Any],
-        driver: _ublk.FakeDriver | None,
-        made: list[Native],
+        self, shape: Mapping[str, Any], options: Options, driver: _ublk.FakeDriver | None, made: list[Native]
     ) -> None:
-        """Have the process make the device and go live."""
-        recoverable = options["recovery"] or False
-        more = {"queues": options["queues"], "depth": options["depth"], "id": options["id"], "recoverable": recoverable}
-        self._start(None, {**self._options, **more}, driver, made)
+        """Have the process create the device and go live."""
+        self._start(False, driver, made)
 
     def recover(
-        self,
-        description: Mapping[str, Any],
-        id: int,
-        driver: _ublk.FakeDriver | None,
-        made: list[Native],
+        self, shape: Mapping[str, Any], options: Options, driver: _ublk.FakeDriver | None, made: list[Native]
     ) -> None:
-        """Have the process serve a device whose last server is gone."""
-        self._start(id, self._options, driver, made)
+        """Have the process serve a device that has lost its server."""
+        self._start(True, driver, made)
 
-    def _start(
-        self,
-        id: int | None,
-        options: Mapping[str, Any],
-        driver: _ublk.FakeDriver | None,
-        made: list[Native],
-    ) -> None:
-        remote = RemoteDevice(self._payload, id, options, driver is not None)
+    def _start(self, recovers: bool, driver: _ublk.FakeDriver | None, made: list[Native]) -> None:
+        remote = RemoteDevice(self._payload, recovers, self._options, driver is not None)
         self._remote = remote
         made.append(remote)
         self._payload = b""
-        remote.begin(self.die)
+        remote.begin(self._hooks.die)
 
     def cancel(self) -> None:
-        """Have the process do so when it stops the device."""
+        """Have the process cancel tasks when it stops the device."""
         if self._remote is not None:
             self._remote.cancels = True
 
 
 class RemoteDevice:
-    """What a `NativeDevice` of this process would be."""
+    """Device of another process, with the interface of a `NativeDevice` of this one."""
 
+    # No thread of this process serves it.
     queues_left = 0
+    in_handler = False
+    served_here = False
+    on_kernel = False
+    hurried = False
 
-    def __init__(self, payload: bytes, id: int | None, options: Mapping[str, Any], fake: bool) -> None:
+    def __init__(self, payload: bytes, recovers: bool, options: Options, fake: bool) -> None:
         # For the end of the process; a signal's handler that interrupts a stop may stop the device, too.
         self._lock = threading.RLock()
         self._die: Callable[[BaseException], None] | None = None
@@ -148,7 +125,7 @@ class RemoteDevice:
         self._events, events = _spawn.Pipe(duplex=False)
         levels = {name: logging.getLogger(name).level for name in ("", "ublk")}
         self._theirs = (control, events)
-        arguments = (control, events, payload, id, dict(options), levels, fake)
+        arguments = (control, events, payload, recovers, options, levels, fake)
         self._process: SpawnProcess = _spawn.Process(
             target=_isolated_server.serve, args=arguments, name="ublk-isolated"
         )
@@ -156,7 +133,7 @@ class RemoteDevice:
     def begin(self, die: Callable[[BaseException], None]) -> None:
         """Start the process, wait until it serves its device, and listen to it from then on."""
         _remotes.add(self)
-        _end_with_workers()
+        _lifecycle.end_with_worker(_end_left)
         control, events = self._theirs
         # Theirs alone, so that their end is the process's. A signal in between would leave a process without questions.
         with _signals.deferred(), control, events:
@@ -187,8 +164,15 @@ class RemoteDevice:
         """Give what is readable once the device has begun to end."""
         return self._ended
 
+    def busy(self) -> list[tuple[int, int, float]]:
+        """Return an empty list: no thread of this process is in a handler."""
+        return []
+
     def go_live(self) -> None:
-        """Nothing: the process has done so."""
+        """Do nothing: the process has done so."""
+
+    def hand_over(self) -> None:
+        """Do nothing: the process does so."""
 
     @property
     def revoked(self) -> int:
@@ -451,23 +435,12 @@ def _end_left() -> None:
     for remote in list(_remotes):
         if remote.stopped or remote._owner != os.getpid():
             continue
-        for end in (functools.partial(remote.stop, _device.STOP_SECONDS), remote.kill):
+        for end in (functools.partial(remote.stop, _lifecycle.STOP_SECONDS), remote.kill):
             try:
                 end()
                 break
             except UblkError as error:
                 log(logging.ERROR, "stopping the device of process %s: %s", remote._process.pid, error)
-
-
-_ends_with_worker = -1
-
-
-def _end_with_workers() -> None:
-    """See to it that this happens in processes of multiprocessing's, too, where exit handlers do not run."""
-    global _ends_with_worker
-    if _ends_with_worker != os.getpid():
-        _ends_with_worker = os.getpid()
-        multiprocessing.util.Finalize(None, _end_left, exitpriority=10)
 
 
 def _in_forked_child() -> None:
@@ -478,10 +451,4 @@ def _in_forked_child() -> None:
     _remotes.clear()
 
 
-os.register_at_fork(after_in_child=_in_forked_child)
-
-
-# Handlers run from the last to the first. That of `multiprocessing.util`, which is imported above, waits for processes.
-atexit.register(_end_left)
-atexit.unregister(_device._stop_all)
-atexit.register(_device._stop_all)
+_lifecycle.register_isolated(_end_left, _in_forked_child)

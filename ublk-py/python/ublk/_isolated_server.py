@@ -21,10 +21,11 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ublk import _ublk
-from ublk._device import Device, leave_removal
+from ublk import _driver, _start, _ublk
+from ublk._device import Device
 from ublk._errors import UblkError
 from ublk._isolated_questions import ENDS, MADE
+from ublk._lifecycle import leave_removal
 from ublk._log import log
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ublk._block_device import BlockDevice
+    from ublk._options import Options
 
 # So many log records wait for the program to take them; then they are lost. It must never hold up the disk.
 _RECORDS = 10_000
@@ -138,8 +140,8 @@ def serve(
     control: Connection,
     pipe: Connection,
     payload: bytes,
-    id: int | None,
-    options: Mapping[str, Any],
+    recovers: bool,
+    options: Options,
     levels: Mapping[str, int],
     fake: bool,
 ) -> None:
@@ -156,29 +158,29 @@ def serve(
     except ProcessLookupError:
         return
     try:
-        device = _Start(control, program, id).run(payload, options, fake)
+        device = _Start(control, program, recovers).run(payload, options, fake)
     except BaseException as error:
         with contextlib.suppress(OSError):
             control.send(Answer(0, error=Failure.of(error)))
     else:
         with device:
             # One that is recovered was there before.
-            _attend(device, control, program, events, announced=id is not None)
+            _attend(device, control, program, events, announced=recovers)
     events.close()
 
 
 class _Start:
     """Starts the device, or serves one that there is; undoes that if the program gives it up or is gone."""
 
-    def __init__(self, control: Connection, program: int, id: int | None) -> None:
+    def __init__(self, control: Connection, program: int, recovers: bool) -> None:
         self._control = control
         self._program = program
-        self._id = id
+        self._recovers = recovers
         self._device: Device | None = None
         self._over = threading.Event()
         self._over_descriptor = os.eventfd(0, os.EFD_CLOEXEC)
 
-    def run(self, payload: bytes, options: Mapping[str, Any], fake: bool) -> Device:
+    def run(self, payload: bytes, options: Options, fake: bool) -> Device:
         """Return the device when it is live."""
         threading.Thread(target=self._watch, name="ublk-start", daemon=True).start()
         try:
@@ -187,16 +189,15 @@ class _Start:
             except (AttributeError, ImportError) as error:
                 # Of an interactive program, say.
                 raise TypeError(f"isolated=True needs a class that can be imported from a file: {error}") from None
-            driver = _ublk.FakeDriver() if fake else None
-            if self._id is None:
-                device = Device._make(target, **options)
-                device._made = lambda: self._made(device)
-                device._start(driver)
-            else:
+            if self._recovers:
                 target._check_recovery()
-                device = Device._make(target, 1, 1, None, **options)
-                device._made = lambda: self._made(device)
-                device._recover(self._id, driver)
+            device = Device._make(target, options)
+            device._made = lambda: self._made(device)
+            with _driver.using(_ublk.FakeDriver()) if fake else contextlib.nullcontext():
+                if self._recovers:
+                    _start.take_over(device)
+                else:
+                    _start.start(device)
             return device
         finally:
             self._over.set()
@@ -206,7 +207,7 @@ class _Start:
         """Let the program know what it has to remove if this process does not. Raises if it has given the start up."""
         self._device = device
         with contextlib.suppress(OSError):
-            if self._id is None:
+            if not self._recovers:
                 self._control.send(Answer(MADE, device.id))
             if not self._is_given_up(0):
                 return
@@ -227,15 +228,15 @@ class _Start:
         device = self._device
         if device is not None:
             try:
-                if self._id is None:
-                    device._native.stop(_UNDO_SECONDS)
-                else:
+                if self._recovers:
                     device._native.abandon()
+                else:
+                    device._native.stop(_UNDO_SECONDS)
             except UblkError as error:
                 log(logging.ERROR, "stopping %s: %s", device.path, error)
         if not self._over.wait(_END_SECONDS):
             # Something is stuck. Its end is that of the process.
-            if self._device is not None and self._id is None:
+            if self._device is not None and not self._recovers:
                 leave_removal([self._device], recoverable=True)
             os._exit(1)
 

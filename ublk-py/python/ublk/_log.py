@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 import traceback
@@ -80,13 +79,10 @@ class Limiter:
 _limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Replace locks that a thread of the parent may have held."""
     for limiter in _limiters:
         limiter._lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def also(left_out: int) -> str:

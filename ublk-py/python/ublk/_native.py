@@ -6,15 +6,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ublk import _driver
+from ublk import _start
+from ublk._device import Device
+from ublk._options import Options
 from ublk._serving import NativeServing
 from ublk._ublk import NativeTarget
 
 if TYPE_CHECKING:
     import os
 
-    from ublk._device import Device
-    from ublk._serving import Report, Serving
+    from ublk._serving import Hooks, Serving
 
 
 class NativeDisk:
@@ -52,28 +53,26 @@ class NativeDisk:
 
         Raises `ValueError` for a ``recoverable`` disk in memory, whose data is lost with this process.
         """
-        from ublk._device import Device
-
         if recoverable:
             self._check_recovery()
-        device = Device._make(
-            self,
-            queues,
-            depth,
-            id,
+        options = Options(
+            queues=queues,
+            depth=depth,
+            id=id,
             recoverable=recoverable,
             hang_after=None,
             shared_memory=shared_memory,
             coalesce_usecs=coalesce_usecs,
         )
-        device._start(_driver.current())
+        device = Device._make(self, options)
+        _start.start(device)
         return device
 
-    def _serve(self, report: Report, *, workers: object, pull: bool, loop_factory: object) -> Serving:
-        if workers is not None or pull or loop_factory is not None:
-            name = type(self).__name__
+    def _serve(self, hooks: Hooks, options: Options) -> Serving:
+        name = type(self).__name__
+        if options.workers is not None or options.pull or options.loop_factory is not None:
             raise ValueError(f"{name} is a native disk: it cannot be combined with workers, an event loop or pull=True")
-        return NativeServing(self._native, self._native.operations, report)
+        return NativeServing(name, self._native, self._native.operations, hooks)
 
     def _check_size(self, size: int) -> None:
         room = self._room()

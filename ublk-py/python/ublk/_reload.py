@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ublk import _signals
-from ublk._device import recover
 from ublk._errors import UblkError
 from ublk._log import log
+from ublk._start import recover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -155,7 +155,7 @@ def _put_back() -> None:
                 signal.signal(number, previous)
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Forget the parent's devices and its signals, and the lock that one of its threads may have held."""
     global _lock, _pipe, _waiting
     _lock = threading.RLock()
@@ -168,9 +168,6 @@ def _in_forked_child() -> None:
         if present != _pipe[1]:
             signal.set_wakeup_fd(present)
         _pipe = None
-
-
-os.register_at_fork(after_in_child=_in_forked_child)
 
 
 @contextlib.contextmanager

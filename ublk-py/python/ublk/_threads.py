@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -25,14 +24,11 @@ def running() -> list[threading.Thread]:
         return list(threads)
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Forget the parent's threads, and the lock that one of them may have held."""
     global _lock
     _lock = threading.Lock()
     threads.clear()
-
-
-os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def spawn(name: str, body: Callable[[], None]) -> None:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import traceback
@@ -15,11 +14,10 @@ from ublk._log import log
 from ublk._own_disk import blocked_threads, descriptor_in_use, own_descriptors
 
 if TYPE_CHECKING:
-    from ublk._serving import Serving
-    from ublk._ublk import NativeDevice
+    from ublk._serving import Native, Serving
 
 _wake = threading.Condition()
-_watched: dict[NativeDevice, _Watched] = {}
+_watched: dict[Native, _Watched] = {}
 _thread: threading.Thread | None = None
 
 
@@ -39,7 +37,7 @@ class _Watched:
         self.blocked: set[tuple[int, int]] = set()
 
 
-def watch(native: NativeDevice, path: str, seconds: float, serving: Serving) -> None:
+def watch(native: Native, path: str, seconds: float, serving: Serving) -> None:
     """Report handlers of a device that take so many seconds, once each."""
     global _thread
     with _wake:
@@ -50,22 +48,19 @@ def watch(native: NativeDevice, path: str, seconds: float, serving: Serving) -> 
         _wake.notify()
 
 
-def forget(native: NativeDevice) -> None:
+def forget(native: Native) -> None:
     """Look at a device no more."""
     with _wake:
         _watched.pop(native, None)
         _wake.notify()
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Forget the parent's devices, and the lock that one of its threads may have held."""
     global _wake, _thread
     _wake = threading.Condition()
     _watched.clear()
     _thread = None
-
-
-os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _run() -> None:
@@ -86,7 +81,7 @@ def _run() -> None:
                 log(logging.ERROR, "%s: looking at its handlers failed", watched.path, error=error)
 
 
-def _look(native: NativeDevice, watched: _Watched) -> None:
+def _look(native: Native, watched: _Watched) -> None:
     descriptors = own_descriptors(watched.path)
     if descriptors and not watched.warned:
         watched.warned = True
@@ -118,7 +113,7 @@ def _look(native: NativeDevice, watched: _Watched) -> None:
         )
 
 
-def _report_threads(native: NativeDevice, watched: _Watched) -> bool:
+def _report_threads(native: Native, watched: _Watched) -> bool:
     """Report threads that have been in a handler for too long, once each; return whether there are any."""
     frames = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}

@@ -20,12 +20,12 @@ import errno
 import io
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from ublk import _driver, _ublk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from typing_extensions import Buffer
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ublk._block_device import BlockDevice
     from ublk._device import Device
     from ublk._native import NativeDisk
+    from ublk._options import StartOptions
 
 __all__ = ["POISON", "File", "open"]
 
@@ -86,15 +87,17 @@ class File(io.RawIOBase):
     # Whether its device was stopped in order.
     _stopped = False
 
-    def __init__(self, disk: BlockDevice | NativeDisk, **options: Any) -> None:
+    def __init__(self, disk: BlockDevice | NativeDisk, **options: Unpack[StartOptions]) -> None:
         super().__init__()
         if options.get("isolated"):
             raise ValueError("isolated=True is not supported without a kernel")
         self._driver = _ublk.FakeDriver()
         self._position = 0
         self._ranges = _Ranges()
+        # Native disks take some of the options only.
+        start: Callable[..., Device] = disk.start
         with _driver.using(self._driver):
-            self.device: Device = disk.start(**options)
+            self.device: Device = start(**options)
         """The running device."""
         self.device.wait_ready()
 
@@ -271,6 +274,6 @@ class File(io.RawIOBase):
             raise OSError(errno.EINVAL, f"{offset}+{length} is not a multiple of the block size ({block})")
 
 
-def open(disk: BlockDevice | NativeDisk, **options: Any) -> File:
+def open(disk: BlockDevice | NativeDisk, **options: Unpack[StartOptions]) -> File:
     """Serve a block device and return a file on it. The options are those of `ublk.BlockDevice.start`."""
     return File(disk, **options)
