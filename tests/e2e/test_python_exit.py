@@ -48,7 +48,7 @@ OWN_DISK = """
             buf[:] = bytes(len(buf))
 
     disk = Waits(size=1 << 20)
-    device = disk.start(hang_after=1)
+    device = disk.start(hang_timeout=1)
 
     def use():
         descriptor = os.open(device.path, os.O_RDONLY | os.O_DIRECT)

@@ -370,13 +370,13 @@ impl NativeDevice {
 
     /// Whether it can be left to another server without a failure.
     #[getter]
-    fn can_be_left(&self) -> bool {
+    fn can_quiesce(&self) -> bool {
         self.device().info().features.contains(Features::QUIESCE)
     }
 
     /// How data moves.
     #[getter]
-    fn data(&self) -> &'static str {
+    fn data_movement(&self) -> &'static str {
         self.device().data_movement().0.name()
     }
 

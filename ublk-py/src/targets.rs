@@ -79,18 +79,24 @@ impl NativeTarget {
         py: Python<'_>,
         size: u64,
         zone_size: u32,
-        conventional: u32,
-        max_open: u32,
-        max_active: u32,
+        conventional_zones: u32,
+        max_open_zones: u32,
+        max_active_zones: u32,
         block_size: u32,
         directory: Option<PathBuf>,
     ) -> PyResult<Self> {
         if zone_size == 0 {
             return Err(PyValueError::new_err("zone_size = 0: must be a power of two"));
         }
-        let logical_block_size = block_size;
-        let options =
-            ZonedOptions { size, zone_size, conventional, max_open, max_active, logical_block_size, directory };
+        let options = ZonedOptions {
+            size,
+            zone_size,
+            conventional: conventional_zones,
+            max_open: max_open_zones,
+            max_active: max_active_zones,
+            logical_block_size: block_size,
+            directory,
+        };
         Self::make(py, || Zoned::open(&options))
     }
 

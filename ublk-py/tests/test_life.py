@@ -376,7 +376,7 @@ def test_a_zoned_disk_says_so_in_full(driver):
         def zone_reset(self, offset): ...
 
     with Zoned(size=1 << 20, zone_size=1 << 18).start() as device:
-        assert device.data == "user-copy"
+        assert device.data_movement == "user-copy"
     with pytest.raises(TypeError, match="no zone_size"):
         Zoned(size=1 << 20).start()
     with pytest.raises(TypeError, match="report_zones"):

@@ -49,7 +49,7 @@ def test_a_file_disk_is_its_file(tmp_path):
 
 
 def test_a_zoned_disk_has_zones(driver):
-    disk = ublk.Zoned(SIZE, zone_size=1 << 18, max_open=2)
+    disk = ublk.Zoned(SIZE, zone_size=1 << 18, max_open_zones=2)
     assert (disk.size, disk.block_size) == (SIZE, 4096)
     with disk.start() as device:
         assert device.size == SIZE

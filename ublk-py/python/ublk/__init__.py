@@ -20,7 +20,6 @@ from ublk._requests import Op, Requests
 from ublk._start import recover, run
 from ublk._stats import OpStats, Stats
 from ublk._system import DeviceInfo, SystemDevice, devices, features
-from ublk._system import open as open
 from ublk._ublk import Extent, Request, Zeros, __version__
 from ublk._zones import Zone, ZoneCondition
 

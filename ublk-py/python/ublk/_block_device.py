@@ -298,7 +298,7 @@ class BlockDevice:
         depth: int = 128,
         id: int | None = None,
         recoverable: bool | str = False,
-        hang_after: float | None = 30.0,
+        hang_timeout: float | None = 30.0,
         workers: int | None = None,
         pull: bool = False,
         loop_factory: LoopFactory | None = None,
@@ -335,7 +335,7 @@ class BlockDevice:
             Keep the device when this process is killed or calls `Device.quiesce`; `recover` serves it again. Requests
             wait meanwhile. Requests in flight wait, too, with ``"reissue"`` (or ``True``), and may be carried out
             twice; they fail with ``"queue"``. With ``"fail-io"`` all requests fail. Linux 6.1; 6.13 for ``"fail-io"``.
-        hang_after:
+        hang_timeout:
             Seconds after which a handler that still runs is reported in the log with its stack, once. ``None`` for
             never.
         workers:
@@ -366,7 +366,7 @@ class BlockDevice:
             depth=depth,
             id=id,
             recoverable=recoverable,
-            hang_after=hang_after,
+            hang_timeout=hang_timeout,
             workers=workers,
             pull=pull,
             loop_factory=loop_factory,
@@ -385,7 +385,7 @@ class BlockDevice:
         depth: int = 128,
         id: int | None = None,
         recoverable: bool | str = False,
-        hang_after: float | None = 30.0,
+        hang_timeout: float | None = 30.0,
         coalesce_usecs: int = 0,
     ) -> Device:
         """Create the device and serve it on the running event loop, for classes with coroutine methods.
@@ -398,7 +398,7 @@ class BlockDevice:
             depth=depth,
             id=id,
             recoverable=recoverable,
-            hang_after=hang_after,
+            hang_timeout=hang_timeout,
             coalesce_usecs=coalesce_usecs,
         )
         device = Device._make(self, options)

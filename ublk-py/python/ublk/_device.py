@@ -161,9 +161,9 @@ class Device:
         return self._native.recovery
 
     @property
-    def can_be_left(self) -> bool:
+    def can_quiesce(self) -> bool:
         """Whether `quiesce` is supported (recoverable devices, Linux 6.16)."""
-        return self._native.can_be_left
+        return self._native.can_quiesce
 
     @property
     def info(self) -> DeviceInfo:
@@ -171,9 +171,9 @@ class Device:
         return DeviceInfo(**_ublk.device(self.id))
 
     @property
-    def data(self) -> str:
+    def data_movement(self) -> str:
         """How data moves (``copy``, ``user-copy``, ``zero-copy`` or ``auto-zero-copy``)."""
-        return self._native.data
+        return self._native.data_movement
 
     def stats(self) -> Stats:
         """Return statistics since this process has served the device."""
@@ -225,7 +225,7 @@ class Device:
             raise UblkError(
                 errno.EINVAL, f"{self.path} was not started with recoverable=True: no other server could take it over"
             )
-        if self.can_be_left:
+        if self.can_quiesce:
             # From here on no stop deletes the disk under its users, whatever interrupts this.
             self._native.hand_over()
             self._end(self._native.leave)

@@ -152,8 +152,8 @@ class RemoteDevice:
         self.depth: int = shape["depth"]
         self.max_io_bytes: int = shape["max_io_bytes"]
         self.recovery = shape["recovery"]
-        self.can_be_left: bool = shape["can_be_left"]
-        self.data: str = shape["data"]
+        self.can_quiesce: bool = shape["can_quiesce"]
+        self.data_movement: str = shape["data_movement"]
         self._die = die
         self.id = shape["id"]
         # From now on a device that is to be recovered is kept when this program dies.

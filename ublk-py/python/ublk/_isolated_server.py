@@ -241,7 +241,7 @@ class _Start:
             os._exit(1)
 
 
-_SHAPE = ("id", "path", "queues", "depth", "max_io_bytes", "recovery", "can_be_left", "data")
+_SHAPE = ("id", "path", "queues", "depth", "max_io_bytes", "recovery", "can_quiesce", "data_movement")
 
 
 class _Ends:
@@ -334,7 +334,7 @@ def _orphaned(device: Device, announced: bool) -> None:
     if device.recovery is None or not announced:
         return
     try:
-        if device.can_be_left:
+        if device.can_quiesce:
             device.quiesce()
             return
     except UblkError as error:

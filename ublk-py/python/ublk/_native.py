@@ -60,7 +60,7 @@ class NativeDisk:
             depth=depth,
             id=id,
             recoverable=recoverable,
-            hang_after=None,
+            hang_timeout=None,
             shared_memory=shared_memory,
             coalesce_usecs=coalesce_usecs,
         )
@@ -158,9 +158,9 @@ class File(NativeDisk):
 class Zoned(NativeDisk):
     """Zoned disk, in memory or with one file per zone in ``directory``. Linux 6.6.
 
-    Sizes are in bytes; ``zone_size`` is a power of two. The first ``conventional`` zones can be written anywhere.
-    ``max_open`` and ``max_active`` limit the number of open and active zones; 0 means no limit. Only a disk in a
-    directory can be ``recoverable``.
+    Sizes are in bytes; ``zone_size`` is a power of two. The first ``conventional_zones`` zones can be written anywhere.
+    ``max_open_zones`` and ``max_active_zones`` limit the number of open and active zones; 0 means no limit. Only a disk
+    in a directory can be ``recoverable``.
     """
 
     def __init__(
@@ -168,12 +168,12 @@ class Zoned(NativeDisk):
         size: int,
         *,
         zone_size: int = 64 << 20,
-        conventional: int = 0,
-        max_open: int = 0,
-        max_active: int = 0,
+        conventional_zones: int = 0,
+        max_open_zones: int = 0,
+        max_active_zones: int = 0,
         block_size: int = 4096,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        target = NativeTarget.zoned(size, zone_size, conventional, max_open, max_active, block_size, directory)
-        super().__init__(target)
+        limits = (conventional_zones, max_open_zones, max_active_zones)
+        super().__init__(NativeTarget.zoned(size, zone_size, *limits, block_size, directory))
         self._in_memory = directory is None

@@ -27,7 +27,7 @@ class Options:
     depth: int = 128
     id: int | None = None
     recoverable: bool | str = False
-    hang_after: float | None = 30.0
+    hang_timeout: float | None = 30.0
     workers: int | None = None
     pull: bool = False
     loop_factory: LoopFactory | None = None
@@ -40,11 +40,11 @@ class Options:
             self._set("workers", number("workers", self.workers, 16))
             if self.workers == 0:
                 raise ValueError("workers = 0: must be at least 1")
-        if self.hang_after is not None and not self.hang_after > 0:
-            raise ValueError(f"hang_after = {self.hang_after}: must be more than 0 seconds, or None")
-        if self.hang_after == math.inf:
+        if self.hang_timeout is not None and not self.hang_timeout > 0:
+            raise ValueError(f"hang_timeout = {self.hang_timeout}: must be more than 0 seconds, or None")
+        if self.hang_timeout == math.inf:
             # Never, like None, which keeps the watchdog from looking at the device at all.
-            self._set("hang_after", None)
+            self._set("hang_timeout", None)
         self._set("coalesce_usecs", number("coalesce_usecs", self.coalesce_usecs, 32))
         if self.isolated and self.shared_memory:
             raise ValueError("isolated=True cannot be combined with shared_memory=True")
@@ -72,7 +72,7 @@ class StartOptions(TypedDict, total=False):
     depth: int
     id: int | None
     recoverable: bool | str
-    hang_after: float | None
+    hang_timeout: float | None
     workers: int | None
     pull: bool
     loop_factory: LoopFactory | None

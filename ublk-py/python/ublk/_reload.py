@@ -142,7 +142,7 @@ class Reloader:
     def start(self, *, queues: int = 1, depth: int = 128, id: int | None = None) -> Device:
         """Serve the disk with the first object."""
         self.device = self._target.start(queues=queues, depth=depth, id=id, recoverable=True, **self._how)
-        if not self.device.can_be_left:
+        if not self.device.can_quiesce:
             self.device.stop()
             text = "--reload needs UBLK_F_QUIESCE: Linux 6.16 or newer, or the driver of this project"
             raise UblkError(errno.EOPNOTSUPP, text)

@@ -179,7 +179,7 @@ class Requests:
         for queue in self._queues:
             queue.close()
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Close the queues unless a thread other than this one takes requests."""
         # What iterations were left with: an exception's traceback keeps it, so that it is not dropped. Another thread
         # may have been given it.

@@ -248,4 +248,4 @@ class PullServing(Serving):
         """Fail requests that are not taken."""
         # A start may have failed before there are any.
         if self._requests is not None:
-            self._requests.abandon()
+            self._requests._abandon()

@@ -122,8 +122,8 @@ def _register(device: Device) -> None:
     _lifecycle.add(device)
     if device._serving.needs_python:
         _interval.shorten(device)
-    if device._serving.is_watched and device._options.hang_after is not None:
-        _watchdog.watch(device._native, device.path, device._options.hang_after, device._serving)
+    if device._serving.is_watched and device._options.hang_timeout is not None:
+        _watchdog.watch(device._native, device.path, device._options.hang_timeout, device._serving)
     _signals.device_started(device)
 
 
@@ -182,7 +182,7 @@ def recover(
     id: int,
     target: BlockDevice | NativeDisk,
     *,
-    hang_after: float | None = 30.0,
+    hang_timeout: float | None = 30.0,
     workers: int | None = None,
     pull: bool = False,
     loop_factory: LoopFactory | None = None,
@@ -201,7 +201,7 @@ def recover(
     target._check_recovery()
     options = Options(
         id=number("id", id, 20),
-        hang_after=hang_after,
+        hang_timeout=hang_timeout,
         workers=workers,
         pull=pull,
         loop_factory=loop_factory,
