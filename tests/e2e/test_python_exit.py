@@ -185,8 +185,8 @@ def test_tasks_of_a_program_that_waits_for_its_own_disk_let_it_go_on() -> None:
     try:
         assert server.line(60) == str(errno.EIO), server.log
         # The requests fail first.
-        until(lambda: "its process waits for its own disk" in server.log, "the reason in the log")
-        assert "has it open itself, as descriptor" in server.log
+        until(lambda: "the process waits for its own disk" in server.log, "the reason in the log")
+        assert "has it open as descriptor" in server.log
         server.signal(signal.SIGTERM)
         assert server.wait(60) == 128 + signal.SIGTERM, server.log
         until(lambda: is_gone(path), "the device gone")

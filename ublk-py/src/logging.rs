@@ -11,13 +11,13 @@ use crate::interpreter;
 
 struct ToPython(Py<PyAny>);
 
-/// Begins to forward, or follows a changed level of the logger.
+/// Starts to forward messages, or adopts a changed level of the logger.
 pub(crate) fn follow(py: Python<'_>) -> PyResult<()> {
     static LOGGER: OnceLock<ToPython> = OnceLock::new();
     let logger = py.import("logging")?.call_method1("getLogger", ("ublk",))?;
     let level: i32 = logger.call_method0("getEffectiveLevel")?.extract()?;
     let forward = LOGGER.get_or_init(|| ToPython(logger.unbind()));
-    // Refused if a logger is set already: ours, from an earlier call.
+    // Fails if a logger is set already: ours, by an earlier call.
     let _ = log::set_logger(forward);
     log::set_max_level(match level {
         ..=10 => LevelFilter::Debug,
@@ -49,7 +49,7 @@ impl Log for ToPython {
         }
         let text = record.args().to_string();
         let logged = interpreter::attach(|py| {
-            // Messages may come while an exception is on its way, from an object that it drops.
+            // Messages may arrive while an exception is set, from an object that it drops.
             let pending = PyErr::take(py);
             if let Err(error) = self.0.call_method1(py, "log", (number(record.level()), "%s", &text)) {
                 error.write_unraisable(py, None);
@@ -59,7 +59,7 @@ impl Log for ToPython {
             }
         });
         if logged.is_none() {
-            // The interpreter is gone or going; the message still should not be.
+            // Without an interpreter, messages go to stderr.
             eprintln!("ublk: {text}");
         }
     }

@@ -29,7 +29,7 @@ use crate::targets::NativeTarget;
 use crate::threads::PythonSpawn;
 use crate::watch::Watch;
 
-/// The process's server on the kernel's driver, made with the first device.
+/// Returns the process's server on the kernel's driver, which is created with the first device.
 fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
     static SERVER: Mutex<Option<(u32, Server)>> = Mutex::new(None);
     let mut server = SERVER.lock().unwrap_or_else(PoisonError::into_inner);
@@ -39,7 +39,7 @@ fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
             *server = Some((owner, made.clone()));
             return Ok(made);
         }
-        // A forked child's copy: its threads are the parent's, and its rings are not mapped here.
+        // The copy in a forked child: the threads are the parent's, and the rings are not mapped here.
         Some(inherited) => std::mem::forget(inherited),
         None => {}
     }
@@ -122,7 +122,7 @@ impl Serving<'_> {
         Ok(())
     }
 
-    /// Makes the target, and queues if its requests are pulled.
+    /// Creates the target, and queues if requests are pulled.
     fn target(self, shape: &Shape, queues: u32, watch: &Watch) -> PyResult<(Arc<dyn Target>, Pulled)> {
         if let Some(native) = self.native() {
             return Ok((native, Pulled::default()));
@@ -153,7 +153,7 @@ impl Serving<'_> {
     }
 }
 
-/// A server on the given driver, or on the kernel's.
+/// Returns a server on the given driver, or on the kernel's.
 fn server(driver: Option<fake::FakeDriver>, spawn: Py<PyAny>, threads: u32) -> ublk_core::Result<Server> {
     let spawn = PythonSpawn(spawn);
     match driver {
@@ -178,7 +178,7 @@ impl Options {
         let recovery = |name: &String| {
             Recovery::ALL.into_iter().find(|recovery| recovery.name() == name).ok_or_else(|| {
                 let names = Recovery::ALL.map(Recovery::name).join(", ");
-                PyValueError::new_err(format!("recoverable = {name:?}: there are True, False, {names}"))
+                PyValueError::new_err(format!("recoverable = {name:?}: must be True, False, {names}"))
             })
         };
         Ok(DeviceOptions {
@@ -192,14 +192,14 @@ impl Options {
     }
 }
 
-/// Checks the shape of a disk.
+/// Validates the shape of a disk.
 #[pyfunction]
 pub(crate) fn check(py: Python<'_>, shape: Shape) -> PyResult<()> {
     shape.params(Operations::empty()).validate().map_err(|e| to_python(py, &e))
 }
 
-/// Makes a device that is not live yet, and appends it to `made`: a returned object could be lost to a
-/// signal's exception before the caller has stored it.
+/// Creates a device that is not live yet, and appends it to `made`: a returned object could be lost if a
+/// signal handler raises before the caller has stored it.
 #[pyfunction]
 pub(crate) fn add(
     py: Python<'_>,
@@ -217,10 +217,10 @@ pub(crate) fn add(
     let (target, queues) = serving.target(&shape, options.queues, &watch)?;
     let device_options = options.convert()?;
     let fake = driver.map(FakeDriver::inner);
-    // Before the driver is looked for, which may be missing.
+    // Before the driver is opened, which may be missing.
     if window > MAX_COALESCING {
         let most = MAX_COALESCING.as_micros();
-        return Err(PyValueError::new_err(format!("coalesce_usecs = {}: {most} at most", window.as_micros())));
+        return Err(PyValueError::new_err(format!("coalesce_usecs = {}: must be at most {most}", window.as_micros())));
     }
     target.params().validate().and_then(|()| device_options.validate()).map_err(|e| to_python(py, &e))?;
     let make = || server(fake, spawn, options.queues)?.coalescing(window)?.add(&target, &device_options);
@@ -229,7 +229,7 @@ pub(crate) fn add(
     made.append(NativeDevice::new(py, device, Some(target), queues, watch, driver.is_none())?)
 }
 
-/// Serves a device whose last server is gone, and appends it to `made`.
+/// Serves a device that has lost its server, and appends it to `made`.
 #[pyfunction]
 pub(crate) fn recover(
     py: Python<'_>,
@@ -246,7 +246,7 @@ pub(crate) fn recover(
     let fake = driver.map(FakeDriver::inner);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let window = Duration::from_micros(options.coalesce_usecs.into());
-    let id = DeviceId(options.id.ok_or_else(|| PyValueError::new_err("id = None: which device to recover?"))?);
+    let id = DeviceId(options.id.ok_or_else(|| PyValueError::new_err("id = None: must be the number of a device"))?);
     let find = || {
         let server = server(fake, spawn, threads)?.coalescing(window)?;
         let info = server.wait_for_vacancy(id)?;

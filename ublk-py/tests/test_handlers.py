@@ -185,7 +185,7 @@ def test_the_object_behind_a_view_gives_no_new_views(driver):
     kept = []
     with reader(lambda offset, buf: kept.append(buf.obj)).start() as dev:
         driver.read(dev.id, 0, 512)
-        with pytest.raises(BufferError, match="is over"):
+        with pytest.raises(BufferError, match="has ended"):
             memoryview(kept[0])
 
 

@@ -148,7 +148,7 @@ def test_a_program_that_has_its_own_disk_open_is_warned_once(driver, caplog, own
         wait_for(lambda: caplog.records)
         time.sleep(0.2)
     (record,) = caplog.records
-    assert "has it open itself, as descriptor 3 (/nonexistent/ublkb0p1): a thread" in record.getMessage()
+    assert "has it open as descriptor 3 (/nonexistent/ublkb0p1): if it" in record.getMessage()
 
 
 def test_files_on_the_own_disk_are_its_own_too(own, monkeypatch):
@@ -173,9 +173,9 @@ def test_tasks_of_a_program_that_waits_for_its_own_disk_fail_their_requests(driv
         with pytest.raises(OSError, match="I/O error"):
             driver.read(device.id, 0, 512)
         assert cancelled.wait(10)
-        wait_for(lambda: "its process waits for its own disk" in caplog.text)
-    assert "thread (8) of this process cannot go on" in caplog.text
-    assert "1 of their requests fail" in caplog.text
+        wait_for(lambda: "the process waits for its own disk" in caplog.text)
+    assert "thread (8) cannot continue" in caplog.text
+    assert "failing 1 of their requests" in caplog.text
 
 
 def test_a_handler_that_hangs_while_the_own_disk_is_used_is_named_with_the_cycle(driver, caplog, own):
@@ -183,10 +183,10 @@ def test_a_handler_that_hangs_while_the_own_disk_is_used_is_named_with_the_cycle
     with disk.start(hang_timeout=0.1) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
-        wait_for(lambda: "its process waits for its own disk" in caplog.text)
+        wait_for(lambda: "the process waits for its own disk" in caplog.text)
         disk.go.set()
         client.join(10)
-    assert "0 of their requests fail" in caplog.text
+    assert "failing 0 of their requests" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_look_that_fails_is_not_the_last_one(driver, caplog, monkeypatch):
     disk = Plain()
     with disk.start(hang_timeout=0.05) as device:
         monkeypatch.setattr(_watchdog, "own_descriptors", lambda path: 1 / 0)
-        wait_for(lambda: "looking at its handlers failed" in caplog.text)
+        wait_for(lambda: "checking its handlers failed" in caplog.text)
         monkeypatch.setattr(_watchdog, "own_descriptors", lambda path: {})
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()

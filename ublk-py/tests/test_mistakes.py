@@ -180,7 +180,7 @@ def test_a_loop_of_trio_is_named(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "trio", types.SimpleNamespace(lowlevel=lowlevel))
     with testing.open(Tasks(size=SIZE)) as file:
         coroutine = getattr(Tasks(size=SIZE) if call == "start_async" else file.device, call)()
-        with pytest.raises(RuntimeError, match=rf"{call} needs a running event loop of asyncio, and this is trio"):
+        with pytest.raises(RuntimeError, match=rf"{call} needs a running event loop of asyncio, but this is trio"):
             coroutine.send(None)
 
 

@@ -162,7 +162,7 @@ def test_a_stop_takes_kept_requests_back(driver, cancel, looks):
     assert driver.devices() == []
     ((request, buffer),) = kept
     assert request.done
-    with pytest.raises(ValueError, match="the request is over"):
+    with pytest.raises(ValueError, match="the request has ended"):
         request.complete()
     if looks:
         with pytest.raises(ValueError, match="released"):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ublk._zones import Zone
 
     Result = TypeVar("Result")
-    # What a method returns, or a coroutine method in the end.
+    # The result of a plain method or of a coroutine method.
     MaybeAsync: TypeAlias = Result | Awaitable[Result]
 
 # What `BlockDevice.__init__` sets.
@@ -47,7 +47,7 @@ _SHAPE = (
     "max_append_bytes",
 )
 
-# How long requests that are under way may take to end.
+# How long `invalidate` waits for requests in flight.
 _DRAIN_SECONDS = 60.0
 
 
@@ -266,29 +266,29 @@ class BlockDevice:
         extents. With ``wait`` this returns only when they have ended, so that their place in the file can be reused.
         Raises `TimeoutError` after a minute.
 
-        A handler cannot wait (`RuntimeError`), since it might wait for a request of its own thread. It need not after
-        copying data, either: a client that reads before a write is acknowledged may see the old bytes. A thread that
-        waits must not hold a lock that `map` or a handler needs: have `map` return ``None`` for the range, wait, then
-        lock.
+        A handler cannot wait (`RuntimeError`), since it might wait for a request of its own thread. A handler that has
+        copied data need not wait: a client that reads before a write is acknowledged may see the old bytes. A thread
+        that waits must not hold a lock that `map` or a handler needs: make `map` return ``None`` for the range, wait,
+        and then lock.
         """
         length = (1 << 63) - 1 - offset if length is None else length
         if wait and threading.current_thread() in _threads:
             raise RuntimeError("a handler cannot wait for requests: they may be those of its own thread")
         if not self._extents.invalidate(offset, length, _DRAIN_SECONDS if wait else None):
-            raise TimeoutError(errno.ETIMEDOUT, f"requests to {offset}+{length} are still under way")
+            raise TimeoutError(errno.ETIMEDOUT, f"requests to {offset}+{length} are still in flight")
 
     @property
     def _extents(self) -> Extents:
-        # One for all threads, whichever comes first; and not from `__init__`, for classes whose own does not call it.
-        # A forked child has others: requests of its parent would be under way in it for ever. So has a copy of the
-        # object (`copy.copy`), whose bytes may be stored elsewhere: it has the owner of what it was copied from.
+        # Created on first use: the `__init__` of a class may not call ours. `setdefault` makes threads share one.
+        # A forked child gets its own, in which no requests of the parent are in flight. So does a copy of the object
+        # (`copy.copy`), whose bytes may be stored elsewhere: it still has the owner of the original.
         kept: _KeptExtents = self.__dict__.setdefault("_kept_extents", _KeptExtents(self, Extents()))
         if not kept.is_of(self):
             kept = self.__dict__["_kept_extents"] = _KeptExtents(self, Extents())
         return kept.extents
 
     def _follow(self, old: BlockDevice) -> None:
-        """Remember flushes of the object that served the disk before: one that has failed has lost writes."""
+        """Inherit the state of flushes from the object that served the disk before: a failed one has lost writes."""
         self.__dict__["_kept_extents"] = _KeptExtents(self, old._extents.successor())
 
     def start(
@@ -333,11 +333,12 @@ class BlockDevice:
             Number N of ``/dev/ublkbN``; by default the lowest free one.
         recoverable:
             Keep the device when this process is killed or calls `Device.quiesce`; `recover` serves it again. Requests
-            wait meanwhile. Requests in flight wait, too, with ``"reissue"`` (or ``True``), and may be carried out
-            twice; they fail with ``"queue"``. With ``"fail-io"`` all requests fail. Linux 6.1; 6.13 for ``"fail-io"``.
+            wait meanwhile. With ``"reissue"`` (or ``True``), requests in flight are sent again, and may be carried out
+            twice; with ``"queue"`` they fail. With ``"fail-io"`` all requests fail meanwhile. Linux 6.1; 6.13 for
+            ``"fail-io"``.
         hang_timeout:
-            Seconds after which a handler that still runs is reported in the log with its stack, once. ``None`` for
-            never.
+            Seconds after which a handler that is still running is reported in the log with its stack, once. ``None``
+            for no limit.
         workers:
             Number of threads that call plain methods instead of the queue threads, divided among the queues. At most
             ``depth`` per queue have something to do.
@@ -410,14 +411,14 @@ class BlockDevice:
         return _methods.choose(self, hooks, options)
 
     def _check_shape(self) -> None:
-        """Raise `ValueError` for a shape that no disk can have."""
+        """Raise `ValueError` for an invalid shape."""
         check(self._describe())
 
     def _check_recovery(self) -> None:
-        """Refuse to serve a device after another server; accepts by default."""
+        """Raise if the disk cannot be recovered; accepts by default."""
 
     def _check_size(self, size: int) -> None:
-        """Refuse a size that the disk cannot have; accepts by default."""
+        """Raise if the disk cannot have a size; accepts by default."""
 
     def _describe(self) -> dict[str, Any]:
         """Return the disk's parameters."""
@@ -442,7 +443,7 @@ class BlockDevice:
         }
 
     def _overridden(self, name: str) -> Callable[..., Any] | None:
-        """Return the bound method if the class or the instance has one of its own."""
+        """Return the bound method if the class or the instance overrides it."""
         method = getattr(self, name, None)
         if method is None or getattr(method, "__func__", None) is getattr(BlockDevice, name):
             return None

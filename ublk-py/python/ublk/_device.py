@@ -193,17 +193,17 @@ class Device:
         """Let clients that map the same file do direct I/O with it without a copy. Linux 7.1.
 
         ``file`` is a memfd, or a file on tmpfs or hugetlbfs, of whole pages and up to 4 GiB, as a descriptor or an
-        object with a ``fileno()``. If all of a request's memory is in it, in order, then files that serve the request
-        read and write that memory. A handler gets a copy: the client can change its memory at any time, and the file's
-        length too, which fails the request. Other requests move as ever. With ``read_only`` only writes use it. The
-        device must have been started with ``shared_memory=True``.
+        object with a ``fileno()``. If the memory of a request is a contiguous part of it, then files that serve the
+        request read and write that memory directly. A handler gets a copy, since the client can change its memory at
+        any time. It can also truncate the file, which fails the request. Other requests are handled as usual.
+        With ``read_only`` only writes use the memory. The device must have been started with ``shared_memory=True``.
 
-        Return a number for `unshare_memory`. Without that, the pages stay pinned until the device goes.
+        Return a number for `unshare_memory`. The pages stay pinned until that is called or the device is deleted.
         """
         return self._shareable().share_memory(file, read_only)
 
     def unshare_memory(self, number: int) -> None:
-        """Withdraw shared memory, once no request uses it. Raises `UblkError` with ``ENOENT`` if there is none."""
+        """Unshare memory once no request uses it. Raises `UblkError` with ``ENOENT`` for an unknown number."""
         self._shareable().unshare_memory(number)
 
     def _shareable(self) -> _ublk.NativeDevice:
@@ -220,36 +220,36 @@ class Device:
             return
         self._check_end()
         if self._native.served_here:
-            raise RuntimeError("this thread also serves the device: it cannot wait for this")
+            raise RuntimeError("this thread also serves the device and cannot wait for it to quiesce")
         if self.recovery is None:
             raise UblkError(
-                errno.EINVAL, f"{self.path} was not started with recoverable=True: no other server could take it over"
+                errno.EINVAL, f"{self.path} was not started with recoverable=True: no other server can recover it"
             )
         if self.can_quiesce:
-            # From here on no stop deletes the disk under its users, whatever interrupts this.
+            # From here on no stop deletes the disk while it is in use, whatever interrupts this.
             self._native.hand_over()
             self._end(self._native.leave)
         else:
-            # Says what is missing, and touches nothing.
+            # Raises an error that says what is missing, and changes nothing.
             self._native.leave()
 
     @property
     def running(self) -> bool:
-        """Whether the device is being served, neither stopped nor about to be."""
+        """Whether the device is being served; False once it has begun to end."""
         return not self._native.ending
 
     def requests(self) -> Requests:
         """Return an iterator over the requests of a device that was started with ``pull=True``.
 
-        By ``for`` or ``async for``; several threads and tasks may do so at once. Each `Request` is to be ended by
-        whoever has taken it, and may be so at any time and from any thread.
+        Several threads and tasks may iterate concurrently, with ``for`` or ``async for``. The program completes or
+        fails each `Request`, at any time and from any thread.
         """
         return self._serving.requests
 
     def wait_ready(self, timeout: float | None = None) -> bool:
         """Wait until the device's node is ready; returns at once unless the device was started with ``pull=True``.
 
-        Return whether it was within ``timeout`` seconds. Raises what the start failed with.
+        Return False if it is not ready after ``timeout`` seconds. Raises the exception that the start failed with.
         """
         over = self._start_over.wait(None if timeout is None else min(timeout, _LONGEST_POLL))
         if self._exception is not None:
@@ -259,9 +259,9 @@ class Device:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the device begins to end, stopped by another thread or deleted by any process.
 
-        Return whether it did so within ``timeout`` seconds; without a timeout, wait for ever. An exception
-        that a handler ended the device with (`SystemExit`, say) is raised here. In the main thread Ctrl-C
-        interrupts the wait with `KeyboardInterrupt`.
+        Return False if it has not begun after ``timeout`` seconds; by default there is no limit. Raises the exception
+        with which a handler ended the device, such as `SystemExit`. In the main thread Ctrl-C interrupts the wait with
+        `KeyboardInterrupt`.
         """
         if timeout is not None and timeout != timeout:
             raise ValueError("timeout = nan: must be a number of seconds, or None")
@@ -278,7 +278,7 @@ class Device:
                 poller.poll(None if left is None else min(left, _LONGEST_POLL) * 1000)
                 if signalled is not None:
                     _signals.drain(signalled)
-        # The thread that starts a pulling device is about to report what went wrong.
+        # The thread that starts a device with pull=True is about to report its failure.
         self._start_over.wait(_START_SECONDS)
         if self._exception is not None:
             raise self._exception
@@ -288,7 +288,7 @@ class Device:
         """Wait until the device begins to end, without blocking the event loop. Raises like `wait`."""
         loop = event_loop("wait_async")
         ending = asyncio.Event()
-        # A loop knows one reader for each descriptor.
+        # A loop has one reader for each descriptor.
         descriptor = os.dup(self._native.fileno())
         try:
             loop.add_reader(descriptor, ending.set)
@@ -300,34 +300,34 @@ class Device:
         if self._exception is not None:
             raise self._exception
 
-    def stop(self, timeout: float | None = STOP_SECONDS, *, cancel: bool = False) -> None:
+    def stop(self, timeout: float | None = 30.0, *, cancel: bool = False) -> None:
         """Stop and delete the device. Calling it again has no effect.
 
-        What becomes of requests that are in flight:
+        Requests in flight:
 
-        1. They are finished first. This waits for that for ``timeout`` seconds, or without a limit if it is ``None``.
-        2. After that, those that still have not ended fail with ``EIO``, the device is deleted, and this raises
-           `UblkError` with ``EIO``: requests that the program has taken and keeps, those that ``workers`` are at work
-           on, and those of tasks, which are cancelled. Methods that are still running go on without their request.
-        3. With ``cancel``, tasks are cancelled at once, 1 and 2 take a second at most, and nothing is raised for
-           requests that fail. A method that still runs is logged: keep open what it uses.
-        4. A method that still runs on the thread of its queue (without ``workers``) keeps its request. After a few
-           seconds this raises `UblkError` with ``ETIMEDOUT``: the device is still there, and stopping it again tries
-           again. A program that ends leaves without such a method: it exits with status 1, which fails the request,
-           and another process removes the device then.
+        1. This waits up to ``timeout`` seconds for them to end, or without a limit if it is ``None``.
+        2. Requests that have not ended by then fail with ``EIO``, the device is deleted, and this raises `UblkError`
+           with ``EIO``. That applies to requests that the program has taken, that ``workers`` handle, and that tasks
+           serve; the tasks are cancelled. Methods that are still running continue without their request.
+        3. With ``cancel``, tasks are cancelled at once, steps 1 and 2 take at most a second, and failed requests raise
+           nothing. A method that is still running is logged: keep open what it uses.
+        4. A method that is still running on the thread of its queue (without ``workers``) keeps its request. After a
+           few seconds this raises `UblkError` with ``ETIMEDOUT``. The device still exists, and calling this again
+           retries. A program that ends in this state exits with status 1, which fails the request, and leaves a process
+           that removes the device.
 
-        The process of an isolated device ends with it, and so do methods that still run there. If it does not stop the
-        device, in place of 4, it is killed: that fails its requests, and this raises `UblkError` with ``EIO``, or logs
-        it with ``cancel``. Only a recoverable device is kept then, as in 4.
+        The process of an isolated device ends with the device, and so do methods that are still running there. If the
+        process does not stop the device, step 4 is different: the process is killed, which fails its requests, and this
+        raises `UblkError` with ``EIO``, or logs it with ``cancel``. Only a recoverable device is kept as in step 4.
 
-        In the main thread Ctrl-C, or what another signal's handler raises, ends the wait at once, and the stop goes on
-        in the background as after ``timeout``. Once the program ends, the first signal ends the waits, and the second
-        the process; so does the first one if a wait was ended before.
+        In the main thread, Ctrl-C or an exception of another signal handler ends the wait at once, and the stop
+        continues in the background as after ``timeout``. While the program exits, the first signal ends all waits, and
+        the second one ends the process; so does the first one if a wait was interrupted before.
 
-        In a handler of another device whose thread serves this one, too, the stop goes on in the background. A
-        recoverable device that another process has asked to wait for another server is left to that; its requests do
-        not fail, since a method that still runs would write beside the next server, which has to wait for it. In a
-        forked child this does nothing: the device is its parent's.
+        In a handler of another device whose thread also serves this one, the stop continues in the background. If
+        another process has quiesced the device, it is left to another server. Its requests do not fail then: a method
+        that is still running would write concurrently with the next server, which has to wait for it. In a forked child
+        this does nothing, because the device belongs to the parent.
 
         Raises `RuntimeError` in a handler of this device, which would wait for itself: raise `SystemExit` there.
         """
@@ -341,10 +341,10 @@ class Device:
             return
         self._stop(seconds, cancel)
 
-    async def stop_async(self, timeout: float | None = STOP_SECONDS, *, cancel: bool = False) -> None:
+    async def stop_async(self, timeout: float | None = 30.0, *, cancel: bool = False) -> None:
         """Stop and delete the device like `stop`, without blocking the event loop, which serves it meanwhile.
 
-        Raises `RuntimeError` in a task that serves a request of this device, which would wait for itself: leave it to
+        Raises `RuntimeError` in a task that serves a request of this device, which would wait for itself: call it in
         another task, or raise `SystemExit`.
         """
         if self._owner != os.getpid():
@@ -376,7 +376,7 @@ class Device:
         log(logging.WARNING, "%s; a method that still runs may still write: keep what it uses", text)
 
     def _end_in(self, seconds: float, cancel: bool) -> None:
-        """Stop the device, whatever requests have to be taken back for that."""
+        """Stop the device, and fail the requests that have not ended in time."""
         if cancel:
             self._serving.cancel()
         self._end(functools.partial(self._native.stop, seconds))
@@ -387,27 +387,27 @@ class Device:
             try:
                 self._serving.abandon()
             finally:
-                # Whatever that has raised.
+                # Also if that has raised.
                 end()
         except BaseException as error:
-            # It may still have to be stopped, by a handler's exit say.
+            # It may still have to be stopped, after `SystemExit` in a handler for example.
             self._stopped = self._native.stopped
             interrupted = not isinstance(error, Exception)
             self._hangs = isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT
             if interrupted and not self._stopped:
                 self._hurried = True
-                # The stop in the background is over soon, and this thread then does the rest.
+                # Ends the wait of the stop in the background; this thread then does the rest.
                 self._native.expedite()
                 with contextlib.suppress(RuntimeError):
                     threading.Thread(target=self._stop_quietly, name="ublk-stop", daemon=True).start()
             raise
         finally:
-            # After a time-out it still runs, and may be stopped again.
+            # After a time-out the device still runs, and may be stopped again.
             if self._native.stopped:
                 self._over()
 
     def _over(self) -> None:
-        """Let go of everything that a device has while it runs."""
+        """Release everything that the device has while it runs."""
         self._forget()
         _signals.device_stopped(self)
         self._serving.cancel()
@@ -436,7 +436,7 @@ class Device:
         return f"<ublk.Device {self.path} {state}: {type(self._target).__name__}, {self.size} bytes>"
 
     def _report(self, operation: str, exception: BaseException) -> None:
-        """Take an exception of a handler that is no errno; called on a queue's thread."""
+        """Handle an exception of a handler that is not an errno; called on a queue's thread."""
         name = f"{type(self._target).__name__}.{operation}"
         if isinstance(exception, Exception):
             left_out = self._failures.admit(f"{name} ({type(exception).__name__})")
@@ -453,15 +453,15 @@ class Device:
         if self._stopped or not self._stopping.acquire(blocking=False):
             return
         self._exception = exception
-        # The thread that runs this has to go on serving until the device is stopped.
+        # The calling thread has to continue serving until the device is stopped.
         threading.Thread(target=self._stop_quietly, name="ublk-stop", daemon=True).start()
 
     def _is_hung(self) -> bool:
-        """Whether a handler has made a stop time out, and is still running."""
+        """Whether a stop timed out because of a handler that is still running."""
         return self._hangs and bool(self._native.busy())
 
     def _stop_quietly(self, seconds: float = STOP_SECONDS, cancel: bool = False) -> None:
-        # A handler may end the device before `start` has finished with it, or given it up.
+        # A handler may end the device before `start` has succeeded or failed.
         self._start_over.wait()
         try:
             if hasattr(self, "_native"):
@@ -476,7 +476,7 @@ def _nothing() -> None:
 
 
 def _seconds(timeout: float | None) -> float:
-    """Check a time-out."""
+    """Return a time-out in seconds. Raises `ValueError` for negative ones and NaN."""
     if timeout is None:
         return _FOREVER
     if not timeout >= 0:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""How long a thread that computes may keep the interpreter from those that serve requests.
+"""The interpreter's switch interval, which is lowered while Python serves requests.
 
-CPython lets it go on for `sys.getswitchinterval()`, 5 ms by default, each time another thread wants to enter: that is
-what a request then takes at least. While devices run it is a tenth of that.
+A thread that computes keeps the GIL for `sys.getswitchinterval()`, 5 ms by default, after another thread has requested
+it. That is the minimum latency of a request then. While devices are running, the interval is 0.5 ms.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _before: float | None = None
 
 
 def shorten(device: object) -> None:
-    """A device runs that needs the interpreter. What the program has made shorter stays so."""
+    """Lower the interval for a device that needs the interpreter, unless the program has set a shorter one."""
     global _before
     with _lock:
         if not _devices and sys.getswitchinterval() > SECONDS:
@@ -29,7 +29,7 @@ def shorten(device: object) -> None:
 
 
 def restore(device: object) -> None:
-    """A device has stopped, perhaps the last one. What the program has set meanwhile stays so."""
+    """Restore the interval after the last device, unless the program has changed it."""
     with _lock:
         _devices.discard(device)
         if not _devices:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Devices that a process of their own serves: this program's side.
+"""Isolated devices: the side of the program, which controls the process that serves the device.
 
-Two pipes lead there. Over ``control`` go questions and their answers (`Questions`). Over ``events`` come log records,
-and at last the news that the device has begun to end; if that is missing, the process has died.
+There are two pipes to that process: ``control`` for questions and their answers (`Questions`), and ``events`` for log
+records and, finally, the notice that the device has begun to end. If the pipe closes without it, the process has died.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from ublk._options import Options
     from ublk._serving import Hooks, Native
 
-# A process that imports what the program imports, and then has the kernel read the disk.
+# For a process that imports the modules of the program, and then starts the device.
 _START_SECONDS = 120.0
 _ANSWER_SECONDS = 75.0
-# For the other side's part of a stop, besides the wait for handlers.
+# For a stop by the process, in addition to its wait for handlers.
 _STOP_SECONDS = 15.0
 _EXIT_SECONDS = 5.0
 _STUCK_EXIT_SECONDS = 2.0
@@ -105,19 +105,19 @@ class RemoteDevice:
     hurried = False
 
     def __init__(self, payload: bytes, recovers: bool, options: Options, fake: bool) -> None:
-        # For the end of the process; a signal's handler that interrupts a stop may stop the device, too.
+        # For the end of the process. Reentrant: a signal handler that interrupts a stop may stop the device, too.
         self._lock = threading.RLock()
         self._die: Callable[[BaseException], None] | None = None
         self.id = -1
         self.ending = False
         self.stopped = False
         self.recovery: str | None = None
-        # Readable, for ever, once the device has begun to end.
+        # Readable from the moment when the device begins to end.
         self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self._ended).atexit = False
         self._owner = os.getpid()
         self._fake = fake
-        # What is wrong, if a stop has killed the process.
+        # The reason, if a stop has killed the process.
         self._killed = ""
         # Whether a stop cancels tasks at once.
         self.cancels = False
@@ -131,11 +131,12 @@ class RemoteDevice:
         )
 
     def begin(self, die: Callable[[BaseException], None]) -> None:
-        """Start the process, wait until it serves its device, and listen to it from then on."""
+        """Start the process, wait until it serves its device, and then receive its events."""
         _remotes.add(self)
         _lifecycle.end_with_worker(_end_left)
         control, events = self._theirs
-        # Theirs alone, so that their end is the process's. A signal in between would leave a process without questions.
+        # Only the process keeps these ends, so that they close when it ends. Signals are deferred: an exception in
+        # between would leave a process without `Questions`.
         with _signals.deferred(), control, events:
             self._process.start()
             assert self._process.pid is not None
@@ -156,12 +157,12 @@ class RemoteDevice:
         self.data_movement: str = shape["data_movement"]
         self._die = die
         self.id = shape["id"]
-        # From now on a device that is to be recovered is kept when this program dies.
+        # From now on a recoverable device is kept when this program dies.
         self._questions.post("")
         threading.Thread(target=self._listen, name=f"ublk{self.id}events", daemon=True).start()
 
     def fileno(self) -> int:
-        """Give what is readable once the device has begun to end."""
+        """Return a descriptor that is readable once the device has begun to end."""
         return self._ended
 
     def busy(self) -> list[tuple[int, int, float]]:
@@ -176,12 +177,12 @@ class RemoteDevice:
 
     @property
     def revoked(self) -> int:
-        """How many requests have failed because they had not ended in time."""
+        """Number of requests that failed because they had not ended in time."""
         return int(self._last.get("revoked", 0))
 
     @property
     def entries(self) -> int:
-        """How often that process's Python was entered for requests."""
+        """Number of times that Python was entered for requests in the process."""
         return int(self._ask("entries"))
 
     def stats(self) -> list[dict[str, Any]]:
@@ -189,28 +190,28 @@ class RemoteDevice:
         return [dict(operation) for operation in self._ask("stats")]
 
     def resize(self, size: int) -> None:
-        """Change the disk's capacity."""
+        """Change the capacity of the disk."""
         self._ask("resize", size)
 
     def stop(self, seconds: float) -> None:
-        """Have the device deleted, and the process gone. It waits for handlers for so many seconds.
+        """Delete the device and end the process, which waits for handlers up to so many seconds.
 
-        If that does not work, it is killed. Raises `UblkError` then, although the device is gone, unless tasks are
+        If that fails, the process is killed. Raises `UblkError` then, although the device is gone, unless tasks are
         cancelled.
         """
         self._finish("stop", seconds)
 
     def leave(self) -> None:
-        """Have the device left to another server, and the process gone."""
+        """Leave the device to another server, and end the process."""
         self._finish("leave")
 
     def expedite(self) -> None:
-        """Have a stop wait no longer for handlers."""
+        """End the wait of a stop for handlers."""
         self._questions.is_expedited = True
         self._questions.post("expedite")
 
     def abandon(self) -> None:
-        """Have the process gone, whatever becomes of the device."""
+        """End the process without stopping the device."""
         with self._lock:
             self._kill()
 
@@ -248,8 +249,8 @@ class RemoteDevice:
             raise UblkError(errno.ETIMEDOUT, text) from None
 
     def _dead(self) -> UblkError:
-        """Return an error that says how the process ended."""
-        # Only one thread at a time can learn of that.
+        """Return an error with the way in which the process ended."""
+        # Only one thread at a time can reap the process.
         with self._lock:
             self._process.join(_EXIT_SECONDS)
             status = self._process.exitcode
@@ -268,28 +269,28 @@ class RemoteDevice:
         if self.id < 0:
             self._give_up(_GIVE_UP_SECONDS)
             return
-        # Another stop may cancel meanwhile, and the end of the device does.
+        # Another stop may set it meanwhile, and so does the end of the device.
         cancels = self.cancels
         if seconds is not None:
             if self._questions.is_expedited:
                 seconds = 0.0
             self._resume()
-        # What the end of the device has raised, and why that is still to come.
+        # The exception of the end of the device, and the reason why it has not ended.
         error: BaseException | None = None
         failure: BaseException | None = None
-        # Not again, if only the end of the process was not waited for.
+        # Not again if the device has ended, and only the wait for the process was interrupted.
         if not self._last:
             arguments = () if seconds is None else (seconds, cancels)
             patience = _ANSWER_SECONDS if seconds is None else seconds + _STOP_SECONDS
             try:
-                # Others may ask for the same meanwhile: that process finds out which of them has the least time.
+                # Other threads may ask for the same meanwhile: in that process the stop with the least time decides.
                 answer = self._answer(functools.partial(self._questions.ask, question, *arguments), patience)
                 error = failure = None if answer.error is None else answer.error.restored()
             except UblkError as lost:
                 failure = lost
         if self._last:
             with self._lock:
-                # A method that goes on without its request keeps the process from ending by itself.
+                # A method that continues without its request keeps the process from ending by itself.
                 self._kill(_STUCK_EXIT_SECONDS if self.revoked else _EXIT_SECONDS)
             if error is not None:
                 raise error
@@ -298,7 +299,7 @@ class RemoteDevice:
         elif failure is not None and (seconds is None or self.recovery is not None):
             raise failure
         else:
-            # A handler is stuck, or the process. Its end is that of the requests.
+            # A handler is stuck, or the process is. Killing it fails the requests.
             self._finish_stuck(failure, cancels)
 
     def _finish_dead(self, cancels: bool) -> None:
@@ -309,11 +310,11 @@ class RemoteDevice:
                     self._clean_up()
                 finally:
                     self._kill(_EXIT_SECONDS)
-        # Another stop, which has ended this one, too.
+        # Another stop may have killed the process, which ends this one, too.
         self._report_kill(cancels)
 
     def _finish_stuck(self, failure: BaseException | None, cancels: bool) -> None:
-        """Kill a process that does not stop its device, and remove that."""
+        """Kill a process that does not stop its device, and remove the device."""
         with self._lock:
             if not self.stopped and not self._last:
                 reason = failure.strerror if isinstance(failure, UblkError) else failure
@@ -324,7 +325,7 @@ class RemoteDevice:
         self._report_kill(cancels)
 
     def _report_kill(self, cancels: bool) -> None:
-        """Raise if a stop has killed the process, or log that if it is one that cancels."""
+        """Raise an error if a stop has killed the process, or log it if this stop cancels."""
         if not self._killed:
             return
         if not cancels:
@@ -332,12 +333,12 @@ class RemoteDevice:
         log(logging.WARNING, "%s", self._killed)
 
     def _resume(self) -> None:
-        """Let a process go on that was suspended (SIGSTOP), which would keep the device."""
+        """Continue the process if it was suspended (SIGSTOP) and could not stop the device."""
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self._questions.running, signal.SIGCONT)
 
     def _give_up(self, seconds: float) -> None:
-        """End a process whose start is given up, and remove what it has made if it does not do so by itself."""
+        """End the process of an aborted start, and remove its device if it does not do so itself."""
         with self._lock:
             self._kill(seconds)
             if self._process.pid is None or self._process.exitcode == 0:
@@ -347,13 +348,13 @@ class RemoteDevice:
                 self._remove(self._questions.made, None)
 
     def _clean_up(self) -> None:
-        """Remove the device of a process that is gone, unless it is to wait for another."""
+        """Remove the device of a process that has ended, unless it is recoverable."""
         if not self._fake and not self._last:
             self._remove(self.id, self.recovery)
 
     def _remove(self, id: int, recovery: str | None) -> None:
         try:
-            # A process that found it without a server may have removed it, and another device may have its number.
+            # Another process may have removed the device without a server, and the number may be reused.
             if _ublk.device(id)["pid"] not in (None, self._process.pid):
                 return
             if recovery is not None:
@@ -365,7 +366,7 @@ class RemoteDevice:
                 raise
 
     def _kill(self, seconds: float = 0.0) -> None:
-        """End the process, which has so many seconds to do so by itself."""
+        """End the process, after so many seconds to do so by itself."""
         if hasattr(self, "_questions"):
             self._questions.close()
         else:
@@ -379,7 +380,7 @@ class RemoteDevice:
         self._end()
 
     def kill(self) -> None:
-        """Remove the device, whatever its process is doing."""
+        """Kill the process and remove the device."""
         with self._lock:
             if not self.stopped and self.id < 0:
                 self._give_up(0.0)
@@ -392,21 +393,21 @@ class RemoteDevice:
         os.eventfd_write(self._ended, 1)
 
     def _listen(self) -> None:
-        told = False
+        is_announced = False
         with self._events, contextlib.suppress(EOFError, OSError):
             while self._events in wait([self._events, self._questions.running]):
                 message = self._events.recv()
                 if isinstance(message, dict):
                     _log(logging.makeLogRecord(message))
                     continue
-                told = True
-                self._tell(None if message is None else message.restored())
-        if not told:
+                is_announced = True
+                self._note_end(None if message is None else message.restored())
+        if not is_announced:
             with self._lock:
                 error = None if self.stopped or self._last else self._dead()
-            self._tell(error)
+            self._note_end(error)
 
-    def _tell(self, error: BaseException | None) -> None:
+    def _note_end(self, error: BaseException | None) -> None:
         # Before waiting threads are woken.
         if error is not None and self._die is not None:
             self._die(error)
@@ -414,7 +415,7 @@ class RemoteDevice:
 
 
 def _log(record: logging.LogRecord) -> None:
-    """Have the program's handlers log a record. What they raise is reported as logging does, and not propagated."""
+    """Log a record of the other process. Exceptions of log handlers are printed, like in `logging`."""
     try:
         log = logging.getLogger(record.name)
         if log.isEnabledFor(record.levelno):
@@ -431,7 +432,7 @@ def _signal_name(number: int) -> str:
 
 
 def _end_left() -> None:
-    """Have no process left, whether its device stops in time or not."""
+    """End all processes, whether their devices stop in time or not."""
     for remote in list(_remotes):
         if remote.stopped or remote._owner != os.getpid():
             continue
@@ -444,7 +445,7 @@ def _end_left() -> None:
 
 
 def _in_forked_child() -> None:
-    """Forget the parent's processes, which are not this one's to wait for."""
+    """Forget the parent's processes, which a child cannot wait for."""
     children: set[object] = getattr(multiprocessing.process, "_children", set())
     for remote in list(_remotes):
         children.discard(remote._process)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""The library's log, which nothing that the program's log handlers do can turn into a failure of the library."""
+"""The library's log, protected from exceptions of the program's log handlers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import weakref
 
 logger = logging.getLogger("ublk")
 
-# Of messages with the same key, so many are logged in so many seconds; the others are counted.
+# Number of messages with the same key that are logged per interval, in seconds; the others are counted.
 BURST = 3
 INTERVAL = 10.0
-# Keys that are remembered.
+# Maximum number of keys that are remembered.
 _KEYS = 256
 
 
 def log(level: int, message: str, *arguments: object, error: BaseException | None = None) -> None:
     """Log a message, with an exception's traceback.
 
-    What a handler raises is printed to stderr, and goes no further; except that in the main thread Ctrl-C and what
-    other signals' handlers raise do.
+    Exceptions of log handlers are printed to stderr and not propagated, except `KeyboardInterrupt` and the like in the
+    main thread, which signal handlers raise.
     """
     try:
         logger.log(level, message, *arguments, exc_info=error, stacklevel=2)
@@ -43,17 +43,17 @@ def _print() -> None:
 
 
 class Limiter:
-    """Counts messages of a kind that comes too often to log all of them. Usable from any thread."""
+    """Rate limiter for log messages, by key. May be used from any thread."""
 
     def __init__(self) -> None:
-        # While it is held, a finalizer may have something to report, too.
+        # Reentrant: a finalizer may report something while the lock is held.
         self._lock = threading.RLock()
-        # By key: when the present interval began, how many were logged in it, and how many were left out since.
+        # By key: the start of the interval, the number of messages logged in it, and the number left out since.
         self._seen: dict[object, list[float]] = {}
         _limiters.add(self)
 
     def admit(self, key: object) -> int | None:
-        """Return how many messages of this kind were left out before this one, or None to leave it out, too."""
+        """Return the number of messages left out before this one, or None if this one is to be left out."""
         now = time.monotonic()
         with self._lock:
             if key not in self._seen and len(self._seen) >= _KEYS:
@@ -69,7 +69,7 @@ class Limiter:
             return left_out
 
     def rest(self) -> dict[object, int]:
-        """Return how many messages were left out and not counted in a later one, by key; and forget them."""
+        """Return the number of messages left out since the last logged one, by key, and reset the limiter."""
         with self._lock:
             rest = {key: int(seen[2]) for key, seen in self._seen.items() if seen[2]}
             self._seen.clear()
@@ -86,5 +86,5 @@ def in_forked_child() -> None:
 
 
 def also(left_out: int) -> str:
-    """Return what a message says of those that were left out before it."""
+    """Return the part of a message that counts those left out before it."""
     return f" ({left_out} more since the last report)" if left_out else ""

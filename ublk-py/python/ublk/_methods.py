@@ -25,7 +25,7 @@ _ZONES = ("zone_append", "zone_open", "zone_close", "zone_finish", "zone_reset")
 
 
 def _zone_methods(target: BlockDevice) -> Handlers:
-    """Find the methods of a zoned disk; none of another."""
+    """Return the methods of a zoned disk; none for another disk."""
     name = type(target).__name__
     found: Handlers = {method: target._overridden(method) for method in _ZONES}
     report = target._overridden("report_zones")
@@ -41,7 +41,7 @@ def _zone_methods(target: BlockDevice) -> Handlers:
     return {**found, "zone_reset_all": target.zone_reset_all, "report_zones": reporter(target, report)}
 
 
-# How the methods are called.
+# Arguments that the methods are called with.
 _CALLS = {
     "read": ("offset", "buf"),
     "write": ("offset", "buf"),
@@ -58,7 +58,7 @@ _CALLS = {
     "zone_reset": ("offset",),
     "zone_reset_all": (),
 }
-# What other libraries call them.
+# Names of the methods in other libraries.
 _OTHER_NAMES = {
     "pread": "read",
     "pwrite": "write",
@@ -74,7 +74,7 @@ _OTHER_NAMES = {
 
 
 def _check_methods(target: BlockDevice) -> None:
-    """Raise for methods that cannot be called as they will be, and warn of those that look like misspelt ones."""
+    """Raise `TypeError` for methods with wrong parameters, and warn of those that look misspelt."""
     name = type(target).__name__
     for method, arguments in _CALLS.items():
         function = target._overridden(method)
@@ -83,7 +83,7 @@ def _check_methods(target: BlockDevice) -> None:
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):
-            # Of a function in C, say.
+            # A function written in C, for example.
             continue
         try:
             signature.bind(*arguments)
@@ -99,11 +99,11 @@ def _check_methods(target: BlockDevice) -> None:
 
 
 def _unknown_methods(kind: type[BlockDevice]) -> Iterator[str]:
-    """Find methods of a class that ublk does not know."""
+    """Yield the public methods of a class that ublk does not know."""
     root = next(base for base in reversed(kind.__mro__) if "_overridden" in vars(base))
     known = vars(root)
     for base in kind.__mro__[: kind.__mro__.index(root)]:
-        # What is mixed in is for something else.
+        # Methods of mixins have other purposes.
         if not issubclass(base, root):
             continue
         for member, value in vars(base).items():
@@ -112,7 +112,7 @@ def _unknown_methods(kind: type[BlockDevice]) -> Iterator[str]:
 
 
 def _is_coroutine(method: Callable[..., Any] | None) -> bool:
-    """Whether a call of this gives a coroutine: of a function, or of an object whose ``__call__`` is one."""
+    """Whether a method is a coroutine function, or an object whose ``__call__`` is one."""
     call = inspect.getattr_static(type(method), "__call__", None)
     return inspect.iscoroutinefunction(method) or inspect.iscoroutinefunction(call)
 
@@ -170,7 +170,7 @@ def choose(target: BlockDevice, hooks: Hooks, options: Options) -> Serving:
 
 
 def _declared(target: BlockDevice) -> list[str]:
-    """What a device says that it can do."""
+    """Return the operations that the class declares, and reads."""
     try:
         return sorted({Op(operation) for operation in target.operations} | {Op.READ})
     except ValueError as error:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class NativeDisk:
     """Base class of `Null`, `Mem`, `File` and `Zoned`."""
 
-    # Whether the disk's data ends with this process.
+    # Whether the disk's data is in this process's memory.
     _in_memory = False
 
     def __init__(self, target: NativeTarget) -> None:
@@ -151,7 +151,7 @@ class File(NativeDisk):
         super().__init__(NativeTarget.file(path, read_only, block_size, direct))
 
     def _room(self) -> int | None:
-        # Of the open file: another one may have its name.
+        # The open file's size: the path may name another file by now.
         return self._native.backing_size
 
 

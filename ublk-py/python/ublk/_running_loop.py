@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 
 def event_loop(caller: str) -> asyncio.AbstractEventLoop:
-    """Return the running event loop. Raises `RuntimeError` if there is none of asyncio's."""
+    """Return the running event loop of asyncio. Raises `RuntimeError` if there is none."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
         text = f"{caller} needs a running event loop of asyncio"
         trio = sys.modules.get("trio")
         if trio is not None and trio.lowlevel.in_trio_run():
-            text += ", and this is trio: use start() and stop() there, by trio.to_thread.run_sync"
+            text += ", but this is trio: call start() and stop() with trio.to_thread.run_sync"
         raise RuntimeError(text) from None
 
 
 def in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
-    """Call a function in a thread of its own.
+    """Call a function in a new thread.
 
-    Those of the loop's executor may all be in calls of handlers, which wait for what this is to end.
+    The threads of the loop's executor may all be in calls of handlers that the function waits for.
     """
     loop = asyncio.get_running_loop()
     over = loop.create_future()
 
     def settle(error: BaseException | None) -> None:
-        # It may have been cancelled.
+        # The future may have been cancelled.
         if over.done():
             return
         if error is None:
@@ -50,18 +50,18 @@ def in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Futu
             function(*arguments)
         except BaseException as raised:
             error = raised
-        # The loop may be closed by now.
+        # The loop may have been closed.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, error)
 
-    # A daemon: the interpreter joins others before it runs the exit handlers, which end such waits.
+    # A daemon: the interpreter joins other threads before it runs the exit handlers, which end such waits.
     run = contextvars.copy_context().run
     threading.Thread(target=run, args=(call,), name="ublk-call", daemon=True).start()
     return over
 
 
 async def to_the_end(function: Callable[..., None], *arguments: object) -> None:
-    """Call a function in a thread, and wait for its end even when cancelled."""
+    """Call a function in a new thread, and wait until it returns even when cancelled."""
     call = in_thread(function, *arguments)
     cancelled: asyncio.CancelledError | None = None
     while not call.done():

@@ -43,7 +43,7 @@ def _start(device: Device, driver: _ublk.FakeDriver | None) -> None:
         _begin(device)
         if late:
             _register(device)
-            # The kernel reads the disk before this is over, and the caller answers.
+            # The kernel reads the disk during this, and the caller handles these requests.
             threading.Thread(target=_go_live_later, args=[device], name=f"ublk{device.id}start", daemon=True).start()
             return
         device._native.go_live()
