@@ -11,7 +11,7 @@
 #include <linux/slab.h>
 #include <linux/string.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 /* The right to the char device that a command needs. */
 static int ublk_command_mask(u32 cmd_op)

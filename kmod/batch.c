@@ -15,7 +15,7 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 /* Tags per completion, and elements that a commit reads at a time. */
 #define UBLK_BATCH_TAGS		128

@@ -3,7 +3,7 @@
  * Zero copy: the pages of a request stand in the table of fixed buffers of a
  * server's ring. Each registration holds a reference to the request.
  */
-#include "ublk.h"
+#include "internal.h"
 
 #ifdef UBLK_CAN_REGISTER_BUFFERS
 

@@ -10,7 +10,7 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 static int ublk_ch_open(struct inode *inode, struct file *filp)
 {

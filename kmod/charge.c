@@ -9,7 +9,7 @@
 #include <linux/sched/signal.h>
 #include <linux/sched/user.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 /**
  * ublk_charge_pages() - count pages against the caller's RLIMIT_MEMLOCK

@@ -10,7 +10,7 @@
 #include <linux/sched/task.h>
 #include <linux/uaccess.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 static void __user *ublk_arg(const struct ublksrv_ctrl_cmd *header)
 {

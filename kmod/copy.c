@@ -13,7 +13,7 @@
 #include <linux/uaccess.h>
 #include <linux/uio.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 /* How often memory that was made resident may be gone before it is used. */
 #define UBLK_COPY_TRIES	100

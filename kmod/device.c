@@ -14,7 +14,7 @@
 #include <linux/uidgid.h>
 #include <linux/xarray.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 /* Devices by number; a number without a device is reserved. */
 static DEFINE_XARRAY_ALLOC(ublk_devs);

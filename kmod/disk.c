@@ -6,7 +6,7 @@
 #include <linux/cred.h>
 #include <linux/uidgid.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 /* The disk of an unprivileged device is for its owner, and for the administrator. */
 static bool ublk_may_open(const struct ublk_device *ub)

@@ -6,7 +6,7 @@
 #include <linux/cpumask.h>
 #include <linux/kernel.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_MAX_IO_DESC_SIZE	256
 

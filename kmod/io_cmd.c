@@ -7,7 +7,7 @@
 #include <linux/nospec.h>
 #include <linux/sched/task.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 /* What a command carries, read once: its memory may be shared with user space. */
 struct ublk_io_args {

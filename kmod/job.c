@@ -12,7 +12,7 @@
 #include <linux/pid.h>
 #include <linux/slab.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 struct ublk_job {
 	struct list_head	node;		/* ublk_device.jobs, until it begins */

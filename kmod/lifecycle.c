@@ -13,7 +13,7 @@
 #include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 static bool ublk_is_gone(const struct ublk_device *ub)
 {

@@ -7,7 +7,7 @@
 #include <linux/miscdevice.h>
 #include <linux/module.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_MAX_UNPRIVILEGED	UBLK_MINORS
 

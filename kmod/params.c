@@ -9,7 +9,7 @@
 #include <linux/t10-pi.h>
 #include <linux/uaccess.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_PARAM_TYPES	(UBLK_PARAM_TYPE_BASIC | \
 				 UBLK_PARAM_TYPE_DISCARD | \

@@ -9,7 +9,7 @@
 #include <linux/pid.h>
 #include <linux/sched/signal.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_RETRY_MS	3
 

@@ -17,7 +17,7 @@
 #include <linux/file.h>
 #include <linux/workqueue.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_REAP_MIN_DELAY	HZ
 #define UBLK_REAP_MAX_DELAY	(60UL * HZ)

@@ -7,7 +7,7 @@
 #include <linux/err.h>
 #include <linux/rcupdate.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 static int ublk_op_of(const struct request *req)
 {

@@ -23,7 +23,7 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_SHMEM_MAX_BYTES	SZ_4G
 #define UBLK_SHMEM_MAX_INDEX	((u32)UBLK_SHMEM_ZC_IDX_MASK)

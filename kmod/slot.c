@@ -12,7 +12,7 @@
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 static enum ublk_gate ublk_closed_gate(const struct ublk_device *ub)
 {

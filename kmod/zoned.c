@@ -8,7 +8,7 @@
 #include <linux/sizes.h>
 #include <linux/slab.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 /* Most memory for the zones of one request. */
 #define UBLK_REPORT_BYTES	SZ_64K
