@@ -86,6 +86,11 @@ int ublk_ch_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags);
 int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 		      unsigned int issue_flags);
 
+/* gate.c: what becomes of requests without an armed slot */
+void ublk_gates_close(struct ublk_device *ub);
+void ublk_gates_open(struct ublk_device *ub);
+void ublk_no_server(struct ublk_queue *q, struct request *req);
+
 /* slot.c: life of a slot */
 int ublk_slot_reserve(struct ublk_queue *q, struct ublk_io *io);
 void ublk_slot_unreserve(struct ublk_io *io);
@@ -95,8 +100,6 @@ void ublk_slot_arm(struct ublk_queue *q, struct ublk_io *io,
 		   unsigned int issue_flags);
 bool ublk_slot_cancel(struct ublk_io *io, unsigned int issue_flags);
 bool ublk_all_fetched(const struct ublk_device *ub);
-void ublk_gates_close(struct ublk_device *ub);
-void ublk_gates_open(struct ublk_device *ub);
 void ublk_server_leaves(struct ublk_device *ub);
 void ublk_cancel_slots(struct ublk_device *ub);
 bool ublk_server_told(const struct ublk_device *ub);
@@ -113,7 +116,6 @@ bool ublk_refs_gone(const struct ublk_device *ub);
 extern const struct blk_mq_ops ublk_mq_ops;
 int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 			  struct io_uring_cmd *cmd, unsigned int issue_flags);
-void ublk_no_server(struct ublk_queue *q, struct request *req);
 void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
 			unsigned int issue_flags);
 bool ublk_server_dying(void);

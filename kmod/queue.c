@@ -11,37 +11,6 @@
 
 #include "internal.h"
 
-#define UBLK_RETRY_MS	3
-
-static blk_status_t ublk_gate_status(enum ublk_gate gate)
-{
-	return gate == UBLK_GATE_FAIL_IO ? BLK_STS_TARGET : BLK_STS_IOERR;
-}
-
-/*
- * A request that no server has seen, or that is to be seen again, meets a
- * closed gate. The lock orders this against whoever changes the gate and then
- * kicks the requeue list: no request is held that should not be.
- */
-void ublk_no_server(struct ublk_queue *q, struct request *req)
-{
-	enum ublk_gate gate;
-
-	spin_lock(&q->ub->lock);
-	gate = q->gate;
-	if (gate >= UBLK_GATE_HOLD) {
-		struct request_queue *rq_queue = req->q;
-
-		blk_mq_requeue_request(req, false);
-		/* The gate was opened or is about to close: soon again. */
-		if (gate == UBLK_GATE_OPEN)
-			blk_mq_delay_kick_requeue_list(rq_queue, UBLK_RETRY_MS);
-	}
-	spin_unlock(&q->ub->lock);
-	if (gate < UBLK_GATE_HOLD)
-		ublk_end_request(req, ublk_gate_status(gate));
-}
-
 /*
  * Makes the slot of the request's tag the request's. BLK_STS_AGAIN if the slot
  * is not armed.

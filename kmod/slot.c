@@ -14,40 +14,6 @@
 
 #include "internal.h"
 
-static enum ublk_gate ublk_closed_gate(const struct ublk_device *ub)
-{
-	if (!ub->recoverable || ub->stopping)
-		return UBLK_GATE_FAIL;
-	if (ub->dev_info.flags & UBLK_F_USER_RECOVERY_FAIL_IO)
-		return UBLK_GATE_FAIL_IO;
-	return UBLK_GATE_HOLD;
-}
-
-/* Sends requests where the state of the device wants them; ub->lock is held. */
-void ublk_gates_close(struct ublk_device *ub)
-{
-	enum ublk_gate gate = ublk_closed_gate(ub);
-	unsigned int i;
-
-	lockdep_assert_held(&ub->lock);
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++)
-		WRITE_ONCE(ub->queues[i]->gate, gate);
-}
-
-/* Opens what is fetched and not being canceled; ub->lock is held. */
-void ublk_gates_open(struct ublk_device *ub)
-{
-	unsigned int i;
-
-	lockdep_assert_held(&ub->lock);
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
-		struct ublk_queue *q = ub->queues[i];
-
-		if (!ub->canceling && q->nr_fetched == q->depth)
-			WRITE_ONCE(q->gate, UBLK_GATE_OPEN);
-	}
-}
-
 bool ublk_all_fetched(const struct ublk_device *ub)
 {
 	return READ_ONCE(ub->nr_ready) == ub->dev_info.nr_hw_queues;

@@ -248,6 +248,12 @@ static inline bool ublk_io_moves(struct ublk_io *io, enum ublk_io_state from,
 	return atomic_try_cmpxchg(&io->state, &old, to);
 }
 
+/* How a request ends at a gate that fails it. */
+static inline blk_status_t ublk_gate_status(enum ublk_gate gate)
+{
+	return gate == UBLK_GATE_FAIL_IO ? BLK_STS_TARGET : BLK_STS_IOERR;
+}
+
 /* Operations whose data goes between the request and the server. */
 static inline bool ublk_op_has_data(enum req_op op)
 {
