@@ -85,6 +85,8 @@ extern const struct file_operations ublk_ch_fops;
 int ublk_ch_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags);
 int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 		      unsigned int issue_flags);
+bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
+		      u64 lba, int *result);
 
 /* gate.c: what becomes of requests without an armed slot */
 void ublk_gates_close(struct ublk_device *ub);
@@ -122,8 +124,6 @@ bool ublk_server_dying(void);
 
 /* request.c: what a request looks like to the server, and how it ends */
 blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req);
-bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
-		      u64 lba, int *result);
 void ublk_end_request(struct request *req, blk_status_t status);
 void ublk_finish(struct ublk_queue *q, struct ublk_io *io, struct request *req,
 		 int result);

@@ -4,7 +4,6 @@
  */
 #include <linux/blk-integrity.h>
 #include <linux/bottom_half.h>
-#include <linux/err.h>
 #include <linux/rcupdate.h>
 
 #include "internal.h"
@@ -93,40 +92,6 @@ blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req)
 		desc->addr = addr;
 	}
 	return BLK_STS_OK;
-}
-
-/*
- * What the server says in a commit, by its thread; the slot is BUSY. In copy
- * mode the data of a read comes with it, out of the buffer that the commit
- * names. @lba is where an append has landed. False if the request was taken back
- * meanwhile.
- */
-bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
-		      u64 lba, int *result)
-{
-	struct request *req = io->req;
-	int copied;
-
-	if (unlikely(*result < -MAX_ERRNO)) {
-		*result = -EIO;
-		return true;
-	}
-	if (req_op(req) == REQ_OP_ZONE_APPEND && *result >= 0)
-		req->__sector = lba;
-	if (*result <= 0 || ublk_no_copy(q) || !ublk_rq_from_server(req) ||
-	    ublk_desc(q, io->tag)->op_flags & UBLK_IO_F_SHMEM_ZC)
-		return true;
-
-	copied = ublk_copy_from_server(io, addr, *result);
-	if (unlikely(copied == UBLK_TAKEN_BACK))
-		return false;
-	/* The memory of a server that is being killed may fault. */
-	if (unlikely(copied < *result && copied < blk_rq_bytes(req)) &&
-	    ublk_server_dying())
-		*result = UBLK_RES_ABORTED;
-	else
-		*result = copied;
-	return true;
 }
 
 /*
