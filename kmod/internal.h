@@ -102,17 +102,20 @@ void ublk_slot_arm(struct ublk_queue *q, struct ublk_io *io,
 		   unsigned int issue_flags);
 bool ublk_slot_cancel(struct ublk_io *io, unsigned int issue_flags);
 bool ublk_all_fetched(const struct ublk_device *ub);
+void ublk_mark_leaving(struct ublk_device *ub);
 void ublk_server_leaves(struct ublk_device *ub);
 void ublk_cancel_slots(struct ublk_device *ub);
 bool ublk_server_told(const struct ublk_device *ub);
+void ublk_reset_slots(struct ublk_device *ub);
+bool ublk_refs_gone(const struct ublk_device *ub);
+
+/* take_back.c: requests whose server is gone */
 bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 		    struct request *req, bool always);
 void ublk_take_back_gone(struct ublk_device *ub);
 void ublk_abort_slots(struct ublk_device *ub);
 bool ublk_task_gone(const struct task_struct *task);
 bool ublk_process_gone(const struct task_struct *task);
-void ublk_reset_slots(struct ublk_device *ub);
-bool ublk_refs_gone(const struct ublk_device *ub);
 
 /* queue.c: requests from the block layer to the server */
 extern const struct blk_mq_ops ublk_mq_ops;

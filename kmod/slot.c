@@ -9,7 +9,6 @@
  * "canceling" makes every slot that is armed from then on be canceled at once.
  */
 #include <linux/capability.h>
-#include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 
 #include "internal.h"
@@ -134,7 +133,7 @@ static void ublk_slot_cancel_outside(struct ublk_io *io)
 		io_uring_cmd_complete_in_task(cmd, ublk_abort_tw);
 }
 
-static void ublk_mark_leaving(struct ublk_device *ub)
+void ublk_mark_leaving(struct ublk_device *ub)
 {
 	lockdep_assert_held(&ub->lock);
 	if (ub->canceling)
@@ -189,134 +188,6 @@ bool ublk_server_told(const struct ublk_device *ub)
 			return false;
 	}
 	return true;
-}
-
-/* Whether a thread runs no code of its program any more: it is dead, or killed. */
-bool ublk_task_gone(const struct task_struct *task)
-{
-	return READ_ONCE(task->exit_state) ||
-	       READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT;
-}
-
-/* The same of all threads of its process. */
-bool ublk_process_gone(const struct task_struct *task)
-{
-	return !atomic_read(&task->signal->live) ||
-	       READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT;
-}
-
-/*
- * Whether the one that would answer the request of a slot, or take it to the
- * server, is gone, whichever process still holds the char device.
- */
-static bool ublk_holder_gone(struct ublk_queue *q, struct ublk_io *io)
-{
-	lockdep_assert_held(&q->ub->lock);
-	if (ublk_is_batch(q))
-		return ublk_batch_holder_gone(q, io);
-	return io->daemon && ublk_task_gone(io->daemon);
-}
-
-/*
- * Makes the caller the owner of the request of a slot. Returns how it is to
- * end, UBLK_RES_ABORTED or UBLK_RES_UNSEEN, or 0 if others own it.
- */
-static int ublk_win_back(struct ublk_queue *q, struct ublk_io *io)
-{
-	if (ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_CANCELED) ||
-	    ublk_io_moves(io, UBLK_IO_COMMIT, UBLK_IO_CANCELED) ||
-	    ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_CANCELED))
-		return UBLK_RES_ABORTED;
-	if (ublk_is_batch(q) ? ublk_batch_revoke(q, io) :
-	    ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_REVOKED))
-		return UBLK_RES_UNSEEN;
-	return 0;
-}
-
-/* Ends what ublk_win_back() has won. */
-static void ublk_end_won(struct ublk_queue *q, struct ublk_io *io,
-			 struct request *req, int res)
-{
-	/* Without references if no delivery was tried yet. */
-	if (res == UBLK_RES_UNSEEN &&
-	    !(ublk_no_copy(q) && refcount_read(&io->ref)))
-		ublk_no_server(q, req);
-	else
-		ublk_finish(q, io, req, res);
-}
-
-/*
- * Ends the request of a slot whose server is gone, or @always, as the recovery
- * mode wants it. False if it is in other hands: being delivered, or committed,
- * or ended.
- *
- * All of this is decided in one critical section, which ublk_reset_slots() needs
- * to enter: a request that a later server holds is never taken for one of the
- * server that is gone.
- *
- * The server may still commit @req meanwhile, and the slot go to the next request
- * of its tag, so that this one is won. It has the same server, and what is won
- * has to be ended.
- */
-bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
-		    struct request *req, bool always)
-{
-	struct ublk_device *ub = q->ub;
-	struct request *won;
-	int res = 0;
-
-	spin_lock(&ub->lock);
-	if (READ_ONCE(io->req) == req && (always || ublk_holder_gone(q, io))) {
-		ublk_race(UBLK_RACE_TAKE);
-		res = ublk_win_back(q, io);
-	}
-	/* What finds the slot gone looks for the reason under this lock. */
-	if (res)
-		ublk_mark_leaving(ub);
-	spin_unlock(&ub->lock);
-	if (!res)
-		return false;
-	won = io->req;
-	ublk_race(UBLK_RACE_TAKE_BACK);
-	ublk_end_won(q, io, won, res);
-	return won == req;
-}
-
-/* Takes all requests back whose server is gone, but has not closed the device. */
-void ublk_take_back_gone(struct ublk_device *ub)
-{
-	unsigned int i, tag;
-
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
-		struct ublk_queue *q = ub->queues[i];
-
-		for (tag = 0; tag < q->depth; tag++) {
-			struct ublk_io *io = &q->ios[tag];
-			struct request *req = READ_ONCE(io->req);
-
-			/* No reference: only what was won back is looked at. */
-			if (req)
-				ublk_take_back(q, io, req, false);
-		}
-	}
-}
-
-/* The char device has no holder any more, hence no command is pending. */
-void ublk_abort_slots(struct ublk_device *ub)
-{
-	unsigned int i, tag;
-
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
-		struct ublk_queue *q = ub->queues[i];
-
-		for (tag = 0; tag < q->depth; tag++) {
-			struct ublk_io *io = &q->ios[tag];
-			int res = ublk_win_back(q, io);
-
-			if (res)
-				ublk_end_won(q, io, io->req, res);
-		}
-	}
 }
 
 /* Whether nothing refers to the data of a request any more. */
