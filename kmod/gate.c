@@ -40,6 +40,27 @@ void ublk_gates_open(struct ublk_device *ub)
 	}
 }
 
+/* All tags of a queue are fetched; ub->lock is held. */
+void ublk_gate_queue_ready(struct ublk_queue *q)
+{
+	struct ublk_device *ub = q->ub;
+
+	lockdep_assert_held(&ub->lock);
+	if (!ub->canceling && !ub->stopping && q->gate != UBLK_GATE_FAIL_IO)
+		WRITE_ONCE(q->gate, UBLK_GATE_OPEN);
+}
+
+/* The disk is being removed: closed gates fail requests; ub->lock is held. */
+void ublk_gates_stop_holding(struct ublk_device *ub)
+{
+	unsigned int i;
+
+	lockdep_assert_held(&ub->lock);
+	for (i = 0; i < ub->dev_info.nr_hw_queues; i++)
+		if (ub->queues[i]->gate != UBLK_GATE_OPEN)
+			WRITE_ONCE(ub->queues[i]->gate, UBLK_GATE_FAIL);
+}
+
 /*
  * A request that no server has seen, or that is to be seen again, meets a
  * closed gate. The lock orders this against whoever changes the gate and then

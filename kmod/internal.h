@@ -91,6 +91,8 @@ bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
 /* gate.c: what becomes of requests without an armed slot */
 void ublk_gates_close(struct ublk_device *ub);
 void ublk_gates_open(struct ublk_device *ub);
+void ublk_gate_queue_ready(struct ublk_queue *q);
+void ublk_gates_stop_holding(struct ublk_device *ub);
 void ublk_no_server(struct ublk_queue *q, struct request *req);
 
 /* slot.c: life of a slot */

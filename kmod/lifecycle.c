@@ -158,16 +158,13 @@ int ublk_start_dev(struct ublk_device *ub, u64 data)
 static void ublk_remove_disk(struct ublk_device *ub)
 {
 	struct gendisk *disk = ub->disk;
-	unsigned int i;
 
 	lockdep_assert_held(&ub->mutex);
 	if (!disk)
 		return;
 	spin_lock(&ub->lock);
 	ub->stopping = true;
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++)
-		if (ub->queues[i]->gate != UBLK_GATE_OPEN)
-			WRITE_ONCE(ub->queues[i]->gate, UBLK_GATE_FAIL);
+	ublk_gates_stop_holding(ub);
 	spin_unlock(&ub->lock);
 	blk_mq_kick_requeue_list(disk->queue);
 	/* A server that has been killed may not be able to die without this. */

@@ -74,8 +74,7 @@ void ublk_slot_fetched(struct ublk_queue *q, struct ublk_io *io,
 	cancel = ub->canceling;
 	if (++q->nr_fetched == q->depth) {
 		WRITE_ONCE(ub->nr_ready, ub->nr_ready + 1);
-		if (!cancel && !ub->stopping && q->gate != UBLK_GATE_FAIL_IO)
-			WRITE_ONCE(q->gate, UBLK_GATE_OPEN);
+		ublk_gate_queue_ready(q);
 	}
 	spin_unlock(&ub->lock);
 	if (cancel)
