@@ -45,7 +45,7 @@ static int ublk_command_mask(u32 cmd_op)
  * Device nodes count only where they could be opened. Elsewhere anybody may
  * make one up: a file system served by the user, say.
  */
-static bool ublk_nodes_count(const struct path *path)
+static bool ublk_path_allows_dev(const struct path *path)
 {
 	return !(path->mnt->mnt_flags & MNT_NODEV) &&
 	       !(path->mnt->mnt_sb->s_iflags & SB_I_NODEV);
@@ -63,7 +63,7 @@ static int ublk_check_path(const struct ublk_device *ub, const char *name,
 		return ret;
 	inode = d_backing_inode(path.dentry);
 	if (!S_ISCHR(inode->i_mode) || inode->i_rdev != ub->dev.devt ||
-	    !ublk_nodes_count(&path))
+	    !ublk_path_allows_dev(&path))
 		ret = -EPERM;
 	else
 		ret = path_permission(&path, mask);
@@ -75,8 +75,8 @@ static int ublk_check_path(const struct ublk_device *ub, const char *name,
  * Checks the path in front of the payload of @header and leaves the payload
  * there.
  */
-static int ublk_take_path(const struct ublk_device *ub, u32 cmd_op,
-			  struct ublksrv_ctrl_cmd *header)
+static int ublk_consume_path(const struct ublk_device *ub, u32 cmd_op,
+			     struct ublksrv_ctrl_cmd *header)
 {
 	int mask = ublk_command_mask(cmd_op);
 	u16 path_len = header->dev_path_len;
@@ -106,5 +106,5 @@ int ublk_check_access(struct ublk_device *ub, u32 cmd_op,
 		if (_IOC_NR(cmd_op) != UBLK_CMD_GET_DEV_INFO2)
 			return 0;
 	}
-	return ublk_take_path(ub, cmd_op, header);
+	return ublk_consume_path(ub, cmd_op, header);
 }

@@ -56,27 +56,27 @@ void ublk_batch_reset(struct ublk_queue *q)
 }
 
 /* A request has won the slot of @tag. It may have been taken back since. */
-void ublk_batch_send(struct ublk_queue *q, u16 tag)
+void ublk_batch_add_tag(struct ublk_queue *q, u16 tag)
 {
 	struct ublk_batch *b = q->batch;
 	struct ublk_fetch *fetch = NULL;
 
 	ublk_race(UBLK_RACE_BATCH);
 	spin_lock(&b->lock);
-	if (likely(!ublk_io_moves(&q->ios[tag], UBLK_IO_REVOKED,
-				  UBLK_IO_CANCELED))) {
+	if (likely(!ublk_io_transition(&q->ios[tag], UBLK_IO_REVOKED,
+				       UBLK_IO_CANCELED))) {
 		b->tags[(b->head + b->nr++) & b->mask] = tag;
 		fetch = ublk_batch_activate(b);
 	}
 	spin_unlock(&b->lock);
-	ublk_batch_kick(fetch);
+	ublk_batch_schedule(fetch);
 }
 
 /*
  * Notes to which thread a tag goes. A queue is mostly served by one thread, so
  * there is seldom anything to do. b->lock is held.
  */
-static void ublk_batch_hand_to(struct ublk_io *io, struct task_struct *task)
+static void ublk_batch_set_daemon(struct ublk_io *io, struct task_struct *task)
 {
 	if (likely(io->daemon == task))
 		return;
@@ -99,7 +99,7 @@ int ublk_batch_take(struct ublk_queue *q, u16 *tags, unsigned int max)
 	n = min(b->nr, max);
 	for (i = 0; i < n; i++) {
 		tags[i] = b->tags[b->head++ & b->mask];
-		ublk_batch_hand_to(&q->ios[tags[i]], current);
+		ublk_batch_set_daemon(&q->ios[tags[i]], current);
 	}
 	b->nr -= n;
 	ret = n;
@@ -114,7 +114,7 @@ int ublk_batch_take(struct ublk_queue *q, u16 *tags, unsigned int max)
 }
 
 /* Drops the @i-th tag of the ring; b->lock is held. */
-static void ublk_batch_drop(struct ublk_batch *b, unsigned int i)
+static void ublk_batch_remove_tag(struct ublk_batch *b, unsigned int i)
 {
 	for (; i + 1 < b->nr; i++)
 		b->tags[(b->head + i) & b->mask] =
@@ -138,11 +138,11 @@ bool ublk_batch_revoke(struct ublk_queue *q, struct ublk_io *io)
 		if (b->tags[(b->head + i) & b->mask] == io->tag)
 			break;
 	if (i < b->nr) {
-		won = ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_CANCELED);
+		won = ublk_io_transition(io, UBLK_IO_DISPATCH, UBLK_IO_CANCELED);
 		ublk_assert(won);
-		ublk_batch_drop(b, i);
+		ublk_batch_remove_tag(b, i);
 	} else {
-		won = ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_REVOKED);
+		won = ublk_io_transition(io, UBLK_IO_DISPATCH, UBLK_IO_REVOKED);
 	}
 	spin_unlock(&b->lock);
 	return won;
@@ -193,7 +193,7 @@ void ublk_batch_kill_holder(struct ublk_queue *q, struct ublk_io *io)
 }
 
 /* A thread that fetches from this queue, with a reference, or NULL. */
-struct task_struct *ublk_batch_fetcher(struct ublk_queue *q)
+struct task_struct *ublk_batch_get_fetcher(struct ublk_queue *q)
 {
 	struct ublk_batch *b = q->batch;
 	struct ublk_fetch *fetch;
@@ -208,7 +208,7 @@ struct task_struct *ublk_batch_fetcher(struct ublk_queue *q)
 }
 
 /* Puts tags in DISPATCH back to where they came from, in order. */
-void ublk_batch_untake(struct ublk_queue *q, const u16 *tags, unsigned int n)
+void ublk_batch_put_back(struct ublk_queue *q, const u16 *tags, unsigned int n)
 {
 	struct ublk_batch *b = q->batch;
 
@@ -216,8 +216,8 @@ void ublk_batch_untake(struct ublk_queue *q, const u16 *tags, unsigned int n)
 	while (n--) {
 		struct ublk_io *io = &q->ios[tags[n]];
 
-		if (unlikely(ublk_io_moves(io, UBLK_IO_REVOKED,
-					   UBLK_IO_CANCELED)))
+		if (unlikely(ublk_io_transition(io, UBLK_IO_REVOKED,
+						UBLK_IO_CANCELED)))
 			continue;
 		b->tags[--b->head & b->mask] = tags[n];
 		b->nr++;

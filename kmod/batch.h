@@ -31,7 +31,7 @@ struct ublk_batch {
 
 /* batch.c */
 int ublk_batch_take(struct ublk_queue *q, u16 *tags, unsigned int max);
-void ublk_batch_untake(struct ublk_queue *q, const u16 *tags, unsigned int n);
+void ublk_batch_put_back(struct ublk_queue *q, const u16 *tags, unsigned int n);
 
 /* batch_fetch.c */
 int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
@@ -50,7 +50,7 @@ ublk_batch_activate(struct ublk_batch *b)
 }
 
 /* An active command stays until its task work has run: no lock is needed. */
-static inline void ublk_batch_kick(struct ublk_fetch *fetch)
+static inline void ublk_batch_schedule(struct ublk_fetch *fetch)
 {
 	if (fetch)
 		io_uring_cmd_complete_in_task(fetch->cmd, ublk_batch_tw);

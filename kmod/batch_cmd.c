@@ -151,7 +151,7 @@ static int ublk_commit_elem(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	if (ret)
 		return ret;
 	io = &q->ios[elem.tag];
-	if (!ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_BUSY))
+	if (!ublk_io_transition(io, UBLK_IO_SERVED, UBLK_IO_BUSY))
 		return -EBUSY;
 	if (unlikely(!ublk_take_result(q, io, elem.buf_addr, elem.zone_lba,
 				       &elem.result)))
@@ -200,7 +200,7 @@ static int ublk_batch_commit(struct ublk_queue *q, struct io_uring_cmd *cmd,
 }
 
 /* A command on a single tag: first of all that has to exist. */
-static int ublk_batch_refuse(const struct ublk_device *ub,
+static int ublk_batch_reject(const struct ublk_device *ub,
 			     struct io_uring_cmd *cmd)
 {
 	const struct ublksrv_io_cmd *src =
@@ -234,7 +234,7 @@ int ublk_batch_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 	case UBLK_U_IO_FETCH_IO_CMDS:
 		break;
 	default:
-		return ublk_batch_refuse(ub, cmd);
+		return ublk_batch_reject(ub, cmd);
 	}
 	if (args.q_id >= ub->dev_info.nr_hw_queues)
 		return -EINVAL;

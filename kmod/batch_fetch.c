@@ -27,12 +27,12 @@ static void ublk_batch_undo(struct ublk_queue *q, struct io_uring_cmd *cmd,
 		struct ublk_io *io = &q->ios[tags[i]];
 
 		/* Somebody may have guessed the tag and committed it. */
-		if (!ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_DISPATCH))
+		if (!ublk_io_transition(io, UBLK_IO_SERVED, UBLK_IO_DISPATCH))
 			continue;
 		ublk_auto_unregister(io, cmd, issue_flags);
 		tags[left++] = tags[i];
 	}
-	ublk_batch_untake(q, tags, left);
+	ublk_batch_put_back(q, tags, left);
 }
 
 /* Makes requests ready; drops from @tags those that cannot be delivered. */
@@ -46,14 +46,14 @@ static unsigned int ublk_batch_prepare(struct ublk_queue *q,
 		struct ublk_io *io = &q->ios[tags[i]];
 		int ret = UBLK_TAKEN_BACK;
 
-		if (likely(ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY)))
+		if (likely(ublk_io_transition(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY)))
 			ret = ublk_prepare_delivery(q, io, cmd, issue_flags);
 		if (unlikely(ret == UBLK_TAKEN_BACK)) {
 			atomic_set(&io->state, UBLK_IO_CANCELED);
 			continue;
 		}
 		if (unlikely(ret < 0)) {
-			ublk_undeliverable(q, io, issue_flags);
+			ublk_fail_delivery(q, io, issue_flags);
 			continue;
 		}
 		atomic_set_release(&io->state, UBLK_IO_SERVED);
@@ -85,12 +85,12 @@ static int ublk_batch_deliver(struct ublk_fetch *fetch, unsigned int issue_flags
 	sel = io_uring_cmd_buffer_select(cmd, fetch->buf_group, &len,
 					 issue_flags);
 	if (sel.val <= 0) {
-		ublk_batch_untake(q, tags, n);
+		ublk_batch_put_back(q, tags, n);
 		return -ENOBUFS;
 	}
 	fit = min_t(size_t, n, len / sizeof(*tags));
 	if (fit < n)
-		ublk_batch_untake(q, tags + fit, n - fit);
+		ublk_batch_put_back(q, tags + fit, n - fit);
 	n = ublk_batch_prepare(q, cmd, tags, fit, issue_flags);
 	if (n && !copy_to_user(sel.addr, tags, n * sizeof(*tags))) {
 		sel.val = n * sizeof(*tags);
@@ -121,7 +121,7 @@ static void ublk_batch_end_active(struct ublk_fetch *fetch, int ret,
 	b->active = NULL;
 	next = ublk_batch_activate(b);
 	spin_unlock(&b->lock);
-	ublk_batch_kick(next);
+	ublk_batch_schedule(next);
 	io_uring_cmd_done(fetch->cmd, ret, issue_flags);
 	ublk_fetch_free(fetch);
 }
@@ -135,7 +135,7 @@ void ublk_batch_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 	int ret;
 
 	if (unlikely(tw.cancel)) {
-		ublk_server_leaves(fetch->q->ub);
+		ublk_mark_leaving(fetch->q->ub);
 		ret = UBLK_IO_RES_ABORT;
 	} else {
 		do
@@ -189,7 +189,7 @@ static void ublk_fetch_abort_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 
 /*
  * Cancels what is pending on a queue whose device takes no more requests. See
- * ublk_slot_cancel_outside().
+ * ublk_slot_cancel_in_task().
  */
 void ublk_batch_cancel_fetches(struct ublk_queue *q)
 {
@@ -243,7 +243,7 @@ int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	spin_unlock(&b->lock);
 	if (before)
 		put_task_struct(before);
-	ublk_batch_kick(active);
+	ublk_batch_schedule(active);
 	if (cancel) {
 		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 		ublk_fetch_free(fetch);

@@ -60,7 +60,7 @@ static int ublk_ctrl_add_dev(const struct ublksrv_ctrl_cmd *header)
 		return PTR_ERR(ub);
 	if (copy_to_user(ublk_arg(header), &info, sizeof(info))) {
 		/* Nobody would know of the device. */
-		ublk_drop_dev(ub);
+		ublk_discard_dev(ub);
 		ret = -EFAULT;
 	}
 	ublk_put_dev(ub);
@@ -68,12 +68,12 @@ static int ublk_ctrl_add_dev(const struct ublksrv_ctrl_cmd *header)
 }
 
 /* A thread that waits for requests of this queue, with a reference, or NULL. */
-static struct task_struct *ublk_fetcher(struct ublk_queue *q)
+static struct task_struct *ublk_get_fetcher(struct ublk_queue *q)
 {
 	unsigned int tag;
 
 	if (ublk_is_batch(q))
-		return ublk_batch_fetcher(q);
+		return ublk_batch_get_fetcher(q);
 	for (tag = 0; tag < q->depth; tag++) {
 		struct task_struct *daemon = q->ios[tag].daemon;
 
@@ -103,7 +103,7 @@ static s32 ublk_server_pid(struct ublk_device *ub)
 		nr = pid_vnr(ub->server) ?: -1;
 	rcu_read_unlock();
 	for (i = 0; nr < 0 && !task && i < ub->dev_info.nr_hw_queues; i++)
-		task = ublk_fetcher(ub->queues[i]);
+		task = ublk_get_fetcher(ub->queues[i]);
 	if (task)
 		nr = task_tgid_vnr(task) ?: -1;
 out:
@@ -158,24 +158,24 @@ static int ublk_ctrl_get_affinity(struct ublk_device *ub,
 	return ret;
 }
 
-static int ublk_ctrl_del_dev(struct ublk_device **pub, bool wait)
+static int ublk_ctrl_del_dev(struct ublk_device **ubp, bool wait)
 {
-	u32 dev_id = (*pub)->dev_info.dev_id;
-	u64 serial = (*pub)->serial;
-	int ret = ublk_remove_dev(*pub);
+	u32 dev_id = (*ubp)->dev_info.dev_id;
+	u64 serial = (*ubp)->serial;
+	int ret = ublk_remove_dev(*ubp);
 
 	if (ret)
 		return ret;
 	/* Ours may be the last reference, for which the wait would be. */
-	ublk_put_dev(*pub);
-	*pub = NULL;
+	ublk_put_dev(*ubp);
+	*ubp = NULL;
 	return wait ? ublk_wait_freed(dev_id, serial) : 0;
 }
 
-static int ublk_ctrl_dev_cmd(struct ublk_device **pub, unsigned int nr,
+static int ublk_ctrl_dev_cmd(struct ublk_device **ubp, unsigned int nr,
 			     const struct ublksrv_ctrl_cmd *header)
 {
-	struct ublk_device *ub = *pub;
+	struct ublk_device *ub = *ubp;
 	u64 data = header->data[0];
 
 	switch (nr) {
@@ -195,9 +195,9 @@ static int ublk_ctrl_dev_cmd(struct ublk_device **pub, unsigned int nr,
 	case _IOC_NR(UBLK_U_CMD_TRY_STOP_DEV):
 		return ublk_try_stop_dev(ub);
 	case _IOC_NR(UBLK_U_CMD_DEL_DEV):
-		return ublk_ctrl_del_dev(pub, true);
+		return ublk_ctrl_del_dev(ubp, true);
 	case _IOC_NR(UBLK_U_CMD_DEL_DEV_ASYNC):
-		return ublk_ctrl_del_dev(pub, false);
+		return ublk_ctrl_del_dev(ubp, false);
 	case _IOC_NR(UBLK_U_CMD_START_USER_RECOVERY):
 		return ublk_start_recovery(ub);
 	case _IOC_NR(UBLK_U_CMD_END_USER_RECOVERY):
@@ -216,7 +216,7 @@ static int ublk_ctrl_dev_cmd(struct ublk_device **pub, unsigned int nr,
 }
 
 /* Commands that wait for nothing are carried out at once. */
-static bool ublk_ctrl_sleeps(u32 op)
+static bool ublk_ctrl_may_sleep(u32 op)
 {
 	switch (_IOC_NR(op)) {
 	case _IOC_NR(UBLK_U_CMD_GET_QUEUE_AFFINITY):
@@ -236,7 +236,7 @@ int ublk_ctrl_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 	struct ublk_device *ub;
 	int ret;
 
-	if (ublk_ctrl_sleeps(op) && (issue_flags & IO_URING_F_NONBLOCK))
+	if (ublk_ctrl_may_sleep(op) && (issue_flags & IO_URING_F_NONBLOCK))
 		return -EAGAIN;
 	if (!(issue_flags & IO_URING_F_SQE128))
 		return -EINVAL;

@@ -145,19 +145,19 @@ static size_t ublk_copy_resident(struct request *req, size_t done,
 }
 
 /* How a copy that takes no page fault gets on. */
-struct ublk_progress {
+struct ublk_copy_progress {
 	unsigned int	tries;		/* left without a byte copied */
 	size_t		window;		/* bytes that the next fault-in is for */
 };
 
-#define UBLK_PROGRESS_INIT \
+#define UBLK_COPY_PROGRESS_INIT \
 	{ .tries = UBLK_COPY_TRIES, .window = UBLK_COPY_WINDOW }
 
 /* Notes that @n bytes were copied. False if there is no use in going on. */
-static bool ublk_gets_on(struct ublk_progress *progress, size_t n)
+static bool ublk_copy_continues(struct ublk_copy_progress *progress, size_t n)
 {
 	if (n) {
-		*progress = (struct ublk_progress)UBLK_PROGRESS_INIT;
+		*progress = (struct ublk_copy_progress)UBLK_COPY_PROGRESS_INIT;
 		return true;
 	}
 	/* Where memory is short, the end of a window may displace its beginning. */
@@ -188,13 +188,13 @@ static bool ublk_fault_in(struct iov_iter *iter, size_t bytes, bool to_server)
  * server whose task this is. Returns how many could be had, or UBLK_TAKEN_BACK.
  *
  * A page fault may take for ever: that of a file in a FUSE whose daemon hangs,
- * for example. While it is served the slot is in state @rest, so that a time-out
+ * for example. While it is served the slot is in state @fault_state, so that a time-out
  * can take the request back. Nothing else may change that state.
  */
-static int ublk_copy_busy(struct ublk_io *io, u64 addr, unsigned int bytes,
-			  bool to_server, enum ublk_io_state rest)
+static int ublk_copy_for_slot(struct ublk_io *io, u64 addr, unsigned int bytes,
+			      bool to_server, enum ublk_io_state fault_state)
 {
-	struct ublk_progress progress = UBLK_PROGRESS_INIT;
+	struct ublk_copy_progress progress = UBLK_COPY_PROGRESS_INIT;
 	struct request *req = io->req;
 	unsigned int done = 0;
 
@@ -209,14 +209,14 @@ static int ublk_copy_busy(struct ublk_io *io, u64 addr, unsigned int bytes,
 			return done;
 		n = ublk_copy_resident(req, done, &iter, to_server);
 		done += n;
-		if (likely(done == bytes) || !ublk_gets_on(&progress, n))
+		if (likely(done == bytes) || !ublk_copy_continues(&progress, n))
 			return done;
 
-		atomic_set_release(&io->state, rest);
+		atomic_set_release(&io->state, fault_state);
 		resident = ublk_fault_in(&iter, min_t(size_t, bytes - done,
 						      progress.window),
 					 to_server);
-		if (!ublk_io_moves(io, rest, UBLK_IO_BUSY))
+		if (!ublk_io_transition(io, fault_state, UBLK_IO_BUSY))
 			return UBLK_TAKEN_BACK;
 		if (!resident)
 			return done;
@@ -224,10 +224,10 @@ static int ublk_copy_busy(struct ublk_io *io, u64 addr, unsigned int bytes,
 }
 
 /* Copies all the data of a request. 0, -EFAULT or UBLK_TAKEN_BACK. */
-int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state rest)
+int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state fault_state)
 {
 	unsigned int bytes = blk_rq_bytes(io->req);
-	int done = ublk_copy_busy(io, addr, bytes, true, rest);
+	int done = ublk_copy_for_slot(io, addr, bytes, true, fault_state);
 
 	if (done == UBLK_TAKEN_BACK)
 		return done;
@@ -238,7 +238,7 @@ int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state rest)
 int ublk_copy_from_server(struct ublk_io *io, u64 addr, unsigned int bytes)
 {
 	bytes = min(bytes, blk_rq_bytes(io->req));
-	return ublk_copy_busy(io, addr, bytes, false, UBLK_IO_COMMIT);
+	return ublk_copy_for_slot(io, addr, bytes, false, UBLK_IO_COMMIT);
 }
 
 /* The slot that a position in the char device is about, or NULL. */
@@ -288,7 +288,7 @@ static ssize_t ublk_user_copy_rq(struct request *req, size_t offset,
 }
 
 /* Why there is none. There are requests before the device is LIVE: of zones. */
-static int ublk_no_request(const struct ublk_device *ub)
+static int ublk_no_request_errno(const struct ublk_device *ub)
 {
 	return READ_ONCE(ub->dev_info.state) == UBLK_S_DEV_DEAD ? -EACCES : -EINVAL;
 }
@@ -301,7 +301,7 @@ static ssize_t ublk_user_copy_resident(struct ublk_io *io, size_t offset,
 	ssize_t ret;
 
 	if (!ublk_io_get(io))
-		return ublk_no_request(ublk_io_queue(io)->ub);
+		return ublk_no_request_errno(ublk_io_queue(io)->ub);
 	pagefault_disable();
 	ret = ublk_user_copy_rq(io->req, offset, iter, integrity, to_server,
 				left);
@@ -321,7 +321,7 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 	bool integrity = iocb->ki_pos & UBLKSRV_IO_INTEGRITY_FLAG;
 	u64 pos = iocb->ki_pos & ~UBLKSRV_IO_INTEGRITY_FLAG;
 	u64 flags = ub->dev_info.flags;
-	struct ublk_progress progress = UBLK_PROGRESS_INIT;
+	struct ublk_copy_progress progress = UBLK_COPY_PROGRESS_INIT;
 	struct ublk_io *io;
 	size_t offset, left, done = 0;
 	ssize_t ret;
@@ -335,7 +335,7 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 
 	io = ublk_pos_to_io(ub, pos);
 	if (!io)
-		return ublk_no_request(ub);
+		return ublk_no_request_errno(ub);
 	offset = (pos - UBLKSRV_IO_BUF_OFFSET) & UBLK_IO_BUF_BITS_MASK;
 	/* The request must be able to end while a page fault is served. */
 	for (;;) {
@@ -345,7 +345,7 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 			break;
 		done += ret;
 		left = min(left, iov_iter_count(iter));
-		if (!left || !ublk_gets_on(&progress, ret) ||
+		if (!left || !ublk_copy_continues(&progress, ret) ||
 		    !ublk_fault_in(iter, min(left, progress.window), to_server)) {
 			ret = left ? -EFAULT : 0;
 			break;

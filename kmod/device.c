@@ -148,7 +148,7 @@ static bool ublk_user_may_add(const struct ublk_device *ub)
  * Takes the number that is wished for, or the lowest free one. The device is
  * not found before ublk_publish().
  */
-static int ublk_claim_number(struct ublk_device *ub)
+static int ublk_reserve_id(struct ublk_device *ub)
 {
 	bool unprivileged = ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV;
 	u32 dev_id = ub->dev_info.dev_id;
@@ -198,7 +198,7 @@ static void ublk_unpublish(struct ublk_device *ub)
 		   GFP_KERNEL);
 }
 
-static void ublk_release_number(struct ublk_device *ub)
+static void ublk_release_id(struct ublk_device *ub)
 {
 	xa_lock(&ublk_devs);
 	__xa_erase(&ublk_devs, ub->dev_info.dev_id);
@@ -221,7 +221,7 @@ static void ublk_free_dev(struct ublk_device *ub)
 	ublk_uncharge_pages(ub->payer, ub->nr_pages);
 	/* Those that wait for this find all else done. See ublk_remove_all(). */
 	rcu_read_lock();
-	ublk_release_number(ub);
+	ublk_release_id(ub);
 	kfree(ub);
 	rcu_read_unlock();
 }
@@ -261,12 +261,12 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 	INIT_WORK(&ub->job_work, ublk_job_work);
 	INIT_LIST_HEAD(&ub->jobs);
 
-	ret = ublk_claim_number(ub);
+	ret = ublk_reserve_id(ub);
 	if (ret) {
 		kfree(ub);
 		return ERR_PTR(ret);
 	}
-	ublk_settle_flags(&ub->dev_info);
+	ublk_fixup_dev_info(&ub->dev_info);
 	ret = ublk_check_zoned(&ub->dev_info);
 	if (ret)
 		goto out_free;
@@ -381,7 +381,7 @@ int ublk_remove_dev(struct ublk_device *ub)
 }
 
 /* The same where no failure can be reported, and no server is waited for. */
-void ublk_drop_dev(struct ublk_device *ub)
+void ublk_discard_dev(struct ublk_device *ub)
 {
 	ublk_do_remove(ub, NULL);
 }
@@ -418,7 +418,7 @@ void ublk_remove_all(void)
 		ub = ublk_find_dev(dev_id);
 		if (!ub)
 			continue;
-		ublk_drop_dev(ub);
+		ublk_discard_dev(ub);
 		ublk_put_dev(ub);
 	}
 	wait_event(ublk_devs_wait, xa_empty(&ublk_devs));

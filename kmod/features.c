@@ -103,7 +103,7 @@ int ublk_check_zoned(const struct ublksrv_ctrl_dev_info *info)
 	return 0;
 }
 
-static u64 ublk_settled_flags(u64 flags)
+static u64 ublk_effective_flags(u64 flags)
 {
 	/* ublk_check_zoned() refuses ZONED where there is no support. */
 	flags &= ublk_features() | UBLK_F_ZONED;
@@ -122,9 +122,9 @@ static u64 ublk_settled_flags(u64 flags)
 }
 
 /* Turns what ADD_DEV asks for into what the device will have. */
-void ublk_settle_flags(struct ublksrv_ctrl_dev_info *info)
+void ublk_fixup_dev_info(struct ublksrv_ctrl_dev_info *info)
 {
-	info->flags = ublk_settled_flags(info->flags);
+	info->flags = ublk_effective_flags(info->flags);
 	info->nr_hw_queues = min_t(unsigned int, info->nr_hw_queues,
 				   nr_cpu_ids);
 	info->max_io_buf_bytes = round_down(info->max_io_buf_bytes, PAGE_SIZE);

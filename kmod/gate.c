@@ -66,7 +66,7 @@ void ublk_gates_stop_holding(struct ublk_device *ub)
  * closed gate. The lock orders this against whoever changes the gate and then
  * kicks the requeue list: no request is held that should not be.
  */
-void ublk_no_server(struct ublk_queue *q, struct request *req)
+void ublk_hold_or_fail(struct ublk_queue *q, struct request *req)
 {
 	enum ublk_gate gate;
 

@@ -22,7 +22,7 @@ extern struct workqueue_struct *ublk_scan_wq;	/* reads what servers serve */
 u64 ublk_features(void);
 int ublk_check_flags(const struct ublksrv_ctrl_dev_info *info);
 int ublk_check_zoned(const struct ublksrv_ctrl_dev_info *info);
-void ublk_settle_flags(struct ublksrv_ctrl_dev_info *info);
+void ublk_fixup_dev_info(struct ublksrv_ctrl_dev_info *info);
 
 /* control.c */
 int ublk_ctrl_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags);
@@ -36,18 +36,18 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info);
 struct ublk_device *ublk_find_dev(u32 dev_id);
 void ublk_put_dev(struct ublk_device *ub);
 int ublk_remove_dev(struct ublk_device *ub);
-void ublk_drop_dev(struct ublk_device *ub);
+void ublk_discard_dev(struct ublk_device *ub);
 int ublk_wait_freed(u32 dev_id, u64 serial);
 void ublk_remove_all(void);
 unsigned long ublk_desc_area(const struct ublk_device *ub, u32 depth);
 
 /* lifecycle.c: start, stop, recovery, the end of a server */
-int ublk_start_dev(struct ublk_device *ub, u64 pid);
+int ublk_start_dev(struct ublk_device *ub, u64 data);
 int ublk_stop_dev(struct ublk_device *ub);
 int ublk_do_stop(struct ublk_device *ub, struct pid *unused);
 int ublk_try_stop_dev(struct ublk_device *ub);
 int ublk_start_recovery(struct ublk_device *ub);
-int ublk_end_recovery(struct ublk_device *ub, u64 pid);
+int ublk_end_recovery(struct ublk_device *ub, u64 data);
 int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms);
 void ublk_release_work(struct work_struct *work);
 
@@ -93,7 +93,7 @@ void ublk_gates_close(struct ublk_device *ub);
 void ublk_gates_open(struct ublk_device *ub);
 void ublk_gate_queue_ready(struct ublk_queue *q);
 void ublk_gates_stop_holding(struct ublk_device *ub);
-void ublk_no_server(struct ublk_queue *q, struct request *req);
+void ublk_hold_or_fail(struct ublk_queue *q, struct request *req);
 
 /* slot.c: life of a slot */
 int ublk_slot_reserve(struct ublk_queue *q, struct ublk_io *io);
@@ -104,10 +104,10 @@ void ublk_slot_arm(struct ublk_queue *q, struct ublk_io *io,
 		   unsigned int issue_flags);
 bool ublk_slot_cancel(struct ublk_io *io, unsigned int issue_flags);
 bool ublk_all_fetched(const struct ublk_device *ub);
+void ublk_mark_leaving_locked(struct ublk_device *ub);
 void ublk_mark_leaving(struct ublk_device *ub);
-void ublk_server_leaves(struct ublk_device *ub);
 void ublk_cancel_slots(struct ublk_device *ub);
-bool ublk_server_told(const struct ublk_device *ub);
+bool ublk_server_notified(const struct ublk_device *ub);
 void ublk_reset_slots(struct ublk_device *ub);
 bool ublk_refs_gone(const struct ublk_device *ub);
 
@@ -123,7 +123,7 @@ bool ublk_process_gone(const struct task_struct *task);
 extern const struct blk_mq_ops ublk_mq_ops;
 int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 			  struct io_uring_cmd *cmd, unsigned int issue_flags);
-void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
+void ublk_fail_delivery(struct ublk_queue *q, struct ublk_io *io,
 			unsigned int issue_flags);
 bool ublk_server_dying(void);
 
@@ -141,7 +141,8 @@ size_t ublk_copy_data(struct request *req, size_t offset, struct iov_iter *iter,
 size_t ublk_copy_integrity(struct request *req, size_t offset,
 			   struct iov_iter *iter, bool to_server);
 size_t ublk_integrity_bytes(const struct request *req);
-int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state rest);
+int ublk_copy_to_server(struct ublk_io *io, u64 addr,
+			enum ublk_io_state fault_state);
 int ublk_copy_from_server(struct ublk_io *io, u64 addr, unsigned int bytes);
 ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter, bool to_server);
 
@@ -187,14 +188,14 @@ int ublk_batch_init(struct ublk_queue *q);
 void ublk_batch_exit(struct ublk_queue *q);
 int ublk_batch_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 			 unsigned int issue_flags);
-void ublk_batch_send(struct ublk_queue *q, u16 tag);
+void ublk_batch_add_tag(struct ublk_queue *q, u16 tag);
 void ublk_batch_cancel_fetch(struct ublk_fetch *fetch, unsigned int issue_flags);
 void ublk_batch_cancel_fetches(struct ublk_queue *q);
 void ublk_batch_reset(struct ublk_queue *q);
 bool ublk_batch_revoke(struct ublk_queue *q, struct ublk_io *io);
 bool ublk_batch_holder_gone(struct ublk_queue *q, struct ublk_io *io);
 void ublk_batch_kill_holder(struct ublk_queue *q, struct ublk_io *io);
-struct task_struct *ublk_batch_fetcher(struct ublk_queue *q);
+struct task_struct *ublk_batch_get_fetcher(struct ublk_queue *q);
 #else
 static inline int ublk_batch_init(struct ublk_queue *q)
 {
@@ -212,7 +213,7 @@ static inline int ublk_batch_uring_cmd(struct ublk_device *ub,
 	return -EOPNOTSUPP;
 }
 
-static inline void ublk_batch_send(struct ublk_queue *q, u16 tag)
+static inline void ublk_batch_add_tag(struct ublk_queue *q, u16 tag)
 {
 }
 
@@ -245,7 +246,7 @@ static inline void ublk_batch_kill_holder(struct ublk_queue *q,
 {
 }
 
-static inline struct task_struct *ublk_batch_fetcher(struct ublk_queue *q)
+static inline struct task_struct *ublk_batch_get_fetcher(struct ublk_queue *q)
 {
 	return NULL;
 }

@@ -84,7 +84,7 @@ static int ublk_fetch(struct ublk_queue *q, struct ublk_io *io,
 }
 
 /* Whether the server has given the slot back, and a request may be on its way. */
-static bool ublk_slot_waits(const struct ublk_io *io)
+static bool ublk_slot_has_cmd(const struct ublk_io *io)
 {
 	switch (atomic_read(&io->state)) {
 	case UBLK_IO_BUSY:
@@ -177,11 +177,12 @@ static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 {
 	int ret;
 
-	if (!args->addr || !ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_BUSY))
+	if (!args->addr ||
+	    !ublk_io_transition(io, UBLK_IO_WAIT_BUF, UBLK_IO_BUSY))
 		return -EINVAL;
 	io->buf_addr = args->addr;
 	ublk_desc(q, io->tag)->addr = args->addr;
-	ret = ublk_copy_to_server(io, args->addr, UBLK_IO_ASKED);
+	ret = ublk_copy_to_server(io, args->addr, UBLK_IO_WAIT_BUF);
 	if (likely(!ret)) {
 		atomic_set_release(&io->state, UBLK_IO_SERVED);
 		return UBLK_IO_RES_OK;
@@ -190,7 +191,7 @@ static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 		return -ENODEV;
 	/* The request ends, and the command waits for the next one. */
 	ublk_park(q, io, cmd, args, issue_flags);
-	ublk_undeliverable(q, io, issue_flags);
+	ublk_fail_delivery(q, io, issue_flags);
 	return -EIOCBQUEUED;
 }
 
@@ -225,7 +226,7 @@ int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 
 	/* What comes now is about a request that the server holds. */
 	owner = READ_ONCE(io->daemon) == current;
-	if (owner && ublk_slot_waits(io))
+	if (owner && ublk_slot_has_cmd(io))
 		return -EBUSY;
 	if (nr == _IOC_NR(UBLK_U_IO_REGISTER_IO_BUF))
 		return ublk_register_buf(q, io, cmd, args.addr, issue_flags);
@@ -272,7 +273,7 @@ static void ublk_cancel_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 	struct ublk_device *ub = cmd->file->private_data;
 	struct ublk_cmd_pdu *pdu = io_uring_cmd_to_pdu(cmd, struct ublk_cmd_pdu);
 
-	ublk_server_leaves(ub);
+	ublk_mark_leaving(ub);
 	if (ub->dev_info.flags & UBLK_F_BATCH_IO)
 		ublk_batch_cancel_fetch(pdu->fetch, issue_flags);
 	else

@@ -15,7 +15,7 @@
 
 #include "internal.h"
 
-static bool ublk_is_gone(const struct ublk_device *ub)
+static bool ublk_is_deleted(const struct ublk_device *ub)
 {
 	return test_bit(UBLK_DEV_DELETED, &ub->bits);
 }
@@ -28,7 +28,7 @@ static int ublk_wait_fetched(struct ublk_device *ub)
 {
 	if (wait_event_interruptible(ub->wait, ublk_all_fetched(ub) ||
 				     READ_ONCE(ub->closing) ||
-				     ublk_is_gone(ub)))
+				     ublk_is_deleted(ub)))
 		return -EINTR;
 	return 0;
 }
@@ -64,7 +64,7 @@ static void ublk_set_state(struct ublk_device *ub, u16 state, struct pid *server
 /* Whoever goes LIVE has the device open, with a task for every tag. */
 static int ublk_check_server(struct ublk_device *ub, struct pid *pid)
 {
-	if (ublk_is_gone(ub) || !ublk_has_server(ub))
+	if (ublk_is_deleted(ub) || !ublk_has_server(ub))
 		return -ENODEV;
 	return ublk_is_opener(ub, pid) ? 0 : -EINVAL;
 }
@@ -196,7 +196,7 @@ int ublk_do_stop(struct ublk_device *ub, struct pid *unused)
 		spin_lock(&ub->lock);
 		WRITE_ONCE(ub->closing, true);
 		spin_unlock(&ub->lock);
-		ublk_server_leaves(ub);
+		ublk_mark_leaving(ub);
 		ublk_cancel_slots(ub);
 		wake_up_all(&ub->wait);
 	}
@@ -300,7 +300,7 @@ out:
 /* Whether the server that followed @nr_servers others leaves, or has left. */
 static bool ublk_leaving(const struct ublk_device *ub, unsigned int nr_servers)
 {
-	return ublk_server_told(ub) ||
+	return ublk_server_notified(ub) ||
 	       READ_ONCE(ub->nr_servers) != nr_servers ||
 	       READ_ONCE(ub->dev_info.state) != UBLK_S_DEV_LIVE;
 }
@@ -328,7 +328,7 @@ int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms)
 		ret = 1;
 	if (!ret) {
 		/* Under the mutex for the reason given in ublk_do_stop(). */
-		ublk_server_leaves(ub);
+		ublk_mark_leaving(ub);
 		ublk_cancel_slots(ub);
 	}
 	nr_servers = ub->nr_servers;
@@ -355,7 +355,7 @@ void ublk_release_work(struct work_struct *work)
 	struct pid *opener;
 	u16 state;
 
-	ublk_server_leaves(ub);
+	ublk_mark_leaving(ub);
 	/*
 	 * A queue_rq that saw an open gate has come to its end after this: the
 	 * tag set does not block, so it runs under RCU. So has a put that did

@@ -15,7 +15,7 @@
  * Makes the slot of the request's tag the request's. BLK_STS_AGAIN if the slot
  * is not armed.
  */
-static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
+static blk_status_t ublk_claim_slot(struct ublk_queue *q, struct request *req)
 {
 	struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
 	struct ublk_io *io = &q->ios[req->tag];
@@ -24,8 +24,8 @@ static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
 	status = ublk_fill_desc(q, req);
 	if (unlikely(status))
 		return status;
-	if (!pdu->rest)
-		pdu->since = jiffies;
+	if (!pdu->partial)
+		pdu->first_dispatch = jiffies;
 	blk_mq_start_request(req);
 	/*
 	 * Ahead of winning the slot, because a time-out that finds DISPATCH needs
@@ -35,7 +35,7 @@ static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
 	WRITE_ONCE(io->req, req);
 	io->next = NULL;
 	ublk_race(UBLK_RACE_QUEUE);
-	if (unlikely(!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_DISPATCH)))
+	if (unlikely(!ublk_io_transition(io, UBLK_IO_ARMED, UBLK_IO_DISPATCH)))
 		return BLK_STS_AGAIN;
 	return BLK_STS_OK;
 }
@@ -78,14 +78,14 @@ bool ublk_server_dying(void)
  * is BUSY, again. A page fault of a task that is being killed may fail, which is
  * no fault of the request: it has met no server then.
  */
-void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
+void ublk_fail_delivery(struct ublk_queue *q, struct ublk_io *io,
 			unsigned int issue_flags)
 {
 	struct request *req = io->req;
 	bool dying = ublk_server_dying();
 
 	if (dying)
-		ublk_server_leaves(q->ub);
+		ublk_mark_leaving(q->ub);
 	else
 		pr_err_ratelimited("ublk%u: tag %u of queue %u: the request's data cannot be given to the server\n",
 				   q->ub->dev_info.dev_id, io->tag, q->q_id);
@@ -97,7 +97,7 @@ static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flag
 {
 	struct ublk_queue *q = ublk_io_queue(io);
 	struct io_uring_cmd *cmd = io->cmd;
-	bool ours = ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY);
+	bool ours = ublk_io_transition(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY);
 	int res = 0;
 
 	if (likely(ours && !dying)) {
@@ -108,23 +108,23 @@ static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flag
 	if (unlikely(dying || !ours)) {
 		struct request *req = io->req;
 
-		ublk_server_leaves(q->ub);
+		ublk_mark_leaving(q->ub);
 		io->cmd = NULL;
 		atomic_set(&io->state, UBLK_IO_CANCELED);
 		if (ours)
-			ublk_no_server(q, req);
+			ublk_hold_or_fail(q, req);
 		wake_up_all(&q->ub->wait);
 		/* May be the last thing that keeps the device. */
 		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 		return;
 	}
 	if (unlikely(res < 0)) {
-		ublk_undeliverable(q, io, issue_flags);
+		ublk_fail_delivery(q, io, issue_flags);
 		return;
 	}
 	io->cmd = NULL;
 	atomic_set_release(&io->state, res == UBLK_IO_RES_OK ?
-			   UBLK_IO_SERVED : UBLK_IO_ASKED);
+			   UBLK_IO_SERVED : UBLK_IO_WAIT_BUF);
 	io_uring_cmd_done(cmd, res, issue_flags);
 }
 
@@ -139,7 +139,7 @@ static void ublk_deliver_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 	}
 }
 
-static void ublk_send(struct ublk_io *first)
+static void ublk_schedule_delivery(struct ublk_io *first)
 {
 	io_uring_cmd_complete_in_task(first->cmd, ublk_deliver_tw);
 }
@@ -159,16 +159,16 @@ static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx,
 	else if (unlikely(gate == UBLK_GATE_HOLD))
 		status = BLK_STS_AGAIN;
 	else
-		status = ublk_win_slot(q, req);
+		status = ublk_claim_slot(q, req);
 	if (unlikely(status == BLK_STS_AGAIN))
-		ublk_no_server(q, req);
+		ublk_hold_or_fail(q, req);
 	else if (unlikely(status))
 		/* A status that is returned would be ended by the block layer. */
 		ublk_end_request(req, status);
 	else if (ublk_is_batch(q))
-		ublk_batch_send(q, tag);
+		ublk_batch_add_tag(q, tag);
 	else
-		ublk_send(&q->ios[tag]);
+		ublk_schedule_delivery(&q->ios[tag]);
 	return BLK_STS_OK;
 }
 
@@ -198,9 +198,9 @@ static void ublk_queue_rqs(struct rq_list *rqlist)
 			rq_list_add_tail(&left, req);
 			continue;
 		}
-		status = ublk_win_slot(q, req);
+		status = ublk_claim_slot(q, req);
 		if (unlikely(status == BLK_STS_AGAIN)) {
-			ublk_no_server(q, req);
+			ublk_hold_or_fail(q, req);
 			continue;
 		}
 		if (unlikely(status)) {
@@ -208,20 +208,20 @@ static void ublk_queue_rqs(struct rq_list *rqlist)
 			continue;
 		}
 		if (ublk_is_batch(q)) {
-			ublk_batch_send(q, io->tag);
+			ublk_batch_add_tag(q, io->tag);
 			continue;
 		}
 		if (last && ublk_same_ring(first, io)) {
 			last->next = io;
 		} else {
 			if (first)
-				ublk_send(first);
+				ublk_schedule_delivery(first);
 			first = io;
 		}
 		last = io;
 	}
 	if (first)
-		ublk_send(first);
+		ublk_schedule_delivery(first);
 	*rqlist = left;
 }
 
@@ -261,7 +261,7 @@ static void ublk_kill_server(struct ublk_queue *q, struct ublk_io *io)
 static enum blk_eh_timer_return ublk_timeout(struct request *req)
 {
 	struct ublk_queue *q = req->mq_hctx->driver_data;
-	bool of_user = q->flags & UBLK_F_UNPRIVILEGED_DEV;
+	bool unprivileged = q->flags & UBLK_F_UNPRIVILEGED_DEV;
 	int tag = READ_ONCE(req->tag);
 	struct ublk_io *io;
 
@@ -269,9 +269,9 @@ static enum blk_eh_timer_return ublk_timeout(struct request *req)
 	if (tag < 0 || tag >= q->depth)
 		return BLK_EH_RESET_TIMER;
 	io = &q->ios[tag];
-	if (of_user)
+	if (unprivileged)
 		ublk_kill_server(q, io);
-	return ublk_take_back(q, io, req, of_user) ? BLK_EH_DONE :
+	return ublk_take_back(q, io, req, unprivileged) ? BLK_EH_DONE :
 						     BLK_EH_RESET_TIMER;
 }
 

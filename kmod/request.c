@@ -8,7 +8,7 @@
 
 #include "internal.h"
 
-static int ublk_op_of(const struct request *req)
+static int ublk_desc_op(const struct request *req)
 {
 	switch (req_op(req)) {
 	case REQ_OP_READ:
@@ -40,7 +40,7 @@ static int ublk_op_of(const struct request *req)
 	}
 }
 
-static u32 ublk_flags_of(const struct request *req)
+static u32 ublk_desc_flags(const struct request *req)
 {
 	static const struct {
 		blk_opf_t block;
@@ -70,12 +70,12 @@ static u32 ublk_flags_of(const struct request *req)
 blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req)
 {
 	struct ublksrv_io_desc *desc = ublk_desc(q, req->tag);
-	int op = ublk_op_of(req);
+	int op = ublk_desc_op(req);
 	u64 addr;
 
 	if (op < 0)
 		return BLK_STS_NOTSUPP;
-	desc->op_flags = op | ublk_flags_of(req);
+	desc->op_flags = op | ublk_desc_flags(req);
 	if (op == UBLK_IO_OP_REPORT_ZONES) {
 		const struct ublk_rq *rq = blk_mq_rq_to_pdu(req);
 
@@ -118,7 +118,7 @@ static bool ublk_end_bytes(struct request *req, blk_status_t status,
 	if (in_worker)
 		local_bh_disable();
 	more = blk_update_request(req, status, bytes);
-	pdu->rest = more;
+	pdu->partial = more;
 	if (!more)
 		__blk_mq_end_request(req, status);
 	if (in_worker)
@@ -136,12 +136,13 @@ void ublk_end_request(struct request *req, blk_status_t status)
  * Whether a user's server answers a request in parts, each of them in time, for
  * longer than ublk_timeout() gives it for the whole.
  */
-static bool ublk_rest_is_late(const struct ublk_queue *q, struct request *req)
+static bool ublk_request_expired(const struct ublk_queue *q,
+				 struct request *req)
 {
 	const struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
 
 	return q->flags & UBLK_F_UNPRIVILEGED_DEV &&
-	       time_after(jiffies, pdu->since + req->q->rq_timeout);
+	       time_after(jiffies, pdu->first_dispatch + req->q->rq_timeout);
 }
 
 /*
@@ -157,7 +158,7 @@ static void ublk_end_part(struct ublk_queue *q, struct request *req,
 		done = round_down(done, queue_logical_block_size(req->q));
 	else
 		done = bytes;
-	if (!done || (done < bytes && ublk_rest_is_late(q, req)))
+	if (!done || (done < bytes && ublk_request_expired(q, req)))
 		ublk_end_request(req, BLK_STS_IOERR);
 	else if (ublk_end_bytes(req, BLK_STS_OK, done))
 		blk_mq_requeue_request(req, true);
@@ -166,12 +167,12 @@ static void ublk_end_part(struct ublk_queue *q, struct request *req,
 static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
 {
 	if (unlikely(result == UBLK_RES_UNSEEN)) {
-		ublk_no_server(q, req);
+		ublk_hold_or_fail(q, req);
 		return;
 	}
 	if (unlikely(result == UBLK_RES_ABORTED)) {
 		if (q->flags & UBLK_F_USER_RECOVERY_REISSUE)
-			ublk_no_server(q, req);
+			ublk_hold_or_fail(q, req);
 		else
 			ublk_end_request(req, BLK_STS_IOERR);
 		return;

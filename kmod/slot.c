@@ -29,7 +29,7 @@ int ublk_slot_reserve(struct ublk_queue *q, struct ublk_io *io)
 		ret = -ENODEV;
 	else if (ublk_all_fetched(ub))
 		ret = -EBUSY;
-	else if (!ublk_io_moves(io, UBLK_IO_EMPTY, UBLK_IO_BUSY))
+	else if (!ublk_io_transition(io, UBLK_IO_EMPTY, UBLK_IO_BUSY))
 		ret = -EINVAL;
 	spin_unlock(&ub->lock);
 	return ret;
@@ -42,7 +42,7 @@ void ublk_slot_unreserve(struct ublk_io *io)
 
 /*
  * Makes a slot wait for a request, its command being marked cancelable. The
- * full barrier orders this against ublk_server_leaves(): either that sees the
+ * full barrier orders this against ublk_mark_leaving(): either that sees the
  * armed slot, or the slot is canceled here.
  */
 void ublk_slot_arm(struct ublk_queue *q, struct ublk_io *io,
@@ -88,7 +88,7 @@ void ublk_slot_fetched(struct ublk_queue *q, struct ublk_io *io,
  */
 static bool ublk_slot_disarm(struct ublk_io *io, struct io_uring_cmd **cmd)
 {
-	if (!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_CANCELED))
+	if (!ublk_io_transition(io, UBLK_IO_ARMED, UBLK_IO_CANCELED))
 		return false;
 	*cmd = io->cmd;
 	io->cmd = NULL;
@@ -121,7 +121,7 @@ static void ublk_abort_tw(struct io_tw_req tw_req, io_tw_token_t tw)
  * ring's lock here, which the server holds while it serves a page fault, perhaps
  * for ever. So the command completes when the server's thread gets to it.
  */
-static void ublk_slot_cancel_outside(struct ublk_io *io)
+static void ublk_slot_cancel_in_task(struct ublk_io *io)
 {
 	struct io_uring_cmd *cmd;
 
@@ -132,7 +132,7 @@ static void ublk_slot_cancel_outside(struct ublk_io *io)
 		io_uring_cmd_complete_in_task(cmd, ublk_abort_tw);
 }
 
-void ublk_mark_leaving(struct ublk_device *ub)
+void ublk_mark_leaving_locked(struct ublk_device *ub)
 {
 	lockdep_assert_held(&ub->lock);
 	if (ub->canceling)
@@ -143,10 +143,10 @@ void ublk_mark_leaving(struct ublk_device *ub)
 }
 
 /* The server goes, or is asked to: no request reaches it unless it is on the way. */
-void ublk_server_leaves(struct ublk_device *ub)
+void ublk_mark_leaving(struct ublk_device *ub)
 {
 	spin_lock(&ub->lock);
-	ublk_mark_leaving(ub);
+	ublk_mark_leaving_locked(ub);
 	spin_unlock(&ub->lock);
 	/* Pairs with the exchange in ublk_slot_arm(). */
 	smp_mb();
@@ -161,7 +161,7 @@ void ublk_cancel_slots(struct ublk_device *ub)
 		struct ublk_queue *q = ub->queues[i];
 
 		for (tag = 0; tag < q->depth; tag++)
-			ublk_slot_cancel_outside(&q->ios[tag]);
+			ublk_slot_cancel_in_task(&q->ios[tag]);
 		ublk_batch_cancel_fetches(q);
 	}
 }
@@ -171,7 +171,7 @@ void ublk_cancel_slots(struct ublk_device *ub)
  * BATCH_IO device always knows: its fetch commands have been canceled, and no
  * new one is accepted.
  */
-bool ublk_server_told(const struct ublk_device *ub)
+bool ublk_server_notified(const struct ublk_device *ub)
 {
 	unsigned int i, tag;
 
@@ -212,7 +212,7 @@ static bool __maybe_unused ublk_slot_in_use(const struct ublk_io *io)
 	switch (atomic_read(&io->state)) {
 	case UBLK_IO_BUSY:
 	case UBLK_IO_DISPATCH:
-	case UBLK_IO_ASKED:
+	case UBLK_IO_WAIT_BUF:
 	case UBLK_IO_SERVED:
 	case UBLK_IO_COMMIT:
 	case UBLK_IO_REVOKED:

@@ -36,26 +36,26 @@ static bool ublk_holder_gone(struct ublk_queue *q, struct ublk_io *io)
  * Makes the caller the owner of the request of a slot. Returns how it is to
  * end, UBLK_RES_ABORTED or UBLK_RES_UNSEEN, or 0 if others own it.
  */
-static int ublk_win_back(struct ublk_queue *q, struct ublk_io *io)
+static int ublk_claim_request(struct ublk_queue *q, struct ublk_io *io)
 {
-	if (ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_CANCELED) ||
-	    ublk_io_moves(io, UBLK_IO_COMMIT, UBLK_IO_CANCELED) ||
-	    ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_CANCELED))
+	if (ublk_io_transition(io, UBLK_IO_SERVED, UBLK_IO_CANCELED) ||
+	    ublk_io_transition(io, UBLK_IO_COMMIT, UBLK_IO_CANCELED) ||
+	    ublk_io_transition(io, UBLK_IO_WAIT_BUF, UBLK_IO_CANCELED))
 		return UBLK_RES_ABORTED;
 	if (ublk_is_batch(q) ? ublk_batch_revoke(q, io) :
-	    ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_REVOKED))
+	    ublk_io_transition(io, UBLK_IO_DISPATCH, UBLK_IO_REVOKED))
 		return UBLK_RES_UNSEEN;
 	return 0;
 }
 
-/* Ends what ublk_win_back() has won. */
-static void ublk_end_won(struct ublk_queue *q, struct ublk_io *io,
-			 struct request *req, int res)
+/* Ends what ublk_claim_request() has claimed. */
+static void ublk_end_claimed(struct ublk_queue *q, struct ublk_io *io,
+			     struct request *req, int res)
 {
 	/* Without references if no delivery was tried yet. */
 	if (res == UBLK_RES_UNSEEN &&
 	    !(ublk_no_copy(q) && refcount_read(&io->ref)))
-		ublk_no_server(q, req);
+		ublk_hold_or_fail(q, req);
 	else
 		ublk_finish(q, io, req, res);
 }
@@ -70,31 +70,31 @@ static void ublk_end_won(struct ublk_queue *q, struct ublk_io *io,
  * server that is gone.
  *
  * The server may still commit @req meanwhile, and the slot go to the next request
- * of its tag, so that this one is won. It has the same server, and what is won
+ * of its tag, so that this one is claimed. It has the same server, and what is claimed
  * has to be ended.
  */
 bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 		    struct request *req, bool always)
 {
 	struct ublk_device *ub = q->ub;
-	struct request *won;
+	struct request *claimed;
 	int res = 0;
 
 	spin_lock(&ub->lock);
 	if (READ_ONCE(io->req) == req && (always || ublk_holder_gone(q, io))) {
 		ublk_race(UBLK_RACE_TAKE);
-		res = ublk_win_back(q, io);
+		res = ublk_claim_request(q, io);
 	}
 	/* What finds the slot gone looks for the reason under this lock. */
 	if (res)
-		ublk_mark_leaving(ub);
+		ublk_mark_leaving_locked(ub);
 	spin_unlock(&ub->lock);
 	if (!res)
 		return false;
-	won = io->req;
+	claimed = io->req;
 	ublk_race(UBLK_RACE_TAKE_BACK);
-	ublk_end_won(q, io, won, res);
-	return won == req;
+	ublk_end_claimed(q, io, claimed, res);
+	return claimed == req;
 }
 
 /* Takes all requests back whose server is gone, but has not closed the device. */
@@ -109,7 +109,7 @@ void ublk_take_back_gone(struct ublk_device *ub)
 			struct ublk_io *io = &q->ios[tag];
 			struct request *req = READ_ONCE(io->req);
 
-			/* No reference: only what was won back is looked at. */
+			/* No reference: only what was claimed back is looked at. */
 			if (req)
 				ublk_take_back(q, io, req, false);
 		}
@@ -126,10 +126,10 @@ void ublk_abort_slots(struct ublk_device *ub)
 
 		for (tag = 0; tag < q->depth; tag++) {
 			struct ublk_io *io = &q->ios[tag];
-			int res = ublk_win_back(q, io);
+			int res = ublk_claim_request(q, io);
 
 			if (res)
-				ublk_end_won(q, io, io->req, res);
+				ublk_end_claimed(q, io, io->req, res);
 		}
 	}
 }

@@ -9,21 +9,21 @@
  *	BUSY       a command on this tag is being carried out
  *	ARMED      a command (batch: the promise of one) waits for a request
  *	DISPATCH   a request has won the slot and is on its way to the server
- *	ASKED      NEED_GET_DATA: the server was told, it has not named a buffer
+ *	WAIT_BUF   NEED_GET_DATA: the server was told, it has not named a buffer
  *	SERVED     the server holds the request
  *	COMMIT     a commit has the request, and waits for a page fault
  *	REVOKED    the request was taken back before its task work ran, which will
  *		   complete the command
  *	CANCELED   the command was completed with UBLK_IO_RES_ABORT
  *
- * The ways out of ARMED, DISPATCH, ASKED, SERVED and COMMIT are races, and
+ * The ways out of ARMED, DISPATCH, WAIT_BUF, SERVED and COMMIT are races, and
  * compare-and-exchange decides them: a request against a cancellation for an
  * armed slot; task work, or a command of the server, against a time-out that
  * takes the request back from a server that is gone. The winner owns the
  * request. A slot in another state has one owner: in BUSY the command or the
  * task work, else the release of the char device. BUSY is left again within a
  * short time: as long as a page fault of the server takes the slot is in
- * DISPATCH, ASKED or COMMIT, which only its owner and a take-back leave. SERVED
+ * DISPATCH, WAIT_BUF or COMMIT, which only its owner and a take-back leave. SERVED
  * would not do: with UBLK_F_BATCH_IO any thread may commit then, and the tag may
  * be another request's when the page is there.
  *
@@ -79,7 +79,7 @@ enum ublk_io_state {
 	UBLK_IO_BUSY,
 	UBLK_IO_ARMED,
 	UBLK_IO_DISPATCH,
-	UBLK_IO_ASKED,
+	UBLK_IO_WAIT_BUF,
 	UBLK_IO_SERVED,
 	UBLK_IO_COMMIT,
 	UBLK_IO_REVOKED,
@@ -193,9 +193,9 @@ struct ublk_rq {
 	sector_t		sector;
 	u32			nr_zones;
 	/* Part of it has been done, and the rest was queued again. */
-	bool			rest;
+	bool			partial;
 	/* When it was first given to a server, in jiffies. */
-	unsigned long		since;
+	unsigned long		first_dispatch;
 };
 
 /* Private data of a parked command: io_uring_cmd.pdu. */
@@ -240,8 +240,9 @@ static inline bool ublk_is_batch(const struct ublk_queue *q)
 	return q->flags & UBLK_F_BATCH_IO;
 }
 
-static inline bool ublk_io_moves(struct ublk_io *io, enum ublk_io_state from,
-				 enum ublk_io_state to)
+static inline bool ublk_io_transition(struct ublk_io *io,
+				      enum ublk_io_state from,
+				      enum ublk_io_state to)
 {
 	int old = from;
 

@@ -42,7 +42,7 @@ static struct blk_zone *ublk_alloc_report(struct request_queue *q,
 }
 
 /* Lets the server fill @zones with the zones from @sector on. */
-static int ublk_ask_for_zones(struct gendisk *disk, sector_t sector,
+static int ublk_request_zones(struct gendisk *disk, sector_t sector,
 			      struct blk_zone *zones, unsigned int nr_zones)
 {
 	size_t bytes = nr_zones * sizeof(*zones);
@@ -94,7 +94,7 @@ int ublk_report_zones(struct gendisk *disk, sector_t sector,
 	while (reported < nr_zones) {
 		asked = min_t(size_t, nr_zones - reported,
 			      bytes / sizeof(*zones));
-		ret = ublk_ask_for_zones(disk, sector, zones, asked);
+		ret = ublk_request_zones(disk, sector, zones, asked);
 		if (ret)
 			goto out;
 		for (i = 0; i < asked; i++) {

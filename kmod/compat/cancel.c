@@ -113,7 +113,7 @@ void ublk_compat_cancelable_done(struct io_uring_cmd *cmd, s32 ret,
  * Whether the kernel wants the command back. While it is parked it holds its
  * ring and, with that, its task; the task counts it in task->io_uring.
  */
-static bool ublk_cancel_due(struct io_uring_cmd *cmd)
+static bool ublk_cancel_wanted(struct io_uring_cmd *cmd)
 {
 	struct task_struct *task = io_uring_cmd_get_task(cmd);
 	struct io_ring_ctx *ring = io_uring_cmd_ctx_handle(cmd);
@@ -124,8 +124,8 @@ static bool ublk_cancel_due(struct io_uring_cmd *cmd)
 	       percpu_ref_is_dying(&ring->refs);
 }
 
-static void ublk_cancel_ask(struct ublk_cancel_shard *shard,
-			    struct io_uring_cmd *cmd)
+static void ublk_cancel_request(struct ublk_cancel_shard *shard,
+				struct io_uring_cmd *cmd)
 	__must_hold(&shard->lock)
 {
 	bool completed;
@@ -150,7 +150,7 @@ static void ublk_cancel_ask(struct ublk_cancel_shard *shard,
 }
 
 /* Looks at each command once. True if there is any. */
-static bool ublk_cancel_look(struct ublk_cancel_shard *shard)
+static bool ublk_cancel_scan(struct ublk_cancel_shard *shard)
 {
 	bool found;
 
@@ -163,8 +163,8 @@ static bool ublk_cancel_look(struct ublk_cancel_shard *shard)
 
 		hlist_del(node);
 		hlist_add_head(node, &shard->parked);
-		if (ublk_cancel_due(cmd))
-			ublk_cancel_ask(shard, cmd);
+		if (ublk_cancel_wanted(cmd))
+			ublk_cancel_request(shard, cmd);
 		cond_resched_lock(&shard->lock);
 	}
 	spin_unlock(&shard->lock);
@@ -182,7 +182,7 @@ static void ublk_cancel_monitor(struct work_struct *work)
 	 */
 	WRITE_ONCE(ublk_cancel_watching, false);
 	for (i = 0; i < ARRAY_SIZE(ublk_cancel_shards); i++)
-		found |= ublk_cancel_look(&ublk_cancel_shards[i]);
+		found |= ublk_cancel_scan(&ublk_cancel_shards[i]);
 	if (found) {
 		WRITE_ONCE(ublk_cancel_watching, true);
 		queue_delayed_work(ublk_cancel_wq, &ublk_cancel_work,
