@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * UBLK_F_BATCH_IO: commands on many tags, from any thread.
+ * UBLK_F_BATCH_IO: the ring of tags on their way to the server.
  *
- * No command waits in a slot. Tags that requests have won go into a ring, and
- * FETCH_IO_CMDS, which stays pending, carries them to the server in buffers
- * that it has provided. Of several pending ones a single one is active: it has
- * task work on its way, which runs until the ring is empty.
+ * With this flag, commands operate on many tags and may come from any thread.
+ * No command is parked in a slot. Instead, tags whose slot a request has
+ * claimed are added to a ring, and pending FETCH_IO_CMDS deliver them to the
+ * server in provided buffers (see batch_fetch.c). Of several pending commands
+ * only one is active: its task work is scheduled, and runs until the ring is
+ * empty.
  */
 #include <linux/log2.h>
 #include <linux/mm.h>
@@ -15,6 +17,14 @@
 
 #include "batch.h"
 
+/**
+ * ublk_batch_init() - Allocate the batch state of a queue.
+ * @q: the queue
+ *
+ * Context: Process context.
+ *
+ * Return: 0, or -ENOMEM.
+ */
 int ublk_batch_init(struct ublk_queue *q)
 {
 	unsigned int size = roundup_pow_of_two(q->depth);
@@ -30,6 +40,12 @@ int ublk_batch_init(struct ublk_queue *q)
 	return 0;
 }
 
+/**
+ * ublk_batch_exit() - Free the batch state of a queue.
+ * @q: the queue; it may have none
+ *
+ * Context: Process context.
+ */
 void ublk_batch_exit(struct ublk_queue *q)
 {
 	if (q->batch && q->batch->fetcher)
@@ -38,7 +54,14 @@ void ublk_batch_exit(struct ublk_queue *q)
 	q->batch = NULL;
 }
 
-/* For the next server: what was on its way has been aborted. */
+/**
+ * ublk_batch_reset() - Prepare the batch state for the next server.
+ * @q: the queue; it may have no batch state
+ *
+ * All requests on their way have been aborted.
+ *
+ * Context: Process context.
+ */
 void ublk_batch_reset(struct ublk_queue *q)
 {
 	struct ublk_batch *b = q->batch;
@@ -55,7 +78,15 @@ void ublk_batch_reset(struct ublk_queue *q)
 		put_task_struct(fetcher);
 }
 
-/* A request has won the slot of @tag. It may have been taken back since. */
+/**
+ * ublk_batch_add_tag() - Queue a tag whose slot a request has claimed.
+ * @q: the queue
+ * @tag: the tag
+ *
+ * The request may have been taken back since it claimed the slot.
+ *
+ * Context: queue_rq().
+ */
 void ublk_batch_add_tag(struct ublk_queue *q, u16 tag)
 {
 	struct ublk_batch *b = q->batch;
@@ -73,8 +104,8 @@ void ublk_batch_add_tag(struct ublk_queue *q, u16 tag)
 }
 
 /*
- * Notes to which thread a tag goes. A queue is mostly served by one thread, so
- * there is seldom anything to do. b->lock is held.
+ * Records the thread that a tag is delivered to. A queue is usually served by
+ * one thread, so this seldom changes. b->lock is held.
  */
 static void ublk_batch_set_daemon(struct ublk_io *io, struct task_struct *task)
 {
@@ -85,9 +116,20 @@ static void ublk_batch_set_daemon(struct ublk_io *io, struct task_struct *task)
 	io->daemon = get_task_struct(task);
 }
 
-/*
- * Takes up to @max tags out of the ring for the current thread. If there is
- * none, the command is idle again; 0 then, or UBLK_IO_RES_ABORT if it is to end.
+/**
+ * ublk_batch_take() - Take tags from the ring, for delivery to the current
+ *   thread.
+ * @q: the queue
+ * @tags: receives the tags
+ * @max: size of @tags
+ *
+ * If the ring is empty, the active command becomes idle, unless the server is
+ * leaving.
+ *
+ * Context: Task work of the active command.
+ *
+ * Return: number of tags; 0 if the ring is empty; UBLK_IO_RES_ABORT if the
+ *	command is to end.
  */
 int ublk_batch_take(struct ublk_queue *q, u16 *tags, unsigned int max)
 {
@@ -113,7 +155,7 @@ int ublk_batch_take(struct ublk_queue *q, u16 *tags, unsigned int max)
 	return ret;
 }
 
-/* Drops the @i-th tag of the ring; b->lock is held. */
+/* Removes the @i-th tag from the ring. b->lock is held. */
 static void ublk_batch_remove_tag(struct ublk_batch *b, unsigned int i)
 {
 	for (; i + 1 < b->nr; i++)
@@ -122,10 +164,18 @@ static void ublk_batch_remove_tag(struct ublk_batch *b, unsigned int i)
 	b->nr--;
 }
 
-/*
- * Makes the caller the owner of a request that is on its way. What is not in the
- * ring is in the hands of its sender, or of a delivery, which will find that.
- * False if it has arrived, or was taken back before.
+/**
+ * ublk_batch_revoke() - Take back a request that is on its way to the server.
+ * @q: the queue
+ * @io: the slot
+ *
+ * A tag that is not in the ring is about to be added, or is being delivered.
+ * The code that does so will find the slot REVOKED.
+ *
+ * Context: Any context that may take the lock of the batch state.
+ *
+ * Return: true if the caller owns the request now; false if it was delivered or
+ *	taken back before.
  */
 bool ublk_batch_revoke(struct ublk_queue *q, struct ublk_io *io)
 {
@@ -160,10 +210,20 @@ static struct task_struct *ublk_batch_holder(struct ublk_batch *b,
 	return b->active ? b->active->task : b->fetcher;
 }
 
-/*
- * Whether a request will get no answer. Any thread may commit, so that the end
- * of one means nothing; a process that is gone has nothing more to commit. What
- * is in the ring while all fetch commands are being canceled stays there.
+/**
+ * ublk_batch_holder_gone() - Check whether a request cannot be completed any
+ *   more.
+ * @q: the queue
+ * @io: the slot
+ *
+ * Any thread may commit, so the exit of one thread does not matter, unlike that
+ * of the process. A tag that is in the ring when all fetch commands have been
+ * canceled stays there.
+ *
+ * Context: Caller holds ub->lock.
+ *
+ * Return: true if the process that holds the request has exited, or no command
+ *	will deliver it.
  */
 bool ublk_batch_holder_gone(struct ublk_queue *q, struct ublk_io *io)
 {
@@ -180,6 +240,13 @@ bool ublk_batch_holder_gone(struct ublk_queue *q, struct ublk_io *io)
 	return gone;
 }
 
+/**
+ * ublk_batch_kill_holder() - Kill the process that holds a request.
+ * @q: the queue
+ * @io: the slot
+ *
+ * Context: Caller holds ub->lock.
+ */
 void ublk_batch_kill_holder(struct ublk_queue *q, struct ublk_io *io)
 {
 	struct ublk_batch *b = q->batch;
@@ -192,7 +259,14 @@ void ublk_batch_kill_holder(struct ublk_queue *q, struct ublk_io *io)
 	spin_unlock(&b->lock);
 }
 
-/* A thread that fetches from this queue, with a reference, or NULL. */
+/**
+ * ublk_batch_get_fetcher() - Get a thread that fetches from a queue.
+ * @q: the queue
+ *
+ * Context: Any context.
+ *
+ * Return: the thread, with a reference, or NULL.
+ */
 struct task_struct *ublk_batch_get_fetcher(struct ublk_queue *q)
 {
 	struct ublk_batch *b = q->batch;
@@ -207,7 +281,16 @@ struct task_struct *ublk_batch_get_fetcher(struct ublk_queue *q)
 	return task;
 }
 
-/* Puts tags in DISPATCH back to where they came from, in order. */
+/**
+ * ublk_batch_put_back() - Return tags to the front of the ring.
+ * @q: the queue
+ * @tags: tags in state DISPATCH
+ * @n: number of tags
+ *
+ * Keeps their order. Drops tags whose request was taken back.
+ *
+ * Context: Task work of the active command.
+ */
 void ublk_batch_put_back(struct ublk_queue *q, const u16 *tags, unsigned int n)
 {
 	struct ublk_batch *b = q->batch;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * UBLK_F_BATCH_IO: what batch.c, batch_fetch.c and batch_cmd.c share.
+ * UBLK_F_BATCH_IO: types and functions that are shared between batch.c,
+ * batch_fetch.c and batch_cmd.c.
  */
 #ifndef UBLK_BATCH_H
 #define UBLK_BATCH_H
@@ -12,17 +13,18 @@ struct ublk_fetch {
 	struct list_head	node;		/* ublk_batch.fetches */
 	struct ublk_queue	*q;
 	struct io_uring_cmd	*cmd;
-	struct task_struct	*task;		/* that sent it and runs its task work */
+	struct task_struct	*task;		/* submitter; runs its task work */
 	u16			buf_group;
 	bool			retired;	/* is being completed */
 };
 
+/* The batch state of a queue. */
 struct ublk_batch {
-	spinlock_t		lock;		/* all of this */
-	struct list_head	fetches;	/* the active one among them */
+	spinlock_t		lock;		/* protects all of this */
+	struct list_head	fetches;	/* pending, also the active one */
 	struct ublk_fetch	*active;
-	struct task_struct	*fetcher;	/* the thread that fetched last */
-	/* Tags on their way; none is in it twice. */
+	struct task_struct	*fetcher;	/* the last thread to fetch */
+	/* A ring of tags on their way to the server, without duplicates. */
 	unsigned int		head;
 	unsigned int		nr;
 	unsigned int		mask;
@@ -38,9 +40,11 @@ int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 		     const struct ublk_batch_io *args, unsigned int issue_flags);
 void ublk_batch_tw(struct io_tw_req tw_req, io_tw_token_t tw);
 
-/* Picks who is to carry the tags in the ring; b->lock is held. */
-static inline struct ublk_fetch *
-ublk_batch_activate(struct ublk_batch *b)
+/*
+ * Selects the command that delivers the tags in the ring, if none does and there
+ * are any. b->lock is held.
+ */
+static inline struct ublk_fetch *ublk_batch_activate(struct ublk_batch *b)
 {
 	if (b->active || !b->nr)
 		return NULL;
@@ -49,7 +53,10 @@ ublk_batch_activate(struct ublk_batch *b)
 	return b->active;
 }
 
-/* An active command stays until its task work has run: no lock is needed. */
+/*
+ * Schedules the task work of an active command, which stays valid until that has
+ * run. So no lock is needed.
+ */
 static inline void ublk_batch_schedule(struct ublk_fetch *fetch)
 {
 	if (fetch)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * UBLK_F_BATCH_IO: commands on arrays of tags.
+ * UBLK_F_BATCH_IO: PREP_IO_CMDS and COMMIT_IO_CMDS, which operate on arrays of
+ * tags.
  */
 #include <linux/mm.h>
 #include <linux/nospec.h>
@@ -9,14 +10,14 @@
 
 #include "batch.h"
 
-/* Elements that a commit reads at a time. */
+/* Size of the part of an array that a commit reads at a time. */
 #define UBLK_BATCH_CHUNK_BYTES	512
 
 #define UBLK_BATCH_F_ALL	(UBLK_BATCH_F_HAS_ZONE_LBA | \
 				 UBLK_BATCH_F_HAS_BUF_ADDR | \
 				 UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK)
 
-/* One element of an array, taken apart. */
+/* A decoded element of an array. */
 struct ublk_elem {
 	u16			tag;
 	u16			buf_index;
@@ -36,7 +37,7 @@ static unsigned int ublk_elem_bytes(const struct ublk_batch_io *args)
 	return bytes;
 }
 
-/* What PREP_IO_CMDS and COMMIT_IO_CMDS have in common. */
+/* Checks the arguments that PREP_IO_CMDS and COMMIT_IO_CMDS have in common. */
 static int ublk_batch_check(const struct ublk_queue *q,
 			    const struct ublk_batch_io *args)
 {
@@ -80,7 +81,7 @@ static int ublk_parse_elem(const struct ublk_queue *q,
 	return 0;
 }
 
-/* Where the data of the next request of this tag goes. */
+/* Sets the buffer for the next request of a tag. */
 static void ublk_elem_set_buf(const struct ublk_queue *q,
 			      const struct ublk_batch_io *args,
 			      const struct ublk_elem *elem, struct ublk_io *io)
@@ -93,7 +94,10 @@ static void ublk_elem_set_buf(const struct ublk_queue *q,
 		io->auto_reg.flags = UBLK_AUTO_BUF_REG_FALLBACK;
 }
 
-/* All or none: every slot is reserved before the first is armed. */
+/*
+ * PREP_IO_CMDS. Every slot is reserved before the first is armed, so that the
+ * command applies to all tags or none.
+ */
 static int ublk_batch_prep(struct ublk_queue *q, const void __user *uelems,
 			   const struct ublk_batch_io *args,
 			   unsigned int issue_flags)
@@ -165,7 +169,9 @@ static int ublk_commit_elem(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	return 0;
 }
 
-/* Returns how many bytes of the array were taken in. */
+/*
+ * COMMIT_IO_CMDS. Returns the number of bytes of the array that were processed.
+ */
 static int ublk_batch_commit(struct ublk_queue *q, struct io_uring_cmd *cmd,
 			     const void __user *uelems,
 			     const struct ublk_batch_io *args,
@@ -199,7 +205,10 @@ static int ublk_batch_commit(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	return done ? done * args->elem_bytes : ret;
 }
 
-/* A command on a single tag: first of all that has to exist. */
+/*
+ * The result of a command on a single tag: -EINVAL if there is no such tag,
+ * otherwise -EOPNOTSUPP.
+ */
 static int ublk_batch_reject(const struct ublk_device *ub,
 			     struct io_uring_cmd *cmd)
 {
@@ -212,6 +221,16 @@ static int ublk_batch_reject(const struct ublk_device *ub,
 	return -EOPNOTSUPP;
 }
 
+/**
+ * ublk_batch_uring_cmd() - Carry out an I/O command on a BATCH_IO device.
+ * @ub: the device
+ * @cmd: the command
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Context: Task context of the submitter.
+ *
+ * Return: the result of the command, or -EIOCBQUEUED if it is completed later.
+ */
 int ublk_batch_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 			 unsigned int issue_flags)
 {

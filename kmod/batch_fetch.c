@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * UBLK_F_BATCH_IO: FETCH_IO_CMDS, which carries tags to the server.
+ * UBLK_F_BATCH_IO: FETCH_IO_CMDS, multishot commands that deliver tags to the
+ * server in provided buffers.
  */
 #include <linux/sched/task.h>
 #include <linux/slab.h>
@@ -8,7 +9,7 @@
 
 #include "batch.h"
 
-/* Tags per completion. */
+/* Maximum number of tags per completion. */
 #define UBLK_BATCH_TAGS		128
 
 static void ublk_fetch_free(struct ublk_fetch *fetch)
@@ -17,7 +18,10 @@ static void ublk_fetch_free(struct ublk_fetch *fetch)
 	kfree(fetch);
 }
 
-/* The server will not hear of these now: the slots are as before. */
+/*
+ * Undoes ublk_batch_prepare() for tags that could not be delivered, and returns
+ * them to the ring.
+ */
 static void ublk_batch_undo(struct ublk_queue *q, struct io_uring_cmd *cmd,
 			    u16 *tags, unsigned int n, unsigned int issue_flags)
 {
@@ -26,7 +30,7 @@ static void ublk_batch_undo(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	for (i = 0; i < n; i++) {
 		struct ublk_io *io = &q->ios[tags[i]];
 
-		/* Somebody may have guessed the tag and committed it. */
+		/* A thread may have guessed the tag and committed it. */
 		if (!ublk_io_transition(io, UBLK_IO_SERVED, UBLK_IO_DISPATCH))
 			continue;
 		ublk_auto_unregister(io, cmd, issue_flags);
@@ -35,7 +39,10 @@ static void ublk_batch_undo(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	ublk_batch_put_back(q, tags, left);
 }
 
-/* Makes requests ready; drops from @tags those that cannot be delivered. */
+/*
+ * Makes requests ready for delivery. Removes those from @tags that cannot be
+ * delivered, and returns how many are left.
+ */
 static unsigned int ublk_batch_prepare(struct ublk_queue *q,
 				       struct io_uring_cmd *cmd, u16 *tags,
 				       unsigned int n, unsigned int issue_flags)
@@ -63,8 +70,8 @@ static unsigned int ublk_batch_prepare(struct ublk_queue *q,
 }
 
 /*
- * Carries some tags to the server. Positive if there may be more, 0 if there
- * are none, or what the command is to end with.
+ * Delivers some tags to the server. Returns a positive number if there may be
+ * more, 0 if there are none, or the result that the command is to end with.
  */
 static int ublk_batch_deliver(struct ublk_fetch *fetch, unsigned int issue_flags)
 {
@@ -99,7 +106,7 @@ static int ublk_batch_deliver(struct ublk_fetch *fetch, unsigned int issue_flags
 		ublk_batch_undo(q, cmd, tags, n, issue_flags);
 		return -ENOBUFS;
 	}
-	/* Nothing is posted: gives the buffer back. */
+	/* Nothing is posted, so return the buffer. */
 	sel.val = 0;
 	io_uring_mshot_cmd_post_cqe(cmd, &sel, issue_flags);
 	if (fit && !n)
@@ -108,7 +115,10 @@ static int ublk_batch_deliver(struct ublk_fetch *fetch, unsigned int issue_flags
 	return -ENOBUFS;
 }
 
-/* The active command ends; another one takes over what it leaves. */
+/*
+ * Ends the active command. Another pending one takes over the tags that are
+ * left.
+ */
 static void ublk_batch_end_active(struct ublk_fetch *fetch, int ret,
 				  unsigned int issue_flags)
 {
@@ -126,6 +136,14 @@ static void ublk_batch_end_active(struct ublk_fetch *fetch, int ret,
 	ublk_fetch_free(fetch);
 }
 
+/**
+ * ublk_batch_tw() - Task work of the active command: deliver all tags in the
+ *   ring.
+ * @tw_req: the task work
+ * @tw: its state
+ *
+ * Context: Task work of the thread that submitted the command.
+ */
 void ublk_batch_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 {
 	struct io_uring_cmd *cmd = io_uring_cmd_from_tw(tw_req);
@@ -142,12 +160,15 @@ void ublk_batch_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 			ret = ublk_batch_deliver(fetch, issue_flags);
 		while (ret > 0);
 	}
-	/* If 0, the command may be gone by now. */
+	/* If 0, the command may have been completed and freed by now. */
 	if (ret < 0)
 		ublk_batch_end_active(fetch, ret, issue_flags);
 }
 
-/* Takes an idle command off the queue; b->lock is held. */
+/*
+ * Removes an idle command from the queue. Returns false if it is active or
+ * being completed. b->lock is held.
+ */
 static bool ublk_batch_retire(struct ublk_batch *b, struct ublk_fetch *fetch)
 {
 	if (b->active == fetch || fetch->retired)
@@ -157,10 +178,16 @@ static bool ublk_batch_retire(struct ublk_batch *b, struct ublk_fetch *fetch)
 	return true;
 }
 
-/*
- * io_uring cancels this command. An active one ends with its task work. The
- * structure is there as long as the command is on io_uring's list of what can
- * be canceled, which io_uring_cmd_done() takes it from.
+/**
+ * ublk_batch_cancel_fetch() - Cancel a pending FETCH_IO_CMDS for io_uring.
+ * @fetch: the command
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * An active command ends with its task work instead. @fetch is valid as long as
+ * the command is on io_uring's list of cancelable commands, from which
+ * io_uring_cmd_done() removes it.
+ *
+ * Context: io_uring cancellation, with the ring as @issue_flags says.
  */
 void ublk_batch_cancel_fetch(struct ublk_fetch *fetch, unsigned int issue_flags)
 {
@@ -187,9 +214,13 @@ static void ublk_fetch_abort_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 	ublk_fetch_free(fetch);
 }
 
-/*
- * Cancels what is pending on a queue whose device takes no more requests. See
- * ublk_slot_cancel_in_task().
+/**
+ * ublk_batch_cancel_fetches() - Cancel all pending FETCH_IO_CMDS of a queue.
+ * @q: the queue, whose server is leaving; it may have no batch state
+ *
+ * The commands are completed in their threads, see ublk_slot_cancel_in_task().
+ *
+ * Context: Process context, outside any ring.
  */
 void ublk_batch_cancel_fetches(struct ublk_queue *q)
 {
@@ -204,11 +235,25 @@ void ublk_batch_cancel_fetches(struct ublk_queue *q)
 		if (ublk_batch_retire(b, fetch))
 			list_add_tail(&fetch->node, &idle);
 	spin_unlock(&b->lock);
-	/* A command that is completed may be gone, and its structure with it. */
+	/*
+	 * A command that has been completed may be freed, together with its
+	 * structure.
+	 */
 	list_for_each_entry_safe(fetch, next, &idle, node)
 		io_uring_cmd_complete_in_task(fetch->cmd, ublk_fetch_abort_tw);
 }
 
+/**
+ * ublk_batch_fetch() - Carry out FETCH_IO_CMDS.
+ * @q: the queue
+ * @cmd: the command
+ * @args: its arguments
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Context: Task context of the submitter.
+ *
+ * Return: -EIOCBQUEUED, or a negative errno.
+ */
 int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 		     const struct ublk_batch_io *args, unsigned int issue_flags)
 {
@@ -221,7 +266,7 @@ int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 		return -EINVAL;
 	if (!(cmd->flags & IORING_URING_CMD_MULTISHOT))
 		return -EINVAL;
-	/* The memory must not be had by writing to this disk. */
+	/* Reclaiming memory must not depend on writing to this disk. */
 	fetch = kzalloc(sizeof(*fetch), GFP_NOIO);
 	if (!fetch)
 		return -ENOMEM;

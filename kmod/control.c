@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * /dev/ublk-control: takes the control commands apart and calls who does them.
+ * /dev/ublk-control: decodes the control commands and calls their
+ * implementations.
  */
 #include <linux/capability.h>
 #include <linux/pid.h>
@@ -59,7 +60,7 @@ static int ublk_ctrl_add_dev(const struct ublksrv_ctrl_cmd *header)
 	if (IS_ERR(ub))
 		return PTR_ERR(ub);
 	if (copy_to_user(ublk_arg(header), &info, sizeof(info))) {
-		/* Nobody would know of the device. */
+		/* The caller does not learn the id of the device. */
 		ublk_discard_dev(ub);
 		ret = -EFAULT;
 	}
@@ -67,7 +68,10 @@ static int ublk_ctrl_add_dev(const struct ublksrv_ctrl_cmd *header)
 	return ret;
 }
 
-/* A thread that waits for requests of this queue, with a reference, or NULL. */
+/*
+ * A thread that fetches requests of a queue, with a reference, or NULL. Caller
+ * holds ub->lock.
+ */
 static struct task_struct *ublk_get_fetcher(struct ublk_queue *q)
 {
 	unsigned int tag;
@@ -84,8 +88,9 @@ static struct task_struct *ublk_get_fetcher(struct ublk_queue *q)
 }
 
 /*
- * The process that serves, as the caller counts processes, or -1. If the one
- * that opened the char device is gone, one that it has left the device to.
+ * The process id of the server in the pid namespace of the caller, or -1. If
+ * the process that opened the char device has exited, this is a process that
+ * fetches requests, to which it has left the device.
  */
 static s32 ublk_server_pid(struct ublk_device *ub)
 {
@@ -98,7 +103,7 @@ static s32 ublk_server_pid(struct ublk_device *ub)
 		goto out;
 	rcu_read_lock();
 	opener = pid_task(ub->server, PIDTYPE_TGID);
-	/* One that was killed and cannot die is still what there is to know. */
+	/* A server that was killed and cannot die is still reported. */
 	if (opener && atomic_read(&opener->signal->live))
 		nr = pid_vnr(ub->server) ?: -1;
 	rcu_read_unlock();
@@ -166,7 +171,7 @@ static int ublk_ctrl_del_dev(struct ublk_device **ubp, bool wait)
 
 	if (ret)
 		return ret;
-	/* Ours may be the last reference, for which the wait would be. */
+	/* This may be the last reference, which the wait would be for. */
 	ublk_put_dev(*ubp);
 	*ubp = NULL;
 	return wait ? ublk_wait_freed(dev_id, serial) : 0;
@@ -215,7 +220,7 @@ static int ublk_ctrl_dev_cmd(struct ublk_device **ubp, unsigned int nr,
 	}
 }
 
-/* Commands that wait for nothing are carried out at once. */
+/* Whether a command may sleep. The others are carried out in the submitter. */
 static bool ublk_ctrl_may_sleep(u32 op)
 {
 	switch (_IOC_NR(op)) {
@@ -229,6 +234,15 @@ static bool ublk_ctrl_may_sleep(u32 op)
 	}
 }
 
+/**
+ * ublk_ctrl_uring_cmd() - Handle an io_uring command on /dev/ublk-control.
+ * @cmd: the command
+ * @issue_flags: io_uring issue flags
+ *
+ * Context: Task context of the submitter, or an io_uring worker.
+ *
+ * Return: the result of the command, or -EAGAIN if it needs an io_uring worker.
+ */
 int ublk_ctrl_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
 	u32 op = cmd->cmd_op;
@@ -240,14 +254,17 @@ int ublk_ctrl_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 		return -EAGAIN;
 	if (!(issue_flags & IO_URING_F_SQE128))
 		return -EINVAL;
-	/* Checked and used more than once: from a copy that nobody changes. */
+	/*
+	 * The arguments are checked and then used. Copy them, as user space may
+	 * change them meanwhile.
+	 */
 	memcpy(&header, ublk_sqe128_cmd(cmd, struct ublksrv_ctrl_cmd),
 	       sizeof(header));
-	/* A path is looked up. */
+	/* Looking up a path may sleep. */
 	if (header.dev_path_len && (issue_flags & IO_URING_F_NONBLOCK))
 		return -EAGAIN;
 
-	/* Bare numbers are the oldest form, their type is 0. */
+	/* Commands in the oldest form are bare numbers, with type 0. */
 	if (_IOC_TYPE(op) != 'u' && _IOC_TYPE(op) != 0)
 		return -EOPNOTSUPP;
 	if (op == UBLK_U_CMD_GET_FEATURES)

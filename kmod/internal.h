@@ -1,33 +1,34 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Functions and variables that the driver's files offer each other, by file.
+ * Functions and variables that are shared between the files of the driver. Each
+ * function is documented at its definition.
  */
 #ifndef UBLK_INTERNAL_H
 #define UBLK_INTERNAL_H
 
 #include "ublk.h"
 
-/* main.c */
+/* main.c: the module and the control device */
 extern struct class ublk_chr_class;
 extern dev_t ublk_chr_devt;
 extern struct miscdevice ublk_misc;
 extern unsigned int ublks_max;
 extern unsigned int ublks_max_per_user;
-extern struct workqueue_struct *ublk_wq;	/* cleans up after servers */
-extern struct workqueue_struct *ublk_job_wq;	/* waits for servers */
-extern struct workqueue_struct *ublk_user_job_wq; /* ... of unprivileged devices */
-extern struct workqueue_struct *ublk_scan_wq;	/* reads what servers serve */
+extern struct workqueue_struct *ublk_wq;	/* ublk_device.release_work */
+extern struct workqueue_struct *ublk_job_wq;	/* ublk_device.job_work ... */
+extern struct workqueue_struct *ublk_user_job_wq; /* ... if unprivileged */
+extern struct workqueue_struct *ublk_scan_wq;	/* ublk_device.scan_work */
 
-/* features.c */
+/* features.c: feature flags */
 u64 ublk_features(void);
 int ublk_check_flags(const struct ublksrv_ctrl_dev_info *info);
 int ublk_check_zoned(const struct ublksrv_ctrl_dev_info *info);
 void ublk_fixup_dev_info(struct ublksrv_ctrl_dev_info *info);
 
-/* control.c */
+/* control.c: /dev/ublk-control */
 int ublk_ctrl_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags);
 
-/* access.c: may the caller control this device? */
+/* access.c: permission to control a device */
 int ublk_check_access(struct ublk_device *ub, u32 cmd_op,
 		      struct ublksrv_ctrl_cmd *header);
 
@@ -41,7 +42,7 @@ int ublk_wait_freed(u32 dev_id, u64 serial);
 void ublk_remove_all(void);
 unsigned long ublk_desc_area(const struct ublk_device *ub, u32 depth);
 
-/* lifecycle.c: start, stop, recovery, the end of a server */
+/* lifecycle.c: start, stop, recovery, release of the char device */
 int ublk_start_dev(struct ublk_device *ub, u64 data);
 int ublk_stop_dev(struct ublk_device *ub);
 int ublk_do_stop(struct ublk_device *ub, struct pid *unused);
@@ -51,12 +52,12 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data);
 int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms);
 void ublk_release_work(struct work_struct *work);
 
-/* job.c: commands that wait for requests */
+/* job.c: control commands that wait for requests */
 typedef int (ublk_job_fn)(struct ublk_device *ub, struct pid *pid);
 int ublk_run_job(struct ublk_device *ub, ublk_job_fn *fn, struct pid *pid);
 void ublk_job_work(struct work_struct *work);
 
-/* reap.c: char devices whose last holder is a kernel thread */
+/* reap.c: delayed release of char devices */
 int ublk_reap_init(void);
 void ublk_reap_exit(void);
 void ublk_reap_begin(void);
@@ -70,7 +71,7 @@ void ublk_allow_scan(struct gendisk *disk);
 int ublk_update_size(struct ublk_device *ub, u64 sectors);
 void ublk_scan_work(struct work_struct *work);
 
-/* params.c */
+/* params.c: parameters and queue limits */
 int ublk_set_params(struct ublk_device *ub, const struct ublk_params __user *arg,
 		    u16 len);
 int ublk_get_params(struct ublk_device *ub, struct ublk_params __user *arg,
@@ -81,21 +82,21 @@ void ublk_params_to_limits(const struct ublk_device *ub,
 /* char.c: /dev/ublkcN */
 extern const struct file_operations ublk_ch_fops;
 
-/* io_cmd.c: commands on single tags */
+/* io_cmd.c: I/O commands on single tags */
 int ublk_ch_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags);
 int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 		      unsigned int issue_flags);
 bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
 		      u64 lba, int *result);
 
-/* gate.c: what becomes of requests without an armed slot */
+/* gate.c: requests without an armed slot */
 void ublk_gates_close(struct ublk_device *ub);
 void ublk_gates_open(struct ublk_device *ub);
 void ublk_gate_queue_ready(struct ublk_queue *q);
 void ublk_gates_stop_holding(struct ublk_device *ub);
 void ublk_hold_or_fail(struct ublk_queue *q, struct request *req);
 
-/* slot.c: life of a slot */
+/* slot.c: fetching, arming, canceling and resetting slots */
 int ublk_slot_reserve(struct ublk_queue *q, struct ublk_io *io);
 void ublk_slot_unreserve(struct ublk_io *io);
 void ublk_slot_fetched(struct ublk_queue *q, struct ublk_io *io,
@@ -111,7 +112,7 @@ bool ublk_server_notified(const struct ublk_device *ub);
 void ublk_reset_slots(struct ublk_device *ub);
 bool ublk_refs_gone(const struct ublk_device *ub);
 
-/* take_back.c: requests whose server is gone */
+/* take_back.c: requests whose server has exited */
 bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 		    struct request *req, bool always);
 void ublk_take_back_gone(struct ublk_device *ub);
@@ -119,7 +120,7 @@ void ublk_abort_slots(struct ublk_device *ub);
 bool ublk_task_gone(const struct task_struct *task);
 bool ublk_process_gone(const struct task_struct *task);
 
-/* queue.c: requests from the block layer to the server */
+/* queue.c: from the block layer to the server */
 extern const struct blk_mq_ops ublk_mq_ops;
 int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 			  struct io_uring_cmd *cmd, unsigned int issue_flags);
@@ -127,7 +128,7 @@ void ublk_fail_delivery(struct ublk_queue *q, struct ublk_io *io,
 			unsigned int issue_flags);
 bool ublk_server_dying(void);
 
-/* request.c: what a request looks like to the server, and how it ends */
+/* request.c: descriptors, references and completion of requests */
 blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req);
 void ublk_end_request(struct request *req, blk_status_t status);
 void ublk_finish(struct ublk_queue *q, struct ublk_io *io, struct request *req,
@@ -135,7 +136,7 @@ void ublk_finish(struct ublk_queue *q, struct ublk_io *io, struct request *req,
 bool ublk_io_get(struct ublk_io *io);
 void ublk_io_put(struct ublk_io *io);
 
-/* copy.c: the driver moves the data */
+/* copy.c: copying data */
 size_t ublk_copy_data(struct request *req, size_t offset, struct iov_iter *iter,
 		      bool to_server);
 size_t ublk_copy_integrity(struct request *req, size_t offset,
@@ -144,9 +145,10 @@ size_t ublk_integrity_bytes(const struct request *req);
 int ublk_copy_to_server(struct ublk_io *io, u64 addr,
 			enum ublk_io_state fault_state);
 int ublk_copy_from_server(struct ublk_io *io, u64 addr, unsigned int bytes);
-ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter, bool to_server);
+ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
+		       bool to_server);
 
-/* buffer.c: the server's ring holds the pages of the request */
+/* buffer.c: registered buffers */
 int ublk_register_buf(struct ublk_queue *q, struct ublk_io *io,
 		      struct io_uring_cmd *cmd, u64 index,
 		      unsigned int issue_flags);
@@ -158,18 +160,18 @@ int ublk_auto_register(struct ublk_queue *q, struct ublk_io *io,
 void ublk_auto_unregister(struct ublk_io *io, struct io_uring_cmd *cmd,
 			  unsigned int issue_flags);
 
-/* charge.c: memory that users pay for */
+/* charge.c: memory accounting */
 int ublk_charge_pages(unsigned long nr_pages, struct user_struct **payer);
 void ublk_uncharge_pages(struct user_struct *payer, unsigned long nr_pages);
 
-/* shmem.c: memory that client and server share */
+/* shmem.c: memory shared by client and server */
 int ublk_shmem_init(struct ublk_device *ub);
 void ublk_shmem_exit(struct ublk_device *ub);
 int ublk_reg_buf(struct ublk_device *ub, const void __user *arg, u16 len);
 int ublk_unreg_buf(struct ublk_device *ub, u64 index);
 bool ublk_shmem_match(struct ublk_device *ub, struct request *req, u64 *addr);
 
-/* zoned.c */
+/* zoned.c: zone reports */
 #ifdef CONFIG_BLK_DEV_ZONED
 int ublk_report_zones(struct gendisk *disk, sector_t sector,
 		      unsigned int nr_zones, struct blk_report_zones_args *args);
@@ -182,7 +184,7 @@ static inline int ublk_revalidate_zones(struct gendisk *disk)
 }
 #endif
 
-/* batch.c: many tags per command */
+/* batch.c, batch_fetch.c, batch_cmd.c: I/O commands on many tags */
 #ifdef UBLK_CAN_BATCH
 int ublk_batch_init(struct ublk_queue *q);
 void ublk_batch_exit(struct ublk_queue *q);

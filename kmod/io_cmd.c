@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Commands on single tags: FETCH_REQ, COMMIT_AND_FETCH_REQ, NEED_GET_DATA,
+ * I/O commands on single tags: FETCH_REQ, COMMIT_AND_FETCH_REQ, NEED_GET_DATA,
  * REGISTER_IO_BUF, UNREGISTER_IO_BUF.
  */
 #include <linux/err.h>
@@ -10,7 +10,10 @@
 
 #include "internal.h"
 
-/* What a command carries, read once: its memory may be shared with user space. */
+/*
+ * Arguments of a command. They are read once, as the memory may be shared with
+ * user space.
+ */
 struct ublk_io_args {
 	u16 q_id;
 	u16 tag;
@@ -32,8 +35,8 @@ static void ublk_read_args(struct io_uring_cmd *cmd, struct ublk_io_args *args)
 }
 
 /*
- * Where data goes is said at FETCH and COMMIT, in the way of the device's mode.
- * @unneeded: this command may leave it out in copy mode.
+ * Checks the buffer that FETCH or COMMIT names, which depends on the mode of
+ * the device. With @unneeded the command may omit it in copy mode.
  */
 static int ublk_check_buf(const struct ublk_queue *q,
 			  const struct ublk_io_args *args, bool unneeded)
@@ -83,7 +86,7 @@ static int ublk_fetch(struct ublk_queue *q, struct ublk_io *io,
 	return -EIOCBQUEUED;
 }
 
-/* Whether the server has given the slot back, and a request may be on its way. */
+/* Whether a command is pending on a slot, or is being carried out. */
 static bool ublk_slot_has_cmd(const struct ublk_io *io)
 {
 	switch (atomic_read(&io->state)) {
@@ -97,11 +100,20 @@ static bool ublk_slot_has_cmd(const struct ublk_io *io)
 	}
 }
 
-/*
- * What the server says in a commit, by its thread; the slot is BUSY. In copy
- * mode the data of a read comes with it, out of the buffer that the commit
- * names. @lba is where an append has landed. False if the request was taken back
- * meanwhile.
+/**
+ * ublk_take_result() - Process the result of a commit.
+ * @q: the queue
+ * @io: the slot, which is BUSY
+ * @addr: in copy mode, the buffer with the data of a read
+ * @lba: the sector at which a zone append was written
+ * @result: the result that the server has given; replaced by the result that
+ *	the request is to end with
+ *
+ * In copy mode this copies the data of a read from the server.
+ *
+ * Context: Task context of the server. May sleep in page faults.
+ *
+ * Return: false if the request was taken back meanwhile.
  */
 bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
 		      u64 lba, int *result)
@@ -122,7 +134,7 @@ bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
 	copied = ublk_copy_from_server(io, addr, *result);
 	if (unlikely(copied == UBLK_TAKEN_BACK))
 		return false;
-	/* The memory of a server that is being killed may fault. */
+	/* Page faults of a server that is being killed may fail. */
 	if (unlikely(copied < *result && copied < blk_rq_bytes(req)) &&
 	    ublk_server_dying())
 		*result = UBLK_RES_ABORTED;
@@ -142,12 +154,15 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 	u64 lba = 0;
 	int ret;
 
-	/* Until then a time-out may take the request back. */
+	/* Until here a time-out may take the request back. */
 	if (!atomic_try_cmpxchg(&io->state, &state, UBLK_IO_BUSY))
 		return state >= UBLK_IO_REVOKED ? -ENODEV : -EINVAL;
 	req = io->req;
 
-	/* Takes the place of the address, which no zoned device has. */
+	/*
+	 * The sector takes the place of the buffer address, which zoned devices
+	 * do not use.
+	 */
 	if (req_op(req) == REQ_OP_ZONE_APPEND)
 		swap(lba, args->addr);
 	unneeded = (q->flags & UBLK_F_NEED_GET_DATA) &&
@@ -162,14 +177,17 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 		return -ENODEV;
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_park(q, io, cmd, args, issue_flags);
-	/* The tag stays the request's until it has ended: nothing can use the slot. */
+	/*
+	 * The tag belongs to the request until that has ended: no other request
+	 * can claim the slot.
+	 */
 	ublk_slot_arm(q, io, issue_flags);
 	ublk_race(UBLK_RACE_COMMIT);
 	ublk_finish(q, io, req, result);
 	return -EIOCBQUEUED;
 }
 
-/* The answer to UBLK_IO_RES_NEED_GET_DATA: a buffer for the data of a write. */
+/* NEED_GET_DATA: the server names the buffer for the data of a write. */
 static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 			 struct io_uring_cmd *cmd,
 			 const struct ublk_io_args *args,
@@ -189,12 +207,22 @@ static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 	}
 	if (ret == UBLK_TAKEN_BACK)
 		return -ENODEV;
-	/* The request ends, and the command waits for the next one. */
+	/* The request ends, and the command waits for the next request. */
 	ublk_park(q, io, cmd, args, issue_flags);
 	ublk_fail_delivery(q, io, issue_flags);
 	return -EIOCBQUEUED;
 }
 
+/**
+ * ublk_io_uring_cmd() - Carry out an I/O command on a single tag.
+ * @ub: the device
+ * @cmd: the command
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Context: Task context of the submitter.
+ *
+ * Return: the result of the command, or -EIOCBQUEUED if it is completed later.
+ */
 int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 		      unsigned int issue_flags)
 {
@@ -205,12 +233,12 @@ int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 	struct ublk_io *io;
 	bool owner;
 
-	/* Bare numbers are the oldest form, their type is 0. */
+	/* Commands in the oldest form are bare numbers, with type 0. */
 	if (type != 'u' && type != 0)
 		return -EOPNOTSUPP;
 
 	ublk_read_args(cmd, &args);
-	/* Names no request: the buffer may be that of any tag. */
+	/* This command names no tag: the buffer may be that of any request. */
 	if (nr == _IOC_NR(UBLK_U_IO_UNREGISTER_IO_BUF))
 		return ublk_unregister_buf(ub, cmd, args.addr, issue_flags);
 
@@ -224,7 +252,7 @@ int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 	if (nr == _IOC_NR(UBLK_U_IO_FETCH_REQ))
 		return ublk_fetch(q, io, cmd, &args, issue_flags);
 
-	/* What comes now is about a request that the server holds. */
+	/* All other commands are for a request that the server holds. */
 	owner = READ_ONCE(io->daemon) == current;
 	if (owner && ublk_slot_has_cmd(io))
 		return -EBUSY;
@@ -264,8 +292,8 @@ static void ublk_reissue_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 }
 
 /*
- * The ring of the command is torn down, or its thread ends. The rest of the
- * server is of no use without it: the device takes no more requests until the
+ * The ring of the command is torn down, or its thread exits. The rest of the
+ * server is of no use without it, so the device accepts no requests until the
  * char device has been closed.
  */
 static void ublk_cancel_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
@@ -280,13 +308,25 @@ static void ublk_cancel_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 		ublk_slot_cancel(pdu->io, issue_flags);
 }
 
+/**
+ * ublk_ch_uring_cmd() - Handle an io_uring command on the char device.
+ * @cmd: the command
+ * @issue_flags: io_uring issue flags
+ *
+ * Context: Task context of the submitter, or an io_uring worker.
+ *
+ * Return: the result of the command, or -EIOCBQUEUED if it is completed later.
+ */
 int ublk_ch_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
 	if (unlikely(issue_flags & IO_URING_F_CANCEL)) {
 		ublk_cancel_cmd(cmd, issue_flags);
 		return 0;
 	}
-	/* A worker thread cannot be the owner of a tag: back to the submitter. */
+	/*
+	 * An io_uring worker cannot own a tag. Run the command in the submitter
+	 * instead.
+	 */
 	if (unlikely(issue_flags & IO_URING_F_UNLOCKED)) {
 		io_uring_cmd_complete_in_task(cmd, ublk_reissue_tw);
 		return -EIOCBQUEUED;

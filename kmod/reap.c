@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Char devices whose last holder is a kernel thread.
+ * Delayed release of char devices.
  *
- * The files of a ring are put by a kernel thread when the ring is torn down, so
- * that is where a killed server lets go of its char device. fput() leaves that
- * to the one work item which the system has for it. The same item closes disks
- * whose last reference went with a completion, see ublk_end_bytes(), and may
- * wait there for a server: perhaps for the one that can come only when this
- * char device has been released.
+ * When a ring is torn down, a kernel thread drops its files, and so closes the
+ * char device of a server that was killed. In a kernel thread, fput() leaves
+ * the release of a file to a single work item of the system. The same work item
+ * closes disks whose last reference was dropped by a completion (see
+ * ublk_end_bytes()), and may then wait for a server: possibly for one that can
+ * only start after this char device has been released.
  *
- * So, as long as servers are leaving, work items of our own release what is
- * queued behind such a wait. Each waits for the system's item in its turn,
- * therefore they begin at growing distances. Mostly there is nothing to do: a
- * server has left before the first one begins.
+ * Therefore, while servers are leaving, work items of the driver release the
+ * files that are queued after such a file. Each of them waits for the system's
+ * work item in turn, so they start at growing intervals. Usually there is
+ * nothing to do: a server has left before the first of them starts.
  */
 #include <linux/file.h>
 #include <linux/workqueue.h>
@@ -34,7 +34,7 @@ static void ublk_reap(struct work_struct *work)
 	flush_delayed_fput();
 }
 
-/* Starts a work item that does not wait already. */
+/* Starts one work item that is not waiting already. */
 static void ublk_reap_tick(struct work_struct *work)
 {
 	unsigned int i;
@@ -52,11 +52,18 @@ static void ublk_reap_tick(struct work_struct *work)
 			   READ_ONCE(ublk_reap_delay));
 }
 
-/* A server begins to leave. In any context. */
+/**
+ * ublk_reap_begin() - Note that a server has started to leave.
+ *
+ * Context: Any context.
+ */
 void ublk_reap_begin(void)
 {
 	atomic_inc(&ublk_nr_leaving);
-	/* What is to run soon is not put off: servers may leave all the time. */
+	/*
+	 * Do not postpone a run that is due soon, as servers may leave all the
+	 * time.
+	 */
 	if (xchg(&ublk_reap_delay, UBLK_REAP_MIN_DELAY) > UBLK_REAP_MIN_DELAY)
 		mod_delayed_work(ublk_reap_wq, &ublk_reap_timer,
 				 UBLK_REAP_MIN_DELAY);
@@ -65,12 +72,24 @@ void ublk_reap_begin(void)
 				   UBLK_REAP_MIN_DELAY);
 }
 
-/* Its char device has been released. */
+/**
+ * ublk_reap_end() - Note that the char device of a leaving server has been
+ *   released.
+ *
+ * Context: Any context.
+ */
 void ublk_reap_end(void)
 {
 	atomic_dec(&ublk_nr_leaving);
 }
 
+/**
+ * ublk_reap_init() - Set up the work items.
+ *
+ * Context: Module initialization.
+ *
+ * Return: 0, or -ENOMEM.
+ */
 int ublk_reap_init(void)
 {
 	unsigned int i;
@@ -84,7 +103,13 @@ int ublk_reap_init(void)
 	return 0;
 }
 
-/* There are no devices any more. */
+/**
+ * ublk_reap_exit() - Stop and free the work items.
+ *
+ * There are no devices any more.
+ *
+ * Context: Module exit.
+ */
 void ublk_reap_exit(void)
 {
 	cancel_delayed_work_sync(&ublk_reap_timer);

@@ -1,19 +1,41 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Requests that are taken back from a server which is gone.
+ * Requests whose server has exited. They are taken back, and then end or wait
+ * for the next server, as the recovery mode says. This happens when the char
+ * device is closed, when a request times out, and when the disk is removed.
+ *
+ * A server has exited, for this purpose, if the thread that holds the request
+ * is dead, or has been killed. A killed server may be unable to die before the
+ * request has ended, for example because it waits for its own disk.
  */
 #include <linux/sched/signal.h>
 
 #include "internal.h"
 
-/* Whether a thread runs no code of its program any more: it is dead, or killed. */
+/**
+ * ublk_task_gone() - Check whether a thread is dead or was killed.
+ * @task: the thread
+ *
+ * Such a thread does not return to user space any more.
+ *
+ * Context: Any context.
+ *
+ * Return: true if it is dead or was killed.
+ */
 bool ublk_task_gone(const struct task_struct *task)
 {
 	return READ_ONCE(task->exit_state) ||
 	       READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT;
 }
 
-/* The same of all threads of its process. */
+/**
+ * ublk_process_gone() - Check whether a process is dead or was killed.
+ * @task: any thread of the process
+ *
+ * Context: Any context.
+ *
+ * Return: true if all of its threads are dead, or it was killed.
+ */
 bool ublk_process_gone(const struct task_struct *task)
 {
 	return !atomic_read(&task->signal->live) ||
@@ -21,8 +43,8 @@ bool ublk_process_gone(const struct task_struct *task)
 }
 
 /*
- * Whether the one that would answer the request of a slot, or take it to the
- * server, is gone, whichever process still holds the char device.
+ * Whether the thread that would complete the request of a slot, or deliver it,
+ * is gone. Another process may still have the char device open.
  */
 static bool ublk_holder_gone(struct ublk_queue *q, struct ublk_io *io)
 {
@@ -33,8 +55,9 @@ static bool ublk_holder_gone(struct ublk_queue *q, struct ublk_io *io)
 }
 
 /*
- * Makes the caller the owner of the request of a slot. Returns how it is to
- * end, UBLK_RES_ABORTED or UBLK_RES_UNSEEN, or 0 if others own it.
+ * Makes the caller the owner of the request of a slot. Returns the result that
+ * the request is to end with, UBLK_RES_ABORTED or UBLK_RES_UNSEEN, or 0 if the
+ * request has another owner.
  */
 static int ublk_claim_request(struct ublk_queue *q, struct ublk_io *io)
 {
@@ -48,11 +71,11 @@ static int ublk_claim_request(struct ublk_queue *q, struct ublk_io *io)
 	return 0;
 }
 
-/* Ends what ublk_claim_request() has claimed. */
+/* Ends a request that ublk_claim_request() has claimed. */
 static void ublk_end_claimed(struct ublk_queue *q, struct ublk_io *io,
 			     struct request *req, int res)
 {
-	/* Without references if no delivery was tried yet. */
+	/* There is no reference if no delivery was tried yet. */
 	if (res == UBLK_RES_UNSEEN &&
 	    !(ublk_no_copy(q) && refcount_read(&io->ref)))
 		ublk_hold_or_fail(q, req);
@@ -60,18 +83,27 @@ static void ublk_end_claimed(struct ublk_queue *q, struct ublk_io *io,
 		ublk_finish(q, io, req, res);
 }
 
-/*
- * Ends the request of a slot whose server is gone, or @always, as the recovery
- * mode wants it. False if it is in other hands: being delivered, or committed,
- * or ended.
+/**
+ * ublk_take_back() - Take a request back from a server that has exited.
+ * @q: the queue
+ * @io: the slot of the tag of @req
+ * @req: the request
+ * @always: take it back from a live server too
  *
- * All of this is decided in one critical section, which ublk_reset_slots() needs
- * to enter: a request that a later server holds is never taken for one of the
- * server that is gone.
+ * The request ends or is held, as the recovery mode says. It is left alone
+ * while it is being delivered or committed, and after it has ended.
  *
- * The server may still commit @req meanwhile, and the slot go to the next request
- * of its tag, so that this one is claimed. It has the same server, and what is claimed
- * has to be ended.
+ * All of this is decided in one critical section of ub->lock.
+ * ublk_reset_slots() takes that lock too, so that a request that the next
+ * server holds is never mistaken for one of the server that has exited.
+ *
+ * The server may commit @req concurrently, and the slot go to the next request
+ * of the tag. Then that request is claimed instead. It has the same server, and
+ * having been claimed it must be ended.
+ *
+ * Context: Any context that may take ub->lock; the request may be ended.
+ *
+ * Return: true if @req was taken back.
  */
 bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 		    struct request *req, bool always)
@@ -85,7 +117,10 @@ bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 		ublk_race(UBLK_RACE_TAKE);
 		res = ublk_claim_request(q, io);
 	}
-	/* What finds the slot gone looks for the reason under this lock. */
+	/*
+	 * A request that finds its slot canceled looks for the reason under
+	 * this lock.
+	 */
 	if (res)
 		ublk_mark_leaving_locked(ub);
 	spin_unlock(&ub->lock);
@@ -97,7 +132,12 @@ bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 	return claimed == req;
 }
 
-/* Takes all requests back whose server is gone, but has not closed the device. */
+/**
+ * ublk_take_back_gone() - Take back all requests whose server has exited.
+ * @ub: the device, whose char device may still be open
+ *
+ * Context: Process context. Takes ub->lock.
+ */
 void ublk_take_back_gone(struct ublk_device *ub)
 {
 	unsigned int i, tag;
@@ -109,14 +149,25 @@ void ublk_take_back_gone(struct ublk_device *ub)
 			struct ublk_io *io = &q->ios[tag];
 			struct request *req = READ_ONCE(io->req);
 
-			/* No reference: only what was claimed back is looked at. */
+			/*
+			 * The request is not referenced. It is only
+			 * dereferenced after it was claimed.
+			 */
 			if (req)
 				ublk_take_back(q, io, req, false);
 		}
 	}
 }
 
-/* The char device has no holder any more, hence no command is pending. */
+/**
+ * ublk_abort_slots() - Take back all requests that a server holds.
+ * @ub: the device, whose char device is closed
+ *
+ * No command is pending any more, as each of them would hold a reference to the
+ * char device.
+ *
+ * Context: Process context.
+ */
 void ublk_abort_slots(struct ublk_device *ub)
 {
 	unsigned int i, tag;

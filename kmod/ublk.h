@@ -1,41 +1,45 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * ublk_drv: what the driver's files share.
+ * ublk_drv: types, states and locks.
  *
- * A device (struct ublk_device) has queues, a queue has one slot (struct
+ * A device (struct ublk_device) has queues, and a queue has one slot (struct
  * ublk_io) per tag. The life of a slot is the heart of the driver:
  *
- *	EMPTY      no command of the server
+ *	EMPTY      the server has issued no command for this tag
  *	BUSY       a command on this tag is being carried out
  *	ARMED      a command (batch: the promise of one) waits for a request
- *	DISPATCH   a request has won the slot and is on its way to the server
- *	WAIT_BUF   NEED_GET_DATA: the server was told, it has not named a buffer
+ *	DISPATCH   a request has claimed the slot and is on its way to the server
+ *	WAIT_BUF   UBLK_F_NEED_GET_DATA: the server knows about the request, and
+ *		   has not named a buffer yet
  *	SERVED     the server holds the request
- *	COMMIT     a commit has the request, and waits for a page fault
- *	REVOKED    the request was taken back before its task work ran, which will
- *		   complete the command
+ *	COMMIT     a commit owns the request and waits for a page fault
+ *	REVOKED    the request was taken back before its task work ran; the task
+ *		   work will complete the command
  *	CANCELED   the command was completed with UBLK_IO_RES_ABORT
  *
- * The ways out of ARMED, DISPATCH, WAIT_BUF, SERVED and COMMIT are races, and
- * compare-and-exchange decides them: a request against a cancellation for an
- * armed slot; task work, or a command of the server, against a time-out that
- * takes the request back from a server that is gone. The winner owns the
- * request. A slot in another state has one owner: in BUSY the command or the
- * task work, else the release of the char device. BUSY is left again within a
- * short time: as long as a page fault of the server takes the slot is in
- * DISPATCH, WAIT_BUF or COMMIT, which only its owner and a take-back leave. SERVED
- * would not do: with UBLK_F_BATCH_IO any thread may commit then, and the tag may
- * be another request's when the page is there.
+ * The ways out of ARMED, DISPATCH, WAIT_BUF, SERVED and COMMIT are races, which
+ * compare-and-exchange decides: a request races with a cancellation for an
+ * armed slot; task work, or a command of the server, races with a time-out that
+ * takes the request back from a server that has exited. The winner owns the
+ * request. A slot in any other state has one owner: in BUSY the command or the
+ * task work, otherwise the release of the char device.
+ *
+ * A slot leaves BUSY within a short time. While a page fault of the server is
+ * handled, the slot is therefore in DISPATCH, WAIT_BUF or COMMIT, which only its
+ * owner and a take-back leave. SERVED would not do: with UBLK_F_BATCH_IO any
+ * thread may commit in that state, and by the time the page is resident the tag
+ * may belong to another request.
  *
  * Locks, outer to inner:
  *
  *	ublk_device.mutex	life cycle: disk, state, parameters. Held while
- *				the disk is added or removed, so also while
+ *				the disk is added or removed, and so also while
  *				requests are served. Nothing that a server needs
- *				for serving, or its death for failing requests,
- *				may take it, and commands must wait for it in a
- *				way that can be killed: see job.c.
- *	ublk_device.lock	readiness of slots, gates, flags. Held shortly.
+ *				for serving, or that its exit needs for failing
+ *				requests, may take this lock. Commands must wait
+ *				for it killably: see job.c.
+ *	ublk_device.lock	readiness of slots, gates, flags. Held only for
+ *				short sections that do not sleep.
  */
 #ifndef UBLK_DRV_H
 #define UBLK_DRV_H
@@ -63,10 +67,10 @@
 
 #define UBLK_MINORS		BIT(MINORBITS)
 
-/* What a file offset can reach. */
+/* The largest disk that a file offset can address. */
 #define UBLK_MAX_SECTORS	(LLONG_MAX >> SECTOR_SHIFT)
 
-/* Any one of these: the driver does not copy at dispatch and commit. */
+/* With any of these flags the driver does not copy at dispatch and commit. */
 #define UBLK_F_NO_COPY		(UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY | \
 				 UBLK_F_AUTO_BUF_REG)
 
@@ -74,6 +78,7 @@
 				 UBLK_F_USER_RECOVERY_REISSUE | \
 				 UBLK_F_USER_RECOVERY_FAIL_IO)
 
+/* The state of a slot; see the head of this file. */
 enum ublk_io_state {
 	UBLK_IO_EMPTY,
 	UBLK_IO_BUSY,
@@ -86,23 +91,24 @@ enum ublk_io_state {
 	UBLK_IO_CANCELED,
 };
 
-/* What becomes of a request whose tag has no armed slot. */
+/* What happens to a request whose tag has no armed slot; see gate.c. */
 enum ublk_gate {
-	UBLK_GATE_FAIL,		/* ends with EIO */
-	UBLK_GATE_FAIL_IO,	/* ends with BLK_STS_TARGET: recovery will come */
-	UBLK_GATE_HOLD,		/* waits on the requeue list */
-	UBLK_GATE_OPEN,		/* the server takes requests */
+	UBLK_GATE_FAIL,		/* it ends with BLK_STS_IOERR */
+	UBLK_GATE_FAIL_IO,	/* it ends with BLK_STS_TARGET until recovery */
+	UBLK_GATE_HOLD,		/* it waits on the requeue list */
+	UBLK_GATE_OPEN,		/* the server accepts requests */
 };
 
+/* A slot: the driver's side of one tag. */
 struct ublk_io {
 	atomic_t		state;		/* enum ublk_io_state */
 	u16			tag;
 
-	/* Automatic registration: what COMMIT has to take back. */
+	/* Automatic registration: the buffer that COMMIT unregisters. */
 	u16			reg_index;
 	void			*reg_ring;
 
-	/* The command that waits, with what the server said in it. */
+	/* The parked command, and its arguments. */
 	struct io_uring_cmd	*cmd;
 	union {
 		u64			buf_addr;
@@ -111,94 +117,96 @@ struct ublk_io {
 
 	/* The request, from DISPATCH until its last reference is gone. */
 	struct request		*req;
-	refcount_t		ref;		/* with UBLK_F_NO_COPY only */
+	refcount_t		ref;		/* only with UBLK_F_NO_COPY */
 	int			result;
 
-	/* Slots delivered by one task work. */
+	/* The next slot that the same task work delivers. */
 	struct ublk_io		*next;
 	/*
-	 * The thread that fetched this tag; with UBLK_F_BATCH_IO, the one that
-	 * the tag was last delivered to. Written under ub->lock, or with
+	 * The thread that fetched this tag; with UBLK_F_BATCH_IO, the thread
+	 * that the tag was last delivered to. Written under ub->lock, or with
 	 * UBLK_F_BATCH_IO under ublk_batch.lock.
 	 */
 	struct task_struct	*daemon;
 } ____cacheline_aligned_in_smp;
 
+/* A hardware queue of a device, with its slots. */
 struct ublk_queue {
 	struct ublk_device	*ub;
 	u16			q_id;
 	u16			depth;
 	enum ublk_gate		gate;		/* written under ub->lock */
-	unsigned int		nr_fetched;	/* ub->lock */
+	unsigned int		nr_fetched;	/* slots; under ub->lock */
 	u64			flags;		/* copy of dev_info.flags */
 	u16			desc_size;
-	void			*descs;		/* the array that servers map */
+	void			*descs;		/* the array that the server maps */
 	struct ublk_batch	*batch;		/* with UBLK_F_BATCH_IO */
 	struct ublk_io		ios[] __counted_by(depth);
 };
 
-/* Bits of ublk_device.bits */
+/* Bits of ublk_device.bits. */
 enum {
-	UBLK_DEV_OPEN,		/* the char device has a holder, or cleans up after it */
-	UBLK_DEV_USED,		/* a disk exists, perhaps only as a reference */
-	UBLK_DEV_DELETED,	/* removed, the number is still taken */
-	UBLK_DEV_NO_OPEN,	/* TRY_STOP_DEV: the disk takes no more openers */
+	UBLK_DEV_OPEN,		/* char device open, or cleanup not finished */
+	UBLK_DEV_USED,		/* a disk exists, even if only referenced */
+	UBLK_DEV_DELETED,	/* removed; the id is still in use */
+	UBLK_DEV_NO_OPEN,	/* TRY_STOP_DEV: the disk cannot be opened */
 };
 
+/* A device: its char device, its queues and, once started, its disk. */
 struct ublk_device {
 	struct ublksrv_ctrl_dev_info dev_info;
 	struct ublk_params	params;
 
-	struct device		dev;		/* char device, owns this structure */
-	u64			serial;		/* no other device had or will have it */
-	struct list_head	user_node;	/* unprivileged devices */
-	struct user_struct	*payer;		/* of nr_pages, or NULL */
+	struct device		dev;		/* char device; owns this structure */
+	u64			serial;		/* unique for the life of the module */
+	struct list_head	user_node;	/* in the unprivileged devices */
+	struct user_struct	*payer;		/* charged for nr_pages, or NULL */
 	unsigned long		nr_pages;
 	struct cdev		cdev;
 	struct blk_mq_tag_set	tag_set;
 	struct ublk_queue	**queues;
 	unsigned long		bits;
 
-	struct mutex		mutex;		/* life cycle, see above */
-	bool			added;		/* char device exists; mutex */
+	struct mutex		mutex;		/* life cycle; see above */
+	bool			added;		/* char device exists; under mutex */
 	struct gendisk		*disk;		/* changed under mutex and lock */
 	struct work_struct	scan_work;	/* reads the partition table */
 
 	spinlock_t		lock;		/* see above */
-	bool			canceling;	/* server leaves: nothing stays armed */
-	bool			stopping;	/* disk leaves: nothing is held */
-	bool			closing;	/* stopped: holder of char device must go */
-	bool			recoverable;	/* has been LIVE, will survive its server */
-	bool			untrusted;	/* fetched by a thread without privilege */
-	unsigned int		nr_ready;	/* queues whose tags are all fetched */
-	unsigned int		nr_servers;	/* that have left */
+	bool			canceling;	/* server leaving: no slot stays armed */
+	bool			stopping;	/* disk removal: no request is held */
+	bool			closing;	/* stopped; waiting for the last close */
+	bool			recoverable;	/* was LIVE; outlives its server */
+	bool			untrusted;	/* an unprivileged thread fetched */
+	unsigned int		nr_ready;	/* queues with all tags fetched */
+	unsigned int		nr_servers;	/* servers that have left */
 
-	wait_queue_head_t	wait;		/* readiness, references of requests */
+	wait_queue_head_t	wait;		/* readiness, request references */
 	struct work_struct	release_work;	/* cleans up after a server */
-	struct work_struct	job_work;	/* carries out jobs, one by one */
+	struct work_struct	job_work;	/* carries out jobs in order */
 	struct list_head	jobs;		/* under lock */
 
-	/* From open to the end of release_work. */
+	/* From open() until release_work has finished. */
 	struct pid		*opener;
 	struct mm_struct	*mm;		/* set by the first mmap */
-	/* From START_DEV to the end of the disk or of the server. */
+	/* From START_DEV until the disk or the server is gone. */
 	struct pid		*server;
 
 	struct ublk_shmem	*shmem;		/* with UBLK_F_SHMEM_ZC */
 };
 
-/* Payload of a block request (blk_mq_rq_to_pdu). */
+/* Driver data of a block request (blk_mq_rq_to_pdu()). */
 struct ublk_rq {
-	/* REPORT_ZONES has no bio to carry these. */
+	/* Arguments of REPORT_ZONES, which has no bio to carry them. */
 	sector_t		sector;
 	u32			nr_zones;
-	/* Part of it has been done, and the rest was queued again. */
+	/* The server has completed a part; the rest was requeued. */
 	bool			partial;
-	/* When it was first given to a server, in jiffies. */
+	/* When the request was first dispatched, in jiffies. */
 	unsigned long		first_dispatch;
 };
 
-/* Private data of a parked command: io_uring_cmd.pdu. */
+/* Driver data of a parked command (io_uring_cmd_to_pdu()). */
 struct ublk_cmd_pdu {
 	union {
 		struct ublk_io		*io;
@@ -206,12 +214,12 @@ struct ublk_cmd_pdu {
 	};
 };
 
-/* What a function returns that finds its request taken back; no errno. */
+/* Not an errno: the request was taken back while the function ran. */
 #define UBLK_TAKEN_BACK		INT_MIN
 
-/* Results that no server gives. */
-#define UBLK_RES_ABORTED	INT_MIN		/* the server is gone */
-#define UBLK_RES_UNSEEN		(INT_MIN + 1)	/* and has never had the request */
+/* Results that the driver itself uses; a server cannot commit them. */
+#define UBLK_RES_ABORTED	INT_MIN		/* the server has exited */
+#define UBLK_RES_UNSEEN		(INT_MIN + 1)	/* ... and never saw the request */
 
 static inline struct ublk_queue *ublk_io_queue(struct ublk_io *io)
 {
@@ -240,6 +248,7 @@ static inline bool ublk_is_batch(const struct ublk_queue *q)
 	return q->flags & UBLK_F_BATCH_IO;
 }
 
+/* Changes the state of a slot. Returns false if it was not @from. */
 static inline bool ublk_io_transition(struct ublk_io *io,
 				      enum ublk_io_state from,
 				      enum ublk_io_state to)
@@ -249,13 +258,13 @@ static inline bool ublk_io_transition(struct ublk_io *io,
 	return atomic_try_cmpxchg(&io->state, &old, to);
 }
 
-/* How a request ends at a gate that fails it. */
+/* The status of a request that a closed gate fails. */
 static inline blk_status_t ublk_gate_status(enum ublk_gate gate)
 {
 	return gate == UBLK_GATE_FAIL_IO ? BLK_STS_TARGET : BLK_STS_IOERR;
 }
 
-/* Operations whose data goes between the request and the server. */
+/* Whether requests of this kind transfer data to or from the server. */
 static inline bool ublk_op_has_data(enum req_op op)
 {
 	return op == REQ_OP_READ || op == REQ_OP_WRITE ||
@@ -267,13 +276,13 @@ static inline bool ublk_rq_has_data(const struct request *req)
 	return ublk_op_has_data(req_op(req)) && blk_rq_bytes(req);
 }
 
-/* Data that the server gives, as against data that it gets. */
+/* Whether the server supplies the data, rather than receiving it. */
 static inline bool ublk_rq_from_server(const struct request *req)
 {
 	return req_op(req) == REQ_OP_READ || req_op(req) == REQ_OP_DRV_IN;
 }
 
-/* The rest of the SQE is needed for automatic registration only. */
+/* The address field of the SQE; only automatic registration and batches use it. */
 static inline u64 ublk_sqe_addr(const struct io_uring_cmd *cmd)
 {
 #ifdef UBLK_CAN_SEE_SQE
