@@ -42,7 +42,7 @@ int ublk_batch_init(struct ublk_queue *q)
 
 /**
  * ublk_batch_exit() - Free the batch state of a queue.
- * @q: the queue; it may have none
+ * @q: the queue; it may have no batch state
  *
  * Context: Process context.
  */

@@ -3,11 +3,12 @@
  * ublk_drv: types, states and locks.
  *
  * A device (struct ublk_device) has queues, and a queue has one slot (struct
- * ublk_io) per tag. The life of a slot is the heart of the driver:
+ * ublk_io) per tag. A slot is in one of these states:
  *
  *	EMPTY      the server has issued no command for this tag
  *	BUSY       a command on this tag is being carried out
- *	ARMED      a command (batch: the promise of one) waits for a request
+ *	ARMED      a parked command waits for a request; with UBLK_F_BATCH_IO no
+ *		   command is parked, and a fetch command will deliver the tag
  *	DISPATCH   a request has claimed the slot and is on its way to the server
  *	WAIT_BUF   UBLK_F_NEED_GET_DATA: the server knows about the request, and
  *		   has not named a buffer yet
