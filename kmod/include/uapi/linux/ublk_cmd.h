@@ -275,8 +275,8 @@ struct ublksrv_ctrl_dev_info {
 
 /*
  * The server is first notified of a write (UBLK_IO_RES_NEED_GET_DATA), and the
- * data is copied once the server has named a buffer. Cleared together with any
- * of SUPPORT_ZERO_COPY, USER_COPY, AUTO_BUF_REG and BATCH_IO.
+ * data is copied once the server has named a buffer. Cleared if any of
+ * SUPPORT_ZERO_COPY, USER_COPY, AUTO_BUF_REG and BATCH_IO is requested too.
  */
 #define UBLK_F_NEED_GET_DATA		(1ULL << 2)
 
