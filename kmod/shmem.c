@@ -210,14 +210,22 @@ uncharge:
 	return ERR_PTR(ret);
 }
 
-/* Removes the first @nr ranges of a buffer from the tree. */
+/*
+ * Removes the first @nr ranges of a buffer from the tree. That may take memory.
+ * Before Linux 7.3 mtree_erase() does not say if there was none, and a range that
+ * stays would be found after its buffer is gone.
+ */
 static void ublk_shmem_erase(struct ublk_shmem *shmem,
 			     struct ublk_shmem_buf *buf, u32 nr)
 {
 	u32 i;
 
 	for (i = 0; i < nr; i++) {
-		mtree_erase(&shmem->ranges, buf->ranges[i].pfn);
+		const struct ublk_shmem_range *range = &buf->ranges[i];
+
+		mtree_store_range(&shmem->ranges, range->pfn,
+				  range->pfn + range->nr_pages - 1, NULL,
+				  GFP_KERNEL | __GFP_NOFAIL);
 		cond_resched();
 	}
 }
