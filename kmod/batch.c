@@ -260,6 +260,27 @@ void ublk_batch_kill_holder(struct ublk_queue *q, struct ublk_io *io)
 }
 
 /**
+ * ublk_batch_set_fetcher() - Note that the calling thread serves a queue.
+ * @q: the queue
+ *
+ * Requests that are on their way depend on the process of that thread.
+ *
+ * Context: Process context.
+ */
+void ublk_batch_set_fetcher(struct ublk_queue *q)
+{
+	struct ublk_batch *b = q->batch;
+	struct task_struct *before;
+
+	spin_lock(&b->lock);
+	before = b->fetcher;
+	b->fetcher = get_task_struct(current);
+	spin_unlock(&b->lock);
+	if (before)
+		put_task_struct(before);
+}
+
+/**
  * ublk_batch_get_fetcher() - Get a thread that fetches from a queue.
  * @q: the queue
  *

@@ -23,7 +23,7 @@ struct ublk_batch {
 	spinlock_t		lock;		/* protects all of this */
 	struct list_head	fetches;	/* pending, also the active one */
 	struct ublk_fetch	*active;
-	struct task_struct	*fetcher;	/* the last thread to fetch */
+	struct task_struct	*fetcher;	/* last thread to fetch or prepare */
 	/* A ring of tags on their way to the server, without duplicates. */
 	unsigned int		head;
 	unsigned int		nr;
@@ -32,6 +32,7 @@ struct ublk_batch {
 };
 
 /* batch.c */
+void ublk_batch_set_fetcher(struct ublk_queue *q);
 int ublk_batch_take(struct ublk_queue *q, u16 *tags, unsigned int max);
 void ublk_batch_put_back(struct ublk_queue *q, const u16 *tags, unsigned int n);
 

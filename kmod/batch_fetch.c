@@ -258,7 +258,6 @@ int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 		     const struct ublk_batch_io *args, unsigned int issue_flags)
 {
 	struct ublk_batch *b = q->batch;
-	struct task_struct *before;
 	struct ublk_fetch *fetch, *active;
 	bool cancel;
 
@@ -277,17 +276,14 @@ int ublk_batch_fetch(struct ublk_queue *q, struct io_uring_cmd *cmd,
 	io_uring_cmd_to_pdu(cmd, struct ublk_cmd_pdu)->fetch = fetch;
 	io_uring_cmd_mark_cancelable(cmd, issue_flags);
 
+	ublk_batch_set_fetcher(q);
 	spin_lock(&b->lock);
 	cancel = READ_ONCE(q->ub->canceling);
 	if (!cancel)
 		list_add_tail(&fetch->node, &b->fetches);
 	fetch->retired = cancel;
-	before = b->fetcher;
-	b->fetcher = get_task_struct(current);
 	active = ublk_batch_activate(b);
 	spin_unlock(&b->lock);
-	if (before)
-		put_task_struct(before);
 	ublk_batch_schedule(active);
 	if (cancel) {
 		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
