@@ -11,6 +11,15 @@
 
 #include "internal.h"
 
+/* What the rest of an unprivileged request has left of the time for the whole. */
+static unsigned int ublk_time_left(struct request *req)
+{
+	const struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
+	long left = pdu->first_dispatch + req->q->rq_timeout - jiffies;
+
+	return max(left, 1L);
+}
+
 /*
  * Claims the slot of a request's tag. Returns BLK_STS_AGAIN if the slot is not
  * armed.
@@ -26,6 +35,8 @@ static blk_status_t ublk_claim_slot(struct ublk_queue *q, struct request *req)
 		return status;
 	if (!pdu->partial)
 		pdu->first_dispatch = jiffies;
+	else if (q->flags & UBLK_F_UNPRIVILEGED_DEV)
+		req->timeout = ublk_time_left(req);
 	blk_mq_start_request(req);
 	/*
 	 * Set before the slot is claimed, because a time-out that finds the
