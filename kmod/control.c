@@ -61,7 +61,7 @@ static int ublk_ctrl_add_dev(const struct ublksrv_ctrl_cmd *header)
 		return PTR_ERR(ub);
 	if (copy_to_user(ublk_arg(header), &info, sizeof(info))) {
 		/* The caller does not learn the id of the device. */
-		ublk_discard_dev(ub);
+		ublk_revoke_dev(ub);
 		ret = -EFAULT;
 	}
 	ublk_put_dev(ub);

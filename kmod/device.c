@@ -12,6 +12,7 @@
 #include <linux/rcupdate.h>
 #include <linux/slab.h>
 #include <linux/uidgid.h>
+#include <linux/user_namespace.h>
 #include <linux/xarray.h>
 
 #include "internal.h"
@@ -137,6 +138,24 @@ static unsigned long ublk_nr_pages(const struct ublk_device *ub)
 }
 
 /*
+ * The user that a device of the calling task counts for. Subordinate users of a
+ * user namespace count for the user who created it, those of root's containers
+ * for themselves.
+ */
+static kuid_t ublk_quota_user(void)
+{
+	const struct user_namespace *ns = current_user_ns();
+	kuid_t user = current_uid();
+
+	while (ns != &init_user_ns) {
+		if (ns->parent == &init_user_ns && !uid_eq(ns->owner, GLOBAL_ROOT_UID))
+			user = ns->owner;
+		ns = ns->parent;
+	}
+	return user;
+}
+
+/*
  * Whether another unprivileged device may be added: there is a limit for all of
  * them, and one per user. The lock of the array is held.
  */
@@ -148,7 +167,7 @@ static bool ublk_user_may_add(const struct ublk_device *ub)
 	if (ublk_nr_unprivileged >= READ_ONCE(ublks_max))
 		return false;
 	list_for_each_entry(other, &ublk_user_devs, user_node)
-		nr += other->dev_info.owner_uid == ub->dev_info.owner_uid;
+		nr += uid_eq(other->quota_user, ub->quota_user);
 	return nr < READ_ONCE(ublks_max_per_user);
 }
 
@@ -277,6 +296,7 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 	current_uid_gid(&uid, &gid);
 	ub->dev_info.owner_uid = from_kuid(&init_user_ns, uid);
 	ub->dev_info.owner_gid = from_kgid(&init_user_ns, gid);
+	ub->quota_user = ublk_quota_user();
 	mutex_init(&ub->mutex);
 	spin_lock_init(&ub->lock);
 	init_waitqueue_head(&ub->wait);
@@ -429,6 +449,23 @@ static int ublk_do_remove(struct ublk_device *ub, struct pid *unused)
 int ublk_remove_dev(struct ublk_device *ub)
 {
 	return ublk_run_job(ub, ublk_do_remove, NULL);
+}
+
+/**
+ * ublk_revoke_dev() - Remove a device whose ADD_DEV fails after all.
+ * @ub: the device
+ *
+ * It was there to be found, and may have a disk and a server by now. If the
+ * sender is killed, the removal goes on without it.
+ *
+ * Context: Process context.
+ */
+void ublk_revoke_dev(struct ublk_device *ub)
+{
+	int ret = ublk_run_job(ub, ublk_do_remove, NULL);
+
+	if (ret == -ENOMEM || ret == -ECANCELED)
+		ublk_do_remove(ub, NULL);
 }
 
 /**

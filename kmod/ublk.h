@@ -161,6 +161,7 @@ struct ublk_device {
 	struct device		dev;		/* char device; owns this structure */
 	u64			serial;		/* unique for the life of the module */
 	struct list_head	user_node;	/* in the unprivileged devices */
+	kuid_t			quota_user;	/* counted for the limit per user */
 	struct user_struct	*payer;		/* charged for nr_pages, or NULL */
 	unsigned long		nr_pages;
 	struct cdev		cdev;
