@@ -58,11 +58,12 @@ typedef int (ublk_job_fn)(struct ublk_device *ub, struct pid *pid);
 int ublk_run_job(struct ublk_device *ub, ublk_job_fn *fn, struct pid *pid);
 void ublk_job_work(struct work_struct *work);
 
-/* reap.c: delayed release of char devices */
+/* reap.c: delayed release of files */
 int ublk_reap_init(void);
 void ublk_reap_exit(void);
-void ublk_reap_begin(void);
-void ublk_reap_end(void);
+void ublk_watch(struct ublk_device *ub);
+void ublk_unwatch(struct ublk_device *ub);
+void ublk_unwatch_serving(struct ublk_device *ub);
 
 /* disk.c: /dev/ublkbN */
 struct gendisk *ublk_alloc_disk(struct ublk_device *ub);

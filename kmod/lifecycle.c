@@ -134,6 +134,8 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 	 */
 	if (ub->canceling)
 		ublk_gates_close(ub);
+	else
+		ublk_unwatch_serving(ub);
 	spin_unlock(&ub->lock);
 	/*
 	 * Partition tables from servers of unprivileged users are not trusted.
@@ -364,6 +366,8 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data)
 	ublk_set_state(ub, UBLK_S_DEV_LIVE, get_pid(ub->opener));
 	spin_lock(&ub->lock);
 	ublk_gates_open(ub);
+	if (!ub->canceling)
+		ublk_unwatch_serving(ub);
 	spin_unlock(&ub->lock);
 	blk_mq_kick_requeue_list(ub->disk->queue);
 	ret = 0;

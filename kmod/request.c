@@ -111,27 +111,21 @@ blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req)
  * the server: for dirty pages to be written, or for a holder of the disk's
  * open_mutex that does I/O. With bottom halves disabled, as in an interrupt,
  * fput() leaves the release to a kernel worker.
- *
- * There is only one such worker in the system, and servers of unprivileged
- * devices must not block it. They release the files themselves; a server that
- * waits for itself is killed when its requests time out.
+ * There is only one such worker in the system; see reap.c for what happens
+ * while it waits for a server.
  */
 static bool ublk_end_bytes(struct request *req, blk_status_t status,
 			   unsigned int bytes)
 {
-	const struct ublk_queue *q = req->mq_hctx->driver_data;
-	bool in_worker = !(q->flags & UBLK_F_UNPRIVILEGED_DEV);
 	struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
 	bool more;
 
-	if (in_worker)
-		local_bh_disable();
+	local_bh_disable();
 	more = blk_update_request(req, status, bytes);
 	pdu->partial = more;
 	if (!more)
 		__blk_mq_end_request(req, status);
-	if (in_worker)
-		local_bh_enable();
+	local_bh_enable();
 	return more;
 }
 

@@ -200,7 +200,7 @@ void ublk_mark_leaving_locked(struct ublk_device *ub)
 		return;
 	WRITE_ONCE(ub->canceling, true);
 	ublk_gates_close(ub);
-	ublk_reap_begin();
+	ublk_watch(ub);
 }
 
 /**
@@ -359,9 +359,8 @@ void ublk_reset_slots(struct ublk_device *ub)
 	WRITE_ONCE(ub->nr_servers, ub->nr_servers + 1);
 	ub->untrusted = false;
 	WRITE_ONCE(ub->closing, false);
-	if (ub->canceling)
-		ublk_reap_end();
 	WRITE_ONCE(ub->canceling, false);
+	ublk_unwatch(ub);
 	ublk_gates_close(ub);
 	spin_unlock(&ub->lock);
 }

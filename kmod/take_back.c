@@ -123,10 +123,13 @@ bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 	 */
 	if (res)
 		ublk_mark_leaving_locked(ub);
+	/* Once the lock is dropped, ublk_reset_slots() may clear the slot. */
+	claimed = io->req;
 	spin_unlock(&ub->lock);
 	if (!res)
 		return false;
-	claimed = io->req;
+	/* QUIESCE_DEV waits for the state of the slot. */
+	wake_up_all(&ub->wait);
 	ublk_race(UBLK_RACE_TAKE_BACK);
 	ublk_end_claimed(q, io, claimed, res);
 	return claimed == req;
