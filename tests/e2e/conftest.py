@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import kmemleak, udev
+from support import kmemleak, raw, udev
 from support.face import NATIVE, PYTHON, Face, device_id
 from support.kernel_log import KernelLog
 from support.pace import patience
@@ -184,3 +184,12 @@ def scratch(tmp_path: Path) -> Path:
         else:
             entry.unlink()
     return path
+
+
+@pytest.fixture
+def for_users() -> Iterator[None]:
+    """Ordinary users may make devices."""
+    before = os.stat(raw.CONTROL).st_mode
+    os.chmod(raw.CONTROL, 0o666)
+    yield
+    os.chmod(raw.CONTROL, before & 0o777)
