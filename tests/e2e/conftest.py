@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support import kmemleak, raw, udev
 from support.face import NATIVE, PYTHON, Face, device_id
+from support.features import offered
 from support.kernel_log import KernelLog
 from support.pace import patience
 from support.processes import blocked_stacks
@@ -107,6 +108,16 @@ def machine(request: pytest.FixtureRequest) -> Iterator[None]:
             print("\n".join(filter(None, problems)))
         return
     assert not problems, "\n".join(filter(None, problems))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def about_the_machine(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """Properties of a JUnit document, which `tests/matrix` reads."""
+    record_testsuite_property("driver", os.environ.get("UBLK_DRIVER", "unknown"))
+    record_testsuite_property("series", os.environ.get("UBLK_KERNEL", "unknown"))
+    record_testsuite_property("kernel", os.uname().release)
+    record_testsuite_property("commit", os.environ.get("UBLK_COMMIT", "unknown"))
+    record_testsuite_property("offered", " ".join(sorted(offered())))
 
 
 @pytest.fixture(scope="module", autouse=True)
