@@ -72,6 +72,30 @@ def gather(directory):
     }
 
 
+def _rounded(value):
+    """Figures of a run are good to two or three digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if abs(value) < 1e5 else round(value)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def compact(document):
+    """A document as JSON with one line per result."""
+    lines = []
+    for key, value in document.items():
+        if key == "others":
+            runs = [f"{json.dumps(name)}: {compact(run).strip()}" for name, run in value.items()]
+            text = "{\n" + ",\n".join(runs) + "\n}"
+        elif isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(json.dumps(_rounded(row)) for row in value) + "\n]"
+        else:
+            text = json.dumps(_rounded(value))
+        lines.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def by_numbers(job):
     """Sorts depth 32 before 128."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", job)]
@@ -187,7 +211,7 @@ def main():
     parser.add_argument("--compare", type=Path)
     options = parser.parse_args()
     document = gather(options.directory)
-    (options.directory / "bench.json").write_text(json.dumps(document, indent=1))
+    (options.directory / "bench.json").write_text(compact(document))
     parts = [f"    {kind}: {json.dumps(where)}" for kind, where in document["conditions"].items()]
     for queues in sorted({row["queues"] for row in document["results"]}):
         with_queues = f"{queues} queue{'s' if queues > 1 else ''}"
