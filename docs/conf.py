@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 from docutils import nodes
+from pygments.lexers.rust import RustLexer
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -57,4 +58,7 @@ class HelpText(SphinxDirective):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("ublk-help", HelpText)
+    # Rust with the attributes of documentation tests (ublk-core/src/pages.rs).
+    for attribute in ("no_run", "ignore"):
+        app.add_lexer(f"rust,{attribute}", RustLexer)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
