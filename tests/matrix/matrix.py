@@ -107,7 +107,7 @@ def table(results):
     lines = [f"| | since | {' | '.join(MACHINES)} |", "|---|---|" + "---|" * len(MACHINES)]
     for feature in features():
         cells = [results.get(machine, {}).get("features", {}).get(feature["name"], NOT_RUN) for machine in MACHINES]
-        cells = [f"**{text}**" if "failed" in text else text for text in cells]
+        cells = [f"**{text}**" if "failed" in text else "-" if text == NOT_RUN else text for text in cells]
         lines.append(f"| {feature['name']} | {feature['since']} | {' | '.join(cells)} |")
     lines.append("")
     for machine in MACHINES:
