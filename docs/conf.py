@@ -42,6 +42,8 @@ html_theme = "furo"
 html_title = f"ublk {release}"
 html_theme_options = {"source_edit_link": ""}
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 
 
 class HelpText(SphinxDirective):

@@ -22,8 +22,14 @@ ROOT = HERE.parent.parent
 RESULTS = HERE / "results.json"
 PAGE = ROOT / "docs/reference/kernels.md"
 DOCUMENTS = ROOT / "target/e2e"
-# The columns: those of tests/run.
-MACHINES = ("bundled:7.3", "intree:7.3", "bundled:6.12", "intree:6.12", "bundled:6.1")
+# The columns: those of tests/run, by DRIVER:KERNEL.
+MACHINES = {
+    "bundled:7.3": "7.3, ours",
+    "intree:7.3": "7.3",
+    "bundled:6.12": "6.12, ours",
+    "intree:6.12": "6.12",
+    "bundled:6.1": "6.1, ours",
+}
 # Tests that a driver without the feature refuses it as it should. They show nothing of the feature itself.
 OF_REFUSALS = "older_driver"
 
@@ -67,7 +73,8 @@ def cell(feature, tests, offered):
     )
     if not found["passed"] and not found["failed"]:
         return NOT_RUN
-    return ", ".join(f"{found[result]} {result}" for result in ("failed", "passed") if found[result])
+    ran = found["passed"] + found["failed"]
+    return f"{found['failed']} of {ran} failed" if found["failed"] else f"{ran} passed"
 
 
 def read(document):
@@ -104,19 +111,21 @@ def collect(directory):
 
 def table(results):
     """The table of the page in Markdown, and where its figures are from."""
-    lines = [f"| | since | {' | '.join(MACHINES)} |", "|---|---|" + "---|" * len(MACHINES)]
+    lines = [f"| | since | {' | '.join(MACHINES.values())} |", "|---|---|" + "---|" * len(MACHINES)]
     for feature in features():
         cells = [results.get(machine, {}).get("features", {}).get(feature["name"], NOT_RUN) for machine in MACHINES]
         cells = [f"**{text}**" if "failed" in text else "-" if text == NOT_RUN else text for text in cells]
+        # A cell stays on one line.
+        cells = [text.replace(" ", "&nbsp;") for text in cells]
         lines.append(f"| {feature['name']} | {feature['since']} | {' | '.join(cells)} |")
     lines.append("")
-    for machine in MACHINES:
+    for machine, name in MACHINES.items():
         if machine not in results:
-            lines.append(f"* {machine}: {NOT_RUN}")
+            lines.append(f"* {name}: {NOT_RUN}")
             continue
         run = results[machine]
         counts = ", ".join(f"{count} {result}" for result, count in run["tests"].items())
-        lines.append(f"* {machine}: Linux {run['kernel']}, {run['date']}, commit {run['commit']}: {counts}")
+        lines.append(f"* {name}: Linux {run['kernel']}, {run['date']}, commit {run['commit']}: {counts}")
     return "\n".join(lines) + "\n"
 
 

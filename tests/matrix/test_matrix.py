@@ -39,7 +39,7 @@ def test_the_page_has_the_table_of_the_results():
 
 def test_another_result_changes_the_page():
     page, results = matrix.PAGE.read_text(), json.loads(matrix.RESULTS.read_text())
-    next(iter(results.values()))["features"]["statistics"] = "1 failed"
+    next(iter(results.values()))["features"]["statistics"] = "1 of 2 failed"
     assert page != matrix.with_table(page, matrix.table(results))
 
 
@@ -58,7 +58,7 @@ def test_a_feature_has_tests():
 def test_outcomes_are_counted_per_feature(found):
     run = found["intree:6.12"]
     assert run["tests"] == {"failed": 1, "passed": 4, "skipped": 2}
-    assert run["features"]["statistics"] == "1 failed, 1 passed"
+    assert run["features"]["statistics"] == "1 of 2 failed"
     assert run["features"]["copy"] == run["features"]["user copy"] == "1 passed"
 
 
@@ -88,14 +88,14 @@ def test_a_test_of_a_refusal_is_not_one_of_the_feature():
 
 
 def test_failures_stand_out():
-    assert "| **1 failed** |" in matrix.table(
+    assert "| **1&nbsp;of&nbsp;2&nbsp;failed** |" in matrix.table(
         {
             "intree:6.12": {
                 "kernel": "6.12.1",
                 "date": "2026-01-02",
                 "commit": "abc",
                 "tests": {},
-                "features": {"statistics": "1 failed"},
+                "features": {"statistics": "1 of 2 failed"},
             }
         }
     )
