@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 from docutils import nodes
+from pygments.lexers.rust import RustLexer
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -41,6 +42,8 @@ html_theme = "furo"
 html_title = f"ublk {release}"
 html_theme_options = {"source_edit_link": ""}
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 
 
 class HelpText(SphinxDirective):
@@ -57,4 +60,7 @@ class HelpText(SphinxDirective):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("ublk-help", HelpText)
+    # Rust with the attributes of documentation tests (ublk-core/src/pages.rs).
+    for attribute in ("no_run", "ignore"):
+        app.add_lexer(f"rust,{attribute}", RustLexer)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Who may control a device. A privileged one: who has CAP_SYS_ADMIN. An
- * unprivileged one: who may use its char device, which the caller shows with a
- * path; so the owner and mode of the node decide, root included.
+ * Permission to control a device. A privileged device requires CAP_SYS_ADMIN.
+ * An unprivileged device requires permission to use its char device, which the
+ * caller proves with a path: the owner and mode of the device node decide, for
+ * root as well.
  */
 #include <linux/capability.h>
 #include <linux/fs.h>
@@ -11,9 +12,9 @@
 #include <linux/slab.h>
 #include <linux/string.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-/* The right to the char device that a command needs. */
+/* The permission on the char device that a command requires. */
 static int ublk_command_mask(u32 cmd_op)
 {
 	switch (_IOC_NR(cmd_op)) {
@@ -42,10 +43,11 @@ static int ublk_command_mask(u32 cmd_op)
 }
 
 /*
- * Device nodes count only where they could be opened. Elsewhere anybody may
- * make one up: a file system served by the user, say.
+ * Whether device nodes on this mount can be opened. Nodes on other mounts prove
+ * nothing, as any user may create them, for example in a file system that the
+ * user serves.
  */
-static bool ublk_nodes_count(const struct path *path)
+static bool ublk_path_allows_dev(const struct path *path)
 {
 	return !(path->mnt->mnt_flags & MNT_NODEV) &&
 	       !(path->mnt->mnt_sb->s_iflags & SB_I_NODEV);
@@ -63,7 +65,7 @@ static int ublk_check_path(const struct ublk_device *ub, const char *name,
 		return ret;
 	inode = d_backing_inode(path.dentry);
 	if (!S_ISCHR(inode->i_mode) || inode->i_rdev != ub->dev.devt ||
-	    !ublk_nodes_count(&path))
+	    !ublk_path_allows_dev(&path))
 		ret = -EPERM;
 	else
 		ret = path_permission(&path, mask);
@@ -72,11 +74,11 @@ static int ublk_check_path(const struct ublk_device *ub, const char *name,
 }
 
 /*
- * Checks the path in front of the payload of @header and leaves the payload
- * there.
+ * Checks the path in front of the payload of @header, and advances @header to
+ * the payload.
  */
-static int ublk_take_path(const struct ublk_device *ub, u32 cmd_op,
-			  struct ublksrv_ctrl_cmd *header)
+static int ublk_consume_path(const struct ublk_device *ub, u32 cmd_op,
+			     struct ublksrv_ctrl_cmd *header)
 {
 	int mask = ublk_command_mask(cmd_op);
 	u16 path_len = header->dev_path_len;
@@ -97,6 +99,17 @@ static int ublk_take_path(const struct ublk_device *ub, u32 cmd_op,
 	return 0;
 }
 
+/**
+ * ublk_check_access() - Check permission to control a device.
+ * @ub: the device
+ * @cmd_op: the command
+ * @header: its arguments; a path in front of the payload is skipped
+ *
+ * Context: Process context of the sender.
+ *
+ * Return: 0, -EPERM, or another negative errno, for example from the path
+ *	lookup.
+ */
 int ublk_check_access(struct ublk_device *ub, u32 cmd_op,
 		      struct ublksrv_ctrl_cmd *header)
 {
@@ -106,5 +119,5 @@ int ublk_check_access(struct ublk_device *ub, u32 cmd_op,
 		if (_IOC_NR(cmd_op) != UBLK_CMD_GET_DEV_INFO2)
 			return 0;
 	}
-	return ublk_take_path(ub, cmd_op, header);
+	return ublk_consume_path(ub, cmd_op, header);
 }

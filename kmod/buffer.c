@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Zero copy: the pages of a request stand in the table of fixed buffers of a
- * server's ring. Each registration holds a reference to the request.
+ * Registered buffers (UBLK_F_SUPPORT_ZERO_COPY, UBLK_F_AUTO_BUF_REG): the pages
+ * of a request are in the table of fixed buffers of a server's ring. Each
+ * registration holds a reference to the request.
  */
-#include "ublk.h"
+#include "internal.h"
 
 #ifdef UBLK_CAN_REGISTER_BUFFERS
 
@@ -12,7 +13,18 @@ static void ublk_buf_released(void *priv)
 	ublk_io_put(ublk_rq_io(priv));
 }
 
-/* REGISTER_IO_BUF, from any thread and with any ring. */
+/**
+ * ublk_register_buf() - Register the pages of a request (REGISTER_IO_BUF).
+ * @q: the queue
+ * @io: the slot
+ * @cmd: the command, from any thread and any ring
+ * @index: index in the buffer table of the ring
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Context: Task context of the submitter.
+ *
+ * Return: 0, or a negative errno.
+ */
 int ublk_register_buf(struct ublk_queue *q, struct ublk_io *io,
 		      struct io_uring_cmd *cmd, u64 index,
 		      unsigned int issue_flags)
@@ -30,12 +42,23 @@ int ublk_register_buf(struct ublk_queue *q, struct ublk_io *io,
 						 index, issue_flags);
 	else
 		ret = -EINVAL;
-	/* Otherwise the reference is the buffer's. */
+	/* On success the registered buffer owns the reference. */
 	if (ret)
 		ublk_io_put(io);
 	return ret;
 }
 
+/**
+ * ublk_unregister_buf() - Unregister a buffer (UNREGISTER_IO_BUF).
+ * @ub: the device
+ * @cmd: the command
+ * @index: index in the buffer table of the ring
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Context: Task context of the submitter.
+ *
+ * Return: 0, or a negative errno.
+ */
 int ublk_unregister_buf(struct ublk_device *ub, struct io_uring_cmd *cmd,
 			u64 index, unsigned int issue_flags)
 {
@@ -46,6 +69,16 @@ int ublk_unregister_buf(struct ublk_device *ub, struct io_uring_cmd *cmd,
 	return io_buffer_unregister(cmd, index, issue_flags);
 }
 
+/**
+ * ublk_parse_auto_reg() - Decode and check the arguments of automatic
+ *   registration.
+ * @word: sqe->addr of a command
+ * @reg: set to the arguments
+ *
+ * Context: Any context.
+ *
+ * Return: 0, or -EINVAL.
+ */
 int ublk_parse_auto_reg(u64 word, struct ublk_auto_buf_reg *reg)
 {
 	*reg = ublk_sqe_addr_to_auto_buf_reg(word);
@@ -56,7 +89,20 @@ int ublk_parse_auto_reg(u64 word, struct ublk_auto_buf_reg *reg)
 	return 0;
 }
 
-/* Registers a request on its way to the server, in the ring of @cmd. */
+/**
+ * ublk_auto_register() - Register the pages of a request before its delivery.
+ * @q: the queue
+ * @io: the slot, which is BUSY
+ * @cmd: the command that delivers the request; its ring receives the buffer
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * With UBLK_AUTO_BUF_REG_FALLBACK, a failure is reported in the descriptor
+ * instead.
+ *
+ * Context: Task work of the thread that owns the slot.
+ *
+ * Return: UBLK_IO_RES_OK, or a negative errno.
+ */
 int ublk_auto_register(struct ublk_queue *q, struct ublk_io *io,
 		       struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
@@ -68,11 +114,11 @@ int ublk_auto_register(struct ublk_queue *q, struct ublk_io *io,
 	if (likely(!ret)) {
 		io->reg_ring = io_uring_cmd_ctx_handle(cmd);
 		io->reg_index = io->auto_reg.index;
-		/* A delivery that failed may have left it. */
+		/* May be left over from a delivery that failed. */
 		ublk_desc(q, io->tag)->op_flags &= ~UBLK_IO_F_NEED_REG_BUF;
 		return UBLK_IO_RES_OK;
 	}
-	/* Not the last one: the delivery holds the first. */
+	/* Not the last reference, as the delivery holds one. */
 	ublk_io_put(io);
 	if (!(io->auto_reg.flags & UBLK_AUTO_BUF_REG_FALLBACK))
 		return ret;
@@ -80,9 +126,17 @@ int ublk_auto_register(struct ublk_queue *q, struct ublk_io *io,
 	return UBLK_IO_RES_OK;
 }
 
-/*
- * A commit takes back what was registered automatically, if it comes through
- * the ring that has it. Otherwise that is left to the server.
+/**
+ * ublk_auto_unregister() - Unregister the buffer that was registered
+ *   automatically.
+ * @io: the slot of the request that is committed
+ * @cmd: the commit
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Only a commit through the ring that has the buffer unregisters it. Otherwise
+ * the server has to do so.
+ *
+ * Context: Task context of the submitter.
  */
 void ublk_auto_unregister(struct ublk_io *io, struct io_uring_cmd *cmd,
 			  unsigned int issue_flags)
@@ -94,7 +148,7 @@ void ublk_auto_unregister(struct ublk_io *io, struct io_uring_cmd *cmd,
 	io->reg_ring = NULL;
 }
 
-#else /* !UBLK_CAN_REGISTER_BUFFERS: no device has the flags that lead here */
+#else /* !UBLK_CAN_REGISTER_BUFFERS: no device has flags that need these */
 
 int ublk_register_buf(struct ublk_queue *q, struct ublk_io *io,
 		      struct io_uring_cmd *cmd, u64 index,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * /dev/ublkcN: the server's side of a device.
+ * /dev/ublkcN: the char device, which the server uses.
  */
 #include <linux/cred.h>
 #include <linux/fs.h>
@@ -10,7 +10,7 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 static int ublk_ch_open(struct inode *inode, struct file *filp)
 {
@@ -19,18 +19,22 @@ static int ublk_ch_open(struct inode *inode, struct file *filp)
 
 	if (test_and_set_bit(UBLK_DEV_OPEN, &ub->bits))
 		return -EBUSY;
-	/* Both go with ublk_release_work(). */
+	/* Both references are dropped by ublk_release_work(). */
 	__module_get(THIS_MODULE);
 	get_device(&ub->dev);
 	ub->opener = get_pid(task_tgid(current));
 	filp->private_data = ub;
+	/* Until the server is live, nothing else notices that it leaves. */
+	spin_lock(&ub->lock);
+	ublk_watch(ub);
+	spin_unlock(&ub->lock);
 	return 0;
 }
 
 /*
- * The server has let go of the device, or died. What that takes can sleep for
- * long, and this may run in a thread that must not, or that has to go on for
- * it: in a work item.
+ * The server has closed the device, or exited. Cleaning up may sleep for a long
+ * time, and this may run in a thread that must not sleep or that the cleanup
+ * depends on. It is therefore left to a work item.
  */
 static int ublk_ch_release(struct inode *inode, struct file *filp)
 {
@@ -40,7 +44,7 @@ static int ublk_ch_release(struct inode *inode, struct file *filp)
 	return 0;
 }
 
-/* The descriptors of one queue, to be read by one process. */
+/* Maps the descriptors of one queue, read only and into one process. */
 static int ublk_ch_mmap(struct file *filp, struct vm_area_struct *vma)
 {
 	struct ublk_device *ub = filp->private_data;

@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Kernel memory that users pay for. It outlives the process, so it is charged
- * to the user, together with the buffers of io_uring and for the same callers:
- * a user may own many unprivileged devices.
+ * Accounting of kernel memory that users occupy. It outlives the process, and
+ * one user may own many unprivileged devices, so it is charged to the user,
+ * together with the buffers of io_uring and under the same rules.
  */
 #include <linux/capability.h>
 #include <linux/cred.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/user.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 /**
- * ublk_charge_pages() - count pages against the caller's RLIMIT_MEMLOCK
- * @nr_pages:	how many
- * @payer:	set to the user that is charged, or to NULL if the caller has
- *		CAP_IPC_LOCK, and may take what it likes
+ * ublk_charge_pages() - Charge pages against RLIMIT_MEMLOCK of the caller.
+ * @nr_pages: number of pages
+ * @payer: set to the user that is charged, or to NULL if the caller has
+ *	CAP_IPC_LOCK and is not limited
+ *
+ * Context: Process context.
  *
  * Return: 0, or -ENOMEM if the limit would be exceeded.
  */
@@ -38,7 +40,13 @@ int ublk_charge_pages(unsigned long nr_pages, struct user_struct **payer)
 	return 0;
 }
 
-/* Undoes ublk_charge_pages(), from any task. */
+/**
+ * ublk_uncharge_pages() - Undo ublk_charge_pages().
+ * @payer: the user that was charged, or NULL
+ * @nr_pages: number of pages
+ *
+ * Context: Any task.
+ */
 void ublk_uncharge_pages(struct user_struct *payer, unsigned long nr_pages)
 {
 	if (!payer)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * /dev/ublk-control: takes the control commands apart and calls who does them.
+ * /dev/ublk-control: decodes the control commands and calls their
+ * implementations.
  */
 #include <linux/capability.h>
 #include <linux/pid.h>
@@ -10,7 +11,7 @@
 #include <linux/sched/task.h>
 #include <linux/uaccess.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 static void __user *ublk_arg(const struct ublksrv_ctrl_cmd *header)
 {
@@ -59,21 +60,24 @@ static int ublk_ctrl_add_dev(const struct ublksrv_ctrl_cmd *header)
 	if (IS_ERR(ub))
 		return PTR_ERR(ub);
 	if (copy_to_user(ublk_arg(header), &info, sizeof(info))) {
-		/* Nobody would know of the device. */
-		ublk_drop_dev(ub);
+		/* The caller does not learn the id of the device. */
+		ublk_revoke_dev(ub);
 		ret = -EFAULT;
 	}
 	ublk_put_dev(ub);
 	return ret;
 }
 
-/* A thread that waits for requests of this queue, with a reference, or NULL. */
-static struct task_struct *ublk_fetcher(struct ublk_queue *q)
+/*
+ * A thread that fetches requests of a queue, with a reference, or NULL. Caller
+ * holds ub->lock.
+ */
+static struct task_struct *ublk_get_fetcher(struct ublk_queue *q)
 {
 	unsigned int tag;
 
 	if (ublk_is_batch(q))
-		return ublk_batch_fetcher(q);
+		return ublk_batch_get_fetcher(q);
 	for (tag = 0; tag < q->depth; tag++) {
 		struct task_struct *daemon = q->ios[tag].daemon;
 
@@ -84,8 +88,9 @@ static struct task_struct *ublk_fetcher(struct ublk_queue *q)
 }
 
 /*
- * The process that serves, as the caller counts processes, or -1. If the one
- * that opened the char device is gone, one that it has left the device to.
+ * The process id of the server in the pid namespace of the caller, or -1. If
+ * the process that opened the char device has exited, this is a process that
+ * fetches requests, to which it has left the device.
  */
 static s32 ublk_server_pid(struct ublk_device *ub)
 {
@@ -98,12 +103,12 @@ static s32 ublk_server_pid(struct ublk_device *ub)
 		goto out;
 	rcu_read_lock();
 	opener = pid_task(ub->server, PIDTYPE_TGID);
-	/* One that was killed and cannot die is still what there is to know. */
+	/* A server that was killed and cannot die is still reported. */
 	if (opener && atomic_read(&opener->signal->live))
 		nr = pid_vnr(ub->server) ?: -1;
 	rcu_read_unlock();
 	for (i = 0; nr < 0 && !task && i < ub->dev_info.nr_hw_queues; i++)
-		task = ublk_fetcher(ub->queues[i]);
+		task = ublk_get_fetcher(ub->queues[i]);
 	if (task)
 		nr = task_tgid_vnr(task) ?: -1;
 out:
@@ -158,24 +163,24 @@ static int ublk_ctrl_get_affinity(struct ublk_device *ub,
 	return ret;
 }
 
-static int ublk_ctrl_del_dev(struct ublk_device **pub, bool wait)
+static int ublk_ctrl_del_dev(struct ublk_device **ubp, bool wait)
 {
-	u32 dev_id = (*pub)->dev_info.dev_id;
-	u64 serial = (*pub)->serial;
-	int ret = ublk_remove_dev(*pub);
+	u32 dev_id = (*ubp)->dev_info.dev_id;
+	u64 serial = (*ubp)->serial;
+	int ret = ublk_remove_dev(*ubp);
 
 	if (ret)
 		return ret;
-	/* Ours may be the last reference, for which the wait would be. */
-	ublk_put_dev(*pub);
-	*pub = NULL;
+	/* This may be the last reference, which the wait would be for. */
+	ublk_put_dev(*ubp);
+	*ubp = NULL;
 	return wait ? ublk_wait_freed(dev_id, serial) : 0;
 }
 
-static int ublk_ctrl_dev_cmd(struct ublk_device **pub, unsigned int nr,
+static int ublk_ctrl_dev_cmd(struct ublk_device **ubp, unsigned int nr,
 			     const struct ublksrv_ctrl_cmd *header)
 {
-	struct ublk_device *ub = *pub;
+	struct ublk_device *ub = *ubp;
 	u64 data = header->data[0];
 
 	switch (nr) {
@@ -195,9 +200,9 @@ static int ublk_ctrl_dev_cmd(struct ublk_device **pub, unsigned int nr,
 	case _IOC_NR(UBLK_U_CMD_TRY_STOP_DEV):
 		return ublk_try_stop_dev(ub);
 	case _IOC_NR(UBLK_U_CMD_DEL_DEV):
-		return ublk_ctrl_del_dev(pub, true);
+		return ublk_ctrl_del_dev(ubp, true);
 	case _IOC_NR(UBLK_U_CMD_DEL_DEV_ASYNC):
-		return ublk_ctrl_del_dev(pub, false);
+		return ublk_ctrl_del_dev(ubp, false);
 	case _IOC_NR(UBLK_U_CMD_START_USER_RECOVERY):
 		return ublk_start_recovery(ub);
 	case _IOC_NR(UBLK_U_CMD_END_USER_RECOVERY):
@@ -215,8 +220,8 @@ static int ublk_ctrl_dev_cmd(struct ublk_device **pub, unsigned int nr,
 	}
 }
 
-/* Commands that wait for nothing are carried out at once. */
-static bool ublk_ctrl_sleeps(u32 op)
+/* Whether a command may sleep. The others are carried out in the submitter. */
+static bool ublk_ctrl_may_sleep(u32 op)
 {
 	switch (_IOC_NR(op)) {
 	case _IOC_NR(UBLK_U_CMD_GET_QUEUE_AFFINITY):
@@ -229,6 +234,15 @@ static bool ublk_ctrl_sleeps(u32 op)
 	}
 }
 
+/**
+ * ublk_ctrl_uring_cmd() - Handle an io_uring command on /dev/ublk-control.
+ * @cmd: the command
+ * @issue_flags: io_uring issue flags
+ *
+ * Context: Task context of the submitter, or an io_uring worker.
+ *
+ * Return: the result of the command, or -EAGAIN if it needs an io_uring worker.
+ */
 int ublk_ctrl_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
 	u32 op = cmd->cmd_op;
@@ -236,18 +250,21 @@ int ublk_ctrl_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 	struct ublk_device *ub;
 	int ret;
 
-	if (ublk_ctrl_sleeps(op) && (issue_flags & IO_URING_F_NONBLOCK))
+	if (ublk_ctrl_may_sleep(op) && (issue_flags & IO_URING_F_NONBLOCK))
 		return -EAGAIN;
 	if (!(issue_flags & IO_URING_F_SQE128))
 		return -EINVAL;
-	/* Checked and used more than once: from a copy that nobody changes. */
+	/*
+	 * The arguments are checked and then used. Copy them, as user space may
+	 * change them meanwhile.
+	 */
 	memcpy(&header, ublk_sqe128_cmd(cmd, struct ublksrv_ctrl_cmd),
 	       sizeof(header));
-	/* A path is looked up. */
+	/* Looking up a path may sleep. */
 	if (header.dev_path_len && (issue_flags & IO_URING_F_NONBLOCK))
 		return -EAGAIN;
 
-	/* Bare numbers are the oldest form, their type is 0. */
+	/* Commands in the oldest form are bare numbers, with type 0. */
 	if (_IOC_TYPE(op) != 'u' && _IOC_TYPE(op) != 0)
 		return -EOPNOTSUPP;
 	if (op == UBLK_U_CMD_GET_FEATURES)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The driver moves data between requests and the memory of a server: by itself
- * at dispatch and commit, or when the server reads and writes the char device.
+ * Copying between the data of requests and the memory of a server: by the
+ * driver when a request is dispatched or committed, or when the server reads
+ * and writes the char device (UBLK_F_USER_COPY).
  */
 #include <linux/blk-integrity.h>
 #include <linux/fs.h>
@@ -13,21 +14,25 @@
 #include <linux/uaccess.h>
 #include <linux/uio.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-/* How often memory that was made resident may be gone before it is used. */
+/* How often a page may be evicted between being faulted in and being copied. */
 #define UBLK_COPY_TRIES	100
-/* How much is made resident at a time, as long as it then stays. */
+/* How much is faulted in at a time, unless pages are evicted. */
 #define UBLK_COPY_WINDOW	SZ_64K
 
+/* A copy between the pages of a request and an iterator. */
 struct ublk_copy {
 	struct iov_iter	*iter;
-	size_t		skip;	/* bytes before the first one wanted */
+	size_t		skip;	/* bytes before the first one to copy */
 	size_t		done;
 	bool		to_server;
 };
 
-/* Copies the part of a page that is wanted. False: that was the last one. */
+/*
+ * Copies the wanted part of a page. Returns false if the copy is complete, or
+ * cannot go on.
+ */
 static bool ublk_copy_page(struct ublk_copy *copy, const struct bio_vec *bv)
 {
 	size_t offset = bv->bv_offset + copy->skip;
@@ -49,9 +54,18 @@ static bool ublk_copy_page(struct ublk_copy *copy, const struct bio_vec *bv)
 	return n == len && iov_iter_count(copy->iter);
 }
 
-/*
- * Copies between the data of a request, from @offset on, and @iter. Less than
- * both have room for if the server's memory faults.
+/**
+ * ublk_copy_data() - Copy between the data of a request and an iterator.
+ * @req: the request
+ * @offset: offset in the data of the request
+ * @iter: the memory of the server
+ * @to_server: direction
+ *
+ * Copies as much as both have, or less if a page fault fails.
+ *
+ * Context: Task context; may sleep in page faults unless they are disabled.
+ *
+ * Return: number of bytes copied.
  */
 size_t ublk_copy_data(struct request *req, size_t offset, struct iov_iter *iter,
 		      bool to_server)
@@ -71,7 +85,14 @@ size_t ublk_copy_data(struct request *req, size_t offset, struct iov_iter *iter,
 }
 
 #ifdef UBLK_CAN_INTEGRITY
-/* Bytes of metadata that go with a request; 0 if it carries none. */
+/**
+ * ublk_integrity_bytes() - Size of the integrity metadata of a request.
+ * @req: the request
+ *
+ * Context: Any context.
+ *
+ * Return: number of bytes, 0 if the request has no metadata.
+ */
 size_t ublk_integrity_bytes(const struct request *req)
 {
 	if (!(req->cmd_flags & REQ_INTEGRITY))
@@ -80,7 +101,20 @@ size_t ublk_integrity_bytes(const struct request *req)
 				   blk_rq_sectors(req));
 }
 
-/* The same as ublk_copy_data() for the metadata of a request. */
+/**
+ * ublk_copy_integrity() - Copy between the integrity metadata of a request and
+ *   an iterator.
+ * @req: the request
+ * @offset: offset in the metadata of the request
+ * @iter: the memory of the server
+ * @to_server: direction
+ *
+ * The counterpart of ublk_copy_data() for metadata.
+ *
+ * Context: Task context; may sleep in page faults unless they are disabled.
+ *
+ * Return: number of bytes copied.
+ */
 size_t ublk_copy_integrity(struct request *req, size_t offset,
 			   struct iov_iter *iter, bool to_server)
 {
@@ -118,8 +152,8 @@ size_t ublk_copy_integrity(struct request *req, size_t offset,
 #endif
 
 /*
- * A buffer in current->mm. import_ubuf() would cut it at MAX_RW_COUNT, which a
- * request may exceed.
+ * Makes an iterator for a buffer in current->mm. import_ubuf() would truncate
+ * it to MAX_RW_COUNT, which a request may exceed.
  */
 static bool ublk_server_buffer(u64 addr, size_t bytes, unsigned int direction,
 			       struct iov_iter *iter)
@@ -132,7 +166,7 @@ static bool ublk_server_buffer(u64 addr, size_t bytes, unsigned int direction,
 	return true;
 }
 
-/* Copies what can be copied without a page fault. */
+/* Copies as much as can be copied without a page fault. */
 static size_t ublk_copy_resident(struct request *req, size_t done,
 				 struct iov_iter *iter, bool to_server)
 {
@@ -144,32 +178,32 @@ static size_t ublk_copy_resident(struct request *req, size_t done,
 	return n;
 }
 
-/* How a copy that takes no page fault gets on. */
-struct ublk_progress {
-	unsigned int	tries;		/* left without a byte copied */
-	size_t		window;		/* bytes that the next fault-in is for */
+/* Progress of a copy that alternates with faulting pages in. */
+struct ublk_copy_progress {
+	unsigned int	tries;		/* left without progress */
+	size_t		window;		/* bytes to fault in next */
 };
 
-#define UBLK_PROGRESS_INIT \
+#define UBLK_COPY_PROGRESS_INIT \
 	{ .tries = UBLK_COPY_TRIES, .window = UBLK_COPY_WINDOW }
 
-/* Notes that @n bytes were copied. False if there is no use in going on. */
-static bool ublk_gets_on(struct ublk_progress *progress, size_t n)
+/*
+ * Updates @progress after @n bytes were copied. Returns false if the copy
+ * should be given up.
+ */
+static bool ublk_copy_continues(struct ublk_copy_progress *progress, size_t n)
 {
 	if (n) {
-		*progress = (struct ublk_progress)UBLK_PROGRESS_INIT;
+		*progress = (struct ublk_copy_progress)UBLK_COPY_PROGRESS_INIT;
 		return true;
 	}
-	/* Where memory is short, the end of a window may displace its beginning. */
+	/* If memory is short, the end of a window may evict its beginning. */
 	if (progress->tries < UBLK_COPY_TRIES)
 		progress->window = PAGE_SIZE;
 	return progress->tries--;
 }
 
-/*
- * Makes some of the next @bytes resident, for a while. False if they cannot be
- * had.
- */
+/* Faults some of the next @bytes in. Returns false if that fails. */
 static bool ublk_fault_in(struct iov_iter *iter, size_t bytes, bool to_server)
 {
 	size_t missing;
@@ -185,16 +219,18 @@ static bool ublk_fault_in(struct iov_iter *iter, size_t bytes, bool to_server)
 
 /*
  * Copies the first @bytes between the request of a slot, which is BUSY, and the
- * server whose task this is. Returns how many could be had, or UBLK_TAKEN_BACK.
+ * server, whose task this is. Returns the number of bytes that could be copied,
+ * or UBLK_TAKEN_BACK.
  *
- * A page fault may take for ever: that of a file in a FUSE whose daemon hangs,
- * for example. While it is served the slot is in state @rest, so that a time-out
- * can take the request back. Nothing else may change that state.
+ * A page fault may take an unlimited time, for example in a file of a FUSE file
+ * system whose daemon hangs. While it is handled, the slot is in state
+ * @fault_state, so that a time-out can take the request back. Nothing else may
+ * leave that state.
  */
-static int ublk_copy_busy(struct ublk_io *io, u64 addr, unsigned int bytes,
-			  bool to_server, enum ublk_io_state rest)
+static int ublk_copy_for_slot(struct ublk_io *io, u64 addr, unsigned int bytes,
+			      bool to_server, enum ublk_io_state fault_state)
 {
-	struct ublk_progress progress = UBLK_PROGRESS_INIT;
+	struct ublk_copy_progress progress = UBLK_COPY_PROGRESS_INIT;
 	struct request *req = io->req;
 	unsigned int done = 0;
 
@@ -209,39 +245,57 @@ static int ublk_copy_busy(struct ublk_io *io, u64 addr, unsigned int bytes,
 			return done;
 		n = ublk_copy_resident(req, done, &iter, to_server);
 		done += n;
-		if (likely(done == bytes) || !ublk_gets_on(&progress, n))
+		if (likely(done == bytes) || !ublk_copy_continues(&progress, n))
 			return done;
 
-		atomic_set_release(&io->state, rest);
+		atomic_set_release(&io->state, fault_state);
 		resident = ublk_fault_in(&iter, min_t(size_t, bytes - done,
 						      progress.window),
 					 to_server);
-		if (!ublk_io_moves(io, rest, UBLK_IO_BUSY))
+		if (!ublk_io_transition(io, fault_state, UBLK_IO_BUSY))
 			return UBLK_TAKEN_BACK;
 		if (!resident)
 			return done;
 	}
 }
 
-/* Copies all the data of a request. 0, -EFAULT or UBLK_TAKEN_BACK. */
-int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state rest)
+/**
+ * ublk_copy_to_server() - Copy all data of a request to the server.
+ * @io: the slot, which is BUSY
+ * @addr: the buffer of the server
+ * @fault_state: state of the slot while a page fault is handled
+ *
+ * Context: Task context of the server; may sleep.
+ *
+ * Return: 0, -EFAULT, or UBLK_TAKEN_BACK.
+ */
+int ublk_copy_to_server(struct ublk_io *io, u64 addr, enum ublk_io_state fault_state)
 {
 	unsigned int bytes = blk_rq_bytes(io->req);
-	int done = ublk_copy_busy(io, addr, bytes, true, rest);
+	int done = ublk_copy_for_slot(io, addr, bytes, true, fault_state);
 
 	if (done == UBLK_TAKEN_BACK)
 		return done;
 	return done == bytes ? 0 : -EFAULT;
 }
 
-/* Returns how many of the first @bytes could be had, or UBLK_TAKEN_BACK. */
+/**
+ * ublk_copy_from_server() - Copy data of a request from the server.
+ * @io: the slot, which is BUSY; in COMMIT while a page fault is handled
+ * @addr: the buffer of the server
+ * @bytes: number of bytes, limited to the length of the request
+ *
+ * Context: Task context of the server; may sleep.
+ *
+ * Return: number of bytes copied, or UBLK_TAKEN_BACK.
+ */
 int ublk_copy_from_server(struct ublk_io *io, u64 addr, unsigned int bytes)
 {
 	bytes = min(bytes, blk_rq_bytes(io->req));
-	return ublk_copy_busy(io, addr, bytes, false, UBLK_IO_COMMIT);
+	return ublk_copy_for_slot(io, addr, bytes, false, UBLK_IO_COMMIT);
 }
 
-/* The slot that a position in the char device is about, or NULL. */
+/* The slot that a position in the char device refers to, or NULL. */
 static struct ublk_io *ublk_pos_to_io(struct ublk_device *ub, u64 pos)
 {
 	struct ublk_queue *q;
@@ -263,8 +317,8 @@ static struct ublk_io *ublk_pos_to_io(struct ublk_device *ub, u64 pos)
 }
 
 /*
- * Copies from or to the request of a slot that the caller keeps. @left: bytes of
- * the request after those that were copied.
+ * Copies from or to a request that the caller has a reference to. @left is set
+ * to the number of bytes of the request after those that were copied.
  */
 static ssize_t ublk_user_copy_rq(struct request *req, size_t offset,
 				 struct iov_iter *iter, bool integrity,
@@ -287,13 +341,19 @@ static ssize_t ublk_user_copy_rq(struct request *req, size_t offset,
 	return done;
 }
 
-/* Why there is none. There are requests before the device is LIVE: of zones. */
-static int ublk_no_request(const struct ublk_device *ub)
+/*
+ * The error if the server holds no such request. A device that is not LIVE yet
+ * may have requests, for zone reports.
+ */
+static int ublk_no_request_errno(const struct ublk_device *ub)
 {
 	return READ_ONCE(ub->dev_info.state) == UBLK_S_DEV_DEAD ? -EACCES : -EINVAL;
 }
 
-/* The same without a page fault, if there still is a request. */
+/*
+ * Like ublk_user_copy_rq(), without page faults, and only if there still is a
+ * request.
+ */
 static ssize_t ublk_user_copy_resident(struct ublk_io *io, size_t offset,
 				       struct iov_iter *iter, bool integrity,
 				       bool to_server, size_t *left)
@@ -301,7 +361,7 @@ static ssize_t ublk_user_copy_resident(struct ublk_io *io, size_t offset,
 	ssize_t ret;
 
 	if (!ublk_io_get(io))
-		return ublk_no_request(ublk_io_queue(io)->ub);
+		return ublk_no_request_errno(ublk_io_queue(io)->ub);
 	pagefault_disable();
 	ret = ublk_user_copy_rq(io->req, offset, iter, integrity, to_server,
 				left);
@@ -310,9 +370,17 @@ static ssize_t ublk_user_copy_resident(struct ublk_io *io, size_t offset,
 	return ret;
 }
 
-/*
- * read() and write() on the char device. The position says which request, and
- * where in its data; see UBLKSRV_IO_BUF_OFFSET.
+/**
+ * ublk_user_copy() - Read or write the data of a request through the char
+ *   device.
+ * @iocb: its position selects the request and an offset, see
+ *	UBLKSRV_IO_BUF_OFFSET
+ * @iter: the memory of the server
+ * @to_server: true for read(), false for write()
+ *
+ * Context: Task context of any process with the char device open; may sleep.
+ *
+ * Return: number of bytes copied, or a negative errno.
  */
 ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 		       bool to_server)
@@ -321,7 +389,7 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 	bool integrity = iocb->ki_pos & UBLKSRV_IO_INTEGRITY_FLAG;
 	u64 pos = iocb->ki_pos & ~UBLKSRV_IO_INTEGRITY_FLAG;
 	u64 flags = ub->dev_info.flags;
-	struct ublk_progress progress = UBLK_PROGRESS_INIT;
+	struct ublk_copy_progress progress = UBLK_COPY_PROGRESS_INIT;
 	struct ublk_io *io;
 	size_t offset, left, done = 0;
 	ssize_t ret;
@@ -335,9 +403,9 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 
 	io = ublk_pos_to_io(ub, pos);
 	if (!io)
-		return ublk_no_request(ub);
+		return ublk_no_request_errno(ub);
 	offset = (pos - UBLKSRV_IO_BUF_OFFSET) & UBLK_IO_BUF_BITS_MASK;
-	/* The request must be able to end while a page fault is served. */
+	/* The request must be able to end while a page fault is handled. */
 	for (;;) {
 		ret = ublk_user_copy_resident(io, offset + done, iter, integrity,
 					      to_server, &left);
@@ -345,7 +413,7 @@ ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter,
 			break;
 		done += ret;
 		left = min(left, iov_iter_count(iter));
-		if (!left || !ublk_gets_on(&progress, ret) ||
+		if (!left || !ublk_copy_continues(&progress, ret) ||
 		    !ublk_fault_in(iter, min(left, progress.window), to_server)) {
 			ret = left ? -EFAULT : 0;
 			break;

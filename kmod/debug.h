@@ -1,28 +1,28 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Checks for builds with UBLK_DEBUG=1 ("make UBLK_DEBUG=1"; the testbed's debug
- * kernel has them on). Without it they cost nothing.
+ * Assertions and race widening for builds with UBLK_DEBUG=1, such as those for
+ * the debug kernel of the testbed. Other builds contain none of this.
  */
 #ifndef UBLK_DEBUG_H
 #define UBLK_DEBUG_H
 
-/* Places where two sides race for a request, or for a device. */
+/* Places where two contexts race for a request or a device. */
 enum ublk_race {
-	UBLK_RACE_QUEUE,	/* a request has a gate's word, and no slot yet */
-	UBLK_RACE_DELIVER,	/* task work has won a request */
-	UBLK_RACE_COMMIT,	/* a slot is armed again, its request not ended */
-	UBLK_RACE_TAKE,		/* a request is to be taken back, and not won */
-	UBLK_RACE_TAKE_BACK,	/* a request is taken back, and not ended */
-	UBLK_RACE_ADD,		/* a device is known, its uevent not sent */
-	UBLK_RACE_ADDED,	/* a device can be removed, its ADD_DEV not over */
-	UBLK_RACE_BATCH,	/* a request has won its slot, and is not in the ring */
+	UBLK_RACE_QUEUE,	/* gate checked, slot not claimed */
+	UBLK_RACE_DELIVER,	/* request claimed by task work, not delivered */
+	UBLK_RACE_COMMIT,	/* slot armed again, request not ended */
+	UBLK_RACE_TAKE,		/* take-back decided, request not claimed */
+	UBLK_RACE_TAKE_BACK,	/* request taken back, not ended */
+	UBLK_RACE_ADD,		/* device published, uevent not sent */
+	UBLK_RACE_ADDED,	/* device can be removed, ADD_DEV still running */
+	UBLK_RACE_BATCH,	/* slot claimed, tag not in the ring */
 };
 
 #ifdef UBLK_DEBUG
 #include <linux/bug.h>
 #include <linux/delay.h>
 
-/* Module parameters: a bit for each place, and for how long it is kept open. */
+/* Module parameters: bit mask of enum ublk_race, and the delay in each place. */
 extern unsigned long ublk_widen;
 extern unsigned int ublk_widen_us;
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * From ADD_DEV to DEL_DEV: the numbers, the char device, the queues.
+ * From ADD_DEV to DEL_DEV: ids, the char device, the queues.
  *
- * The structure belongs to its struct device. It, and the number, are free
- * when the last holder of the char device and of the disk is gone.
+ * The structure belongs to its struct device. It is freed, and the id released,
+ * once the last holder of the char device and of the disk is gone.
  */
 #include <linux/cred.h>
 #include <linux/miscdevice.h>
@@ -12,19 +12,28 @@
 #include <linux/rcupdate.h>
 #include <linux/slab.h>
 #include <linux/uidgid.h>
+#include <linux/user_namespace.h>
 #include <linux/xarray.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-/* Devices by number; a number without a device is reserved. */
+/* Devices by id. An id without a device is reserved. */
 static DEFINE_XARRAY_ALLOC(ublk_devs);
 static DECLARE_WAIT_QUEUE_HEAD(ublk_devs_wait);
-/* All under the array's lock. */
+/* All of these are protected by the lock of the array. */
 static LIST_HEAD(ublk_user_devs);
 static unsigned int ublk_nr_unprivileged;
 static u64 ublk_last_serial;
 
-/* Bytes of a queue's descriptors, for so many tags, as they are mapped. */
+/**
+ * ublk_desc_area() - Size of the descriptors of a queue.
+ * @ub: the device
+ * @depth: number of tags
+ *
+ * Context: Any context.
+ *
+ * Return: number of bytes, rounded up to whole pages as for mmap().
+ */
 unsigned long ublk_desc_area(const struct ublk_device *ub, u32 depth)
 {
 	return PAGE_ALIGN((unsigned long)depth * ub->dev_info.io_desc_size);
@@ -116,8 +125,8 @@ static int ublk_alloc_tag_set(struct ublk_device *ub)
 }
 
 /*
- * What the tags of a device occupy, roughly: most of it is the block layer's,
- * which does not account it.
+ * The approximate memory that the tags of a device occupy, in pages. Most of it
+ * is allocated by the block layer, without accounting.
  */
 static unsigned long ublk_nr_pages(const struct ublk_device *ub)
 {
@@ -129,8 +138,26 @@ static unsigned long ublk_nr_pages(const struct ublk_device *ub)
 }
 
 /*
- * Whether another unprivileged device may exist. One user cannot have them all.
- * The array's lock is held.
+ * The user that a device of the calling task counts for. Subordinate users of a
+ * user namespace count for the user who created it, those of root's containers
+ * for themselves.
+ */
+static kuid_t ublk_quota_user(void)
+{
+	const struct user_namespace *ns = current_user_ns();
+	kuid_t user = current_uid();
+
+	while (ns != &init_user_ns) {
+		if (ns->parent == &init_user_ns && !uid_eq(ns->owner, GLOBAL_ROOT_UID))
+			user = ns->owner;
+		ns = ns->parent;
+	}
+	return user;
+}
+
+/*
+ * Whether another unprivileged device may be added: there is a limit for all of
+ * them, and one per user. The lock of the array is held.
  */
 static bool ublk_user_may_add(const struct ublk_device *ub)
 {
@@ -140,15 +167,15 @@ static bool ublk_user_may_add(const struct ublk_device *ub)
 	if (ublk_nr_unprivileged >= READ_ONCE(ublks_max))
 		return false;
 	list_for_each_entry(other, &ublk_user_devs, user_node)
-		nr += other->dev_info.owner_uid == ub->dev_info.owner_uid;
+		nr += uid_eq(other->quota_user, ub->quota_user);
 	return nr < READ_ONCE(ublks_max_per_user);
 }
 
 /*
- * Takes the number that is wished for, or the lowest free one. The device is
- * not found before ublk_publish().
+ * Reserves the requested id, or the lowest free one. ublk_find_dev() does not
+ * find the device before ublk_publish().
  */
-static int ublk_claim_number(struct ublk_device *ub)
+static int ublk_reserve_id(struct ublk_device *ub)
 {
 	bool unprivileged = ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV;
 	u32 dev_id = ub->dev_info.dev_id;
@@ -160,7 +187,9 @@ static int ublk_claim_number(struct ublk_device *ub)
 			xa_unlock(&ublk_devs);
 			return -EACCES;
 		}
-		/* Counted at once, as the lock may be dropped for memory. */
+		/*
+		 * Count the device now, as allocating memory may drop the lock.
+		 */
 		ublk_nr_unprivileged++;
 		list_add(&ub->user_node, &ublk_user_devs);
 	}
@@ -185,20 +214,23 @@ static int ublk_claim_number(struct ublk_device *ub)
 	return ret;
 }
 
-/* The number's place in the array exists: this takes no memory. */
+/*
+ * Makes the device visible. The entry of the array exists, so this does not
+ * allocate memory.
+ */
 static void ublk_publish(struct ublk_device *ub)
 {
 	xa_store(&ublk_devs, ub->dev_info.dev_id, ub, GFP_KERNEL);
 }
 
-/* The number stays taken. */
+/* Hides the device. Its id stays reserved. */
 static void ublk_unpublish(struct ublk_device *ub)
 {
 	xa_cmpxchg(&ublk_devs, ub->dev_info.dev_id, ub, XA_ZERO_ENTRY,
 		   GFP_KERNEL);
 }
 
-static void ublk_release_number(struct ublk_device *ub)
+static void ublk_release_id(struct ublk_device *ub)
 {
 	xa_lock(&ublk_devs);
 	__xa_erase(&ublk_devs, ub->dev_info.dev_id);
@@ -210,7 +242,10 @@ static void ublk_release_number(struct ublk_device *ub)
 	xa_unlock(&ublk_devs);
 }
 
-/* Frees the device, whole or as far as it has come, and then its number. */
+/*
+ * Frees the device, also one that is only partly set up, and then releases its
+ * id.
+ */
 static void ublk_free_dev(struct ublk_device *ub)
 {
 	if (ub->tag_set.tags)
@@ -219,9 +254,11 @@ static void ublk_free_dev(struct ublk_device *ub)
 	ublk_shmem_exit(ub);
 	mutex_destroy(&ub->mutex);
 	ublk_uncharge_pages(ub->payer, ub->nr_pages);
-	/* Those that wait for this find all else done. See ublk_remove_all(). */
+	/*
+	 * Waiters for the id find everything else freed. See ublk_remove_all().
+	 */
 	rcu_read_lock();
-	ublk_release_number(ub);
+	ublk_release_id(ub);
 	kfree(ub);
 	rcu_read_unlock();
 }
@@ -233,10 +270,13 @@ static void ublk_dev_release(struct device *dev)
 	ublk_free_dev(ub);
 }
 
-/*
- * ADD_DEV: makes a device out of what is wished for, and rewrites that into
- * what was granted. The caller has checked limits and rights, and gets a
- * reference.
+/**
+ * ublk_add_dev() - Add a device (ADD_DEV).
+ * @info: what was requested; on success replaced by what was granted
+ *
+ * Context: Process context of the sender.
+ *
+ * Return: the device, with a reference for the caller, or an ERR_PTR().
  */
 struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 {
@@ -249,10 +289,14 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 	if (!ub)
 		return ERR_PTR(-ENOMEM);
 	ub->dev_info = *info;
-	/* Before the number is taken, as it is counted by owner. */
+	/*
+	 * Set before the id is reserved, as unprivileged devices are counted
+	 * per owner.
+	 */
 	current_uid_gid(&uid, &gid);
 	ub->dev_info.owner_uid = from_kuid(&init_user_ns, uid);
 	ub->dev_info.owner_gid = from_kgid(&init_user_ns, gid);
+	ub->quota_user = ublk_quota_user();
 	mutex_init(&ub->mutex);
 	spin_lock_init(&ub->lock);
 	init_waitqueue_head(&ub->wait);
@@ -261,12 +305,12 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 	INIT_WORK(&ub->job_work, ublk_job_work);
 	INIT_LIST_HEAD(&ub->jobs);
 
-	ret = ublk_claim_number(ub);
+	ret = ublk_reserve_id(ub);
 	if (ret) {
 		kfree(ub);
 		return ERR_PTR(ret);
 	}
-	ublk_settle_flags(&ub->dev_info);
+	ublk_fixup_dev_info(&ub->dev_info);
 	ret = ublk_check_zoned(&ub->dev_info);
 	if (ret)
 		goto out_free;
@@ -289,7 +333,7 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 			goto out_free;
 	}
 
-	/* From here on ublk_dev_release() frees it. */
+	/* From here on ublk_dev_release() frees the device. */
 	device_initialize(&ub->dev);
 	ub->dev.parent = ublk_misc.this_device;
 	ub->dev.devt = MKDEV(MAJOR(ublk_chr_devt), ub->dev_info.dev_id);
@@ -302,9 +346,10 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 	*info = ub->dev_info;
 
 	/*
-	 * The uevent of the char device invites commands, which find the device
-	 * therefore. Those that remove it wait for the mutex, and do not wait for
-	 * the caller, whose reference has to be there before.
+	 * User space may send commands as soon as it sees the uevent of the
+	 * char device, so the device must be visible before. Commands that
+	 * remove it wait for the mutex but not for this caller, which therefore
+	 * needs its own reference.
 	 */
 	get_device(&ub->dev);
 	mutex_lock(&ub->mutex);
@@ -316,7 +361,10 @@ struct ublk_device *ublk_add_dev(struct ublksrv_ctrl_dev_info *info)
 	ublk_race(UBLK_RACE_ADDED);
 	if (ret) {
 		ublk_unpublish(ub);
-		/* Those that have found it wait for no server. */
+		/*
+		 * Commands that have found the device must not wait for a
+		 * server.
+		 */
 		set_bit(UBLK_DEV_DELETED, &ub->bits);
 		wake_up_all(&ub->wait);
 		put_device(&ub->dev);
@@ -332,7 +380,14 @@ out_free:
 	return ERR_PTR(ret);
 }
 
-/* A reference to the device of that number, or NULL. */
+/**
+ * ublk_find_dev() - Look a device up by id.
+ * @dev_id: the id
+ *
+ * Context: Any context that may take the lock of the array.
+ *
+ * Return: the device, with a reference for the caller, or NULL.
+ */
 struct ublk_device *ublk_find_dev(u32 dev_id)
 {
 	struct ublk_device *ub;
@@ -345,20 +400,29 @@ struct ublk_device *ublk_find_dev(u32 dev_id)
 	return ub;
 }
 
+/**
+ * ublk_put_dev() - Drop a reference to a device.
+ * @ub: the device
+ *
+ * Context: Process context.
+ */
 void ublk_put_dev(struct ublk_device *ub)
 {
 	put_device(&ub->dev);
 }
 
 /*
- * What is left afterwards goes when the last holder lets go. Done twice, the
- * second time does nothing.
+ * Removes a device. Calling it again has no effect. The structure and the id
+ * are released when the last holder drops its reference.
  */
 static int ublk_do_remove(struct ublk_device *ub, struct pid *unused)
 {
 	bool added;
 
-	/* Keeps START_DEV out. It and END_USER_RECOVERY may be waiting. */
+	/*
+	 * START_DEV fails from here on. It and END_USER_RECOVERY may be
+	 * waiting.
+	 */
 	set_bit(UBLK_DEV_DELETED, &ub->bits);
 	wake_up_all(&ub->wait);
 	ublk_do_stop(ub, NULL);
@@ -374,14 +438,46 @@ static int ublk_do_remove(struct ublk_device *ub, struct pid *unused)
 	return 0;
 }
 
-/* DEL_DEV */
+/**
+ * ublk_remove_dev() - Remove a device (DEL_DEV).
+ * @ub: the device
+ *
+ * Context: Process context of the sender; waits killably.
+ *
+ * Return: 0, or a negative errno, see ublk_run_job().
+ */
 int ublk_remove_dev(struct ublk_device *ub)
 {
 	return ublk_run_job(ub, ublk_do_remove, NULL);
 }
 
-/* The same where no failure can be reported, and no server is waited for. */
-void ublk_drop_dev(struct ublk_device *ub)
+/**
+ * ublk_revoke_dev() - Remove a device whose ADD_DEV fails after all.
+ * @ub: the device
+ *
+ * It was there to be found, and may have a disk and a server by now. If the
+ * sender is killed, the removal goes on without it.
+ *
+ * Context: Process context.
+ */
+void ublk_revoke_dev(struct ublk_device *ub)
+{
+	int ret = ublk_run_job(ub, ublk_do_remove, NULL);
+
+	if (ret == -ENOMEM || ret == -ECANCELED)
+		ublk_do_remove(ub, NULL);
+}
+
+/**
+ * ublk_discard_dev() - Remove a device without waiting for a server.
+ * @ub: the device
+ *
+ * For callers that cannot report a failure, and that no server can keep
+ * waiting. This needs no job.
+ *
+ * Context: Process context.
+ */
+void ublk_discard_dev(struct ublk_device *ub)
 {
 	ublk_do_remove(ub, NULL);
 }
@@ -398,7 +494,17 @@ static bool ublk_is_freed(u32 dev_id, u64 serial)
 	return ret;
 }
 
-/* Until the number is free, which takes all holders of the device. */
+/**
+ * ublk_wait_freed() - Wait until the id of a removed device is free.
+ * @dev_id: the id
+ * @serial: serial number of the removed device
+ *
+ * That is the case once all holders of the device have dropped it.
+ *
+ * Context: Process context; waits interruptibly.
+ *
+ * Return: 0, or -EINTR.
+ */
 int ublk_wait_freed(u32 dev_id, u64 serial)
 {
 	if (wait_event_interruptible(ublk_devs_wait,
@@ -407,21 +513,27 @@ int ublk_wait_freed(u32 dev_id, u64 serial)
 	return 0;
 }
 
-/* The module goes: nobody holds a char device or a disk any more. */
+/**
+ * ublk_remove_all() - Remove all devices.
+ *
+ * The module is being unloaded: no char device and no disk is open.
+ *
+ * Context: Process context.
+ */
 void ublk_remove_all(void)
 {
 	struct ublk_device *ub;
 	unsigned long dev_id;
 
 	xa_for_each(&ublk_devs, dev_id, ub) {
-		/* Some may be on their way out already. */
+		/* Some may be in the process of being removed. */
 		ub = ublk_find_dev(dev_id);
 		if (!ub)
 			continue;
-		ublk_drop_dev(ub);
+		ublk_discard_dev(ub);
 		ublk_put_dev(ub);
 	}
 	wait_event(ublk_devs_wait, xa_empty(&ublk_devs));
-	/* The one that has freed the last device is still in ublk_free_dev(). */
+	/* ublk_free_dev() of the last device may still be running. */
 	synchronize_rcu();
 }

@@ -6,9 +6,12 @@
 #include <linux/cred.h>
 #include <linux/uidgid.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-/* The disk of an unprivileged device is for its owner, and for the administrator. */
+/*
+ * The disk of an unprivileged device is accessible to its owner and the
+ * administrator only.
+ */
 static bool ublk_may_open(const struct ublk_device *ub)
 {
 	kuid_t uid;
@@ -29,7 +32,7 @@ static int ublk_open(struct gendisk *disk, blk_mode_t mode)
 
 	if (!ublk_may_open(ub))
 		return -EPERM;
-	/* TRY_STOP_DEV has found nobody here, and that must stay so. */
+	/* TRY_STOP_DEV has found that the disk is not open. Keep it so. */
 	if (test_bit(UBLK_DEV_NO_OPEN, &ub->bits))
 		return -ENXIO;
 	return 0;
@@ -50,7 +53,16 @@ static const struct block_device_operations ublk_fops = {
 	.report_zones	= ublk_report_zones,
 };
 
-/* The disk as the parameters want it, not added yet; ub->mutex is held. */
+/**
+ * ublk_alloc_disk() - Allocate a disk as the parameters describe it.
+ * @ub: the device
+ *
+ * The disk is not added yet.
+ *
+ * Context: Process context. Caller holds ub->mutex.
+ *
+ * Return: the disk, or an ERR_PTR().
+ */
 struct gendisk *ublk_alloc_disk(struct ublk_device *ub)
 {
 	struct queue_limits lim = { };
@@ -65,19 +77,27 @@ struct gendisk *ublk_alloc_disk(struct ublk_device *ub)
 		 ub->dev_info.dev_id);
 	disk->fops = &ublk_fops;
 	disk->private_data = ub;
-	/* Both are undone by ublk_free_disk(), or ublk_discard_disk(). */
+	/* Both are undone by ublk_free_disk() or ublk_discard_disk(). */
 	get_device(&ub->dev);
 	set_bit(UBLK_DEV_USED, &ub->bits);
 
 	set_capacity(disk, ub->params.basic.dev_sectors);
 	if (ub->params.basic.attrs & UBLK_ATTR_READ_ONLY)
 		set_disk_ro(disk, true);
-	/* Reading partitions would keep START_DEV waiting for the server. */
+	/* START_DEV would wait for the server while partitions are read. */
 	set_bit(GD_SUPPRESS_PART_SCAN, &disk->state);
 	return disk;
 }
 
-/* Undoes ublk_alloc_disk() where add_disk() has failed: free_disk is not called. */
+/**
+ * ublk_discard_disk() - Undo ublk_alloc_disk() after add_disk() has failed.
+ * @ub: the device
+ * @disk: the disk
+ *
+ * In that case the block layer does not call free_disk().
+ *
+ * Context: Process context. Caller holds ub->mutex.
+ */
 void ublk_discard_disk(struct ublk_device *ub, struct gendisk *disk)
 {
 	put_disk(disk);
@@ -85,7 +105,15 @@ void ublk_discard_disk(struct ublk_device *ub, struct gendisk *disk)
 	put_device(&ub->dev);
 }
 
-/* A reference to the disk, or NULL. Without ub->mutex. */
+/**
+ * ublk_get_disk() - Get a reference to the disk of a device.
+ * @ub: the device
+ *
+ * Context: Any context that may take ub->lock. Does not need ub->mutex.
+ *
+ * Return: the disk, or NULL if there is none. The caller drops it with
+ *	put_disk().
+ */
 struct gendisk *ublk_get_disk(struct ublk_device *ub)
 {
 	struct gendisk *disk;
@@ -98,16 +126,27 @@ struct gendisk *ublk_get_disk(struct ublk_device *ub)
 	return disk;
 }
 
-/* Partitions may be read from here on, if only when somebody asks for it. */
+/**
+ * ublk_allow_scan() - Allow partition scans of a disk.
+ * @disk: the disk
+ *
+ * This does not start a scan.
+ *
+ * Context: Any context.
+ */
 void ublk_allow_scan(struct gendisk *disk)
 {
 	clear_bit(GD_SUPPRESS_PART_SCAN, &disk->state);
 }
 
-/*
- * Reads the partition table of a new disk. The server may take its time, or
- * die: then this waits for the next one, while the rest of the life cycle goes
- * on.
+/**
+ * ublk_scan_work() - Scan the partitions of a new disk.
+ * @work: ublk_device.scan_work
+ *
+ * The server may take a long time, or exit. Then this waits for the next
+ * server, while the rest of the life cycle goes on.
+ *
+ * Context: Work item.
  */
 void ublk_scan_work(struct work_struct *work)
 {
@@ -124,6 +163,15 @@ void ublk_scan_work(struct work_struct *work)
 	put_disk(disk);
 }
 
+/**
+ * ublk_update_size() - Change the size of the disk (UPDATE_SIZE).
+ * @ub: the device
+ * @sectors: the new size
+ *
+ * Context: Process context of the sender; waits killably.
+ *
+ * Return: 0, or a negative errno.
+ */
 int ublk_update_size(struct ublk_device *ub, u64 sectors)
 {
 	struct ublk_param_basic *basic = &ub->params.basic;
@@ -137,7 +185,7 @@ int ublk_update_size(struct ublk_device *ub, u64 sectors)
 		 sectors & ((1U << (basic->logical_bs_shift - SECTOR_SHIFT)) - 1))
 		ret = -EINVAL;
 	else if (ub->dev_info.flags & UBLK_F_ZONED)
-		/* What lies in the zones is known to the block layer. */
+		/* The block layer has cached the layout of the zones. */
 		ret = -EOPNOTSUPP;
 	if (!ret) {
 		basic->dev_sectors = sectors;

@@ -1,25 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * UBLK_F_*: what this build can do, what may be asked for together, and what
- * is made of it.
+ * Feature flags (UBLK_F_*): which ones this build supports, which combinations
+ * are valid, and which are in force.
  */
 #include <linux/cpumask.h>
 #include <linux/kernel.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_MAX_IO_DESC_SIZE	256
 
-/* In force whether they are asked for or not. */
+/* Always in force, even if not requested. */
 #define UBLK_F_ALWAYS		(UBLK_F_URING_CMD_COMP_IN_TASK | \
 				 UBLK_F_CMD_IOCTL_ENCODE | \
 				 UBLK_F_PER_IO_DAEMON | \
 				 UBLK_F_SAFE_STOP_DEV)
 
-/* Data that is out of reach for the servers of unprivileged devices. */
+/* Modes that servers of unprivileged devices may not use. */
 #define UBLK_F_PRIVILEGED_DATA	(UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY | \
 				 UBLK_F_AUTO_BUF_REG)
 
+/**
+ * ublk_features() - Get the features of this build of the driver.
+ *
+ * Context: Any context.
+ *
+ * Return: a mask of UBLK_F_*.
+ */
 u64 ublk_features(void)
 {
 	u64 features = UBLK_F_ALWAYS |
@@ -62,9 +69,14 @@ static bool ublk_recovery_flags_valid(u64 flags)
 	}
 }
 
-/*
- * Whether ADD_DEV asks for things that go together. UNPRIVILEGED_DEV has been
- * removed already if the caller is privileged.
+/**
+ * ublk_check_flags() - Check the flags of ADD_DEV for invalid combinations.
+ * @info: what was requested, without UBLK_F_UNPRIVILEGED_DEV if the caller is
+ *	privileged
+ *
+ * Context: Any context.
+ *
+ * Return: 0, or -EINVAL.
  */
 int ublk_check_flags(const struct ublksrv_ctrl_dev_info *info)
 {
@@ -87,10 +99,16 @@ int ublk_check_flags(const struct ublksrv_ctrl_dev_info *info)
 	return 0;
 }
 
-/*
- * A zoned disk needs the kernel's support, and zones to be reported and
- * appended to without a buffer of the server's, whose place in the commands is
- * taken by the sector of an append. For flags that have been settled.
+/**
+ * ublk_check_zoned() - Check whether a device can be zoned, if it is to be.
+ * @info: the device information after ublk_fixup_dev_info()
+ *
+ * Zoned devices need support by the kernel, and a mode without a buffer address
+ * in the commands: the sector of a zone append takes its place.
+ *
+ * Context: Any context.
+ *
+ * Return: 0, or -EINVAL.
  */
 int ublk_check_zoned(const struct ublksrv_ctrl_dev_info *info)
 {
@@ -103,9 +121,9 @@ int ublk_check_zoned(const struct ublksrv_ctrl_dev_info *info)
 	return 0;
 }
 
-static u64 ublk_settled_flags(u64 flags)
+static u64 ublk_effective_flags(u64 flags)
 {
-	/* ublk_check_zoned() refuses ZONED where there is no support. */
+	/* ublk_check_zoned() rejects ZONED on kernels without support. */
 	flags &= ublk_features() | UBLK_F_ZONED;
 
 	flags |= UBLK_F_ALWAYS;
@@ -121,10 +139,15 @@ static u64 ublk_settled_flags(u64 flags)
 	return flags;
 }
 
-/* Turns what ADD_DEV asks for into what the device will have. */
-void ublk_settle_flags(struct ublksrv_ctrl_dev_info *info)
+/**
+ * ublk_fixup_dev_info() - Adjust the arguments of ADD_DEV to what is granted.
+ * @info: what was requested; replaced by what is granted
+ *
+ * Context: Any context.
+ */
+void ublk_fixup_dev_info(struct ublksrv_ctrl_dev_info *info)
 {
-	info->flags = ublk_settled_flags(info->flags);
+	info->flags = ublk_effective_flags(info->flags);
 	info->nr_hw_queues = min_t(unsigned int, info->nr_hw_queues,
 				   nr_cpu_ids);
 	info->max_io_buf_bytes = round_down(info->max_io_buf_bytes, PAGE_SIZE);

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Commands on single tags: FETCH_REQ, COMMIT_AND_FETCH_REQ, NEED_GET_DATA,
+ * I/O commands on single tags: FETCH_REQ, COMMIT_AND_FETCH_REQ, NEED_GET_DATA,
  * REGISTER_IO_BUF, UNREGISTER_IO_BUF.
  */
+#include <linux/err.h>
 #include <linux/errno.h>
 #include <linux/nospec.h>
 #include <linux/sched/task.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-/* What a command carries, read once: its memory may be shared with user space. */
+/*
+ * Arguments of a command. They are read once, as the memory may be shared with
+ * user space.
+ */
 struct ublk_io_args {
 	u16 q_id;
 	u16 tag;
@@ -31,8 +35,8 @@ static void ublk_read_args(struct io_uring_cmd *cmd, struct ublk_io_args *args)
 }
 
 /*
- * Where data goes is said at FETCH and COMMIT, in the way of the device's mode.
- * @unneeded: this command may leave it out in copy mode.
+ * Checks the buffer that FETCH or COMMIT names, which depends on the mode of
+ * the device. With @unneeded the command may omit it in copy mode.
  */
 static int ublk_check_buf(const struct ublk_queue *q,
 			  const struct ublk_io_args *args, bool unneeded)
@@ -82,8 +86,8 @@ static int ublk_fetch(struct ublk_queue *q, struct ublk_io *io,
 	return -EIOCBQUEUED;
 }
 
-/* Whether the server has given the slot back, and a request may be on its way. */
-static bool ublk_slot_waits(const struct ublk_io *io)
+/* Whether a command is pending on a slot, or is being carried out. */
+static bool ublk_slot_has_cmd(const struct ublk_io *io)
 {
 	switch (atomic_read(&io->state)) {
 	case UBLK_IO_BUSY:
@@ -94,6 +98,49 @@ static bool ublk_slot_waits(const struct ublk_io *io)
 	default:
 		return false;
 	}
+}
+
+/**
+ * ublk_take_result() - Process the result of a commit.
+ * @q: the queue
+ * @io: the slot, which is BUSY
+ * @addr: in copy mode, the buffer with the data of a read
+ * @lba: the sector at which a zone append was written
+ * @result: the result that the server has given; replaced by the result that
+ *	the request is to end with
+ *
+ * In copy mode this copies the data of a read from the server.
+ *
+ * Context: Task context of the server. May sleep in page faults.
+ *
+ * Return: false if the request was taken back meanwhile.
+ */
+bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
+		      u64 lba, int *result)
+{
+	struct request *req = io->req;
+	int copied;
+
+	if (unlikely(*result < -MAX_ERRNO)) {
+		*result = -EIO;
+		return true;
+	}
+	if (req_op(req) == REQ_OP_ZONE_APPEND && *result >= 0)
+		req->__sector = lba;
+	if (*result <= 0 || ublk_no_copy(q) || !ublk_rq_from_server(req) ||
+	    ublk_desc(q, io->tag)->op_flags & UBLK_IO_F_SHMEM_ZC)
+		return true;
+
+	copied = ublk_copy_from_server(io, addr, *result);
+	if (unlikely(copied == UBLK_TAKEN_BACK))
+		return false;
+	/* Page faults of a server that is being killed may fail. */
+	if (unlikely(copied < *result && copied < blk_rq_bytes(req)) &&
+	    ublk_server_dying())
+		*result = UBLK_RES_ABORTED;
+	else
+		*result = copied;
+	return true;
 }
 
 static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
@@ -107,12 +154,15 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 	u64 lba = 0;
 	int ret;
 
-	/* Until then a time-out may take the request back. */
+	/* Until here a time-out may take the request back. */
 	if (!atomic_try_cmpxchg(&io->state, &state, UBLK_IO_BUSY))
 		return state >= UBLK_IO_REVOKED ? -ENODEV : -EINVAL;
 	req = io->req;
 
-	/* Takes the place of the address, which no zoned device has. */
+	/*
+	 * The sector takes the place of the buffer address, which zoned devices
+	 * do not use.
+	 */
 	if (req_op(req) == REQ_OP_ZONE_APPEND)
 		swap(lba, args->addr);
 	unneeded = (q->flags & UBLK_F_NEED_GET_DATA) &&
@@ -127,14 +177,17 @@ static int ublk_commit(struct ublk_queue *q, struct ublk_io *io,
 		return -ENODEV;
 	ublk_auto_unregister(io, cmd, issue_flags);
 	ublk_park(q, io, cmd, args, issue_flags);
-	/* The tag stays the request's until it has ended: nothing can use the slot. */
+	/*
+	 * The tag belongs to the request until that has ended: no other request
+	 * can claim the slot.
+	 */
 	ublk_slot_arm(q, io, issue_flags);
 	ublk_race(UBLK_RACE_COMMIT);
 	ublk_finish(q, io, req, result);
 	return -EIOCBQUEUED;
 }
 
-/* The answer to UBLK_IO_RES_NEED_GET_DATA: a buffer for the data of a write. */
+/* NEED_GET_DATA: the server names the buffer for the data of a write. */
 static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 			 struct io_uring_cmd *cmd,
 			 const struct ublk_io_args *args,
@@ -142,23 +195,34 @@ static int ublk_get_data(struct ublk_queue *q, struct ublk_io *io,
 {
 	int ret;
 
-	if (!args->addr || !ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_BUSY))
+	if (!args->addr ||
+	    !ublk_io_transition(io, UBLK_IO_WAIT_BUF, UBLK_IO_BUSY))
 		return -EINVAL;
 	io->buf_addr = args->addr;
 	ublk_desc(q, io->tag)->addr = args->addr;
-	ret = ublk_copy_to_server(io, args->addr, UBLK_IO_ASKED);
+	ret = ublk_copy_to_server(io, args->addr, UBLK_IO_WAIT_BUF);
 	if (likely(!ret)) {
 		atomic_set_release(&io->state, UBLK_IO_SERVED);
 		return UBLK_IO_RES_OK;
 	}
 	if (ret == UBLK_TAKEN_BACK)
 		return -ENODEV;
-	/* The request ends, and the command waits for the next one. */
+	/* The request ends, and the command waits for the next request. */
 	ublk_park(q, io, cmd, args, issue_flags);
-	ublk_undeliverable(q, io, issue_flags);
+	ublk_fail_delivery(q, io, issue_flags);
 	return -EIOCBQUEUED;
 }
 
+/**
+ * ublk_io_uring_cmd() - Carry out an I/O command on a single tag.
+ * @ub: the device
+ * @cmd: the command
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Context: Task context of the submitter.
+ *
+ * Return: the result of the command, or -EIOCBQUEUED if it is completed later.
+ */
 int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 		      unsigned int issue_flags)
 {
@@ -169,12 +233,12 @@ int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 	struct ublk_io *io;
 	bool owner;
 
-	/* Bare numbers are the oldest form, their type is 0. */
+	/* Commands in the oldest form are bare numbers, with type 0. */
 	if (type != 'u' && type != 0)
 		return -EOPNOTSUPP;
 
 	ublk_read_args(cmd, &args);
-	/* Names no request: the buffer may be that of any tag. */
+	/* This command names no tag: the buffer may be that of any request. */
 	if (nr == _IOC_NR(UBLK_U_IO_UNREGISTER_IO_BUF))
 		return ublk_unregister_buf(ub, cmd, args.addr, issue_flags);
 
@@ -188,9 +252,9 @@ int ublk_io_uring_cmd(struct ublk_device *ub, struct io_uring_cmd *cmd,
 	if (nr == _IOC_NR(UBLK_U_IO_FETCH_REQ))
 		return ublk_fetch(q, io, cmd, &args, issue_flags);
 
-	/* What comes now is about a request that the server holds. */
+	/* All other commands are for a request that the server holds. */
 	owner = READ_ONCE(io->daemon) == current;
-	if (owner && ublk_slot_waits(io))
+	if (owner && ublk_slot_has_cmd(io))
 		return -EBUSY;
 	if (nr == _IOC_NR(UBLK_U_IO_REGISTER_IO_BUF))
 		return ublk_register_buf(q, io, cmd, args.addr, issue_flags);
@@ -228,8 +292,8 @@ static void ublk_reissue_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 }
 
 /*
- * The ring of the command is torn down, or its thread ends. The rest of the
- * server is of no use without it: the device takes no more requests until the
+ * The ring of the command is torn down, or its thread exits. The rest of the
+ * server is of no use without it, so the device accepts no requests until the
  * char device has been closed.
  */
 static void ublk_cancel_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
@@ -237,20 +301,32 @@ static void ublk_cancel_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 	struct ublk_device *ub = cmd->file->private_data;
 	struct ublk_cmd_pdu *pdu = io_uring_cmd_to_pdu(cmd, struct ublk_cmd_pdu);
 
-	ublk_server_leaves(ub);
+	ublk_mark_leaving(ub);
 	if (ub->dev_info.flags & UBLK_F_BATCH_IO)
 		ublk_batch_cancel_fetch(pdu->fetch, issue_flags);
 	else
 		ublk_slot_cancel(pdu->io, issue_flags);
 }
 
+/**
+ * ublk_ch_uring_cmd() - Handle an io_uring command on the char device.
+ * @cmd: the command
+ * @issue_flags: io_uring issue flags
+ *
+ * Context: Task context of the submitter, or an io_uring worker.
+ *
+ * Return: the result of the command, or -EIOCBQUEUED if it is completed later.
+ */
 int ublk_ch_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
 	if (unlikely(issue_flags & IO_URING_F_CANCEL)) {
 		ublk_cancel_cmd(cmd, issue_flags);
 		return 0;
 	}
-	/* A worker thread cannot be the owner of a tag: back to the submitter. */
+	/*
+	 * An io_uring worker cannot own a tag. Run the command in the submitter
+	 * instead.
+	 */
 	if (unlikely(issue_flags & IO_URING_F_UNLOCKED)) {
 		io_uring_cmd_complete_in_task(cmd, ublk_reissue_tw);
 		return -EIOCBQUEUED;

@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Control commands that wait for requests: START_DEV, STOP_DEV and their kin.
+ * Control commands that wait for requests: START_DEV, STOP_DEV, DEL_DEV and
+ * others.
  *
- * Who sends them may be the very server that has to answer the requests. If it
- * is killed, it waits for its commands before it lets go of the char device,
- * and only that fails the requests. So a kernel thread carries these commands
- * out, and their senders can be killed while they wait.
+ * Their sender may be the server that has to complete these requests. If it is
+ * killed, it waits for its commands to end before it closes the char device,
+ * and only that close fails the requests. So a kernel thread carries these
+ * commands out, and their senders wait for it killably.
  */
 #include <linux/completion.h>
 #include <linux/list.h>
 #include <linux/pid.h>
 #include <linux/slab.h>
 
-#include "ublk.h"
+#include "internal.h"
 
+/* A command that is carried out by a kernel thread. */
 struct ublk_job {
-	struct list_head	node;		/* ublk_device.jobs, until it begins */
+	struct list_head	node;		/* in ublk_device.jobs until it starts */
 	struct completion	done;
 	refcount_t		users;		/* sender and worker */
 	struct ublk_device	*ub;
@@ -33,9 +35,14 @@ static void ublk_job_put(struct ublk_job *job)
 	kfree(job);
 }
 
-/*
- * Carries out the jobs of a device, which would wait for each other anyway: a
- * device occupies one worker, however many commands its users send.
+/**
+ * ublk_job_work() - Carry out the jobs of a device.
+ * @work: ublk_device.job_work
+ *
+ * Jobs of one device would wait for each other anyway. So a device occupies one
+ * worker, however many commands its users send.
+ *
+ * Context: Work item.
  */
 void ublk_job_work(struct work_struct *work)
 {
@@ -55,11 +62,14 @@ void ublk_job_work(struct work_struct *work)
 		complete(&job->done);
 		ublk_job_put(job);
 	}
-	/* Of the work, as its jobs may all have been withdrawn. */
+	/*
+	 * The reference of the work item, which it needs because all of its
+	 * jobs may have been withdrawn.
+	 */
 	put_device(&ub->dev);
 }
 
-/* Takes a job back that has not begun. */
+/* Withdraws a job that has not started. Returns false if it has. */
 static bool ublk_job_withdraw(struct ublk_job *job)
 {
 	struct ublk_device *ub = job->ub;
@@ -74,10 +84,16 @@ static bool ublk_job_withdraw(struct ublk_job *job)
 	return waiting;
 }
 
-/*
- * Returns what @fn returns. If the sender is killed: -EINTR if @fn goes on, and
- * -ECANCELED if it will not be called. @pid, for which a reference is handed
- * over, is for @fn.
+/**
+ * ublk_run_job() - Run a function in a kernel thread and wait for it.
+ * @ub: the device
+ * @fn: the function
+ * @pid: argument for @fn, or NULL; consumes a reference
+ *
+ * Context: Process context of the sender; waits killably.
+ *
+ * Return: the return value of @fn. If the sender was killed: -EINTR if @fn is
+ *	still running, -ECANCELED if it will not run.
  */
 int ublk_run_job(struct ublk_device *ub, ublk_job_fn *fn, struct pid *pid)
 {

@@ -2,53 +2,60 @@
 /*
  * From START_DEV to STOP_DEV, recovery, and the end of a server.
  *
- * ub->mutex is held while a disk is added and while one is removed. Both wait
- * for requests, which are served, or failed after the death of the server, by
- * code that does without the mutex. For that they must not be held for a
- * later server meanwhile: "recoverable" is set only when the disk stands, and
- * "stopping" before it goes.
+ * ub->mutex is held while a disk is added or removed. Both wait for requests,
+ * which are served, or failed after the server has exited, by code that does
+ * not need the mutex. These requests must not be held for a later server. Hence
+ * "recoverable" is set only when the disk has been added, and "stopping" before
+ * it is removed.
  */
 #include <linux/module.h>
 #include <linux/pid.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-static bool ublk_is_gone(const struct ublk_device *ub)
+static bool ublk_is_deleted(const struct ublk_device *ub)
 {
 	return test_bit(UBLK_DEV_DELETED, &ub->bits);
 }
 
 /*
- * Until the server has fetched all tags, or never will: the device is deleted,
- * or stopped, and whoever has the char device open gets no tags any more.
+ * Waits until the server has fetched all tags, or it is certain that it cannot:
+ * the device is deleted, or it was stopped and the process that has the char
+ * device open gets no more tags.
  */
 static int ublk_wait_fetched(struct ublk_device *ub)
 {
 	if (wait_event_interruptible(ub->wait, ublk_all_fetched(ub) ||
 				     READ_ONCE(ub->closing) ||
-				     ublk_is_gone(ub)))
+				     ublk_is_deleted(ub)))
 		return -EINTR;
 	return 0;
 }
 
 /*
- * With ub->mutex held: what the wait was for may be over again, since the
- * server has closed the char device meanwhile.
+ * To be called with ub->mutex held, after ublk_wait_fetched(): the server may
+ * have closed the char device since then.
  */
 static bool ublk_has_server(struct ublk_device *ub)
 {
 	return ublk_all_fetched(ub) || ub->closing;
 }
 
-/* Whether @pid, or none, has opened the char device; ub->mutex is held. */
+/*
+ * Whether @pid is the process that has opened the char device. ub->mutex is
+ * held.
+ */
 static bool ublk_is_opener(struct ublk_device *ub, struct pid *pid)
 {
 	return pid && test_bit(UBLK_DEV_OPEN, &ub->bits) && pid == ub->opener;
 }
 
-/* ub->mutex is held. @server: counted for this, or NULL. */
+/*
+ * Changes the state of the device. @server is the process that GET_DEV_INFO
+ * reports, or NULL; a reference is consumed. ub->mutex is held.
+ */
 static void ublk_set_state(struct ublk_device *ub, u16 state, struct pid *server)
 {
 	struct pid *old;
@@ -61,10 +68,13 @@ static void ublk_set_state(struct ublk_device *ub, u16 state, struct pid *server
 	put_pid(old);
 }
 
-/* Whoever goes LIVE has the device open, with a task for every tag. */
+/*
+ * Whether the process @pid can make the device LIVE: it must have the char
+ * device open, with all tags fetched.
+ */
 static int ublk_check_server(struct ublk_device *ub, struct pid *pid)
 {
-	if (ublk_is_gone(ub) || !ublk_has_server(ub))
+	if (ublk_is_deleted(ub) || !ublk_has_server(ub))
 		return -ENODEV;
 	return ublk_is_opener(ub, pid) ? 0 : -EINVAL;
 }
@@ -101,7 +111,7 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 	ub->disk = disk;
 	ublk_gates_open(ub);
 	spin_unlock(&ub->lock);
-	/* Zones are reported before the disk stands, and so is data moved. */
+	/* The server reports zones, and so moves data, before the disk is added. */
 	ublk_set_state(ub, UBLK_S_DEV_LIVE, get_pid(ub->opener));
 
 	ret = 0;
@@ -119,11 +129,17 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 	}
 	spin_lock(&ub->lock);
 	ub->recoverable = ub->dev_info.flags & UBLK_F_USER_RECOVERY;
-	/* The server may have died meanwhile: requests wait from here on. */
+	/*
+	 * If the server has exited meanwhile, requests are held from here on.
+	 */
 	if (ub->canceling)
 		ublk_gates_close(ub);
+	else
+		ublk_unwatch_serving(ub);
 	spin_unlock(&ub->lock);
-	/* What a user's server says about partitions is not to be trusted. */
+	/*
+	 * Partition tables from servers of unprivileged users are not trusted.
+	 */
 	if (READ_ONCE(ub->untrusted))
 		goto out;
 	if (ub->dev_info.flags & UBLK_F_NO_AUTO_PART_SCAN)
@@ -135,6 +151,17 @@ out:
 	return ret;
 }
 
+/**
+ * ublk_start_dev() - Start a device (START_DEV).
+ * @ub: the device
+ * @data: process id of the server, in the pid namespace of the caller
+ *
+ * Waits until the server has fetched all tags.
+ *
+ * Context: Process context of the sender; waits interruptibly.
+ *
+ * Return: 0, or a negative errno.
+ */
 int ublk_start_dev(struct ublk_device *ub, u64 data)
 {
 	pid_t nr = (int)data;
@@ -147,30 +174,27 @@ int ublk_start_dev(struct ublk_device *ub, u64 data)
 	ret = ublk_wait_fetched(ub);
 	if (ret)
 		return ret;
-	/* As the caller counts processes. */
+	/* Looked up here, in the pid namespace of the caller. */
 	return ublk_run_job(ub, ublk_do_start, find_get_pid(nr));
 }
 
 /*
- * Removes the disk. A living server goes on serving until that is done;
- * without one, what was held and what comes fails.
+ * Removes the disk. A live server serves requests until the disk is gone.
+ * Without a server, held and new requests fail.
  */
 static void ublk_remove_disk(struct ublk_device *ub)
 {
 	struct gendisk *disk = ub->disk;
-	unsigned int i;
 
 	lockdep_assert_held(&ub->mutex);
 	if (!disk)
 		return;
 	spin_lock(&ub->lock);
 	ub->stopping = true;
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++)
-		if (ub->queues[i]->gate != UBLK_GATE_OPEN)
-			WRITE_ONCE(ub->queues[i]->gate, UBLK_GATE_FAIL);
+	ublk_gates_stop_holding(ub);
 	spin_unlock(&ub->lock);
 	blk_mq_kick_requeue_list(disk->queue);
-	/* A server that has been killed may not be able to die without this. */
+	/* A server that was killed may be unable to die before this. */
 	ublk_take_back_gone(ub);
 
 	cancel_work_sync(&ub->scan_work);
@@ -185,21 +209,31 @@ static void ublk_remove_disk(struct ublk_device *ub)
 	put_disk(disk);
 }
 
-/* As a job, or where the caller is not waited for. */
+/**
+ * ublk_do_stop() - Stop a device.
+ * @ub: the device
+ * @unused: not used
+ *
+ * Removes the disk, and cancels the commands of the server.
+ *
+ * Context: Job, or process context of a caller that no server waits for.
+ *
+ * Return: 0.
+ */
 int ublk_do_stop(struct ublk_device *ub, struct pid *unused)
 {
 	mutex_lock(&ub->mutex);
 	ublk_remove_disk(ub);
 	/*
-	 * Whoever has the char device open now cannot serve a new disk. The
-	 * mutex keeps ublk_release_work() from letting the next one in before
-	 * the last slot is canceled.
+	 * The process that has the char device open now cannot serve a new
+	 * disk. The mutex keeps ublk_release_work() from admitting the next
+	 * server before the last slot is canceled.
 	 */
 	if (test_bit(UBLK_DEV_OPEN, &ub->bits)) {
 		spin_lock(&ub->lock);
 		WRITE_ONCE(ub->closing, true);
 		spin_unlock(&ub->lock);
-		ublk_server_leaves(ub);
+		ublk_mark_leaving(ub);
 		ublk_cancel_slots(ub);
 		wake_up_all(&ub->wait);
 	}
@@ -207,11 +241,28 @@ int ublk_do_stop(struct ublk_device *ub, struct pid *unused)
 	return 0;
 }
 
+/**
+ * ublk_stop_dev() - Stop a device (STOP_DEV).
+ * @ub: the device
+ *
+ * Context: Process context of the sender; waits killably.
+ *
+ * Return: 0, or a negative errno, see ublk_run_job().
+ */
 int ublk_stop_dev(struct ublk_device *ub)
 {
 	return ublk_run_job(ub, ublk_do_stop, NULL);
 }
 
+/**
+ * ublk_try_stop_dev() - Stop a device unless its disk is open (TRY_STOP_DEV).
+ * @ub: the device
+ *
+ * Context: Process context of the sender; waits killably.
+ *
+ * Return: 0, -ENODEV without a disk, -EBUSY if it is open, or another negative
+ *	errno.
+ */
 int ublk_try_stop_dev(struct ublk_device *ub)
 {
 	struct gendisk *disk = ublk_get_disk(ub);
@@ -220,7 +271,9 @@ int ublk_try_stop_dev(struct ublk_device *ub)
 
 	if (!disk)
 		return -ENODEV;
-	/* Whoever reads partitions may hold this for as long as no server is there. */
+	/*
+	 * A partition scan may hold it for as long as there is no server.
+	 */
 	if (mutex_lock_killable(&disk->open_mutex)) {
 		put_disk(disk);
 		return -EINTR;
@@ -230,10 +283,10 @@ int ublk_try_stop_dev(struct ublk_device *ub)
 	else
 		first = !test_and_set_bit(UBLK_DEV_NO_OPEN, &ub->bits);
 	mutex_unlock(&disk->open_mutex);
-	/* As long as this disk is referred to, there cannot be another one. */
+	/* With this reference to the disk there cannot be another one. */
 	if (!ret) {
 		ret = ublk_stop_dev(ub);
-		/* Not even begun: the disk is there to be opened. */
+		/* The job has not started, so the disk can be opened again. */
 		if (first && ret && ret != -EINTR)
 			clear_bit(UBLK_DEV_NO_OPEN, &ub->bits);
 	}
@@ -247,7 +300,17 @@ static bool ublk_waits_for_server(const struct ublk_device *ub)
 	       ub->dev_info.state == UBLK_S_DEV_FAIL_IO;
 }
 
-/* Nothing is left to do: the last server has been cleaned up after. */
+/**
+ * ublk_start_recovery() - Start the recovery of a device (START_USER_RECOVERY).
+ * @ub: the device
+ *
+ * Only checks the state: ublk_release_work() has cleaned up after the last
+ * server.
+ *
+ * Context: Process context of the sender; waits killably.
+ *
+ * Return: 0, -EINVAL, -EBUSY or -EINTR.
+ */
 int ublk_start_recovery(struct ublk_device *ub)
 {
 	int ret = 0;
@@ -262,6 +325,18 @@ int ublk_start_recovery(struct ublk_device *ub)
 	return ret;
 }
 
+/**
+ * ublk_end_recovery() - End the recovery of a device (END_USER_RECOVERY).
+ * @ub: the device
+ * @data: process id of the new server, in the pid namespace of the caller
+ *
+ * Waits until the server has fetched all tags, and lets requests through that
+ * were held.
+ *
+ * Context: Process context of the sender; waits interruptibly.
+ *
+ * Return: 0, or a negative errno.
+ */
 int ublk_end_recovery(struct ublk_device *ub, u64 data)
 {
 	pid_t nr = (int)data;
@@ -291,6 +366,8 @@ int ublk_end_recovery(struct ublk_device *ub, u64 data)
 	ublk_set_state(ub, UBLK_S_DEV_LIVE, get_pid(ub->opener));
 	spin_lock(&ub->lock);
 	ublk_gates_open(ub);
+	if (!ub->canceling)
+		ublk_unwatch_serving(ub);
 	spin_unlock(&ub->lock);
 	blk_mq_kick_requeue_list(ub->disk->queue);
 	ret = 0;
@@ -300,19 +377,28 @@ out:
 	return ret;
 }
 
-/* Whether the server that followed @nr_servers others leaves, or has left. */
+/*
+ * Whether the server that had @nr_servers predecessors is leaving, or has left.
+ */
 static bool ublk_leaving(const struct ublk_device *ub, unsigned int nr_servers)
 {
-	return ublk_server_told(ub) ||
+	return ublk_server_notified(ub) ||
 	       READ_ONCE(ub->nr_servers) != nr_servers ||
 	       READ_ONCE(ub->dev_info.state) != UBLK_S_DEV_LIVE;
 }
 
-/*
- * Asks the server to leave: new requests are held, and every tag that is idle
- * or becomes idle is given back with UBLK_IO_RES_ABORT. Waits until each queue
- * has had one of those, so that the server knows. -EBUSY if that takes longer
- * than @timeout_ms; the server will be told even then.
+/**
+ * ublk_quiesce_dev() - Ask the server to leave (QUIESCE_DEV).
+ * @ub: the device
+ * @timeout_ms: time-out in milliseconds; 0 or UINT_MAX and above: none
+ *
+ * New requests are held, and every tag that is idle or becomes idle is returned
+ * with UBLK_IO_RES_ABORT. Waits until a tag of each queue was returned, so that
+ * the server knows. After a time-out the server will still be notified.
+ *
+ * Context: Process context of the sender; waits interruptibly.
+ *
+ * Return: 0, -EBUSY after the time-out, or another negative errno.
  */
 int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms)
 {
@@ -330,8 +416,8 @@ int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms)
 	else if (ub->dev_info.state != UBLK_S_DEV_LIVE)
 		ret = 1;
 	if (!ret) {
-		/* Under the mutex for the reason given in ublk_do_stop(). */
-		ublk_server_leaves(ub);
+		/* Under the mutex for the reason that ublk_do_stop() gives. */
+		ublk_mark_leaving(ub);
 		ublk_cancel_slots(ub);
 	}
 	nr_servers = ub->nr_servers;
@@ -349,7 +435,15 @@ int ublk_quiesce_dev(struct ublk_device *ub, u64 timeout_ms)
 	return left ? 0 : -EBUSY;
 }
 
-/* The char device has been closed by its last holder. */
+/**
+ * ublk_release_work() - Clean up after a server.
+ * @work: ublk_device.release_work
+ *
+ * The last holder of the char device has closed it. The device is then
+ * recoverable, or its disk is removed.
+ *
+ * Context: Work item.
+ */
 void ublk_release_work(struct work_struct *work)
 {
 	struct ublk_device *ub =
@@ -358,15 +452,16 @@ void ublk_release_work(struct work_struct *work)
 	struct pid *opener;
 	u16 state;
 
-	ublk_server_leaves(ub);
+	ublk_mark_leaving(ub);
 	/*
-	 * A queue_rq that saw an open gate has come to its end after this: the
-	 * tag set does not block, so it runs under RCU. So has a put that did
-	 * not see "canceling" and thus wakes nobody.
+	 * After this, each queue_rq() that has seen an open gate has finished:
+	 * the tag set is not blocking, so it runs under RCU. So has each
+	 * ublk_io_put() that did not see "canceling" and therefore wakes no
+	 * waiter.
 	 */
 	synchronize_rcu();
 	ublk_abort_slots(ub);
-	/* Buffers in the tables of rings. Idle: that is up to user space. */
+	/* For buffers in the tables of rings. User space decides how long this takes. */
 	wait_event_idle(ub->wait, ublk_refs_gone(ub));
 	/* See ublk_io_put(). */
 	synchronize_rcu();
@@ -394,6 +489,6 @@ void ublk_release_work(struct work_struct *work)
 	put_pid(opener);
 	wake_up_all(&ub->wait);
 	put_device(&ub->dev);
-	/* Unloading the module waits for the end of this function. */
+	/* Unloading the module waits until this function has finished. */
 	module_put(THIS_MODULE);
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * ublk_drv: the module. /dev/ublk-control, the class and the numbers of the
- * char devices.
+ * ublk_drv: the module, /dev/ublk-control, and the class and device numbers of
+ * the char devices.
  */
 #include <linux/fs.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_MAX_UNPRIVILEGED	UBLK_MINORS
 
@@ -47,19 +47,19 @@ static const struct kernel_param_ops ublks_max_ops = {
 
 module_param_cb(ublks_max, &ublks_max_ops, &ublks_max, 0644);
 MODULE_PARM_DESC(ublks_max,
-		 "how many unprivileged devices may exist (default 64)");
+		 "maximum number of unprivileged devices (default 64)");
 module_param_cb(ublks_max_per_user, &ublks_max_ops, &ublks_max_per_user, 0644);
 MODULE_PARM_DESC(ublks_max_per_user,
-		 "how many of them one user may have (default 16)");
+		 "maximum number of unprivileged devices per user (default 16)");
 
 #ifdef UBLK_DEBUG
 unsigned long ublk_widen;
 unsigned int ublk_widen_us = 500;
 
 module_param_named(widen, ublk_widen, ulong, 0644);
-MODULE_PARM_DESC(widen, "races to widen, a bit for each of enum ublk_race");
+MODULE_PARM_DESC(widen, "races to widen (bit mask of enum ublk_race)");
 module_param_named(widen_us, ublk_widen_us, uint, 0644);
-MODULE_PARM_DESC(widen_us, "for how long, in microseconds (at most 2000)");
+MODULE_PARM_DESC(widen_us, "delay in widened races, in microseconds (maximum 2000)");
 #endif
 
 static void ublk_destroy_workqueues(void)
@@ -75,8 +75,9 @@ static void ublk_destroy_workqueues(void)
 }
 
 /*
- * Each may be full of work that waits for work in an earlier one, and jobs on
- * users' devices, for as long as these users like.
+ * Each of these may be full of work that waits for work in an earlier one. Jobs
+ * on unprivileged devices may wait for as long as their users like, and have a
+ * work queue of their own.
  */
 static int ublk_alloc_workqueues(void)
 {
@@ -139,7 +140,7 @@ out_compat:
 
 static void __exit ublk_exit(void)
 {
-	/* The devices are children of the control device. */
+	/* The devices are children of the control device, so they go first. */
 	ublk_remove_all();
 	misc_deregister(&ublk_misc);
 	ublk_destroy_workqueues();
@@ -152,5 +153,5 @@ static void __exit ublk_exit(void)
 module_init(ublk_init);
 module_exit(ublk_exit);
 
-MODULE_DESCRIPTION("Block devices served by user space");
+MODULE_DESCRIPTION("Userspace block device driver");
 MODULE_LICENSE("GPL");

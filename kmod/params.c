@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Parameters: what the disk is to look like, and the queue limits that follow.
+ * Parameters of a disk (SET_PARAMS, GET_PARAMS), and the queue limits that
+ * follow from them.
  */
 #include <linux/blk-integrity.h>
 #include <linux/fs.h>
@@ -9,7 +10,7 @@
 #include <linux/t10-pi.h>
 #include <linux/uaccess.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_PARAM_TYPES	(UBLK_PARAM_TYPE_BASIC | \
 				 UBLK_PARAM_TYPE_DISCARD | \
@@ -19,10 +20,10 @@
 				 UBLK_PARAM_TYPE_SEGMENT | \
 				 UBLK_PARAM_TYPE_INTEGRITY)
 
-/* Largest block size and hint: what fits in the limits with room to spare. */
+/* Largest block size and I/O hint, safely within the range of the limits. */
 #define UBLK_MAX_SHIFT		28
 
-/* What every struct ublk_params starts with, whatever its length. */
+/* The first members of struct ublk_params, which are present in any length. */
 struct ublk_params_head {
 	__u32	len;
 	__u32	types;
@@ -57,7 +58,7 @@ static int ublk_check_basic(const struct ublk_device *ub,
 		return -EINVAL;
 	if (p->dev_sectors > UBLK_MAX_SECTORS)
 		return -EINVAL;
-	/* No block could be transferred in such a chunk. */
+	/* A chunk must consist of whole logical blocks. */
 	if (p->chunk_sectors &
 	    ((1U << (p->logical_bs_shift - SECTOR_SHIFT)) - 1))
 		return -EINVAL;
@@ -71,7 +72,7 @@ static int ublk_check_discard(const struct ublk_param_discard *p)
 {
 	if (!p->discard_granularity)
 		return -EINVAL;
-	/* A descriptor has room for one range. */
+	/* A descriptor can hold one range only. */
 	if (p->max_discard_sectors && p->max_discard_segments != 1)
 		return -EINVAL;
 	return 0;
@@ -105,7 +106,7 @@ static int ublk_check_segment(const struct ublk_param_segment *p)
 }
 
 #ifdef UBLK_CAN_INTEGRITY
-/* Bytes of the protection tuple that goes with a checksum. */
+/* Size of the protection information that a checksum type uses. */
 static int ublk_pi_tuple_size(u8 csum_type)
 {
 	switch (csum_type) {
@@ -151,7 +152,10 @@ static void ublk_integrity_limits(const struct ublk_param_integrity *pi,
 {
 	struct blk_integrity *bi = &lim->integrity;
 
-	/* A server sees data as one stretch: blocks may be scattered. */
+	/*
+	 * The server sees contiguous data, so intervals may be split over
+	 * segments.
+	 */
 	bi->flags = BLK_SPLIT_INTERVAL_CAPABLE;
 	if (pi->flags & LBMD_PI_CAP_INTEGRITY)
 		bi->flags |= BLK_INTEGRITY_DEVICE_CAPABLE;
@@ -206,7 +210,7 @@ static int ublk_check_params(const struct ublk_device *ub,
 		if (ret)
 			return ret;
 	}
-	/* Read only */
+	/* Only GET_PARAMS returns device numbers. */
 	if (ublk_has_param(p, UBLK_PARAM_TYPE_DEVT))
 		return -EINVAL;
 	if (ublk_has_param(p, UBLK_PARAM_TYPE_ZONED)) {
@@ -242,9 +246,18 @@ static int ublk_read_head(const struct ublk_params __user *arg, u16 len,
 	return 0;
 }
 
-/*
- * A block that is shorter than the one before replaces the front of that one.
- * An invalid one leaves nothing behind.
+/**
+ * ublk_set_params() - Set the parameters of a device (SET_PARAMS).
+ * @ub: the device
+ * @arg: the parameters
+ * @len: size of the buffer at @arg
+ *
+ * Parameters that are shorter than the previous ones replace the front of
+ * these. Invalid ones clear all parameters.
+ *
+ * Context: Process context of the sender; waits killably.
+ *
+ * Return: 0, or a negative errno.
  */
 int ublk_set_params(struct ublk_device *ub,
 		    const struct ublk_params __user *arg, u16 len)
@@ -260,11 +273,16 @@ int ublk_set_params(struct ublk_device *ub,
 	if (!head.types)
 		return -EINVAL;
 
-	/* A fault may need this very disk's server: not under the mutex. */
+	/*
+	 * A page fault may need the server of this disk, so do this without the
+	 * mutex.
+	 */
 	size = min_t(size_t, head.len, sizeof(params));
 	if (copy_from_user(&params, arg, size))
 		return -EFAULT;
-	/* What was checked counts, whatever has become of it since. */
+	/*
+	 * Use the head that was checked; user space may have changed it since.
+	 */
 	memcpy(&params, &head, min(size, sizeof(head)));
 
 	if (mutex_lock_killable(&ub->mutex))
@@ -283,6 +301,16 @@ out:
 	return ret;
 }
 
+/**
+ * ublk_get_params() - Get the parameters of a device (GET_PARAMS).
+ * @ub: the device
+ * @arg: receives the parameters; its len says how much of them
+ * @len: size of the buffer at @arg
+ *
+ * Context: Process context of the sender; waits killably.
+ *
+ * Return: 0, or a negative errno.
+ */
 int ublk_get_params(struct ublk_device *ub, struct ublk_params __user *arg,
 		    u16 len)
 {
@@ -312,7 +340,13 @@ int ublk_get_params(struct ublk_device *ub, struct ublk_params __user *arg,
 	return 0;
 }
 
-/* Queue limits for parameters that have been checked; ub->mutex is held. */
+/**
+ * ublk_params_to_limits() - Get the queue limits that the parameters describe.
+ * @ub: the device, with valid parameters
+ * @lim: set to the limits
+ *
+ * Context: Caller holds ub->mutex.
+ */
 void ublk_params_to_limits(const struct ublk_device *ub,
 			   struct queue_limits *lim)
 {
@@ -324,7 +358,10 @@ void ublk_params_to_limits(const struct ublk_device *ub,
 		.physical_block_size	= 1U << basic->physical_bs_shift,
 		.io_min			= 1U << basic->io_min_shift,
 		.io_opt			= 1U << basic->io_opt_shift,
-		/* Lengths in bytes are also results, which are signed. */
+		/*
+		 * Lengths in bytes are also results of commits, which are
+		 * signed.
+		 */
 		.max_hw_sectors		= min(basic->max_sectors,
 					      (u32)INT_MAX >> SECTOR_SHIFT),
 		.chunk_sectors		= basic->chunk_sectors,

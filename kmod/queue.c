@@ -2,51 +2,29 @@
 /*
  * Requests on their way from the block layer to the server.
  *
- * queue_rq wins the slot of the request's tag and leaves the rest to task work
- * in the thread that owns the slot: there the server's memory can be written,
- * and completions of one wake-up are posted together.
+ * queue_rq() claims the slot of the request's tag, and leaves the rest to task
+ * work of the thread that fetched the tag. There the memory of the server is
+ * accessible, and completions are posted in batches.
  */
 #include <linux/pid.h>
 #include <linux/sched/signal.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-#define UBLK_RETRY_MS	3
-
-static blk_status_t ublk_gate_status(enum ublk_gate gate)
+/* What the rest of an unprivileged request has left of the time for the whole. */
+static unsigned int ublk_time_left(struct request *req)
 {
-	return gate == UBLK_GATE_FAIL_IO ? BLK_STS_TARGET : BLK_STS_IOERR;
+	const struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
+	long left = pdu->first_dispatch + req->q->rq_timeout - jiffies;
+
+	return max(left, 1L);
 }
 
 /*
- * A request that no server has seen, or that is to be seen again, meets a
- * closed gate. The lock orders this against whoever changes the gate and then
- * kicks the requeue list: no request is held that should not be.
+ * Claims the slot of a request's tag. Returns BLK_STS_AGAIN if the slot is not
+ * armed.
  */
-void ublk_no_server(struct ublk_queue *q, struct request *req)
-{
-	enum ublk_gate gate;
-
-	spin_lock(&q->ub->lock);
-	gate = q->gate;
-	if (gate >= UBLK_GATE_HOLD) {
-		struct request_queue *rq_queue = req->q;
-
-		blk_mq_requeue_request(req, false);
-		/* The gate was opened or is about to close: soon again. */
-		if (gate == UBLK_GATE_OPEN)
-			blk_mq_delay_kick_requeue_list(rq_queue, UBLK_RETRY_MS);
-	}
-	spin_unlock(&q->ub->lock);
-	if (gate < UBLK_GATE_HOLD)
-		ublk_end_request(req, ublk_gate_status(gate));
-}
-
-/*
- * Makes the slot of the request's tag the request's. BLK_STS_AGAIN if the slot
- * is not armed.
- */
-static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
+static blk_status_t ublk_claim_slot(struct ublk_queue *q, struct request *req)
 {
 	struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
 	struct ublk_io *io = &q->ios[req->tag];
@@ -55,34 +33,45 @@ static blk_status_t ublk_win_slot(struct ublk_queue *q, struct request *req)
 	status = ublk_fill_desc(q, req);
 	if (unlikely(status))
 		return status;
-	if (!pdu->rest)
-		pdu->since = jiffies;
+	if (!pdu->partial)
+		pdu->first_dispatch = jiffies;
+	else if (q->flags & UBLK_F_UNPRIVILEGED_DEV)
+		req->timeout = ublk_time_left(req);
 	blk_mq_start_request(req);
 	/*
-	 * Ahead of winning the slot, because a time-out that finds DISPATCH needs
-	 * them. As long as it is not won, no other code looks at them: the tag
-	 * is this request's.
+	 * Set before the slot is claimed, because a time-out that finds the
+	 * slot in DISPATCH needs them. Until then no other code uses them: the
+	 * tag belongs to this request.
 	 */
 	WRITE_ONCE(io->req, req);
 	io->next = NULL;
 	ublk_race(UBLK_RACE_QUEUE);
-	if (unlikely(!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_DISPATCH)))
+	if (unlikely(!ublk_io_transition(io, UBLK_IO_ARMED, UBLK_IO_DISPATCH)))
 		return BLK_STS_AGAIN;
 	return BLK_STS_OK;
 }
 
-/*
- * Gets the data of a request, or the pages, to where the server expects them.
- * The slot is BUSY, and its request was in DISPATCH. Returns what the command is
- * to be completed with, a negative errno if the request cannot be delivered, or
- * UBLK_TAKEN_BACK.
+/**
+ * ublk_prepare_delivery() - Make the data of a request available to the server.
+ * @q: the queue
+ * @io: the slot, which is BUSY and was in DISPATCH before
+ * @cmd: the command that delivers the request
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Copies the data or registers the pages, as the mode of the device says.
+ *
+ * Context: Task work of the thread that owns the slot. May sleep in page
+ *	faults.
+ *
+ * Return: the result to complete the command with (UBLK_IO_RES_*),
+ *	UBLK_TAKEN_BACK, or a negative errno if the request cannot be delivered.
  */
 int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 			  struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
 	struct request *req = io->req;
 
-	/* A batch may have failed to deliver this before. */
+	/* A batch may have tried to deliver it before. */
 	if (ublk_no_copy(q) && !refcount_read(&io->ref))
 		refcount_set(&io->ref, 1);
 	if (!ublk_rq_has_data(req) ||
@@ -98,37 +87,54 @@ int ublk_prepare_delivery(struct ublk_queue *q, struct ublk_io *io,
 	       UBLK_IO_RES_OK;
 }
 
-/* Whether the server, whose task this is, will not return to user space. */
+/**
+ * ublk_server_dying() - Check whether the current thread is being killed.
+ *
+ * Its page faults may fail, and it does not return to user space.
+ *
+ * Context: Task work or a command of the server.
+ *
+ * Return: true if it is being killed or exits.
+ */
 bool ublk_server_dying(void)
 {
 	return fatal_signal_pending(current) || current->flags & PF_EXITING;
 }
 
-/*
- * Ends a request that ublk_prepare_delivery() refused, and arms its slot, which
- * is BUSY, again. A page fault of a task that is being killed may fail, which is
- * no fault of the request: it has met no server then.
+/**
+ * ublk_fail_delivery() - Fail a request that cannot be delivered.
+ * @q: the queue
+ * @io: the slot, which is BUSY
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Arms the slot again. If the server is being killed, its page faults may fail:
+ * that is no fault of the request, which is then treated like one that no
+ * server has seen.
+ *
+ * Context: Task work or a command of the server.
  */
-void ublk_undeliverable(struct ublk_queue *q, struct ublk_io *io,
+void ublk_fail_delivery(struct ublk_queue *q, struct ublk_io *io,
 			unsigned int issue_flags)
 {
 	struct request *req = io->req;
 	bool dying = ublk_server_dying();
 
 	if (dying)
-		ublk_server_leaves(q->ub);
+		ublk_mark_leaving(q->ub);
 	else
-		pr_err_ratelimited("ublk%u: tag %u of queue %u: the request's data cannot be given to the server\n",
-				   q->ub->dev_info.dev_id, io->tag, q->q_id);
+		pr_err_ratelimited("ublkb%u: queue %u tag %u: cannot transfer data to the server, request failed\n",
+				   q->ub->dev_info.dev_id, q->q_id, io->tag);
 	ublk_slot_arm(q, io, issue_flags);
 	ublk_finish(q, io, req, dying ? UBLK_RES_UNSEEN : -EIO);
 }
 
-static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flags)
+/* Delivers the request of one slot, in the thread that owns it. */
+static void ublk_deliver(struct ublk_io *io, bool dying,
+			 unsigned int issue_flags)
 {
 	struct ublk_queue *q = ublk_io_queue(io);
 	struct io_uring_cmd *cmd = io->cmd;
-	bool ours = ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY);
+	bool ours = ublk_io_transition(io, UBLK_IO_DISPATCH, UBLK_IO_BUSY);
 	int res = 0;
 
 	if (likely(ours && !dying)) {
@@ -139,23 +145,23 @@ static void ublk_deliver(struct ublk_io *io, bool dying, unsigned int issue_flag
 	if (unlikely(dying || !ours)) {
 		struct request *req = io->req;
 
-		ublk_server_leaves(q->ub);
+		ublk_mark_leaving(q->ub);
 		io->cmd = NULL;
 		atomic_set(&io->state, UBLK_IO_CANCELED);
 		if (ours)
-			ublk_no_server(q, req);
+			ublk_hold_or_fail(q, req);
 		wake_up_all(&q->ub->wait);
-		/* May be the last thing that keeps the device. */
+		/* The command may hold the last reference to the device. */
 		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 		return;
 	}
 	if (unlikely(res < 0)) {
-		ublk_undeliverable(q, io, issue_flags);
+		ublk_fail_delivery(q, io, issue_flags);
 		return;
 	}
 	io->cmd = NULL;
 	atomic_set_release(&io->state, res == UBLK_IO_RES_OK ?
-			   UBLK_IO_SERVED : UBLK_IO_ASKED);
+			   UBLK_IO_SERVED : UBLK_IO_WAIT_BUF);
 	io_uring_cmd_done(cmd, res, issue_flags);
 }
 
@@ -170,7 +176,7 @@ static void ublk_deliver_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 	}
 }
 
-static void ublk_send(struct ublk_io *first)
+static void ublk_schedule_delivery(struct ublk_io *first)
 {
 	io_uring_cmd_complete_in_task(first->cmd, ublk_deliver_tw);
 }
@@ -181,7 +187,10 @@ static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx,
 	struct ublk_queue *q = hctx->driver_data;
 	enum ublk_gate gate = READ_ONCE(q->gate);
 	struct request *req = bd->rq;
-	/* Once the slot is won, the request may be taken back and lose its tag. */
+	/*
+	 * Once the slot is claimed, the request may be taken back and lose its
+	 * tag.
+	 */
 	u16 tag = req->tag;
 	blk_status_t status;
 
@@ -190,20 +199,23 @@ static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx,
 	else if (unlikely(gate == UBLK_GATE_HOLD))
 		status = BLK_STS_AGAIN;
 	else
-		status = ublk_win_slot(q, req);
+		status = ublk_claim_slot(q, req);
 	if (unlikely(status == BLK_STS_AGAIN))
-		ublk_no_server(q, req);
+		ublk_hold_or_fail(q, req);
 	else if (unlikely(status))
-		/* A status that is returned would be ended by the block layer. */
+		/*
+		 * A returned status would make the block layer end the request;
+		 * see ublk_end_request().
+		 */
 		ublk_end_request(req, status);
 	else if (ublk_is_batch(q))
-		ublk_batch_send(q, tag);
+		ublk_batch_add_tag(q, tag);
 	else
-		ublk_send(&q->ios[tag]);
+		ublk_schedule_delivery(&q->ios[tag]);
 	return BLK_STS_OK;
 }
 
-/* Whether one task work can deliver both. */
+/* Whether one task work can deliver the requests of both slots. */
 static bool ublk_same_ring(const struct ublk_io *a, const struct ublk_io *b)
 {
 	return a->daemon == b->daemon &&
@@ -211,8 +223,8 @@ static bool ublk_same_ring(const struct ublk_io *a, const struct ublk_io *b)
 }
 
 /*
- * Requests of one plug. What is left on the list, in order, goes through
- * ublk_queue_rq() one by one.
+ * Queues the requests of a plug. Requests that are left on the list, in order,
+ * are queued one by one by ublk_queue_rq().
  */
 static void ublk_queue_rqs(struct rq_list *rqlist)
 {
@@ -229,9 +241,9 @@ static void ublk_queue_rqs(struct rq_list *rqlist)
 			rq_list_add_tail(&left, req);
 			continue;
 		}
-		status = ublk_win_slot(q, req);
+		status = ublk_claim_slot(q, req);
 		if (unlikely(status == BLK_STS_AGAIN)) {
-			ublk_no_server(q, req);
+			ublk_hold_or_fail(q, req);
 			continue;
 		}
 		if (unlikely(status)) {
@@ -239,24 +251,25 @@ static void ublk_queue_rqs(struct rq_list *rqlist)
 			continue;
 		}
 		if (ublk_is_batch(q)) {
-			ublk_batch_send(q, io->tag);
+			ublk_batch_add_tag(q, io->tag);
 			continue;
 		}
 		if (last && ublk_same_ring(first, io)) {
 			last->next = io;
 		} else {
 			if (first)
-				ublk_send(first);
+				ublk_schedule_delivery(first);
 			first = io;
 		}
 		last = io;
 	}
 	if (first)
-		ublk_send(first);
+		ublk_schedule_delivery(first);
 	*rqlist = left;
 }
 
-static int ublk_init_hctx(struct blk_mq_hw_ctx *hctx, void *data, unsigned int index)
+static int ublk_init_hctx(struct blk_mq_hw_ctx *hctx, void *data,
+			  unsigned int index)
 {
 	struct ublk_device *ub = data;
 
@@ -264,7 +277,10 @@ static int ublk_init_hctx(struct blk_mq_hw_ctx *hctx, void *data, unsigned int i
 	return 0;
 }
 
-/* The opener may have left the device to a child. */
+/*
+ * Kills the process that opened the char device, and the one that holds the
+ * request, which may be a child.
+ */
 static void ublk_kill_server(struct ublk_queue *q, struct ublk_io *io)
 {
 	struct ublk_device *ub = q->ub;
@@ -284,25 +300,28 @@ static void ublk_kill_server(struct ublk_queue *q, struct ublk_io *io)
 }
 
 /*
- * A server may take its time, unless it is a user's: the user's disk must not
- * block those who open it for longer, whatever its server does and which process
- * it is. A server that is dead, or has been killed and cannot die because it
- * waits for this very disk, will not answer.
+ * A request has timed out. A server may take as long as it likes, with two
+ * exceptions. Servers of unprivileged devices are killed and the request taken
+ * back, so that a user cannot block other users of the disk. Servers that have
+ * exited, or were killed and cannot die because they wait for this disk, will
+ * not complete the request, which is taken back too.
  */
 static enum blk_eh_timer_return ublk_timeout(struct request *req)
 {
 	struct ublk_queue *q = req->mq_hctx->driver_data;
-	bool of_user = q->flags & UBLK_F_UNPRIVILEGED_DEV;
+	bool unprivileged = q->flags & UBLK_F_UNPRIVILEGED_DEV;
 	int tag = READ_ONCE(req->tag);
 	struct ublk_io *io;
 
-	/* With a scheduler, a request that is being requeued has no tag. */
+	/*
+	 * With an I/O scheduler, a request that is being requeued has no tag.
+	 */
 	if (tag < 0 || tag >= q->depth)
 		return BLK_EH_RESET_TIMER;
 	io = &q->ios[tag];
-	if (of_user)
+	if (unprivileged)
 		ublk_kill_server(q, io);
-	return ublk_take_back(q, io, req, of_user) ? BLK_EH_DONE :
+	return ublk_take_back(q, io, req, unprivileged) ? BLK_EH_DONE :
 						     BLK_EH_RESET_TIMER;
 }
 

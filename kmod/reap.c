@@ -1,90 +1,150 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Char devices whose last holder is a kernel thread.
+ * Release of files that are queued after the close of a disk.
  *
- * The files of a ring are put by a kernel thread when the ring is torn down, so
- * that is where a killed server lets go of its char device. fput() leaves that
- * to the one work item which the system has for it. The same item closes disks
- * whose last reference went with a completion, see ublk_end_bytes(), and may
- * wait there for a server: perhaps for the one that can come only when this
- * char device has been released.
+ * fput() leaves a file to a single work item of the system where the task cannot
+ * release it: in a kernel thread, for example when the ring of a killed server
+ * is torn down with the char device in it, and with bottom halves disabled, when
+ * a completion drops the last reference of a client, see ublk_end_bytes(). If
+ * the file is a disk, its release may wait for a server: for an unprivileged one
+ * that takes its time, or for one that can start only after the char device has
+ * been released, which may be queued next.
  *
- * So, as long as servers are leaving, work items of our own release what is
- * queued behind such a wait. Each waits for the system's item in its turn,
- * therefore they begin at growing distances. Mostly there is nothing to do: a
- * server has left before the first one begins.
+ * So the driver has work items of its own that release files which were queued
+ * after such a wait began. They run while a char device may be among these
+ * files, or while an unprivileged device may cause the wait. Each of them waits
+ * for the item of the system at its end (flush_delayed_fput() does), so the
+ * distance between them grows with the number of those that wait.
+ *
+ * A file stays blocked if a work item has taken it from the list together with
+ * one whose release waits, and before that one: the list holds the files of at
+ * most a second or so.
  */
 #include <linux/file.h>
+#include <linux/slab.h>
 #include <linux/workqueue.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-#define UBLK_REAP_MIN_DELAY	HZ
-#define UBLK_REAP_MAX_DELAY	(60UL * HZ)
-#define UBLK_REAP_WORKS		64
+#define UBLK_REAP_DELAY		HZ
+/* The distance grows by a second per this many work items that wait. */
+#define UBLK_REAP_SLOPE		8
+/* Fewer than the work queue allows, because it also runs the timer. */
+#define UBLK_REAP_MAX		480
 
 static struct workqueue_struct *ublk_reap_wq;
-static struct work_struct ublk_reap_works[UBLK_REAP_WORKS];
 static struct delayed_work ublk_reap_timer;
-static unsigned long ublk_reap_delay;
-static atomic_t ublk_nr_leaving;
+static atomic_t ublk_nr_watched;
+static atomic_t ublk_nr_reaping;
 
 static void ublk_reap(struct work_struct *work)
 {
 	flush_delayed_fput();
+	kfree(work);
+	atomic_dec(&ublk_nr_reaping);
 }
 
-/* Starts a work item that does not wait already. */
+static void ublk_reap_start(void)
+{
+	struct work_struct *work;
+
+	if (atomic_read(&ublk_nr_reaping) >= UBLK_REAP_MAX)
+		return;
+	work = kmalloc(sizeof(*work), GFP_KERNEL | __GFP_NOWARN);
+	/* The next tick tries again. */
+	if (!work)
+		return;
+	INIT_WORK(work, ublk_reap);
+	atomic_inc(&ublk_nr_reaping);
+	queue_work(ublk_reap_wq, work);
+}
+
+/* Has no effect if a run is scheduled already. */
+static void ublk_reap_schedule(void)
+{
+	unsigned int waiting = atomic_read(&ublk_nr_reaping);
+
+	queue_delayed_work(ublk_reap_wq, &ublk_reap_timer,
+			   UBLK_REAP_DELAY + waiting * HZ / UBLK_REAP_SLOPE);
+}
+
 static void ublk_reap_tick(struct work_struct *work)
 {
-	unsigned int i;
-
-	if (!atomic_read(&ublk_nr_leaving))
+	if (!atomic_read(&ublk_nr_watched))
 		return;
-	for (i = 0; i < UBLK_REAP_WORKS; i++)
-		if (!work_busy(&ublk_reap_works[i])) {
-			queue_work(ublk_reap_wq, &ublk_reap_works[i]);
-			break;
-		}
-	WRITE_ONCE(ublk_reap_delay, min(2 * READ_ONCE(ublk_reap_delay),
-					UBLK_REAP_MAX_DELAY));
-	queue_delayed_work(ublk_reap_wq, &ublk_reap_timer,
-			   READ_ONCE(ublk_reap_delay));
+	ublk_reap_start();
+	ublk_reap_schedule();
 }
 
-/* A server begins to leave. In any context. */
-void ublk_reap_begin(void)
+/**
+ * ublk_watch() - Note that the release of a char device may wait or cause waits.
+ * @ub: the device
+ *
+ * Context: Any context. Caller holds ub->lock.
+ */
+void ublk_watch(struct ublk_device *ub)
 {
-	atomic_inc(&ublk_nr_leaving);
-	/* What is to run soon is not put off: servers may leave all the time. */
-	if (xchg(&ublk_reap_delay, UBLK_REAP_MIN_DELAY) > UBLK_REAP_MIN_DELAY)
-		mod_delayed_work(ublk_reap_wq, &ublk_reap_timer,
-				 UBLK_REAP_MIN_DELAY);
-	else
-		queue_delayed_work(ublk_reap_wq, &ublk_reap_timer,
-				   UBLK_REAP_MIN_DELAY);
+	lockdep_assert_held(&ub->lock);
+	if (ub->watched)
+		return;
+	ub->watched = true;
+	atomic_inc(&ublk_nr_watched);
+	ublk_reap_schedule();
 }
 
-/* Its char device has been released. */
-void ublk_reap_end(void)
+/**
+ * ublk_unwatch() - Note that the char device has been released.
+ * @ub: the device
+ *
+ * Context: Any context. Caller holds ub->lock.
+ */
+void ublk_unwatch(struct ublk_device *ub)
 {
-	atomic_dec(&ublk_nr_leaving);
+	lockdep_assert_held(&ub->lock);
+	if (!ub->watched)
+		return;
+	ub->watched = false;
+	atomic_dec(&ublk_nr_watched);
 }
 
+/**
+ * ublk_unwatch_serving() - Note that the server is live.
+ * @ub: the device
+ *
+ * It is watched again when its commands are canceled. Unprivileged devices are
+ * watched all the time.
+ *
+ * Context: Any context. Caller holds ub->lock.
+ */
+void ublk_unwatch_serving(struct ublk_device *ub)
+{
+	if (!(ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV))
+		ublk_unwatch(ub);
+}
+
+/**
+ * ublk_reap_init() - Set up the work items.
+ *
+ * Context: Module initialization.
+ *
+ * Return: 0, or -ENOMEM.
+ */
 int ublk_reap_init(void)
 {
-	unsigned int i;
-
 	ublk_reap_wq = alloc_workqueue("ublk-reap", WQ_UNBOUND, WQ_MAX_ACTIVE);
 	if (!ublk_reap_wq)
 		return -ENOMEM;
-	for (i = 0; i < UBLK_REAP_WORKS; i++)
-		INIT_WORK(&ublk_reap_works[i], ublk_reap);
 	INIT_DELAYED_WORK(&ublk_reap_timer, ublk_reap_tick);
 	return 0;
 }
 
-/* There are no devices any more. */
+/**
+ * ublk_reap_exit() - Stop and free the work items.
+ *
+ * There are no devices any more.
+ *
+ * Context: Module exit.
+ */
 void ublk_reap_exit(void)
 {
 	cancel_delayed_work_sync(&ublk_reap_timer);

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What a request looks like to the server, and how it ends.
+ * Descriptors of requests, and how requests end.
  */
 #include <linux/blk-integrity.h>
 #include <linux/bottom_half.h>
-#include <linux/err.h>
 #include <linux/rcupdate.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-static int ublk_op_of(const struct request *req)
+static int ublk_desc_op(const struct request *req)
 {
 	switch (req_op(req)) {
 	case REQ_OP_READ:
@@ -41,7 +40,7 @@ static int ublk_op_of(const struct request *req)
 	}
 }
 
-static u32 ublk_flags_of(const struct request *req)
+static u32 ublk_desc_flags(const struct request *req)
 {
 	static const struct {
 		blk_opf_t block;
@@ -67,16 +66,24 @@ static u32 ublk_flags_of(const struct request *req)
 	return flags;
 }
 
-/* Describes a request whose slot is not the server's yet. */
+/**
+ * ublk_fill_desc() - Describe a request for the server.
+ * @q: the queue
+ * @req: the request, whose slot does not belong to the server yet
+ *
+ * Context: queue_rq(), under RCU.
+ *
+ * Return: BLK_STS_OK, or BLK_STS_NOTSUPP if ublk has no such operation.
+ */
 blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req)
 {
 	struct ublksrv_io_desc *desc = ublk_desc(q, req->tag);
-	int op = ublk_op_of(req);
+	int op = ublk_desc_op(req);
 	u64 addr;
 
 	if (op < 0)
 		return BLK_STS_NOTSUPP;
-	desc->op_flags = op | ublk_flags_of(req);
+	desc->op_flags = op | ublk_desc_flags(req);
 	if (op == UBLK_IO_OP_REPORT_ZONES) {
 		const struct ublk_rq *rq = blk_mq_rq_to_pdu(req);
 
@@ -96,92 +103,64 @@ blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req)
 }
 
 /*
- * What the server says in a commit, by its thread; the slot is BUSY. In copy
- * mode the data of a read comes with it, out of the buffer that the commit
- * names. @lba is where an append has landed. False if the request was taken back
- * meanwhile.
- */
-bool ublk_take_result(struct ublk_queue *q, struct ublk_io *io, u64 addr,
-		      u64 lba, int *result)
-{
-	struct request *req = io->req;
-	int copied;
-
-	if (unlikely(*result < -MAX_ERRNO)) {
-		*result = -EIO;
-		return true;
-	}
-	if (req_op(req) == REQ_OP_ZONE_APPEND && *result >= 0)
-		req->__sector = lba;
-	if (*result <= 0 || ublk_no_copy(q) || !ublk_rq_from_server(req) ||
-	    ublk_desc(q, io->tag)->op_flags & UBLK_IO_F_SHMEM_ZC)
-		return true;
-
-	copied = ublk_copy_from_server(io, addr, *result);
-	if (unlikely(copied == UBLK_TAKEN_BACK))
-		return false;
-	/* The memory of a server that is being killed may fault. */
-	if (unlikely(copied < *result && copied < blk_rq_bytes(req)) &&
-	    ublk_server_dying())
-		*result = UBLK_RES_ABORTED;
-	else
-		*result = copied;
-	return true;
-}
-
-/*
- * Ends the first @bytes of a request. True if there are more.
+ * Ends the first @bytes of a request. Returns true if a part is left.
  *
  * The completion of a client's I/O may drop the last reference to its file. In
- * a task, fput() puts the file's release off until that task returns to user
- * space. That task would be the server, and closing a disk may wait for the
- * server: for dirty pages, or for a holder of the disk's open_mutex that does
- * I/O. With bottom halves off, as in an interrupt, fput() leaves the release to
- * a kernel worker.
- *
- * That is one worker for the whole system, which a user's server must not hold
- * up. One that waits for itself is killed when its requests time out.
+ * a task, fput() defers the release of the file until that task returns to user
+ * space. Here that task would be the server, and closing a disk may wait for
+ * the server: for dirty pages to be written, or for a holder of the disk's
+ * open_mutex that does I/O. With bottom halves disabled, as in an interrupt,
+ * fput() leaves the release to a kernel worker.
+ * There is only one such worker in the system; see reap.c for what happens
+ * while it waits for a server.
  */
 static bool ublk_end_bytes(struct request *req, blk_status_t status,
 			   unsigned int bytes)
 {
-	const struct ublk_queue *q = req->mq_hctx->driver_data;
-	bool in_worker = !(q->flags & UBLK_F_UNPRIVILEGED_DEV);
 	struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
 	bool more;
 
-	if (in_worker)
-		local_bh_disable();
+	local_bh_disable();
 	more = blk_update_request(req, status, bytes);
-	pdu->rest = more;
+	pdu->partial = more;
 	if (!more)
 		__blk_mq_end_request(req, status);
-	if (in_worker)
-		local_bh_enable();
+	local_bh_enable();
 	return more;
 }
 
-/* Ends all of a request. No other function of the driver may do so. */
+/**
+ * ublk_end_request() - End a request as a whole.
+ * @req: the request
+ * @status: its status
+ *
+ * All requests of the driver end here or in ublk_end_part(); see
+ * ublk_end_bytes() for the reason.
+ *
+ * Context: Any context.
+ */
 void ublk_end_request(struct request *req, blk_status_t status)
 {
 	WARN_ON_ONCE(ublk_end_bytes(req, status, blk_rq_bytes(req)));
 }
 
 /*
- * Whether a user's server answers a request in parts, each of them in time, for
- * longer than ublk_timeout() gives it for the whole.
+ * Whether the server of an unprivileged device has completed a request in
+ * parts, each of them in time, for longer than the time-out allows for the
+ * whole request.
  */
-static bool ublk_rest_is_late(const struct ublk_queue *q, struct request *req)
+static bool ublk_request_expired(const struct ublk_queue *q,
+				 struct request *req)
 {
 	const struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);
 
 	return q->flags & UBLK_F_UNPRIVILEGED_DEV &&
-	       time_after(jiffies, pdu->since + req->q->rq_timeout);
+	       time_after(jiffies, pdu->first_dispatch + req->q->rq_timeout);
 }
 
 /*
- * Part of a read or write was done: ends that, and gives the rest to the
- * server as a new request. Only whole logical blocks count.
+ * The server has completed the first @done bytes of a read or write. Ends
+ * these, in whole logical blocks, and requeues the rest as a new request.
  */
 static void ublk_end_part(struct ublk_queue *q, struct request *req,
 			  unsigned int done)
@@ -192,21 +171,22 @@ static void ublk_end_part(struct ublk_queue *q, struct request *req,
 		done = round_down(done, queue_logical_block_size(req->q));
 	else
 		done = bytes;
-	if (!done || (done < bytes && ublk_rest_is_late(q, req)))
+	if (!done || (done < bytes && ublk_request_expired(q, req)))
 		ublk_end_request(req, BLK_STS_IOERR);
 	else if (ublk_end_bytes(req, BLK_STS_OK, done))
 		blk_mq_requeue_request(req, true);
 }
 
+/* Ends a request with the result of the server, or UBLK_RES_*. */
 static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
 {
 	if (unlikely(result == UBLK_RES_UNSEEN)) {
-		ublk_no_server(q, req);
+		ublk_hold_or_fail(q, req);
 		return;
 	}
 	if (unlikely(result == UBLK_RES_ABORTED)) {
 		if (q->flags & UBLK_F_USER_RECOVERY_REISSUE)
-			ublk_no_server(q, req);
+			ublk_hold_or_fail(q, req);
 		else
 			ublk_end_request(req, BLK_STS_IOERR);
 		return;
@@ -221,7 +201,9 @@ static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
 		ublk_end_part(q, req, result);
 		break;
 	case REQ_OP_ZONE_APPEND:
-		/* The rest cannot be appended elsewhere. */
+		/*
+		 * The rest could not be appended at the position that follows.
+		 */
 		ublk_end_request(req, result < blk_rq_bytes(req) ?
 				 BLK_STS_IOERR : BLK_STS_OK);
 		break;
@@ -231,10 +213,18 @@ static void ublk_end_rq(struct ublk_queue *q, struct request *req, int result)
 	}
 }
 
-/*
- * The server is done with a request, or gone. It ends when nothing refers to
- * its data any more; until then its tag stays taken, so that @io's members that
- * belong to the request stay as they are even if the slot is armed again.
+/**
+ * ublk_finish() - Finish a request that the server has completed or lost.
+ * @q: the queue
+ * @io: the slot
+ * @req: the request of the slot
+ * @result: bytes done, a negative errno, or UBLK_RES_*
+ *
+ * The request ends when the last reference to its data is dropped. Until then
+ * its tag stays in use, so that the members of @io that belong to the request
+ * stay valid even if the slot is armed again.
+ *
+ * Context: Any context.
  */
 void ublk_finish(struct ublk_queue *q, struct ublk_io *io, struct request *req,
 		 int result)
@@ -247,9 +237,16 @@ void ublk_finish(struct ublk_queue *q, struct ublk_io *io, struct request *req,
 	ublk_io_put(io);
 }
 
-/*
- * Keeps the request of a slot from ending. False if the server does not hold
- * one. Anybody who holds the char device may call this.
+/**
+ * ublk_io_get() - Get a reference to the request of a slot.
+ * @io: the slot
+ *
+ * A reference keeps the request from ending. Only devices with UBLK_F_NO_COPY
+ * have references. Any holder of the char device may call this.
+ *
+ * Context: Any context.
+ *
+ * Return: true if the server holds a request under this tag.
  */
 bool ublk_io_get(struct ublk_io *io)
 {
@@ -261,10 +258,15 @@ bool ublk_io_get(struct ublk_io *io)
 	return false;
 }
 
-/*
- * Buffers in a ring's table may outlive the server: the device is kept by
- * ublk_release_work(), which waits for a grace period after the last reference
- * is gone.
+/**
+ * ublk_io_put() - Drop a reference to the request of a slot.
+ * @io: the slot
+ *
+ * The last reference ends the request. Registered buffers may outlive the
+ * server. The device is kept by ublk_release_work(), which waits for a grace
+ * period after the last reference has been dropped.
+ *
+ * Context: Any context.
  */
 void ublk_io_put(struct ublk_io *io)
 {

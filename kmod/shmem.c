@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Memory that clients share with the server, UBLK_F_SHMEM_ZC.
+ * Memory that clients share with the server (UBLK_F_SHMEM_ZC).
  *
  * REG_BUF pins a buffer of the server. Direct I/O of a client on the same pages
- * is recognised by its page frames; the server gets the place in the buffer
- * instead of the data.
+ * is recognised by its page frames. The server then gets the offset in the
+ * buffer instead of the data.
  *
- * A tree maps page frames to stretches of buffers. It is read for every request
- * under RCU and changed under ublk_shmem.mutex, an innermost lock. Requests are
- * not stopped for that: a buffer is used only while it is marked live, and
- * UNREG_BUF, having cleared the mark, waits until the server holds no request
- * that was described by the buffer. So neither command depends on a server, or
- * its successor, that does not get any requests for the time being.
+ * A tree maps page frames to ranges of buffers. It is read for every request
+ * under RCU, and changed under ublk_shmem.mutex, an innermost lock. Requests
+ * are not stopped for a change: a buffer is used only while it is marked live,
+ * and UNREG_BUF, having cleared that mark, waits until the server holds no
+ * request that the buffer describes. So neither command depends on a server, or
+ * on its successor, which may get no requests for a long time.
  */
 #include <linux/capability.h>
 #include <linux/cred.h>
@@ -23,24 +23,25 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
-#include "ublk.h"
+#include "internal.h"
 
 #define UBLK_SHMEM_MAX_BYTES	SZ_4G
 #define UBLK_SHMEM_MAX_INDEX	((u32)UBLK_SHMEM_ZC_IDX_MASK)
 
-/* Pages pinned at once: what a signal has to wait for. */
+/* Pages to pin before checking for signals. */
 #define UBLK_SHMEM_PIN_BATCH	1024UL
 
-/* How often UNREG_BUF looks, besides when it is woken. */
+/* Interval at which UNREG_BUF checks, in addition to wake-ups. */
 #define UBLK_SHMEM_RECHECK	(HZ / 50 + 1)
 
+/* The buffers of a device. */
 struct ublk_shmem {
-	struct maple_tree	ranges;	/* page frames to ublk_shmem_range */
+	struct maple_tree	ranges;	/* ublk_shmem_range by page frame */
 	struct mutex		mutex;
 	struct xarray		bufs;		/* by index */
 };
 
-/* Consecutive page frames that are consecutive in the buffer too. */
+/* Page frames that are contiguous, also in the buffer. */
 struct ublk_shmem_range {
 	struct ublk_shmem_buf	*buf;
 	unsigned long		pfn;
@@ -48,18 +49,27 @@ struct ublk_shmem_range {
 	u32			first_page;	/* within the buffer */
 };
 
+/* A registered buffer. */
 struct ublk_shmem_buf {
 	struct rcu_head		rcu;
-	bool			live;	/* requests may be matched with it */
-	bool			leaving; /* an UNREG_BUF waits */
+	bool			live;	/* requests may match it */
+	bool			leaving; /* an UNREG_BUF is waiting */
 	bool			read_only;
 	u32			index;
 	unsigned long		nr_pages;
-	struct user_struct	*user;	/* pays for the pages, or NULL */
+	struct user_struct	*user;	/* charged for the pages, or NULL */
 	u32			nr_ranges;
 	struct ublk_shmem_range	ranges[] __counted_by(nr_ranges);
 };
 
+/**
+ * ublk_shmem_init() - Set up shared memory for a device.
+ * @ub: the device
+ *
+ * Context: Process context.
+ *
+ * Return: 0, or -ENOMEM.
+ */
 int ublk_shmem_init(struct ublk_device *ub)
 {
 	struct ublk_shmem *shmem;
@@ -110,7 +120,7 @@ static bool ublk_shmem_adjacent(struct page **pages, unsigned long i)
 	return page_to_pfn(pages[i]) == page_to_pfn(pages[i - 1]) + 1;
 }
 
-/* Describes pinned pages. The pins become the buffer's. */
+/* Allocates a buffer for pinned pages. On success it owns the pins. */
 static struct ublk_shmem_buf *ublk_shmem_describe(struct page **pages,
 						  unsigned long nr_pages)
 {
@@ -142,12 +152,14 @@ static struct ublk_shmem_buf *ublk_shmem_describe(struct page **pages,
 	return buf;
 }
 
-/* Gives back the pages of a buffer that is in no tree any more. */
+/* Unpins the pages of a buffer that is in neither tree, and frees it. */
 static void ublk_shmem_free(struct ublk_shmem_buf *buf)
 {
 	u32 i;
 
-	/* Whoever wrote to them did so through mappings, which are dirty. */
+	/*
+	 * Pages were written to through mappings, which have marked them dirty.
+	 */
 	for (i = 0; i < buf->nr_ranges; i++) {
 		struct ublk_shmem_range *range = &buf->ranges[i];
 
@@ -198,14 +210,22 @@ uncharge:
 	return ERR_PTR(ret);
 }
 
-/* Takes the first @nr ranges of a buffer out of the tree. */
+/*
+ * Removes the first @nr ranges of a buffer from the tree. That may take memory.
+ * Before Linux 7.3 mtree_erase() does not say if there was none, and a range that
+ * stays would be found after its buffer is gone.
+ */
 static void ublk_shmem_erase(struct ublk_shmem *shmem,
 			     struct ublk_shmem_buf *buf, u32 nr)
 {
 	u32 i;
 
 	for (i = 0; i < nr; i++) {
-		mtree_erase(&shmem->ranges, buf->ranges[i].pfn);
+		const struct ublk_shmem_range *range = &buf->ranges[i];
+
+		mtree_store_range(&shmem->ranges, range->pfn,
+				  range->pfn + range->nr_pages - 1, NULL,
+				  GFP_KERNEL | __GFP_NOFAIL);
 		cond_resched();
 	}
 }
@@ -231,7 +251,10 @@ static int ublk_shmem_insert(struct ublk_shmem *shmem,
 	return 0;
 }
 
-/* Makes a buffer known. Returns its index; -EEXIST if one of its pages is. */
+/*
+ * Makes a buffer known. Returns its index, or -EEXIST if one of its pages is
+ * registered already.
+ */
 static int ublk_shmem_add(struct ublk_shmem *shmem, struct ublk_shmem_buf *buf)
 {
 	int ret;
@@ -250,7 +273,10 @@ static int ublk_shmem_add(struct ublk_shmem *shmem, struct ublk_shmem_buf *buf)
 			ret = -ENOSPC;
 		goto out;
 	}
-	/* With the index, for ublk_shmem_match(). */
+	/*
+	 * Pairs with the acquire in ublk_shmem_usable(), and makes the index
+	 * visible.
+	 */
 	smp_store_release(&buf->live, true);
 	ret = buf->index;
 out:
@@ -258,9 +284,18 @@ out:
 	return ret;
 }
 
-/*
- * Registers memory of the caller. Pages are pinned without any lock: to fault
- * them in may take I/O, even on this disk.
+/**
+ * ublk_reg_buf() - Register memory of the caller (REG_BUF).
+ * @ub: the device
+ * @arg: struct ublk_shmem_buf_reg
+ * @len: size of the buffer at @arg
+ *
+ * Pages are pinned without holding a lock, as page faults may need I/O, even on
+ * this disk.
+ *
+ * Context: Process context of the sender; waits killably.
+ *
+ * Return: the index of the buffer, or a negative errno.
  */
 int ublk_reg_buf(struct ublk_device *ub, const void __user *arg, u16 len)
 {
@@ -304,9 +339,10 @@ static bool ublk_shmem_describes(struct ublk_queue *q, u16 tag, u32 index)
 }
 
 /*
- * Whether no request that is with the server, or on its way, is described by a
- * buffer. What is left of an earlier request in a descriptor may count, for the
- * short time in which a command or the next request has the slot.
+ * Whether no request that the server holds, or that is on its way to it, is
+ * described by a buffer. The rest of an earlier request in a descriptor may be
+ * counted too, for the short time in which a command or the next request owns
+ * the slot.
  */
 static bool ublk_buf_idle(struct ublk_device *ub, u32 index)
 {
@@ -334,9 +370,18 @@ static int ublk_shmem_wait_unused(struct ublk_device *ub, u32 index)
 	return ret < 0 ? -EINTR : 0;
 }
 
-/*
- * Returns when the server may forget the buffer. An interrupted call can be
- * repeated; no request is matched with the buffer in the meantime.
+/**
+ * ublk_unreg_buf() - Unregister a buffer (UNREG_BUF).
+ * @ub: the device
+ * @index: index from REG_BUF
+ *
+ * Waits until the server holds no request that uses the buffer. An interrupted
+ * call can be repeated; requests do not match the buffer meanwhile.
+ *
+ * Context: Process context of the sender; waits interruptibly.
+ *
+ * Return: 0; -EBUSY if another call waits for this buffer; or another negative
+ *	errno.
  */
 int ublk_unreg_buf(struct ublk_device *ub, u64 index)
 {
@@ -362,8 +407,8 @@ int ublk_unreg_buf(struct ublk_device *ub, u64 index)
 	mutex_unlock(&shmem->mutex);
 
 	/*
-	 * ublk_queue_rq() runs in a reader's section: a request that saw the
-	 * buffer live has its slot by the end of this, or none.
+	 * ublk_queue_rq() runs under RCU: after this, a request that has seen
+	 * the buffer live has claimed its slot, or will not.
 	 */
 	synchronize_rcu();
 	ret = ublk_shmem_wait_unused(ub, index);
@@ -381,7 +426,14 @@ int ublk_unreg_buf(struct ublk_device *ub, u64 index)
 	return ret;
 }
 
-/* At the end of the device. There is no disk any more, hence no reader. */
+/**
+ * ublk_shmem_exit() - Free all buffers of a device.
+ * @ub: the device
+ *
+ * There is no disk any more, and hence no reader.
+ *
+ * Context: Process context.
+ */
 void ublk_shmem_exit(struct ublk_device *ub)
 {
 	struct ublk_shmem *shmem = ub->shmem;
@@ -408,9 +460,17 @@ static bool ublk_shmem_usable(const struct ublk_shmem_buf *buf,
 	return !buf->read_only || !ublk_rq_from_server(req);
 }
 
-/*
- * Whether all of a request's data lies in one buffer, without gaps and in
- * order; @addr is then its place, in the form for the descriptor.
+/**
+ * ublk_shmem_match() - Find the buffer that holds the data of a request.
+ * @ub: the device
+ * @req: the request, which has data
+ * @addr: set to the index and offset of the data, in the form for the
+ *	descriptor
+ *
+ * Context: queue_rq(), under RCU.
+ *
+ * Return: true if all of the data is stored in one buffer, in order and without
+ *	gaps.
  */
 bool ublk_shmem_match(struct ublk_device *ub, struct request *req, u64 *addr)
 {
@@ -431,7 +491,7 @@ bool ublk_shmem_match(struct ublk_device *ub, struct request *req, u64 *addr)
 		unsigned long first = PHYS_PFN(start);
 		unsigned long last = PHYS_PFN(start + bv.bv_len - 1);
 
-		/* Mostly the range of the page before. */
+		/* Usually this is the range of the previous page. */
 		if (!range || first - range->pfn >= range->nr_pages)
 			range = mtree_load(ranges, first);
 		if (!range || last - range->pfn >= range->nr_pages)

@@ -1,59 +1,45 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The life of a slot: fetched by a server, armed, canceled, cleaned up after
- * the server. See ublk.h for the states.
+ * The life of a slot: fetched by a server, armed, canceled, and reset for the
+ * next server. The states are described in ublk.h.
  *
- * Two flags of the device act on all its slots. A gate says what becomes of
- * requests for which nothing is armed; it is closed before the first slot is
- * canceled, so that a request which finds its slot gone also finds the reason.
- * "canceling" makes every slot that is armed from then on be canceled at once.
+ * Two pieces of device state act on all slots. The gates decide what happens to
+ * a request whose slot is not armed (see gate.c). They are closed before the
+ * first slot is canceled, so that a request that finds its slot canceled also
+ * finds the reason. "canceling" makes every slot that is armed afterwards be
+ * canceled at once.
  */
 #include <linux/capability.h>
-#include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-static enum ublk_gate ublk_closed_gate(const struct ublk_device *ub)
-{
-	if (!ub->recoverable || ub->stopping)
-		return UBLK_GATE_FAIL;
-	if (ub->dev_info.flags & UBLK_F_USER_RECOVERY_FAIL_IO)
-		return UBLK_GATE_FAIL_IO;
-	return UBLK_GATE_HOLD;
-}
-
-/* Sends requests where the state of the device wants them; ub->lock is held. */
-void ublk_gates_close(struct ublk_device *ub)
-{
-	enum ublk_gate gate = ublk_closed_gate(ub);
-	unsigned int i;
-
-	lockdep_assert_held(&ub->lock);
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++)
-		WRITE_ONCE(ub->queues[i]->gate, gate);
-}
-
-/* Opens what is fetched and not being canceled; ub->lock is held. */
-void ublk_gates_open(struct ublk_device *ub)
-{
-	unsigned int i;
-
-	lockdep_assert_held(&ub->lock);
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
-		struct ublk_queue *q = ub->queues[i];
-
-		if (!ub->canceling && q->nr_fetched == q->depth)
-			WRITE_ONCE(q->gate, UBLK_GATE_OPEN);
-	}
-}
-
+/**
+ * ublk_all_fetched() - Check whether the server has fetched all tags.
+ * @ub: the device
+ *
+ * Context: Any context.
+ *
+ * Return: true if every queue is ready.
+ */
 bool ublk_all_fetched(const struct ublk_device *ub)
 {
 	return READ_ONCE(ub->nr_ready) == ub->dev_info.nr_hw_queues;
 }
 
-/* Claims an empty slot for the command that fetches it. */
+/**
+ * ublk_slot_reserve() - Claim an empty slot for the command that fetches it.
+ * @q: the queue
+ * @io: the slot
+ *
+ * On success the slot is BUSY. The caller arms it with ublk_slot_fetched(), or
+ * gives it back with ublk_slot_unreserve().
+ *
+ * Context: Process context. Takes ub->lock.
+ *
+ * Return: 0; -ENODEV if the device was stopped and the char device must be
+ *	closed first; -EBUSY if all tags are fetched; -EINVAL if this tag is fetched.
+ */
 int ublk_slot_reserve(struct ublk_queue *q, struct ublk_io *io)
 {
 	struct ublk_device *ub = q->ub;
@@ -64,21 +50,35 @@ int ublk_slot_reserve(struct ublk_queue *q, struct ublk_io *io)
 		ret = -ENODEV;
 	else if (ublk_all_fetched(ub))
 		ret = -EBUSY;
-	else if (!ublk_io_moves(io, UBLK_IO_EMPTY, UBLK_IO_BUSY))
+	else if (!ublk_io_transition(io, UBLK_IO_EMPTY, UBLK_IO_BUSY))
 		ret = -EINVAL;
 	spin_unlock(&ub->lock);
 	return ret;
 }
 
+/**
+ * ublk_slot_unreserve() - Undo ublk_slot_reserve().
+ * @io: the slot, which is BUSY
+ *
+ * Context: Any context.
+ */
 void ublk_slot_unreserve(struct ublk_io *io)
 {
 	atomic_set(&io->state, UBLK_IO_EMPTY);
 }
 
-/*
- * Makes a slot wait for a request, its command being marked cancelable. The
- * full barrier orders this against ublk_server_leaves(): either that sees the
- * armed slot, or the slot is canceled here.
+/**
+ * ublk_slot_arm() - Make a slot wait for the next request.
+ * @q: the queue
+ * @io: the slot, which is BUSY; its command has been marked cancelable
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * If the server is leaving, the slot is canceled instead. The full barrier
+ * orders this against ublk_mark_leaving(): either the code that cancels all
+ * slots sees the armed slot, or it is canceled here.
+ *
+ * Context: Task context of the thread that issued the command, with the ring as
+ *	@issue_flags says.
  */
 void ublk_slot_arm(struct ublk_queue *q, struct ublk_io *io,
 		   unsigned int issue_flags)
@@ -90,9 +90,16 @@ void ublk_slot_arm(struct ublk_queue *q, struct ublk_io *io,
 		ublk_slot_cancel(io, issue_flags);
 }
 
-/*
- * A reserved slot is complete: counts and arms it. The last one of a queue
- * lets requests in. With FAIL_IO they go on failing until the recovery ends.
+/**
+ * ublk_slot_fetched() - Count a reserved slot as fetched, and arm it.
+ * @q: the queue
+ * @io: the slot, which is BUSY; its command has been marked cancelable
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * The last slot of a queue opens the gate of the queue. A gate that fails
+ * requests (UBLK_GATE_FAIL_IO) stays closed until recovery has ended.
+ *
+ * Context: Task context of the thread that issued the command. Takes ub->lock.
  */
 void ublk_slot_fetched(struct ublk_queue *q, struct ublk_io *io,
 		       unsigned int issue_flags)
@@ -104,13 +111,12 @@ void ublk_slot_fetched(struct ublk_queue *q, struct ublk_io *io,
 	spin_lock(&ub->lock);
 	if (!trusted)
 		ub->untrusted = true;
-	/* Armed before the gate opens. */
+	/* The slot must be armed before the gate opens. */
 	atomic_set_release(&io->state, UBLK_IO_ARMED);
 	cancel = ub->canceling;
 	if (++q->nr_fetched == q->depth) {
 		WRITE_ONCE(ub->nr_ready, ub->nr_ready + 1);
-		if (!cancel && !ub->stopping && q->gate != UBLK_GATE_FAIL_IO)
-			WRITE_ONCE(q->gate, UBLK_GATE_OPEN);
+		ublk_gate_queue_ready(q);
 	}
 	spin_unlock(&ub->lock);
 	if (cancel)
@@ -119,28 +125,38 @@ void ublk_slot_fetched(struct ublk_queue *q, struct ublk_io *io,
 }
 
 /*
- * Makes an armed slot CANCELED. False if there is nothing to take back, or a
- * request was quicker. The caller completes the slot's command, if there is one.
+ * Changes an armed slot to CANCELED. Returns false if the slot is not armed, or
+ * was claimed by a request first. The caller completes the command of the slot,
+ * if it has one.
  */
 static bool ublk_slot_disarm(struct ublk_io *io, struct io_uring_cmd **cmd)
 {
-	if (!ublk_io_moves(io, UBLK_IO_ARMED, UBLK_IO_CANCELED))
+	if (!ublk_io_transition(io, UBLK_IO_ARMED, UBLK_IO_CANCELED))
 		return false;
 	*cmd = io->cmd;
 	io->cmd = NULL;
 	return true;
 }
 
-/* Takes back an armed slot and completes its command, in its ring's context. */
+/**
+ * ublk_slot_cancel() - Cancel an armed slot and complete its command.
+ * @io: the slot
+ * @issue_flags: issue flags that describe the ring of the command
+ *
+ * Context: Task context; may take the lock of the ring, see
+ *	ublk_slot_cancel_in_task().
+ *
+ * Return: true if the slot was armed.
+ */
 bool ublk_slot_cancel(struct ublk_io *io, unsigned int issue_flags)
 {
 	struct io_uring_cmd *cmd;
 
 	if (!ublk_slot_disarm(io, &cmd))
 		return false;
-	/* QUIESCE_DEV waits for the slot's state. */
+	/* QUIESCE_DEV waits for the state of the slot. */
 	wake_up_all(&ublk_io_queue(io)->ub->wait);
-	/* May be the last thing that keeps the device. */
+	/* The command may hold the last reference to the device. */
 	if (cmd)
 		io_uring_cmd_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 	return true;
@@ -153,11 +169,12 @@ static void ublk_abort_tw(struct io_tw_req tw_req, io_tw_token_t tw)
 }
 
 /*
- * The same from outside of the ring. io_uring_cmd_done() would wait for the
- * ring's lock here, which the server holds while it serves a page fault, perhaps
- * for ever. So the command completes when the server's thread gets to it.
+ * Like ublk_slot_cancel(), for callers outside the ring. Here
+ * io_uring_cmd_done() would wait for the lock of the ring, which the server may
+ * hold for an unlimited time while it handles a page fault. The command is
+ * therefore completed by task work of the server's thread.
  */
-static void ublk_slot_cancel_outside(struct ublk_io *io)
+static void ublk_slot_cancel_in_task(struct ublk_io *io)
 {
 	struct io_uring_cmd *cmd;
 
@@ -168,27 +185,52 @@ static void ublk_slot_cancel_outside(struct ublk_io *io)
 		io_uring_cmd_complete_in_task(cmd, ublk_abort_tw);
 }
 
-static void ublk_mark_leaving(struct ublk_device *ub)
+/**
+ * ublk_mark_leaving_locked() - Mark the server as leaving, and close the gates.
+ * @ub: the device
+ *
+ * Has no effect if the server is leaving already.
+ *
+ * Context: Caller holds ub->lock.
+ */
+void ublk_mark_leaving_locked(struct ublk_device *ub)
 {
 	lockdep_assert_held(&ub->lock);
 	if (ub->canceling)
 		return;
 	WRITE_ONCE(ub->canceling, true);
 	ublk_gates_close(ub);
-	ublk_reap_begin();
+	ublk_watch(ub);
 }
 
-/* The server goes, or is asked to: no request reaches it unless it is on the way. */
-void ublk_server_leaves(struct ublk_device *ub)
+/**
+ * ublk_mark_leaving() - Mark the server as leaving, and close the gates.
+ * @ub: the device
+ *
+ * The server has exited, is exiting, or was asked to leave. Requests that have
+ * already claimed a slot still reach it. Slots that are armed from now on are
+ * canceled; those that are armed already are left to the caller.
+ *
+ * Context: Any context that may take ub->lock.
+ */
+void ublk_mark_leaving(struct ublk_device *ub)
 {
 	spin_lock(&ub->lock);
-	ublk_mark_leaving(ub);
+	ublk_mark_leaving_locked(ub);
 	spin_unlock(&ub->lock);
-	/* Pairs with the exchange in ublk_slot_arm(). */
+	/* Pairs with the atomic_xchg() in ublk_slot_arm(). */
 	smp_mb();
 }
 
-/* Cancels all that waits, from outside of the rings, and waits for no server. */
+/**
+ * ublk_cancel_slots() - Cancel all armed slots and pending fetch commands.
+ * @ub: the device, whose server was marked as leaving
+ *
+ * The commands are completed by task work of their threads, so this never waits
+ * for the server.
+ *
+ * Context: Process context, outside any ring.
+ */
 void ublk_cancel_slots(struct ublk_device *ub)
 {
 	unsigned int i, tag;
@@ -197,17 +239,24 @@ void ublk_cancel_slots(struct ublk_device *ub)
 		struct ublk_queue *q = ub->queues[i];
 
 		for (tag = 0; tag < q->depth; tag++)
-			ublk_slot_cancel_outside(&q->ios[tag]);
+			ublk_slot_cancel_in_task(&q->ios[tag]);
 		ublk_batch_cancel_fetches(q);
 	}
 }
 
-/*
- * Whether the server knows of every queue that it is to leave. A queue of a
- * BATCH_IO device always knows: its fetch commands have been canceled, and no
- * new one is accepted.
+/**
+ * ublk_server_notified() - Check whether the server knows that it is to leave.
+ * @ub: the device, whose server was marked as leaving
+ *
+ * That is the case once a command of each queue was completed with
+ * UBLK_IO_RES_ABORT. It is always the case with UBLK_F_BATCH_IO: the fetch
+ * commands have been canceled, and new ones are refused.
+ *
+ * Context: Any context.
+ *
+ * Return: true if the server has been notified on every queue.
  */
-bool ublk_server_told(const struct ublk_device *ub)
+bool ublk_server_notified(const struct ublk_device *ub)
 {
 	unsigned int i, tag;
 
@@ -225,135 +274,15 @@ bool ublk_server_told(const struct ublk_device *ub)
 	return true;
 }
 
-/* Whether a thread runs no code of its program any more: it is dead, or killed. */
-bool ublk_task_gone(const struct task_struct *task)
-{
-	return READ_ONCE(task->exit_state) ||
-	       READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT;
-}
-
-/* The same of all threads of its process. */
-bool ublk_process_gone(const struct task_struct *task)
-{
-	return !atomic_read(&task->signal->live) ||
-	       READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT;
-}
-
-/*
- * Whether the one that would answer the request of a slot, or take it to the
- * server, is gone, whichever process still holds the char device.
- */
-static bool ublk_holder_gone(struct ublk_queue *q, struct ublk_io *io)
-{
-	lockdep_assert_held(&q->ub->lock);
-	if (ublk_is_batch(q))
-		return ublk_batch_holder_gone(q, io);
-	return io->daemon && ublk_task_gone(io->daemon);
-}
-
-/*
- * Makes the caller the owner of the request of a slot. Returns how it is to
- * end, UBLK_RES_ABORTED or UBLK_RES_UNSEEN, or 0 if others own it.
- */
-static int ublk_win_back(struct ublk_queue *q, struct ublk_io *io)
-{
-	if (ublk_io_moves(io, UBLK_IO_SERVED, UBLK_IO_CANCELED) ||
-	    ublk_io_moves(io, UBLK_IO_COMMIT, UBLK_IO_CANCELED) ||
-	    ublk_io_moves(io, UBLK_IO_ASKED, UBLK_IO_CANCELED))
-		return UBLK_RES_ABORTED;
-	if (ublk_is_batch(q) ? ublk_batch_revoke(q, io) :
-	    ublk_io_moves(io, UBLK_IO_DISPATCH, UBLK_IO_REVOKED))
-		return UBLK_RES_UNSEEN;
-	return 0;
-}
-
-/* Ends what ublk_win_back() has won. */
-static void ublk_end_won(struct ublk_queue *q, struct ublk_io *io,
-			 struct request *req, int res)
-{
-	/* Without references if no delivery was tried yet. */
-	if (res == UBLK_RES_UNSEEN &&
-	    !(ublk_no_copy(q) && refcount_read(&io->ref)))
-		ublk_no_server(q, req);
-	else
-		ublk_finish(q, io, req, res);
-}
-
-/*
- * Ends the request of a slot whose server is gone, or @always, as the recovery
- * mode wants it. False if it is in other hands: being delivered, or committed,
- * or ended.
+/**
+ * ublk_refs_gone() - Check whether all references to request data have been
+ *   dropped.
+ * @ub: the device
  *
- * All of this is decided in one critical section, which ublk_reset_slots() needs
- * to enter: a request that a later server holds is never taken for one of the
- * server that is gone.
+ * Context: Any context.
  *
- * The server may still commit @req meanwhile, and the slot go to the next request
- * of its tag, so that this one is won. It has the same server, and what is won
- * has to be ended.
+ * Return: true if no request of the device has a reference.
  */
-bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
-		    struct request *req, bool always)
-{
-	struct ublk_device *ub = q->ub;
-	struct request *won;
-	int res = 0;
-
-	spin_lock(&ub->lock);
-	if (READ_ONCE(io->req) == req && (always || ublk_holder_gone(q, io))) {
-		ublk_race(UBLK_RACE_TAKE);
-		res = ublk_win_back(q, io);
-	}
-	/* What finds the slot gone looks for the reason under this lock. */
-	if (res)
-		ublk_mark_leaving(ub);
-	spin_unlock(&ub->lock);
-	if (!res)
-		return false;
-	won = io->req;
-	ublk_race(UBLK_RACE_TAKE_BACK);
-	ublk_end_won(q, io, won, res);
-	return won == req;
-}
-
-/* Takes all requests back whose server is gone, but has not closed the device. */
-void ublk_take_back_gone(struct ublk_device *ub)
-{
-	unsigned int i, tag;
-
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
-		struct ublk_queue *q = ub->queues[i];
-
-		for (tag = 0; tag < q->depth; tag++) {
-			struct ublk_io *io = &q->ios[tag];
-			struct request *req = READ_ONCE(io->req);
-
-			/* No reference: only what was won back is looked at. */
-			if (req)
-				ublk_take_back(q, io, req, false);
-		}
-	}
-}
-
-/* The char device has no holder any more, hence no command is pending. */
-void ublk_abort_slots(struct ublk_device *ub)
-{
-	unsigned int i, tag;
-
-	for (i = 0; i < ub->dev_info.nr_hw_queues; i++) {
-		struct ublk_queue *q = ub->queues[i];
-
-		for (tag = 0; tag < q->depth; tag++) {
-			struct ublk_io *io = &q->ios[tag];
-			int res = ublk_win_back(q, io);
-
-			if (res)
-				ublk_end_won(q, io, io->req, res);
-		}
-	}
-}
-
-/* Whether nothing refers to the data of a request any more. */
 bool ublk_refs_gone(const struct ublk_device *ub)
 {
 	unsigned int i, tag;
@@ -370,13 +299,16 @@ bool ublk_refs_gone(const struct ublk_device *ub)
 	return true;
 }
 
-/* Whether a command or a request still has a slot of a device that is closed. */
+/*
+ * Whether a command or a request still uses a slot, with the char device
+ * closed.
+ */
 static bool __maybe_unused ublk_slot_in_use(const struct ublk_io *io)
 {
 	switch (atomic_read(&io->state)) {
 	case UBLK_IO_BUSY:
 	case UBLK_IO_DISPATCH:
-	case UBLK_IO_ASKED:
+	case UBLK_IO_WAIT_BUF:
 	case UBLK_IO_SERVED:
 	case UBLK_IO_COMMIT:
 	case UBLK_IO_REVOKED:
@@ -386,7 +318,14 @@ static bool __maybe_unused ublk_slot_in_use(const struct ublk_io *io)
 	}
 }
 
-/* Makes the slots ready for the next server; ub->mutex is held. */
+/**
+ * ublk_reset_slots() - Prepare all slots for the next server.
+ * @ub: the device, whose char device is closed
+ *
+ * No command is pending, and no request has a slot.
+ *
+ * Context: Process context. Caller holds ub->mutex. Takes ub->lock.
+ */
 void ublk_reset_slots(struct ublk_device *ub)
 {
 	unsigned int i, tag;
@@ -398,7 +337,7 @@ void ublk_reset_slots(struct ublk_device *ub)
 			struct ublk_io *io = &q->ios[tag];
 			struct task_struct *daemon = io->daemon;
 
-			/* ublk_timeout() may be looking at it. */
+			/* ublk_timeout() reads it under this lock. */
 			spin_lock(&ub->lock);
 			WRITE_ONCE(io->daemon, NULL);
 			spin_unlock(&ub->lock);
@@ -420,9 +359,8 @@ void ublk_reset_slots(struct ublk_device *ub)
 	WRITE_ONCE(ub->nr_servers, ub->nr_servers + 1);
 	ub->untrusted = false;
 	WRITE_ONCE(ub->closing, false);
-	if (ub->canceling)
-		ublk_reap_end();
 	WRITE_ONCE(ub->canceling, false);
+	ublk_unwatch(ub);
 	ublk_gates_close(ub);
 	spin_unlock(&ub->lock);
 }

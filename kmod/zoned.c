@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Zoned disks: the server reports the zones, as the data of a request that has
- * no place on the disk.
+ * Zoned disks. The server reports the zones, as the data of a request that has
+ * no position on the disk.
  */
 #include <linux/blkzoned.h>
 #include <linux/log2.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
 
-#include "ublk.h"
+#include "internal.h"
 
-/* Most memory for the zones of one request. */
+/* Maximum size of the report of one request. */
 #define UBLK_REPORT_BYTES	SZ_64K
 
 /*
- * Memory for @nr_zones or, in want of it, fewer. It is one piece and small
- * enough for any limits of the queue, so that a request can be made of it.
+ * Allocates memory for @nr_zones or, if memory is short, for fewer. It is
+ * contiguous and within all limits of the queue, so that one request can
+ * transfer it.
  */
 static struct blk_zone *ublk_alloc_report(struct request_queue *q,
 					  unsigned int nr_zones, size_t *bytes)
@@ -25,7 +26,7 @@ static struct blk_zone *ublk_alloc_report(struct request_queue *q,
 
 	size = ALIGN(size * sizeof(struct blk_zone), SECTOR_SIZE);
 	size = min_t(u64, size, (u64)queue_max_hw_sectors(q) << SECTOR_SHIFT);
-	/* However the memory is cut up, this many segments are allowed. */
+	/* This many segments are allowed, however the memory is split. */
 	size = min_t(size_t, size,
 		     (size_t)queue_max_segments(q) * UBLK_MIN_SEGMENT_SIZE);
 	for (;;) {
@@ -41,8 +42,8 @@ static struct blk_zone *ublk_alloc_report(struct request_queue *q,
 	}
 }
 
-/* Lets the server fill @zones with the zones from @sector on. */
-static int ublk_ask_for_zones(struct gendisk *disk, sector_t sector,
+/* Asks the server to report zones, starting with the one at @sector. */
+static int ublk_request_zones(struct gendisk *disk, sector_t sector,
 			      struct blk_zone *zones, unsigned int nr_zones)
 {
 	size_t bytes = nr_zones * sizeof(*zones);
@@ -57,7 +58,7 @@ static int ublk_ask_for_zones(struct gendisk *disk, sector_t sector,
 	rq->sector = sector;
 	rq->nr_zones = nr_zones;
 
-	/* What the server leaves out reads as the end of the report. */
+	/* Zones that the server omits read as the end of the report. */
 	memset(zones, 0, bytes);
 	ret = blk_rq_map_kern(req, zones, bytes, GFP_KERNEL);
 	if (!ret)
@@ -66,9 +67,16 @@ static int ublk_ask_for_zones(struct gendisk *disk, sector_t sector,
 	return ret;
 }
 
-/*
- * Reports @nr_zones from the one with @sector in it, or all to the end of the
- * disk. Returns how many there were.
+/**
+ * ublk_report_zones() - Report zones (BLKREPORTZONE and the block layer).
+ * @disk: the disk
+ * @sector: a sector of the first zone
+ * @nr_zones: maximum number of zones
+ * @args: callback
+ *
+ * Context: Process context; waits for the server.
+ *
+ * Return: number of zones reported, or a negative errno.
  */
 int ublk_report_zones(struct gendisk *disk, sector_t sector,
 		      unsigned int nr_zones, struct blk_report_zones_args *args)
@@ -94,13 +102,13 @@ int ublk_report_zones(struct gendisk *disk, sector_t sector,
 	while (reported < nr_zones) {
 		asked = min_t(size_t, nr_zones - reported,
 			      bytes / sizeof(*zones));
-		ret = ublk_ask_for_zones(disk, sector, zones, asked);
+		ret = ublk_request_zones(disk, sector, zones, asked);
 		if (ret)
 			goto out;
 		for (i = 0; i < asked; i++) {
 			if (!zones[i].len)
 				goto out;
-			/* Nobody above expects another zone than the next. */
+			/* The callers rely on the order of zones. */
 			if (zones[i].start != sector) {
 				ret = -EIO;
 				goto out;
@@ -117,9 +125,16 @@ out:
 	return ret ?: reported;
 }
 
-/*
- * Has the block layer read and check all the zones. The server must be
- * answering; the queue must not be frozen, for a while it will be.
+/**
+ * ublk_revalidate_zones() - Make the block layer read and check all zones.
+ * @disk: the disk
+ *
+ * The server must be able to answer. The queue must not be frozen, as this
+ * freezes it for a while.
+ *
+ * Context: Process context. Caller holds ub->mutex.
+ *
+ * Return: 0, or a negative errno.
  */
 int ublk_revalidate_zones(struct gendisk *disk)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Request queues.
+ * Request queues and requests.
  */
 #ifndef UBLK_COMPAT_BLK_MQ_H
 #define UBLK_COMPAT_BLK_MQ_H
@@ -10,7 +10,7 @@
 #include <linux/blkdev.h>
 #endif
 
-/* Until 6.13 merging had to be asked for. */
+/* Until 6.13 a driver has to enable merging. */
 #ifdef UBLK_HAVE_SHOULD_MERGE
 static inline int ublk_compat_alloc_tag_set(struct blk_mq_tag_set *set)
 {
@@ -21,7 +21,7 @@ static inline int ublk_compat_alloc_tag_set(struct blk_mq_tag_set *set)
 #define blk_mq_alloc_tag_set ublk_compat_alloc_tag_set
 #endif
 
-/* Until 6.15 the queue had to be given, too. */
+/* Until 6.15 blk_rq_map_kern() also takes the queue. */
 #ifndef UBLK_HAVE_MAP_KERN_RQ
 static inline int ublk_compat_rq_map_kern(struct request *rq, void *buf,
 					  unsigned int len, gfp_t gfp)

@@ -2,19 +2,19 @@
 /*
  * Cancellation of commands whose task or ring goes away.
  *
- * Linux 6.7 and later ask a driver to let go of its parked commands when the
- * task that sent them exits or executes another program, or their ring closes.
- * Earlier kernels wait for the driver to do so unasked. Here a monitor stands
- * in for the kernel: as long as commands are parked it looks, ten times a
- * second, at the tasks and rings that they belong to, and sends the driver
- * IO_URING_F_CANCEL for those which leave.
+ * Linux 6.7 and later ask a driver to complete its parked commands when the
+ * task that sent them exits or executes another program, or when their ring is
+ * closed. Earlier kernels wait for the driver to do so on its own. Here a
+ * monitor takes the place of the kernel: while commands are parked, it checks
+ * their tasks and rings ten times per second, and calls the driver with
+ * IO_URING_F_CANCEL for those that are going away.
  *
- * A command may be completed at any time by anybody while the monitor works on
- * it, and its memory serves another command then. Hence the parked commands are
- * kept in lists: completing takes a command off its list, under the lock that
- * the monitor holds to look at it. The driver is called without the lock. What
- * is completed during the call is only noted, and really completed after it,
- * by the monitor.
+ * A command may be completed at any time while the monitor handles it, and its
+ * memory may then be reused for another command. The parked commands are
+ * therefore in lists: completing a command removes it from its list, under the
+ * lock that the monitor holds while it looks at the command. The driver is
+ * called without that lock. If the command is completed during the call, this
+ * is only recorded, and the monitor completes it afterwards.
  */
 #include <linux/fs.h>
 #include <linux/hash.h>
@@ -24,22 +24,22 @@
 
 #include "cancel.h"
 
-/* What cancel.h has put the function above in place of. */
+/* In this file, the function of the kernel. */
 #undef io_uring_cmd_done
 
 #define UBLK_CANCEL_PERIOD	(HZ / 10)
 #define UBLK_CANCEL_SHARD_BITS	6
 
 /*
- * The parked commands of some rings; a ring has all of its in one shard, so
- * that threads which serve rings of their own seldom meet.
+ * The parked commands of some rings. All commands of a ring are in one shard, so
+ * that threads with a ring each rarely contend for a lock.
  */
 struct ublk_cancel_shard {
-	spinlock_t		lock;		/* all below, and the flag */
+	spinlock_t		lock;		/* protects all of this, and the flag */
 	struct hlist_head	parked;
-	struct hlist_head	unseen;		/* by the monitor, in this round */
+	struct hlist_head	unseen;		/* not checked yet in this scan */
 
-	/* The command the driver is asked to cancel, and what it made of it. */
+	/* The command that is being canceled, and its result if completed. */
 	struct io_uring_cmd	*asked;
 	bool			completed;
 	s32			result;
@@ -68,6 +68,15 @@ static struct io_uring_cmd *ublk_cancel_cmd(struct hlist_node *node)
 	return container_of(pdu, struct io_uring_cmd, pdu);
 }
 
+/**
+ * io_uring_cmd_mark_cancelable() - Make a parked command cancelable.
+ * @cmd: the command
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * As in later kernels, io_uring_cmd_done() undoes this.
+ *
+ * Context: Task context of the submitter.
+ */
 void io_uring_cmd_mark_cancelable(struct io_uring_cmd *cmd,
 				  unsigned int issue_flags)
 {
@@ -80,20 +89,35 @@ void io_uring_cmd_mark_cancelable(struct io_uring_cmd *cmd,
 	}
 	spin_unlock(&shard->lock);
 
-	/* A monitor that stops has looked here before; see there. */
+	/*
+	 * See ublk_cancel_monitor() for why this does not miss a monitor that
+	 * stops.
+	 */
 	if (!READ_ONCE(ublk_cancel_watching))
 		queue_delayed_work(ublk_cancel_wq, &ublk_cancel_work,
 				   UBLK_CANCEL_PERIOD);
 }
 
-/* In place of io_uring_cmd_done() */
+/**
+ * ublk_compat_cancelable_done() - Complete a command, which may be cancelable.
+ * @cmd: the command
+ * @ret: its result
+ * @issue_flags: io_uring issue flags of the caller
+ *
+ * Replaces io_uring_cmd_done() in the driver.
+ *
+ * Context: As io_uring_cmd_done().
+ */
 void ublk_compat_cancelable_done(struct io_uring_cmd *cmd, s32 ret,
 				 unsigned int issue_flags)
 {
 	struct ublk_cancel_shard *shard = ublk_cancel_shard(cmd);
 	bool asked = false;
 
-	/* Set by the one who parked it, who handed it on to us after that. */
+	/*
+	 * The flag was set when the command was parked, before it was handed to
+	 * this context.
+	 */
 	if (cmd->flags & IORING_URING_CMD_CANCELABLE) {
 		spin_lock(&shard->lock);
 		hlist_del_init(ublk_cancel_node(cmd));
@@ -110,22 +134,23 @@ void ublk_compat_cancelable_done(struct io_uring_cmd *cmd, s32 ret,
 }
 
 /*
- * Whether the kernel wants the command back. While it is parked it holds its
- * ring and, with that, its task; the task counts it in task->io_uring.
+ * Whether the kernel needs the command to be completed. While it is parked it
+ * holds a reference to its ring, and thereby its task, which counts it in
+ * task->io_uring.
  */
-static bool ublk_cancel_due(struct io_uring_cmd *cmd)
+static bool ublk_cancel_wanted(struct io_uring_cmd *cmd)
 {
 	struct task_struct *task = io_uring_cmd_get_task(cmd);
 	struct io_ring_ctx *ring = io_uring_cmd_ctx_handle(cmd);
 
-	/* in_idle: the task waits for its commands, as for execve() */
+	/* in_idle: the task waits for its commands, as in execve(). */
 	return (READ_ONCE(task->flags) & PF_EXITING) ||
 	       atomic_read(&task->io_uring->in_idle) ||
 	       percpu_ref_is_dying(&ring->refs);
 }
 
-static void ublk_cancel_ask(struct ublk_cancel_shard *shard,
-			    struct io_uring_cmd *cmd)
+static void ublk_cancel_request(struct ublk_cancel_shard *shard,
+				struct io_uring_cmd *cmd)
 	__must_hold(&shard->lock)
 {
 	bool completed;
@@ -149,8 +174,8 @@ static void ublk_cancel_ask(struct ublk_cancel_shard *shard,
 	spin_lock(&shard->lock);
 }
 
-/* Looks at each command once. True if there is any. */
-static bool ublk_cancel_look(struct ublk_cancel_shard *shard)
+/* Checks each command once. Returns true if there is any. */
+static bool ublk_cancel_scan(struct ublk_cancel_shard *shard)
 {
 	bool found;
 
@@ -163,8 +188,8 @@ static bool ublk_cancel_look(struct ublk_cancel_shard *shard)
 
 		hlist_del(node);
 		hlist_add_head(node, &shard->parked);
-		if (ublk_cancel_due(cmd))
-			ublk_cancel_ask(shard, cmd);
+		if (ublk_cancel_wanted(cmd))
+			ublk_cancel_request(shard, cmd);
 		cond_resched_lock(&shard->lock);
 	}
 	spin_unlock(&shard->lock);
@@ -177,12 +202,13 @@ static void ublk_cancel_monitor(struct work_struct *work)
 	unsigned int i;
 
 	/*
-	 * Before the looking: who parks a command in a shard that is done with
-	 * sees this, thanks to the shard's lock, and starts the monitor anew.
+	 * Cleared before the scan. A thread that parks a command in a shard
+	 * after that was scanned sees it cleared, because of the lock of the
+	 * shard, and starts the monitor again.
 	 */
 	WRITE_ONCE(ublk_cancel_watching, false);
 	for (i = 0; i < ARRAY_SIZE(ublk_cancel_shards); i++)
-		found |= ublk_cancel_look(&ublk_cancel_shards[i]);
+		found |= ublk_cancel_scan(&ublk_cancel_shards[i]);
 	if (found) {
 		WRITE_ONCE(ublk_cancel_watching, true);
 		queue_delayed_work(ublk_cancel_wq, &ublk_cancel_work,
@@ -190,6 +216,13 @@ static void ublk_cancel_monitor(struct work_struct *work)
 	}
 }
 
+/**
+ * ublk_compat_init() - Set up the monitor.
+ *
+ * Context: Module initialization.
+ *
+ * Return: 0, or -ENOMEM.
+ */
 int ublk_compat_init(void)
 {
 	unsigned int i;
@@ -200,13 +233,22 @@ int ublk_compat_init(void)
 	for (i = 0; i < ARRAY_SIZE(ublk_cancel_shards); i++)
 		spin_lock_init(&ublk_cancel_shards[i].lock);
 	INIT_DELAYED_WORK(&ublk_cancel_work, ublk_cancel_monitor);
-	/* Requests fail only after this has run: memory may wait for it. */
+	/*
+	 * Requests fail only after this has run, and reclaiming memory may wait
+	 * for them.
+	 */
 	ublk_cancel_wq = alloc_workqueue("ublk-cancel",
 					 WQ_UNBOUND | WQ_MEM_RECLAIM, 1);
 	return ublk_cancel_wq ? 0 : -ENOMEM;
 }
 
-/* No char device is open any more, so nothing is parked. */
+/**
+ * ublk_compat_exit() - Stop and free the monitor.
+ *
+ * No char device is open, so no command is parked.
+ *
+ * Context: Module exit.
+ */
 void ublk_compat_exit(void)
 {
 	cancel_delayed_work_sync(&ublk_cancel_work);

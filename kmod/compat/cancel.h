@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Cancellation of commands whose task or ring goes away, for kernels before
- * 6.7, which leave them to the driver. See cancel.c.
+ * Cancellation of parked commands whose task or ring goes away. Kernels before
+ * 6.7 leave that to the driver. See cancel.c.
  */
 #ifndef UBLK_COMPAT_CANCEL_H
 #define UBLK_COMPAT_CANCEL_H
@@ -21,7 +21,7 @@ static inline void ublk_compat_exit(void)
 
 #include "io_uring.h"
 
-/* Bits that these kernels do not use, among issue flags and flags of commands. */
+/* Issue flags and command flags, with bits that these kernels do not use. */
 enum {
 	IO_URING_F_CANCEL		= 1 << 11,
 	IORING_URING_CMD_CANCELABLE	= 1 << 30,

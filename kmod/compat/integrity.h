@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Integrity metadata. Before 6.11 a driver brings its own code for checksums
- * along, and the block layer does not know where in the metadata they are: not
- * offered there.
+ * Integrity metadata. Before 6.11 a driver has to provide functions for
+ * checksums, and the block layer does not know where in the metadata they are
+ * stored. The driver does not support integrity metadata there.
  */
 #ifndef UBLK_COMPAT_INTEGRITY_H
 #define UBLK_COMPAT_INTEGRITY_H
@@ -12,14 +12,14 @@
 #endif
 
 /*
- * Until 7.0 or so: every device was thought not to take intervals in pieces,
- * and gets none.
+ * Until about 7.0 the block layer never splits a protection interval over
+ * segments, whatever the device supports.
  */
 #ifndef UBLK_HAVE_SPLIT_INTERVAL
 #define BLK_SPLIT_INTERVAL_CAPABLE	0
 #endif
 
-/* User API of block devices since 6.17, and of ublk, which borrows it. */
+/* Constants of <linux/fs.h> since 6.17, which the user API of ublk uses too. */
 #ifndef UBLK_HAVE_LBMD
 #define LBMD_PI_CAP_INTEGRITY		1
 #define LBMD_PI_CAP_REFTAG		2

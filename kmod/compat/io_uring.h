@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Commands of io_uring, as a driver sees them.
+ * io_uring commands, as drivers see them.
  */
 #ifndef UBLK_COMPAT_IO_URING_H
 #define UBLK_COMPAT_IO_URING_H
@@ -9,14 +9,14 @@
 #include <linux/io_uring/cmd.h>
 #endif
 
-/* Before 6.7 (or so) a driver gets the payload, and not the SQE around it. */
+/* Until about 6.7 a driver gets the payload of a command, but not its SQE. */
 #ifndef UBLK_HAVE_SQE
 #define UBLK_COMPAT_NO_SQE
 #endif
 
 /*
- * The payload of a command: the one thing for which the driver has names of
- * compat/, as no macro can do without cmd->sqe.
+ * The payload of a command. These are the only names of compat/ that the driver
+ * uses, as a macro cannot emulate an access to cmd->sqe.
  */
 #ifdef UBLK_HAVE_SQE_CMD_TYPE
 #define ublk_sqe_cmd(cmd, type)		io_uring_sqe_cmd((cmd)->sqe, type)
@@ -25,7 +25,7 @@
 static inline const void *ublk_compat_payload(const struct io_uring_cmd *cmd)
 {
 #ifdef UBLK_HAVE_SQE
-	/* The compiler takes the array in an SQE for all that there is. */
+	/* For the compiler, the array in an SQE is the whole payload. */
 	return (const void *)cmd->sqe + offsetof(struct io_uring_sqe, cmd);
 #else
 	return cmd->cmd;
@@ -59,8 +59,8 @@ static inline void *io_uring_cmd_ctx_handle(struct io_uring_cmd *cmd)
 #endif
 
 /*
- * What compat/ adds to a command. The driver uses the first 8 bytes of the pdu,
- * which compat/ leaves alone.
+ * Data that compat/ adds to a command. The first 8 bytes of the pdu are used by
+ * the driver.
  */
 #ifndef UBLK_HAVE_CMD_FROM_TW
 struct io_tw_req {
@@ -72,11 +72,11 @@ struct ublk_tw_token {
 	unsigned int	issue_flags;
 };
 
-/* 6.15 has an io_tw_token_t that says nothing. */
+/* Replaces the io_tw_token_t of 6.15, which has no "cancel". */
 #define io_tw_token_t	struct ublk_tw_token
 
 struct ublk_compat_pdu {
-	u64		of_driver;
+	u64		driver_data;
 	struct hlist_node node;		/* cancel.c */
 	void		(*tw_func)(struct io_tw_req req, io_tw_token_t tw);
 };
@@ -86,10 +86,10 @@ static inline struct io_uring_cmd *io_uring_cmd_from_tw(struct io_tw_req req)
 	return req.cmd;
 }
 
-/* These kernels tell the callback; it names its second parameter "tw". */
+/* These kernels pass issue flags to the callback. Its second parameter is "tw". */
 #define IO_URING_CMD_TASK_WORK_ISSUE_FLAGS	(tw.issue_flags)
 
-/* The task of the command is gone, or somebody else works in its stead. */
+/* Whether the task of the command has exited, or another task runs this for it. */
 static inline bool ublk_compat_tw_cancel(struct io_uring_cmd *cmd,
 					 unsigned int issue_flags)
 {
@@ -129,7 +129,7 @@ ublk_compat_complete_in_task(struct io_uring_cmd *cmd,
 #define io_uring_cmd_complete_in_task ublk_compat_complete_in_task
 #endif /* !UBLK_HAVE_CMD_FROM_TW */
 
-/* Until 6.17 a second result had to be given, also to rings without CQE32. */
+/* Until 6.17 there is a second result, also for rings without CQE32. */
 #ifndef UBLK_HAVE_CMD_DONE32
 static inline void ublk_compat_cmd_done(struct io_uring_cmd *cmd, s32 ret,
 					unsigned int issue_flags)
@@ -140,7 +140,7 @@ static inline void ublk_compat_cmd_done(struct io_uring_cmd *cmd, s32 ret,
 #define io_uring_cmd_done ublk_compat_cmd_done
 #endif
 
-/* Buffers of requests in a ring's table: since 6.15, by other names until 7.2. */
+/* Registration of request buffers: since 6.15, with other names until 7.2. */
 #ifndef UBLK_HAVE_REGISTER_REQUEST
 #ifdef UBLK_HAVE_REGISTER_BVEC
 #define io_buffer_register_request	io_buffer_register_bvec

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Queue limits as Linux 6.11 to 6.16 know them.
+ * Queue limits of Linux 6.11 to 6.16.
  *
- * The metadata of an interval was called a tuple, with the protection
- * information somewhere within; its size follows from the checksum.
+ * In these kernels the metadata of an interval is called a tuple, with the
+ * protection information at an offset in it. The size of the latter follows
+ * from the checksum type.
  */
 #include "limits.h"
 
-/* Here both are the kernel's own. */
+/* In this file both are the structures of the kernel. */
 #undef queue_limits
 #undef blk_integrity
 

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Queue limits. Until 6.16 (and in pieces until later) struct queue_limits
- * lacks fields that the driver fills, or has them by other names. The driver
- * then fills a structure of compat/, which is translated when a disk is
- * allocated: by limits.c into the kernel's structure or, before 6.11, by
- * limits_setters.c into calls that change the limits of the new disk.
+ * Queue limits. Until 6.16, and in part until later, struct queue_limits lacks
+ * fields that the driver sets, or has them under other names. The driver then
+ * fills a structure of compat/, which is translated when a disk is allocated:
+ * by limits.c into the structure of the kernel or, before 6.11, by
+ * limits_setters.c into calls that set the limits of the new disk.
  *
- * So the driver must not say "struct queue_limits" of a live queue's limits.
+ * The driver must therefore not use "struct queue_limits" for the limits of an
+ * existing queue.
  */
 #ifndef UBLK_COMPAT_LIMITS_H
 #define UBLK_COMPAT_LIMITS_H

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Queue limits for kernels before 6.11, where they are set one by one on the
- * allocated disk, and mistakes are mended silently. Here they are refused, as
- * later kernels do, and what is left open becomes what it becomes there.
+ * Queue limits of kernels before 6.11, which have a function for each limit,
+ * and silently correct invalid values. Here such values are rejected, as later
+ * kernels do, and limits that are not set get the defaults of later kernels.
  */
 #include <linux/log2.h>
 
@@ -44,7 +44,7 @@ static void ublk_set_segments(struct request_queue *q,
 		blk_queue_max_segments(q, lim->max_segments);
 	if (lim->seg_boundary_mask)
 		blk_queue_segment_boundary(q, lim->seg_boundary_mask);
-	/* The setter of the one objects to the other, splitting minds both. */
+	/* Each of the setters warns if the other limit is set. Splitting respects both. */
 	if (lim->max_segment_size)
 		blk_queue_max_segment_size(q, lim->max_segment_size);
 	if (lim->virt_boundary_mask) {
@@ -79,7 +79,7 @@ static void ublk_set_zones(struct gendisk *disk,
 	disk_set_max_active_zones(disk, lim->max_active_zones);
 	blk_queue_max_zone_append_sectors(q, lim->max_hw_zone_append_sectors);
 	blk_queue_flag_set(QUEUE_FLAG_ZONE_RESETALL, q);
-	/* Only a scheduler keeps the writes of a zone in order. */
+	/* Only an I/O scheduler keeps the writes to a zone in order. */
 	blk_queue_required_elevator_features(q, ELEVATOR_F_ZBD_SEQ_WRITE);
 #endif
 }

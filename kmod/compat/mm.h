@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Memory.
+ * Memory management.
  */
 #ifndef UBLK_COMPAT_MM_H
 #define UBLK_COMPAT_MM_H
 
-/* Until 6.2; some stable releases have it. */
+/* Until 6.2, except for some stable releases. */
 #ifndef UBLK_HAVE_VM_FLAGS_CLEAR
 #include <linux/mm.h>
 
@@ -16,7 +16,7 @@ static inline void vm_flags_clear(struct vm_area_struct *vma,
 }
 #endif
 
-/* Until 6.19 */
+/* Until 6.19. */
 #ifndef UBLK_HAVE_KZALLOC_OBJ
 #include <linux/slab.h>
 
@@ -27,7 +27,7 @@ static inline void vm_flags_clear(struct vm_area_struct *vma,
 })
 #endif
 
-/* Until 6.5 */
+/* Until 6.5. */
 #ifndef __counted_by
 #define __counted_by(member)
 #endif

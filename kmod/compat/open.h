@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Until 6.4 open() of a disk is given the block device. For disk.c only.
+ * Until 6.4 open() of a disk takes the block device. Only for disk.c.
  */
 #ifndef UBLK_COMPAT_OPEN_H
 #define UBLK_COMPAT_OPEN_H
@@ -16,7 +16,7 @@ static int ublk_open(struct block_device *bdev, fmode_t mode)
 	return ublk_open_disk(bdev->bd_disk, mode);
 }
 
-/* Gives the driver's function its name, and leaves the name in the operations. */
+/* Renames the function of the driver, but not the name in the operations. */
 #define ublk_open(...)	ublk_open_disk(__VA_ARGS__)
 
 #endif /* UBLK_COMPAT_OPEN_H */

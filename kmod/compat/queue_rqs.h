@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Lists of requests, for queue.c only.
+ * Lists of requests. Only for queue.c.
  *
- * Until 6.12 (some stable releases have it) a list is just its first element,
- * and queue_rqs() gets the latest request first.
+ * Until 6.12, except for some stable releases, a list is a pointer to its first
+ * element, and queue_rqs() gets the latest request first.
  */
 #ifndef UBLK_COMPAT_QUEUE_RQS_H
 #define UBLK_COMPAT_QUEUE_RQS_H
@@ -50,9 +50,9 @@ static inline void rq_list_add_tail(struct rq_list *list, struct request *rq)
 static void ublk_queue_rq_list(struct rq_list *list);
 
 /*
- * Turns the kernel's list round, and what the driver leaves of it back again.
- * That a tag is a request's is for the driver to note in these kernels, where
- * there is queue_rqs(); time-outs and the like find requests by it.
+ * Reverses the list of the kernel, and what the driver leaves of it back again.
+ * In these kernels a driver with queue_rqs() has to record the request of each
+ * tag, which time-outs need to find it.
  */
 static void ublk_queue_rqs(struct request **rqlist)
 {
@@ -72,7 +72,7 @@ static void ublk_queue_rqs(struct request **rqlist)
 	}
 }
 
-/* Gives the driver's function its name, and leaves the name in blk_mq_ops. */
+/* Renames the function of the driver, but not the name in blk_mq_ops. */
 #define ublk_queue_rqs(...)	ublk_queue_rq_list(__VA_ARGS__)
 
 #endif /* UBLK_COMPAT_QUEUE_RQS_H */

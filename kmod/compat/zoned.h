@@ -7,7 +7,7 @@
 
 #ifdef CONFIG_BLK_DEV_ZONED
 
-/* Until 6.18 report_zones() is given a callback and its data. */
+/* Until 6.18 report_zones() takes a callback and its data. */
 #ifndef UBLK_HAVE_REPORT_ZONES_ARGS
 #include <linux/blkdev.h>
 
@@ -36,11 +36,11 @@ static inline int ublk_report_zones(struct gendisk *disk, sector_t sector,
 	return ublk_report_zones_args(disk, sector, nr_zones, &args);
 }
 
-/* Gives the driver's function its name, and leaves the name in the operations. */
+/* Renames the function of the driver, but not the name in the operations. */
 #define ublk_report_zones(...)	ublk_report_zones_args(__VA_ARGS__)
 #endif
 
-/* Until 6.9: also for drivers that keep a copy of what was found. */
+/* Until 6.9 there is a second parameter, for drivers that cache zones. */
 #ifndef UBLK_HAVE_REVALIDATE_ZONES_DISK
 #include <linux/blkdev.h>
 

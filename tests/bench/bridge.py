@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What Python costs per request, by the style of its handlers, without a kernel.
+"""Measures the cost of Python per request, by the style of its handlers, without a kernel.
 
     PYTHON tests/bench/bridge.py [--requests N] [--depth N] [--rounds N] [--json FILE]
 
 PYTHON is an interpreter that has this project's package. A stand-in for the driver in the same process sends reads of
-4 KiB, `depth` at a time, and waits for all of them. Told are, per request, the time from the wake-up that brings them
-until the last one's end is submitted (by the device's statistics, exact to a sixteenth; the least of some rounds, on
-one CPU); and calls of malloc, calloc and realloc, the client's among them (by glibc's libmemusage; a free-threaded
-interpreter's own objects come from elsewhere and are not counted). First comes what a disk in Rust that does nothing
-takes.
+4 KiB, `depth` at a time, and waits for all of them. The results per request are the time from the wake-up that brings
+them until the completion of the last one is submitted (from the device's statistics, exact to a sixteenth; the minimum
+of some rounds, on one CPU), and the calls of malloc, calloc and realloc, including the client's (by glibc's
+libmemusage; objects of a free-threaded interpreter are allocated elsewhere and are not counted). The first line is a
+disk in Rust that does nothing.
 """
 
 import argparse
@@ -60,21 +60,21 @@ def serve(style, rounds, requests, depth):
     """Nanoseconds per request."""
     kind, how = STYLES[style]
     found = []
-    # Client and server take turns.
+    # Client and server alternate.
     os.sched_setaffinity(0, {min(ALL_CPUS)})
     for _ in range(rounds):
         driver = FakeDriver()
         disk = kind(SIZE) if kind in (Ram, ublk.Null) else kind(size=SIZE)
         with using(driver), disk.start(depth=depth, **how) as device:
             driver.load(device.id, requests // depth, depth)
-            # Nearly all rounds were over by then, and few are disturbed.
+            # The 99th percentile: nearly all rounds, without the few that are disturbed.
             found.append(device.stats().operations["read"].p99 * 1e9 / depth)
     os.sched_setaffinity(0, ALL_CPUS)
     return min(found)
 
 
 def allocations(style, requests, depth):
-    """Calls of the allocator per request: those of two runs of different length, subtracted."""
+    """Allocator calls per request: the difference of two runs of different length."""
 
     def calls(count):
         environment = os.environ | {"LD_PRELOAD": COUNTER}
@@ -91,7 +91,7 @@ def allocations(style, requests, depth):
 
 
 def overlap(kind, depth, **how):
-    """Requests per second of handlers that take 10 ms, with `depth` requests under way."""
+    """Requests per second of handlers that take 10 ms, with `depth` requests in flight."""
     driver = FakeDriver()
     with using(driver), kind(size=SIZE).start(depth=64, **how) as device:
         driver.load(device.id, 1, depth)

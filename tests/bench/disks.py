@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The Python disks that are measured: `disks.py CLASS [COALESCE_USECS]` serves one until its standard input ends."""
+"""Serves a Python disk for a measurement until standard input ends: `disks.py CLASS [COALESCE_USECS]`."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ START = {"queues": int(os.environ["QUEUES"]), "depth": int(os.environ["DEPTH"])}
 
 
 class Mapped(ublk.BlockDevice):
-    """Lies in a file."""
+    """Stored in a file."""
 
     def __init__(self, size):
         super().__init__(size=size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What this project wants to reach beside its peers, held against what was measured: the best mode of each side."""
+"""The goals of this project against its peers, and what was reached: the best mode of each side."""
 
 import re
 
@@ -28,11 +28,11 @@ GOALS = [
     ("rate", "file", FILE, "the kernel's loop", LOOP, DEEP, 1.00),
     ("instructions", "file", FILE, "rublk's loop", ("rublk-loop",), ALL, 0.95),
     ("instructions", "file", FILE, "kublk's loop", ("kublk-loop",), ALL, 0.95),
-    ("instructions", "a Python handler that does nothing", PYTHON_NULL, "kublk's null", ("kublk-null",), DEEP, 1.10),
-    ("rate", "a Python handler that does nothing", PYTHON_NULL, "kublk's null", ("kublk-null",), DEEP, 0.80),
-    ("instructions", "a RAM disk in Python", PYTHON_RAM, "nbdkit's", ("nbdkit-python",), DEEP, 0.10),
-    ("rate", "a RAM disk in Python", PYTHON_RAM, "nbdkit's", ("nbdkit-python",), DEEP, 10.0),
-    ("instructions", "Python answered by extents", MAPPED, "file", DIRECT, ALL, 1.02),
+    ("instructions", "no-op Python handler", PYTHON_NULL, "kublk's null", ("kublk-null",), DEEP, 1.10),
+    ("rate", "no-op Python handler", PYTHON_NULL, "kublk's null", ("kublk-null",), DEEP, 0.80),
+    ("instructions", "RAM disk in Python", PYTHON_RAM, "nbdkit's Python plugin", ("nbdkit-python",), DEEP, 0.10),
+    ("rate", "RAM disk in Python", PYTHON_RAM, "nbdkit's Python plugin", ("nbdkit-python",), DEEP, 10.0),
+    ("instructions", "Python with extents", MAPPED, "file", DIRECT, ALL, 1.02),
 ]
 
 
@@ -66,29 +66,27 @@ def _scaling(rows):
 
 
 def _row(what, goal, ratios, met):
-    """A line of the table. Figures are good to two digits at most, and so is what is made of them."""
+    """A line of the table. Ratios are rounded to two digits, like the figures that they are made of."""
     marks = [(job, f"{ratio:.2f}", "" if met(round(ratio, 2)) else "**") for job, ratio in ratios]
     cells = ", ".join(f"{job} {mark}{ratio}{mark}" for job, ratio, mark in marks)
     return f"| {what} | {goal} | {cells} |"
 
 
 def table(document):
-    """The goals in Markdown, with what was reached; bold is what was not."""
+    """The goals in Markdown, with what was reached; missed goals are bold."""
     rows = {(row["peer"], row["queues"], row["job"]): row for row in document["results"]}
-    lines = ["### Goals: how many times the peer's figure, best mode of each side", "", "| what | goal | reached |"]
+    lines = ["### Goals: ratio to the peer's figure, best mode of each side", "", "| what | goal | reached |"]
     lines.append("|---|---|---|")
     for kind, name, ours, peer, theirs, jobs, bound in GOALS:
         ratios = list(_ratios(rows, kind, ours, theirs, jobs))
         least = kind == "rate"
         if ratios:
-            what = f"{kind} of {name} against {peer}"
+            what = f"{name} against {peer}: {kind}"
             goal = f"at {'least' if least else 'most'} {bound:.2f}"
             lines.append(_row(what, goal, ratios, lambda x, b=bound, up=least: x >= b if up else x <= b))
     scaling = sorted(_scaling(rows), key=lambda pair: -pair[1])[:4]
     if scaling:
-        lines.append(
-            _row("rate of two queues against one, native", "at least 1.60", scaling, lambda ratio: ratio >= 1.6)
-        )
+        lines.append(_row("two queues against one, native: rate", "at least 1.60", scaling, lambda ratio: ratio >= 1.6))
     lines += _sleeping(rows)
     lines += _idle(document)
     return "\n".join(lines) + "\n" if len(lines) > 4 else ""
@@ -102,7 +100,7 @@ def _sleeping(rows):
         for peer in ("python-sleeping-workers", "python-sleeping-tasks")
         if serial and peer in found
     ]
-    what = "rate of Python handlers that take 10 ms, 64 at a time, against one at a time"
+    what = "Python handlers that take 10 ms, 64 in parallel against one at a time: rate"
     return [_row(what, "at least 50", ratios, lambda ratio: ratio >= 50)] if ratios else []
 
 

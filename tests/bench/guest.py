@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Measures every peer in the guest: one after the other, a job at a time, as often as there are rounds.
+"""Measures all peers in the guest, one after the other and job by job, once per round.
 
 Each measurement is a window of some seconds in the middle of a run of fio. With `--count` its ends are marked for the
-plugin that counts instructions (vm/counter); without it, fio's rates and latencies are what is wanted.
+plugin that counts instructions (vm/counter); without it, fio's rates and latencies are measured.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 SIZE = 256 << 20
 FILE = Path("/mnt/bench.img")
 
-# What is done to each disk: fio's options.
+# The jobs, as options of fio.
 JOBS = {
     "randread-4k-qd1": {"rw": "randread", "bs": "4k", "iodepth": 1},
     "randread-4k-qd32": {"rw": "randread", "bs": "4k", "iodepth": 32},
@@ -37,28 +37,29 @@ JOBS = {
     "write-128k-qd32": {"rw": "write", "bs": "128k", "iodepth": 32},
 }
 QUICK = ["randread-4k-qd1", "randread-4k-qd32", "randwrite-4k-qd32", "read-128k-qd32"]
-# Handlers that sleep are only asked how many of them overlap.
+# For handlers that sleep, only the number that overlap is measured.
 SLEEPING = {"randread-4k-qd64": {"rw": "randread", "bs": "4k", "iodepth": 64}}
 
 
 def prepare():
-    """Make the backing file, on ext4 on a disk in memory; and keep the kernel from collecting huge pages meanwhile."""
+    """Create the backing file, on ext4 on a RAM disk, and disable transparent huge pages."""
     Path("/sys/kernel/mm/transparent_hugepage/enabled").write_text("never")
     size = (SIZE >> 10) + (64 << 10)
     subprocess.run(["modprobe", "brd", "rd_nr=2", f"rd_size={size}"], check=True)
     subprocess.run(["mkfs.ext4", "-q", "/dev/ram1"], check=True)
     subprocess.run(["mount", "/dev/ram1", FILE.parent], check=True)
     with FILE.open("wb") as file:
-        # There from the beginning, so that no job has to find room.
+        # Allocated now, so that no job measures the allocation of blocks.
         for _ in range(SIZE >> 20):
             file.write(bytes(1 << 20))
         os.fsync(file.fileno())
 
 
 class Marks:
-    """Instructions that do nothing but to be seen by the plugin.
+    """Marks for the plugin: instructions without an effect.
 
-    `window` counts the windows between two marks: results name theirs, since not every window has a result.
+    `window` is the number of the last window between two marks. Results have the number of theirs, because not every
+    window has a result.
     """
 
     def __init__(self, number=0):
@@ -73,7 +74,7 @@ class Marks:
 
     @contextlib.contextmanager
     def around(self):
-        """One window. Its second mark is made whatever happens, so that the next window is not taken for its end."""
+        """One window. The second mark is always made, so that the next window is not taken for the end of this one."""
         self.window += 1
         self.make()
         try:
@@ -83,11 +84,11 @@ class Marks:
 
 
 class Failed(Exception):
-    """A window that nothing can be said about; the text says why."""
+    """A window without a result; the text is the reason."""
 
 
 class Absent(Exception):
-    """A peer that cannot be had; the text says why."""
+    """A peer that is not available; the text is the reason."""
 
 
 @contextlib.contextmanager
@@ -124,7 +125,7 @@ def served(peer, queues):
 
 
 def fill(path):
-    """Have whatever lies behind a disk be there, so that no job measures how it comes to be."""
+    """Write all of a disk, so that no job measures the allocation of its storage."""
     zeros = mmap.mmap(-1, 1 << 20)
     disk = os.open(path, os.O_WRONLY | os.O_DIRECT)
     try:
@@ -135,20 +136,20 @@ def fill(path):
 
 
 def counts_idleness(options, queues, marks):
-    """Whether CPUs that wait would be a part of what is counted: one CPU, which always works, is better."""
+    """Whether instructions of idle CPUs would be counted; then the job runs on one CPU, which is never idle."""
     return marks is not None and queues == 1 and options["iodepth"] == 1
 
 
 def requests_of(process, size):
-    """How many requests of a size a process has sent to disks. Not every disk counts its own."""
+    """The number of requests of a size that a process has sent to disks. Not every disk counts its requests."""
     fields = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
     return (int(fields["read_bytes"]) + int(fields["write_bytes"])) // size
 
 
 def worked(pid):
-    """How long a process has run, in seconds: its own code, and the kernel on its behalf.
+    """CPU time of a process in seconds: user and system.
 
-    The sum is exact to a tick. Those of CPUs in /proc/stat are not, whose clock stands still while a CPU is idle.
+    The sum is exact to a tick. The times of CPUs in /proc/stat are not, because their clock stops while a CPU is idle.
     """
     # The 14th field and the next; the second, the name, may have spaces.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
@@ -157,7 +158,7 @@ def worked(pid):
 
 
 def all_but(*pids):
-    """What every other process has worked, the kernel's own among them: disks are served by these, too."""
+    """CPU times of all other processes, including kernel threads, which serve disks as well."""
     found = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         # It may have ended.
@@ -168,7 +169,7 @@ def all_but(*pids):
 
 
 class Work:
-    """What is worked from now on, in seconds: by the client, by all others, and how much of that by their own code."""
+    """CPU time from now on in seconds: of the client, of all others, and the user time of the others."""
 
     def __init__(self, client):
         self._client = client.pid
@@ -183,7 +184,7 @@ class Work:
 
 @contextlib.contextmanager
 def one_cpu():
-    """Take all CPUs but the first away for a while."""
+    """Take all CPUs but the first offline."""
     others = [path / "online" for path in sorted(Path("/sys/devices/system/cpu").glob("cpu[1-9]*"))]
     try:
         for other in others:
@@ -195,7 +196,7 @@ def one_cpu():
 
 
 def measure(clients, options, seconds, marks):
-    """One window of one job. Each client has a path, or several with colons between them."""
+    """Measure one window of one job. Each client has a path, or several separated by colons."""
     ramp = 1.5
     argv = ["fio", "--name=global", "--ioengine=io_uring", "--direct=1", "--allow_file_create=0"]
     argv += [
@@ -204,11 +205,11 @@ def measure(clients, options, seconds, marks):
         f"--ramp_time={ramp}",
         "--group_reporting=1",
         "--thread=1",
-        # It would look for the statistics of each disk among those of all: minutes, for some hundreds.
+        # Otherwise fio searches the statistics of all disks for each one: minutes with some hundreds.
         "--disk_util=0",
     ]
     argv += ["--output-format=json", "--norandommap=1"] + [f"--{name}={value}" for name, value in options.items()]
-    # Looking at the clock twice for each request is half of fio's work.
+    # Two clock reads per request are half of fio's work.
     argv += ["--gtod_reduce=1"] if marks is not None else []
     for client in clients:
         argv += ["--name=client", f"--filename={client}"]
@@ -252,7 +253,7 @@ def measure(clients, options, seconds, marks):
 
 
 def conditions():
-    """Where all this was measured."""
+    """The machine and the versions of the programs."""
     cpu = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -291,7 +292,7 @@ def main():
     prepare()
     marks = Marks() if options.count else None
     jobs = {name: JOBS[name] for name in options.jobs or (QUICK if options.quick else JOBS)}
-    # Handlers that sleep are of interest for their rates alone.
+    # For handlers that sleep, only rates are measured.
     known = (path.name for path in (HERE / "peers").iterdir() if not (options.count and "sleeping" in path.name))
     peers = options.peers or sorted(known)
     peers = [] if options.many else peers
@@ -309,11 +310,11 @@ def main():
 
 
 def measure_peer(peer, queues, turn, jobs, seconds, marks, results):
-    """All jobs on one peer. Whatever goes wrong is the peer's or the job's alone."""
+    """Run all jobs on one peer. A failure costs only this peer or this job."""
     name = f"{peer} q{queues} round {turn}"
     try:
         with served(peer, queues) as path:
-            # On one CPU last: a thread that was pinned to another does not go back there.
+            # Jobs on one CPU come last: a thread that was pinned to another CPU does not return to it.
             todo = (SLEEPING if "sleeping" in peer else jobs).items()
             for job, how in sorted(todo, key=lambda item: counts_idleness(item[1], queues, marks)):
                 try:
@@ -331,7 +332,7 @@ def measure_peer(peer, queues, turn, jobs, seconds, marks, results):
 
 
 class Results:
-    """What was measured so far, in a file that is complete after each window."""
+    """Results so far, in a file that is complete after each window."""
 
     def __init__(self, path):
         self._path = path
@@ -361,7 +362,7 @@ class Results:
         self._write()
 
     def _write(self):
-        # The machine may end at any time.
+        # The machine may die at any time.
         temporary = self._path.with_suffix(".new")
         temporary.write_text(json.dumps(self._document, indent=1))
         temporary.rename(self._path)

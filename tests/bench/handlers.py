@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Python disks that are measured with a kernel and without one."""
+"""Python disks for measurements with and without a kernel."""
 
 import asyncio
 import time
@@ -43,7 +43,7 @@ class Sleeping(ublk.BlockDevice):
 
 
 class SleepingTasks(ublk.BlockDevice):
-    """Takes as long, in coroutines."""
+    """Takes 10 ms for each request, in coroutines."""
 
     async def read(self, offset, buf):
         await asyncio.sleep(0.01)

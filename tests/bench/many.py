@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Many devices at a time: what they take while they have nothing to do, and what a request costs when one client uses
-all of them."""
+"""Measures many devices at a time: their cost while idle, and the cost of a request when clients use all of them."""
 
 import contextlib
 import json
@@ -15,13 +14,13 @@ from pathlib import Path
 
 COUNTS = [1, 10, 100, 1000]
 QUICK = [1, 100]
-# 32 requests at a time, whatever the number of devices. One client could not be told of a thousand.
+# 32 requests in flight for any number of devices. One client cannot have the paths of a thousand.
 CLIENTS = 4
 JOB = {"rw": "randread", "bs": "4k", "iodepth": 8, "file_service_type": "random"}
 
 
 class Devices:
-    """Some devices with the processes that serve them."""
+    """Devices and the processes that serve them."""
 
     def __init__(self, paths, pids, seconds):
         self.paths = paths
@@ -29,7 +28,7 @@ class Devices:
         self.add_seconds = seconds
 
     def shares(self):
-        """The devices of each of the clients, with colons between them; all if there are few."""
+        """The devices of each client, separated by colons; all of them if there are few."""
         shares = [self.paths[client::CLIENTS] for client in range(CLIENTS)]
         return [":".join(share if len(self.paths) >= CLIENTS else self.paths) for share in shares]
 
@@ -43,13 +42,13 @@ class Devices:
         )
 
     def idle(self):
-        """What they take now that nobody wants anything of them."""
-        # Memory that a burst has touched, of the kernel's first look at each disk, is given back meanwhile.
+        """Measure the devices while they are idle."""
+        # Memory that the kernel's first reads of each disk have touched is returned meanwhile.
         time.sleep(6)
         ticks = self._ticks()
         time.sleep(5)
         ticks = self._ticks() - ticks
-        # What processes share is divided among them.
+        # Shared memory is divided among the processes.
         memory = self._sum("smaps_rollup", r"^Pss:\s+(\d+) kB")
         threads = self._sum("status", r"^Threads:\s+(\d+)")
         cpu = ticks / os.sysconf("SC_CLK_TCK") / 5
@@ -58,7 +57,7 @@ class Devices:
 
 @contextlib.contextmanager
 def _ublk(count):
-    """All of them in one process."""
+    """All devices in one process."""
     began = time.monotonic()
     argv = ["ublk", "add", "-t", "null", "-d", "64", "--size", "1G", "--count", str(count)]
     try:

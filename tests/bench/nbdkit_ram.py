@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A RAM disk for nbdkit's Python plugin: what the example ramdisk.py does."""
+"""A RAM disk for nbdkit's Python plugin, equivalent to the example ramdisk.py."""
 
 API_VERSION = 2
 _data = bytearray()

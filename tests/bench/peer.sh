@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# What the scripts in peers/ have in common. Each makes a device, prints its path, waits for the end of its standard
-# input, and removes the device. With status 77 it says why there is none. The environment has QUEUES, DEPTH, SIZE in
-# bytes, and FILE, a file of that size in memory.
+# Functions of the scripts in peers/. Each script creates a device, prints its path, waits for the end of standard input,
+# and removes the device. If the peer is not available, it prints the reason and exits with 77. The environment has
+# QUEUES, DEPTH, SIZE in bytes, and FILE, a file of that size in memory.
 
 set -u
 BENCH=$(cd "${0%/*}/.." && pwd)
@@ -20,7 +20,7 @@ need() {
 	command -v "$1" >/dev/null || absent "there is no $1 here"
 }
 
-# serve PATH: for as long as the bench likes.
+# serve PATH: print the path and wait for the end of standard input.
 serve() {
 	echo "$1"
 	cat >/dev/null

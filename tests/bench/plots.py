@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Draws what a run of the bench has found.
+"""Draws the results of a run.
 
     tests/bench/plots.py BENCH.json DIR
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 WIDTH, LEFT, RIGHT, TOP, BAR, GAP = 760, 170, 120, 44, 14, 6
 KERNEL, USER, OURS, TEXT = "#4878a8", "#e0a040", "#1a7030", "#333"
-# Handlers that sleep are another matter.
+# Handlers that sleep have a table of their own.
 LEFT_OUT = "sleeping"
 
 
@@ -25,13 +25,13 @@ def is_ours(peer):
 def chart(title, rows):
     """Bars of two parts each: rows are a name, kernel's and user's instructions."""
     rows = sorted(rows, key=lambda row: row[1] + row[2])
-    # What takes much more than the others would leave them no room.
+    # One long bar would shorten all others.
     longest = sorted(kernel + user for _, kernel, user in rows)[max(0, len(rows) * 9 // 10 - 1)] * 1.1
     scale = (WIDTH - LEFT - RIGHT) / longest
     height = TOP + len(rows) * (BAR + GAP) + 10
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '
-        f'font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
         f'<text x="{LEFT}" y="16" font-size="14" fill="{TEXT}">{escape(title)}</text>',
         f'<text x="{LEFT}" y="34" fill="{TEXT}">thousands of instructions per request: '
@@ -55,18 +55,22 @@ def chart(title, rows):
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def main():
-    document, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    where = next(iter(document["conditions"].values()), None)
-    if where is None:
-        sys.exit("tests/bench/plots.py: nothing was measured")
+def charts(document):
+    """The picture of each job with one queue."""
+    where = next(iter(document["conditions"].values()))
     jobs = {}
     for row in document["results"]:
         if row["queues"] == 1 and "kernel" in row and LEFT_OUT not in row["peer"]:
             jobs.setdefault(row["job"], []).append((row["peer"], row["kernel"], row["user"]))
-    for job, rows in jobs.items():
-        title = f"{job}, Linux {where['kernel']}, {where['cpus']} CPUs"
-        (directory / f"{job}.svg").write_text(chart(title, rows))
+    return {job: chart(f"{job}, Linux {where['kernel']}, {where['cpus']} CPUs", rows) for job, rows in jobs.items()}
+
+
+def main():
+    document, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    if not document["conditions"]:
+        sys.exit("tests/bench/plots.py: nothing was measured")
+    for job, text in charts(document).items():
+        (directory / f"{job}.svg").write_text(text)
 
 
 if __name__ == "__main__":

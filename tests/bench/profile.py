@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Where a server's own instructions and the kernel's go, function by function.
+"""Instructions of a server and of the kernel per function.
 
-tests/bench/profile.py guest PEER JOB QUEUES      in the guest: makes the marks, writes /results/profile.json
+tests/bench/profile.py guest PEER JOB QUEUES      in the guest: make the marks and write /results/profile.json
 tests/bench/profile.py show DIR [LINES]           on the host: DIR as tests/bench/run --profile leaves it
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def guest(peer, job, queues):
-    """Serve a peer, and have its disk busy between two marks."""
+    """Serve a peer and keep its disk busy between two marks."""
     import guest as bench
 
     os.environ["PATH"] += f":{bench.HERE.parent.parent / 'extra'}"

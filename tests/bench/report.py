@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Puts together what both machines measured: one JSON document, and tables of it.
+"""Combines the results of both machines into one JSON document and tables.
 
     tests/bench/report.py DIR [--compare OLD.json]
 
-DIR has what tests/bench/run left there: `rate/bench.json`, `count/bench.json` with the counter's `marks`, or one of
+DIR contains what tests/bench/run left: `rate/bench.json`, `count/bench.json` with the counter's `marks`, or one of
 them.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import goals
 
-# What other peers are compared with, in the order of the tables.
+# The peer that others are compared with.
 REFERENCE = "kublk-null"
 
 
@@ -26,7 +26,7 @@ def windows(marks):
     return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(lines[::2], lines[1::2], strict=False)]
 
 
-def gather(directory):
+def collect(directory):
     """Median figures of each peer, number of queues and job, over the rounds."""
     conditions, absent, failed, together, found = {}, {}, {}, {}, {}
     for kind in ("count", "rate"):
@@ -52,9 +52,9 @@ def gather(directory):
             if kind == "count":
                 of_window = zip(("kernel", "user"), counted[row["window"]], strict=True)
                 row |= {name: count / row["requests"] for name, count in of_window}
-                # Of a window for the sake of counting.
+                # The other figures of a counted window are distorted by the counting.
                 row = {name: row[name] for name in ("peer", "count", "kernel", "user")}
-            # What fio said stays with the run.
+            # The output of fio stays with the run.
             row.pop("fio", None)
             together.setdefault((row["peer"], row["count"]), {}).update(row)
     results = [
@@ -70,6 +70,30 @@ def gather(directory):
         "failed": failed,
         "many": list(together.values()),
     }
+
+
+def _rounded(value):
+    """Figures of a run are good to two or three digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if abs(value) < 1e5 else round(value)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def compact(document):
+    """A document as JSON with one line per result."""
+    lines = []
+    for key, value in document.items():
+        if key == "others":
+            runs = [f"{json.dumps(name)}: {compact(run).strip()}" for name, run in value.items()]
+            text = "{\n" + ",\n".join(runs) + "\n}"
+        elif isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(json.dumps(_rounded(row)) for row in value) + "\n]"
+        else:
+            text = json.dumps(_rounded(value))
+        lines.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def by_numbers(job):
@@ -123,14 +147,14 @@ def latency(row, _reference):
 
 
 def work(row, _reference):
-    """CPU time per request in microseconds: the client's, all other, and how much of that is a server's own code."""
+    """CPU time per request in microseconds: the client's, all other, and the user time of the latter."""
     if "server_us" not in row:
         return ""
     return f"{row['client_us']:,.1f} + {row['server_us']:,.1f} ({row['server_user_us']:,.1f})"
 
 
 def sleeping(document):
-    """How many requests overlap whose handlers sleep."""
+    """Rates of handlers that sleep."""
     rows = [row for row in document["results"] if "sleeping" in row["peer"] and "iops" in row]
     serial = next((row["iops"] for row in rows if row["peer"] == "python-sleeping"), None)
     if serial is None:
@@ -148,7 +172,7 @@ def sleeping(document):
 
 
 def many(document):
-    """What many devices take: each while it has nothing to do, and a request while a client uses all of them."""
+    """Cost of many devices: of each while it is idle, and of a request while a client uses all of them."""
     if not document["many"]:
         return ""
     lines = ["### Many devices", "", "| | added in | memory, each | threads | CPU, idle | busy: per second | µs |"]
@@ -168,7 +192,7 @@ def many(document):
 
 
 def compare(document, old):
-    """Instructions that have changed by more than 5 %. Those of single rounds on a busy host differ by more."""
+    """Instruction counts that changed by more than 5 %. On a busy host, single rounds differ by more."""
     before = {(row["peer"], row["queues"], row["job"]): row for row in old["results"]}
     lines = []
     for row in document["results"]:
@@ -186,8 +210,8 @@ def main():
     parser.add_argument("directory", type=Path)
     parser.add_argument("--compare", type=Path)
     options = parser.parse_args()
-    document = gather(options.directory)
-    (options.directory / "bench.json").write_text(json.dumps(document, indent=1))
+    document = collect(options.directory)
+    (options.directory / "bench.json").write_text(compact(document))
     parts = [f"    {kind}: {json.dumps(where)}" for kind, where in document["conditions"].items()]
     for queues in sorted({row["queues"] for row in document["results"]}):
         with_queues = f"{queues} queue{'s' if queues > 1 else ''}"

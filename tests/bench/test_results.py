@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A window that fails costs the bench that window and nothing else."""
+"""A window that fails costs the benchmark only that window."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def results(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fio(monkeypatch):
-    """A client whose number of requests at each look is the next of a list."""
+    """A client that reports the request counts of a list, one after the other."""
     counts = []
     popen = subprocess.Popen
     said = json.dumps({"jobs": [{"error": 0, "read": {"total_ios": 1, "clat_ns": {}}, "write": {"total_ios": 0}}]})
@@ -60,7 +60,7 @@ def test_other_windows_keep_their_marks_and_results(fio, results, tmp_path, monk
     fio += [20, 20, 120, 20, 20, 20, 20, 20, 70]
     marks = FakeMarks(tmp_path / "marks")
     guest.measure_peer("peer", 1, 0, {"one": JOB, "two": JOB, "three": JOB}, 0, marks, results)
-    document = report.gather(tmp_path)
+    document = report.collect(tmp_path)
     assert {row["job"]: row["kernel"] for row in document["results"]} == {"one": 1000 / 100, "three": 1000 / 50}
     assert list(document["failed"]) == ["count: peer q1 round 0 two"]
 
@@ -70,10 +70,10 @@ def test_a_machine_that_ends_early_leaves_what_was_measured(results, tmp_path):
     results.add("results", row)
     # The second window was not finished.
     (tmp_path / "marks").write_text("0 0 0\n0 100 10\n0 200 20\n")
-    assert [row["kernel"] for row in report.gather(tmp_path)["results"]] == [10]
+    assert [row["kernel"] for row in report.collect(tmp_path)["results"]] == [10]
 
 
-def test_a_number_of_devices_that_fails_is_told(results, monkeypatch):
+def test_a_number_of_devices_that_fails_is_reported(results, monkeypatch):
     monkeypatch.setattr(many.subprocess, "run", lambda *_, **__: None)
     monkeypatch.setattr(many, "PEERS", {"sh": (lambda _count: contextlib.nullcontext(), 10)})
     many.measure([1], None, False, results)

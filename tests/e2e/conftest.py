@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import kmemleak, udev
+from support import kmemleak, raw, udev
 from support.face import NATIVE, PYTHON, Face, device_id
+from support.features import offered
 from support.kernel_log import KernelLog
 from support.pace import patience
 from support.processes import blocked_stacks
@@ -109,6 +110,16 @@ def machine(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not problems, "\n".join(filter(None, problems))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def about_the_machine(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """Properties of a JUnit document, which `tests/matrix` reads."""
+    record_testsuite_property("driver", os.environ.get("UBLK_DRIVER", "unknown"))
+    record_testsuite_property("series", os.environ.get("UBLK_KERNEL", "unknown"))
+    record_testsuite_property("kernel", os.uname().release)
+    record_testsuite_property("commit", os.environ.get("UBLK_COMMIT", "unknown"))
+    record_testsuite_property("offered", " ".join(sorted(offered())))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """The kernel has lost no memory when the tests of a module are over. Looking for that takes long; that
@@ -184,3 +195,12 @@ def scratch(tmp_path: Path) -> Path:
         else:
             entry.unlink()
     return path
+
+
+@pytest.fixture
+def for_users() -> Iterator[None]:
+    """Ordinary users may make devices."""
+    before = os.stat(raw.CONTROL).st_mode
+    os.chmod(raw.CONTROL, 0o666)
+    yield
+    os.chmod(raw.CONTROL, before & 0o777)

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from support.raw import (
     BATCH_IO,
@@ -51,6 +52,10 @@ class Options:
     in_child: bool = False
     # A child keeps the char device open, and does nothing.
     keeper: bool = False
+    # With BATCH_IO: the tags are prepared, and no request is fetched.
+    prepare_only: bool = False
+    # The number of a device of which the char device is opened and registered in a ring, and no more.
+    only_opens: int | None = None
 
 
 @dataclass
@@ -79,7 +84,8 @@ class Server:
         if self.batch:
             self.ring.provide_buffers(64, 256)
             self._batch_command(PREPARE_BATCH, [self._element(tag, 0) for tag in range(depth)])
-            self.ring.fetch_multishot(self.fd, FETCH_BATCH)
+            if not self.options.prepare_only:
+                self.ring.fetch_multishot(self.fd, FETCH_BATCH)
         else:
             for tag in range(depth):
                 self._command(FETCH, tag, 0)
@@ -177,6 +183,16 @@ class Server:
             self._command(COMMIT, tag, 512)
         self.ring.enter()
 
+    def release_and_hang(self, path: str) -> None:
+        """Answer the read that is held in a system call that then waits for the content of a file."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.file_memory = mmap.mmap(fd, 4096)
+        self.file_memory.madvise(mmap.MADV_RANDOM)
+        self.pipe = os.pipe()
+        self.commit(self.held.pop())
+        self.ring.queue_write(self.pipe[1], address_of(self.file_memory), 1)
+        self.ring.enter()
+
     def release(self) -> int:
         """Answer what is held; how many that were."""
         count = len(self.held)
@@ -192,6 +208,8 @@ def main() -> None:
     if options.uid:
         os.setresgid(options.uid, options.uid, options.uid)
         os.setresuid(options.uid, options.uid, options.uid)
+    if options.only_opens is not None:
+        open_only(options.only_opens)
     control = Control()
     number = control.add(options.flags, options.depth)
     print(number, flush=True)
@@ -215,6 +233,14 @@ def main() -> None:
         signal.pause()
     print(json.dumps({"pid": os.getpid(), "keeper": server.keeper}), flush=True)
     answer(server)
+
+
+def open_only(number: int) -> NoReturn:
+    ring = Ring(8)
+    ring.register_file(os.open(CHAR_DEVICE.format(number), os.O_RDWR))
+    print("open", flush=True)
+    while True:
+        signal.pause()
 
 
 def wait_for_node(path: str) -> None:

@@ -7,37 +7,22 @@ would not do such a thing.
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
 import re
-import resource
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support import driver, raw, udev
-from support.aio import Aio
-from support.blockio import SECTOR, Disk, Tasks, error_of
+from support.blockio import Disk, Tasks, error_of
 from support.features import has
-from support.gate import GATE
-from support.processes import is_running, kill, threads
-from support.server import HERE, Child, Server
+from support.processes import is_running, kernel_stacks, kill
+from support.raw_device import ALICE, TIME_OUT, HangingFile, RawServer, read_held
+from support.server import Server
 from support.waiting import until
-
-ALICE, BOB = 1000, 1001
-# A request's time-out in the driver, and what a busy machine adds.
-TIME_OUT = 30.0
-BLKRRPART = 0x125F
-HELD = 8 * 55 * SECTOR
 
 pytestmark = pytest.mark.skipif(not driver.is_bundled(), reason="about the driver of kmod/")
 batch_or_not = pytest.mark.parametrize(
@@ -47,177 +32,6 @@ batch_or_not = pytest.mark.parametrize(
         pytest.param(raw.BATCH_IO, id="batch", marks=pytest.mark.skipif(not has("BATCH_IO"), reason="Linux 7.0")),
     ],
 )
-
-
-class RawServer(Child):
-    """`raw_server.py` with these options; ends with the `with` block, and so does its device."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__([sys.executable, "-u", str(HERE / "raw_server.py"), json.dumps(options)])
-        self.id = int(self.line())
-        self.node = raw.BLOCK_DEVICE.format(self.id)
-        user = options.get("uid", 0)
-        for node in (raw.CHAR_DEVICE, raw.BLOCK_DEVICE) if user else ():
-            self._give(node.format(self.id), user)
-        ready = json.loads(self.line())
-        self.server, self.keeper = ready["pid"], ready["keeper"]
-
-    def _give(self, node: str, user: int) -> None:
-        """A node to a user, as a rule of udev would; the block device's comes when the disk starts."""
-
-        def give() -> None:
-            until(lambda: os.path.exists(node), node, 60)
-            with contextlib.suppress(FileNotFoundError):
-                os.chown(node, user, user)
-
-        threading.Thread(target=give, daemon=True).start()
-
-    def ask(self, expression: str) -> Any:
-        """The value of an expression over `server` in the process that serves."""
-        self.say(expression)
-        return json.loads(self.line())
-
-    def until_held(self) -> None:
-        """Until the server has the read that it keeps."""
-        until(lambda: self.ask("len(server.held)"), "the read at the server")
-
-    def __exit__(self, *_: object) -> None:
-        for pid in (self.keeper, self.server):
-            if pid:
-                kill(pid)
-        self.close()
-        with raw.Control() as control, contextlib.suppress(FileNotFoundError, OSError):
-            control.delete(self.id, by_path=bool(control_needs_path(self.id)))
-        until(lambda: not os.path.exists(raw.CHAR_DEVICE.format(self.id)), "the device's end", 60)
-
-
-def control_needs_path(number: int) -> bool:
-    """Whether a device is an ordinary user's."""
-    return os.stat(raw.CHAR_DEVICE.format(number)).st_uid != 0
-
-
-@pytest.fixture
-def for_users() -> Iterator[None]:
-    """Ordinary users may make devices."""
-    before = os.stat(raw.CONTROL).st_mode
-    os.chmod(raw.CONTROL, 0o666)
-    yield
-    os.chmod(raw.CONTROL, before & 0o777)
-
-
-def read_held(tasks: Tasks, path: str) -> list[int]:
-    """Start a read that the server keeps; the list gets the errno that it ends with."""
-    result: list[int] = []
-
-    def read() -> None:
-        with Disk(path, direct=True, read_only=True) as disk:
-            result.append(error_of(lambda: disk.read(HELD, 4096)))
-
-    tasks.start(read)
-    return result
-
-
-@pytest.mark.short
-def test_a_completion_may_close_the_disk_last() -> None:
-    """The last reference to a file goes with a completion, and writing back then needs the server."""
-    with Server("Blocking", workers=2) as server, Aio() as aio:
-        buffered = os.open(server.path, os.O_RDWR | os.O_CLOEXEC)
-        direct = os.open(server.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        aio.read(direct, GATE, 4096)
-        assert server.ask("disk.waiting.wait(10)") is True
-        os.pwrite(buffered, b"dirty page", 0)
-        os.close(buffered)
-        os.close(direct)
-        server.ask("disk.gate.set()")
-        assert aio.result() == 4096
-        until(lambda: server.ask("bytes(disk.data[:10]).decode()") == "dirty page", "the page at the server")
-
-
-def test_a_completion_may_close_beside_a_partition_scan() -> None:
-    """The same while the disk's open_mutex is held by a reader of partitions."""
-    with Server("Blocking", workers=4) as server, Aio() as aio:
-        tasks = Tasks()
-        for _ in range(20):
-            server.ask("disk.gate.clear()")
-            server.ask("disk.waiting.clear()")
-            direct = os.open(server.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            aio.read(direct, GATE, 4096)
-            assert server.ask("disk.waiting.wait(10)") is True
-            os.close(direct)
-            tasks.start(read_partitions, server.path)
-            server.ask("disk.gate.set()")
-            assert aio.result() == 4096
-            tasks.join()
-
-
-@pytest.mark.io_errors
-def test_a_close_that_hangs_delays_no_other_server() -> None:
-    """The system closes files that a completion or a ring has let go of one after the other."""
-    with (
-        Server("ReadWrite", recoverable=True) as innocent,
-        Server("StuckWrites", workers=4, recoverable=True) as stuck,
-        Aio() as aio,
-    ):
-        buffered = os.open(stuck.path, os.O_RDWR | os.O_CLOEXEC)
-        direct = os.open(stuck.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        aio.read(direct, GATE, 4096)
-        assert stuck.ask("disk.waiting.wait(10)") is True
-        os.pwrite(buffered, b"dirty page", 0)
-        os.close(buffered)
-        os.close(direct)
-        stuck.ask("disk.gate.set()")
-        assert aio.result() == 4096
-        # The close waits for this write.
-        assert stuck.ask("disk.wrote.wait(20)") is True
-        with raw.Control() as control:
-            for server in (innocent, stuck):
-                server.kill()
-                until(lambda id=server.id: control.info(id)["state"] == raw.QUIESCED, "QUIESCED", 30)
-            for server in (stuck, innocent):
-                control.delete(server.id)
-
-
-@pytest.mark.io_errors
-@pytest.mark.time_limit(180)
-def test_a_users_disk_delays_no_other_close(for_users: None) -> None:
-    """The system's work item for files that a completion has let go of must not wait for a user's server."""
-    flags = raw.UNPRIVILEGED_DEV | raw.NO_AUTO_PART_SCAN
-    with RawServer(flags=flags, uid=ALICE, hold_writes=True) as users, Server("Blocking") as other:
-        udev.settle()
-        with Aio() as aio:
-            buffered = os.open(users.node, os.O_RDWR | os.O_CLOEXEC)
-            direct = os.open(users.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            aio.read(direct, HELD, 4096)
-            users.until_held()
-            os.pwrite(buffered, b"dirty page", 0)
-            os.close(buffered)
-            os.close(direct)
-            users.say("server.release()")
-            assert aio.result() == 4096
-        # The last close of the user's disk waits for a write, until its server is killed.
-        with Aio() as aio, raw.Control() as control:
-            direct = os.open(other.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            aio.read(direct, GATE, 4096)
-            assert other.ask("disk.waiting.wait(10)") is True
-            os.close(direct)
-            other.ask("disk.gate.set()")
-            assert aio.result() == 4096
-            before = time.monotonic()
-            until(lambda: try_stop(control, other.id), "the other disk's close", 60)
-            waited = time.monotonic() - before
-            assert is_running(users.server), f"the close took {waited:.0f} s, and the user's server has been killed"
-
-
-def try_stop(control: raw.Control, number: int) -> bool:
-    """Stop a disk that is not open. False if it is."""
-    answer = error_of(lambda: control.command(raw.TRY_STOP_DEV, number))
-    assert answer in (0, errno.EBUSY)
-    return answer == 0
-
-
-def read_partitions(path: str) -> None:
-    with contextlib.suppress(OSError), open(path, "rb") as disk:
-        fcntl.ioctl(disk, BLKRRPART)
 
 
 @pytest.mark.long
@@ -287,33 +101,13 @@ def test_a_write_is_held_while_its_server_is_killed(mode: int) -> None:
         server.ask("server.make_unreachable()")
         tasks.start(write, server.node)
         # The thread is in the driver, where it waits for its memory.
-        until(lambda: "handle_userfault" in stack_of(server.server), "the page fault")
+        until(lambda: "handle_userfault" in kernel_stacks(server.server), "the page fault")
         kill(server.server)
         with raw.Control() as control:
             until(lambda: control.info(server.id)["state"] == raw.QUIESCED, "QUIESCED", 30)
         assert result == []
     assert until(lambda: result, "the write's end") == [5]
     tasks.join()
-
-
-class HangingFile(Child):
-    """`hanging_file.py`, mounted in a place that users reach."""
-
-    def __init__(self) -> None:
-        self._directory = tempfile.mkdtemp()
-        os.chmod(self._directory, 0o755)
-        super().__init__([sys.executable, "-u", str(HERE / "hanging_file.py"), self._directory])
-        self._mounted = self.line() == "mounted"
-        self.path = f"{self._directory}/file"
-
-    def close(self) -> None:
-        """Reads that wait end with an error, and the file is gone."""
-        super().close()
-        if not self._mounted:
-            return
-        subprocess.run(["umount", "--lazy", self._directory], check=True)
-        os.rmdir(self._directory)
-        self._mounted = False
 
 
 @pytest.mark.long
@@ -386,6 +180,7 @@ def test_an_answer_in_parts_extends_no_users_time(mode: int, for_users: None) ->
     tasks = Tasks()
     with RawServer(flags=mode | raw.UNPRIVILEGED_DEV | raw.NO_AUTO_PART_SCAN, uid=ALICE) as server:
         udev.settle()
+        began = time.monotonic()
         result = read_held(tasks, server.node)
         parts = 0
         while not result and parts < 8:
@@ -395,8 +190,47 @@ def test_an_answer_in_parts_extends_no_users_time(mode: int, for_users: None) ->
                 server.ask("server.release_part()")
                 parts += 1
         assert result == [errno.EIO]
-        assert parts <= 4
+        assert parts <= 2
+        assert time.monotonic() - began < 2 * TIME_OUT
     tasks.join()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not has("BATCH_IO"), reason="Linux 7.0")
+@pytest.mark.io_errors
+@pytest.mark.time_limit(180)
+def test_a_dead_server_that_fetched_nothing_holds_nothing_up() -> None:
+    """It has prepared its tags, so that requests come; its child has the char device open."""
+    tasks = Tasks()
+    flags = raw.BATCH_IO | raw.NO_AUTO_PART_SCAN
+    with RawServer(flags=flags, keeper=True, prepare_only=True) as server:
+        result = read_held(tasks, server.node)
+        kill(server.server)
+        assert until(lambda: result, "the read's end", 3 * TIME_OUT) == [errno.EIO]
+    tasks.join()
+
+
+@pytest.mark.long
+@pytest.mark.io_errors
+@pytest.mark.time_limit(180)
+def test_quiesce_ends_when_requests_are_taken_back() -> None:
+    """All tags are with a dead server whose child has the char device open."""
+    flags = raw.USER_RECOVERY | raw.USER_RECOVERY_REISSUE | raw.NO_AUTO_PART_SCAN | raw.QUIESCE
+    tasks = Tasks()
+    with RawServer(flags=flags, depth=1, keeper=True) as server:
+        udev.settle()
+        read_held(tasks, server.node)
+        server.until_held()
+        quiescing = tasks.start(quiesce_device, server.id)
+        until(lambda: "ublk_quiesce_dev" in kernel_stacks(os.getpid()), "QUIESCE_DEV's wait")
+        kill(server.server)
+        until(lambda: not quiescing.is_alive(), "the end of QUIESCE_DEV", 3 * TIME_OUT)
+    tasks.join()
+
+
+def quiesce_device(number: int) -> None:
+    with raw.Control() as control:
+        control.command(raw.QUIESCE_DEV, number)
 
 
 @pytest.mark.skipif(not has("BATCH_IO"), reason="Linux 7.0")
@@ -416,15 +250,6 @@ def test_a_commit_that_waits_for_a_page_keeps_its_request() -> None:
         file.close()
         assert until(lambda: result, "the client's end", 60) == [errno.EIO]
     tasks.join()
-
-
-def stack_of(pid: int) -> str:
-    """The kernel stacks of a process."""
-    found = []
-    for task in threads(pid):
-        with contextlib.suppress(OSError):
-            found.append(Path(f"/proc/{pid}/task/{task}/stack").read_text())
-    return "".join(found)
 
 
 @pytest.mark.short
@@ -490,63 +315,3 @@ def busy_workers() -> int:
 
 def _comms() -> list[Path]:
     return [Path("/proc", entry, "comm") for entry in os.listdir("/proc") if entry.isdigit()]
-
-
-def as_user(uid: int, action: Callable[[], int]) -> int:
-    """Runs an action in a child process of a user; returns what it returns, below 256."""
-    child = os.fork()
-    if child == 0:
-        status = 255
-        try:
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-            status = action()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def add_until_refused(depth: int, wanted: int) -> Callable[[], int]:
-    """Adds unprivileged devices; how many could be had, if the last error was the wanted one."""
-
-    def add() -> int:
-        with raw.Control() as control:
-            for count in range(100):
-                try:
-                    control.add(raw.UNPRIVILEGED_DEV, depth, queues=2)
-                except OSError as error:
-                    return count if error.errno == wanted else 200
-        return 201
-
-    return add
-
-
-def test_a_users_devices_count_as_locked_memory(for_users: None) -> None:
-    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (4 << 20, before[1]))
-    try:
-        first = as_user(ALICE, add_until_refused(1024, 12))
-        assert 1 <= first <= 8
-        delete_users_devices()
-        # What was charged comes back.
-        assert as_user(ALICE, add_until_refused(1024, 12)) == first
-    finally:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
-        delete_users_devices()
-
-
-def test_one_user_cannot_have_all_devices(for_users: None) -> None:
-    limit = int(Path("/sys/module/ublk_drv/parameters/ublks_max_per_user").read_text())
-    try:
-        assert as_user(ALICE, add_until_refused(1, 13)) == limit
-        assert as_user(BOB, add_until_refused(1, 13)) == limit
-    finally:
-        delete_users_devices()
-
-
-def delete_users_devices() -> None:
-    with raw.Control() as control:
-        for entry in os.listdir("/sys/class/ublk-char"):
-            number = int(entry.removeprefix("ublkc"))
-            until(lambda number=number: os.path.exists(raw.CHAR_DEVICE.format(number)), "the node")
-            control.delete(number, by_path=True)

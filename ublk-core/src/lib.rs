@@ -39,6 +39,8 @@ pub mod extents;
 #[doc = include_str!("guide.md")]
 pub mod guide {}
 mod memory;
+#[cfg(doctest)]
+mod pages;
 mod params;
 pub mod placement;
 mod plan;

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The demonstration: a disk written in Python, used for all that a disk is used for.
+"""The demonstration: serves a disk written in Python and uses it as any disk.
 
-Runs inside the virtual machine; `vm/demo` starts it. Every step is a function that returns a few words
-about what it did, or raises. The disk is stopped and everything is unmounted however it ends.
+Runs inside the virtual machine; `vm/demo` starts it. Each step is a function that returns a short description of its
+result, or raises. At the end the disk is stopped and everything is unmounted in any case.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ QUEUES = 2
 FIO_SECONDS = 30
 # Emulated machines are slow; a step that takes longer than this hangs.
 STEP_SECONDS = 240
-# Of what a failed program said.
+# Lines of a failed program's output that are shown.
 SHOWN_LINES = 12
 
 
@@ -68,7 +68,7 @@ def wait_for(path: str, seconds: float = 20) -> None:
 
 
 def mebibytes(count: float) -> str:
-    """Tell a number of bytes."""
+    """Format a number of bytes."""
     return f"{count / (1 << 20):,.1f} MiB"
 
 
@@ -99,7 +99,7 @@ class Served:
             raise Failed(f"the disk's server has ended with status {self.process.returncode}")
 
     def stop(self) -> str:
-        """Ends the server the way a service manager does."""
+        """Stop the server as a service manager does."""
         process, self.process = self.process, None
         if process is None:
             return "was not started"
@@ -150,7 +150,7 @@ class Tree:
 
 
 def digests_of(directory: Path) -> tuple[dict[str, str], int]:
-    """What every file and link below a directory holds, and how many bytes that is."""
+    """Digests of all files and links below a directory, and their total size."""
     digests, size = {}, 0
     for path in directory.rglob("*"):
         name = str(path.relative_to(directory))
@@ -178,7 +178,7 @@ class Demo:
         return f"{self.disk.path}p1"
 
     def steps(self) -> list[tuple[str, Callable[[], str]]]:
-        """All that is done, in order."""
+        """All steps in order."""
         steps = [
             ("serve the RAM disk", self.disk.start),
             ("partition it", self.make_partition),
@@ -225,10 +225,10 @@ class Demo:
         self.is_mounted = True
 
     def unmount(self) -> str:
-        """Unmount it and forget what was cached."""
+        """Unmount it and drop the caches."""
         run("umount", str(self.mount_point))
         self.is_mounted = False
-        # What is read next comes from the disk.
+        # The next reads reach the disk.
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
         return "everything written back"
 
@@ -239,9 +239,9 @@ class Demo:
         return f"{len(self.tree.digests):,} files, {mebibytes(self.tree.size)}"
 
     def check(self, system: FileSystem) -> str:
-        """Let the file system's own checker look at it."""
+        """Run the file system's checker."""
         lines = run(*system.check, self.partition).strip().splitlines()
-        return lines[-1] if system is EXT4 else "no complaint"
+        return lines[-1] if system is EXT4 else "no error found"
 
     def compare(self) -> str:
         """Mount it again and compare every file."""
@@ -287,7 +287,7 @@ class Demo:
         )
 
     def clean(self) -> list[str]:
-        """Undoes what is not undone, and says what cannot be."""
+        """Undo what is left to undo, and return what failed."""
         problems = []
         for what, action in (("unmount", self.unmount if self.is_mounted else None), ("stop", self.disk.stop)):
             try:

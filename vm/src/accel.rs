@@ -43,7 +43,7 @@ pub(crate) fn choose(cache: &Cache, kernel: &Kernel) -> Result<Accelerator> {
     if works {
         return Ok(Accelerator::Kvm);
     }
-    note("/dev/kvm is here but this kernel does not boot with it: emulating");
+    note("/dev/kvm exists, but this kernel does not boot with it: using emulation");
     Ok(Accelerator::Tcg)
 }
 

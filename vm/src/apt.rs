@@ -231,7 +231,7 @@ impl<'a> Apt<'a> {
         write("status", String::new())?;
         let mirrors = Mirrors::of_host()?;
         if mirrors.security.is_none() {
-            note("no mirror for security updates is known; going on without them");
+            note("no mirror for security updates is known; continuing without them");
         }
         let sources = mirrors.sources(SUITES, "arch=amd64 target=Packages");
         write("sources.list", sources.join("\n") + "\n")?;

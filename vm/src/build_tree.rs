@@ -47,7 +47,7 @@ impl BuildTree {
         let place = cache.dir("build-trees")?.join(format!("{release}_{version}_r{RECIPE}"));
         if !place.is_dir() {
             if !Self::can_be_made(apt, release)? {
-                bail!("nothing can be built for Linux {release}: Debian does not have its headers any more");
+                bail!("cannot build for Linux {release}: Debian no longer has its headers");
             }
             note(format_args!("fetching the headers of Linux {release} and their compiler (a minute or two)"));
             let temporary = cache.temporary("build-tree")?;

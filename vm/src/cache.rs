@@ -38,18 +38,18 @@ impl Cache {
             PathBuf::from(home).join(".cache/ublk-vm")
         } else {
             bail!(
-                "no place for the cache: none of UBLK_VM_CACHE, XDG_CACHE_HOME and HOME is set; \
-                 set UBLK_VM_CACHE to a directory with a few GiB of room"
+                "no directory for the cache: none of UBLK_VM_CACHE, XDG_CACHE_HOME and HOME is set; \
+                 set UBLK_VM_CACHE to a directory with a few GiB of space"
             );
         };
         fs::create_dir_all(&root).with_context(|| {
-            format!("cannot make the cache directory {}; set UBLK_VM_CACHE to a place that is writable", root.display())
+            format!("cannot make the cache directory {}; set UBLK_VM_CACHE to a writable directory", root.display())
         })?;
         let root = root.canonicalize().with_context(|| format!("cannot resolve {}", root.display()))?;
         if root.to_string_lossy().contains(',') {
             // QEMU's option syntax splits at commas.
             bail!(
-                "the cache path {} has a comma, which QEMU's options cannot carry; set UBLK_VM_CACHE",
+                "the cache path {} has a comma, which QEMU's options cannot contain; set UBLK_VM_CACHE",
                 root.display()
             );
         }

@@ -14,21 +14,21 @@ use crate::qemu::Accelerator;
 
 const EXIT_CODES: &str = "\
 Exit status:
-  the command's own status, except that
-  123  the guest's kernel failed: a panic, an oops, a BUG, a WARNING, a hung task or a lockup,
-       or the machine ended before the command did (the kernel's log is shown)
-  124  the time was over before the command was (the state of the guest's tasks is shown)
-  125  the testbed itself failed: bad options, no kernel, no room, a build that fails, ...
+  that of the command, or
+  123  the guest's kernel failed (panic, oops, BUG, WARNING, hung task or lockup), or the machine
+       ended before the command did; the kernel's log is printed
+  124  time-out; the state of the guest's tasks is printed
+  125  the testbed itself failed: bad options, no kernel, no space, a failed build, ...
   128+N  ended by signal N (130 for Ctrl-C)
 
 Environment:
-  UBLK_VM_CACHE            where everything that is made once is kept
+  UBLK_VM_CACHE            directory of the cache
                            (default: ublk-vm in $XDG_CACHE_HOME or ~/.cache)
-  UBLK_VM_MIRROR           Debian's archive, where the host's own apt does not name one
+  UBLK_VM_MIRROR           Debian archive, if the host's apt has none
   UBLK_VM_SECURITY_MIRROR  the same for security updates
-  CI                       is passed on to the guest";
+  CI                       passed on to the guest";
 
-/// What to do: the name of the script that was called.
+/// The action, selected by the name of the script that was called.
 #[derive(Debug)]
 pub(crate) enum Action {
     /// `vm/run`
@@ -40,7 +40,7 @@ pub(crate) enum Action {
 }
 
 impl Action {
-    /// Reads the command line of this process: the script's name, then its arguments.
+    /// Parses the command line of this process: the script's name and its arguments.
     pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Self, clap::Error> {
         let mut arguments = arguments.skip(1);
         let name = arguments.next().unwrap_or_default();
@@ -59,78 +59,78 @@ impl Action {
     }
 }
 
-/// Fetches the newest version of a Debian package, from whatever release has it, and prints the
-/// directory that it is unpacked in.
+/// Fetch the newest version of a Debian package from any release, and print the directory that it is
+/// unpacked in.
 #[derive(Debug, Parser)]
 #[command(name = "vm/package", bin_name = "vm/package")]
 pub(crate) struct Package {
-    /// The package's name, such as linux-libc-dev.
+    /// Name of the package, such as linux-libc-dev.
     pub(crate) name: String,
 }
 
-/// Builds the driver in kmod/ for one kernel after the other as strictly as the kernel's build can
-/// (W=1, sparse, each warning a failure) and has checkpatch look at its style.
+/// Build the driver in kmod/ for each kernel with strict checks (W=1, sparse, warnings are errors), and
+/// check its style with checkpatch.
 #[derive(Debug, Parser)]
 #[command(
     name = "vm/kmod",
     bin_name = "vm/kmod",
     after_help = "\
-Exit status: 0: no complaint; 1: complaints, which are shown; 125: the testbed itself failed"
+Exit status: 0: no warnings; 1: warnings, which are printed; 125: the testbed itself failed"
 )]
 pub(crate) struct Kmod {
-    /// Linux version, as for vm/run; may be given again [default: each series whose headers Debian has].
+    /// Linux version, as for vm/run; can be repeated [default: each series whose headers Debian has].
     #[arg(long = "kernel", value_name = "VERSION")]
     pub(crate) kernels: Vec<String>,
 }
 
-/// Boots a Debian kernel with ublk in a virtual machine, runs a command as root in there, and exits
-/// with its status.
+/// Boot a Debian kernel with ublk in a virtual machine, run a command there as root, and exit with its
+/// status.
 #[derive(Debug, Parser)]
 #[command(name = "vm/run", bin_name = "vm/run", after_help = EXIT_CODES)]
 pub(crate) struct Run {
-    /// Linux version: the newest of a series that Debian offers (7.3), or an exact one (6.12.107);
-    /// or `debug`: the newest, built here with checks of memory, locking and more.
+    /// Linux version: the newest of a series in Debian (7.3), an exact one (6.12.107), or `debug`: the
+    /// newest, built with checks of memory, locking and more.
     #[arg(long, default_value = "7.3", value_name = "VERSION")]
     pub(crate) kernel: String,
-    /// Whose ublk_drv is loaded.
+    /// The ublk_drv to load.
     #[arg(long, value_enum, default_value_t = Driver::Intree)]
     pub(crate) driver: Driver,
-    /// Processors of the machine.
+    /// Number of CPUs.
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
     pub(crate) cpus: u32,
-    /// NUMA nodes that share its processors and memory.
+    /// Number of NUMA nodes, which share the CPUs and the memory.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
     pub(crate) nodes: u32,
-    /// Memory of the machine: a number with M or G [default: 3G, 4G for the debug kernel].
+    /// Memory: a number with M or G [default: 3G, 4G for the debug kernel].
     #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
     pub(crate) memory: Option<u64>,
-    /// Seconds from the start of the machine after which it is stopped.
+    /// Time limit in seconds from the start of the machine.
     #[arg(long, default_value = "1200", value_name = "SECONDS", value_parser = parse_timeout)]
     pub(crate) timeout: Duration,
-    /// Directory of the host that receives what the guest leaves in /results, and its console log.
+    /// Host directory that receives the guest's /results and its console log.
     #[arg(long, value_name = "DIR")]
     pub(crate) results: Option<PathBuf>,
-    /// Directory of the host whose content the guest has in /opt/ublk/extra.
+    /// Host directory that is copied to /opt/ublk/extra in the guest.
     #[arg(long, value_name = "DIR")]
     pub(crate) extra: Option<PathBuf>,
-    /// File of the host for the instructions that the guest had executed at each mark it made (vm/README.md); the machine
-    /// is emulated then, at half its speed.
+    /// Host file for the number of instructions that the guest had executed at each of its marks (vm/README.md);
+    /// forces emulation, at half speed.
     #[arg(long, value_name = "FILE")]
     pub(crate) count: Option<PathBuf>,
-    /// File of the host for a profile of the guest's programs: the address of each block of instructions, and how many it
-    /// executed, between marks with the numbers 1 and 2. With --count.
+    /// Host file for a profile of the guest's programs between marks 1 and 2: the address of each block of
+    /// instructions and how many were executed there. With --count.
     #[arg(long, value_name = "FILE", requires = "count")]
     pub(crate) profile: Option<PathBuf>,
-    /// Environment variable for the command.
+    /// Environment variable for the command; can be repeated.
     #[arg(long = "env", value_name = "NAME=VALUE", value_parser = parse_variable)]
     pub(crate) variables: Vec<(String, String)>,
-    /// Takes the programs and the wheel that were built before.
+    /// Use the programs and the wheel of the last build.
     #[arg(long)]
     pub(crate) no_build: bool,
-    /// Overrides the choice between KVM and emulation.
+    /// Override the choice between KVM and emulation.
     #[arg(long, value_enum, value_name = "NAME")]
     pub(crate) accel: Option<Accelerator>,
-    /// An interactive shell in the machine; its end is the machine's end.
+    /// Open a shell instead of running a command; leaving it ends the machine.
     #[arg(long, conflicts_with = "command")]
     pub(crate) shell: bool,
     /// The command and its arguments.
@@ -162,7 +162,7 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
 }
 
 fn parse_variable(text: &str) -> Result<(String, String), String> {
-    let (name, value) = text.split_once('=').ok_or_else(|| format!("'{text}' has no '=': NAME=VALUE is wanted"))?;
+    let (name, value) = text.split_once('=').ok_or_else(|| format!("'{text}' has no '=' (expected NAME=VALUE)"))?;
     let starts = |c: char| c.is_ascii_alphabetic() || c == '_';
     if !name.starts_with(starts) || !name.chars().all(|c| starts(c) || c.is_ascii_digit()) {
         return Err(format!("'{name}' cannot be the name of a variable"));

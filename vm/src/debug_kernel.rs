@@ -86,7 +86,7 @@ fn lock(cache: &Cache) -> Result<Lock> {
 
 fn build(cache: &Cache, apt: &Apt<'_>, places: &Places) -> Result<()> {
     let source = apt.unpacked(SOURCE)?.join("usr/src").join(format!("{SOURCE}.tar.xz"));
-    note("building the debug kernel (10 to 30 minutes, but only once)");
+    note("building the debug kernel (10 to 30 minutes, once)");
     cache.need_room(8000, "building a kernel")?;
     let temporary = cache.temporary("debug-kernel")?;
     let tree = temporary.path().join("tree");
@@ -122,7 +122,7 @@ fn build(cache: &Cache, apt: &Apt<'_>, places: &Places) -> Result<()> {
     }
     run_quietly(&mut make(&["bzImage", "modules"])).context("cannot build the debug kernel")?;
     run_quietly(&mut make(&["INSTALL_MOD_PATH=/mnt", "DEPMOD=true", "modules_install"]))
-        .context("cannot gather the modules of the debug kernel")?;
+        .context("cannot collect the modules of the debug kernel")?;
     let release = output(&mut make(&["kernelrelease"]))?.trim().to_owned();
 
     let packed = temporary.path().join("packed");

@@ -50,11 +50,7 @@ impl Driver {
         match self {
             Self::Intree => {
                 if !kernel.has_module("ublk_drv")? {
-                    bail!(
-                        "Linux {} has no ublk_drv of its own; take --driver bundled or a kernel from \
-                         6.12 on",
-                        kernel.release
-                    );
+                    bail!("Linux {} has no ublk_drv; use --driver bundled, or Linux 6.12 or newer", kernel.release);
                 }
                 Ok(None)
             }
@@ -67,7 +63,7 @@ impl Driver {
 pub(crate) fn source(repository: &Path) -> Result<PathBuf> {
     let source = repository.join("kmod");
     if !source.join("Kbuild").is_file() {
-        bail!("the driver of this repository is wanted, and there is no kmod/Kbuild in {}", repository.display());
+        bail!("--driver bundled: there is no kmod/Kbuild in {}", repository.display());
     }
     Ok(source)
 }
@@ -94,7 +90,7 @@ fn bundled(cache: &Cache, apt: &Apt<'_>, repository: &Path, kernel: &Kernel) -> 
     run(&mut tree.make(&work, words)).with_context(|| format!("cannot build kmod/ for Linux {}", kernel.release))?;
     let built = work.join("ublk_drv.ko");
     if !built.is_file() {
-        bail!("the build of kmod/ went well but left no ublk_drv.ko: does kmod/Kbuild name it so?");
+        bail!("the build of kmod/ succeeded but made no ublk_drv.ko: check kmod/Kbuild");
     }
     publish(&built, &module)?;
     prune(&modules, KEEP);

@@ -53,7 +53,7 @@ pub(crate) fn require(needs: &[Need]) -> Result<()> {
         bail!("the host lacks {list}; as root: apt-get install --no-install-recommends {list}");
     }
     if which("apt-get").is_none() {
-        bail!("the host lacks {list}, and has no apt-get to install it with");
+        bail!("the host lacks {list}, and has no apt-get to install it");
     }
     note(format_args!("installing on this host: {list}"));
     let install = || {
@@ -73,7 +73,7 @@ pub(crate) fn require(needs: &[Need]) -> Result<()> {
     }
     for (program, package) in needs {
         if which(program).is_none() {
-            bail!("{package} is installed, but there still is no {program} on PATH");
+            bail!("{package} is installed, but {program} is not on PATH");
         }
     }
     Ok(())

@@ -163,8 +163,8 @@ impl Kernel {
         .find(|file| file.is_file());
         let (Some(vmlinuz), Some(modules)) = (vmlinuz, modules) else {
             bail!(
-                "{} {} has no vmlinuz or no modules for {}: the packages are split in a way that \
-                 this program does not know",
+                "{} {} has no vmlinuz or no modules for {}: unknown layout \
+                 of packages",
                 package.name,
                 package.version,
                 self.release

@@ -57,7 +57,7 @@ pub(crate) fn check(cache: &Cache, options: &Kmod) -> Result<u8> {
     if failed.is_empty() {
         return Ok(0);
     }
-    note(format_args!("complaints about kmod/: {}", failed.join(", ")));
+    note(format_args!("warnings about kmod/: {}", failed.join(", ")));
     Ok(COMPLAINTS)
 }
 

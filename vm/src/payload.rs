@@ -85,7 +85,7 @@ pub(crate) fn target_dir(repository: &Path) -> PathBuf {
 fn command(repository: &Path, target: &Path, build: bool) -> Result<Option<PathBuf>> {
     let program = target.join("release/ublk");
     if !repository.join("ublk-core/src/bin/ublk.rs").is_file() {
-        note("there is no ublk command yet (ublk-core/src/bin/ublk.rs): the guest goes without");
+        note("no ublk command in the guest: ublk-core/src/bin/ublk.rs does not exist");
         return Ok(None);
     }
     if build {
@@ -96,7 +96,7 @@ fn command(repository: &Path, target: &Path, build: bool) -> Result<Option<PathB
         .context("cannot build the ublk command for the guest")?;
     }
     if !program.is_file() {
-        note("the ublk command was never built: the guest goes without");
+        note("no ublk command in the guest: it was never built");
         return Ok(None);
     }
     Ok(Some(program))
@@ -111,7 +111,7 @@ fn examples(target: &Path) -> Vec<PathBuf> {
 /// The Python package's wheel.
 fn wheel(cache: &Cache, repository: &Path, target: &Path, build: bool) -> Result<Option<PathBuf>> {
     if !repository.join("ublk-py/pyproject.toml").is_file() || !repository.join("ublk-py/src/lib.rs").is_file() {
-        note("there is no Python package yet (ublk-py): the guest goes without");
+        note("no Python package in the guest: ublk-py does not exist");
         return Ok(None);
     }
     let dir = target.join("vm/wheel");
@@ -154,7 +154,7 @@ fn wheel(cache: &Cache, repository: &Path, target: &Path, build: bool) -> Result
     }
     let found = find();
     if found.is_none() {
-        note("the Python wheel was never built: the guest goes without");
+        note("no Python package in the guest: the wheel was never built");
     }
     Ok(found)
 }

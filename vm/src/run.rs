@@ -87,7 +87,7 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     let counter = options.count.as_deref().map(|out| Counter::prepare(repository, out, options.profile.as_deref()));
     let counter = counter.transpose()?;
     let accelerator = match options.accel {
-        Some(Accelerator::Kvm) if counter.is_some() => bail!("--count needs emulation: a processor does not tell"),
+        Some(Accelerator::Kvm) if counter.is_some() => bail!("--count needs emulation (--accel tcg)"),
         _ if counter.is_some() => Accelerator::Tcg,
         Some(accelerator) => accelerator,
         None => accel::choose(cache, &kernel)?,
@@ -181,7 +181,7 @@ fn check_writable(dir: &Path) -> Result<()> {
 fn directory(dir: &Path) -> Result<PathBuf> {
     let found = dir.canonicalize().with_context(|| format!("cannot find {}", dir.display()))?;
     if !found.is_dir() {
-        bail!("{} is no directory", dir.display());
+        bail!("{} is not a directory", dir.display());
     }
     Ok(found)
 }
@@ -196,7 +196,7 @@ fn check_host_memory(wanted: u64) {
     if let Some(available) = available.map(|kibibytes| kibibytes >> 10)
         && available < wanted
     {
-        note(format_args!("the guest may take {wanted} MiB, and this host has {available} MiB available"));
+        note(format_args!("the guest may need {wanted} MiB, but only {available} MiB are available"));
     }
 }
 
@@ -295,7 +295,7 @@ impl Session {
                 Err(RecvTimeoutError::Timeout) => {
                     terminal::restore();
                     note(format_args!(
-                        "time is over ({} s): asking the guest's kernel what its tasks do",
+                        "time-out after {} s: asking the guest's kernel for its blocked tasks",
                         options.timeout.as_secs()
                     ));
                     self.ask_for_tasks();
@@ -317,7 +317,7 @@ impl Session {
             self.until_end(POWER_OFF);
         }
         if output_gone {
-            bail!("the command's output could not be passed on: nobody reads it any more");
+            bail!("cannot pass on the command's output: the reader has closed it");
         }
         self.conclude(cache, options, verdict, trouble, false)
     }
@@ -432,8 +432,7 @@ impl Session {
             && let Some(fault) = fault
         {
             note(format_args!(
-                "the kernel died while booting ({fault}), which emulation makes it do now and then; its \
-                 log: {}; starting again",
+                "the kernel died while booting ({fault}), as emulated ones sometimes do; restarting; log: {}",
                 keep(cache, &log)?.display()
             ));
             return Ok(Outcome::DiedBooting);

@@ -8,11 +8,12 @@ from .face import NATIVE
 
 
 @functools.cache
-def _offered() -> frozenset[str]:
+def offered() -> frozenset[str]:
+    """Names of the features that the driver offers, without `UBLK_F_`."""
     features = json.loads(NATIVE.run("features", "--json").out)
     return frozenset(name for name, feature in features.items() if feature["here"])
 
 
 def has(feature: str) -> bool:
     """Whether the driver offers a feature, by its name without `UBLK_F_`."""
-    return feature in _offered()
+    return feature in offered()

@@ -112,3 +112,12 @@ def blocked_stacks() -> str:
                 stack = f"({error})\n"
             lines.append(f"task {task} of {entry} ({fields[0]}):\n{stack}")
     return "".join(lines) or "no task is in an uninterruptible wait\n"
+
+
+def kernel_stacks(pid: int) -> str:
+    """The kernel stacks of a process."""
+    found = []
+    for task in threads(pid):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/task/{task}/stack").read_text())
+    return "".join(found)

@@ -15,15 +15,16 @@ BLOCK_DEVICE = "/dev/ublkb{}"
 BUFFER_BYTES = 64 << 10
 
 USER_RECOVERY, USER_RECOVERY_REISSUE, UNPRIVILEGED_DEV = 1 << 3, 1 << 4, 1 << 5
+QUIESCE = 1 << 12
 BATCH_IO, NO_AUTO_PART_SCAN = 1 << 15, 1 << 18
 QUIESCED = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
-_SETUP_SQE128, _ENTER_GETEVENTS, _REGISTER_PBUF_RING = 1 << 10, 1, 22
+_SETUP_SQE128, _ENTER_GETEVENTS, _REGISTER_FILES, _REGISTER_PBUF_RING = 1 << 10, 1, 2, 22
 _OFFSET_SUBMISSIONS, _OFFSET_COMPLETIONS, _OFFSET_ENTRIES = 0, 0x8000000, 0x10000000
-_URING_CMD, _BUFFER_SELECT, _CMD_MULTISHOT = 46, 1 << 5, 1 << 1
+_URING_CMD, _WRITE, _BUFFER_SELECT, _CMD_MULTISHOT = 46, 23, 1 << 5, 1 << 1
 _BUFFER_GROUP = 1
 
 _PARAMETERS = struct.Struct("=7I3I40s40s")
@@ -44,7 +45,7 @@ _PARAMS_BYTES = 152
 _DESCRIPTOR = struct.Struct("=IIQQ")
 
 # What the user data of a completion says that it is for, above the tag.
-_OF_FETCH, _OF_BATCH = 1 << 32, 1 << 33
+_OF_FETCH, _OF_BATCH, _OF_OTHER = 1 << 32, 1 << 33, 1 << 34
 
 
 def _command(number: int, size: int, direction: int = 3) -> int:
@@ -54,7 +55,7 @@ def _command(number: int, size: int, direction: int = 3) -> int:
 GET_DEV_INFO, GET_DEV_INFO2 = _command(0x02, 32, 2), _command(0x12, 32, 2)
 ADD_DEV, DEL_DEV, START_DEV, STOP_DEV, SET_PARAMS = (_command(number, 32) for number in range(0x04, 0x09))
 DEL_DEV_ASYNC = _command(0x14, 32, 2)
-TRY_STOP_DEV = _command(0x17, 32)
+START_USER_RECOVERY, QUIESCE_DEV, TRY_STOP_DEV = (_command(number, 32) for number in (0x10, 0x16, 0x17))
 FETCH, COMMIT = _command(0x20, 16), _command(0x21, 16)
 PREPARE_BATCH, COMMIT_BATCH, FETCH_BATCH = (_command(number, 16) for number in range(0x25, 0x28))
 
@@ -128,6 +129,15 @@ class Ring:
         ]
         struct.pack_into("=I", self._cq, self._cq_head, tail)
         return found
+
+    def register_file(self, fd: int) -> None:
+        """Have the ring refer to a file until the ring is torn down."""
+        files = struct.pack("=i", fd)
+        system_call(_REGISTER, ctypes.c_uint(self.fd), ctypes.c_uint(_REGISTER_FILES), files, ctypes.c_uint(1))
+
+    def queue_write(self, fd: int, address: int, length: int) -> None:
+        """A write of the process's memory to a file."""
+        self.queue(_SUBMISSION.pack(_WRITE, 0, 0, fd, 0, 0, address, length, 0, _OF_OTHER, 0, 0, 0))
 
     def queue_io(self, fd: int, command: int, tag: int, result: int, address: int) -> None:
         """A command on one tag of queue 0."""

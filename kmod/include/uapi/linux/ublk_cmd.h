@@ -2,19 +2,19 @@
 /*
  * ublk: user API of the userspace block device driver, as of Linux 7.3.
  *
- * /dev/ublk-control	devices are added, started, stopped and deleted here
- * /dev/ublkcN		the server of device N fetches and completes requests here
- * /dev/ublkbN		the disk itself, while the device is started
+ * /dev/ublk-control	to add, start, stop and delete devices
+ * /dev/ublkcN		for the server of device N, to fetch and complete requests
+ * /dev/ublkbN		the disk, while the device is started
  *
- * Both character devices are driven by IORING_OP_URING_CMD. The command
- * number goes into sqe->cmd_op, the payload into sqe->cmd: struct
- * ublksrv_ctrl_cmd (32 bytes, so the ring needs IORING_SETUP_SQE128) on the
- * control device, struct ublksrv_io_cmd or struct ublk_batch_io (16 bytes, any
- * ring) on the char device. cqe->res is the result or a negative errno.
+ * Both character devices use IORING_OP_URING_CMD. The command number is in
+ * sqe->cmd_op, the payload in sqe->cmd: struct ublksrv_ctrl_cmd (32 bytes, so the
+ * ring needs IORING_SETUP_SQE128) on the control device, struct ublksrv_io_cmd or
+ * struct ublk_batch_io (16 bytes, any ring) on the char device. cqe->res is the
+ * result or a negative errno.
  *
- * "Since x.y" names the first mainline kernel that has an item. A sector is
- * always 512 bytes, whatever the logical block size is. All numbers are in
- * the byte order of the machine.
+ * "Since x.y" is the first mainline kernel with an item. A sector always has
+ * 512 bytes, whatever the logical block size is. All numbers are in the byte
+ * order of the machine.
  */
 #ifndef USER_BLK_DRV_CMD_INC_H
 #define USER_BLK_DRV_CMD_INC_H
@@ -27,14 +27,15 @@
  * Control commands
  * ================
  *
- * Every command exists under a number encoded like an ioctl (UBLK_U_CMD_*,
- * since 6.4). The first ones also exist as bare numbers (UBLK_CMD_*): the only
- * form before 6.4, and refused with -EOPNOTSUPP by later kernels that are built
- * without CONFIG_BLKDEV_UBLK_LEGACY_OPCODES. New programs use UBLK_U_CMD_*.
+ * Every command has a number that is encoded like an ioctl (UBLK_U_CMD_*, since
+ * 6.4). The oldest ones also have a plain number (UBLK_CMD_*), which is the only
+ * form before 6.4. Later kernels that are built without
+ * CONFIG_BLKDEV_UBLK_LEGACY_OPCODES reject plain numbers with -EOPNOTSUPP. New
+ * programs should use UBLK_U_CMD_*.
  *
- * All but ADD_DEV and GET_FEATURES work on an existing device and fail with
- * -ENODEV if there is none. Commands that may sleep run in an io_uring worker;
- * submitting them never blocks.
+ * All commands but ADD_DEV and GET_FEATURES operate on an existing device, and
+ * fail with -ENODEV if there is none. Commands that may sleep run in an io_uring
+ * worker; submitting them never blocks.
  */
 #define	UBLK_CMD_GET_QUEUE_AFFINITY	0x01
 #define	UBLK_CMD_GET_DEV_INFO		0x02
@@ -50,83 +51,85 @@
 
 /*
  * data[0]: queue; addr, len: buffer for a CPU mask, len a multiple of 8 and
- * large enough for every possible CPU. Receives the CPUs whose requests go to
- * this queue; the tail is zeroed.
+ * large enough for every possible CPU. Returns the CPUs that use this queue; the
+ * rest of the buffer is zeroed.
  */
 #define UBLK_U_CMD_GET_QUEUE_AFFINITY	\
 	_IOR('u', UBLK_CMD_GET_QUEUE_AFFINITY, struct ublksrv_ctrl_cmd)
 
 /*
- * addr, len: struct ublksrv_ctrl_dev_info, filled in with what the driver
- * holds. On a device with UBLK_F_UNPRIVILEGED_DEV see GET_DEV_INFO2.
+ * addr, len: struct ublksrv_ctrl_dev_info, which the driver fills in. For
+ * devices with UBLK_F_UNPRIVILEGED_DEV see GET_DEV_INFO2.
  */
 #define UBLK_U_CMD_GET_DEV_INFO		\
 	_IOR('u', UBLK_CMD_GET_DEV_INFO, struct ublksrv_ctrl_cmd)
 
 /*
- * addr, len: struct ublksrv_ctrl_dev_info with what is wished for; it is
- * rewritten with what was granted. Flags that the driver does not know vanish
- * silently, so compare. Creates /dev/ublkcN. The header's dev_id and the one
- * in the structure must agree, queue_id must be 0xffff; a dev_id of 0xffffffff
- * asks for the lowest free one (below 2^20). -EEXIST if the id is taken.
+ * addr, len: struct ublksrv_ctrl_dev_info with the requested properties, which
+ * is overwritten with the granted ones. Flags that the driver does not know are
+ * cleared without an error, so check them. Creates /dev/ublkcN. The dev_id of
+ * the header and that of the structure must be equal, and queue_id must be
+ * 0xffff. A dev_id of 0xffffffff requests the lowest free one (below 2^20).
+ * -EEXIST if the id is in use.
  */
 #define UBLK_U_CMD_ADD_DEV		\
 	_IOWR('u', UBLK_CMD_ADD_DEV, struct ublksrv_ctrl_cmd)
 
 /*
- * Stops the device if need be, removes /dev/ublkcN and waits until its last
- * holder has closed it: a server that still holds it and waits here waits for
- * itself. Close first, or use DEL_DEV_ASYNC.
+ * Stops the device if it is started, removes /dev/ublkcN, and waits until its
+ * last holder has closed it. A server must close it before it waits for this
+ * command, or use DEL_DEV_ASYNC: otherwise it waits for itself.
  */
 #define UBLK_U_CMD_DEL_DEV		\
 	_IOWR('u', UBLK_CMD_DEL_DEV, struct ublksrv_ctrl_cmd)
 
 /*
- * data[0]: process id (tgid) of the server, above 0. Completes when every tag
- * of every queue has been fetched and /dev/ublkbN exists. Parameters must have
- * been set. The server must be able to answer reads by then: the partition
+ * data[0]: process id (tgid) of the server, greater than 0. Completes when every
+ * tag of every queue has been fetched and /dev/ublkbN exists. Parameters must
+ * have been set. The server must be able to serve reads by then: the partition
  * table is read during this command (6.x) or right after it (7.x). Recent
- * kernels, 7.3 among them, refuse any process but the one that opened
- * /dev/ublkcN (-EINVAL).
+ * kernels, 7.3 among them, accept only the process that opened /dev/ublkcN
+ * (otherwise -EINVAL).
  */
 #define UBLK_U_CMD_START_DEV		\
 	_IOWR('u', UBLK_CMD_START_DEV, struct ublksrv_ctrl_cmd)
 
 /*
- * Removes the disk; requests in flight must still be served meanwhile. Then
- * every idle fetched command completes with UBLK_IO_RES_ABORT. From 7.3 on the
- * device can be started again only after /dev/ublkcN was closed (-EBUSY).
+ * Removes the disk. Meanwhile the server must still serve requests in flight.
+ * Then every idle fetch command completes with UBLK_IO_RES_ABORT. From 7.3 on
+ * the device can be started again only after /dev/ublkcN was closed (otherwise
+ * -EBUSY).
  */
 #define UBLK_U_CMD_STOP_DEV		\
 	_IOWR('u', UBLK_CMD_STOP_DEV, struct ublksrv_ctrl_cmd)
 
 /*
- * addr, len: struct ublk_params. Before START_DEV only (-EACCES while there is
- * a disk). Parts not covered by params.len keep their value; anything invalid
- * is -EINVAL.
+ * addr, len: struct ublk_params. Only before START_DEV (-EACCES while there is
+ * a disk). Parts that params.len does not cover keep their values. -EINVAL if
+ * any parameter is invalid.
  */
 #define UBLK_U_CMD_SET_PARAMS		\
 	_IOWR('u', UBLK_CMD_SET_PARAMS, struct ublksrv_ctrl_cmd)
 
 /*
- * addr, len: struct ublk_params whose len member says how much to return.
+ * addr, len: struct ublk_params, whose len member is the size to return.
  * UBLK_PARAM_TYPE_DEVT is always filled in (since 6.3).
  */
 #define UBLK_U_CMD_GET_PARAMS		\
 	_IOR('u', UBLK_CMD_GET_PARAMS, struct ublksrv_ctrl_cmd)
 
 /*
- * The old server is gone and a new one is about to fetch. Needs
- * UBLK_F_USER_RECOVERY (-EINVAL). -EBUSY unless the state is QUIESCED or
- * FAIL_IO and /dev/ublkcN is closed.
+ * The old server has exited, and a new one is about to fetch. Requires
+ * UBLK_F_USER_RECOVERY (otherwise -EINVAL). -EBUSY unless the state is QUIESCED
+ * or FAIL_IO and /dev/ublkcN is closed.
  */
 #define UBLK_U_CMD_START_USER_RECOVERY	\
 	_IOWR('u', UBLK_CMD_START_USER_RECOVERY, struct ublksrv_ctrl_cmd)
 
 /*
  * data[0]: process id (tgid) of the new server. Waits until it has fetched
- * every tag, then the device is LIVE again and what was held is sent to it.
- * Requests can reach a queue earlier, once all of its own tags are fetched.
+ * every tag; then the device is LIVE again, and requests that were held are sent
+ * to it. A queue can get requests earlier, once all of its own tags are fetched.
  */
 #define UBLK_U_CMD_END_USER_RECOVERY	\
 	_IOWR('u', UBLK_CMD_END_USER_RECOVERY, struct ublksrv_ctrl_cmd)
@@ -134,66 +137,66 @@
 /*
  * GET_DEV_INFO for unprivileged devices: the path of the char device precedes
  * the structure in the buffer and dev_path_len is set; see struct
- * ublksrv_ctrl_cmd. Demands the path on privileged devices too.
+ * ublksrv_ctrl_cmd. Requires the path for privileged devices too.
  */
 #define UBLK_U_CMD_GET_DEV_INFO2	\
 	_IOR('u', UBLK_CMD_GET_DEV_INFO2, struct ublksrv_ctrl_cmd)
 
 /*
- * Since 6.5. addr, len: a __u64, len exactly UBLK_FEATURES_LEN. Receives the
- * UBLK_F_* bits that the driver knows. Needs neither a device nor a privilege;
- * fails on a kernel too old to have it. The number is compared in full: there
- * is no bare form.
+ * Since 6.5. addr, len: a __u64, len exactly UBLK_FEATURES_LEN. Returns the
+ * UBLK_F_* bits that the driver supports. Requires neither a device nor a
+ * privilege. There is no plain number.
  */
 #define UBLK_U_CMD_GET_FEATURES		\
 	_IOR('u', 0x13, struct ublksrv_ctrl_cmd)
 
 /*
  * Since 6.9. DEL_DEV without the wait: the id becomes free when the last
- * holder closes /dev/ublkcN. Linux refuses it (-EINVAL) on unprivileged
+ * holder closes /dev/ublkcN. Linux rejects it (-EINVAL) on unprivileged
  * devices.
  */
 #define UBLK_U_CMD_DEL_DEV_ASYNC	\
 	_IOR('u', 0x14, struct ublksrv_ctrl_cmd)
 
 /*
- * Since 6.16. data[0]: new size in sectors. Changes the disk's capacity at
- * once and sends the uevent; the server must be able to serve the new range
- * before. -ENODEV if not started.
+ * Since 6.16. data[0]: new size in sectors. Changes the capacity of the disk at
+ * once and sends a uevent. The server must be able to serve the new range
+ * before. -ENODEV if the device is not started.
  */
 #define UBLK_U_CMD_UPDATE_SIZE		\
 	_IOWR('u', 0x15, struct ublksrv_ctrl_cmd)
 
 /*
  * Since 6.16. data[0]: time-out in milliseconds, 0: none. Asks the server to
- * leave so that another can take over: new requests are held and idle fetched
+ * leave so that another one can take over: new requests are held and idle fetch
  * commands complete with UBLK_IO_RES_ABORT. The state changes when the server
- * closes /dev/ublkcN. Needs UBLK_F_QUIESCE (-EOPNOTSUPP). Linux returns at once
- * even if every tag is busy, and then aborts nothing: repeat the command until
- * the state has changed.
+ * closes /dev/ublkcN. Requires UBLK_F_QUIESCE (otherwise -EOPNOTSUPP). Linux
+ * returns at once even if every tag is busy, without aborting a command: repeat
+ * it until the state has changed.
  */
 #define UBLK_U_CMD_QUIESCE_DEV		\
 	_IOWR('u', 0x16, struct ublksrv_ctrl_cmd)
 
 /*
- * Since 7.0. STOP_DEV only if nobody has the disk or a partition open, else
- * -EBUSY. Without a disk -ENODEV. Works with or without UBLK_F_SAFE_STOP_DEV.
+ * Since 7.0. STOP_DEV if neither the disk nor a partition is open, otherwise
+ * -EBUSY. -ENODEV without a disk. Works with and without UBLK_F_SAFE_STOP_DEV.
  */
 #define UBLK_U_CMD_TRY_STOP_DEV		\
 	_IOWR('u', 0x17, struct ublksrv_ctrl_cmd)
 
 /*
- * Since 7.1, needs UBLK_F_SHMEM_ZC (-EOPNOTSUPP). addr, len: struct
+ * Since 7.1, requires UBLK_F_SHMEM_ZC (otherwise -EOPNOTSUPP). addr, len: struct
  * ublk_shmem_buf_reg. Pins that memory of the calling process and returns its
- * index, 0..65535. Before or after START_DEV. -EEXIST if a page of it is
- * registered with this device already.
+ * index, 0..65535. Before or after START_DEV. -EEXIST if one of its pages is
+ * already registered with this device.
  */
 #define UBLK_U_CMD_REG_BUF		\
 	_IOWR('u', 0x18, struct ublksrv_ctrl_cmd)
 
 /*
- * Since 7.1. data[0]: index from REG_BUF. -ENOENT if there is none. Buffers
- * outlive the server: they stay until this command or the device's end.
+ * Since 7.1. data[0]: index from REG_BUF. -ENOENT if there is no such buffer.
+ * Buffers outlive the server: they stay registered until this command, or until
+ * the device is deleted.
  */
 #define UBLK_U_CMD_UNREG_BUF		\
 	_IOWR('u', 0x19, struct ublksrv_ctrl_cmd)
@@ -204,24 +207,24 @@
 /*
  * Payload of control commands, in sqe->cmd.
  *
- * On a device with UBLK_F_UNPRIVILEGED_DEV the caller must prove that it may
- * use the char device, root included: the buffer at addr starts with the path
- * of /dev/ublkcN, dev_path_len is the length of that string with its NUL, and
- * len covers path and payload together. The path is looked up with the rights
- * of the caller. ADD_DEV and GET_FEATURES take no path.
+ * For a device with UBLK_F_UNPRIVILEGED_DEV the caller, even root, must prove
+ * that it may use the char device: the buffer at addr starts with the path of
+ * /dev/ublkcN, dev_path_len is the length of that string with its NUL, and len
+ * is the length of path and payload together. The path is looked up with the
+ * permissions of the caller. ADD_DEV and GET_FEATURES take no path.
  */
 struct ublksrv_ctrl_cmd {
 	__u32	dev_id;
-	__u16	queue_id;	/* 0xffff: not about one queue */
+	__u16	queue_id;	/* 0xffff: none */
 	__u16	len;		/* bytes at addr, path included */
 	__u64	addr;		/* user memory, read or written as the command says */
-	__u64	data[1];	/* the command's immediate value, where it has one */
+	__u64	data[1];	/* immediate value, if the command has one */
 	__u16	dev_path_len;	/* since 6.3, 0: no path */
 	__u16	pad;		/* 0 */
 	__u32	reserved;	/* 0 */
 };
 
-/* What ADD_DEV asks for and what the GET_DEV_INFO commands return. */
+/* Argument of ADD_DEV and result of the GET_DEV_INFO commands. */
 struct ublksrv_ctrl_dev_info {
 	__u16	nr_hw_queues;	/* 1..UBLK_MAX_NR_QUEUES, lowered to the CPU count */
 	__u16	queue_depth;	/* tags per queue, 1..UBLK_MAX_QUEUE_DEPTH */
@@ -229,7 +232,7 @@ struct ublksrv_ctrl_dev_info {
 	/*
 	 * Since 7.3: stride of the descriptor array in bytes, 24..256 and a
 	 * multiple of 8; an input only with UBLK_F_IO_DESC_SIZE, otherwise
-	 * reported as 24. Padding (0) before.
+	 * 24. Before 7.3: padding (0).
 	 */
 	__u16	io_desc_size;
 	__u32	max_io_buf_bytes; /* largest request; rounded down to pages */
@@ -237,8 +240,8 @@ struct ublksrv_ctrl_dev_info {
 	__s32	ublksrv_pid;	/* server's tgid, output; -1: none or not visible */
 	__u32	pad1;		/* 0 */
 	__u64	flags;		/* UBLK_F_* */
-	__u64	ublksrv_flags;	/* private to the server, stored and echoed */
-	__u32	owner_uid;	/* since 6.3, output: who added the device */
+	__u64	ublksrv_flags;	/* private to the server, stored and returned */
+	__u32	owner_uid;	/* since 6.3, output: creator of the device */
 	__u32	owner_gid;	/* since 6.3, output */
 	__u64	reserved1;	/* 0 */
 	__u64	reserved2;	/* 0 */
@@ -248,7 +251,7 @@ struct ublksrv_ctrl_dev_info {
  * Device states
  */
 #define UBLK_S_DEV_DEAD		0	/* no disk: not started, or stopped */
-#define UBLK_S_DEV_LIVE		1	/* the disk is there and served */
+#define UBLK_S_DEV_LIVE		1	/* the disk exists and is served */
 #define UBLK_S_DEV_QUIESCED	2	/* since 6.1: no server, requests are held */
 #define UBLK_S_DEV_FAIL_IO	3	/* since 6.13: no server, requests fail */
 
@@ -256,67 +259,66 @@ struct ublksrv_ctrl_dev_info {
  * Feature flags
  * =============
  *
- * Asked for in ublksrv_ctrl_dev_info.flags at ADD_DEV. The answer says what
- * is in force: unknown bits are cleared, some are always on.
+ * Requested in ublksrv_ctrl_dev_info.flags of ADD_DEV, which returns the flags
+ * that are in force: unknown bits are cleared, and some are always set.
  */
 
 /*
- * The server registers a request's pages as a fixed buffer of a ring
- * (UBLK_U_IO_REGISTER_IO_BUF) and no data is copied. Works since 6.15 (the bit
- * is older and was always cleared). Not for unprivileged devices.
+ * The server registers the pages of a request as a fixed buffer of a ring
+ * (UBLK_U_IO_REGISTER_IO_BUF), and no data is copied. Works since 6.15; before,
+ * the bit was always cleared. Not for unprivileged devices.
  */
 #define UBLK_F_SUPPORT_ZERO_COPY	(1ULL << 0)
 
-/* Requests are delivered by task work in the server's thread. Always on. */
+/* Requests are delivered by task work in the server's thread. Always set. */
 #define UBLK_F_URING_CMD_COMP_IN_TASK	(1ULL << 1)
 
 /*
- * A write is announced first (UBLK_IO_RES_NEED_GET_DATA) and its data copied
- * when the server names a buffer. Cleared if any of SUPPORT_ZERO_COPY,
- * USER_COPY, AUTO_BUF_REG and BATCH_IO is asked for too.
+ * The server is first notified of a write (UBLK_IO_RES_NEED_GET_DATA), and the
+ * data is copied once the server has named a buffer. Cleared if any of
+ * SUPPORT_ZERO_COPY, USER_COPY, AUTO_BUF_REG and BATCH_IO is requested too.
  */
 #define UBLK_F_NEED_GET_DATA		(1ULL << 2)
 
 /*
- * Since 6.1. The disk survives its server. Requests that were at the server
- * fail, later ones are held (QUIESCED) until a new server has taken over.
- * Cleared for unprivileged devices.
+ * Since 6.1. The disk outlives its server. Requests that the server held fail;
+ * later ones are held (QUIESCED) until a new server has taken over. Cleared for
+ * unprivileged devices.
  */
 #define UBLK_F_USER_RECOVERY		(1ULL << 3)
 
 /*
- * Since 6.1, with USER_RECOVERY. Requests that were at the server are given
- * to the next one instead of failing: they may be carried out twice.
+ * Since 6.1, with USER_RECOVERY. Requests that the server held are sent to the
+ * next one instead of failing: they may be carried out twice.
  */
 #define UBLK_F_USER_RECOVERY_REISSUE	(1ULL << 4)
 
 /*
- * Since 6.3. Lets a caller without CAP_SYS_ADMIN add and use a device of its
- * own; cleared for a caller that has it. Excludes USER_COPY,
- * SUPPORT_ZERO_COPY and AUTO_BUF_REG (-EINVAL). The server is killed if it
- * leaves a request unanswered for 30 seconds.
+ * Since 6.3. Allows a caller without CAP_SYS_ADMIN to add and use a device of
+ * its own; cleared for a caller that has it. Excludes USER_COPY,
+ * SUPPORT_ZERO_COPY and AUTO_BUF_REG (-EINVAL). The server is killed if it does
+ * not complete a request within 30 seconds.
  */
 #define UBLK_F_UNPRIVILEGED_DEV		(1ULL << 5)
 
-/* Since 6.4. The UBLK_U_* numbers are understood. Always on. */
+/* Since 6.4. The UBLK_U_* numbers are supported. Always set. */
 #define UBLK_F_CMD_IOCTL_ENCODE		(1ULL << 6)
 
 /*
- * Since 6.5. Data is moved by pread() and pwrite() on /dev/ublkcN, see
- * UBLKSRV_IO_BUF_OFFSET; commands carry no buffer. Not for unprivileged
- * devices.
+ * Since 6.5. The server copies data with pread() and pwrite() on /dev/ublkcN, see
+ * UBLKSRV_IO_BUF_OFFSET; commands have no buffer. Not for unprivileged devices.
  */
 #define UBLK_F_USER_COPY		(1ULL << 7)
 
 /*
- * Since 6.6. A zoned disk. Needs a kernel with CONFIG_BLK_DEV_ZONED, and
- * USER_COPY or (since 6.15) SUPPORT_ZERO_COPY; else -EINVAL.
+ * Since 6.6. A zoned disk. Requires a kernel with CONFIG_BLK_DEV_ZONED, and
+ * USER_COPY or (since 6.15) SUPPORT_ZERO_COPY; otherwise -EINVAL.
  */
 #define UBLK_F_ZONED			(1ULL << 8)
 
 /*
- * Since 6.13, with USER_RECOVERY and without its REISSUE. While there is no
- * server requests fail (FAIL_IO) instead of being held.
+ * Since 6.13, with USER_RECOVERY and without USER_RECOVERY_REISSUE. While there
+ * is no server, requests fail (FAIL_IO) instead of being held.
  */
 #define UBLK_F_USER_RECOVERY_FAIL_IO	(1ULL << 9)
 
@@ -324,9 +326,9 @@ struct ublksrv_ctrl_dev_info {
 #define UBLK_F_UPDATE_SIZE		(1ULL << 10)
 
 /*
- * Since 6.16. The driver registers a request's pages in the ring before it
- * delivers the request, at the index given by struct ublk_auto_buf_reg, and
- * takes them back at the commit. Not for unprivileged devices.
+ * Since 6.16. The driver registers the pages of a request in the ring before it
+ * delivers the request, at the index in struct ublk_auto_buf_reg, and
+ * unregisters them at the commit. Not for unprivileged devices.
  */
 #define UBLK_F_AUTO_BUF_REG		(1ULL << 11)
 
@@ -334,44 +336,44 @@ struct ublksrv_ctrl_dev_info {
 #define UBLK_F_QUIESCE			(1ULL << 12)
 
 /*
- * Since 6.16. A tag belongs to the thread that fetched it; one thread may own
- * any tags of any queues. Before, all tags of a queue belonged to one thread.
- * Always on, except for BATCH_IO, where tags belong to nobody.
+ * Since 6.16. A tag is owned by the thread that fetched it; one thread may own
+ * any tags of any queues. Before, one thread owned all tags of a queue. Always
+ * set, except with BATCH_IO, where tags have no owner.
  */
 #define UBLK_F_PER_IO_DAEMON		(1ULL << 13)
 
 /*
  * Since 6.17. Buffers may be registered and unregistered by any thread with
- * any ring, not only by the owner of the tag. Always on.
+ * any ring, not only by the owner of the tag. Always set.
  */
 #define UBLK_F_BUF_REG_OFF_DAEMON	(1ULL << 14)
 
 /*
  * Since 7.0. Requests are fetched and committed in batches, by any thread,
- * with the UBLK_U_IO_*_IO_CMDS commands; the commands for single tags are
- * refused (-EOPNOTSUPP).
+ * with the UBLK_U_IO_*_IO_CMDS commands; the commands on single tags are
+ * rejected (-EOPNOTSUPP).
  */
 #define UBLK_F_BATCH_IO			(1ULL << 15)
 
 /*
- * Since 7.0. Requests may carry integrity metadata. Needs USER_COPY and a
+ * Since 7.0. Requests may have integrity metadata. Requires USER_COPY and a
  * kernel with CONFIG_BLK_DEV_INTEGRITY.
  */
 #define UBLK_F_INTEGRITY		(1ULL << 16)
 
-/* Since 7.0. TRY_STOP_DEV exists. Always on. */
+/* Since 7.0. TRY_STOP_DEV exists. Always set. */
 #define UBLK_F_SAFE_STOP_DEV		(1ULL << 17)
 
 /*
- * Since 7.0. The partition table is not read when the disk appears; asking
- * for it by hand (BLKRRPART) works.
+ * Since 7.0. The partition table is not read when the disk is added. It can be
+ * read with BLKRRPART.
  */
 #define UBLK_F_NO_AUTO_PART_SCAN	(1ULL << 18)
 
 /*
- * Since 7.1. Memory shared between client and server is registered once
- * (REG_BUF); direct I/O out of it is described by its place there instead of
- * being copied. Other requests take the device's normal way.
+ * Since 7.1. Memory that client and server share is registered once (REG_BUF).
+ * Requests of direct I/O on it contain the offset in that memory, and their data
+ * is not copied. Other requests are handled in the normal mode of the device.
  */
 #define UBLK_F_SHMEM_ZC			(1ULL << 19)
 
@@ -382,78 +384,79 @@ struct ublksrv_ctrl_dev_info {
  * I/O commands
  * ============
  *
- * Issued on /dev/ublkcN with struct ublksrv_io_cmd (the batch ones: struct
- * ublk_batch_io). Bare numbers as above. user_data is the only thing in a
- * completion that tells for which tag it is.
+ * Issued on /dev/ublkcN with struct ublksrv_io_cmd, or struct ublk_batch_io for
+ * batch commands. Plain numbers as above. Only the user_data of a completion
+ * identifies its tag.
  */
 #define	UBLK_IO_FETCH_REQ		0x20
 #define	UBLK_IO_COMMIT_AND_FETCH_REQ	0x21
 #define	UBLK_IO_NEED_GET_DATA		0x22
 
 /*
- * Once for each tag of a new server. Stays pending and completes when there
- * is a request for the tag (see UBLK_IO_RES_*). addr: the buffer for the data,
- * max_io_buf_bytes large; may be 0 with NEED_GET_DATA, must be 0 with
- * USER_COPY, SUPPORT_ZERO_COPY and AUTO_BUF_REG.
+ * A server issues it once for each tag. It stays pending, and completes when
+ * there is a request for the tag (see UBLK_IO_RES_*). addr: a data buffer of
+ * max_io_buf_bytes; may be 0 with NEED_GET_DATA, must be 0 with USER_COPY,
+ * SUPPORT_ZERO_COPY and AUTO_BUF_REG.
  */
 #define	UBLK_U_IO_FETCH_REQ		\
 	_IOWR('u', UBLK_IO_FETCH_REQ, struct ublksrv_io_cmd)
 
 /*
- * Ends the request that the server holds under this tag and waits for the
+ * Completes the request that the server holds under this tag, and waits for the
  * next one. result: bytes done (0 for operations without data) or a negative
- * errno. addr, in copy mode: where the data of a read is, and where that of the
- * next request goes. Give the full length or an error: what a short count does depends on
- * the kernel. If the command itself is refused, the server still holds the
- * request.
+ * errno. Return the full length or an error: the effect of a short count depends
+ * on the kernel. addr, in copy mode: the buffer with the data of a read, which is
+ * also the buffer for the next request. If the command itself fails, the server
+ * still holds the request.
  */
 #define	UBLK_U_IO_COMMIT_AND_FETCH_REQ	\
 	_IOWR('u', UBLK_IO_COMMIT_AND_FETCH_REQ, struct ublksrv_io_cmd)
 
 /*
- * The only answer to UBLK_IO_RES_NEED_GET_DATA. addr: where to copy the data
- * of the write. Completes with UBLK_IO_RES_OK when it is there.
+ * Must follow UBLK_IO_RES_NEED_GET_DATA. addr: the buffer for the data of the
+ * write. Completes with UBLK_IO_RES_OK when the data has been copied.
  */
 #define	UBLK_U_IO_NEED_GET_DATA		\
 	_IOWR('u', UBLK_IO_NEED_GET_DATA, struct ublksrv_io_cmd)
 
 /*
- * Since 6.15, needs UBLK_F_SUPPORT_ZERO_COPY. addr: free index in the fixed
- * buffer table of the issuing ring, which from then on stands for the data of
- * the request held under this tag: from 0, as long as the request, usable in
- * the direction of the request only.
+ * Since 6.15, requires UBLK_F_SUPPORT_ZERO_COPY. addr: free index in the fixed
+ * buffer table of the issuing ring. The buffer is the data of the request that
+ * the server holds under this tag: it starts at 0, has the length of the request,
+ * and can be used in the direction of the request only.
  */
 #define	UBLK_U_IO_REGISTER_IO_BUF	\
 	_IOWR('u', 0x23, struct ublksrv_io_cmd)
 
 /*
- * Since 6.15. addr: the index. The request ends when it has been committed
- * and every registration of it is gone.
+ * Since 6.15. addr: the index. A request ends when it has been committed and all
+ * of its buffers have been unregistered.
  */
 #define	UBLK_U_IO_UNREGISTER_IO_BUF	\
 	_IOWR('u', 0x24, struct ublksrv_io_cmd)
 
 /*
- * Since 7.0, needs UBLK_F_BATCH_IO, as do the next two. sqe->addr: array of
- * nr_elem elements (struct ublk_elem_header and what follows it). Arms all
- * those tags or none: what FETCH_REQ is for one.
+ * Since 7.0, requires UBLK_F_BATCH_IO, as do the next two. sqe->addr: array of
+ * nr_elem elements (struct ublk_elem_header and optional fields). Arms all of
+ * these tags or none, as FETCH_REQ does for one tag.
  */
 #define	UBLK_U_IO_PREP_IO_CMDS		\
 	_IOWR('u', 0x25, struct ublk_batch_io)
 
 /*
- * Ends the requests of an array of tags and arms the tags anew. Returns how
- * many bytes of the array were consumed, which can be short: send the rest
- * again. An error means that nothing was done.
+ * Completes the requests of an array of tags, and arms the tags again. Returns
+ * the number of bytes of the array that were processed. If it is short, issue the
+ * command again for the rest. After an error no element has been processed.
  */
 #define	UBLK_U_IO_COMMIT_IO_CMDS	\
 	_IOWR('u', 0x26, struct ublk_batch_io)
 
 /*
- * Multishot, with a provided-buffer group. Each completion that has
- * IORING_CQE_F_MORE brought res bytes into the selected buffer: __u16 tags
- * with a new request, at most 128 of them. The last one is an errno: -ENOBUFS
- * (add a buffer and issue again; no tag is lost), -ENODEV (stop) or -ENOMEM.
+ * Multishot, with a provided-buffer group. For each completion with
+ * IORING_CQE_F_MORE, the selected buffer contains res bytes: __u16 tags that have
+ * a new request, at most 128 of them. The result of the last completion is an
+ * errno: -ENOBUFS (add a buffer and issue the command again; no tag is lost),
+ * -ENODEV (leave) or -ENOMEM.
  */
 #define	UBLK_U_IO_FETCH_IO_CMDS		\
 	_IOWR('u', 0x27, struct ublk_batch_io)
@@ -462,8 +465,8 @@ struct ublksrv_ctrl_dev_info {
  * cqe->res of FETCH_REQ, COMMIT_AND_FETCH_REQ and NEED_GET_DATA
  */
 #define UBLK_IO_RES_OK			0	/* the descriptor holds a request */
-#define UBLK_IO_RES_NEED_GET_DATA	1	/* a write; say where its data goes */
-#define UBLK_IO_RES_ABORT		(-ENODEV)	/* no more requests: drain and leave */
+#define UBLK_IO_RES_NEED_GET_DATA	1	/* a write that needs a buffer */
+#define UBLK_IO_RES_ABORT		(-ENODEV)	/* no more requests: drain and exit */
 
 /*
  * Descriptors are mapped read only from /dev/ublkcN: for queue q at the
@@ -484,9 +487,9 @@ struct ublksrv_ctrl_dev_info {
  *	bits 41..52	queue
  *	bit  62		the request's integrity data instead (since 7.0)
  *
- * The data of a write is read with pread(), that of a read is given with
- * pwrite(); the other way round is -EACCES. Only while the server holds the
- * request (-EINVAL), but from any thread.
+ * Get the data of a write with pread(), and supply the data of a read with
+ * pwrite(); otherwise -EACCES. Works while the server holds the request
+ * (otherwise -EINVAL), from any thread.
  */
 #define UBLKSRV_IO_BUF_OFFSET	0x80000000
 
@@ -512,34 +515,34 @@ struct ublksrv_ctrl_dev_info {
 #define UBLKSRV_IO_INTEGRITY_FLAG	(1ULL << UBLK_INTEGRITY_FLAG_OFF)
 
 /*
- * Operations: bits 0..7 of ublksrv_io_desc.op_flags. Which ones arrive is
- * decided by the parameters; READ always can.
+ * Operations: bits 0..7 of ublksrv_io_desc.op_flags. The parameters determine
+ * which ones are sent; READ always may be.
  */
 #define UBLK_IO_OP_READ			0
 #define UBLK_IO_OP_WRITE		1
-#define UBLK_IO_OP_FLUSH		2	/* needs UBLK_ATTR_VOLATILE_CACHE */
-#define UBLK_IO_OP_DISCARD		3	/* needs max_discard_sectors */
-#define UBLK_IO_OP_WRITE_SAME		4	/* never produced */
-#define UBLK_IO_OP_WRITE_ZEROES		5	/* needs max_write_zeroes_sectors */
+#define UBLK_IO_OP_FLUSH		2	/* requires UBLK_ATTR_VOLATILE_CACHE */
+#define UBLK_IO_OP_DISCARD		3	/* requires max_discard_sectors */
+#define UBLK_IO_OP_WRITE_SAME		4	/* never sent */
+#define UBLK_IO_OP_WRITE_ZEROES		5	/* requires max_write_zeroes_sectors */
 
 /* zoned devices only, since 6.6 */
 #define UBLK_IO_OP_ZONE_OPEN		10
 #define UBLK_IO_OP_ZONE_CLOSE		11
 #define UBLK_IO_OP_ZONE_FINISH		12
-#define UBLK_IO_OP_ZONE_APPEND		13	/* answer in zone_append_lba */
+#define UBLK_IO_OP_ZONE_APPEND		13	/* result in zone_append_lba */
 #define UBLK_IO_OP_ZONE_RESET_ALL	14
 #define UBLK_IO_OP_ZONE_RESET		15
 
 /*
- * Asks for up to nr_zones struct blk_zone from start_sector on, delivered
- * like the data of a read. Arrives during START_DEV already.
+ * Requests up to nr_zones struct blk_zone from start_sector on, as the data of a
+ * read. START_DEV sends the first ones.
  */
 #define UBLK_IO_OP_REPORT_ZONES		18
 
 /*
- * Flags of a request: bits 8..31 of ublksrv_io_desc.op_flags, already in
- * place. Test them against op_flags itself, not against the result of
- * ublksrv_get_flags(), which is shifted.
+ * Flags of a request: bits 8..31 of ublksrv_io_desc.op_flags. Test them against
+ * op_flags itself, not against the result of ublksrv_get_flags(), which is
+ * shifted.
  */
 #define UBLK_IO_F_FAILFAST_DEV		(1U << 8)
 #define UBLK_IO_F_FAILFAST_TRANSPORT	(1U << 9)
@@ -550,31 +553,31 @@ struct ublksrv_ctrl_dev_info {
 #define UBLK_IO_F_SWAP			(1U << 16)
 
 /*
- * Since 6.16. Automatic registration failed and
- * UBLK_AUTO_BUF_REG_FALLBACK was given: register by hand or copy.
+ * Since 6.16. Automatic registration failed, and UBLK_AUTO_BUF_REG_FALLBACK was
+ * set: the server has to register the buffer or copy the data.
  */
 #define UBLK_IO_F_NEED_REG_BUF		(1U << 17)
 
-/* Since 7.0. There is integrity data, see UBLKSRV_IO_INTEGRITY_FLAG. */
+/* Since 7.0. The request has integrity data, see UBLKSRV_IO_INTEGRITY_FLAG. */
 #define UBLK_IO_F_INTEGRITY		(1U << 18)
 
-/* Since 7.1. addr is a place in a shared buffer, see ublk_shmem_zc_addr(). */
+/* Since 7.1. addr is in a shared buffer, see ublk_shmem_zc_addr(). */
 #define UBLK_IO_F_SHMEM_ZC		(1U << 19)
 
 /*
- * A request, indexed by tag in the mapped array of its queue. Valid from the
- * completion that announced it until its commit.
+ * A request; an element of the mapped array of its queue, indexed by tag. Valid
+ * from the completion of the fetch until the commit.
  */
 struct ublksrv_io_desc {
 	__u32	op_flags;	/* operation: bits 0..7, UBLK_IO_F_*: bits 8..31 */
 	union {
 		__u32	nr_sectors;
-		__u32	nr_zones;	/* REPORT_ZONES: most zones to return */
+		__u32	nr_zones;	/* REPORT_ZONES: maximum number of zones */
 	};
 	__u64	start_sector;
 	/*
-	 * Copy mode: the buffer given for this tag. With UBLK_IO_F_SHMEM_ZC
-	 * a place in a shared buffer. Otherwise without meaning.
+	 * Copy mode: the buffer of this tag. With UBLK_IO_F_SHMEM_ZC: index
+	 * and offset in a shared buffer. Otherwise undefined.
 	 */
 	__u64	addr;
 };
@@ -586,8 +589,8 @@ static __inline__ __u8 ublksrv_get_op(const struct ublksrv_io_desc *iod)
 }
 
 /*
- * The flags of a request moved down to bit 0. UBLK_IO_F_* do not match this
- * value but iod->op_flags; shift the result left by 8 to compare.
+ * The flags of a request, shifted to bit 0. Compare UBLK_IO_F_* with
+ * iod->op_flags, or with this value shifted left by 8.
  */
 static __inline__ __u32 ublksrv_get_flags(const struct ublksrv_io_desc *iod)
 {
@@ -608,10 +611,10 @@ struct ublksrv_io_cmd {
 };
 
 /*
- * UBLK_F_AUTO_BUF_REG: where to register the next request of a tag, packed
- * into sqe->addr of FETCH_REQ and COMMIT_AND_FETCH_REQ. At the commit the
- * driver takes back the previous registration if the commit comes through the
- * same ring; otherwise UNREGISTER_IO_BUF is the server's to send.
+ * UBLK_F_AUTO_BUF_REG: the buffer for the next request of a tag, packed into
+ * sqe->addr of FETCH_REQ and COMMIT_AND_FETCH_REQ. A commit through the same ring
+ * unregisters the buffer. After a commit through another ring the server has to
+ * issue UNREGISTER_IO_BUF.
  */
 struct ublk_auto_buf_reg {
 	__u16	index;		/* in the ring's fixed buffer table */
@@ -621,8 +624,8 @@ struct ublk_auto_buf_reg {
 };
 
 /*
- * If registering fails deliver the request with UBLK_IO_F_NEED_REG_BUF;
- * without this flag it fails before the server sees it.
+ * If the registration fails, deliver the request with UBLK_IO_F_NEED_REG_BUF.
+ * Without this flag, the request fails before the server sees it.
  */
 #define UBLK_AUTO_BUF_REG_FALLBACK	(1U << 0)
 #define UBLK_AUTO_BUF_REG_F_MASK	UBLK_AUTO_BUF_REG_FALLBACK
@@ -662,8 +665,8 @@ struct ublk_elem_header {
 };
 
 /*
- * Flags of a batch. HAS_BUF_ADDR goes with plain copy mode only, HAS_ZONE_LBA
- * with zoned devices, AUTO_BUF_REG_FALLBACK with UBLK_F_AUTO_BUF_REG.
+ * Flags of a batch. HAS_BUF_ADDR is valid in copy mode only, HAS_ZONE_LBA with
+ * zoned devices, AUTO_BUF_REG_FALLBACK with UBLK_F_AUTO_BUF_REG.
  */
 #define UBLK_BATCH_F_HAS_ZONE_LBA		(1U << 0)
 #define UBLK_BATCH_F_HAS_BUF_ADDR		(1U << 1)
@@ -674,7 +677,7 @@ struct ublk_batch_io {
 	__u16	q_id;
 	__u16	flags;		/* UBLK_BATCH_F_*; FETCH_IO_CMDS: 0 */
 	__u16	nr_elem;	/* at most queue_depth (-E2BIG); FETCH_IO_CMDS: unused */
-	__u8	elem_bytes;	/* 8, 16 or 24 as the flags say; FETCH_IO_CMDS: 2 */
+	__u8	elem_bytes;	/* 8, 16 or 24, according to flags; FETCH_IO_CMDS: 2 */
 	__u8	reserved;	/* 0 */
 	__u64	reserved2;	/* 0 */
 };
@@ -683,8 +686,8 @@ struct ublk_batch_io {
  * Parameters
  * ==========
  *
- * What the disk looks like. Every part counts only if its bit is in
- * ublk_params.types; BASIC must be there. Members not set are 0.
+ * Properties of the disk. A part is used only if its bit is set in
+ * ublk_params.types. BASIC is required. Unused members are 0.
  */
 
 /* Parts of struct ublk_params */
@@ -700,7 +703,7 @@ struct ublk_batch_io {
 #define UBLK_ATTR_READ_ONLY		(1U << 0)
 #define UBLK_ATTR_ROTATIONAL		(1U << 1)
 #define UBLK_ATTR_VOLATILE_CACHE	(1U << 2)	/* FLUSH is sent */
-#define UBLK_ATTR_FUA			(1U << 3)	/* counts with VOLATILE_CACHE only */
+#define UBLK_ATTR_FUA			(1U << 3)	/* only with VOLATILE_CACHE */
 
 struct ublk_param_basic {
 	__u32	attrs;			/* UBLK_ATTR_* */
@@ -714,22 +717,22 @@ struct ublk_param_basic {
 	/* requests do not cross multiples of it; zoned: the zone size; sectors */
 	__u32	chunk_sectors;
 	__u64	dev_sectors;		/* size of the disk in sectors */
-	__u64	virt_boundary_mask;	/* gaps in memory only at multiples of mask + 1 */
+	__u64	virt_boundary_mask;	/* memory gaps only at multiples of mask + 1 */
 };
 
-/* DISCARD and WRITE_ZEROES; without this part neither is sent. */
+/* DISCARD and WRITE_ZEROES. Without this part neither is sent. */
 struct ublk_param_discard {
 	__u32	discard_alignment;	/* bytes */
 	__u32	discard_granularity;	/* bytes, not 0 */
 	__u32	max_discard_sectors;	/* 0: no DISCARD */
 	__u32	max_write_zeroes_sectors; /* 0: no WRITE_ZEROES */
-	__u16	max_discard_segments;	/* 1 if there is DISCARD */
+	__u16	max_discard_segments;	/* 1 with DISCARD */
 	__u16	reserved0;		/* 0 */
 };
 
 /*
- * Device numbers, filled in by GET_PARAMS; -EINVAL in SET_PARAMS. The disk's
- * are 0 until it exists.
+ * Device numbers, returned by GET_PARAMS; -EINVAL in SET_PARAMS. Those of the
+ * disk are 0 until it exists.
  */
 struct ublk_param_devt {
 	__u32	char_major;
@@ -738,7 +741,7 @@ struct ublk_param_devt {
 	__u32	disk_minor;
 };
 
-/* Required with UBLK_F_ZONED, forbidden without. */
+/* Required with UBLK_F_ZONED, otherwise invalid. */
 struct ublk_param_zoned {
 	__u32	max_open_zones;		/* 0: no limit */
 	__u32	max_active_zones;	/* 0: no limit */
@@ -755,7 +758,7 @@ struct ublk_param_dma_align {
 /* Smallest max_segment_size and smallest seg_boundary_mask + 1. */
 #define UBLK_MIN_SEGMENT_SIZE		4096
 
-/* Shape of the memory segments of a request; no limits without this part. */
+/* Limits of the memory segments of a request. Without this part there are none. */
 struct ublk_param_segment {
 	__u64	seg_boundary_mask;	/* mask + 1 is a power of two */
 	__u32	max_segment_size;	/* bytes */
@@ -765,21 +768,21 @@ struct ublk_param_segment {
 
 /*
  * Integrity metadata, with UBLK_F_INTEGRITY. Each interval of data has
- * metadata_size bytes; the protection tuple is at pi_offset in them.
+ * metadata_size bytes, with the protection tuple at pi_offset.
  */
 struct ublk_param_integrity {
 	__u32	flags;			/* LBMD_PI_CAP_* of <linux/fs.h> */
 	__u16	max_integrity_segments;	/* 0: no limit */
 	__u8	interval_exp;		/* log2 bytes, 9..logical_bs_shift */
 	__u8	metadata_size;		/* bytes, not 0 */
-	__u8	pi_offset;		/* bytes; the tuple must fit behind it */
+	__u8	pi_offset;		/* bytes; the tuple must fit after it */
 	__u8	csum_type;		/* LBMD_PI_CSUM_* of <linux/fs.h> */
 	__u8	tag_size;		/* bytes of application tag */
 	__u8	pad[5];			/* 0 */
 };
 
 struct ublk_params {
-	/* Bytes of this structure that are meant; a shorter one is accepted. */
+	/* Size in bytes; may be less than the size of the whole structure. */
 	__u32	len;
 	__u32	types;			/* UBLK_PARAM_TYPE_* */
 
@@ -796,9 +799,9 @@ struct ublk_params {
  * Shared memory
  * =============
  *
- * Since 7.1, UBLK_F_SHMEM_ZC. A request whose pages all lie in one registered
- * buffer, in order, arrives with UBLK_IO_F_SHMEM_ZC and its place there in
- * ublksrv_io_desc.addr; nothing is copied.
+ * Since 7.1, UBLK_F_SHMEM_ZC. A request whose pages are all in one registered
+ * buffer, in order, has UBLK_IO_F_SHMEM_ZC set, and the offset in the buffer in
+ * ublksrv_io_desc.addr. Its data is not copied.
  */
 
 /* Argument of UBLK_U_CMD_REG_BUF */
@@ -809,7 +812,7 @@ struct ublk_shmem_buf_reg {
 	__u32	reserved;	/* 0 */
 };
 
-/* The server only reads the buffer: it is used for writes to the disk only. */
+/* The server only reads the buffer: only writes to the disk use it. */
 #define UBLK_SHMEM_BUF_READ_ONLY	(1U << 0)
 
 /* ublksrv_io_desc.addr: offset in bits 0..31, index in bits 32..47 */
