@@ -22,6 +22,17 @@ def current() -> FakeDriver | None:
 
 
 @contextlib.contextmanager
+def taken() -> Iterator[FakeDriver | None]:
+    """Yield the current driver, and hide it inside the block from threads and tasks that inherit the context."""
+    driver = _stand_in.get()
+    token = _stand_in.set(None)
+    try:
+        yield driver
+    finally:
+        _stand_in.reset(token)
+
+
+@contextlib.contextmanager
 def using(driver: FakeDriver) -> Iterator[None]:
     """Create and recover devices on a stand-in driver inside the block, in this thread or task only."""
     token = _stand_in.set(driver)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 def start(device: Device) -> None:
     """Create the device and serve it."""
-    with _lifecycle.starting():
-        _start(device, _driver.current())
+    with _lifecycle.starting(), _driver.taken() as driver:
+        _start(device, driver)
 
 
 def _start(device: Device, driver: _ublk.FakeDriver | None) -> None:
@@ -60,8 +60,8 @@ async def start_async(device: Device) -> None:
     """Create the device and serve it on the running loop."""
     device._serving.use_running_loop()
     event_loop("start_async")
-    with _lifecycle.starting():
-        await _start_async(device, _driver.current())
+    with _lifecycle.starting(), _driver.taken() as driver:
+        await _start_async(device, driver)
 
 
 async def _start_async(device: Device, driver: _ublk.FakeDriver | None) -> None:
@@ -82,8 +82,8 @@ async def _start_async(device: Device, driver: _ublk.FakeDriver | None) -> None:
 
 def take_over(device: Device) -> None:
     """Serve the device with the number of the options, which has lost its server."""
-    with _lifecycle.starting():
-        _take_over(device, _driver.current())
+    with _lifecycle.starting(), _driver.taken() as driver:
+        _take_over(device, driver)
 
 
 def _take_over(device: Device, driver: _ublk.FakeDriver | None) -> None:
