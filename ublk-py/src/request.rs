@@ -278,6 +278,7 @@ impl PyRequest {
             return outcome.and(Err(PyRuntimeError::new_err(text)));
         }
         check_return(returned, self.op.has_data().then_some(self.length))?;
+        self.extents.flushes.handled(self.op);
         self.end(py, Ok(()))?;
         Ok(true)
     }

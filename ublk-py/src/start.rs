@@ -94,8 +94,8 @@ impl Description {
 
     /// Has the flushes of the block device know that another server has written to the disk.
     fn note_recovery(&self, handlers: &Bound<'_, PyAny>) -> PyResult<()> {
-        // The others have no extents.
-        if !matches!(self.style.as_str(), "native" | "batch") {
+        // The others have no extents. Nor does a program that pulls, which has no methods.
+        if !matches!(self.style.as_str(), "native" | "batch") && handlers.contains("read")? {
             let extents = handlers.get_item("extents")?;
             extents.cast::<Extents>()?.get().0.flushes.recovered(self.style.starts_with("mapped"));
         }
