@@ -4,6 +4,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import threading
@@ -195,3 +196,43 @@ def test_what_comes_with_the_signal_that_ends_a_program_does_not_hurry_it(runnin
         assert done == []
         signal.raise_signal(signal.SIGTERM)
         assert done == ["hurry"]
+
+
+@pytest.fixture
+def interrupted_log(caplog):
+    """Has SIGTERM come in the main thread while a given message is logged."""
+
+    def interrupt(record):
+        if begins and record.getMessage().startswith(begins[0]) and threading.current_thread() is main:
+            begins.clear()
+            signal.raise_signal(signal.SIGTERM)
+        return True
+
+    begins, main, logger = [], threading.current_thread(), logging.getLogger("ublk")
+    logger.addFilter(interrupt)
+    with caplog.at_level(logging.DEBUG, "ublk"):
+        yield begins.append
+    logger.removeFilter(interrupt)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_signal_while_the_engine_logs_is_raised(driver, interrupted_log):
+    interrupted_log("")
+    with pytest.raises(SystemExit), Slow().start(_driver=driver) as device:
+        device.wait(10)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_signal_while_a_dropped_request_is_logged_is_raised(driver, interrupted_log):
+    with ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver) as device:
+        assert device.wait_ready(10)
+        client = Client(driver, device.id)
+        request = next(iter(device.requests()))
+        interrupted_log("request read")
+        with pytest.raises(SystemExit):
+            del request
+            # Soon, not at once.
+            for _ in range(1000):
+                os.getpid()
+        client.thread.join(10)
+        assert client.error is not None
