@@ -408,9 +408,8 @@ class Device:
                 errno.EINVAL, f"{self.path} was not started with recoverable=True: no other server could take it over"
             )
         if self.can_be_left:
-            if isinstance(self._native, _ublk.NativeDevice):
-                # From here on no stop deletes the disk under its users, whatever interrupts this.
-                self._native.hand_over()
+            # From here on no stop deletes the disk under its users, whatever interrupts this.
+            self._native.hand_over()
             self._end(self._native.leave)
         else:
             # Says what is missing, and touches nothing.

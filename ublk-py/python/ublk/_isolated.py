@@ -144,6 +144,8 @@ class RemoteDevice:
         self._killed = ""
         # Whether a stop cancels tasks at once.
         self.cancels = False
+        # Whether a stop asks for leave: from before that is asked for until it is answered. Then the process knows.
+        self._leaves = False
         self._control, control = _spawn.Pipe()
         self._events, events = _spawn.Pipe(duplex=False)
         levels = {name: logging.getLogger(name).level for name in ("", "ublk")}
@@ -214,7 +216,11 @@ class RemoteDevice:
         If that does not work, it is killed. Raises `UblkError` then, although the device is gone, unless tasks are
         cancelled.
         """
-        self._finish("stop", seconds)
+        self._finish("leave" if self._leaves else "stop", seconds)
+
+    def hand_over(self) -> None:
+        """Have no later stop delete the device: one asks for what `leave` may not have asked for."""
+        self._leaves = True
 
     def leave(self) -> None:
         """Have the device left to another server, and the process gone."""
@@ -295,12 +301,15 @@ class RemoteDevice:
         failure: BaseException | None = None
         # Not again, if only the end of the process was not waited for.
         if not self._last:
-            arguments = () if seconds is None else (seconds, cancels)
+            arguments = (seconds, cancels) if question == "stop" else ()
             patience = _ANSWER_SECONDS if seconds is None else seconds + _STOP_SECONDS
             try:
                 # Others may ask for the same meanwhile: that process finds out which of them has the least time.
                 answer = self._answer(functools.partial(self._questions.ask, question, *arguments), patience)
                 error = failure = None if answer.error is None else answer.error.restored()
+                if question == "leave":
+                    # If it was refused, a stop deletes the device again.
+                    self._leaves = False
             except UblkError as lost:
                 failure = lost
         if self._last:
@@ -311,7 +320,7 @@ class RemoteDevice:
                 raise error
         elif isinstance(failure, UblkError) and failure.errno == errno.EOWNERDEAD:
             self._finish_dead(cancels)
-        elif failure is not None and (seconds is None or self.recovery is not None):
+        elif failure is not None and (question == "leave" or self.recovery is not None):
             raise failure
         else:
             # A handler is stuck, or the process. Its end is that of the requests.

@@ -258,6 +258,9 @@ class _Ends:
     def begin(self, number: int, question: str, arguments: tuple[Any, ...]) -> None:
         """End the device as the question has it, and answer after that."""
         end: Callable[[], None] = self._device.quiesce
+        if question == "leave" and self._device.can_be_left:
+            # Here, so that no stop that is read after this deletes the device, whichever thread comes first.
+            self._device._native.hand_over()
         if question == "stop":
             self.deletes = True
             seconds, cancel = arguments
