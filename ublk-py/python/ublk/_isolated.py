@@ -110,11 +110,12 @@ class IsolatedServing(Serving):
         driver: _ublk.FakeDriver | None,
         made: list[Native],
     ) -> None:
-        remote = RemoteDevice(self._payload, id, options, driver is not None)
+        payload = [pickle.dumps(dict(options)), self._payload]
+        self._payload = b""
+        remote = RemoteDevice(id, driver is not None)
         self._remote = remote
         made.append(remote)
-        self._payload = b""
-        remote.begin(self.die)
+        remote.begin(payload, self.die)
 
     def cancel(self) -> None:
         """Have the process do so when it stops the device."""
@@ -127,7 +128,7 @@ class RemoteDevice:
 
     queues_left = 0
 
-    def __init__(self, payload: bytes, id: int | None, options: Mapping[str, Any], fake: bool) -> None:
+    def __init__(self, id: int | None, fake: bool) -> None:
         # For the end of the process; a signal's handler that interrupts a stop may stop the device, too.
         self._lock = threading.RLock()
         self._die: Callable[[BaseException], None] | None = None
@@ -150,13 +151,17 @@ class RemoteDevice:
         self._events, events = _spawn.Pipe(duplex=False)
         levels = {name: logging.getLogger(name).level for name in ("", "ublk")}
         self._theirs = (control, events)
-        arguments = (control, events, payload, id, dict(options), levels, fake)
+        # Small: a start of a process waits without a limit until these are read. The rest goes through the pipe.
+        arguments = (control, events, id, levels, fake)
         self._process: SpawnProcess = _spawn.Process(
             target=_isolated_server.serve, args=arguments, name="ublk-isolated"
         )
 
-    def begin(self, die: Callable[[BaseException], None]) -> None:
-        """Start the process, wait until it serves its device, and listen to it from then on."""
+    def begin(self, payload: list[bytes], die: Callable[[BaseException], None]) -> None:
+        """Start the process, wait until it serves its device, and listen to it from then on.
+
+        It gets the options and the block device, both pickled.
+        """
         _remotes.add(self)
         _end_with_workers()
         control, events = self._theirs
@@ -164,7 +169,7 @@ class RemoteDevice:
         with _signals.deferred(), control, events:
             self._process.start()
             assert self._process.pid is not None
-            self._questions = Questions(self._control, self._process.pid)
+            self._questions = Questions(self._control, self._process.pid, payload)
         try:
             shape = self._value(self._questions.wait_for_start, _START_SECONDS)
         except UblkError as error:
@@ -364,7 +369,9 @@ class RemoteDevice:
     def _give_up(self, seconds: float) -> None:
         """End a process whose start is given up, and remove what it has made if it does not do so by itself."""
         with self._lock:
-            self._kill(seconds)
+            # Before that it has nothing to remove.
+            is_given = hasattr(self, "_questions") and self._questions.is_given
+            self._kill(seconds if is_given else 0.0)
             if self._process.pid is None or self._process.exitcode == 0:
                 return
             self._questions.join(_EXIT_SECONDS)

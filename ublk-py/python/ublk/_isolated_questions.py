@@ -8,6 +8,8 @@ import contextlib
 import itertools
 import os
 import queue
+import select
+import signal
 import socket
 import threading
 import time
@@ -28,6 +30,8 @@ MADE = -1
 _LOOK_SECONDS = 0.1
 # The wait for an answer, from then on.
 EXPEDITED_SECONDS = 5.0
+# What surely fits into a pipe that has room.
+_CHUNK = 32 << 10
 
 
 class _Question:
@@ -45,8 +49,11 @@ class Questions:
     Any number of threads may wait for answers at the same time, and so may a signal's handler that interrupts a wait.
     """
 
-    def __init__(self, control: Connection, pid: int) -> None:
+    def __init__(self, control: Connection, pid: int, payload: list[bytes]) -> None:
         self._control = control
+        self._payload = payload
+        # Whether the process may have everything that it needs for a device.
+        self.is_given = False
         self._numbers = itertools.count(1)
         # Its `put` may be interrupted by another one.
         self._queue: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
@@ -106,7 +113,10 @@ class Questions:
         return question.answer
 
     def _run(self) -> None:
+        # The program may die of it by default.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPIPE])
         try:
+            self._send_payload()
             # What is left of a process that has ended comes first.
             while (ready := wait([self._control, self._wake, self.running])) != [self.running]:
                 if self._control in ready:
@@ -120,6 +130,34 @@ class Questions:
             self._control.close()
             for question in self._waiting.values():
                 question.answered.set()
+
+    def _send_payload(self) -> None:
+        """Send what `receive_part` takes. The process may end, or be suspended, at any point of that."""
+        parts, self._payload = self._payload, []
+        with contextlib.suppress(OSError):
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(part), _CHUNK):
+                    if not self._has_room():
+                        return
+                    self._control.send_bytes(view[start : start + _CHUNK])
+                self.is_given = part is parts[-1]
+                self._control.send_bytes(b"")
+
+    def _has_room(self) -> bool:
+        """Wait until a message can be sent at once, and receive meanwhile; return False if the process has ended."""
+        poller = select.poll()
+        poller.register(self._control.fileno(), select.POLLIN | select.POLLOUT)
+        poller.register(self.running, select.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            events = ready.get(self._control.fileno(), 0)
+            if events & select.POLLOUT:
+                return True
+            if events & select.POLLIN:
+                self._receive(self._control.recv())
+            elif ready:
+                return False
 
     def _receive(self, answer: Answer) -> None:
         if answer.number == MADE:
@@ -147,4 +185,10 @@ class Questions:
                     self._waiting[question.number] = question
                 # A process that ends may have sent something that is still to be received.
                 with contextlib.suppress(OSError):
-                    self._control.send((question.number, question.text, question.arguments))
+                    if self._has_room():
+                        self._control.send((question.number, question.text, question.arguments))
+
+
+def receive_part(control: Connection) -> bytes:
+    """Return the next part of what comes first. Raises `EOFError` if the program gives that up."""
+    return b"".join(iter(control.recv_bytes, b""))

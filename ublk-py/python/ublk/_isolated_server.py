@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ublk import _ublk
 from ublk._device import Device, leave_removal
 from ublk._errors import UblkError
-from ublk._isolated_questions import ENDS, MADE
+from ublk._isolated_questions import ENDS, MADE, receive_part
 from ublk._log import log
 
 if TYPE_CHECKING:
@@ -137,9 +137,7 @@ class _Events:
 def serve(
     control: Connection,
     pipe: Connection,
-    payload: bytes,
     id: int | None,
-    options: Mapping[str, Any],
     levels: Mapping[str, int],
     fake: bool,
 ) -> None:
@@ -156,7 +154,7 @@ def serve(
     except ProcessLookupError:
         return
     try:
-        device = _Start(control, program, id).run(payload, options, fake)
+        device = _Start(control, program, id).run(fake)
     except BaseException as error:
         with contextlib.suppress(OSError):
             control.send(Answer(0, error=Failure.of(error)))
@@ -178,15 +176,18 @@ class _Start:
         self._over = threading.Event()
         self._over_descriptor = os.eventfd(0, os.EFD_CLOEXEC)
 
-    def run(self, payload: bytes, options: Mapping[str, Any], fake: bool) -> Device:
+    def run(self, fake: bool) -> Device:
         """Return the device when it is live."""
         threading.Thread(target=self._watch, name="ublk-start", daemon=True).start()
         try:
+            parts = [receive_part(self._control) for _ in range(2)]
             try:
-                target: BlockDevice = pickle.loads(payload)
+                options: Mapping[str, Any] = pickle.loads(parts[0])
+                target: BlockDevice = pickle.loads(parts[1])
             except (AttributeError, ImportError) as error:
                 # Of an interactive program, say.
                 raise TypeError(f"isolated=True needs a class that can be imported from a file: {error}") from None
+            parts.clear()
             driver = _ublk.FakeDriver() if fake else None
             if self._id is None:
                 device = Device._make(target, **options)
