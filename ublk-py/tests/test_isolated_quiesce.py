@@ -3,13 +3,16 @@
 """Isolated devices that are left to another server, and what may happen meanwhile."""
 
 import atexit
+import errno
+import os
+import signal
 import threading
 import time
 
 import pytest
 
 import ublk
-from ublk import _device, _ublk
+from ublk import _device, _isolated, _ublk
 from ublk._ublk import FakeDriver
 
 SOON = 60
@@ -28,7 +31,9 @@ class Disk(ublk.BlockDevice):
 
         def driver_with_witness():
             driver = make()
-            atexit.register(lambda: self.fate.write_text("left" if driver.devices() else "deleted"))
+            atexit.register(
+                lambda: self.fate.write_text(f"{'left' if driver.devices() else 'deleted'}, {self.size} bytes")
+            )
             return driver
 
         _ublk.FakeDriver = driver_with_witness
@@ -73,7 +78,7 @@ def fate(device):
     process = device._native._process
     process.join(SOON)
     assert process.exitcode == 0
-    return device._target.fate.read_text()
+    return device._target.fate.read_text().partition(",")[0]
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
@@ -147,4 +152,85 @@ def test_a_refused_quiesce_has_a_later_stop_delete_the_disk(begin, monkeypatch):
 def _answer_with(device, error):
     from ublk._isolated_server import Answer, Failure
 
-    return lambda *question, seconds: Answer(1, error=Failure.of(error))
+    return lambda *question, **limits: Answer(1, error=Failure.of(error))
+
+
+def suspend(device):
+    os.kill(device._native._process.pid, signal.SIGSTOP)
+
+
+def resume(device):
+    """Let a process go on, and wait until it has read everything that it was asked."""
+    os.kill(device._native._process.pid, signal.SIGCONT)
+    assert device._native._questions.ask("entries", seconds=SOON).value == 0
+
+
+def times_out(act, *arguments, **options):
+    with pytest.raises(ublk.UblkError, match="does not answer after") as caught:
+        act(*arguments, **options)
+    assert caught.value.errno == errno.ETIMEDOUT
+
+
+@pytest.fixture
+def impatience(monkeypatch):
+    """Have the program wait for answers for a second, and leave a suspended process alone."""
+    monkeypatch.setattr(_isolated.RemoteDevice, "_resume", lambda self: None)
+    for limit in ("_BEGIN_SECONDS", "_LEAVE_SECONDS", "_STOP_SECONDS"):
+        monkeypatch.setattr(_isolated, limit, 0.5)
+    monkeypatch.setattr(_isolated, "_ANSWER_SECONDS", 1.0)
+    yield
+    monkeypatch.undo()
+
+
+def test_a_suspended_process_goes_on_to_leave_its_device(begin):
+    device = begin()
+    suspend(device)
+    device.quiesce()
+    assert fate(device) == "left"
+
+
+def test_a_quiesce_that_timed_out_is_not_carried_out_later(begin, impatience, monkeypatch):
+    device = begin()
+    suspend(device)
+    times_out(device.quiesce)
+    resume(device)
+    assert device.wait(2) is False
+    monkeypatch.undo()
+    # As for any device whose quiesce has failed without being refused.
+    device.stop()
+    assert fate(device) == "left"
+
+
+def test_a_stop_that_timed_out_is_not_carried_out_later(begin, impatience, monkeypatch):
+    device = begin()
+    suspend(device)
+    times_out(device.stop, timeout=0.1)
+    resume(device)
+    assert device.wait(2) is False
+    monkeypatch.undo()
+    device.quiesce()
+    assert fate(device) == "left"
+
+
+def test_a_resize_that_timed_out_is_not_carried_out_later(begin, impatience, monkeypatch):
+    device = begin()
+    suspend(device)
+    times_out(device.resize, 1 << 21)
+    resume(device)
+    monkeypatch.undo()
+    device.stop()
+    assert fate(device) == "deleted"
+    assert device._target.fate.read_text() == f"deleted, {1 << 20} bytes"
+
+
+def test_what_a_process_is_too_late_for_is_refused(begin, monkeypatch):
+    monkeypatch.setattr(_isolated, "_BEGIN_SECONDS", -1.0)
+    device = begin()
+    for act in (device.quiesce, device.stats):
+        with pytest.raises(ublk.UblkError, match="was too late to") as caught:
+            act()
+        assert caught.value.errno == errno.ETIMEDOUT
+    assert device.running
+    # That is known, so it is the device's end after all.
+    device.stop()
+    assert fate(device) == "deleted"

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 # A process that imports what the program imports, and then has the kernel read the disk.
 _START_SECONDS = 120.0
 _ANSWER_SECONDS = 75.0
+# What the process gets to later than this it refuses. Less than the wait for the answer, which covers what was begun.
+_BEGIN_SECONDS = 30.0
+# For the other side's part of leaving the device: the engine waits for handlers (60 s) and for the driver (40 s).
+_LEAVE_SECONDS = 110.0
 # For the other side's part of a stop, besides the wait for handlers.
 _STOP_SECONDS = 15.0
 _EXIT_SECONDS = 5.0
@@ -248,7 +252,8 @@ class RemoteDevice:
             )
         if question not in self._last:
             try:
-                return self._value(functools.partial(self._questions.ask, question, *arguments), _ANSWER_SECONDS)
+                ask = functools.partial(self._questions.ask, question, *arguments, begin=_BEGIN_SECONDS)
+                return self._value(ask, _ANSWER_SECONDS)
             except UblkError:
                 # Another thread may have stopped the device meanwhile.
                 if question not in self._last:
@@ -297,20 +302,21 @@ class RemoteDevice:
             return
         # Another stop may cancel meanwhile, and the end of the device does.
         cancels = self.cancels
-        if seconds is not None:
-            if self._questions.is_expedited:
-                seconds = 0.0
-            self._resume()
+        if seconds is not None and self._questions.is_expedited:
+            seconds = 0.0
+        self._resume()
         # What the end of the device has raised, and why that is still to come.
         error: BaseException | None = None
         failure: BaseException | None = None
         # Not again, if only the end of the process was not waited for.
         if not self._last:
             arguments = (seconds, cancels) if question == "stop" else ()
-            patience = _ANSWER_SECONDS if seconds is None else seconds + _STOP_SECONDS
+            begin = _BEGIN_SECONDS if seconds is None else seconds + _STOP_SECONDS
+            patience = begin + _LEAVE_SECONDS if seconds is None else begin
             try:
                 # Others may ask for the same meanwhile: that process finds out which of them has the least time.
-                answer = self._answer(functools.partial(self._questions.ask, question, *arguments), patience)
+                ask = functools.partial(self._questions.ask, question, *arguments, begin=begin)
+                answer = self._answer(ask, patience)
                 error = failure = None if answer.error is None else answer.error.restored()
                 if question == "leave":
                     # If it was refused, a stop deletes the device again.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import queue
 import select
@@ -35,10 +36,12 @@ _CHUNK = 32 << 10
 
 
 class _Question:
-    def __init__(self, number: int, text: str, arguments: tuple[object, ...]) -> None:
+    def __init__(self, number: int, text: str, arguments: tuple[object, ...], begin_by: float = math.inf) -> None:
         self.number = number
         self.text = text
         self.arguments = arguments
+        # A time of the clock that all processes share. What the process reads later, it refuses.
+        self.begin_by = begin_by
         self.answer: Answer | None = None
         self.answered = threading.Event()
 
@@ -73,9 +76,13 @@ class Questions:
         self._thread = threading.Thread(target=self._run, name="ublk-questions", daemon=True)
         self._thread.start()
 
-    def ask(self, text: str, *arguments: object, seconds: float) -> Answer:
-        """Return the answer. Raises `EOFError` if the process ends before that, `TimeoutError` if the time is over."""
-        question = _Question(next(self._numbers), text, arguments)
+    def ask(self, text: str, *arguments: object, seconds: float, begin: float | None = None) -> Answer:
+        """Return the answer. Raises `EOFError` if the process ends before that, `TimeoutError` if the time is over.
+
+        What the process does not get to within ``begin`` seconds (otherwise ``seconds``) is not carried out.
+        """
+        begin_by = time.monotonic() + (seconds if begin is None else begin)
+        question = _Question(next(self._numbers), text, arguments, begin_by)
         self._put(question)
         return self._wait(question, seconds)
 
@@ -186,7 +193,7 @@ class Questions:
                 # A process that ends may have sent something that is still to be received.
                 with contextlib.suppress(OSError):
                     if self._has_room():
-                        self._control.send((question.number, question.text, question.arguments))
+                        self._control.send((question.number, question.text, question.arguments, question.begin_by))
 
 
 def receive_part(control: Connection) -> bytes:

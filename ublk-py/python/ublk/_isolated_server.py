@@ -317,9 +317,13 @@ def _attend(device: Device, control: Connection, program: int, events: _Events, 
                 ends.join()
                 return
             if control.fileno() in ready:
-                number, question, arguments = control.recv()
+                number, question, arguments, begin_by = control.recv()
                 announced = True
-                if question in ENDS:
+                if time.monotonic() > begin_by:
+                    # The program waits no longer, or not for long enough.
+                    text = f"process {os.getpid()}, which serves {device.path}, was too late to {question}"
+                    answer(Answer(number, error=Failure.of(UblkError(errno.ETIMEDOUT, text))))
+                elif question in ENDS:
                     ends.begin(number, question, arguments)
                 elif question == "expedite":
                     native.expedite()
