@@ -25,6 +25,7 @@ mod state;
 mod station;
 mod stats_service;
 mod stuck;
+mod target;
 mod upgrade;
 
 use std::ffi::OsString;

@@ -7,6 +7,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use super::state::{Origin, State};
+use super::target::Kind;
 use super::{Failure, Host, Outcome, add, daemon, serve, upgrade};
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
@@ -17,8 +18,8 @@ pub(super) struct Args {
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: u32,
     /// Kind of disk [default: as before]; needed only for a device that another program created
-    #[arg(short = 't', long = "type", value_enum)]
-    kind: Option<add::Kind>,
+    #[arg(short = 't', long = "type", value_name = "KIND", value_parser = Kind::parser())]
+    kind: Option<&'static Kind>,
     /// Backing file or directory, as for `ublk add` [default: as before]
     #[arg(short, long, value_name = "PATH", requires = "kind")]
     file: Option<PathBuf>,

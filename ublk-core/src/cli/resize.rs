@@ -26,11 +26,11 @@ pub(super) fn run(args: &Args) -> Outcome {
     let present = control.params(id)?.params.size;
     // What its server can serve stands in the state file.
     let kept = State::load(id)?.add_args()?;
-    let backing = match kept.file() {
+    let backing = match kept.target().file() {
         Some(path) => Some(served(id, control.info(id)?.pid, path)?),
         None => None,
     };
-    let bytes = kept.new_size(args.size, present, backing.as_deref())?;
+    let bytes = kept.target().new_size(args.size, present, backing.as_deref())?;
     control.update_size(id, bytes)?;
     Ok(())
 }

@@ -133,6 +133,11 @@ impl Args {
         Ok(params)
     }
 
+    /// Whether the command line asks for integrity metadata.
+    pub(super) fn has_integrity(&self) -> bool {
+        self.integrity.is_some()
+    }
+
     fn integrity(&self, block: u32) -> Option<Integrity> {
         let checksum = match self.integrity? {
             Guard::None => Checksum::None,
