@@ -5,32 +5,29 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
+use clap::FromArgMatches;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
-use super::shape::Switch;
-use super::state::{Origin, State};
-use super::target::{self, Kind};
-use super::{Failure, Host, Outcome, daemon, serve, state};
+use super::background;
+use super::failure::{Failure, Outcome};
+use super::host::Host;
+use super::server::{self, Signals};
+use super::state_file::CommandLine;
+use super::target::{self, Kind, Switch};
 use crate::control::{Control, DeviceInfo};
 use crate::data::DataMovement;
-use crate::data::shared::SharedMemory;
-use crate::device::{Device, DeviceOptions, Recovery, Server};
-use crate::driver::kernel::KernelDriver;
-use crate::engine::StdSpawn;
+use crate::device::{Device, DeviceOptions, Recovery};
 use crate::error::{Error, Result};
 use crate::placement::Cpus;
-use crate::pressure;
-use crate::targets;
 use crate::units::DeviceId;
 
-/// What `--recovery` without a value means.
+/// Meaning of `--recovery` without a value.
 const DEFAULT_RECOVERY: Recovery = Recovery::Reissue;
-/// The possible values of `--recovery`.
+/// Parser of `--recovery`.
 fn recovery() -> impl TypedValueParser<Value = Recovery> {
-    // The reference tool's `-r 1` is this tool's `-r`.
+    // For scripts that were written for the reference tool, whose option is `-r 1`.
     let named = |name: String| match name.as_str() {
         "1" => Some(DEFAULT_RECOVERY),
         name => Recovery::ALL.into_iter().find(|recovery| recovery.name() == name),
@@ -42,7 +39,7 @@ fn recovery() -> impl TypedValueParser<Value = Recovery> {
     PossibleValuesParser::new(Recovery::ALL.map(value)).try_map(move |name| named(name).ok_or("unknown"))
 }
 
-/// Parses `--cpus`.
+/// Parser of `--cpus`.
 fn cpus(text: &str) -> Result<Cpus> {
     match text {
         "off" => Ok(Cpus::Any),
@@ -51,7 +48,7 @@ fn cpus(text: &str) -> Result<Cpus> {
     }
 }
 
-/// The possible values of `--data`.
+/// Parser of `--data`.
 fn movement() -> impl TypedValueParser<Value = DataMovement> {
     let named = |name: String| DataMovement::ALL.into_iter().find(|movement| movement.name() == name);
     PossibleValuesParser::new(DataMovement::ALL.map(DataMovement::name))
@@ -117,129 +114,71 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
     log: Option<PathBuf>,
     /// Descriptor on which a background server reports that it is ready
-    #[arg(long = daemon::REPORT_FLAG, value_name = "FD", hide = true)]
+    #[arg(long = background::REPORT_OPTION, value_name = "FD", hide = true)]
     report: Option<RawFd>,
 }
 
 pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     if let Some(report) = args.report {
-        let origin = Origin::here(&daemon::without_report(arguments))?;
-        return daemon::child(report, args.log.as_deref(), |ready| serve(args, &origin, None, ready));
+        let line = CommandLine::new(&background::without_report(arguments))?;
+        return background::run(report, args.log.as_deref(), |ready| args.serve(&line, None, ready));
     }
     if args.foreground {
-        return serve(args, &Origin::here(arguments)?, None, daemon::print_paths);
+        return args.serve(&CommandLine::new(arguments)?, None, server::print_paths);
     }
-    daemon::parent(arguments, host, daemon::Devices::Made)
-}
-
-/// Makes the device, or gives one that waits for a server a new one, calls `ready` when it can be used, and
-/// serves it to its end. `origin` is for the device's next server.
-pub(super) fn serve(
-    args: &Args,
-    origin: &Origin,
-    waiting: Option<DeviceId>,
-    ready: impl FnOnce(&[Device], &serve::Signals) -> Outcome,
-) -> Outcome {
-    // Before any thread is made: they inherit the mask.
-    let signals = serve::Signals::block()?;
-    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    if threads == 0 {
-        return Err(Error::invalid("threads", 0, "must be at least 1").into());
-    }
-    args.check()?;
-    serve::raise_file_limit();
-    if args.protect {
-        pressure::refuse_oom_kill()?;
-    }
-    if args.lock_memory {
-        pressure::lock_memory()?;
-    }
-    // A disk that is in use is served rather on other CPUs than not at all.
-    let (cpus, fallback) = if waiting.is_some() { args.cpus.available() } else { (args.cpus, None) };
-    if let Some(fallback) = fallback {
-        log::warn!("{fallback}");
-    }
-    let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads)
-        .on_cpus(cpus)?
-        .coalescing(Duration::from_micros(args.coalesce_usecs.into()))?;
-    let options = DeviceOptions {
-        id: args.id.map(DeviceId),
-        queues: args.queues,
-        depth: args.depth,
-        data: args.data,
-        batch: args.batch.map(|batch| batch == Switch::On),
-        threads_per_queue: args.threads_per_queue,
-        recovery: args.recovery,
-        shared_memory: args.shared_memory.is_some(),
-        partition_scan: !args.no_partition_scan,
-    };
-    let mut devices = Vec::new();
-    // On an error the devices are dropped, which stops and deletes them.
-    match waiting {
-        None => {
-            for _ in 0..args.count {
-                devices.push(server.start(args.target.create()?, &options)?);
-            }
-        }
-        Some(id) => {
-            // The old server has the file for itself.
-            server.wait_for_vacancy(id)?;
-            let disk = server.control().params(id)?.params;
-            devices.push(server.recover(id, args.target.reopen(&disk)?)?);
-        }
-    }
-    for device in devices.iter().filter(|_| args.shared_memory.is_some()) {
-        share(device, args.shared_memory.as_deref().unwrap_or("".as_ref()))?;
-    }
-    let reported = keep(&devices, origin, options.recovery.is_some()).and_then(|()| ready(&devices, &signals));
-    if let Err(failure) = reported {
-        forget(devices, waiting.is_some());
-        return Err(failure);
-    }
-    serve::run(&signals, devices)
-}
-
-/// Lets clients of a device use a file's memory.
-fn share(device: &Device, path: &Path) -> Result<()> {
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(path);
-    let file = file.map_err(|e| Error::file("open", path, &e))?;
-    let len = targets::file_size(path)?;
-    let memory = SharedMemory::map(&file, len, false).map_err(|e| Error::file("map", path, &e))?;
-    device.share_memory(memory).map(drop)
-}
-
-/// Writes down what the devices' next servers need to know; for those that may have one, it must work.
-fn keep(devices: &[Device], origin: &Origin, needed: bool) -> Outcome {
-    for device in devices {
-        match State::of(device, origin).and_then(|state| state.save(device.id())) {
-            Err(failure) if needed => return Err(failure),
-            Err(Failure::Text(why)) => log::warn!("{why}"),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-/// Ends devices whose server could not report them. One that was there before is left as it was found.
-fn forget(devices: Vec<Device>, found: bool) {
-    for device in devices {
-        let (id, instance) = (device.id(), state::instance(device.id()));
-        if found {
-            if let Err(error) = device.leave() {
-                log::debug!("leaving device {id}: {error}");
-                // To drop it is to delete it; the end of this process leaves it, too.
-                std::mem::forget(device);
-            }
-        } else {
-            drop(device);
-            state::remove(id, instance);
-        }
-    }
+    background::start(arguments, host, background::Devices::New)
 }
 
 impl Args {
-    /// Makes relative paths relative to another directory.
-    pub(super) fn resolve(&mut self, directory: &Path) {
+    /// Parses a stored command line. Relative paths become absolute.
+    pub(super) fn parse(line: &CommandLine) -> Result<Self, Failure> {
+        let invalid =
+            || Failure::Text(format!("the stored command line is not one of `ublk add`: {:?}", line.arguments()));
+        // The first word, `add`, takes the place of the program's name.
+        if line.arguments().first().is_none_or(|word| word != "add") {
+            return Err(invalid());
+        }
+        let matches = <Self as clap::Args>::augment_args(clap::Command::new("add"))
+            .try_get_matches_from(line.arguments())
+            .map_err(|_| invalid())?;
+        let mut args = Self::from_arg_matches(&matches).map_err(|_| invalid())?;
+        args.resolve(line.directory());
+        Ok(args)
+    }
+
+    /// Creates the device, or gives the device `existing` a new server, and serves it to its end.
+    pub(super) fn serve(
+        &self,
+        line: &CommandLine,
+        existing: Option<DeviceId>,
+        ready: impl FnOnce(&[Device], &Signals) -> Outcome,
+    ) -> Outcome {
+        self.check()?;
+        let options = server::Options {
+            target: &self.target,
+            device: DeviceOptions {
+                id: self.id.map(DeviceId),
+                queues: self.queues,
+                depth: self.depth,
+                data: self.data,
+                batch: self.batch.map(|batch| batch == Switch::On),
+                threads_per_queue: self.threads_per_queue,
+                recovery: self.recovery,
+                shared_memory: self.shared_memory.is_some(),
+                partition_scan: !self.no_partition_scan,
+            },
+            count: self.count,
+            shared_memory: self.shared_memory.as_ref(),
+            threads: self.threads,
+            cpus: self.cpus,
+            coalescing: Duration::from_micros(self.coalesce_usecs.into()),
+            lock_memory: self.lock_memory,
+            protect: self.protect,
+        };
+        server::run(&options, line, existing, ready)
+    }
+
+    fn resolve(&mut self, directory: &Path) {
         self.target.resolve(directory);
         self.shared_memory = self.shared_memory.take().map(|file| directory.join(file));
         self.log = self.log.take().map(|log| directory.join(log));
@@ -247,6 +186,9 @@ impl Args {
 
     /// Refuses options that cannot be combined.
     fn check(&self) -> Result<()> {
+        if self.threads == Some(0) {
+            return Err(Error::invalid("threads", 0, "must be at least 1"));
+        }
         self.check_recovery()?;
         if self.count > 1 && (self.target.file().is_some() || self.id.is_some()) {
             return Err(Error::invalid("count", self.count, "cannot be combined with --file or --number"));
@@ -310,4 +252,47 @@ pub(super) fn words(kind: &Kind, file: Option<&Path>) -> Vec<OsString> {
     let mut words: Vec<OsString> = ["add", "-t", kind.name(), "--recovery"].into_iter().map(OsString::from).collect();
     words.extend(file.into_iter().flat_map(|file| ["-f".into(), file.into()]));
     words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &[&str]) -> Result<Args, Failure> {
+        Args::parse(&CommandLine::new(&line.iter().map(OsString::from).collect::<Vec<_>>())?)
+    }
+
+    #[test]
+    fn a_stored_command_line_is_parsed_with_absolute_paths() {
+        let args = parse(&["add", "-t", "file", "-f", "disk.img", "--recovery", "--log", "disk.log"]).unwrap();
+        let directory = std::env::current_dir().unwrap();
+        assert_eq!(args.target().file(), Some(&*directory.join("disk.img")));
+        assert_eq!(args.log(), Some(&*directory.join("disk.log")));
+        for line in [&["list"][..], &["add"], &["add", "-t", "tape"], &[]] {
+            assert!(parse(line).unwrap_err().message().unwrap().contains("not one of `ublk add`"), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_in_memory_is_not_recoverable() {
+        for line in [&["add", "-t", "mem", "-r"][..], &["add", "-t", "zoned", "-r"]] {
+            assert!(parse(line).unwrap().check().unwrap_err().to_string().contains("lost with it"), "{line:?}");
+        }
+        for line in [&["add", "-t", "null", "-r"][..], &["add", "-t", "zoned", "-f", "zones", "-r"]] {
+            parse(line).unwrap().check().unwrap();
+        }
+    }
+
+    #[test]
+    fn options_that_cannot_be_combined_are_refused() {
+        for (line, message) in [
+            (&["--count", "2", "-n", "7"][..], "count = 2: cannot be combined with --file or --number"),
+            (&["--count", "2", "-r"], "count = 2: cannot be combined with --recovery"),
+            (&["--count", "2", "--shared-memory", "m"], "shared memory = true: cannot be combined with --recovery or"),
+            (&["--threads", "0"], "threads = 0: must be at least 1"),
+        ] {
+            let error = parse(&[&["add", "-t", "null"], line].concat()).unwrap().check().unwrap_err().to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 
-use super::{Backing, DiskArgs, Kind, Sizes};
+use super::kind::{self, Backing, DiskArgs, Kind, Sizes};
 use crate::data::Access;
 use crate::error::Result;
 use crate::params::Params;
@@ -67,7 +67,7 @@ impl Options {
     }
 }
 
-impl super::Options for Options {
+impl kind::Options for Options {
     fn resolve(&mut self, directory: &Path) {
         self.integrity_file = self.integrity_file.take().map(|file| directory.join(file));
     }

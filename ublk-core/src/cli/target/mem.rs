@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{DEFAULT_MEMORY_SIZE, DiskArgs, Kind, Sizes};
+use super::kind::{self, DEFAULT_MEMORY_SIZE, DiskArgs, Kind, Sizes};
 use crate::data::Access;
 use crate::error::{Error, Result};
 use crate::params::Params;
@@ -24,7 +24,7 @@ impl Options {
     }
 }
 
-impl super::Options for Options {
+impl kind::Options for Options {
     fn create(&self, disk: &DiskArgs, _: Option<u64>) -> Result<Arc<dyn Target>> {
         let mem = Mem::new(Self::size(disk), disk.block_size())?;
         Ok(Arc::new(Mem::with_params(disk.apply(mem.params())?)?))

@@ -2,25 +2,28 @@
 
 //! The kinds of disk of `ublk add -t`, each in a file with its options and the constructor of its target.
 //!
-//! A new kind is a file like `null.rs`, and its constant in [`KINDS`].
+//! A new kind is a file like `null.rs`, and its constant in [`KINDS`]. `kind` has what such a file defines, `shape` the
+//! options for the attributes and limits of any disk.
 
 mod file;
+mod kind;
 mod mem;
 mod null;
+mod shape;
 mod zoned;
 
-use std::fmt::Debug;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgMatches, FromArgMatches};
 
-use super::{shape, size};
+pub(super) use self::kind::Kind;
+use self::kind::{Backing, DiskArgs, Options, Sizes};
+pub(super) use self::shape::Switch;
 use crate::Errno;
 use crate::control::{Control, DeviceInfo};
-use crate::data::Access;
 use crate::device::check_fit;
 use crate::error::{Error, Result};
 use crate::params::Params;
@@ -29,154 +32,17 @@ use crate::target::Target;
 /// All kinds of disk, in the order of the help text.
 static KINDS: [&Kind; 4] = [&null::KIND, &mem::KIND, &file::KIND, &zoned::KIND];
 
-/// Size of a disk in memory, unless `--size` is given.
-const DEFAULT_MEMORY_SIZE: u64 = 1 << 30;
-
 /// How long to wait for a server that has exited to release its files.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
-/// A kind of disk: a value of `--type`, and the options that only this kind has.
-#[derive(Debug)]
-pub(super) struct Kind {
-    name: &'static str,
-    about: &'static str,
-    alias: Option<&'static str>,
-    backing: Backing,
-    has_integrity: bool,
-    add_options: fn(clap::Command) -> clap::Command,
-    parse: fn(&ArgMatches) -> Result<Box<dyn Options>, clap::Error>,
-}
-
-/// Whether a kind of disk takes `--file`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Backing {
-    None,
-    Optional,
-    Required,
-}
-
-impl Kind {
-    /// A kind without `--file` and `--integrity`, whose own options are `O`.
-    const fn new<O: Options + clap::Args + 'static>(name: &'static str, about: &'static str) -> Self {
-        Kind {
-            name,
-            about,
-            alias: None,
-            backing: Backing::None,
-            has_integrity: false,
-            add_options: O::augment_args,
-            parse: |matches| Ok(Box::new(O::from_arg_matches(matches)?)),
-        }
-    }
-
-    /// Sets a second name, which the help text does not show.
-    const fn alias(mut self, alias: &'static str) -> Self {
-        self.alias = Some(alias);
-        self
-    }
-
-    /// Sets whether `--file` is accepted.
-    const fn backing(mut self, backing: Backing) -> Self {
-        self.backing = backing;
-        self
-    }
-
-    /// Accepts `--integrity`.
-    const fn with_integrity(mut self) -> Self {
-        self.has_integrity = true;
-        self
-    }
-
-    /// Value of `--type`.
-    pub(super) fn name(&self) -> &'static str {
-        self.name
-    }
-
-    /// Parser of `--type`.
-    pub(super) fn parser() -> impl TypedValueParser<Value = &'static Kind> {
-        let value = |kind: &'static Kind| PossibleValue::new(kind.name).help(kind.about).aliases(kind.alias);
-        let named = |name: String| {
-            KINDS.into_iter().find(|kind| kind.names().any(|known| known == name)).ok_or("not a kind of disk")
-        };
-        PossibleValuesParser::new(KINDS.map(value)).try_map(named)
-    }
-
-    fn names(&self) -> impl Iterator<Item = &'static str> {
-        std::iter::once(self.name).chain(self.alias)
-    }
-}
-
-impl PartialEq for Kind {
-    fn eq(&self, other: &Self) -> bool {
-        self.name == other.name
-    }
-}
-
-/// The options that only one kind of disk has, and what depends on them.
-trait Options: Debug + Send + Sync {
-    /// Makes relative paths relative to another directory.
-    fn resolve(&mut self, _directory: &Path) {}
-
-    /// Creates the target of a new disk, or of an existing one with the given size.
-    fn create(&self, disk: &DiskArgs, size: Option<u64>) -> Result<Arc<dyn Target>>;
-
-    /// Creates the target of an existing disk.
-    fn reopen(&self, disk: &DiskArgs, existing: &Params) -> Result<Arc<dyn Target>> {
-        self.create(disk, Some(existing.size))
-    }
-
-    /// Describes the target that [`Options::reopen`] would create. Another server may be using the files. `None` if the
-    /// target fits any disk.
-    fn inspect(&self, disk: &DiskArgs, existing: &Params) -> Result<Option<(Params, Access)>>;
-
-    /// Whether the disk's data is in the server's memory, and lost when the server exits.
-    fn is_volatile(&self, disk: &DiskArgs) -> bool;
-
-    /// The sizes that the disk can be changed to. `backing` is a path of the file that the server has open.
-    fn sizes(&self, disk: &DiskArgs, backing: Option<&Path>, current: u64) -> Result<Sizes>;
-}
-
-/// Sizes that a disk can be changed to, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Sizes {
-    max: u64,
-    /// The size to use without `--size`.
-    default: Option<u64>,
-}
-
-/// Options for disks of several kinds.
-#[derive(Debug, clap::Args)]
-#[group(skip)]
-struct DiskArgs {
-    /// Backing file or block device (file), or directory with one file per zone (zoned)
-    #[arg(short, long, value_name = "PATH")]
-    file: Option<PathBuf>,
-    /// Size of the disk, e.g. 512M [default: 250G for null, 1G for mem and zoned, the file's size for file]
-    #[arg(short, long, value_parser = size::parse)]
-    size: Option<u64>,
-    /// Logical block size: a power of two from 512 to 4096 [default: 512, or that of the backing device]
-    #[arg(short, long, value_name = "BYTES", value_parser = size::parse_u32)]
-    block_size: Option<u32>,
-    /// Make the disk read-only
-    #[arg(short = 'o', long)]
-    read_only: bool,
-    #[command(flatten)]
-    shape: shape::Args,
-}
-
-impl DiskArgs {
-    /// Returns a target's parameters as changed by the command line.
-    fn apply(&self, params: Params) -> Result<Params> {
-        let mut params = self.shape.apply(params)?;
-        params.read_only |= self.read_only;
-        Ok(params)
-    }
-
-    /// The logical block size, 512 by default.
-    fn block_size(&self) -> u32 {
-        self.block_size.unwrap_or(512)
-    }
+/// Parser of `--type`.
+pub(super) fn kind_parser() -> impl TypedValueParser<Value = &'static Kind> {
+    let value = |kind: &'static Kind| PossibleValue::new(kind.name).help(kind.about).aliases(kind.alias);
+    let named = |name: String| {
+        KINDS.into_iter().find(|kind| kind.names().any(|known| known == name)).ok_or("not a kind of disk")
+    };
+    PossibleValuesParser::new(KINDS.map(value)).try_map(named)
 }
 
 /// The options of `ublk add` that describe the disk.
@@ -191,7 +57,7 @@ pub(super) struct Args {
 impl clap::Args for Args {
     fn augment_args(command: clap::Command) -> clap::Command {
         let kind = clap::Arg::new("kind").short('t').long("type").value_name("KIND").required(true);
-        let command = command.arg(kind.value_parser(Kind::parser()).help("Kind of disk"));
+        let command = command.arg(kind.value_parser(kind_parser()).help("Kind of disk"));
         let with_file = KINDS.into_iter().filter(|kind| kind.backing == Backing::Required);
         let with_file: Vec<_> = with_file.flat_map(Kind::names).map(|name| ("kind", name)).collect();
         let command = DiskArgs::augment_args(command).mut_arg("file", |file| file.required_if_eq_any(with_file));

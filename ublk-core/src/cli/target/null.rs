@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{DiskArgs, Kind, Sizes};
+use super::kind::{self, DiskArgs, Kind, Sizes};
 use crate::data::Access;
 use crate::error::Result;
 use crate::params::{Operations, Params};
@@ -21,7 +21,7 @@ const DEFAULT_SIZE: u64 = 250 << 30;
 #[group(skip)]
 struct Options {}
 
-impl super::Options for Options {
+impl kind::Options for Options {
     fn create(&self, disk: &DiskArgs, size: Option<u64>) -> Result<Arc<dyn Target>> {
         let mut params = Params::new(size.or(disk.size).unwrap_or(DEFAULT_SIZE), disk.block_size());
         params.operations = Operations::all();

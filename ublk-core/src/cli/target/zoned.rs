@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Backing, DEFAULT_MEMORY_SIZE, DiskArgs, Kind, Sizes};
+use super::kind::{self, Backing, DEFAULT_MEMORY_SIZE, DiskArgs, Kind, Sizes};
 use crate::cli::size;
 use crate::data::Access;
 use crate::error::{Error, Result};
@@ -55,7 +55,7 @@ impl Options {
     }
 }
 
-impl super::Options for Options {
+impl kind::Options for Options {
     fn create(&self, disk: &DiskArgs, size: Option<u64>) -> Result<Arc<dyn Target>> {
         let (options, params) = self.zones(disk, size)?;
         Ok(Arc::new(Zoned::with_params(&options, params)?))
