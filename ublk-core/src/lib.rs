@@ -69,8 +69,8 @@ pub use params::{
 };
 pub use pull::pull;
 pub use request::{
-    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, OpenFile, Pieces, Request, RequestOf,
-    Requests, fdatasync,
+    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, OpenFile, Pieces, Remaining, Request,
+    RequestOf, Requests, fdatasync,
 };
 pub use stats::{DeviceStats, Latency, OpStats, StatsHandle};
 pub use target::{QueueHandler, QueueInfo, Target};
