@@ -18,8 +18,9 @@ use super::state_file::CommandLine;
 use super::target::{self, Kind, Switch};
 use crate::control::{Control, DeviceInfo};
 use crate::data::DataMovement;
-use crate::device::{Device, DeviceOptions, Recovery};
+use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::options::{DeviceOptions, Recovery};
 use crate::placement::Cpus;
 use crate::units::DeviceId;
 
