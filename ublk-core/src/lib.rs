@@ -39,6 +39,7 @@ pub mod extents;
 #[doc = include_str!("guide.md")]
 pub mod guide {}
 mod memory;
+mod options;
 #[cfg(doctest)]
 mod pages;
 mod params;
@@ -58,19 +59,21 @@ mod units;
 
 pub use data::shared::SharedMemory;
 pub use data::{Access, DataMovement};
-pub use device::{Device, DeviceOptions, Ending, MAX_COALESCING, MAX_IO_BYTES, Recovery, Server};
+pub use device::{Device, Ending, MAX_COALESCING, Server};
 pub use engine::{Spawn, StdSpawn};
 pub use errno::RawErrno;
 pub use error::{Error, Result};
 pub use memory::IoBuffer;
 pub use nix::errno::Errno;
+pub use options::{DeviceOptions, Recovery};
 pub use params::{
-    Checksum, DEFAULT_MAX_IO_BYTES, DiscardLimits, Integrity, Operations, Params, SegmentLimits, ZonedLimits,
+    Checksum, DEFAULT_MAX_IO_BYTES, DiscardLimits, Integrity, MAX_IO_BYTES, Operations, Params, SegmentLimits,
+    ZonedLimits,
 };
 pub use pull::pull;
 pub use request::{
-    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, OpenFile, Pieces, Request, RequestOf,
-    Requests, fdatasync,
+    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, OpenFile, Pieces, Remaining, Request,
+    RequestOf, Requests, fdatasync,
 };
 pub use stats::{DeviceStats, Latency, OpStats, StatsHandle};
 pub use target::{QueueHandler, QueueInfo, Target};

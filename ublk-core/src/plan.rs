@@ -3,8 +3,8 @@
 //! What a device will use of what the driver offers: the one place where features are negotiated.
 
 use crate::data::{Access, DataMovement};
-use crate::device::DeviceOptions;
 use crate::error::{Error, Result};
+use crate::options::DeviceOptions;
 use crate::uapi::Features;
 
 /// How a device will be served, and why so.
@@ -76,7 +76,7 @@ impl Plan {
         let mut features = demands.features | data.features();
         features.set(Features::BATCH_IO, batch);
         let needed = if threads_per_queue > 1 { features | Features::PER_IO_DAEMON } else { features };
-        require(offered, needed)?;
+        offered.require(needed)?;
         Ok(Plan { data, batch, threads_per_queue, features, reason })
     }
 
@@ -127,19 +127,7 @@ impl Plan {
 
     /// Checks what the driver made of the request: it drops what it does not know, silently.
     pub(crate) fn check(&self, granted: Features) -> Result<()> {
-        require(granted, self.features)
-    }
-}
-
-/// An error for the newest feature that is needed and missing.
-pub(crate) fn require(offered: Features, needed: Features) -> Result<()> {
-    // Of several the newest: a kernel with that has the others too.
-    match needed.difference(offered).iter().last() {
-        None => Ok(()),
-        Some(missing) => Err(Error::Unsupported {
-            feature: missing.name().unwrap_or("a feature without a name"),
-            since: missing.since().unwrap_or("?"),
-        }),
+        granted.require(self.features)
     }
 }
 

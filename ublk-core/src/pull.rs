@@ -39,12 +39,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::control::MAX_QUEUES;
 use crate::data::Access;
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::request::{DetachedRequest, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
+use crate::uapi::UBLK_MAX_NR_QUEUES as MAX_QUEUES;
 use crate::units::QueueId;
 
 /// Makes a target whose requests are fetched from the returned queues, one for each hardware queue. Its consumers

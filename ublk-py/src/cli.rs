@@ -5,12 +5,12 @@
 use std::ffi::OsString;
 
 use pyo3::prelude::*;
-use ublk_core::cli::{Extension, Host};
+use ublk_core::cli::{ExtraCommand, Host};
 
 use crate::{interpreter, logging};
 
-/// Runs the command and returns its exit status. `relaunch` starts this program again, for servers in
-/// the background; `extra` are the names and descriptions of commands that the caller handles.
+/// Runs the command and returns its exit status. `relaunch` starts this program again, for servers in the background;
+/// `extra` are the names and descriptions of commands that the caller handles.
 #[pyfunction]
 pub(crate) fn main(
     py: Python<'_>,
@@ -19,6 +19,7 @@ pub(crate) fn main(
     extra: Vec<(String, String)>,
 ) -> PyResult<u8> {
     logging::follow(py)?;
-    let extra = extra.into_iter().map(|(name, about)| Extension { name, about }).collect();
+    let command = |(name, about)| ExtraCommand { name, about, ..ExtraCommand::default() };
+    let extra = extra.into_iter().map(command).collect();
     Ok(interpreter::detached(py, || ublk_core::cli::run(arguments, &Host { relaunch, extra })).0)
 }

@@ -11,8 +11,9 @@
 //! 2. Once a flush has failed, all later ones fail, because it is unknown which writes were lost.
 //!
 //! Writes of the server that a device was recovered from count as well: they may still be dirty, and the error of their
-//! write-back goes to the first flush here. A recovered disk with `map` counts as written to through extents, and any other
-//! as soon as a handler returns an extent, even for a read.
+//! write-back goes to the first flush here. A recovered disk with `map` counts as written to through extents. One whose
+//! handlers may return extents is assumed to have been until `write` returns without one; it is known to have been as soon
+//! as a handler returns an extent, even for a read.
 //!
 //! Handlers that write to files themselves decide what a failure means and what can be retried.
 
@@ -34,6 +35,8 @@ struct Shared {
     written: AtomicBool,
     /// Another server may have written to extents before.
     recovered: AtomicBool,
+    /// It is assumed to have done so: `write` has not returned without an extent since.
+    assumed: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -64,6 +67,15 @@ impl Flushes {
         self.0.recovered.store(true, Ordering::Relaxed);
         if certainly {
             self.written();
+        } else {
+            self.0.assumed.store(true, Ordering::Release);
+        }
+    }
+
+    /// Notes that a handler has done a request by itself.
+    pub(crate) fn handled(&self, op: Op) {
+        if op == Op::Write && self.0.assumed.load(Ordering::Relaxed) {
+            self.0.assumed.store(false, Ordering::Release);
         }
     }
 
@@ -94,7 +106,7 @@ impl Flushes {
         let (mut failing, mut done, mut report) = (Vec::new(), Vec::new(), None);
         {
             let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-            let written = self.0.written.load(Ordering::Acquire);
+            let written = self.0.written.load(Ordering::Acquire) || self.0.assumed.load(Ordering::Acquire);
             state.running.retain(|running| *running != number);
             match ended {
                 Some((request, Ok(()))) => {

@@ -118,10 +118,7 @@ impl<S: Serve> QueueHandler for Attached<S> {
         let Some(inner) = &mut self.inner else { return };
         self.watch.entered();
         // Without an interpreter the requests are dropped with the closure, and fail.
-        interpreter::attach(|py| {
-            requests.waited();
-            inner.serve(py, requests);
-        });
+        interpreter::attach(|py| inner.serve(py, requests));
     }
 }
 
@@ -161,15 +158,14 @@ struct MappedQueue {
 impl QueueHandler for MappedQueue {
     fn handle(&mut self, requests: Requests<'_>) {
         let Some((queue, mapper)) = &mut self.inner else { return };
-        let unknown: Vec<Request<'_>> =
-            requests.untimed().filter_map(|request| mapper.forward_known(request)).collect();
-        let Some(first) = unknown.first() else { return };
-        first.submit_others();
+        let unknown = requests.serve_fast(|request| mapper.forward_known(request));
+        if unknown.len() == 0 {
+            return;
+        }
         self.watch.entered();
         let mut left = Vec::new();
         interpreter::attach(|py| {
             for request in unknown {
-                request.keep_pace();
                 let Some(request) = queue.map(py, mapper, request) else { continue };
                 if self.feed.is_some() {
                     left.push(request);

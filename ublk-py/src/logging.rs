@@ -8,6 +8,7 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use pyo3::prelude::*;
 
 use crate::interpreter;
+use crate::pending::unraisable;
 
 struct ToPython(Py<PyAny>);
 
@@ -52,7 +53,7 @@ impl Log for ToPython {
             // Messages may arrive while an exception is set, from an object that it drops.
             let pending = PyErr::take(py);
             if let Err(error) = self.0.call_method1(py, "log", (number(record.level()), "%s", &text)) {
-                error.write_unraisable(py, None);
+                unraisable(py, error);
             }
             if let Some(pending) = pending {
                 pending.restore(py);

@@ -178,6 +178,7 @@ impl Methods {
             && value.is_none()
             && op != Op::ZoneAppend
         {
+            extents.flushes.handled(op);
             request.complete();
             return None;
         }
@@ -209,7 +210,12 @@ impl Methods {
             None => Ok(Err(Errno::EOPNOTSUPP)),
         });
         match outcome {
-            Ok(result) => request.finish(result),
+            Ok(result) => {
+                if result.is_ok() {
+                    extents.flushes.handled(op);
+                }
+                request.finish(result);
+            }
             Err(error) => request.fail(self.errno_of(py, op_name(op), &error)),
         }
         None

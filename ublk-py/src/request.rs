@@ -16,6 +16,7 @@ use crate::flushes::Flush;
 use crate::held::{Holders, Revoke};
 use crate::interpreter;
 use crate::methods::{check_return, op_name, op_object, to_handlers_errno};
+use crate::pending::unraisable;
 
 /// Request of the block layer.
 #[pyclass(frozen, weakref, module = "ublk", name = "Request")]
@@ -278,6 +279,7 @@ impl PyRequest {
             return outcome.and(Err(PyRuntimeError::new_err(text)));
         }
         check_return(returned, self.op.has_data().then_some(self.length))?;
+        self.extents.flushes.handled(self.op);
         self.end(py, Ok(()))?;
         Ok(true)
     }
@@ -313,7 +315,7 @@ impl Drop for PyRequest {
             let pending = PyErr::take(py);
             let logged = py.import("ublk._requests").and_then(|module| module.call_method1("dropped", (text,)));
             if let Err(error) = logged {
-                error.write_unraisable(py, None);
+                unraisable(py, error);
             }
             if let Some(pending) = pending {
                 pending.restore(py);

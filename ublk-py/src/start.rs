@@ -115,8 +115,8 @@ impl Serving<'_> {
 
     /// Informs the flushes of the block device that another server has written to the disk.
     fn note_recovery(&self) -> PyResult<()> {
-        // Native targets and batches have no extents.
-        if self.native().is_none() && self.has("extents")? {
+        // Native targets, batches and programs that pull have no methods that could return extents.
+        if self.native().is_none() && self.has("read")? {
             self.extents()?.flushes.recovered(self.has("map")?);
         }
         Ok(())

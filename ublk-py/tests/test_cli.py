@@ -3,12 +3,17 @@
 """The command line of ``ublk run``, as far as it needs no driver."""
 
 import argparse
+import signal
 import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 import ublk
-from ublk import _cli
+from ublk import _cli, _signals
 
 
 @pytest.mark.parametrize(
@@ -126,3 +131,89 @@ def test_a_command_that_sleeps_in_the_disk_does_not_keep_it(monkeypatch, fails):
     with pytest.raises(ublk.UblkError if fails else KeyboardInterrupt):
         _cli._run_command(["command"], Device, None)
     assert child.is_collected
+
+
+@pytest.fixture
+def popen(monkeypatch):
+    """`subprocess.Popen` as `_cli` calls it: keeps the children, whatever interrupts it, and ends them."""
+    children, make = [], subprocess.Popen
+
+    def keep(*arguments, **options):
+        children.append(make(*arguments, **options))
+        for action in actions:
+            action()
+        return children[-1]
+
+    actions = []
+    monkeypatch.setattr(_cli.subprocess, "Popen", keep)
+    yield SimpleNamespace(children=children, actions=actions)
+    for child in children:
+        child.kill()
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+RUNNING = SimpleNamespace(path="/dev/ublkb0", running=True, stop=lambda: None)
+
+
+@pytest.fixture
+def terminates():
+    """SIGTERM raises as while devices run."""
+
+    def terminate(number, _frame):
+        raise _signals.Terminated(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_command_starts_ends_the_command(popen, terminates, number):
+    popen.actions.append(lambda: signal.raise_signal(number))
+    with pytest.raises((_signals.Terminated, KeyboardInterrupt)):
+        _cli._run_command(["sleep", "300"], lambda: RUNNING, None)
+    assert popen.children[0].returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_grace_of_a_command(popen, terminates, number):
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
+    interrupted = threading.Event()
+
+    def wait(child, _reloader):
+        assert child.stdout.readline() == b"deaf\n"
+        interrupted.set()
+        signal.raise_signal(number)
+
+    def interrupt_again():
+        interrupted.wait()
+        # For longer than two signals count as one.
+        time.sleep(1)
+        signal.pthread_kill(main, number)
+
+    main = threading.get_ident()
+    make = _cli.subprocess.Popen
+    threading.Thread(target=interrupt_again, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cli, "_wait", wait)
+        patch.setattr(_cli.subprocess, "Popen", lambda *a, **options: make(*a, stdout=subprocess.PIPE, **options))
+        patch.setattr(_cli, "_COMMAND_GRACE", 300.0)
+        with pytest.raises((_signals.Terminated, KeyboardInterrupt)):
+            _cli._run_command([sys.executable, "-c", code], lambda: RUNNING, None)
+    assert popen.children[0].returncode == -signal.SIGKILL
+
+
+def test_a_signal_before_a_command_is_being_ended_leaves_no_command(popen, monkeypatch):
+    def end(child, running):
+        raise KeyboardInterrupt
+
+    def wait(child, reloader):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_cli, "_end_command", end)
+    monkeypatch.setattr(_cli, "_wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        _cli._run_command(["sleep", "300"], lambda: RUNNING, None)
+    assert popen.children[0].wait(20) == -signal.SIGKILL

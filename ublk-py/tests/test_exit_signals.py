@@ -75,6 +75,8 @@ _lifecycle._expedite_all = lambda: print("expedited", flush=True)
     time.sleep(0.5)
     program.signal(signal.SIGINT)
     program.wait_for("expedited")
+    # One that follows at once counts as the same.
+    time.sleep(1)
     program.signal(signal.SIGINT)
     status, _out, err = program.end(seconds=20)
     assert status == 128 + signal.SIGINT, err
@@ -182,12 +184,46 @@ def test_a_third_ctrl_c_ends_a_program_at_once():
     program = Program(STUCK.format(options="") + "with device:\n    device.wait()\n")
     program.wait_for("serving")
     for _ in range(3):
-        time.sleep(0.5)
+        time.sleep(1)
         program.signal(signal.SIGINT)
     begin = time.monotonic()
     found, _out, err = program.end(20)
     assert time.monotonic() - begin < 5, err
     assert found in (130, 1), err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_hangup_with_the_first_signal_fails_no_request(number):
+    program = Program(f"""
+class Slow(Disk):
+    def write(self, offset, buf):
+        entered.set()
+        leave.wait()
+
+def write():
+    try:
+        driver.write(device.id, 0, bytes(512))
+        print("acknowledged", flush=True)
+    except OSError as error:
+        print("failed", error, flush=True)
+
+def send():
+    entered.wait()
+    os.kill(os.getpid(), {int(number)})
+    # Later than any signal that counts as the first one because it follows at once.
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(0.5)
+    leave.set()
+
+with using(driver), Slow(size=1 << 20).start(workers=1) as device:
+    for target in (write, send):
+        threading.Thread(target=target, daemon=True).start()
+    device.wait()
+""")
+    status, out, err = program.end()
+    assert "acknowledged" in out, (out, err)
+    assert status == 128 + number
 
 
 # A program that serves a disk without a kernel, in one of three ways.

@@ -186,9 +186,55 @@ def test_a_failed_flush_counts_for_writes_of_the_last_server(driver, file, kind,
     old.quiesce()
     workers = options.get("workers")
     with ublk.recover(old.id, kind(file, Once()), workers=workers) as device:
-        if kind is not Mapped:
-            # A disk without `map` shows by this that it has extents.
-            driver.read(device.id, 0, 4096)
+        all_flushes_fail(driver, device)
+
+
+@KINDS
+def test_flushes_beside_a_failed_one_fail_after_a_recovery(driver, file, kind, options):
+    if kind is Tasks or "workers" in options:
+        queues, workers = 1, 2
+    else:
+        queues, workers = 2, None
+    old = kind(file, lambda file: None).start(recoverable=True, queues=queues)
+    driver.write(old.id, 0, b"x" * 4096)
+    old.quiesce()
+    first, entered, leave = threading.Lock(), threading.Event(), threading.Event()
+
+    def sync(file):
+        if first.acquire(blocking=False):
+            entered.set()
+            leave.wait(20)
+            raise OSError(errno.EIO, "write-back failed")
+
+    disk = kind(file, sync)
+    if kind is Tasks:
+
+        async def flush():
+            await asyncio.to_thread(sync, file)
+
+        disk.flush, workers = flush, None
+    results = []
+
+    def flush_disk():
+        try:
+            driver.flush(old.id)
+            results.append(0)
+        except OSError as error:
+            results.append(error.errno)
+
+    with ublk.recover(old.id, disk, workers=workers) as device:
+        threads = [threading.Thread(target=flush_disk) for _ in range(2)]
+        try:
+            for thread in threads:
+                thread.start()
+            assert entered.wait(20)
+            threads[1].join(0.3)
+            assert results == []
+        finally:
+            leave.set()
+        for thread in threads:
+            thread.join(20)
+        assert results == [errno.EIO] * 2
         all_flushes_fail(driver, device)
 
 
@@ -202,17 +248,26 @@ def test_a_flush_that_fails_before_an_extent_is_seen_counts(driver, file):
         all_flushes_fail(driver, device)
 
 
-def test_a_recovered_disk_without_extents_may_flush_again(driver, file):
+@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("returned", [None, 4096])
+def test_a_recovered_disk_without_extents_may_flush_again(driver, file, workers, asynchronous, returned):
     class Plain(Returning):
         def read(self, offset, buf):
             buf[:] = bytes(len(buf))
 
         def write(self, offset, buf):
-            pass
+            return returned
 
+    if asynchronous:
+
+        async def write(self, offset, buf):
+            return returned
+
+        Plain.write, workers = write, None
     old = Plain(file, lambda file: None).start(recoverable=True)
     old.quiesce()
-    with ublk.recover(old.id, Plain(file, Once())) as device:
+    with ublk.recover(old.id, Plain(file, Once()), workers=workers) as device:
         driver.write(device.id, 0, b"x" * 4096)
         with pytest.raises(OSError):
             driver.flush(device.id)

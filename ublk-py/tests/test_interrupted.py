@@ -4,6 +4,8 @@
 
 import contextlib
 import errno
+import logging
+import os
 import signal
 import threading
 import time
@@ -11,6 +13,7 @@ import time
 import pytest
 
 import ublk
+from ublk import _signals
 
 SIZE = 1 << 20
 
@@ -115,3 +118,121 @@ def test_a_stop_that_was_interrupted_names_no_time_it_has_not_waited(driver):
         device.stop()
     disk.leave.set()
     client.thread.join(10)
+
+
+@pytest.fixture
+def again(monkeypatch):
+    """Sets after how many seconds a signal is a second one."""
+    return lambda seconds: monkeypatch.setattr(_signals, "AGAIN_SECONDS", seconds)
+
+
+@pytest.fixture
+def running(driver):
+    """SIGTERM and SIGHUP raise, as a device is running."""
+    with Slow().start():
+        yield
+
+
+def test_signals_that_come_with_the_first_one_do_not_raise_again(running, again):
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    again(1e9)
+    signal.raise_signal(signal.SIGTERM)
+    again(0)
+    signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(SystemExit) as raised:
+        signal.raise_signal(signal.SIGTERM)
+    assert raised.value.code == 128 + signal.SIGTERM
+
+
+def test_each_device_is_ended_by_a_first_signal(driver):
+    for _ in range(2):
+        with pytest.raises(SystemExit), Slow().start():
+            signal.raise_signal(signal.SIGHUP)
+
+
+def test_only_a_second_signal_interrupts_what_signals_wait_for(running, again):
+    reached = []
+    with pytest.raises(SystemExit), _signals.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        again(1e9)
+        signal.raise_signal(signal.SIGTERM)
+        again(0)
+        signal.raise_signal(signal.SIGHUP)
+        reached.append(1)
+    with pytest.raises(SystemExit), _signals.deferred():
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
+        reached.append(2)
+    assert reached == [1]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_only_a_second_signal_ends_a_process_that_is_ending(running, again, monkeypatch, interrupted):
+    done = []
+    monkeypatch.setattr(os, "_exit", lambda status: done.append(status))
+    with _signals.hurrying(lambda: done.append("hurry"), again=interrupted):
+        if not interrupted:
+            signal.raise_signal(signal.SIGTERM)
+            assert done == ["hurry"]
+        again(1e9)
+        signal.raise_signal(signal.SIGTERM)
+        again(0)
+        signal.raise_signal(signal.SIGHUP)
+        assert set(done) == {"hurry"}
+        signal.raise_signal(signal.SIGTERM)
+        assert 128 + signal.SIGTERM in done
+
+
+def test_what_comes_with_the_signal_that_ends_a_program_does_not_hurry_it(running, again):
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    done = []
+    with _signals.hurrying(lambda: done.append("hurry")):
+        again(1e9)
+        signal.raise_signal(signal.SIGTERM)
+        again(0)
+        signal.raise_signal(signal.SIGHUP)
+        assert done == []
+        signal.raise_signal(signal.SIGTERM)
+        assert done == ["hurry"]
+
+
+@pytest.fixture
+def interrupted_log(caplog):
+    """Has SIGTERM come in the main thread while a given message is logged."""
+
+    def interrupt(record):
+        if begins and record.getMessage().startswith(begins[0]) and threading.current_thread() is main:
+            begins.clear()
+            signal.raise_signal(signal.SIGTERM)
+        return True
+
+    begins, main, logger = [], threading.current_thread(), logging.getLogger("ublk")
+    logger.addFilter(interrupt)
+    with caplog.at_level(logging.DEBUG, "ublk"):
+        yield begins.append
+    logger.removeFilter(interrupt)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_signal_while_the_engine_logs_is_raised(driver, interrupted_log):
+    interrupted_log("")
+    with pytest.raises(SystemExit), Slow().start() as device:
+        device.wait(10)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_signal_while_a_dropped_request_is_logged_is_raised(driver, interrupted_log):
+    with ublk.BlockDevice(size=SIZE).start(pull=True) as device:
+        assert device.wait_ready(10)
+        client = Client(driver, device.id)
+        request = next(iter(device.requests()))
+        interrupted_log("request read")
+        with pytest.raises(SystemExit):
+            del request
+            # Soon, not at once.
+            for _ in range(1000):
+                os.getpid()
+        client.thread.join(10)
+        assert client.error is not None

@@ -79,6 +79,14 @@ def kernel(monkeypatch):
     return found
 
 
+class Large(Disk):
+    """More than fits into a pipe."""
+
+    def __init__(self, directory):
+        super().__init__(directory, "")
+        self.data = bytes(4 << 20)
+
+
 def start(disk, **options):
     with using(FakeDriver()):
         return disk.start(isolated=True, id=7, **options)
@@ -142,3 +150,103 @@ def is_running(pid):
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+# The process gets a signal before it reads anything, with which the program goes on as it says.
+SIGNALLED = """
+import os, signal, sys, threading, time
+import multiprocessing.util
+import test_isolated_starts as tests
+from ublk import _isolated
+
+def spawn(*arguments, _spawn=multiprocessing.util.spawnv_passfds):
+    pid = _spawn(*arguments)
+    if b"spawn_main" in b" ".join(map(os.fsencode, arguments[1])):
+        os.kill(pid, int(sys.argv[2]))
+        spawned.append(pid)
+        is_spawned.set()
+    return pid
+
+multiprocessing.util.spawnv_passfds = spawn
+spawned, is_spawned = [], threading.Event()
+"""
+START = """
+if __name__ == "__main__":
+    try:
+        tests.start(tests.Large(sys.argv[1]))
+    except BaseException as error:
+        print(type(error).__name__, error, flush=True)
+    print(is_spawned.is_set() and not tests.is_running(spawned[0]))
+"""
+
+
+def run(tmp_path, code, number=0):
+    """Run a program that starts a device; return its status and what it prints. It must end by itself."""
+    path = tmp_path / "program.py"
+    path.write_text(code)
+    here = os.path.dirname(os.path.abspath(__file__))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path])}
+    command = [sys.executable, str(path), str(tmp_path), str(int(number))]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as program:
+        try:
+            out, err = program.communicate(timeout=SOON)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+    return program.returncode, out.splitlines(), err
+
+
+def test_a_script_without_a_guard_gets_the_hint_for_a_large_disk(tmp_path):
+    code = "import sys, test_isolated_starts as tests; tests.start(tests.Large(sys.argv[1]))"
+    status, _out, err = run(tmp_path, code)
+    assert status == 1
+    assert 'does so under `if __name__ == "__main__":`' in err
+
+
+# As what the process has forked does.
+SHARED = """
+def initialize(self, *arguments, _initialize=_isolated.RemoteDevice.__init__):
+    _initialize(self, *arguments)
+    os.dup(self._theirs[0].fileno())
+
+_isolated.RemoteDevice.__init__ = initialize
+"""
+
+
+@pytest.mark.parametrize("more", ["", SHARED], ids=["alone", "others-have-its-pipe"])
+def test_a_process_that_dies_before_it_has_the_disk_is_reported(tmp_path, more):
+    _status, out, _err = run(tmp_path, SIGNALLED + more + START, signal.SIGKILL)
+    assert "was killed by SIGKILL before the disk was there" in out[0]
+    assert out[1] == "True"
+
+
+def test_a_pipe_to_a_process_that_dies_kills_no_program(tmp_path):
+    code = f"{SIGNALLED}\nsignal.signal(signal.SIGPIPE, signal.SIG_DFL)\n{START}"
+    status, out, _err = run(tmp_path, code, signal.SIGKILL)
+    assert status == 0
+    assert "was killed by SIGKILL before the disk was there" in out[0]
+
+
+def test_the_start_of_a_suspended_process_takes_no_longer_than_it_may(tmp_path):
+    code = f"{SIGNALLED}\n_isolated._START_SECONDS = 0.5\n{START}"
+    _status, out, _err = run(tmp_path, code, signal.SIGSTOP)
+    assert "does not answer after 0.5 s" in out[0]
+    assert out[1] == "True"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_gives_the_start_of_a_suspended_process_up(tmp_path, number):
+    interrupt = f"""
+def interrupt():
+    is_spawned.wait()
+    time.sleep(0.5)
+    os.kill(os.getpid(), {int(number)})
+
+if __name__ == "__main__":
+    threading.Thread(target=interrupt, daemon=True).start()
+"""
+    _status, out, _err = run(tmp_path, SIGNALLED + interrupt + START, signal.SIGSTOP)
+    assert out[0].split()[0] in ("KeyboardInterrupt", "Terminated")
+    assert out[1] == "True"

@@ -324,6 +324,55 @@ class TestCoroutines:
         asyncio.run(main())
         assert "ZeroDivisionError" in caplog.text
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("where", ["handler", "first task", "a task of several"])
+    def test_a_signal_in_a_handler_ends_the_callers_loop(self, driver, caplog, number, where):
+        armed = threading.Event()
+
+        def interrupt():
+            if armed.is_set():
+                armed.clear()
+                signal.raise_signal(number)
+
+        class Interrupted(ublk.BlockDevice):
+            async def read(self, offset, buf):
+                if where == "handler":
+                    interrupt()
+
+        def factory(loop, coroutine, **options):
+            if where != "handler" and coroutine.__qualname__.startswith("LoopServer"):
+                interrupt()
+            return asyncio.Task(coroutine, loop=loop, **options)
+
+        async def main():
+            async with await Interrupted(size=SIZE).start_async() as dev:
+                devices.append(dev)
+                loop.set_task_factory(factory)
+                # All of them are there when the loop looks for them.
+                for n in range(3 if where == "a task of several" else 1):
+                    reads.append(pool.submit(driver.read, dev.id, 4096 * n, 512))
+                time.sleep(0.1)
+                armed.set()
+                await asyncio.sleep(60)
+
+        devices, reads = [], []
+        loop = asyncio.new_event_loop()
+        try:
+            with client_pool() as pool:
+                task = loop.create_task(main())
+                with pytest.raises((SystemExit, KeyboardInterrupt)) as raised:
+                    loop.run_until_complete(task)
+                assert getattr(raised.value, "code", 128 + signal.SIGINT) == 128 + number
+                assert devices[0].running, "it stops as if the handler had raised this"
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    loop.run_until_complete(task)
+                errors = [read.exception(10) for read in reads]
+        finally:
+            loop.close()
+        assert sum(error is not None for error in errors) == 1
+        assert caplog.records == []
+
     def test_a_cancelled_start_leaves_nothing(self, driver):
         class Hanging(ublk.BlockDevice):
             async def read(self, offset, buf): ...

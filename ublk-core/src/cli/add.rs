@@ -2,65 +2,33 @@
 
 //! `ublk add`.
 
-mod target;
-
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
-use clap::ValueEnum;
+use clap::FromArgMatches;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
-use super::shape::{self, Switch};
-use super::state::{Origin, State};
-use super::{Failure, Host, Outcome, daemon, serve, size, state};
+use super::background;
+use super::failure::{Failure, Outcome};
+use super::host::Host;
+use super::server::{self, Signals};
+use super::state_file::CommandLine;
+use super::target::{self, Kind, Switch};
+use crate::control::{Control, DeviceInfo};
 use crate::data::DataMovement;
-use crate::data::shared::SharedMemory;
-use crate::device::{Device, DeviceOptions, Recovery, Server};
-use crate::driver::kernel::KernelDriver;
-use crate::engine::StdSpawn;
+use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::options::{DeviceOptions, Recovery};
 use crate::placement::Cpus;
-use crate::pressure;
-use crate::targets;
 use crate::units::DeviceId;
 
-/// Size of a RAM disk, unless another is asked for.
-const DEFAULT_MEM_SIZE: u64 = 1 << 30;
-/// What `--recovery` without a value means.
+/// Meaning of `--recovery` without a value.
 const DEFAULT_RECOVERY: Recovery = Recovery::Reissue;
-/// How long a server that is gone may hold on to its file.
-const LOCK_PATIENCE: Duration = Duration::from_secs(10);
-const LOCK_RETRY: Duration = Duration::from_millis(20);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Kind {
-    /// Accept every request and store nothing
-    Null,
-    /// RAM disk
-    Mem,
-    /// Disk stored in a file or on another block device
-    #[value(alias = "loop")]
-    File,
-    /// Host-managed zoned disk, in memory or, with --file, in a directory
-    Zoned,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum IoMode {
-    /// O_DIRECT if the file system supports it, otherwise through the page cache
-    Auto,
-    /// O_DIRECT
-    Direct,
-    /// Through the page cache
-    Buffered,
-}
-
-/// The possible values of `--recovery`.
+/// Parser of `--recovery`.
 fn recovery() -> impl TypedValueParser<Value = Recovery> {
-    // The reference tool's `-r 1` is this tool's `-r`.
+    // For scripts that were written for the reference tool, whose option is `-r 1`.
     let named = |name: String| match name.as_str() {
         "1" => Some(DEFAULT_RECOVERY),
         name => Recovery::ALL.into_iter().find(|recovery| recovery.name() == name),
@@ -72,7 +40,7 @@ fn recovery() -> impl TypedValueParser<Value = Recovery> {
     PossibleValuesParser::new(Recovery::ALL.map(value)).try_map(move |name| named(name).ok_or("unknown"))
 }
 
-/// Parses `--cpus`.
+/// Parser of `--cpus`.
 fn cpus(text: &str) -> Result<Cpus> {
     match text {
         "off" => Ok(Cpus::Any),
@@ -81,7 +49,7 @@ fn cpus(text: &str) -> Result<Cpus> {
     }
 }
 
-/// The possible values of `--data`.
+/// Parser of `--data`.
 fn movement() -> impl TypedValueParser<Value = DataMovement> {
     let named = |name: String| DataMovement::ALL.into_iter().find(|movement| movement.name() == name);
     PossibleValuesParser::new(DataMovement::ALL.map(DataMovement::name))
@@ -90,12 +58,8 @@ fn movement() -> impl TypedValueParser<Value = DataMovement> {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Kind of disk
-    #[arg(short = 't', long = "type", value_enum)]
-    kind: Kind,
-    /// Backing file or block device (file), or directory with one file per zone (zoned)
-    #[arg(short, long, value_name = "PATH", required_if_eq("kind", "file"))]
-    file: Option<PathBuf>,
+    #[command(flatten)]
+    target: target::Args,
     /// Device number [default: the lowest free one]
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: Option<u32>,
@@ -108,12 +72,6 @@ pub(super) struct Args {
     /// Requests in flight per queue, 1 to 4096
     #[arg(short, long, default_value_t = 128)]
     depth: u32,
-    /// Size of the disk, e.g. 512M [default: 250G for null, 1G for mem and zoned, the file's size for file]
-    #[arg(short, long, value_parser = size::parse)]
-    size: Option<u64>,
-    /// Logical block size: a power of two from 512 to 4096 [default: 512, or that of the backing device]
-    #[arg(short, long, value_name = "BYTES", value_parser = size::parse_u32)]
-    block_size: Option<u32>,
     /// How data moves between clients and the server [default: the fastest that driver and target support]
     #[arg(long, value_name = "MOVEMENT", value_parser = movement())]
     data: Option<DataMovement>,
@@ -128,33 +86,12 @@ pub(super) struct Args {
     /// requests meanwhile. Not available for disks in memory (mem, and zoned without --file)
     #[arg(short, long, value_name = "HOW", num_args = 0..=1, default_missing_value = "reissue", value_parser = recovery())]
     recovery: Option<Recovery>,
-    /// Zone size, a power of two (zoned)
-    #[arg(long, value_name = "BYTES", value_parser = size::parse_u32, default_value = "64M")]
-    zone_size: u32,
-    /// Number of conventional zones at the start of the disk (zoned)
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    conventional_zones: u32,
-    /// Maximum number of open zones; 0 for no limit (zoned)
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    max_open_zones: u32,
-    /// Maximum number of active zones (open or closed); 0 for no limit (zoned)
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    max_active_zones: u32,
     /// File on tmpfs or hugetlbfs that clients map to do direct I/O without copying
     #[arg(long, value_name = "FILE")]
     shared_memory: Option<PathBuf>,
     /// Do not scan for partitions
     #[arg(long)]
     no_partition_scan: bool,
-    /// Make the disk read-only
-    #[arg(short = 'o', long)]
-    read_only: bool,
-    /// File for integrity metadata [default: the backing file's path with .integrity appended] (file)
-    #[arg(long, value_name = "PATH", requires = "integrity")]
-    integrity_file: Option<PathBuf>,
-    /// How to access the backing file (file)
-    #[arg(long, value_enum, default_value = "auto")]
-    io: IoMode,
     /// Maximum number of threads that serve queues [default: one per CPU]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -178,147 +115,100 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
     log: Option<PathBuf>,
     /// Descriptor on which a background server reports that it is ready
-    #[arg(long = daemon::REPORT_FLAG, value_name = "FD", hide = true)]
+    #[arg(long = background::REPORT_OPTION, value_name = "FD", hide = true)]
     report: Option<RawFd>,
-    #[command(flatten)]
-    shape: shape::Args,
 }
 
 pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     if let Some(report) = args.report {
-        let origin = Origin::here(&daemon::without_report(arguments))?;
-        return daemon::child(report, args.log.as_deref(), |ready| serve(args, &origin, None, ready));
+        let line = CommandLine::new(&background::without_report(arguments))?;
+        return background::run(report, args.log.as_deref(), |ready| args.serve(&line, None, ready));
     }
     if args.foreground {
-        return serve(args, &Origin::here(arguments)?, None, daemon::print_paths);
+        return args.serve(&CommandLine::new(arguments)?, None, server::print_paths);
     }
-    daemon::parent(arguments, host, daemon::Devices::Made)
-}
-
-/// Makes the device, or gives one that waits for a server a new one, calls `ready` when it can be used, and
-/// serves it to its end. `origin` is for the device's next server.
-pub(super) fn serve(
-    args: &Args,
-    origin: &Origin,
-    waiting: Option<DeviceId>,
-    ready: impl FnOnce(&[Device], &serve::Signals) -> Outcome,
-) -> Outcome {
-    // Before any thread is made: they inherit the mask.
-    let signals = serve::Signals::block()?;
-    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    if threads == 0 {
-        return Err(Error::invalid("threads", 0, "must be at least 1").into());
-    }
-    args.check_recovery()?;
-    serve::raise_file_limit();
-    if args.protect {
-        pressure::refuse_oom_kill()?;
-    }
-    if args.lock_memory {
-        pressure::lock_memory()?;
-    }
-    // A disk that is in use is served rather on other CPUs than not at all.
-    let (cpus, fallback) = if waiting.is_some() { args.cpus.available() } else { (args.cpus, None) };
-    if let Some(fallback) = fallback {
-        log::warn!("{fallback}");
-    }
-    let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads)
-        .on_cpus(cpus)?
-        .coalescing(Duration::from_micros(args.coalesce_usecs.into()))?;
-    let options = DeviceOptions {
-        id: args.id.map(DeviceId),
-        queues: args.queues,
-        depth: args.depth,
-        data: args.data,
-        batch: args.batch.map(|batch| batch == Switch::On),
-        threads_per_queue: args.threads_per_queue,
-        recovery: args.recovery,
-        shared_memory: args.shared_memory.is_some(),
-        partition_scan: !args.no_partition_scan,
-    };
-    let mut devices = Vec::new();
-    // On an error the devices are dropped, which stops and deletes them.
-    match waiting {
-        None => {
-            for _ in 0..args.count {
-                devices.push(server.start(target::new(args)?, &options)?);
-            }
-        }
-        Some(id) => {
-            // The old server has the file for itself.
-            server.wait_for_vacancy(id)?;
-            let disk = server.control().params(id)?.params;
-            devices.push(server.recover(id, target::of_another(args, &disk)?)?);
-        }
-    }
-    for device in devices.iter().filter(|_| args.shared_memory.is_some()) {
-        share(device, args.shared_memory.as_deref().unwrap_or("".as_ref()))?;
-    }
-    let reported = keep(&devices, origin, options.recovery.is_some()).and_then(|()| ready(&devices, &signals));
-    if let Err(failure) = reported {
-        forget(devices, waiting.is_some());
-        return Err(failure);
-    }
-    serve::run(&signals, devices)
-}
-
-/// Lets clients of a device use a file's memory.
-fn share(device: &Device, path: &Path) -> Result<()> {
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(path);
-    let file = file.map_err(|e| Error::file("open", path, &e))?;
-    let len = targets::file_size(path)?;
-    let memory = SharedMemory::map(&file, len, false).map_err(|e| Error::file("map", path, &e))?;
-    device.share_memory(memory).map(drop)
-}
-
-/// Writes down what the devices' next servers need to know; for those that may have one, it must work.
-fn keep(devices: &[Device], origin: &Origin, needed: bool) -> Outcome {
-    for device in devices {
-        match State::of(device, origin).and_then(|state| state.save(device.id())) {
-            Err(failure) if needed => return Err(failure),
-            Err(Failure::Text(why)) => log::warn!("{why}"),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-/// Ends devices whose server could not report them. One that was there before is left as it was found.
-fn forget(devices: Vec<Device>, found: bool) {
-    for device in devices {
-        let (id, instance) = (device.id(), state::instance(device.id()));
-        if found {
-            if let Err(error) = device.leave() {
-                log::debug!("leaving device {id}: {error}");
-                // To drop it is to delete it; the end of this process leaves it, too.
-                std::mem::forget(device);
-            }
-        } else {
-            drop(device);
-            state::remove(id, instance);
-        }
-    }
+    background::start(arguments, host, background::Devices::New)
 }
 
 impl Args {
-    /// Makes relative paths those of another directory.
-    pub(super) fn resolve(&mut self, directory: &Path) {
-        self.file = self.file.take().map(|file| directory.join(file));
-        self.integrity_file = self.integrity_file.take().map(|file| directory.join(file));
+    /// Parses a stored command line. Relative paths become absolute.
+    pub(super) fn parse(line: &CommandLine) -> Result<Self, Failure> {
+        let invalid =
+            || Failure::Text(format!("the stored command line is not one of `ublk add`: {:?}", line.arguments()));
+        // The first word, `add`, takes the place of the program's name.
+        if line.arguments().first().is_none_or(|word| word != "add") {
+            return Err(invalid());
+        }
+        let matches = <Self as clap::Args>::augment_args(clap::Command::new("add"))
+            .try_get_matches_from(line.arguments())
+            .map_err(|_| invalid())?;
+        let mut args = Self::from_arg_matches(&matches).map_err(|_| invalid())?;
+        args.resolve(line.directory());
+        Ok(args)
+    }
+
+    /// Creates the device, or gives the device `existing` a new server, and serves it to its end.
+    pub(super) fn serve(
+        &self,
+        line: &CommandLine,
+        existing: Option<DeviceId>,
+        ready: impl FnOnce(&[Device], &Signals) -> Outcome,
+    ) -> Outcome {
+        self.check()?;
+        let options = server::Options {
+            target: &self.target,
+            device: DeviceOptions {
+                id: self.id.map(DeviceId),
+                queues: self.queues,
+                depth: self.depth,
+                data: self.data,
+                batch: self.batch.map(|batch| batch == Switch::On),
+                threads_per_queue: self.threads_per_queue,
+                recovery: self.recovery,
+                shared_memory: self.shared_memory.is_some(),
+                partition_scan: !self.no_partition_scan,
+            },
+            count: self.count,
+            shared_memory: self.shared_memory.as_ref(),
+            threads: self.threads,
+            cpus: self.cpus,
+            coalescing: Duration::from_micros(self.coalesce_usecs.into()),
+            lock_memory: self.lock_memory,
+            protect: self.protect,
+        };
+        server::run(&options, line, existing, ready)
+    }
+
+    fn resolve(&mut self, directory: &Path) {
+        self.target.resolve(directory);
         self.shared_memory = self.shared_memory.take().map(|file| directory.join(file));
         self.log = self.log.take().map(|log| directory.join(log));
     }
 
-    /// Refuses a recovery of a disk whose data is in its server's memory: the next server would put an empty disk under
-    /// a mounted file system. (`null` stores nothing at all.)
+    /// Refuses options that cannot be combined.
+    fn check(&self) -> Result<()> {
+        if self.threads == Some(0) {
+            return Err(Error::invalid("threads", 0, "must be at least 1"));
+        }
+        self.check_recovery()?;
+        if self.count > 1 && (self.target.file().is_some() || self.id.is_some()) {
+            return Err(Error::invalid("count", self.count, "cannot be combined with --file or --number"));
+        }
+        if self.count > 1 && self.recovery.is_some() {
+            return Err(Error::invalid("count", self.count, "cannot be combined with --recovery"));
+        }
+        if self.shared_memory.is_some() && (self.recovery.is_some() || self.count > 1) {
+            let rule = "cannot be combined with --recovery or --count";
+            return Err(Error::invalid("shared memory", true, rule));
+        }
+        Ok(())
+    }
+
+    /// Refuses to recover a disk whose data is in its server's memory: the next server would put an empty disk under a
+    /// mounted file system.
     pub(super) fn check_recovery(&self) -> Result<()> {
-        let in_memory = match self.kind {
-            Kind::Mem => true,
-            Kind::Zoned => self.file.is_none(),
-            Kind::Null | Kind::File => false,
-        };
         match self.recovery {
-            Some(recovery) if in_memory => Err(Error::invalid(
+            Some(recovery) if self.target.is_volatile() => Err(Error::invalid(
                 "recovery",
                 recovery.name(),
                 "the disk's data is in the server's memory and is lost with it; use -t file, or -t zoned with --file",
@@ -327,51 +217,83 @@ impl Args {
         }
     }
 
-    /// What of the backing another command line gives differently.
+    /// Checks what can be checked of a device's next server while the last one is still running: whether its files can be
+    /// opened, and whether the target fits the disk.
+    pub(super) fn check_successor(&self, control: &Control, info: &DeviceInfo) -> Result<()> {
+        self.check_recovery()?;
+        if let Some(log) = &self.log {
+            let opened = std::fs::OpenOptions::new().create(true).append(true).open(log);
+            opened.map_err(|e| Error::file("open the log", log, &e))?;
+        }
+        self.target.check_reopen(control, info)
+    }
+
+    /// Returns which part of the backing another command line gives differently.
     pub(super) fn difference(&self, other: &Self) -> Option<&'static str> {
-        let real =
-            |file: &Option<PathBuf>| file.as_ref().map(|file| file.canonicalize().unwrap_or_else(|_| file.clone()));
-        if self.kind != other.kind {
+        let real = |args: &Self| args.target.file().map(|file| file.canonicalize().unwrap_or_else(|_| file.to_owned()));
+        if self.target.kind() != other.target.kind() {
             return Some("type");
         }
-        (other.file.is_some() && real(&self.file) != real(&other.file)).then_some("file")
+        (other.target.file().is_some() && real(self) != real(other)).then_some("file")
     }
 
-    /// Backing file, or directory of zones.
-    pub(super) fn file(&self) -> Option<&Path> {
-        self.file.as_deref()
+    /// The options that describe the disk.
+    pub(super) fn target(&self) -> &target::Args {
+        &self.target
     }
 
-    /// Where the server writes its messages, if somebody has said so.
+    /// The log file that was given.
     pub(super) fn log(&self) -> Option<&Path> {
         self.log.as_deref()
     }
-
-    /// The size that a disk can be given, if it can be given the one that is wished for. `backing` is a path of the file
-    /// that the server has open.
-    pub(super) fn new_size(&self, wish: Option<u64>, present: u64, backing: Option<&Path>) -> Result<u64> {
-        let limit = match (self.kind, backing) {
-            (Kind::File, Some(file)) => targets::file_size(file)?,
-            // It has room for what it was made with.
-            (Kind::Mem, _) => self.size.unwrap_or(DEFAULT_MEM_SIZE),
-            (Kind::Zoned, _) => return Err(Error::invalid("size", present, "a zoned disk cannot be resized")),
-            _ => u64::MAX,
-        };
-        match wish {
-            Some(bytes) if bytes > limit => {
-                Err(Error::invalid("size", bytes, format!("exceeds the backing store ({limit} bytes)")))
-            }
-            Some(bytes) => Ok(bytes),
-            None if self.kind == Kind::File => Ok(limit),
-            None => Err(Error::invalid("size", present, "--size is required unless the disk is stored in a file")),
-        }
-    }
 }
 
-/// The command line that serves a device which another program has made.
-pub(super) fn words(kind: Kind, file: Option<&Path>) -> Vec<OsString> {
-    let name = kind.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
-    let mut words: Vec<OsString> = ["add", "-t", &name, "--recovery"].into_iter().map(OsString::from).collect();
+/// Returns a command line for serving a device that another program has created.
+pub(super) fn words(kind: &Kind, file: Option<&Path>) -> Vec<OsString> {
+    let mut words: Vec<OsString> = ["add", "-t", kind.name(), "--recovery"].into_iter().map(OsString::from).collect();
     words.extend(file.into_iter().flat_map(|file| ["-f".into(), file.into()]));
     words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &[&str]) -> Result<Args, Failure> {
+        Args::parse(&CommandLine::new(&line.iter().map(OsString::from).collect::<Vec<_>>())?)
+    }
+
+    #[test]
+    fn a_stored_command_line_is_parsed_with_absolute_paths() {
+        let args = parse(&["add", "-t", "file", "-f", "disk.img", "--recovery", "--log", "disk.log"]).unwrap();
+        let directory = std::env::current_dir().unwrap();
+        assert_eq!(args.target().file(), Some(&*directory.join("disk.img")));
+        assert_eq!(args.log(), Some(&*directory.join("disk.log")));
+        for line in [&["list"][..], &["add"], &["add", "-t", "tape"], &[]] {
+            assert!(parse(line).unwrap_err().message().unwrap().contains("not one of `ublk add`"), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_in_memory_is_not_recoverable() {
+        for line in [&["add", "-t", "mem", "-r"][..], &["add", "-t", "zoned", "-r"]] {
+            assert!(parse(line).unwrap().check().unwrap_err().to_string().contains("lost with it"), "{line:?}");
+        }
+        for line in [&["add", "-t", "null", "-r"][..], &["add", "-t", "zoned", "-f", "zones", "-r"]] {
+            parse(line).unwrap().check().unwrap();
+        }
+    }
+
+    #[test]
+    fn options_that_cannot_be_combined_are_refused() {
+        for (line, message) in [
+            (&["--count", "2", "-n", "7"][..], "count = 2: cannot be combined with --file or --number"),
+            (&["--count", "2", "-r"], "count = 2: cannot be combined with --recovery"),
+            (&["--count", "2", "--shared-memory", "m"], "shared memory = true: cannot be combined with --recovery or"),
+            (&["--threads", "0"], "threads = 0: must be at least 1"),
+        ] {
+            let error = parse(&[&["add", "-t", "null"], line].concat()).unwrap().check().unwrap_err().to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
+    }
 }

@@ -2,11 +2,10 @@
 
 //! `ublk del`.
 //!
-//! What becomes of a disk in use is decided by how it is used. One that is mounted, swapped to, part of another block
-//! device or opened exclusively is never removed without `--force`: its data would be lost. One that processes merely
-//! have open is refused to a person at a terminal, who may have mistaken the number, and to those who ask for that with
-//! `--unused`. Scripts remove it, and its users get errors: this is what scripts that were written for the reference
-//! tool (ublksrv's `ublk`), such as blktests, rely on.
+//! A disk that is mounted, used as swap, part of another block device or opened exclusively is never removed without
+//! `--force`, because data would be lost. A disk that processes merely have open is not removed at a terminal, where the
+//! number may be a typing error, and with `--unused`. In scripts it is removed, and its users get errors: scripts that were
+//! written for the reference tool (ublksrv's `ublk`), such as blktests, rely on this.
 
 use std::fs;
 use std::io::IsTerminal;
@@ -14,18 +13,22 @@ use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::holders::{self, Asker, Stop};
-use super::state::State;
-use super::{Failure, Outcome, state, station, stuck};
+use super::driver::{control, device_ids};
+use super::failure::{Failure, Outcome};
+use super::force_stop::force_stop;
+use super::instance::Instance;
+use super::state_file::StateFile;
+use super::stats::remove_stale_sockets;
+use super::usage::{Observer, StopOutcome, Usage, has_opener, sees_all_processes, stop_unused};
 use crate::control::{Control, Removal};
 use crate::error::{Error, Result};
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
-/// How long a server may take from making a device to opening it; a user's device waits for udev for ten seconds.
-const MAKING_PATIENCE: Duration = Duration::from_secs(12);
-/// How often a device that may be in the making is looked at.
-const MAKING_RETRY: Duration = Duration::from_millis(200);
+/// How long a server may take from creating a device to opening it. For a user's device, that waits up to ten seconds for udev.
+const CREATION_TIMEOUT: Duration = Duration::from_secs(12);
+/// How often to check a device that may be under construction.
+const CREATION_RETRY: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Default, clap::Args)]
 #[group(skip)]
@@ -53,7 +56,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let control = super::control()?;
+    let control = control()?;
     let chosen = if args.ids.is_empty() {
         chosen(&control, args)?
     } else {
@@ -61,42 +64,37 @@ pub(super) fn run(args: &Args) -> Outcome {
     };
     let mut outcome = Ok(());
     for (id, instance) in chosen {
-        // Its number is another device's by now.
-        if args.dead && state::instance(id) != instance {
+        // Its number is now that of another device.
+        if args.dead && Instance::of(id) != instance {
             continue;
         }
         match remove(&control, id, args) {
             Ok(()) => {}
-            // It went away by itself.
+            // It was deleted meanwhile.
             Err(Failure::Error(error)) if args.ids.is_empty() && error.errno() == crate::Errno::ENODEV => {}
-            // The others are removed all the same.
+            // Continue with the other devices.
             Err(failure) => {
-                match failure {
-                    Failure::Error(error) => eprintln!("ublk: {error}"),
-                    Failure::Text(text) => eprintln!("ublk: {text}"),
-                    Failure::Reported => {}
-                }
+                failure.report();
                 outcome = Err(Failure::Reported);
             }
         }
     }
-    station::sweep_all();
+    remove_stale_sockets();
     outcome
 }
 
 fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
-    let instance = state::instance(id);
+    let instance = Instance::of(id);
     let stopped = if args.force {
-        // The user has named the others, too.
-        stuck::stop(control, id, &|other| args.all || args.ids.contains(&other.0))?;
+        force_stop(control, id, &|other| args.all || args.ids.contains(&other.0))?;
         true
     } else {
-        stop_unless_in_use(control, id, args.unused || is_typed())?
+        stop_unless_in_use(control, id, args.unused || is_interactive())?
     };
     let removed = if args.no_wait {
         let deleted = if stopped { Ok(()) } else { control.stop(id) };
         deleted.and_then(|()| match control.delete_async(id) {
-            // Its server may well have been quicker, as it sees the stop.
+            // Its server, which notices the stop, may have deleted it already.
             Err(error) if error.errno() == crate::Errno::ENODEV => Ok(Removal::Complete),
             other => other.map(|()| Removal::Complete),
         })
@@ -104,7 +102,7 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
         control.remove(id)
     };
     match removed {
-        // Its server again.
+        // Its server has deleted it.
         Err(error) if stopped && error.errno() == crate::Errno::ENODEV => {}
         Err(error) => return Err(error.into()),
         Ok(Removal::Complete) => {}
@@ -114,69 +112,68 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
             );
         }
     }
-    state::remove(id, instance);
+    StateFile::remove(id, instance);
     Ok(())
 }
 
-/// Whether a person has typed the command, and sees what it says. Scripts that are started at a terminal inherit it as
-/// their input, too, but those of test suites (blktests) collect what is said.
-fn is_typed() -> bool {
+/// Whether the command was typed at a terminal, and its messages are visible there. A script that is started at a terminal
+/// inherits it as standard input, but scripts of test suites (blktests) capture standard error.
+fn is_interactive() -> bool {
     std::io::stdin().is_terminal() && std::io::stderr().is_terminal()
 }
 
-/// Refuses to go on with a device in use, and names the users. Where the driver can, this stops the device in the same
-/// moment, and returns true.
-fn stop_unless_in_use(control: &Control, id: DeviceId, refuse_open: bool) -> std::result::Result<bool, Failure> {
-    match holders::stop_unused(control, id, Asker::Other)? {
-        Stop::Done => Ok(true),
-        Stop::NotUsed => Ok(false),
-        Stop::Open(who) if !refuse_open => {
-            eprintln!("ublk: removing device {id} although it is in use ({who})");
+/// Refuses a device in use, and names its users. If the driver can, this stops an unused device atomically and returns true.
+fn stop_unless_in_use(control: &Control, id: DeviceId, refuse_open: bool) -> Result<bool, Failure> {
+    match stop_unused(control, id, Observer::Other)? {
+        StopOutcome::Stopped => Ok(true),
+        StopOutcome::NotUsed => Ok(false),
+        StopOutcome::InUse(Usage::Open(users)) if !refuse_open => {
+            eprintln!("ublk: removing device {id} although it is in use ({users})");
             Ok(false)
         }
-        Stop::Open(who) | Stop::Claimed(who) => {
-            Err(Failure::Text(format!("device {id} is in use ({who}); use `ublk del --force` to remove it anyway")))
-        }
+        StopOutcome::InUse(usage) => Err(Failure::Text(format!(
+            "device {id} is in use ({}); use `ublk del --force` to remove it anyway",
+            usage.users()
+        ))),
     }
 }
 
-/// All devices, or all without a server; each with its instance.
-fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>> {
-    let ids = control.driver().device_ids().map_err(|e| Error::file("list", "/sys/class/ublk-char", &e))?;
+/// Returns all devices, or all dead ones, each with its instance.
+fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<Instance>)>> {
     let mut chosen = Vec::new();
-    for id in ids {
-        // Before the look, so that a later device of the same number is told from this one.
-        let instance = state::instance(id);
-        // A device with a state was served once: it is not in the making.
-        let was_served = matches!(State::find(id), Ok(Some(_)));
-        let patience = if was_served { Duration::ZERO } else { MAKING_PATIENCE };
-        if !args.dead || is_dead(control, id, (args.force, patience), &Opener::find)? {
+    for id in device_ids(control)? {
+        // Before the check, to distinguish this device from a later one with the same number.
+        let instance = Instance::of(id);
+        // A device with a state file has been served: it is not under construction.
+        let was_served = matches!(StateFile::find(id), Ok(Some(_)));
+        let timeout = if was_served { Duration::ZERO } else { CREATION_TIMEOUT };
+        if !args.dead || is_dead(control, id, (args.force, timeout), &Opener::find)? {
             chosen.push((id, instance));
         }
     }
     Ok(chosen)
 }
 
-/// Whether a device has no server. One that waits for another server holds clients' requests, and counts only if
-/// `waiting_too`.
+/// Whether a device has no server. A device that waits for another server holds requests of clients, and counts as dead only
+/// if `waiting_too`.
 ///
-/// A device whose server is just making it is DEAD, too, and has no pid. Servers open the char device at once, though; so
-/// one that no process has open counts as dead when it is older than `patience`. `opener` looks for the process. The
-/// device is opened as a probe, which admits one opener only and would keep out a server that starts at that moment, only
-/// where that is not conclusive, and last.
+/// A device that its server is just creating is in the state DEAD, too, and has no pid. But servers open the char device
+/// immediately, so a device that no process has open counts as dead if it is older than `timeout`. `opener` searches for
+/// that process. Only if that is inconclusive, and last, the char device is opened as a probe, because it admits one opener,
+/// and the probe would make a server fail that starts at that moment.
 ///
-/// Devices of other users, which cannot be looked at, and devices that go away meanwhile do not count.
+/// Devices of other users, which cannot be queried, and devices that are deleted meanwhile do not count.
 fn is_dead(
     control: &Control,
     id: DeviceId,
-    (waiting_too, patience): (bool, Duration),
+    (waiting_too, timeout): (bool, Duration),
     opener: &dyn Fn(DeviceId) -> Opener,
 ) -> Result<bool> {
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     loop {
         let info = match control.info(id) {
             Ok(info) => info,
-            Err(error) if is_gone_or_anothers(&error) => return Ok(false),
+            Err(error) if is_gone_or_foreign(&error) => return Ok(false),
             Err(error) => return Err(error),
         };
         match info.state {
@@ -186,10 +183,10 @@ fn is_dead(
                 if opener == Opener::Process {
                     return Ok(false);
                 }
-                if Instant::now() >= deadline || age(id).is_some_and(|age| age >= patience) {
+                if Instant::now() >= deadline || age(id).is_some_and(|age| age >= timeout) {
                     return Ok(opener == Opener::None || !is_open(control, id));
                 }
-                thread::sleep(MAKING_RETRY.min(patience));
+                thread::sleep(CREATION_RETRY.min(timeout));
             }
             _ => return Ok(waiting_too && !crate::process::is_alive(info.pid)),
         }
@@ -201,33 +198,33 @@ fn is_dead(
 enum Opener {
     Process,
     None,
-    /// There may be processes that this one does not see.
+    /// Not all processes are visible.
     Unknown,
 }
 
 impl Opener {
-    /// Looks for the process that has a device open.
+    /// Searches for the process that has a device open.
     fn find(id: DeviceId) -> Self {
         let Ok(node) = fs::metadata(format!("/dev/ublkc{id}")) else { return Opener::Unknown };
-        match holders::has_opener(|file| file.char_device() == Some(node.rdev())) {
+        match has_opener(|file| file.char_device() == Some(node.rdev())) {
             Ok(true) => Opener::Process,
-            Ok(false) if holders::sees_all_processes() => Opener::None,
+            Ok(false) if sees_all_processes() => Opener::None,
             _ => Opener::Unknown,
         }
     }
 }
 
-/// Whether a char device is open, found by opening it.
+/// Whether a char device is open, determined by opening it.
 fn is_open(control: &Control, id: DeviceId) -> bool {
     control.driver().open_char(id).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
 }
 
-fn is_gone_or_anothers(error: &Error) -> bool {
+fn is_gone_or_foreign(error: &Error) -> bool {
     use crate::Errno::{EACCES, ENODEV, ENOENT, EPERM};
     matches!(error.errno(), ENODEV | ENOENT | EACCES | EPERM)
 }
 
-/// How long ago a device was made: devtmpfs makes its node then.
+/// Age of a device: devtmpfs creates its node with it.
 fn age(id: DeviceId) -> Option<Duration> {
     let node = fs::symlink_metadata(format!("/dev/ublkc{id}")).ok()?;
     let made = node.created().or_else(|_| node.modified()).ok()?;
@@ -253,9 +250,9 @@ mod tests {
         Arc::new(Null::new(1 << 20, 512).unwrap())
     }
 
-    /// A device's server, which sees the stop, deletes it before the command does.
+    /// A device's server, which notices the stop, deletes it before the command does.
     #[test]
-    fn a_server_that_is_quicker_is_no_failure() {
+    fn a_device_that_its_server_deletes_first_is_no_failure() {
         for no_wait in [false, true] {
             let driver = FakeDriver::new();
             let server = server(&driver);
@@ -265,13 +262,13 @@ mod tests {
             }
             let args = Args { ids: vec![0], no_wait, ..Args::default() };
             remove(server.control(), device.id(), &args).unwrap();
-            // The refusals that were not used up are not the server's.
+            // Use up the remaining refusals.
             while device.stop().is_err() {}
         }
     }
 
     #[test]
-    fn a_device_that_was_never_there_is_one() {
+    fn a_device_that_does_not_exist_is_a_failure() {
         let server = server(&FakeDriver::new());
         for force in [false, true] {
             let args = Args { ids: vec![7], force, ..Args::default() };
@@ -280,21 +277,21 @@ mod tests {
     }
 
     #[test]
-    fn a_device_in_the_making_is_not_dead() {
+    fn a_device_under_construction_is_not_dead() {
         let driver = FakeDriver::new();
         let server = server(&driver);
         let device = server.add(&null(), &DeviceOptions::default()).unwrap();
         let is_dead =
             |patience| is_dead(server.control(), device.id(), (false, patience), &|_| Opener::Unknown).unwrap();
-        assert!(!is_dead(Duration::ZERO), "its server has it open from the beginning");
+        assert!(!is_dead(Duration::ZERO), "its server has it open from the start");
         device.go_live(null()).unwrap();
         assert!(!is_dead(Duration::ZERO));
         device.stop().unwrap();
-        assert!(!is_dead(Duration::ZERO), "it is gone, which is no failure");
+        assert!(!is_dead(Duration::ZERO), "it is deleted, which is no failure");
     }
 
     #[test]
-    fn a_young_device_without_a_server_is_watched_for_a_while() {
+    fn a_new_device_without_a_server_is_checked_repeatedly() {
         let driver = FakeDriver::new();
         let server = server(&driver);
         let control = server.control();
@@ -315,7 +312,7 @@ mod tests {
             assert_eq!(driver.char_openings() - before, openings, "{opener:?}");
         }
         driver.refuse_next("GET_DEV_INFO2", Errno::EACCES);
-        assert!(!is_dead(control, id, (false, Duration::ZERO), &|_| Opener::None).unwrap(), "another user's");
+        assert!(!is_dead(control, id, (false, Duration::ZERO), &|_| Opener::None).unwrap(), "owned by another user");
         control.remove(id).unwrap();
     }
 }

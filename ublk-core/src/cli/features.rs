@@ -4,7 +4,9 @@
 
 use std::fmt::Write;
 
-use super::{Failure, Outcome};
+use super::driver::control;
+use super::failure::{Failure, Outcome};
+use super::output::print;
 use crate::uapi::Features;
 
 #[derive(Debug, clap::Args)]
@@ -15,9 +17,9 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let features = super::control()?.features()?;
+    let features = control()?.features()?;
     let text = if args.json { json(features)? } else { table(features) };
-    super::print(&text)
+    print(&text)
 }
 
 fn table(features: Features) -> String {
@@ -47,7 +49,7 @@ fn json(features: Features) -> Result<String, Failure> {
     Ok(text)
 }
 
-/// Bits that the driver has and this program has no name for.
+/// Returns the numbers of feature bits that the driver has and this program does not know.
 fn unknown(features: Features) -> impl Iterator<Item = u32> {
     let rest = features.bits() & !Features::all().bits();
     (0..64).filter(move |bit| rest & (1 << bit) != 0)

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A disk's limits in `ublk list`. Lengths are in bytes.
+//! The limits of a disk in `ublk list`. Lengths are in bytes.
 
 use serde::Serialize;
 
 use crate::params::{Checksum, Integrity, Operations, Params, SegmentLimits, ZonedLimits};
 
-/// A disk's limits as JSON. What a disk does not have is null, what is not limited is 0.
+/// The limits of a disk as JSON. What the disk does not have is null, what has no limit is 0.
 #[derive(Debug, Serialize)]
 pub(super) struct Limits {
     io_min: u32,
@@ -86,7 +86,7 @@ impl Limits {
         }
     }
 
-    /// What is not as with any other disk, for people.
+    /// Describes what differs from an ordinary disk.
     pub(super) fn describe(&self, physical_block_size: u32) -> Vec<String> {
         let mut parts = Vec::new();
         let mut say = |wanted: bool, text: String| {
@@ -136,14 +136,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ordinary_disk_has_nothing_to_tell() {
+    fn an_ordinary_disk_has_no_description() {
         let limits = Limits::of(&Params::new(1 << 30, 512));
         assert!(limits.describe(512).is_empty());
         assert!(limits.discard_limits.is_none());
     }
 
     #[test]
-    fn what_is_special_is_told() {
+    fn unusual_limits_are_described() {
         let mut params = Params::new(1 << 30, 4096);
         params.chunk_size = 1 << 20;
         params.zoned = Some(ZonedLimits { max_open: 3, max_active: 0, max_append_bytes: 65536 });

@@ -4,17 +4,18 @@
 
 use std::fmt::Write;
 
+use nix::errno::Errno;
 use serde::Serialize;
 
+use super::driver::{control, device_ids};
+use super::failure::{Failure, Outcome};
 use super::limits::Limits;
-use super::state::State;
-use super::{Failure, Outcome};
-use nix::errno::Errno;
-
+use super::output::print;
+use super::state_file::StateFile;
 use crate::control::{Control, DeviceInfo};
 use crate::data::DataMovement;
-use crate::device::Recovery;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::options::Recovery;
 use crate::params::{Operations, Params};
 use crate::uapi::Features;
 use crate::units::DeviceId;
@@ -38,7 +39,7 @@ struct Entry {
     id: u32,
     path: String,
     state: &'static str,
-    /// The server's process. A device without one has none: -1, as the driver says, would have `kill` end every process.
+    /// The server's process. Null without a server: the driver's value, -1, would make `kill` end all processes.
     pid: Option<i32>,
     queues: u16,
     depth: u16,
@@ -57,7 +58,7 @@ struct Entry {
     owner_uid: u32,
     owner_gid: u32,
     queue_affinity: Vec<Vec<usize>>,
-    /// How data moves, and why so if its server has said.
+    /// How data moves, and why, if the state file has the reason.
     data: &'static str,
     data_reason: Option<String>,
     batch: bool,
@@ -68,15 +69,14 @@ struct Entry {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let control = super::control()?;
-    let all = || control.driver().device_ids().map_err(|e| Error::file("list", "/sys/class/ublk-char", &e));
+    let control = control()?;
     let asked = !args.ids.is_empty();
-    let ids = if asked { args.ids.iter().copied().map(DeviceId).collect() } else { all()? };
+    let ids = if asked { args.ids.iter().copied().map(DeviceId).collect() } else { device_ids(&control)? };
     let (mut entries, mut others) = (Vec::new(), 0);
     for id in ids {
         match entry(&control, id) {
             Ok(entry) => entries.push(entry),
-            // It went away between the two looks.
+            // It was deleted meanwhile.
             Err(error) if !asked && error.errno() == Errno::ENODEV => {}
             Err(error) if !asked && matches!(error.errno(), Errno::EACCES | Errno::EPERM) => others += 1,
             Err(error) => return Err(error.into()),
@@ -94,7 +94,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     } else {
         entries.iter().map(describe).collect()
     };
-    super::print(&text)
+    print(&text)
 }
 
 fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
@@ -126,8 +126,8 @@ fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
         owner_gid: info.owner_gid,
         queue_affinity: affinity,
         data: DataMovement::of(info.features).name(),
-        // A file that cannot be read is no reason not to list the device.
-        data_reason: State::find(id).ok().flatten().map(|state| state.reason),
+        // The device is listed even if its state file cannot be read.
+        data_reason: StateFile::find(id).ok().flatten().map(|state| state.reason),
         batch: info.features.contains(Features::BATCH_IO),
         recovery: Recovery::of(info.features).map(Recovery::name),
         partition_scan: !info.features.contains(Features::NO_AUTO_PART_SCAN),
@@ -135,8 +135,8 @@ fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
     })
 }
 
-/// A device as text. Scripts of blktests and of the kernel's selftests take the pid and the state from
-/// the second line by position, words 7 and 11, and kill what they find: without a server there is no number.
+/// Formats a device as text. Scripts of blktests and of the kernel's selftests take the pid and the state from the second
+/// line by position, words 7 and 11, and kill that process: without a server there must be no number.
 fn describe(entry: &Entry) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -187,7 +187,7 @@ fn describe(entry: &Entry) -> String {
     text
 }
 
-/// A size for people: at most one decimal, powers of 1024.
+/// Formats a size with at most one decimal, in powers of 1024.
 fn human(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let unit = (bytes.max(1).ilog2() / 10) as usize;

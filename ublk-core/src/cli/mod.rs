@@ -2,42 +2,50 @@
 
 //! The `ublk` command.
 //!
-//! It is a library function, so that the Python package's `ublk` is the same program.
+//! It is a library function, so that the Python package contains the same command. `add`, `del`, `features`, `list`,
+//! `owner`, `quiesce`, `recover`, `resize`, `stat` and `upgrade` are the commands. They use:
+//!
+//! * `target`: the kinds of disk of `ublk add`, with their options and constructors.
+//! * `server`: serves devices to their end; `background` starts it as a process of its own.
+//! * `state_file`: what the next server of a device needs; `run_dir`: the directory for such files.
+//! * `stats`: the socket through which servers answer `ublk stat`.
+//! * `usage`: how a disk is used; `force_stop`: stops a device whose server does not complete its requests.
+//! * `driver`, `failure`, `host`, `instance`, `output`, `size`: small things that several commands need.
 
 mod add;
-mod claim;
-mod daemon;
+mod background;
 mod del;
+mod driver;
+mod failure;
 mod features;
-mod holders;
+mod force_stop;
+mod host;
+mod instance;
 mod limits;
 mod list;
+mod output;
 mod owner;
 mod quiesce;
 mod recover;
 mod resize;
 mod run_dir;
-mod serve;
-mod shape;
+mod server;
 mod size;
 mod stat;
-mod state;
-mod station;
-mod stats_service;
-mod stuck;
+mod state_file;
+mod stats;
+mod target;
 mod upgrade;
+mod usage;
 
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-pub use self::stats_service::StatsService;
-use crate::control::Control;
-use crate::driver::kernel::KernelDriver;
-use crate::error::{Error, Result};
+pub use self::host::{ExtraArgument, ExtraCommand, Host};
+pub use self::stats::StatsService;
 
 /// Create and manage block devices served by user-space processes (Linux ublk).
 #[derive(Debug, Parser)]
@@ -72,26 +80,7 @@ enum Command {
     Owner(owner::Args),
 }
 
-/// The program that the command is part of.
-#[derive(Clone, Debug, Default)]
-pub struct Host {
-    /// How to start it again, to run a server in the background: the program and the arguments that
-    /// come before the command's own.
-    pub relaunch: Vec<OsString>,
-    /// Commands that it handles itself, for the help text.
-    pub extra: Vec<Extension>,
-}
-
-/// A command that is not this crate's.
-#[derive(Clone, Debug)]
-pub struct Extension {
-    /// Its name.
-    pub name: String,
-    /// What it does, in a line.
-    pub about: String,
-}
-
-/// The whole program, on this process's arguments.
+/// Runs the `ublk` binary with this process's arguments.
 pub fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_else(|| "ublk".into());
@@ -105,14 +94,14 @@ pub fn main() -> ExitCode {
 /// Runs the command with the given arguments (without a program name) and returns its exit status: 0,
 /// 1 for a failure, 2 for wrong usage.
 pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
-    if arguments.first().is_some_and(|first| first == "run") && !host.extra.iter().any(|extra| extra.name == "run") {
+    if arguments.first().is_some_and(|first| first == "run") && !host.handles("run") {
         eprintln!(
             "ublk: `run` serves disks written in Python; it is part of the Python package: `python3 -m ublk run`"
         );
         return 2;
     }
     let named = std::iter::once(OsString::from("ublk")).chain(arguments.iter().cloned());
-    let parsed = with_extra(host).try_get_matches_from(named).and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed = command_line(host).try_get_matches_from(named).and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => {
@@ -135,59 +124,16 @@ pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
     };
     match result {
         Ok(()) => 0,
-        Err(Failure::Reported) => 1,
-        Err(Failure::Error(error)) => {
-            eprintln!("ublk: {error}");
-            1
-        }
-        Err(Failure::Text(text)) => {
-            eprintln!("ublk: {text}");
+        Err(failure) => {
+            failure.report();
             1
         }
     }
 }
 
-/// The command line, with the commands that the host handles.
-fn with_extra(host: &Host) -> clap::Command {
-    host.extra.iter().cloned().fold(Cli::command(), |command, Extension { name, about }| {
-        command.subcommand(clap::Command::new(name).about(about))
-    })
-}
-
-/// Why a command failed.
-#[derive(Debug)]
-enum Failure {
-    /// Said already.
-    Reported,
-    Error(Error),
-    Text(String),
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Failure::Error(error)
-    }
-}
-
-type Outcome = std::result::Result<(), Failure>;
-
-/// The control plane of the running kernel.
-fn control() -> Result<Control> {
-    Ok(Control::new(Arc::new(KernelDriver::open()?)))
-}
-
-/// Writes to standard output.
-fn print(text: &str) -> Outcome {
-    let mut out = std::io::stdout().lock();
-    printed(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
-}
-
-/// Outcome of a write to standard output. A reader that has gone away wants no more: that is no failure.
-fn printed(written: std::io::Result<()>) -> Outcome {
-    match written {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Text(format!("standard output: {e}"))),
-        _ => Ok(()),
-    }
+/// Returns the definition of the command line, with the commands of the host.
+fn command_line(host: &Host) -> clap::Command {
+    host.extend(Cli::command())
 }
 
 #[cfg(test)]
@@ -200,12 +146,23 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_own_commands_are_in_the_help() {
-        let mut command = with_extra(&Host {
-            relaunch: vec![],
-            extra: vec![Extension { name: "knit".into(), about: "Make a pullover".into() }],
-        });
-        assert!(command.render_help().to_string().contains("Make a pullover"));
+    fn commands_of_the_host_are_in_the_help() {
+        let size = ExtraArgument {
+            names: vec!["-s".into(), "--size".into(), "--bytes".into()],
+            value: Some("SIZE".into()),
+            help: "size of the disk".into(),
+        };
+        let what = ExtraArgument { value: Some("WHAT".into()), ..ExtraArgument::default() };
+        let run = ExtraCommand { name: "run".into(), about: "Serve a disk".into(), arguments: vec![size, what] };
+        let host = Host { relaunch: vec![], extra: vec![run] };
+        let mut command = command_line(&host);
+        command.clone().debug_assert();
+        assert!(command.render_help().to_string().contains("Serve a disk"));
+        let help = command.find_subcommand_mut("run").unwrap().render_help().to_string();
+        assert!(
+            help.contains("-s, --size <SIZE>  size of the disk [aliases: --bytes]") && help.contains("[WHAT]"),
+            "{help}"
+        );
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 //! `ublk quiesce`.
 
-use super::{Failure, Outcome};
+use super::driver::control;
+use super::failure::{Failure, Outcome};
 use crate::control::DRAIN_TIMEOUT;
 use crate::units::DeviceId;
 
@@ -14,6 +15,5 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let control = super::control()?;
-    control.quiesce_until(DeviceId(args.id), DRAIN_TIMEOUT).map(drop).map_err(Failure::from)
+    control()?.quiesce_until(DeviceId(args.id), DRAIN_TIMEOUT).map(drop).map_err(Failure::from)
 }

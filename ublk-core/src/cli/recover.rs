@@ -6,8 +6,14 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use super::state::{Origin, State};
-use super::{Failure, Host, Outcome, add, daemon, serve, upgrade};
+use super::driver::control;
+use super::failure::{Failure, Outcome};
+use super::host::Host;
+use super::server::{self, Signals};
+use super::state_file::{CommandLine, StateFile};
+use super::target::{Kind, kind_parser};
+use super::{add, background};
+use crate::device::Device;
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
@@ -17,8 +23,8 @@ pub(super) struct Args {
     #[arg(short = 'n', long = "number", visible_alias = "id", value_name = "ID")]
     id: u32,
     /// Kind of disk [default: as before]; needed only for a device that another program created
-    #[arg(short = 't', long = "type", value_enum)]
-    kind: Option<add::Kind>,
+    #[arg(short = 't', long = "type", value_name = "KIND", value_parser = kind_parser())]
+    kind: Option<&'static Kind>,
     /// Backing file or directory, as for `ublk add` [default: as before]
     #[arg(short, long, value_name = "PATH", requires = "kind")]
     file: Option<PathBuf>,
@@ -32,53 +38,82 @@ pub(super) struct Args {
     #[arg(long, hide = true)]
     check: bool,
     /// Descriptor on which a background server reports that it is ready
-    #[arg(long = daemon::REPORT_FLAG, value_name = "FD", hide = true)]
+    #[arg(long = background::REPORT_OPTION, value_name = "FD", hide = true)]
     report: Option<RawFd>,
 }
 
 pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     let id = DeviceId(args.id);
     if args.check {
-        let control = super::control()?;
-        return Ok(origin(args)?.add_args()?.check_successor(&control, &control.info(id)?)?);
+        let control = control()?;
+        return Ok(add_args(args)?.1.check_successor(&control, &control.info(id)?)?);
     }
     if let Some(report) = args.report {
-        // By default, a device keeps its log. Without a state there will be no server, and the reason is said there.
-        let kept = || origin(args).and_then(|origin| origin.add_args()).ok()?.log().map(Path::to_owned);
-        let log = args.log.clone().or_else(kept);
-        return daemon::child(report, log.as_deref(), |ready| recover(args, ready));
+        // By default, a device keeps its log. Without a state file, `recover` below fails and says why.
+        let stored = || add_args(args).ok()?.1.log().map(Path::to_owned);
+        let log = args.log.clone().or_else(stored);
+        return background::run(report, log.as_deref(), |ready| recover(args, ready));
     }
     if args.foreground {
-        return recover(args, daemon::print_paths);
+        return recover(args, server::print_paths);
     }
-    // Before a process is started for it.
-    origin(args)?.add_args()?.check_recovery()?;
+    // Before a process is started.
+    add_args(args)?.1.check_recovery()?;
     log::debug!("starting a background server for device {id}");
-    let recovered = daemon::parent(arguments, host, daemon::Devices::Found);
-    recovered.map_err(|failure| if has_no_server(id) { upgrade::with_way_back(failure, id, None) } else { failure })
+    let recovered = background::start(arguments, host, background::Devices::Existing);
+    recovered.map_err(|failure| if has_no_server(id) { with_remedy(failure, id, None) } else { failure })
 }
 
 /// Whether a device waits for a server.
 fn has_no_server(id: DeviceId) -> bool {
-    let state = super::control().and_then(|control| control.info(id)).map(|info| info.state);
+    let state = control().and_then(|control| control.info(id)).map(|info| info.state);
     matches!(state, Ok(DeviceState::Quiesced | DeviceState::FailIo))
 }
 
-fn recover(args: &Args, ready: impl FnOnce(&[crate::Device], &serve::Signals) -> Outcome) -> Outcome {
-    let origin = origin(args)?;
-    add::serve(&origin.add_args()?, &origin, Some(DeviceId(args.id)), ready)
+fn recover(args: &Args, ready: impl FnOnce(&[Device], &Signals) -> Outcome) -> Outcome {
+    let (line, add_args) = add_args(args)?;
+    add_args.serve(&line, Some(DeviceId(args.id)), ready)
 }
 
-/// The command line that made the device. One that another program has made is served as this command line says.
-fn origin(args: &Args) -> Result<Origin, Failure> {
+/// Returns the command line that created the device. For a device that another program created, it is made of this one's
+/// options.
+fn add_args(args: &Args) -> Result<(CommandLine, add::Args), Failure> {
     let id = DeviceId(args.id);
-    let Some(kind) = args.kind else { return State::load(id).map(|state| state.origin()) };
-    let given = Origin::here(&add::words(kind, args.file.as_deref()))?;
-    let Some(state) = State::find(id)? else { return Ok(given) };
-    // Another file under a disk in use is never meant.
-    let (made, given) = (state.add_args()?, given.add_args()?);
-    match made.difference(&given) {
-        None => Ok(state.origin()),
+    let parsed = |line: CommandLine| add::Args::parse(&line).map(|args| (line, args));
+    let Some(kind) = args.kind else { return parsed(StateFile::load(id)?.command_line()) };
+    let given = parsed(CommandLine::new(&add::words(kind, args.file.as_deref()))?)?;
+    let Some(state) = StateFile::find(id)? else { return Ok(given) };
+    // Another file under a disk in use is a mistake.
+    let stored = parsed(state.command_line())?;
+    match stored.1.difference(&given.1) {
+        None => Ok(stored),
         Some(what) => Err(Failure::Text(format!("device {id} was created with another {what}: omit -t and -f"))),
+    }
+}
+
+/// Adds to the failure of a new server how the device can be served again. `old` is the program of its last server, if that
+/// was another one.
+pub(super) fn with_remedy(failure: Failure, id: DeviceId, old: Option<PathBuf>) -> Failure {
+    let reason = failure.message().unwrap_or_else(|| "the new server did not start".into());
+    Failure::Text(format!("{reason}\nublk: {}", remedy(id, old)))
+}
+
+fn remedy(id: DeviceId, old: Option<PathBuf>) -> String {
+    let old = old.map_or_else(String::new, |old| format!(" (its last server was {})", old.display()));
+    format!(
+        "device {id} has no server now, and its requests wait. When the cause is removed, `ublk recover -n {id}` serves it \
+         again{old}; `ublk del --force -n {id}` fails the requests and removes it"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_remedy_names_the_command_and_the_old_program() {
+        let text = remedy(DeviceId(7), Some("/usr/lib/ublk-1.0".into()));
+        assert!(text.contains("`ublk recover -n 7`") && text.contains("/usr/lib/ublk-1.0"), "{text}");
+        assert!(!remedy(DeviceId(7), None).contains("last server was"));
     }
 }

@@ -6,8 +6,11 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::state::State;
-use super::{Failure, Outcome, size};
+use super::add;
+use super::driver::control;
+use super::failure::{Failure, Outcome};
+use super::size;
+use super::state_file::StateFile;
 use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
@@ -22,23 +25,22 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Outcome {
     let id = DeviceId(args.id);
-    let control = super::control()?;
-    let present = control.params(id)?.params.size;
-    // What its server can serve stands in the state file.
-    let kept = State::load(id)?.add_args()?;
-    let backing = match kept.file() {
-        Some(path) => Some(served(id, control.info(id)?.pid, path)?),
+    let control = control()?;
+    let current = control.params(id)?.params.size;
+    let stored = add::Args::parse(&StateFile::load(id)?.command_line())?;
+    let backing = match stored.target().file() {
+        Some(path) => Some(opened_by_server(id, control.info(id)?.pid, path)?),
         None => None,
     };
-    let bytes = kept.new_size(args.size, present, backing.as_deref())?;
+    let bytes = stored.target().new_size(args.size, current, backing.as_deref())?;
     control.update_size(id, bytes)?;
     Ok(())
 }
 
-/// A path to the file that a device's server has open. Another file may have the name by now, of another size.
-fn served(id: DeviceId, pid: i32, path: &Path) -> Result<PathBuf, Failure> {
+/// Returns a path to the file that a device's server has open. By now, the name may be that of another file of another size.
+fn opened_by_server(id: DeviceId, pid: i32, path: &Path) -> Result<PathBuf, Failure> {
     if pid <= 0 {
-        // The next server opens what is there.
+        // There is no server. The next one opens the file by its name.
         return Ok(path.to_owned());
     }
     let failed = |what: &str, e: &dyn std::fmt::Display| Failure::Text(format!("{what}: {e}"));
@@ -72,18 +74,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_took_the_name_is_not_the_servers() {
+    fn a_file_that_replaced_the_servers_is_refused() {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("disk.img");
         let file = fs::File::create(&path).unwrap();
         file.set_len(4096).unwrap();
         let own = std::process::id() as i32;
-        let found = served(DeviceId(0), own, &path).unwrap();
+        let found = opened_by_server(DeviceId(0), own, &path).unwrap();
         assert_eq!(fs::metadata(found).unwrap().len(), 4096);
         let new = place.path().join("new.img");
         fs::write(&new, vec![0; 8192]).unwrap();
         fs::rename(&new, &path).unwrap();
-        let Err(Failure::Text(why)) = served(DeviceId(0), own, &path) else { panic!("it is another file") };
+        let Err(Failure::Text(why)) = opened_by_server(DeviceId(0), own, &path) else {
+            panic!("the file was replaced")
+        };
         assert!(why.contains("has been replaced"), "{why}");
         drop(file);
     }

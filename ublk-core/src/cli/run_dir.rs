@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The directory of logs, states and sockets of servers: root's is `/run/ublk`, a user's is `ublk` in the runtime
-//! directory, or where there is none, `/tmp/ublk-UID`.
+//! The directory for logs, state files and sockets of servers: `/run/ublk` for root, and for other users `ublk` in
+//! `$XDG_RUNTIME_DIR`, or without that, `/tmp/ublk-UID`.
 //!
-//! Anyone may make a directory of the latter name before its user does. So nothing is opened by its path: a
-//! [`RunDir`] holds a descriptor of a directory that was seen to be this user's alone, and everything in it is reached
-//! through that, without following links, and believed only if it is this user's regular file.
+//! Any user can create a directory with the last name before its owner does. So nothing is opened by its path: a
+//! [`RunDir`] holds a descriptor of a directory that only this user can write to. Files are opened relative to that
+//! descriptor, without following links, and used only if they are regular files of this user.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -18,8 +18,8 @@ use nix::fcntl::{OFlag, open, openat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 
-/// Longest file that is read.
-const LONGEST: u64 = 1 << 20;
+/// Maximum length of a file that is read.
+const MAX_LEN: u64 = 1 << 20;
 
 /// An open directory that only this user can write to.
 #[derive(Debug)]
@@ -29,8 +29,8 @@ pub(super) struct RunDir {
 }
 
 impl RunDir {
-    /// Where the directory of this process's user is, or would be.
-    pub(super) fn place() -> PathBuf {
+    /// The path of this user's directory, which need not exist.
+    pub(super) fn location() -> PathBuf {
         let user = geteuid();
         if user.is_root() {
             return "/run/ublk".into();
@@ -42,13 +42,13 @@ impl RunDir {
         }
     }
 
-    /// Opens the directory of this process's user, and makes it if it is not there.
+    /// Opens this user's directory, and creates it if it does not exist.
     ///
     /// # Errors
     ///
-    /// Also if it is not this user's alone: what is stored there decides what is served.
-    pub(super) fn make() -> io::Result<Self> {
-        let path = Self::place();
+    /// Also if other users can write to it: state files determine what is served.
+    pub(super) fn create() -> io::Result<Self> {
+        let path = Self::location();
         let mode = if geteuid().is_root() { 0o755 } else { 0o700 };
         let (parent, name) = (path.parent().unwrap_or("/".as_ref()), path.file_name().unwrap_or_default());
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -59,12 +59,12 @@ impl RunDir {
         }
     }
 
-    /// Opens the directory of this process's user; `None` if there is none, or one that others can write to.
+    /// Opens this user's directory. `None` if it does not exist, or if other users can write to it.
     pub(super) fn find() -> Option<Self> {
-        Self::open(&Self::place()).ok()
+        Self::open(&Self::location()).ok()
     }
 
-    /// Opens a directory, unless it is a link or not this user's alone.
+    /// Opens a directory, unless it is a link or other users can write to it.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let directory = open(path, flags, Mode::empty())?;
@@ -72,35 +72,35 @@ impl RunDir {
         Ok(RunDir { path: path.to_owned(), directory })
     }
 
-    /// The path of a file in it, for messages only.
-    pub(super) fn name(&self, name: &str) -> PathBuf {
+    /// The path of a file in the directory, for messages only.
+    pub(super) fn path_of(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
-    /// A path that leads through the descriptor, for system calls that take nothing else. Valid while this lives.
+    /// A path of a file that goes through the descriptor, for system calls that take only paths. Valid as long as `self`.
     pub(super) fn through(&self, name: &str) -> PathBuf {
         format!("/proc/self/fd/{}/{name}", self.directory.as_raw_fd()).into()
     }
 
-    /// Reads a file; `None` if there is none.
+    /// Reads a file. `None` if it does not exist.
     ///
     /// # Errors
     ///
-    /// Also if it is not this user's regular file, or too long.
+    /// Also if it is not a regular file of this user, or too long.
     pub(super) fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
         let file = match self.open_file(name, OFlag::O_RDONLY) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             opened => opened?,
         };
         let mut content = Vec::new();
-        file.take(LONGEST + 1).read_to_end(&mut content)?;
-        if content.len() as u64 > LONGEST {
-            return Err(io::Error::other(format!("it has more than {LONGEST} bytes")));
+        file.take(MAX_LEN + 1).read_to_end(&mut content)?;
+        if content.len() as u64 > MAX_LEN {
+            return Err(io::Error::other(format!("it has more than {MAX_LEN} bytes")));
         }
         Ok(Some(content))
     }
 
-    /// Writes a file, whole or not at all, for this user only.
+    /// Writes a file atomically, readable by this user only.
     pub(super) fn replace(&self, name: &str, content: &[u8]) -> io::Result<()> {
         let new = format!("{name}.new");
         self.remove(&new)?;
@@ -113,12 +113,12 @@ impl RunDir {
         })
     }
 
-    /// Opens a file to append to it, and makes it for this user only if it is not there.
+    /// Opens a file to append to it. Creates it, readable by this user only, if it does not exist.
     pub(super) fn append(&self, name: &str) -> io::Result<File> {
         self.open_file(name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND)
     }
 
-    /// Removes a file, a link or a socket, if there is one.
+    /// Removes a file, a link or a socket, if it exists.
     pub(super) fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.directory, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
@@ -126,12 +126,12 @@ impl RunDir {
         }
     }
 
-    /// The names of all that is in it.
+    /// Lists the names in the directory.
     pub(super) fn names(&self) -> Vec<OsString> {
         fs::read_dir(self.through("")).into_iter().flatten().flatten().map(|entry| entry.file_name()).collect()
     }
 
-    /// A FIFO, a device or a socket in the file's place neither blocks this nor passes the check.
+    /// Opens a file. A FIFO, a device or a socket of that name does not block and is refused.
     fn open_file(&self, name: &str, flags: OFlag) -> io::Result<File> {
         let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
         let file = openat(self.directory.as_fd(), name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
@@ -140,10 +140,10 @@ impl RunDir {
     }
 }
 
-/// Checks that something is of a kind, belongs to this user and cannot be written by another.
+/// Checks that a file has the right type and owner, and that other users cannot write to it.
 fn check(found: &FileStat, kind: SFlag) -> io::Result<()> {
     if found.st_mode & SFlag::S_IFMT.bits() != kind.bits() {
-        return Err(io::Error::other("it is no regular file"));
+        return Err(io::Error::other("not a regular file"));
     }
     let user = geteuid();
     if found.st_uid != user.as_raw() {
@@ -181,9 +181,9 @@ mod tests {
         assert!(RunDir::open(&place.path().join("missing")).is_err());
     }
 
-    /// None of these may block, be followed, or be believed.
+    /// None of these may block, be followed, or be used.
     #[test]
-    fn what_is_no_regular_file_is_neither_read_nor_written() {
+    fn only_regular_files_are_read_and_written() {
         let place = tempfile::tempdir().unwrap();
         let dir = RunDir::open(place.path()).unwrap();
         let victim = place.path().join("victim");
@@ -205,14 +205,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_others_can_write_to_is_not_believed() {
+    fn a_file_that_others_can_write_to_is_refused() {
         let place = tempfile::tempdir().unwrap();
         let dir = RunDir::open(place.path()).unwrap();
         dir.replace("state", b"{}").unwrap();
         assert_eq!(fs::metadata(place.path().join("state")).unwrap().permissions().mode() & 0o777, 0o600);
         with_mode(&place.path().join("state"), 0o666);
         assert!(dir.read("state").is_err());
-        fs::write(place.path().join("long"), vec![0; LONGEST as usize + 1]).unwrap();
+        fs::write(place.path().join("long"), vec![0; MAX_LEN as usize + 1]).unwrap();
         assert!(dir.read("long").is_err());
         assert!(dir.read("missing").unwrap().is_none());
     }
@@ -226,7 +226,7 @@ mod tests {
         let dir = RunDir::open(&path).unwrap();
         fs::rename(&path, place.path().join("moved")).unwrap();
         fs::create_dir(&path).unwrap();
-        fs::write(path.join("state"), "another's").unwrap();
+        fs::write(path.join("state"), "foreign").unwrap();
         assert!(dir.read("state").unwrap().is_none());
         dir.remove("state").unwrap();
         assert!(path.join("state").exists());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Sizes on the command line: `512`, `64K`, `1G`, `1.5T`, `10GiB`.
+//! Sizes on the command line, e.g. `512`, `64K`, `1G`, `1.5T`, `10GiB`.
 
 /// Parses a size in bytes. Suffixes are powers of 1024.
 pub(super) fn parse(text: &str) -> Result<u64, String> {
@@ -27,7 +27,7 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
     Ok(value as u64)
 }
 
-/// As [`parse`], for values of 32 bits.
+/// Parses a size in bytes that fits in 32 bits.
 pub(super) fn parse_u32(text: &str) -> Result<u32, String> {
     u32::try_from(parse(text)?).map_err(|_| format!("{text:?} is too large"))
 }

@@ -8,8 +8,10 @@ use std::io::Write as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::station::{self, Report};
-use super::{Failure, Outcome};
+use super::driver::control;
+use super::failure::{Failure, Outcome};
+use super::output::print;
+use super::stats::{Report, query};
 use crate::control::Control;
 use crate::stats::OpStats;
 use crate::units::DeviceId;
@@ -37,11 +39,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let control = super::control()?;
+    let control = control()?;
     let id = DeviceId(args.id);
     let mut before = (Instant::now(), report(&control, id)?);
     let Some(interval) = args.watch else {
-        return super::print(&if args.json { json(&before.1, true)? } else { table(&before.1.total, None) });
+        return print(&if args.json { json(&before.1, true)? } else { table(&before.1.total, None) });
     };
     loop {
         thread::sleep(interval);
@@ -58,7 +60,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         let mut out = std::io::stdout().lock();
         match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
             Ok(()) => {}
-            // Nobody reads on.
+            // The reader needs no more.
             Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
             Err(e) => return Err(Failure::Text(format!("standard output: {e}"))),
         }
@@ -69,7 +71,7 @@ pub(super) fn run(args: &Args) -> Outcome {
 fn report(control: &Control, id: DeviceId) -> Result<Report, Failure> {
     let info = control.info(id)?;
     match u32::try_from(info.pid) {
-        Ok(pid) if pid > 0 => station::ask(pid, id),
+        Ok(pid) if pid > 0 => query(pid, id),
         _ => Err(Failure::Text(format!("device {id} has no server: it is {}", info.state.name()))),
     }
 }
@@ -79,7 +81,7 @@ fn json(report: &Report, pretty: bool) -> Result<String, Failure> {
     text.map(|text| text + "\n").map_err(|e| Failure::Text(format!("writing JSON: {e}")))
 }
 
-/// Counts as a table, or what came since an earlier look, as rates.
+/// Formats counters as a table, or as rates since earlier counters.
 fn table(now: &BTreeMap<String, OpStats>, before: Option<(&BTreeMap<String, OpStats>, Duration)>) -> String {
     let mut text = String::new();
     let per = if before.is_some() { ["requests/s", "MiB/s"] } else { ["requests", "MiB"] };
@@ -109,7 +111,7 @@ fn table(now: &BTreeMap<String, OpStats>, before: Option<(&BTreeMap<String, OpSt
     text
 }
 
-/// A time for people, to three digits.
+/// Formats a time with three digits.
 fn time(nanoseconds: u64) -> String {
     let value = nanoseconds as f64;
     let (value, unit) = match nanoseconds {
@@ -147,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_shows_what_came_since() {
+    fn a_watch_shows_rates_since_the_last_report() {
         let stats =
             |requests, bytes| BTreeMap::from([("read".to_owned(), OpStats { requests, bytes, ..OpStats::default() })]);
         let text = table(&stats(300, 3 << 20), Some((&stats(100, 1 << 20), Duration::from_secs(2))));

@@ -8,16 +8,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use super::state::State;
-use super::{Failure, Host, Outcome, daemon};
+use super::driver::control;
+use super::failure::{Failure, Outcome};
+use super::host::Host;
+use super::recover::with_remedy;
+use super::state_file::StateFile;
+use super::{add, background};
 use crate::control::DRAIN_TIMEOUT;
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
-/// How long a program may take to say whether it can be the new server.
-const CHECK_PATIENCE: Duration = Duration::from_secs(30);
-/// How long the end of its messages may take after its own.
-const MESSAGES_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a program may take to report whether it can be the new server.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to wait for the rest of its messages after it has exited.
+const MESSAGES_TIMEOUT: Duration = Duration::from_secs(1);
 const CHECK_RETRY: Duration = Duration::from_millis(5);
 
 #[derive(Debug, clap::Args)]
@@ -32,86 +36,67 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, host: &Host) -> Outcome {
     let id = DeviceId(args.id);
-    let control = super::control()?;
+    let control = control()?;
     let mut host = host.clone();
-    // All that can fail is to fail before the old server goes.
+    // Everything that can be checked is checked while the old server is running.
     if let Some(program) = &args.program {
-        check_program(program, id, CHECK_PATIENCE)?;
+        check_program(program, id, CHECK_TIMEOUT)?;
         host.relaunch = vec![program.clone().into()];
     }
     let info = control.info(id)?;
     control.require_quiesce(&info)?;
-    State::load(id)?.add_args()?.check_successor(&control, &info)?;
+    add::Args::parse(&StateFile::load(id)?.command_line())?.check_successor(&control, &info)?;
     let old = fs::read_link(format!("/proc/{}/exe", info.pid)).ok();
     control.quiesce_until(id, DRAIN_TIMEOUT)?;
     let recover = ["recover".into(), "-n".into(), id.to_string().into()];
-    let outcome = daemon::parent(&recover, &host, daemon::Devices::Found);
-    // It may be no more than the words of the new server that were lost.
+    let outcome = background::start(&recover, &host, background::Devices::Existing);
+    // Perhaps only the paths could not be printed.
     if outcome.is_err() && control.info(id).is_ok_and(|info| info.state == DeviceState::Live) {
         return outcome;
     }
     let new = host.relaunch.first().map(Path::new).and_then(|program| program.canonicalize().ok());
-    outcome.map_err(|failure| with_way_back(failure, id, old.filter(|old| Some(old) != new.as_ref())))
-}
-
-/// The failure of a new server, and what to do about it. `old` is as for [`way_back`].
-pub(super) fn with_way_back(failure: Failure, id: DeviceId, old: Option<PathBuf>) -> Failure {
-    let why = match failure {
-        Failure::Error(error) => error.to_string(),
-        Failure::Text(text) => text,
-        Failure::Reported => "the new server did not start".into(),
-    };
-    Failure::Text(format!("{why}\nublk: {}", way_back(id, old)))
-}
-
-/// How a device without a server is served again. `old` is the program of its last server, if that was another one.
-fn way_back(id: DeviceId, old: Option<PathBuf>) -> String {
-    let old = old.map_or_else(String::new, |old| format!(" (its last server was {})", old.display()));
-    format!(
-        "device {id} has no server now, and its requests wait. When the cause is removed, `ublk recover -n {id}` serves it \
-         again{old}; `ublk del --force -n {id}` fails the requests and removes it"
-    )
+    outcome.map_err(|failure| with_remedy(failure, id, old.filter(|old| Some(old) != new.as_ref())))
 }
 
 /// Checks whether a program can be the new server of a device.
-fn check_program(program: &Path, id: DeviceId, patience: Duration) -> Outcome {
+fn check_program(program: &Path, id: DeviceId, timeout: Duration) -> Outcome {
     let failed =
         |why: &dyn std::fmt::Display| Failure::Text(format!("{} cannot be the new server: {why}", program.display()));
-    let run = |arguments: &[&str]| run_within(program, arguments, patience).map_err(|e| failed(&e));
-    let (status, said) = run(&["recover", "--check", "-n", &id.to_string()])?;
+    let run = |arguments: &[&str]| run_within(program, arguments, timeout).map_err(|e| failed(&e));
+    let (status, messages) = run(&["recover", "--check", "-n", &id.to_string()])?;
     match status.code() {
         Some(0) => Ok(()),
-        // An older version of this program, which does not know `--check`.
+        // An older version of this program, without `--check`.
         Some(2) if run(&["recover", "--help"])?.0.success() => Ok(()),
-        Some(2) => Err(failed(&"it does not know `recover`")),
+        Some(2) => Err(failed(&"it has no command `recover`")),
         _ => {
-            let said = said.trim();
-            Err(if said.is_empty() { failed(&status) } else { failed(&said) })
+            let messages = messages.trim();
+            Err(if messages.is_empty() { failed(&status) } else { failed(&messages) })
         }
     }
 }
 
-/// Runs a program to its end, and returns what it wrote to standard error. Kills it if that takes too long.
-fn run_within(program: &Path, arguments: &[&str], patience: Duration) -> io::Result<(ExitStatus, String)> {
+/// Runs a program and returns its standard error. Kills it if that takes too long.
+fn run_within(program: &Path, arguments: &[&str], timeout: Duration) -> io::Result<(ExitStatus, String)> {
     let mut command = Command::new(program);
     let mut child =
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     let (sender, receiver) = std::sync::mpsc::channel();
     let messages = child.stderr.take();
     std::thread::spawn(move || {
-        let mut said = Vec::new();
-        let _ = messages.map(|mut messages| messages.read_to_end(&mut said));
-        let _ = sender.send(String::from_utf8_lossy(&said).into_owned());
+        let mut text = Vec::new();
+        let _ = messages.map(|mut messages| messages.read_to_end(&mut text));
+        let _ = sender.send(String::from_utf8_lossy(&text).into_owned());
     });
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     loop {
         if let Some(status) = child.try_wait()? {
-            // Programs that it has started may have its standard error open for ever.
-            return Ok((status, receiver.recv_timeout(MESSAGES_PATIENCE).unwrap_or_default()));
+            // Processes that it has started may keep its standard error open.
+            return Ok((status, receiver.recv_timeout(MESSAGES_TIMEOUT).unwrap_or_default()));
         }
         if Instant::now() >= deadline {
             let _ = child.kill();
-            return Err(io::Error::other(format!("it does not answer within {} s", patience.as_secs_f32())));
+            return Err(io::Error::other(format!("it does not answer within {} s", timeout.as_secs_f32())));
         }
         std::thread::sleep(CHECK_RETRY);
     }
@@ -133,8 +118,7 @@ mod tests {
     #[test]
     fn a_program_is_asked_whether_it_can_serve_the_device() {
         let directory = tempfile::tempdir().unwrap();
-        let check = |script: &str| match check_program(&program(directory.path(), script), DeviceId(7), CHECK_PATIENCE)
-        {
+        let check = |script: &str| match check_program(&program(directory.path(), script), DeviceId(7), CHECK_TIMEOUT) {
             Ok(()) => "ok".to_owned(),
             Err(Failure::Text(text)) => text,
             Err(other) => panic!("{other:?}"),
@@ -143,7 +127,7 @@ mod tests {
         let refused = check("echo 'ublk: size = 1: too small' >&2; exit 1");
         assert!(refused.ends_with("server cannot be the new server: ublk: size = 1: too small"), "{refused}");
         assert_eq!(check(r#"[ "$2" = --help ] || exit 2"#), "ok", "an older version");
-        assert!(check("exit 2").ends_with("it does not know `recover`"));
+        assert!(check("exit 2").ends_with("it has no command `recover`"));
         assert!(check("kill -9 $$").contains("signal: 9"));
     }
 
@@ -158,13 +142,6 @@ mod tests {
         };
         let Err(Failure::Text(why)) = check("exec sleep 60", Duration::from_millis(50)) else { panic!() };
         assert!(why.ends_with("server cannot be the new server: it does not answer within 0.05 s"), "{why}");
-        check("sleep 60 & exit 0", CHECK_PATIENCE).unwrap();
-    }
-
-    #[test]
-    fn the_way_back_names_the_command_and_the_program() {
-        let way = way_back(DeviceId(7), Some("/usr/lib/ublk-1.0".into()));
-        assert!(way.contains("`ublk recover -n 7`") && way.contains("/usr/lib/ublk-1.0"), "{way}");
-        assert!(!way_back(DeviceId(7), None).contains("last server was"));
+        check("sleep 60 & exit 0", CHECK_TIMEOUT).unwrap();
     }
 }

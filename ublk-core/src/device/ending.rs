@@ -230,7 +230,7 @@ impl Device {
     }
 
     /// Finishes the requests in flight and leaves the device to another server: it stays, and requests that
-    /// still come wait, or fail if it was made with [`Recovery::FailIo`](super::Recovery::FailIo). Needs
+    /// still come wait, or fail if it was made with [`Recovery::FailIo`](crate::Recovery::FailIo). Needs
     /// [`DeviceOptions::recovery`](super::DeviceOptions::recovery) and Linux 6.16.
     ///
     /// # Errors

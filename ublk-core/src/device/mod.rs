@@ -2,14 +2,12 @@
 
 //! The life of a device: add, start, serve, stop, delete. Every wait in it ends.
 //!
-//! * [`options`] — how a device is made.
 //! * [`fitting`] — whether a target can serve a disk that was made for another one.
 //! * [`recovery`] — a device that has lost its server gets another one.
 //! * [`ending`] — how a server stops a device, or leaves it.
 
 mod ending;
 mod fitting;
-mod options;
 mod recovery;
 
 use std::ops::Range;
@@ -22,7 +20,6 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 pub use self::ending::Ending;
-pub use self::options::{DeviceOptions, Recovery};
 #[cfg(feature = "cli")]
 pub(crate) use self::recovery::check_fit;
 use crate::control::{AddRequest, Control, DeviceInfo};
@@ -32,6 +29,7 @@ use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
 use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
 use crate::error::{Error, Result, errno_of};
+use crate::options::DeviceOptions;
 use crate::params::{Operations, Params};
 use crate::placement::Cpus;
 use crate::plan::{Demands, Plan};
@@ -40,9 +38,6 @@ use crate::stats::{DeviceCounters, DeviceStats, StatsHandle};
 use crate::target::{QueueInfo, Target};
 use crate::uapi::Features;
 use crate::units::{DeviceId, QueueId};
-
-/// Longest read or write that a device may be made for.
-pub const MAX_IO_BYTES: u32 = 32 << 20;
 
 /// What the driver demands of clients' memory by itself.
 const DEFAULT_DMA_ALIGNMENT: u32 = 4;

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{Device, Recovery, Server, fitting};
+use super::{Device, Server, fitting};
 use crate::control::{DeviceInfo, STATE_POLL};
 use crate::data::{Access, DataMovement};
 use crate::engine::{QueueEvents, Successor};
 use crate::error::{Error, Result};
+use crate::options::Recovery;
 use crate::params::Params;
 use crate::plan::Plan;
 use crate::process::is_alive;

@@ -437,10 +437,10 @@ pub unsafe trait Ring: Debug {
     /// when the next wait ends.
     fn has_prompt(&self) -> bool;
 
-    /// Submits what is queued, and sleeps for `window` in a way that no completion ends: they gather meanwhile, and the
-    /// driver has nobody to wake. Not if something else than what is prompt has completed while it was submitted,
-    /// which it tells: no need to wait then.
-    fn gather(&mut self, window: Duration) -> io::Result<bool>;
+    /// Submits what is queued, and sleeps for `window`, which completions do not end: they are coalesced, and the driver need
+    /// not wake the thread. If something other than what is prompt has completed during the submission, it does not sleep
+    /// and returns true: there is no need to wait then.
+    fn coalesce(&mut self, window: Duration) -> io::Result<bool>;
 
     /// Starts the ring's timer; it must not be running.
     fn start_timer(&mut self, after: Duration) -> io::Result<()>;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Commits that are gathered and sent as one command (`BATCH_IO`), without any I/O.
+//! Commits that are collected and sent as one command (`BATCH_IO`), without any I/O.
 //!
-//! The driver reads an array of elements when the command is submitted, and answers how many bytes of it
-//! it has dealt with. It stops at the first element that it refuses, so an answer that is short is followed
-//! by the rest, and an answer that is an errno is that of the first element.
+//! The driver reads an array of elements when the command is submitted, and returns how many bytes of it were processed.
+//! It stops at the first element that it refuses: after a short result the rest is sent again, and an errno is that of
+//! the first element.
 
 use crate::driver::Elements;
 use crate::errno::RawErrno;
@@ -42,18 +42,18 @@ impl Tail {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Element {
     pub(super) tag: Tag,
-    /// Where the driver shall register the next request's pages; 0 where it does not.
+    /// Index for the driver to register the next request's pages at; 0 if it does not.
     pub(super) register: u16,
     pub(super) result: i32,
     /// What the array's [`Tail`] says.
     pub(super) tail: u64,
 }
 
-/// An array that the driver may read: it stays where it is until its command has completed.
+/// An array that the driver may read: it is not moved until its command has completed.
 #[derive(Debug, Default)]
 struct Array {
     bytes: Vec<u8>,
-    /// Bytes that the driver has dealt with.
+    /// Bytes that the driver has processed.
     done: usize,
     busy: bool,
 }
@@ -67,25 +67,26 @@ pub(super) enum After {
     Resend(Elements),
 }
 
-/// The gathered and the sent commits of one queue.
+/// The commits of one queue: those of the next array, and arrays in flight.
 #[derive(Debug)]
-pub(super) struct Batch {
+pub(super) struct CommitBatch {
     tail: Tail,
     flags: u16,
-    gathered: Vec<u8>,
+    /// The next array.
+    collected: Vec<u8>,
     arrays: Vec<Array>,
     busy: usize,
 }
 
-impl Batch {
+impl CommitBatch {
     /// `registers`: the elements say where pages are to be registered.
     pub(super) fn new(tail: Tail, registers: bool) -> Self {
         let fallback = if registers { uapi::UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK } else { 0 };
-        Batch { tail, flags: tail.flags() | fallback, gathered: Vec::new(), arrays: Vec::new(), busy: 0 }
+        CommitBatch { tail, flags: tail.flags() | fallback, collected: Vec::new(), arrays: Vec::new(), busy: 0 }
     }
 
     /// Adds a commit to the next array.
-    pub(super) fn gather(&mut self, element: Element) {
+    pub(super) fn add(&mut self, element: Element) {
         let mut bytes = [0; 16];
         bytes[..2].copy_from_slice(&element.tag.0.to_ne_bytes());
         bytes[2..4].copy_from_slice(&element.register.to_ne_bytes());
@@ -93,14 +94,14 @@ impl Batch {
         bytes[8..].copy_from_slice(&element.tail.to_ne_bytes());
         // Two lengths that the compiler knows, instead of one that it does not.
         match self.tail {
-            Tail::Nothing => self.gathered.extend_from_slice(&bytes[..8]),
-            Tail::Address | Tail::ZoneSector => self.gathered.extend_from_slice(&bytes),
+            Tail::Nothing => self.collected.extend_from_slice(&bytes[..8]),
+            Tail::Address | Tail::ZoneSector => self.collected.extend_from_slice(&bytes),
         }
     }
 
-    /// Turns what was gathered into an array to send: its number and where it is.
+    /// Returns the collected commits as an array to send: its number and its elements.
     pub(super) fn take(&mut self) -> Option<(u16, Elements)> {
-        if self.gathered.is_empty() {
+        if self.collected.is_empty() {
             return None;
         }
         let number = self.arrays.iter().position(|array| !array.busy).unwrap_or_else(|| {
@@ -109,8 +110,8 @@ impl Batch {
         });
         let array = &mut self.arrays[number];
         array.bytes.clear();
-        // The old memory becomes the next gathering's.
-        std::mem::swap(&mut array.bytes, &mut self.gathered);
+        // The array's old memory is reused for the next one.
+        std::mem::swap(&mut array.bytes, &mut self.collected);
         array.done = 0;
         array.busy = true;
         self.busy += 1;
@@ -155,7 +156,7 @@ impl Batch {
         }
     }
 
-    /// An array that was sent by another command is done with.
+    /// Frees an array that was sent by another command.
     pub(super) fn forget(&mut self, number: u16) {
         let array = &mut self.arrays[usize::from(number)];
         assert!(array.busy, "an array that was not sent has completed");
@@ -163,12 +164,12 @@ impl Batch {
         self.busy -= 1;
     }
 
-    /// Whether nothing is gathered or on its way.
+    /// Returns whether no commit is collected or in flight.
     pub(super) fn is_idle(&self) -> bool {
-        self.gathered.is_empty() && self.busy == 0
+        self.collected.is_empty() && self.busy == 0
     }
 
-    /// Leaves arrays that the driver may still read where they are, for good.
+    /// Leaks the arrays, which the driver may still read.
     pub(super) fn leak(&mut self) {
         std::mem::forget(std::mem::take(&mut self.arrays));
     }
@@ -184,9 +185,9 @@ mod tests {
         Element { tag: Tag(tag), register: 0, result: 512, tail: 0xabcd }
     }
 
-    fn batch(tags: u16) -> (Batch, u16, Elements) {
-        let mut batch = Batch::new(Tail::Address, false);
-        (0..tags).for_each(|tag| batch.gather(element(tag)));
+    fn batch(tags: u16) -> (CommitBatch, u16, Elements) {
+        let mut batch = CommitBatch::new(Tail::Address, false);
+        (0..tags).for_each(|tag| batch.add(element(tag)));
         let (number, elements) = batch.take().unwrap();
         (batch, number, elements)
     }
@@ -201,8 +202,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_gathered_is_nothing_to_send() {
-        assert!(Batch::new(Tail::Nothing, true).take().is_none());
+    fn without_commits_there_is_no_array() {
+        assert!(CommitBatch::new(Tail::Nothing, true).take().is_none());
     }
 
     #[test]
@@ -225,14 +226,14 @@ mod tests {
     }
 
     #[test]
-    fn an_array_is_not_reused_while_its_command_is_under_way() {
+    fn an_array_is_not_reused_while_its_command_is_in_flight() {
         let (mut batch, first, elements) = batch(1);
-        batch.gather(element(9));
+        batch.add(element(9));
         let (second, others) = batch.take().unwrap();
         assert_ne!(first, second);
         assert_ne!(elements.address, others.address);
         assert_eq!(batch.completed(first, 16), (After::Done, None));
-        batch.gather(element(3));
+        batch.add(element(3));
         assert_eq!(batch.take().unwrap().0, first);
     }
 }

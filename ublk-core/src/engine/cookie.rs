@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `user_data` of a submission: what it was, which of the thread's queues, which tag.
+//! `user_data` of a submission: what it was, for which queue of the thread, and for which tag.
 
 use crate::units::Tag;
 
-/// What comes back with a completion.
+/// What a completion's `user_data` says about its submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cookie {
     pub(super) kind: Kind,
-    /// The queue's place among those of its thread.
+    /// The queue's index among those of its thread.
     pub(super) queue: u32,
     /// The tag; the array's number for [`Kind::CommitBatch`].
     pub(super) tag: Tag,

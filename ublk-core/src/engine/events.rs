@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What a device's queues tell whoever waits for the device.
+//! What a device's queues report to the device.
 
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,14 +15,14 @@ use crate::error::{Error, Result};
 /// Shared by a device and its queues.
 #[derive(Debug)]
 pub(crate) struct QueueEvents {
-    state: Mutex<State>,
+    state: Mutex<EventState>,
     changed: Condvar,
     /// Readable from the moment the device begins to end, for event loops.
     ending: EventFd,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct EventState {
     open: usize,
     stopping: bool,
     /// Waits for handlers are to end now.
@@ -39,7 +39,7 @@ impl QueueEvents {
         Ok(QueueEvents { state: Mutex::default(), changed: Condvar::new(), ending })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, EventState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -95,7 +95,7 @@ impl QueueEvents {
         self.notify(state);
     }
 
-    fn notify(&self, state: MutexGuard<'_, State>) {
+    fn notify(&self, state: MutexGuard<'_, EventState>) {
         let ending = state.stopping;
         drop(state);
         self.changed.notify_all();
@@ -145,7 +145,7 @@ impl QueueEvents {
         self.wait(timeout, |state| state.stopping)
     }
 
-    fn wait(&self, timeout: Option<Duration>, done: impl Fn(&State) -> bool) -> bool {
+    fn wait(&self, timeout: Option<Duration>, done: impl Fn(&EventState) -> bool) -> bool {
         // A time that no clock reaches is none.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut state = self.state();

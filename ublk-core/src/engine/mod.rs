@@ -2,31 +2,40 @@
 
 //! The engine: ring threads that serve any number of queues.
 //!
+//! Modules use only those listed before them:
+//!
+//! * [`guard`] — calls user code and catches its panics.
+//! * [`events`] — what queues report to their device.
+//! * [`inbox`] — messages to a ring thread.
+//! * [`cookie`] — which submission a completion belongs to.
 //! * [`tags`] — the state machine of a queue's tags, without I/O.
-//! * [`queue`] — one queue and its handler: turns completions into requests.
-//! * [`core`] — what its requests refer to: memory, and the way back to the driver.
-//! * [`batch`] — commits gathered into one command, without I/O.
-//! * [`forward`], [`transfer`] — requests that the engine carries out itself on a file.
-//! * [`syncs`] — which sync of a file can be believed.
-//! * [`pace`] — when finished requests are submitted before their batch is done.
-//! * [`coalescing`] — whether requests are to gather before the thread looks for them.
-//! * [`guard`] — user code, whose panics are its own.
-//! * [`cookie`] — what a completion says about its submission.
-//! * [`ring_thread`] — the loop around one ring: one system call per wake-up, whatever came.
+//! * [`batch`] — commits combined into one command, without I/O.
+//! * [`schedule`] — when finished requests are submitted, and when a thread sleeps.
+//! * [`accounting`] — statistics of requests.
+//! * [`syncs`] — which sync of a file counts.
+//! * [`transfer`] — the steps of a request that the engine carries out on a file, without I/O.
+//! * [`buffers`] — the memory of a queue's requests.
+//! * [`io`] — a queue's access to its ring and memory.
+//! * [`forward`] — the requests in flight on files.
+//! * [`core`] — the part of a queue that its requests refer to.
+//! * [`queue`] — a queue and its handler: turns completions into requests.
+//! * [`ring_thread`] — the loop around one ring: one system call per wake-up.
 //! * [`pool`] — which queue is served by which thread.
-//! * [`events`] — what queues tell whoever waits for their device.
 
+mod accounting;
 mod batch;
-mod coalescing;
+mod buffers;
 mod cookie;
 mod core;
 mod events;
 mod forward;
 mod guard;
-mod pace;
+mod inbox;
+mod io;
 mod pool;
 mod queue;
 mod ring_thread;
+mod schedule;
 mod syncs;
 mod tags;
 mod transfer;
@@ -34,7 +43,7 @@ mod transfer;
 pub(crate) use self::core::QueueCore;
 pub(crate) use events::QueueEvents;
 pub(crate) use guard::drop_guarded;
-pub(crate) use pool::{Inbox, Successor, ThreadPool};
+pub(crate) use inbox::{Inbox, QueueSetup, Return, Successor};
+pub(crate) use pool::ThreadPool;
 pub use pool::{Spawn, StdSpawn};
-pub(crate) use queue::QueueSetup;
 pub(crate) use syncs::SyncOrder;

@@ -3,7 +3,6 @@
 //! One queue of one device, as its ring thread sees it.
 
 use std::io;
-use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,64 +10,38 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::cookie::{Cookie, Kind};
-use super::core::{Deliveries, QueueCore, Seat};
+use super::core::{Deliveries, QueueCore, ThreadParts};
 use super::events::OpenQueue;
 use super::guard::{drop_guarded, guarded};
-use super::pool::Successor;
+use super::inbox::{QueueSetup, Return, Successor};
 use super::tags::Event;
 use super::transfer::{Transfer, ZEROS_LEN};
-use crate::data::shared::SharedTable;
-use crate::data::{Access, DataMovement};
-use crate::driver::{CharDevice, Completion};
+use crate::driver::Completion;
 use crate::errno::RawErrno;
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::placement::CpuSet;
-use crate::request::{Answer, FileSync, Origin, Requests, Return};
-use crate::stats::QueueStats;
-use crate::target::{QueueHandler, QueueInfo, Target};
+use crate::request::{Answer, RequestContext, Requests};
+use crate::target::{QueueHandler, QueueInfo};
 use crate::uapi;
 use crate::units::{DeviceId, Tag};
-
-/// All that a ring thread needs to begin serving a queue, or its share of one.
-#[derive(Debug)]
-pub(crate) struct QueueSetup {
-    pub(crate) info: QueueInfo,
-    /// The tags that are this thread's.
-    pub(crate) tags: Range<u16>,
-    pub(crate) data: DataMovement,
-    /// Commits in batches.
-    pub(crate) batch: bool,
-    pub(crate) target: Arc<dyn Target>,
-    pub(crate) file: Arc<dyn CharDevice>,
-    pub(crate) shared: Arc<SharedTable>,
-    /// How files are synced that the user has opened.
-    pub(crate) sync: FileSync,
-    pub(crate) access: Access,
-    pub(crate) events: OpenQueue,
-    pub(crate) stats: Arc<QueueStats>,
-    /// Where it wants to be served; `None` for anywhere.
-    pub(crate) cpus: Option<CpuSet>,
-    /// How long its requests may gather; zero for not at all.
-    pub(crate) coalescing: Duration,
-}
 
 /// One queue and its handler.
 pub(crate) struct Queue {
     // Before `core`: a handler may hold buffers.
     handler: Handler,
     core: QueueCore,
-    /// Tags that the server owns and the handler has not seen.
+    /// Tags with requests that the handler has not been given yet.
     ready: Vec<Tag>,
     cpus: Option<CpuSet>,
     coalescing: Duration,
-    /// It serves no more, and waits for what keeps it from being closed.
-    given_up: Option<Successor>,
-    // Last: the device may be deleted, or get another server, once this is gone.
+    /// Set once the queue serves no more, and waits until it can be closed.
+    abandoned: Option<Successor>,
+    // Last: the device may be deleted, or get another server, once this is dropped.
     events: OpenQueue,
 }
 
-/// A handler that is dropped whatever it does.
+/// A handler whose panics while it is dropped are caught.
 struct Handler {
     inner: Option<Box<dyn QueueHandler>>,
     info: QueueInfo,
@@ -85,8 +58,8 @@ impl Drop for Handler {
 #[derive(Debug)]
 pub(super) struct OpenFailure {
     pub(super) error: Error,
-    /// The driver may have tags of it: completions may still come for its place.
-    pub(super) lent: bool,
+    /// Fetches of it may be with the driver: completions may still arrive for its index.
+    pub(super) fetched: bool,
 }
 
 impl std::fmt::Debug for Queue {
@@ -96,21 +69,21 @@ impl std::fmt::Debug for Queue {
 }
 
 impl Queue {
-    /// Sets a queue up and lends all its tags to the driver.
-    pub(super) fn open(setup: QueueSetup, seat: &Seat<'_>) -> Result<Self, OpenFailure> {
+    /// Sets a queue up and fetches all its tags.
+    pub(super) fn open(setup: QueueSetup, thread: &ThreadParts<'_>) -> Result<Self, OpenFailure> {
         let (info, target) = (setup.info, setup.target);
         let refused = |what: &str, e: &dyn std::fmt::Display| Error::Queue {
             device: info.device,
             queue: info.queue,
             reason: format!("{what}: {e}"),
         };
-        let not_lent = |error| OpenFailure { error, lent: false };
+        let not_fetched = |error| OpenFailure { error, fetched: false };
         let opened = guarded(|| target.open_queue(&info));
-        // This may be the last of it, if the device was given up meanwhile.
+        // This may be the last reference, if the device was abandoned meanwhile.
         drop_guarded(target, || format!("the target of ublkb{}", info.device));
         let opened = opened.unwrap_or_else(|panic| Err(refused("the target panicked", &panic)));
-        let handler = Handler { inner: Some(opened.map_err(not_lent)?), info };
-        let origin = Origin {
+        let handler = Handler { inner: Some(opened.map_err(not_fetched)?), info };
+        let context = RequestContext {
             device: info.device,
             queue: info.queue,
             data: setup.data,
@@ -120,9 +93,9 @@ impl Queue {
             integrity: info.integrity,
             file: setup.file,
         };
-        let core = QueueCore::new(info, origin, setup.batch, setup.stats, seat).map_err(|(what, source)| {
+        let core = QueueCore::new(info, context, setup.batch, setup.stats, thread).map_err(|(what, source)| {
             let context = format!("queue {} of device {}: {what}", info.queue, info.device);
-            not_lent(Error::Target { context, source })
+            not_fetched(Error::Target { context, source })
         })?;
         let queue = Queue {
             handler,
@@ -130,18 +103,18 @@ impl Queue {
             ready: Vec::with_capacity(usize::from(info.depth)),
             cpus: setup.cpus,
             coalescing: setup.coalescing,
-            given_up: None,
+            abandoned: None,
             events: setup.events,
         };
-        queue.core.lend_all(setup.tags);
-        // Now, not with the next wait: whoever hears that the queue is open may stop the device, and a
-        // fetch that comes after that would wait for ever on drivers before Linux 7.3.
+        queue.core.fetch_all(setup.tags);
+        // Now, not with the next wait: once the queue is open the device may be stopped, and on drivers before Linux 7.3
+        // a fetch that arrives after that would wait for ever.
         queue.core.submit();
         if let Some(error) = queue.take_ring_failure() {
             queue.core.leak_memory();
             queue.core.leave_ring();
             let context = format!("queue {} of device {}: submitting its fetches", info.queue, info.device);
-            return Err(OpenFailure { error: Error::Target { context, source: error }, lent: true });
+            return Err(OpenFailure { error: Error::Target { context, source: error }, fetched: true });
         }
         queue.events.entered();
         Ok(queue)
@@ -150,11 +123,11 @@ impl Queue {
     /// Takes a completion that belongs to this queue.
     pub(super) fn completed(&mut self, cookie: Cookie, completion: Completion) {
         let (tag, result) = (cookie.tag, completion.result);
-        if self.given_up.is_some() {
+        if self.abandoned.is_some() {
             return self.core.completed_late(cookie.kind, completion);
         }
         match cookie.kind {
-            // Again if the driver could not copy the data: it has the request back, and asks anew.
+            // Again if the driver could not copy the data: it has taken the request back, and asks once more.
             Kind::Fetch | Kind::Commit | Kind::GetData if result == uapi::UBLK_IO_RES_NEED_GET_DATA => {
                 self.core.get_data(tag);
             }
@@ -187,7 +160,7 @@ impl Queue {
             Kind::Transfer => self.core.transfer_completed(tag, result),
             Kind::Unregister => {
                 if let Err(errno) = RawErrno::check(result) {
-                    self.fail(format!("the pages of tag {tag} do not leave the ring's table: {errno}"));
+                    self.fail(format!("the pages of tag {tag} were not removed from the ring's table: {errno}"));
                 }
             }
         }
@@ -211,14 +184,10 @@ impl Queue {
         }
     }
 
-    /// Takes the tags that a batch brought.
+    /// Takes the tags that a batch delivers.
     fn delivered(&mut self, completion: Completion) {
         let from = self.ready.len();
-        if let Some(buffer) = completion.tags {
-            let bytes = usize::try_from(completion.result).unwrap_or(0);
-            // SAFETY: the buffer is the completion's, which is looked at once.
-            unsafe { self.core.ring.borrow_mut().take_tags(buffer, bytes, &mut self.ready) };
-        }
+        self.core.take_tags(completion, &mut self.ready);
         let mut wrong = None;
         let mut tags = self.core.tags.borrow_mut();
         let mut at = from;
@@ -252,38 +221,37 @@ impl Queue {
         }
     }
 
-    /// Takes back a request that was elsewhere.
-    pub(super) fn returned(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, what: Return) {
-        if self.given_up.is_some() {
+    /// Takes back a request from another thread.
+    pub(super) fn returned(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, reason: Return) {
+        if self.abandoned.is_some() {
             log::debug!("{}: late answer to a request of an abandoned queue", self.core.name(tag));
             return;
         }
-        match what {
+        match reason {
             Return::Ended(answer) => self.core.commit(tag, buffer, answer),
-            Return::Forward(errand) => self.core.forward(tag, buffer, *errand),
+            Return::Forward(request) => self.core.forward(tag, buffer, *request),
             Return::Synced => self.core.sync_counts(tag),
         }
     }
 
-    /// Whether its handler took long for one of its last requests.
+    /// Returns whether one of the last requests was slow.
     pub(super) fn is_slow(&self) -> bool {
         self.core.pace.is_slow()
     }
 
-    /// How many requests the handler has to do.
+    /// Returns how many requests the handler has not been given yet.
     pub(super) fn waiting(&self) -> usize {
         self.ready.len()
     }
 
-    /// How long its requests may gather.
+    /// The coalescing window; zero if coalescing is disabled.
     pub(super) fn coalescing(&self) -> Duration {
         self.coalescing
     }
 
-    /// Hands the requests to the handler that came at `came`; `now` is later if other queues were served first.
-    pub(super) fn serve(&mut self, came: u64, now: u64) {
-        self.core.round.set(came);
-        self.core.pace.begin(now);
+    /// Calls the handler with the requests, which arrived at `arrived`.
+    pub(super) fn serve(&mut self, arrived: u64) {
+        self.core.accounting.begin_round(arrived);
         let Queue { handler, core, ready, .. } = self;
         let Some(handler) = &mut handler.inner else { return };
         if let Err(panic) = guarded(|| handler.handle(Requests::new(core, ready))) {
@@ -296,54 +264,54 @@ impl Queue {
         }
     }
 
-    /// Queues what is done, before the handler gets more to do.
+    /// Queues commits for submission, before the handler is called again.
     pub(super) fn flush_done(&self) {
         self.core.flush();
     }
 
-    /// Queues what was gathered for the next submission, which follows now.
+    /// Queues commits for submission, which follows now.
     pub(super) fn flush(&self) {
         self.core.flush();
-        self.core.pace.end(self.core.count());
+        self.core.pace.end(self.core.accounting.publish());
     }
 
-    /// Whether the queue can be closed: nothing refers to it any more, or it was given up and what its device waits for
-    /// is done.
+    /// Returns whether the queue can be closed: nothing refers to it any more, or it was abandoned and what its device waits
+    /// for is done.
     pub(super) fn is_over(&self) -> bool {
-        match self.given_up {
+        match self.abandoned {
             None => self.core.drained(),
             Some(successor) => self.core.is_released(successor == Successor::Server),
         }
     }
 
-    /// Whether it was given up and not yet closed.
-    pub(super) fn is_given_up(&self) -> bool {
-        self.given_up.is_some()
+    /// Returns whether it was abandoned.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.abandoned.is_some()
     }
 
-    /// Whether memory is held that a burst has touched.
+    /// Returns whether it holds memory that a burst of requests has used.
     pub(super) fn is_warm(&self) -> bool {
-        self.given_up.is_none() && self.core.warm.get()
+        self.abandoned.is_none() && self.core.warm.get()
     }
 
-    /// Gives memory back that idle tags hold. The driver must not be at work on this ring.
+    /// Gives the memory of idle tags back to the system. The driver must not be working on this ring.
     pub(super) fn cool(&self) {
         self.core.cool();
     }
 
-    /// The ring's failure, if it failed under this queue.
-    pub(crate) fn take_ring_failure(&self) -> Option<io::Error> {
-        self.core.broken.borrow_mut().take()
+    /// Returns the ring's failure, if an operation of this queue has found it; later calls return nothing.
+    pub(super) fn take_ring_failure(&self) -> Option<io::Error> {
+        self.core.take_ring_failure()
     }
 
-    /// Reports a failure that the device cannot live with.
+    /// Reports a failure that ends the device.
     pub(crate) fn fail(&self, reason: String) {
         let info = self.core.info;
         log::error!("ublkb{} queue {}: {reason}", info.device, info.queue);
         self.events.failed(Error::Queue { device: info.device, queue: info.queue, reason });
     }
 
-    /// Where it wants to be served.
+    /// The CPUs to serve it on; `None` for any.
     pub(super) fn cpus(&self) -> Option<CpuSet> {
         self.cpus
     }
@@ -353,10 +321,10 @@ impl Queue {
         self.core.info.device
     }
 
-    /// Gives the queue up: nothing of it reaches the driver or a file any more but what is queued, and it can be closed
-    /// once it [is over](Queue::is_over). A second time may say that nothing comes next after all.
-    pub(super) fn give_up(&mut self, successor: Successor) {
-        if self.given_up.replace(successor).is_some() {
+    /// Abandons the queue: nothing of it reaches the driver or a file any more except what is queued, and it can be closed
+    /// once it [is over](Queue::is_over). A second call only changes the successor.
+    pub(super) fn abandon(&mut self, successor: Successor) {
+        if self.abandoned.replace(successor).is_some() {
             return;
         }
         self.ready.clear();
@@ -366,16 +334,16 @@ impl Queue {
         let (armed, owned) = (self.core.tags.borrow().armed(), self.core.tags.borrow().owned());
         let in_flight = self.core.transfers_in_flight();
         self.fail(format!(
-            "given up with {armed} tags at the driver and {owned} requests unfinished, {in_flight} of them under way in files"
+            "abandoned with {armed} tags fetched and {owned} requests unfinished, {in_flight} of them in flight on files"
         ));
     }
 
-    /// Closes a queue that is over. Of one that was given up, memory that the driver or a file may still refer to is
-    /// leaked, and transfers that are on their way are returned, to be dropped when they end.
+    /// Closes a queue that is over. If it was abandoned, memory that the driver or a file may still use is leaked, and the
+    /// transfers in flight are returned, to be dropped when they end.
     pub(super) fn close(self) -> Vec<(Tag, Transfer)> {
-        let Queue { handler, core, events, given_up, .. } = self;
+        let Queue { handler, core, events, abandoned, .. } = self;
         drop(handler);
-        let transfers = if given_up.is_some() { core.leak_memory() } else { Vec::new() };
+        let transfers = if abandoned.is_some() { core.leak_memory() } else { Vec::new() };
         core.leave_ring();
         drop(core);
         events.left();
@@ -383,10 +351,10 @@ impl Queue {
         transfers
     }
 
-    /// Gives up the queue of a thread whose ring has failed and is about to be closed. The kernel closes a ring's files
-    /// when all operations of it have ended, so that what files still do keeps the device from its next server.
-    pub(super) fn abandon(mut self) {
-        self.give_up(Successor::Server);
+    /// Abandons and closes the queue of a thread whose ring has failed and is about to be closed. The kernel closes a ring's
+    /// files when all its operations have ended, so that what files still do keeps the device from its next server.
+    pub(super) fn close_without_ring(mut self) {
+        self.abandon(Successor::Server);
         let Queue { handler, core, events, .. } = self;
         drop(handler);
         let in_flight = core.transfers_in_flight();
@@ -400,7 +368,7 @@ impl Queue {
     }
 }
 
-/// The zeros that stand in for `fallocate`, one run per thread.
+/// Allocates the zeros that are written where a file has no `fallocate`; one buffer per thread.
 pub(crate) fn shared_zeros() -> io::Result<Rc<IoBuffer>> {
     IoBuffer::new(ZEROS_LEN as usize).map(Rc::new)
 }

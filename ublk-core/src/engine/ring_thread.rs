@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The loop around one ring: take messages and completions, let handlers work, submit and wait, with
-//! one system call per round, and a sleep where requests are to gather.
+//! The loop around one ring: take messages and completions, call handlers, submit and wait, with one system call per round,
+//! and a sleep if requests are coalesced.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -10,13 +10,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::coalescing::Coalescing;
 use super::cookie::{Cookie, Kind};
-use super::core::{Seat, SharedRing};
+use super::core::ThreadParts;
 use super::guard::guarded;
-use super::pace::{begin_after, clock};
-use super::pool::{Inbox, Message, Returned};
+use super::inbox::{Inbox, Message, Returned};
+use super::io::SharedRing;
 use super::queue::{Queue, shared_zeros};
+use super::schedule::{Schedule, clock};
 use super::transfer::Transfer;
 use crate::driver::{Completion, Driver};
 use crate::error::Error;
@@ -43,17 +43,17 @@ pub(super) fn run(driver: &dyn Driver, inbox: &Arc<Inbox>) {
         Err(panic) => format!("the ring thread panicked: {panic}"),
     };
     log::error!("{reason}");
-    thread.give_up(&reason);
+    thread.close_all(&reason);
     inbox.refuse(&|device, queue| Error::Queue { device, queue, reason: reason.clone() });
 }
 
-/// The same error once more.
+/// Copies an error.
 fn again(error: &io::Error) -> io::Error {
     error.raw_os_error().map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
 }
 
-/// Tells the kernel that this thread is part of a write-out path: reclaim on its behalf then never
-/// waits for a disk, which might be the one served here. Linux 5.6; needs `CAP_SYS_RESOURCE`.
+/// Marks this thread as part of a write-out path: memory reclaim on its behalf then never waits for a disk, which might be
+/// the one served here. Since Linux 5.6; needs `CAP_SYS_RESOURCE`.
 fn become_io_flusher() {
     /// From `linux/prctl.h`; the libc crate lacks it.
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
@@ -64,22 +64,13 @@ fn become_io_flusher() {
     }
 }
 
-/// Has this thread's sleeps end on time: by default the kernel adds up to 50 µs.
-fn exact_timers() {
-    // SAFETY: this prctl takes a number of nanoseconds and concerns the calling thread only.
-    let result = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1 as libc::c_ulong) };
-    if result != 0 {
-        log::debug!("PR_SET_TIMERSLACK: {}", io::Error::last_os_error());
-    }
-}
-
-/// How long nothing may happen before memory is given back: once at least, twice at most.
+/// Time without requests after which memory is given back; up to twice as long.
 const IDLE: Duration = Duration::from_secs(2);
 
-/// Whether requests come.
+/// Whether the thread is idle.
 #[derive(Debug, Default)]
 struct Idle {
-    /// Some came since the timer was started.
+    /// Requests have arrived since the timer was started.
     active: bool,
     timer_runs: bool,
 }
@@ -87,21 +78,20 @@ struct Idle {
 #[derive(Debug)]
 struct RingThread {
     inbox: Arc<Inbox>,
-    /// The queues by place; the place is part of a submission's `user_data`.
+    /// The queues; their index is part of a submission's `user_data`.
     queues: Vec<Option<Queue>>,
-    /// Places of queues that were given up: completions may still come for them, so nobody else may
-    /// have them.
+    /// Indices of abandoned queues, which are not used again: completions may still arrive for them.
     retired: Vec<usize>,
-    /// Queues were given up, and may not be closed yet.
-    giving_up: bool,
-    /// What files still do for such queues.
+    /// There may be abandoned queues that are not closed yet.
+    has_abandoned: bool,
+    /// Transfers in flight of abandoned queues, by the queue's index.
     transfers: HashMap<(u32, Tag), Transfer>,
-    /// Places whose queue got a completion in this round.
+    /// Indices of queues that got a completion in this round.
     touched: Vec<u32>,
     completions: Vec<Completion>,
     returned: Vec<Returned>,
     idle: Idle,
-    coalescing: Coalescing,
+    schedule: Schedule,
     thread_place: ThreadPlace,
     zeros: Rc<IoBuffer>,
     // Last: closing it ends whatever the fields above still had in flight.
@@ -116,13 +106,13 @@ impl RingThread {
             inbox: inbox.clone(),
             queues: Vec::new(),
             retired: Vec::new(),
-            giving_up: false,
+            has_abandoned: false,
             transfers: HashMap::new(),
             touched: Vec::new(),
             completions: Vec::new(),
             returned: Vec::new(),
             idle: Idle::default(),
-            coalescing: Coalescing::default(),
+            schedule: Schedule::default(),
             thread_place: ThreadPlace::default(),
             zeros: shared_zeros()?,
             ring: Rc::new(RefCell::new(ring)),
@@ -136,20 +126,20 @@ impl RingThread {
                 self.read_messages();
                 self.take_back();
             }
-            self.touch_given_up();
+            self.touch_abandoned();
             if self.queues.iter().all(Option::is_none) && self.inbox.close_if_empty() {
-                // Closing the ring is what takes the tags of queues back that were given up: not to wait for a file.
+                // Closing the ring takes back the tags of abandoned queues: do not wait for files first.
                 self.transfers.drain().for_each(|(_, transfer)| transfer.abandon());
                 return Ok(());
             }
             self.serve_touched()?;
             self.watch_idleness()?;
-            let news = match self.coalescing.end_round() {
-                Some(window) => self.ring.borrow_mut().gather(window)?,
+            let has_completions = match self.schedule.end_round() {
+                Some(window) => self.ring.borrow_mut().coalesce(window)?,
                 None => false,
             };
-            // Not twice in a row: nothing but the wait has the kernel hand over what came from elsewhere.
-            let skip = news && !skipped;
+            // Not twice in a row: only the wait makes the kernel deliver what comes from other threads.
+            let skip = has_completions && !skipped;
             if !skip {
                 self.ring.borrow_mut().wait()?;
             }
@@ -160,33 +150,33 @@ impl RingThread {
         }
     }
 
-    /// Takes back the requests that were on other threads.
+    /// Takes back requests from other threads.
     fn take_back(&mut self) {
-        for Returned { place, tag, buffer, what } in self.returned.drain(..) {
-            let Some(queue) = self.queues.get(place as usize).and_then(Option::as_ref) else {
+        for Returned { queue: index, tag, buffer, reason } in self.returned.drain(..) {
+            let Some(queue) = self.queues.get(index as usize).and_then(Option::as_ref) else {
                 log::debug!("late answer to a request of an abandoned queue: tag {tag}");
                 continue;
             };
-            queue.returned(tag, buffer, what);
-            touch(&mut self.touched, place);
+            queue.returned(tag, buffer, reason);
+            touch(&mut self.touched, index);
         }
     }
 
-    /// Gives memory back that bursts have touched, once nothing has happened for a while.
+    /// Gives back memory that bursts of requests have used, once the thread has been idle for a while.
     fn watch_idleness(&mut self) -> io::Result<()> {
         let mut ring = self.ring.borrow_mut();
         if ring.timer_ended() {
             self.idle.timer_runs = false;
-            // Between two waits the driver touches no buffer, and nothing that it did is unseen.
+            // Between two waits the driver uses no buffer, and all its completions are known.
             if !self.idle.active && !memory_is_locked() {
                 if ring.is_quiet() {
                     self.queues.iter().flatten().filter(|queue| queue.is_warm()).for_each(Queue::cool);
                 }
-                // What could not be given back now can be later.
+                // Try again later what cannot be given back now.
                 self.idle.active = self.queues.iter().flatten().any(Queue::is_warm);
             }
         }
-        // A driver that refuses a commit says so in a completion that need not end the wait: the timer does.
+        // The completion of a refused commit need not end the wait: the timer does.
         if self.idle.timer_runs || !self.idle.active && !ring.has_prompt() {
             return Ok(());
         }
@@ -198,53 +188,53 @@ impl RingThread {
         for message in self.inbox.take(&mut self.returned) {
             match message {
                 Message::Open { setup, reply } => {
-                    let free = |place: &usize| self.queues[*place].is_none() && !self.retired.contains(place);
-                    let place = (0..self.queues.len()).find(free).unwrap_or(self.queues.len());
-                    // Before its memory is touched.
-                    self.find_place(Some(setup.cpus));
-                    let seat = Seat { place: place as u32, ring: &self.ring, inbox: &self.inbox, zeros: &self.zeros };
-                    let result = Queue::open(*setup, &seat);
-                    if place == self.queues.len() {
+                    let free = |index: &usize| self.queues[*index].is_none() && !self.retired.contains(index);
+                    let index = (0..self.queues.len()).find(free).unwrap_or(self.queues.len());
+                    // Before its memory is allocated.
+                    self.choose_cpus(Some(setup.cpus));
+                    let (ring, inbox, zeros) = (&self.ring, &self.inbox, &self.zeros);
+                    let result = Queue::open(*setup, &ThreadParts { index: index as u32, ring, inbox, zeros });
+                    if index == self.queues.len() {
                         self.queues.push(None);
                     }
                     let result = match result {
                         Ok(queue) => {
-                            self.queues[place] = Some(queue);
-                            self.agree_on_coalescing();
+                            self.queues[index] = Some(queue);
+                            self.update_windows();
                             Ok(())
                         }
                         Err(failure) => {
-                            if failure.lent {
-                                self.retired.push(place);
+                            if failure.fetched {
+                                self.retired.push(index);
                             }
                             self.inbox.unload();
                             Err(failure.error)
                         }
                     };
-                    // The caller may have given up; the outcome then shows in the device's events.
+                    // The caller may no longer wait; the outcome then shows in the device's events.
                     let _ = reply.send(result);
                 }
                 Message::Abandon { device, successor } => {
-                    self.giving_up = true;
+                    self.has_abandoned = true;
                     let queues = self.queues.iter_mut().flatten();
-                    queues.filter(|queue| queue.device() == device).for_each(|queue| queue.give_up(successor));
+                    queues.filter(|queue| queue.device() == device).for_each(|queue| queue.abandon(successor));
                 }
             }
         }
     }
 
-    /// Looks at queues that were given up, whatever it is that they wait for.
-    fn touch_given_up(&mut self) {
-        if !std::mem::take(&mut self.giving_up) {
+    /// Marks abandoned queues as touched, so that they are closed as soon as they are over.
+    fn touch_abandoned(&mut self) {
+        if !std::mem::take(&mut self.has_abandoned) {
             return;
         }
         let mut ring = self.ring.borrow_mut();
-        for (place, queue) in self.queues.iter().enumerate() {
-            if queue.as_ref().is_some_and(Queue::is_given_up) {
-                self.giving_up = true;
-                touch(&mut self.touched, place as u32);
+        for (index, queue) in self.queues.iter().enumerate() {
+            if queue.as_ref().is_some_and(Queue::is_abandoned) {
+                self.has_abandoned = true;
+                touch(&mut self.touched, index as u32);
                 if !ring.is_submitted() {
-                    // Nothing may complete that shows when the kernel has taken it.
+                    // There may be no completion that shows when the kernel has taken everything.
                     ring.waker().wake();
                 }
             }
@@ -268,7 +258,7 @@ impl RingThread {
                 }
                 continue;
             };
-            self.coalescing.note(usize::from(cookie.kind == Kind::Transfer));
+            self.schedule.note(usize::from(cookie.kind == Kind::Transfer));
             queue.completed(cookie, completion);
             touch(&mut self.touched, cookie.queue);
         }
@@ -280,24 +270,19 @@ impl RingThread {
     }
 
     fn serve_some(&mut self) -> io::Result<()> {
-        let came = clock();
-        let mut now = came;
+        let arrived = clock();
         let mut closed = false;
-        if self.touched.len() > 1 {
-            // Those that keep the others waiting come last.
-            let queues = &self.queues;
-            self.touched.sort_by_key(|place| queues[*place as usize].as_ref().is_some_and(Queue::is_slow));
-        }
-        for place in self.touched.drain(..) {
-            let slot = &mut self.queues[place as usize];
+        let queues = &self.queues;
+        Schedule::order(&mut self.touched, |index| queues[index as usize].as_ref().is_some_and(Queue::is_slow));
+        for index in self.touched.drain(..) {
+            let slot = &mut self.queues[index as usize];
             let Some(queue) = slot else { continue };
             if queue.waiting() != 0 {
                 self.idle.active = true;
-                self.coalescing.note(queue.waiting());
-                // First in the submission: the client can go on while files of the kernel's do what comes behind.
+                self.schedule.note(queue.waiting());
+                // First in the submission: the client can go on while files do what is submitted after it.
                 queue.flush_done();
-                queue.serve(came, now);
-                now = begin_after(now);
+                queue.serve(arrived);
             }
             queue.flush();
             if let Some(error) = queue.take_ring_failure() {
@@ -306,50 +291,48 @@ impl RingThread {
             if queue.is_over()
                 && let Some(queue) = slot.take()
             {
-                if queue.is_given_up() {
-                    self.retired.push(place as usize);
+                if queue.is_abandoned() {
+                    self.retired.push(index as usize);
                 }
-                self.transfers.extend(queue.close().into_iter().map(|(tag, transfer)| ((place, tag), transfer)));
+                self.transfers.extend(queue.close().into_iter().map(|(tag, transfer)| ((index, tag), transfer)));
                 self.inbox.unload();
                 closed = true;
             }
         }
         if closed {
-            self.find_place(None);
-            self.agree_on_coalescing();
+            self.choose_cpus(None);
+            self.update_windows();
         }
         Ok(())
     }
 
-    /// The thread has other queues than before.
-    fn agree_on_coalescing(&mut self) {
-        if self.coalescing.agree(self.queues.iter().flatten().map(Queue::coalescing)) {
-            exact_timers();
-        }
+    /// Updates the schedule after queues were opened or closed.
+    fn update_windows(&mut self) {
+        self.schedule.set_windows(self.queues.iter().flatten().map(Queue::coalescing));
     }
 
-    /// Goes to the CPUs that the queues want, and one that is about to come.
-    fn find_place(&mut self, coming: Option<Option<CpuSet>>) {
-        if coming == Some(None) && !self.thread_place.is_pinned() {
+    /// Moves the thread to the CPUs of its queues, and of the one that is about to be opened.
+    fn choose_cpus(&mut self, opening: Option<Option<CpuSet>>) {
+        if opening == Some(None) && !self.thread_place.is_pinned() {
             return;
         }
-        let wishes = self.queues.iter().flatten().map(Queue::cpus).chain(coming);
-        self.thread_place.move_to(wishes);
+        let cpus = self.queues.iter().flatten().map(Queue::cpus).chain(opening);
+        self.thread_place.move_to(cpus);
     }
 
-    /// Ends all queues of a thread that cannot go on.
-    fn give_up(&mut self, reason: &str) {
+    /// Closes all queues of a thread that cannot go on.
+    fn close_all(&mut self, reason: &str) {
         self.transfers.drain().for_each(|(_, transfer)| transfer.abandon());
         for queue in self.queues.drain(..).flatten() {
             queue.fail(reason.to_owned());
-            queue.abandon();
+            queue.close_without_ring();
         }
     }
 }
 
-/// Notes that something happened to a queue.
-fn touch(touched: &mut Vec<u32>, place: u32) {
-    if touched.last() != Some(&place) && !touched.contains(&place) {
-        touched.push(place);
+/// Notes that a queue got a completion.
+fn touch(touched: &mut Vec<u32>, index: u32) {
+    if touched.last() != Some(&index) && !touched.contains(&index) {
+        touched.push(index);
     }
 }

@@ -3,25 +3,24 @@
 //! Order among the syncs of an open file.
 //!
 //! The kernel reports an error of write-back once to each open file description. Of several syncs on the same one, any
-//! may take it, and the others succeed although their data is lost. One that has taken it was under way when the
-//! others looked. So a sync that succeeds counts only when all that were under way at that moment have ended: has one
+//! may take it, and the others succeed although their data is lost. One that has taken it was in flight when the
+//! others looked. So a sync that succeeds counts only when all that were in flight at that moment have ended: has one
 //! of them failed, so have they all. They may be those of other queues, on other threads.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::pool::Inbox;
-use crate::request::Return;
+use super::inbox::{Inbox, Return};
 use crate::units::Tag;
 
 /// The syncs of what shares an open file description.
 #[derive(Debug, Default)]
-pub(crate) struct SyncOrder(Mutex<State>);
+pub(crate) struct SyncOrder(Mutex<SyncState>);
 
 #[derive(Debug, Default)]
-struct State {
+struct SyncState {
     /// Number of the next sync.
     next: u64,
-    /// Numbers of those under way.
+    /// Numbers of those in flight.
     running: Vec<u64>,
     waiting: Vec<Waiting>,
 }
@@ -37,13 +36,13 @@ struct Waiting {
 #[derive(Clone, Debug)]
 pub(crate) struct Waiter {
     pub(super) inbox: Arc<Inbox>,
-    /// The queue's place among those of its thread.
-    pub(super) place: u32,
+    /// The queue's index among those of its thread.
+    pub(super) queue: u32,
     pub(super) tag: Tag,
 }
 
 impl SyncOrder {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, SyncState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -56,7 +55,8 @@ impl SyncOrder {
         Running { order: self.clone(), number }
     }
 
-    /// Notes that a sync has ended. False if it has succeeded and others are under way: `waiter` hears when they have ended.
+    /// Notes that a sync has ended. Returns false if it has succeeded while others are in flight: `waiter` is then notified
+    /// once they have ended.
     fn end(&self, number: u64, succeeded: Option<&Waiter>) -> bool {
         let mut state = self.state();
         state.running.retain(|running| *running != number);
@@ -68,14 +68,14 @@ impl SyncOrder {
         }
         let settled: Vec<_> = state.waiting.extract_if(.., |sync| sync.before <= oldest).collect();
         drop(state);
-        for Waiting { waiter: Waiter { inbox, place, tag }, .. } in settled {
-            inbox.returned(place, tag, None, Return::Synced);
+        for Waiting { waiter: Waiter { inbox, queue, tag }, .. } in settled {
+            inbox.returned(queue, tag, None, Return::Synced);
         }
         counts
     }
 }
 
-/// A sync that is under way. What its failure means has to be noted before this is dropped.
+/// A sync that is in flight. What its failure means has to be noted before this is dropped.
 #[derive(Debug)]
 pub(crate) struct Running {
     order: Arc<SyncOrder>,
@@ -83,7 +83,7 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Ends a sync that has succeeded. True if it counts; else `waiter` hears when it does, by [`Return::Synced`].
+    /// Ends a sync that has succeeded. Returns whether it counts; if not, `waiter` gets [`Return::Synced`] once it does.
     pub(super) fn succeeded(self, waiter: &Waiter) -> bool {
         // Dropping it ends it once more, which changes nothing.
         self.order.end(self.number, Some(waiter))
@@ -102,7 +102,7 @@ mod tests {
 
     fn waiters(count: u16) -> (Arc<Inbox>, Vec<Waiter>) {
         let inbox = Arc::new(Inbox::default());
-        let waiter = |tag| Waiter { inbox: inbox.clone(), place: 0, tag: Tag(tag) };
+        let waiter = |tag| Waiter { inbox: inbox.clone(), queue: 0, tag: Tag(tag) };
         let all = (0..count).map(waiter).collect();
         (inbox, all)
     }
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sync_counts_when_those_beside_it_have_ended() {
+    fn a_sync_counts_when_concurrent_ones_have_ended() {
         let (inbox, waiters) = waiters(4);
         let order = Arc::new(SyncOrder::default());
         let [first, second, third] = [(); 3].map(|()| order.begin());

@@ -22,7 +22,7 @@ use crate::errno::RawErrno;
 use crate::units::Tag;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum TagState {
     /// Never fetched.
     Idle,
     /// A FETCH or COMMIT_AND_FETCH is with the driver. `rejections` counts refused commits of the
@@ -51,29 +51,29 @@ pub(crate) enum Event {
 /// All tags of one queue.
 #[derive(Debug)]
 pub(crate) struct TagTable {
-    states: Vec<State>,
+    states: Vec<TagState>,
     armed: u16,
     owned: u16,
 }
 
 impl TagTable {
     pub(crate) fn new(depth: u16) -> Self {
-        TagTable { states: vec![State::Idle; usize::from(depth)], armed: 0, owned: 0 }
+        TagTable { states: vec![TagState::Idle; usize::from(depth)], armed: 0, owned: 0 }
     }
 
     /// The tag is about to be fetched.
     pub(crate) fn fetch(&mut self, tag: Tag) {
         let state = &mut self.states[tag.index()];
-        assert_eq!(*state, State::Idle, "tag {tag} fetched twice");
-        *state = State::Armed { rejections: 0 };
+        assert_eq!(*state, TagState::Idle, "tag {tag} fetched twice");
+        *state = TagState::Armed { rejections: 0 };
         self.armed += 1;
     }
 
     /// The request of the tag is about to be committed.
     pub(crate) fn commit(&mut self, tag: Tag) {
         let state = &mut self.states[tag.index()];
-        let State::Owned { rejections } = *state else { panic!("tag {tag} committed in state {state:?}") };
-        *state = State::Armed { rejections };
+        let TagState::Owned { rejections } = *state else { panic!("tag {tag} committed in state {state:?}") };
+        *state = TagState::Armed { rejections };
         self.owned -= 1;
         self.armed += 1;
     }
@@ -81,11 +81,11 @@ impl TagTable {
     /// The tag's command completed with `result`.
     pub(crate) fn completed(&mut self, tag: Tag, result: i32, was_commit: bool) -> Event {
         let state = &mut self.states[tag.index()];
-        let State::Armed { rejections } = *state else { panic!("tag {tag} completed in state {state:?}") };
+        let TagState::Armed { rejections } = *state else { panic!("tag {tag} completed in state {state:?}") };
         self.armed -= 1;
         match RawErrno::check(result) {
             Ok(_) => {
-                *state = State::Owned { rejections: 0 };
+                *state = TagState::Owned { rejections: 0 };
                 self.owned += 1;
                 Event::Request
             }
@@ -93,26 +93,26 @@ impl TagTable {
         }
     }
 
-    /// The driver has refused what lent it the tag; `rejections` are those of the request that this would have finished.
+    /// The driver has refused a fetch of the tag; `rejections` are those of the request that it would have finished.
     fn refused(&mut self, tag: Tag, errno: RawErrno, rejections: Option<u8>) -> Event {
         let state = &mut self.states[tag.index()];
         if errno == Errno::ENODEV {
-            *state = State::Gone;
+            *state = TagState::Gone;
             Event::Gone
         } else if rejections == Some(0) {
-            *state = State::Owned { rejections: 1 };
+            *state = TagState::Owned { rejections: 1 };
             self.owned += 1;
             Event::CommitRefused(errno)
         } else {
-            *state = State::Gone;
+            *state = TagState::Gone;
             Event::Lost(errno)
         }
     }
 
     /// The driver delivered the tag in a batch; false if it had no right to.
     pub(crate) fn delivered(&mut self, tag: Tag) -> bool {
-        let Some(state @ State::Armed { .. }) = self.states.get_mut(tag.index()) else { return false };
-        *state = State::Owned { rejections: 0 };
+        let Some(state @ TagState::Armed { .. }) = self.states.get_mut(tag.index()) else { return false };
+        *state = TagState::Owned { rejections: 0 };
         self.armed -= 1;
         self.owned += 1;
         true
@@ -125,20 +125,20 @@ impl TagTable {
 
     /// The driver delivers no more: what it holds is gone.
     pub(crate) fn deliveries_ended(&mut self) {
-        for state in self.states.iter_mut().filter(|state| matches!(state, State::Armed { .. })) {
-            *state = State::Gone;
+        for state in self.states.iter_mut().filter(|state| matches!(state, TagState::Armed { .. })) {
+            *state = TagState::Gone;
         }
         self.armed = 0;
     }
 
     /// Whether the driver holds the tag.
     pub(crate) fn is_armed(&self, tag: Tag) -> bool {
-        matches!(self.states[tag.index()], State::Armed { .. })
+        matches!(self.states[tag.index()], TagState::Armed { .. })
     }
 
     /// Whether the server holds the tag.
     pub(crate) fn is_owned(&self, tag: Tag) -> bool {
-        matches!(self.states[tag.index()], State::Owned { .. })
+        matches!(self.states[tag.index()], TagState::Owned { .. })
     }
 
     /// How many tags the driver holds.
@@ -261,18 +261,18 @@ mod tests {
             for (tag, choice) in steps {
                 let tag = Tag(tag % depth);
                 match table.states[tag.index()] {
-                    State::Armed { .. } => {
+                    TagState::Armed { .. } => {
                         let result = [0, 0, ABORT, -22][usize::from(choice)];
                         table.completed(tag, result, committed[tag.index()]);
                     }
-                    State::Owned { .. } => {
+                    TagState::Owned { .. } => {
                         table.commit(tag);
                         committed[tag.index()] = true;
                     }
-                    State::Idle | State::Gone => {}
+                    TagState::Idle | TagState::Gone => {}
                 }
-                let armed = table.states.iter().filter(|s| matches!(s, State::Armed { .. })).count();
-                let owned = table.states.iter().filter(|s| matches!(s, State::Owned { .. })).count();
+                let armed = table.states.iter().filter(|s| matches!(s, TagState::Armed { .. })).count();
+                let owned = table.states.iter().filter(|s| matches!(s, TagState::Owned { .. })).count();
                 prop_assert_eq!((armed, owned), (usize::from(table.armed()), usize::from(table.owned())));
                 prop_assert_eq!(table.drained(), armed + owned == 0);
             }

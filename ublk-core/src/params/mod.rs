@@ -97,6 +97,9 @@ pub struct Params {
 /// Longest read or write by default.
 pub const DEFAULT_MAX_IO_BYTES: u32 = 512 << 10;
 
+/// Longest read or write in bytes that a device can be created for.
+pub const MAX_IO_BYTES: u32 = 32 << 20;
+
 /// The driver limits a logical block to a page.
 const PAGE_SIZE: u32 = 4096;
 /// Shifts of sizes other than the logical block may not exceed this (7.3 checks it, 6.12 does not).
@@ -179,13 +182,13 @@ impl Params {
             }
         }
         if self.max_io_bytes < PAGE_SIZE
-            || self.max_io_bytes > crate::device::MAX_IO_BYTES
+            || self.max_io_bytes > MAX_IO_BYTES
             || !self.max_io_bytes.is_multiple_of(PAGE_SIZE)
         {
             return Err(Error::invalid(
                 "maximum request size",
                 self.max_io_bytes,
-                format!("must be a multiple of {PAGE_SIZE} of at most {} bytes", crate::device::MAX_IO_BYTES),
+                format!("must be a multiple of {PAGE_SIZE} of at most {} bytes", MAX_IO_BYTES),
             ));
         }
         if self.operations.contains(Operations::FUA) && !self.operations.contains(Operations::FLUSH) {

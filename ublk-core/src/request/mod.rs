@@ -27,7 +27,7 @@ pub use self::pieces::{FilePiece, FileRange, Keep, OpenFile, Pieces};
 use crate::data::shared::{SharedPlace, SharedTable};
 use crate::data::{Access, DataMovement};
 use crate::driver::{CharDevice, RequestPlace};
-use crate::engine::{Inbox, QueueCore};
+use crate::engine::{Inbox, QueueCore, Return};
 use crate::errno::RawErrno;
 use crate::error::errno_of;
 use crate::memory::{Descriptor, IoBuffer};
@@ -35,15 +35,15 @@ use crate::params::Integrity;
 use crate::uapi;
 use crate::units::{DeviceId, QueueId, Sectors, Tag};
 
-/// Where requests come from.
+/// What the requests of a queue have in common.
 #[derive(Debug)]
-pub struct Origin {
+pub struct RequestContext {
     pub(crate) device: DeviceId,
     pub(crate) queue: QueueId,
     pub(crate) data: DataMovement,
     pub(crate) access: Access,
     pub(crate) shared: Arc<SharedTable>,
-    /// How files are synced that the user has opened.
+    /// How files that the user has opened are synced.
     pub(crate) sync: FileSync,
     pub(crate) integrity: Option<Integrity>,
     pub(crate) file: Arc<dyn CharDevice>,
@@ -70,9 +70,9 @@ impl Answer {
     }
 }
 
-/// What a forwarded request is to do.
+/// A request for the engine to carry out on files.
 #[derive(Debug)]
-pub struct Errand {
+pub struct FileRequest {
     pub(crate) op: Op,
     pub(crate) descriptor: Descriptor,
     pub(crate) pieces: Pieces,
@@ -82,21 +82,10 @@ pub struct Errand {
     pub(crate) durability: Durability,
 }
 
-/// What comes back to a queue's thread from elsewhere.
-#[derive(Debug)]
-pub(crate) enum Return {
-    /// The request's end.
-    Ended(Answer),
-    /// The request, for the engine to do.
-    Forward(Box<Errand>),
-    /// The request's sync counts now, or has failed with another one.
-    Synced,
-}
-
 /// Where a request is, and so how it gets back to the driver. Not to be implemented elsewhere.
 pub trait Home {
     #[doc(hidden)]
-    fn origin(&self) -> &Origin;
+    fn context(&self) -> &RequestContext;
     /// Memory for a request that has none.
     #[doc(hidden)]
     fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>>;
@@ -106,7 +95,7 @@ pub trait Home {
     #[doc(hidden)]
     fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer);
     #[doc(hidden)]
-    fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand);
+    fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, request: FileRequest);
 }
 
 /// On the thread of its queue.
@@ -114,8 +103,8 @@ pub trait Home {
 pub struct OnQueue<'q>(&'q QueueCore);
 
 impl Home for OnQueue<'_> {
-    fn origin(&self) -> &Origin {
-        self.0.origin()
+    fn context(&self) -> &RequestContext {
+        self.0.context()
     }
 
     fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>> {
@@ -130,22 +119,23 @@ impl Home for OnQueue<'_> {
         self.0.commit(tag, buffer, answer);
     }
 
-    fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand) {
-        self.0.forward(tag, buffer, errand);
+    fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, request: FileRequest) {
+        self.0.forward(tag, buffer, request);
     }
 }
 
 /// Anywhere. The queue's thread hears of the request's end through its mailbox, and commits it.
 #[derive(Debug)]
 pub struct Anywhere {
-    origin: Arc<Origin>,
-    mailbox: Arc<Inbox>,
-    place: u32,
+    context: Arc<RequestContext>,
+    inbox: Arc<Inbox>,
+    /// The queue's index among those of its thread.
+    queue: u32,
 }
 
 impl Home for Anywhere {
-    fn origin(&self) -> &Origin {
-        &self.origin
+    fn context(&self) -> &RequestContext {
+        &self.context
     }
 
     fn take_memory(&self, len: usize) -> io::Result<Arc<IoBuffer>> {
@@ -155,11 +145,11 @@ impl Home for Anywhere {
     fn put_memory(&self, _: Arc<IoBuffer>) {}
 
     fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
-        self.mailbox.returned(self.place, tag, buffer, Return::Ended(answer));
+        self.inbox.returned(self.queue, tag, buffer, Return::Ended(answer));
     }
 
-    fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, errand: Errand) {
-        self.mailbox.returned(self.place, tag, buffer, Return::Forward(Box::new(errand)));
+    fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, request: FileRequest) {
+        self.inbox.returned(self.queue, tag, buffer, Return::Forward(Box::new(request)));
     }
 }
 
@@ -220,13 +210,13 @@ impl<'q> Request<'q> {
             return None;
         };
         core.arrived(tag, op, op.len(&descriptor));
-        if let Some(Err(errno)) = (op == Op::Flush).then(|| core.origin().sync.write_back.check()) {
+        if let Some(Err(errno)) = (op == Op::Flush).then(|| core.context().sync.write_back.check()) {
             // Also if its handler does not forward it: what was lost is nothing that it knows of.
             core.commit(tag, buffer, Answer::error(errno));
             return None;
         }
         // What was left from the tag's last request may be too short, where tags have no buffers of their own.
-        let keeps = core.origin().data == DataMovement::Copy || !op.fills();
+        let keeps = core.context().data == DataMovement::Copy || !op.fills();
         let buffer = buffer.filter(|buffer| keeps || buffer.len() as u64 >= op.len(&descriptor));
         let mut request = RequestOf { home: OnQueue(core), tag, op, descriptor, buffer, shared: None, spent: false };
         if let Some(buffer) = request.buffer.as_ref().filter(|buffer| request.data_len() > buffer.len()) {
@@ -234,9 +224,9 @@ impl<'q> Request<'q> {
             request.fail(Errno::EIO);
             return None;
         }
-        let origin = core.origin();
+        let context = core.context();
         // The driver copies a read's data from memory that it is told with the commit.
-        let needs_memory = origin.access == Access::Bytes || origin.data == DataMovement::GetData && op.fills();
+        let needs_memory = context.access == Access::Bytes || context.data == DataMovement::GetData && op.fills();
         if needs_memory && let Err(errno) = request.load() {
             request.fail(errno);
             return None;
@@ -252,14 +242,14 @@ impl<'q> Request<'q> {
             return None;
         };
         core.arrived(tag, op, op.len(&descriptor));
-        let shared = core.origin().shared.find(descriptor.address, op.len(&descriptor) as usize);
+        let shared = core.context().shared.find(descriptor.address, op.len(&descriptor) as usize);
         if shared.is_none() {
             log::error!("{}: shared memory {:#x} is not known here", core.name(tag), descriptor.address);
             core.commit(tag, None, Answer::error(Errno::EIO));
             return None;
         }
         let mut request = RequestOf { home: OnQueue(core), tag, op, descriptor, buffer: None, shared, spent: false };
-        if core.origin().access == Access::Bytes
+        if core.context().access == Access::Bytes
             && let Err(errno) = request.load()
         {
             request.fail(errno);
@@ -268,24 +258,12 @@ impl<'q> Request<'q> {
         Some(request)
     }
 
-    /// Lets what ended before go to the driver, if it has waited for long. [`Requests`] does so by itself; this is for
-    /// handlers that collect requests before they serve them one by one.
-    pub fn keep_pace(&self) {
-        self.home.0.submit_if_late();
-    }
-
-    /// Lets what ended or was forwarded before go to the driver now: for handlers that may have to wait, for an interpreter
-    /// say, before they serve this request.
-    pub fn submit_others(&self) {
-        self.home.0.submit_done();
-    }
-
     /// Makes the request independent of its queue's thread.
     pub fn detach(mut self) -> DetachedRequest {
-        let (origin, mailbox, place) = self.home.0.address();
+        let (context, inbox, queue) = self.home.0.address();
         self.spent = true;
         RequestOf {
-            home: Anywhere { origin, mailbox, place },
+            home: Anywhere { context, inbox, queue },
             tag: self.tag,
             op: self.op,
             descriptor: self.descriptor,
@@ -346,12 +324,12 @@ impl<H: Home> RequestOf<H> {
 
     /// The queue that the request came through.
     pub fn queue(&self) -> QueueId {
-        self.home.origin().queue
+        self.home.context().queue
     }
 
     /// The device that the request is for.
     pub fn device(&self) -> DeviceId {
-        self.home.origin().device
+        self.home.context().device
     }
 
     fn data_len(&self) -> usize {
@@ -387,7 +365,7 @@ impl<H: Home> RequestOf<H> {
         if !syncs || pieces.iter().all(|piece| is_uncached(&piece.file.file)) {
             return Durability::default();
         }
-        Durability { at_once: false, sync: Some(self.home.origin().sync.clone()) }
+        Durability { at_once: false, sync: Some(self.home.context().sync.clone()) }
     }
 
     /// As [`forward`](RequestOf::forward), with a say in how the request becomes durable.
@@ -421,8 +399,8 @@ impl<H: Home> RequestOf<H> {
     fn send(&mut self, pieces: Pieces, keep: Option<Keep>, durability: Durability) {
         self.spent = true;
         let shared = self.shared.take();
-        let errand = Errand { op: self.op, descriptor: self.descriptor, pieces, keep, shared, durability };
-        self.home.forward(self.tag, self.buffer.take(), errand);
+        let request = FileRequest { op: self.op, descriptor: self.descriptor, pieces, keep, shared, durability };
+        self.home.forward(self.tag, self.buffer.take(), request);
     }
 
     /// Brings the request's data to memory of this process, where it is not there already: a write's data
@@ -487,7 +465,7 @@ impl<H: Home> RequestOf<H> {
     /// bytes afterwards instead would have to know what was there, and a pattern may be data.
     pub fn clear(&mut self) {
         if self.op.fills() && self.buffer.is_some() {
-            let byte = self.home.origin().file.unwritten_byte();
+            let byte = self.home.context().file.unwritten_byte();
             self.data_mut().fill(byte);
         }
     }
@@ -525,7 +503,7 @@ impl<H: Home> RequestOf<H> {
     fn copy_out(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
         match &self.shared {
             Some(shared) => shared.read(at as usize, into),
-            None => self.home.origin().file.copy_from_request(self.place(at, false), into),
+            None => self.home.context().file.copy_from_request(self.place(at, false), into),
         }
     }
 
@@ -533,7 +511,7 @@ impl<H: Home> RequestOf<H> {
     fn copy_in(&self, at: u64, from: &[u8]) -> io::Result<()> {
         match &self.shared {
             Some(shared) => shared.write(at as usize, from),
-            None => self.home.origin().file.copy_to_request(self.place(at, false), from),
+            None => self.home.context().file.copy_to_request(self.place(at, false), from),
         }
     }
 
@@ -545,7 +523,7 @@ impl<H: Home> RequestOf<H> {
     pub fn read_integrity(&self, at: u64, into: &mut [u8]) -> Result<(), Errno> {
         self.check_integrity_range(at, into.len())?;
         let place = self.place(at, true);
-        self.home.origin().file.copy_from_request(place, into).map_err(|e| self.copy_failed(&e))
+        self.home.context().file.copy_from_request(place, into).map_err(|e| self.copy_failed(&e))
     }
 
     /// Fills a read's integrity metadata (7.0).
@@ -556,7 +534,7 @@ impl<H: Home> RequestOf<H> {
     pub fn write_integrity(&mut self, at: u64, from: &[u8]) -> Result<(), Errno> {
         self.check_integrity_range(at, from.len())?;
         let place = self.place(at, true);
-        self.home.origin().file.copy_to_request(place, from).map_err(|e| self.copy_failed(&e))
+        self.home.context().file.copy_to_request(place, from).map_err(|e| self.copy_failed(&e))
     }
 
     fn place(&self, offset: u64, integrity: bool) -> RequestPlace {
@@ -573,7 +551,7 @@ impl<H: Home> RequestOf<H> {
     /// The driver checks an offset only after it has taken tag and queue from the same number, so that one beyond the
     /// request reaches another request's metadata.
     fn check_integrity_range(&self, at: u64, len: usize) -> Result<(), Errno> {
-        let integrity = self.home.origin().integrity.filter(|_| self.has_integrity());
+        let integrity = self.home.context().integrity.filter(|_| self.has_integrity());
         let there = integrity.map_or(0, |integrity| integrity.bytes_for(self.data_len() as u64));
         match at.checked_add(len as u64) {
             Some(end) if end <= there => Ok(()),
@@ -645,7 +623,7 @@ impl<H: Home> RequestOf<H> {
     fn filled(&mut self) -> Answer {
         let copied = match &self.buffer {
             Some(buffer)
-                if self.op.fills() && (self.shared.is_some() || !self.home.origin().data.is_copied_by_driver()) =>
+                if self.op.fills() && (self.shared.is_some() || !self.home.context().data.is_copied_by_driver()) =>
             {
                 // SAFETY: memory.rs (3): this request owns the buffer.
                 let bytes = unsafe { buffer.bytes(self.data_len()) };
@@ -717,30 +695,36 @@ impl<H: Home> Drop for RequestOf<H> {
 
 /// The requests of one wake-up, in the order in which they arrived.
 ///
+/// Between requests, the engine reads a clock and submits finished requests if the handler is slow.
+///
 /// Requests that the handler leaves in here fail with `EIO`.
 #[derive(Debug)]
 pub struct Requests<'q> {
     core: &'q QueueCore,
     tags: std::vec::Drain<'q, Tag>,
-    timed: bool,
 }
 
 impl<'q> Requests<'q> {
     pub(crate) fn new(core: &'q QueueCore, tags: &'q mut Vec<Tag>) -> Self {
-        Requests { core, tags: tags.drain(..), timed: true }
+        Requests { core, tags: tags.drain(..) }
     }
 
-    /// For handlers that take next to no time for a request, whatever it is, as one that forwards it: nobody looks at the
-    /// clock between them, and what ends is submitted behind the last one.
-    pub fn untimed(mut self) -> Self {
-        self.timed = false;
-        self
+    /// Serves all requests with `serve`, which must take next to no time for each, and returns those that it gives back.
+    ///
+    /// This is for handlers that complete or forward their requests at once: no clock is read between them. If `serve` gives
+    /// requests back, all others are submitted before this returns, so that the handler may wait, for example for an
+    /// interpreter, before it takes the first one.
+    pub fn serve_fast(mut self, serve: impl FnMut(Request<'q>) -> Option<Request<'q>>) -> Remaining<'q> {
+        let core = self.core;
+        let requests: Vec<_> = std::iter::from_fn(|| self.adopt_next()).filter_map(serve).collect();
+        if !requests.is_empty() {
+            core.submit_done();
+        }
+        Remaining { core, requests: requests.into_iter() }
     }
 
-    /// The handler had to wait for something else than a request, as for an interpreter, before it takes the first one:
-    /// that does not make its requests slow ones, behind which each is submitted at once.
-    pub fn waited(&self) {
-        self.core.waited();
+    fn adopt_next(&mut self) -> Option<Request<'q>> {
+        self.tags.by_ref().find_map(|tag| Request::adopt(self.core, tag))
     }
 }
 
@@ -748,11 +732,11 @@ impl<'q> Iterator for Requests<'q> {
     type Item = Request<'q>;
 
     fn next(&mut self) -> Option<Request<'q>> {
-        // Behind the last one all of them are submitted anyway.
-        if self.timed && !self.tags.as_slice().is_empty() {
-            self.core.submit_if_late();
+        // After the last one all of them are submitted anyway.
+        if !self.tags.as_slice().is_empty() {
+            self.core.submit_if_slow();
         }
-        self.tags.by_ref().find_map(|tag| Request::adopt(self.core, tag))
+        self.adopt_next()
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
@@ -767,3 +751,30 @@ impl Drop for Requests<'_> {
         }
     }
 }
+
+/// Requests that were left by [`Requests::serve_fast`], in the order in which they arrived.
+///
+/// Requests that the handler leaves in here fail with `EIO`.
+#[derive(Debug)]
+pub struct Remaining<'q> {
+    core: &'q QueueCore,
+    requests: std::vec::IntoIter<Request<'q>>,
+}
+
+impl<'q> Iterator for Remaining<'q> {
+    type Item = Request<'q>;
+
+    fn next(&mut self) -> Option<Request<'q>> {
+        let request = self.requests.next();
+        if request.is_some() {
+            self.core.submit_if_slow();
+        }
+        request
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.requests.size_hint()
+    }
+}
+
+impl ExactSizeIterator for Remaining<'_> {}

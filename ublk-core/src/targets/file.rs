@@ -462,10 +462,11 @@ impl File {
 
 impl QueueHandler for FileQueue {
     fn handle(&mut self, requests: Requests<'_>) {
-        for request in requests.untimed() {
+        requests.serve_fast(|request| {
             let offset = request.offset();
             request.forward_durably(FileRange::new(&self.file, offset), &self.durability);
-        }
+            None
+        });
     }
 }
 

@@ -5,10 +5,13 @@
 
 #[rustfmt::skip]
 mod bindings;
+pub(crate) mod wire;
 
 pub(crate) use bindings::*;
 
 use bitflags::bitflags;
+
+use crate::error::{Error, Result};
 
 bitflags! {
     /// What a driver can do, or a device was made with: `UBLK_F_*`.
@@ -84,6 +87,22 @@ impl Features {
         (Features::SHMEM_ZC, "7.1"),
         (Features::IO_DESC_SIZE, "7.3"),
     ];
+
+    /// Checks that these features include all of `needed`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] for the newest one that is missing.
+    pub(crate) fn require(self, needed: Features) -> Result<()> {
+        // The newest: a kernel with that has the others too.
+        match needed.difference(self).iter().last() {
+            None => Ok(()),
+            Some(missing) => Err(Error::Unsupported {
+                feature: missing.name().unwrap_or("a feature without a name"),
+                since: missing.since().unwrap_or("?"),
+            }),
+        }
+    }
 
     /// The name of one feature, or `None` for several, none or unknown bits.
     pub fn name(self) -> Option<&'static str> {

@@ -90,7 +90,8 @@ class BlockDevice:
       ``ENOMEM``;
     * any other exception fails it with ``EIO`` and is logged with its traceback under the logger ``ublk``; the device
       keeps running;
-    * `SystemExit` and `KeyboardInterrupt` fail it with ``EIO`` and stop the device; `Device.wait` raises them.
+    * `SystemExit` and `KeyboardInterrupt` fail it with ``EIO`` and stop the device; `Device.wait` raises them. With
+      `start_async` in the main thread, `KeyboardInterrupt` ends the event loop instead, like other signals' exceptions.
 
     Methods return ``None`` or, like ``readinto`` and ``preadv``, the number of bytes, which must be all of them.
 

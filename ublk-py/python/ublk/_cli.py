@@ -241,15 +241,23 @@ def _run_command(command: Sequence[str], running: Callable[[], Device], reloader
     path = running().path
     words = [word.replace("{dev}", path) for word in command]
     environment = {**os.environ, "UBLK_DEV": path}
+    child: subprocess.Popen[bytes] | None = None
     try:
-        child = subprocess.Popen(words, env=environment)
-    except OSError as error:
-        print(f"ublk: {words[0]}: {error.strerror}", file=sys.stderr)
-        return 127 if isinstance(error, FileNotFoundError) else 126
-    try:
+        try:
+            # A signal in between would leave a command that is not known here.
+            with _signals.deferred():
+                child = subprocess.Popen(words, env=environment)
+        except OSError as error:
+            print(f"ublk: {words[0]}: {error.strerror}", file=sys.stderr)
+            return 127 if isinstance(error, FileNotFoundError) else 126
         status = _wait(child, reloader)
     except BaseException:
-        _end_command(child, running)
+        if child is not None:
+            try:
+                _end_command(child, running)
+            except BaseException:
+                child.kill()
+                raise
         raise
     if not running().running:
         print(f"ublk: {path} ended before the command did", file=sys.stderr)
@@ -259,10 +267,11 @@ def _run_command(command: Sequence[str], running: Callable[[], Device], reloader
 
 def _end_command(child: subprocess.Popen[bytes], running: Callable[[], Device]) -> None:
     """End the command before the device, if possible."""
-    # The command receives Ctrl-C from the terminal, but not other signals.
-    if child.poll() is None:
-        child.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    # A second signal ends the grace period.
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt, _signals.Terminated):
+        # The command receives Ctrl-C from the terminal, but not other signals.
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
         child.wait(_COMMAND_GRACE)
         return
     child.kill()

@@ -19,6 +19,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from ublk._requests import Op
+from ublk._signals import Terminated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -60,6 +61,18 @@ def _starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
     kind = type(loop)
     known = getattr(kind, "create_task", None) is asyncio.BaseEventLoop.create_task or kind.__module__ == "uvloop"
     return known and loop.get_task_factory() is None
+
+
+def _is_of_a_signal(exception: BaseException) -> bool:
+    """Whether a signal has raised this, which came while the main thread's event loop ran a handler."""
+    if not isinstance(exception, Terminated | KeyboardInterrupt):
+        return False
+    return threading.current_thread() is threading.main_thread()
+
+
+def _raise(exception: BaseException) -> None:
+    """End the event loop with an exception."""
+    raise exception
 
 
 class LoopServer:
@@ -205,9 +218,12 @@ class LoopServer:
     def _fail_unbegun(self) -> None:
         """Fail the requests that an exception prevented from being served."""
         taken = [request for reference in self._hand if (request := reference()) is not None]
-        for _began, request, coroutine in list(self._serving.values()):
+        for number, (_began, request, coroutine) in list(self._serving.items()):
             if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
                 taken.append(request)
+                if (task := self._tasks.get(number)) is not None:
+                    # Else it would call the handler for a request that is over.
+                    task.cancel()
         for request in taken:
             with contextlib.suppress(ValueError):
                 request.fail()
@@ -236,9 +252,7 @@ class LoopServer:
                 # The loop's task factory failed.
                 del self._serving[number]
                 coroutine.close()
-                self._report(request.op, exception)
-                if not request.done:
-                    request.fail()
+                self._fail(request, exception)
                 continue
             if task.done():
                 del self._serving[number]
@@ -283,6 +297,15 @@ class LoopServer:
             raise
         except BaseException as exception:
             if not request._raise(exception):
-                self._report(request.op, exception)
-                if not request.done:
-                    request.fail()
+                self._fail(request, exception)
+
+    def _fail(self, request: Request, exception: BaseException) -> None:
+        """Fail a request for an exception that is no errno, and pass that on."""
+        if _is_of_a_signal(exception):
+            # It is the program's. Raised by the task, it would be logged as one that nothing has retrieved, too.
+            assert self._loop is not None
+            self._loop.call_soon(_raise, exception)
+        else:
+            self._report(request.op, exception)
+        if not request.done:
+            request.fail()

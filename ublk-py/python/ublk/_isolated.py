@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 # For a process that imports the modules of the program, and then starts the device.
 _START_SECONDS = 120.0
 _ANSWER_SECONDS = 75.0
+# After this time the process refuses to begin. Less than the wait for the answer, which covers what has begun.
+_BEGIN_SECONDS = 30.0
+# For leaving the device by the process: the engine waits for handlers (60 s) and for the driver (40 s).
+_LEAVE_SECONDS = 110.0
 # For a stop by the process, in addition to its wait for handlers.
 _STOP_SECONDS = 15.0
 _EXIT_SECONDS = 5.0
@@ -82,11 +86,12 @@ class IsolatedServing(Serving):
         self._start(True, driver, made)
 
     def _start(self, recovers: bool, driver: _ublk.FakeDriver | None, made: list[Native]) -> None:
-        remote = RemoteDevice(self._payload, recovers, self._options, driver is not None)
+        payload = [pickle.dumps(self._options), self._payload]
+        self._payload = b""
+        remote = RemoteDevice(recovers, driver is not None)
         self._remote = remote
         made.append(remote)
-        self._payload = b""
-        remote.begin(self._hooks.die)
+        remote.begin(payload, self._hooks.die)
 
     def cancel(self) -> None:
         """Have the process cancel tasks when it stops the device."""
@@ -104,7 +109,7 @@ class RemoteDevice:
     on_kernel = False
     hurried = False
 
-    def __init__(self, payload: bytes, recovers: bool, options: Options, fake: bool) -> None:
+    def __init__(self, recovers: bool, fake: bool) -> None:
         # For the end of the process. Reentrant: a signal handler that interrupts a stop may stop the device, too.
         self._lock = threading.RLock()
         self._die: Callable[[BaseException], None] | None = None
@@ -121,17 +126,23 @@ class RemoteDevice:
         self._killed = ""
         # Whether a stop cancels tasks at once.
         self.cancels = False
+        # Whether a stop leaves the device: from before `leave` is asked for until it is answered.
+        self._leaves = False
         self._control, control = _spawn.Pipe()
         self._events, events = _spawn.Pipe(duplex=False)
         levels = {name: logging.getLogger(name).level for name in ("", "ublk")}
         self._theirs = (control, events)
-        arguments = (control, events, payload, recovers, options, levels, fake)
+        # Small: starting a process waits without a limit until these are read. The rest goes through the pipe.
+        arguments = (control, events, recovers, levels, fake)
         self._process: SpawnProcess = _spawn.Process(
             target=_isolated_server.serve, args=arguments, name="ublk-isolated"
         )
 
-    def begin(self, die: Callable[[BaseException], None]) -> None:
-        """Start the process, wait until it serves its device, and then receive its events."""
+    def begin(self, payload: list[bytes], die: Callable[[BaseException], None]) -> None:
+        """Start the process, wait until it serves its device, and then receive its events.
+
+        The payload is the options and the block device, both pickled.
+        """
         _remotes.add(self)
         _lifecycle.end_with_worker(_end_left)
         control, events = self._theirs
@@ -140,7 +151,7 @@ class RemoteDevice:
         with _signals.deferred(), control, events:
             self._process.start()
             assert self._process.pid is not None
-            self._questions = Questions(self._control, self._process.pid)
+            self._questions = Questions(self._control, self._process.pid, payload)
         try:
             shape = self._value(self._questions.wait_for_start, _START_SECONDS)
         except UblkError as error:
@@ -172,9 +183,6 @@ class RemoteDevice:
     def go_live(self) -> None:
         """Do nothing: the process has done so."""
 
-    def hand_over(self) -> None:
-        """Do nothing: the process does so."""
-
     @property
     def revoked(self) -> int:
         """Number of requests that failed because they had not ended in time."""
@@ -199,7 +207,11 @@ class RemoteDevice:
         If that fails, the process is killed. Raises `UblkError` then, although the device is gone, unless tasks are
         cancelled.
         """
-        self._finish("stop", seconds)
+        self._finish("leave" if self._leaves else "stop", seconds)
+
+    def hand_over(self) -> None:
+        """Make later stops finish what an interrupted `leave` has begun, instead of deleting the device."""
+        self._leaves = True
 
     def leave(self) -> None:
         """Leave the device to another server, and end the process."""
@@ -222,7 +234,8 @@ class RemoteDevice:
             )
         if question not in self._last:
             try:
-                return self._value(functools.partial(self._questions.ask, question, *arguments), _ANSWER_SECONDS)
+                ask = functools.partial(self._questions.ask, question, *arguments, begin=_BEGIN_SECONDS)
+                return self._value(ask, _ANSWER_SECONDS)
             except UblkError:
                 # Another thread may have stopped the device meanwhile.
                 if question not in self._last:
@@ -271,21 +284,25 @@ class RemoteDevice:
             return
         # Another stop may set it meanwhile, and so does the end of the device.
         cancels = self.cancels
-        if seconds is not None:
-            if self._questions.is_expedited:
-                seconds = 0.0
-            self._resume()
+        if seconds is not None and self._questions.is_expedited:
+            seconds = 0.0
+        self._resume()
         # The exception of the end of the device, and the reason why it has not ended.
         error: BaseException | None = None
         failure: BaseException | None = None
         # Not again if the device has ended, and only the wait for the process was interrupted.
         if not self._last:
-            arguments = () if seconds is None else (seconds, cancels)
-            patience = _ANSWER_SECONDS if seconds is None else seconds + _STOP_SECONDS
+            arguments = (seconds, cancels) if question == "stop" else ()
+            begin = _BEGIN_SECONDS if seconds is None else seconds + _STOP_SECONDS
+            patience = begin + _LEAVE_SECONDS if seconds is None else begin
             try:
                 # Other threads may ask for the same meanwhile: in that process the stop with the least time decides.
-                answer = self._answer(functools.partial(self._questions.ask, question, *arguments), patience)
+                ask = functools.partial(self._questions.ask, question, *arguments, begin=begin)
+                answer = self._answer(ask, patience)
                 error = failure = None if answer.error is None else answer.error.restored()
+                if question == "leave":
+                    # If it was refused, a stop deletes the device again.
+                    self._leaves = False
             except UblkError as lost:
                 failure = lost
         if self._last:
@@ -296,7 +313,7 @@ class RemoteDevice:
                 raise error
         elif isinstance(failure, UblkError) and failure.errno == errno.EOWNERDEAD:
             self._finish_dead(cancels)
-        elif failure is not None and (seconds is None or self.recovery is not None):
+        elif failure is not None and (question == "leave" or self.recovery is not None):
             raise failure
         else:
             # A handler is stuck, or the process is. Killing it fails the requests.
@@ -340,7 +357,9 @@ class RemoteDevice:
     def _give_up(self, seconds: float) -> None:
         """End the process of an aborted start, and remove its device if it does not do so itself."""
         with self._lock:
-            self._kill(seconds)
+            # Before that it has nothing to remove.
+            is_given = hasattr(self, "_questions") and self._questions.is_given
+            self._kill(seconds if is_given else 0.0)
             if self._process.pid is None or self._process.exitcode == 0:
                 return
             self._questions.join(_EXIT_SECONDS)

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import queue
+import select
+import signal
 import socket
 import threading
 import time
@@ -28,13 +31,17 @@ MADE = -1
 _LOOK_SECONDS = 0.1
 # Limit of a wait for an answer after that.
 EXPEDITED_SECONDS = 5.0
+# What surely fits into a pipe that has room.
+_CHUNK = 32 << 10
 
 
 class _Question:
-    def __init__(self, number: int, text: str, arguments: tuple[object, ...]) -> None:
+    def __init__(self, number: int, text: str, arguments: tuple[object, ...], begin_by: float = math.inf) -> None:
         self.number = number
         self.text = text
         self.arguments = arguments
+        # A time of the clock that all processes share. What the process reads later, it refuses.
+        self.begin_by = begin_by
         self.answer: Answer | None = None
         self.answered = threading.Event()
 
@@ -45,8 +52,11 @@ class Questions:
     Any number of threads may wait for answers at the same time, and so may a signal handler that interrupts a wait.
     """
 
-    def __init__(self, control: Connection, pid: int) -> None:
+    def __init__(self, control: Connection, pid: int, payload: list[bytes]) -> None:
         self._control = control
+        self._payload = payload
+        # Whether the process may have everything that it needs for a device.
+        self.is_given = False
         self._numbers = itertools.count(1)
         # `SimpleQueue.put` is reentrant, for signal handlers.
         self._queue: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
@@ -66,9 +76,13 @@ class Questions:
         self._thread = threading.Thread(target=self._run, name="ublk-questions", daemon=True)
         self._thread.start()
 
-    def ask(self, text: str, *arguments: object, seconds: float) -> Answer:
-        """Return the answer. Raises `EOFError` if the process ends first, `TimeoutError` after so many seconds."""
-        question = _Question(next(self._numbers), text, arguments)
+    def ask(self, text: str, *arguments: object, seconds: float, begin: float | None = None) -> Answer:
+        """Return the answer. Raises `EOFError` if the process ends first, `TimeoutError` after so many seconds.
+
+        The process refuses to begin after ``begin`` seconds, by default ``seconds``.
+        """
+        begin_by = time.monotonic() + (seconds if begin is None else begin)
+        question = _Question(next(self._numbers), text, arguments, begin_by)
         self._put(question)
         return self._wait(question, seconds)
 
@@ -106,7 +120,10 @@ class Questions:
         return question.answer
 
     def _run(self) -> None:
+        # The program may die of it by default.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPIPE])
         try:
+            self._send_payload()
             # Messages that a process sent before it ended are still received.
             while (ready := wait([self._control, self._wake, self.running])) != [self.running]:
                 if self._control in ready:
@@ -120,6 +137,34 @@ class Questions:
             self._control.close()
             for question in self._waiting.values():
                 question.answered.set()
+
+    def _send_payload(self) -> None:
+        """Send what `receive_part` takes. The process may end, or be suspended, at any point of that."""
+        parts, self._payload = self._payload, []
+        with contextlib.suppress(OSError):
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(part), _CHUNK):
+                    if not self._has_room():
+                        return
+                    self._control.send_bytes(view[start : start + _CHUNK])
+                self.is_given = part is parts[-1]
+                self._control.send_bytes(b"")
+
+    def _has_room(self) -> bool:
+        """Wait until a message can be sent at once, and receive meanwhile; return False if the process has ended."""
+        poller = select.poll()
+        poller.register(self._control.fileno(), select.POLLIN | select.POLLOUT)
+        poller.register(self.running, select.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            events = ready.get(self._control.fileno(), 0)
+            if events & select.POLLOUT:
+                return True
+            if events & select.POLLIN:
+                self._receive(self._control.recv())
+            elif ready:
+                return False
 
     def _receive(self, answer: Answer) -> None:
         if answer.number == MADE:
@@ -147,4 +192,10 @@ class Questions:
                     self._waiting[question.number] = question
                 # If the process has ended, its last messages are still to be received.
                 with contextlib.suppress(OSError):
-                    self._control.send((question.number, question.text, question.arguments))
+                    if self._has_room():
+                        self._control.send((question.number, question.text, question.arguments, question.begin_by))
+
+
+def receive_part(control: Connection) -> bytes:
+    """Return the next part of what comes first. Raises `EOFError` if the program gives that up."""
+    return b"".join(iter(control.recv_bytes, b""))

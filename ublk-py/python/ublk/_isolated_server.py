@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ublk import _driver, _start, _ublk
 from ublk._device import Device
 from ublk._errors import UblkError
-from ublk._isolated_questions import ENDS, MADE
+from ublk._isolated_questions import ENDS, MADE, receive_part
 from ublk._lifecycle import leave_removal
 from ublk._log import log
 
@@ -139,9 +139,7 @@ class _Events:
 def serve(
     control: Connection,
     pipe: Connection,
-    payload: bytes,
     recovers: bool,
-    options: Options,
     levels: Mapping[str, int],
     fake: bool,
 ) -> None:
@@ -158,7 +156,7 @@ def serve(
     except ProcessLookupError:
         return
     try:
-        device = _Start(control, program, recovers).run(payload, options, fake)
+        device = _Start(control, program, recovers).run(fake)
     except BaseException as error:
         with contextlib.suppress(OSError):
             control.send(Answer(0, error=Failure.of(error)))
@@ -180,15 +178,18 @@ class _Start:
         self._over = threading.Event()
         self._over_descriptor = os.eventfd(0, os.EFD_CLOEXEC)
 
-    def run(self, payload: bytes, options: Options, fake: bool) -> Device:
+    def run(self, fake: bool) -> Device:
         """Return the device when it is live."""
         threading.Thread(target=self._watch, name="ublk-start", daemon=True).start()
         try:
+            parts = [receive_part(self._control) for _ in range(2)]
             try:
-                target: BlockDevice = pickle.loads(payload)
+                options: Options = pickle.loads(parts[0])
+                target: BlockDevice = pickle.loads(parts[1])
             except (AttributeError, ImportError) as error:
                 # A class of an interactive session, for example.
                 raise TypeError(f"isolated=True needs a class that can be imported from a file: {error}") from None
+            parts.clear()
             if self._recovers:
                 target._check_recovery()
             device = Device._make(target, options)
@@ -259,6 +260,9 @@ class _Ends:
     def begin(self, number: int, question: str, arguments: tuple[Any, ...]) -> None:
         """End the device as the question says, and then answer."""
         end: Callable[[], None] = self._device.quiesce
+        if question == "leave" and self._device.can_quiesce:
+            # Here, so that no stop that is read after this deletes the device, whichever thread comes first.
+            self._device._native.hand_over()
         if question == "stop":
             self.deletes = True
             seconds, cancel = arguments
@@ -314,9 +318,13 @@ def _attend(device: Device, control: Connection, program: int, events: _Events, 
                 ends.join()
                 return
             if control.fileno() in ready:
-                number, question, arguments = control.recv()
+                number, question, arguments, begin_by = control.recv()
                 announced = True
-                if question in ENDS:
+                if time.monotonic() > begin_by:
+                    # The program waits no longer, or not for long enough.
+                    text = f"process {os.getpid()}, which serves {device.path}, was too late to {question}"
+                    answer(Answer(number, error=Failure.of(UblkError(errno.ETIMEDOUT, text))))
+                elif question in ENDS:
                     ends.begin(number, question, arguments)
                 elif question == "expedite":
                     native.expedite()

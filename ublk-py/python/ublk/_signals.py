@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from ublk import _ublk
@@ -24,12 +25,27 @@ _lock = threading.RLock()
 _devices: set[object] = set()
 _replaced: dict[int, Any] = {}
 
+# How long after the first signal another one is a second wish, as for the `ublk` command.
+AGAIN_SECONDS = 0.5
+# When a signal first raised `Terminated`, while the present devices run.
+_first: float | None = None
+
 
 class Terminated(SystemExit):
     """Raised in the main thread by SIGTERM or SIGHUP while devices run; exits with 128 + the signal."""
 
 
+def _is_second(number: int, first: float) -> bool:
+    """Whether a signal is a second wish to end, after one at the time ``first``.
+
+    One that follows at once is the first one again: a process may get it for itself and as one of its group. So is a
+    SIGHUP, which comes with the SIGTERM of service managers, and from terminals that are closed.
+    """
+    return number != signal.SIGHUP and time.monotonic() - first >= AGAIN_SECONDS
+
+
 def _terminate(number: int, _frame: FrameType | None) -> None:
+    global _first
     if not _devices:
         # Another thread has stopped the last device, and this one has not restored the signals yet.
         _put_back()
@@ -37,6 +53,10 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
             # The program has saved this handler, and set it again later.
             signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
+        return
+    if _first is None:
+        _first = time.monotonic()
+    elif not _is_second(number, _first):
         return
     raise Terminated(128 + number)
 
@@ -122,7 +142,10 @@ def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
 
 def device_started(device: object) -> None:
     """Handle the signals whose default action is to kill, if the main thread starts the device."""
+    global _first
     with _lock:
+        if not _devices:
+            _first = None
         _devices.add(device)
         if threading.current_thread() is not threading.main_thread():
             return
@@ -176,6 +199,7 @@ def deferred() -> Iterator[None]:
         yield
         return
     came: list[int] = []
+    first = 0.0
     found = {number: signal.getsignal(number) for number in (signal.SIGINT, *_SIGNALS)}
     # Ignored signals stay ignored, since child processes inherit that.
     before = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
@@ -185,8 +209,11 @@ def deferred() -> Iterator[None]:
             signal.signal(wanted, signal.SIG_DFL if handler is None else handler)
 
     def take(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
+        nonlocal first
+        if not came:
+            first = time.monotonic()
+            came.append(number)
+        elif _is_second(number, first):
             # The block takes too long.
             came.clear()
             put_back()
@@ -212,12 +239,16 @@ def hurrying(hurry: Callable[[], None], *, again: bool = False) -> Iterator[None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came = 1 if again else 0
+    first = time.monotonic() if again else None
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        came += 1
-        if came > 1:
+        nonlocal first
+        if _first is not None and not _is_second(number, _first):
+            # It came with the one that has ended the program.
+            return
+        if first is None:
+            first = time.monotonic()
+        elif _is_second(number, first):
             os._exit(128 + number)
         hurry()
 

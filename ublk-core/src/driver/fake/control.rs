@@ -9,10 +9,9 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::{ALWAYS_ON, FakeDevice, FakeDriver, FakeQueue, FakeTag, NOT_COPIED, State};
-use crate::control::{MAX_DEPTH, wire};
 use crate::driver::{ControlCommand, ControlFailure};
 use crate::memory::{DescriptorMap, Region};
-use crate::uapi::{self, Features};
+use crate::uapi::{self, Features, wire};
 
 impl FakeDriver {
     pub(super) fn execute(
@@ -197,7 +196,7 @@ impl State {
     fn add(&mut self, payload: &mut Vec<u8>) -> Result<i32, Errno> {
         let mut info = wire::decode_info(payload);
         let depth = info.queue_depth;
-        if depth == 0 || depth > MAX_DEPTH || info.nr_hw_queues == 0 {
+        if depth == 0 || depth > uapi::UBLK_MAX_QUEUE_DEPTH || info.nr_hw_queues == 0 {
             return Err(Errno::EINVAL);
         }
         let flags = Features::from_bits_retain(info.flags);

@@ -312,7 +312,7 @@ unsafe impl Ring for FakeRing {
         self.prompt != 0
     }
 
-    fn gather(&mut self, window: Duration) -> io::Result<bool> {
+    fn coalesce(&mut self, window: Duration) -> io::Result<bool> {
         let news = self.submit_all();
         if !news {
             std::thread::sleep(window);

@@ -310,7 +310,7 @@ unsafe impl Ring for KernelRing {
         self.prompt != 0
     }
 
-    fn gather(&mut self, window: Duration) -> io::Result<bool> {
+    fn coalesce(&mut self, window: Duration) -> io::Result<bool> {
         self.submit()?;
         let news = self.uring.completion().len() > self.prompt;
         if !news && self.backlog.is_empty() {

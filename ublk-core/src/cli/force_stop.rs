@@ -1,51 +1,50 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! How `ublk del --force` ends a device whose server does not let go of it.
+//! Stopping a device for `ublk del --force`, whose server may have to be killed.
 //!
-//! STOP_DEV waits for the requests that the server has. A server that hangs, or that waits for its own disk (a thread
-//! of it reads the disk, and the handler that should answer is that thread or waits for it), never ends them. Then the
-//! server is killed, and the driver fails what it had.
+//! STOP_DEV waits for the requests that the server has. A server that hangs, or that waits for its own disk (one of its
+//! threads reads the disk, and the handler for that read runs on the same thread or waits for it), never completes them.
+//! Such a server is killed, and the driver fails its requests.
 //!
-//! A thread that sleeps uninterruptibly in a read of its own disk cannot die before that read ends, and the driver
-//! learns of the server's end only when all of its threads have died. This project's driver aborts the requests of a
-//! server that is dying when it is asked to stop the device. Linux's own driver (up to 7.3) does not: it aborts them
-//! when the last thread closes the char device, which does not happen. Such a server and its device stay until the
-//! machine is started anew, and all that this can do is to say so.
+//! A thread that sleeps uninterruptibly in a read of its own disk cannot exit before that read completes, and the driver
+//! notices the end of a server only when all its threads have exited. On STOP_DEV, this project's driver aborts the
+//! requests of a server that is exiting. Linux's own driver (up to 7.3) aborts them when the last thread closes the char
+//! device, which does not happen. Such a server and its device stay until the next reboot; this module only reports them.
 
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use super::holders::{self, has_open};
-use super::{Failure, Outcome};
+use super::driver::device_ids;
+use super::failure::{Failure, Outcome};
+use super::usage::{has_open, seems_unused};
 use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::process;
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
-/// How long a server may take to end its requests before it is killed.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// How long the driver may take to notice that a killed server is gone; Linux 6.12 takes up to 30 s.
-const NOTICE: Duration = Duration::from_secs(40);
+/// How long a server may take to complete its requests before it is killed.
+const COMPLETION_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the driver may take to notice that a killed server has exited. Linux 6.12 takes up to 30 s.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(40);
 
-/// Stops a device. Kills its server if it does not end its requests in time, unless that would take another disk from its
-/// users which is not to be removed as well.
-pub(super) fn stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceId) -> bool) -> Outcome {
+/// Stops a device. Kills its server if it does not complete its requests in time, unless the server also serves other disks
+/// in use. Disks for which `removed_too` returns true do not count.
+pub(super) fn force_stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceId) -> bool) -> Outcome {
     let pid = control.info(id)?.pid;
-    // Before anything is waited for: the number may be another process's after that.
+    // Before any wait, after which the number may be another process's.
     let server = Server::find(id, pid);
-    let waited = match control.stop_within(id, PATIENCE) {
+    let waited = match control.stop_within(id, COMPLETION_TIMEOUT) {
         Err(error @ Error::Timeout { .. }) => error,
-        // Its server may well have been quicker.
+        // Its server may have deleted it already.
         Err(error) if error.errno() == crate::Errno::ENODEV => return Ok(()),
         other => return other.map_err(Failure::from),
     };
     let Some(server) = server else { return Err(waited.into()) };
     let others = others(control, id, pid)?;
-    let in_use =
-        |other: &DeviceId| !removed_too(*other) && !holders::looks_unused(&control.driver().block_path(*other));
+    let in_use = |other: &DeviceId| !removed_too(*other) && !seems_unused(&control.driver().block_path(*other));
     let in_use: Vec<_> = others.iter().copied().filter(in_use).collect();
     if !in_use.is_empty() {
         return Err(Failure::Text(format!("{waited}; {}", refusal(id, pid, &in_use))));
@@ -59,7 +58,7 @@ pub(super) fn stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceI
         if cycle.is_empty() { String::new() } else { format!(" ({cycle})") }
     );
     server.kill()?;
-    match control.stop_within(id, NOTICE) {
+    match control.stop_within(id, EXIT_TIMEOUT) {
         Err(Error::Timeout { .. }) if process::is_alive(pid) => Err(Failure::Text(format!(
             "device {id} does not stop: process {pid} cannot be killed: {}. With Linux's own driver only a reboot ends this \
              (this project's driver does not have the problem)",
@@ -70,17 +69,17 @@ pub(super) fn stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceI
     }
 }
 
-/// The other devices of a server.
+/// Returns the other devices of a server.
 fn others(control: &Control, id: DeviceId, pid: i32) -> Result<Vec<DeviceId>> {
-    let ids = control.driver().device_ids().map_err(|e| Error::file("list", "/sys/class/ublk-char", &e))?;
-    // Another user's, which cannot be looked at, is not of a server that this user may kill, or root may look.
+    let ids = device_ids(control)?;
+    // Only root may kill servers of other users, and root can query all devices.
     let is_its = |other: &DeviceId| {
         *other != id && control.info(*other).is_ok_and(|info| info.pid == pid && info.state == DeviceState::Live)
     };
     Ok(ids.into_iter().filter(is_its).collect())
 }
 
-/// Why a server of other disks is not killed, and what to do.
+/// Explains why a server of other disks is not killed, and what to do.
 fn refusal(id: DeviceId, pid: i32, others: &[DeviceId]) -> String {
     let list =
         |each: &dyn Fn(&DeviceId) -> String, between: &str| others.iter().map(each).collect::<Vec<_>>().join(between);
@@ -99,7 +98,7 @@ struct Server {
 }
 
 impl Server {
-    /// Finds a device's server, unless the number is not that of a process which has the char device open.
+    /// Finds a device's server. `None` if the process with this number does not have the char device open.
     fn find(id: DeviceId, pid: i32) -> Option<Self> {
         if pid <= 0 || pid as u32 == std::process::id() {
             return None;
@@ -107,14 +106,14 @@ impl Server {
         // SAFETY: a system call without pointers.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
-        // SAFETY: the kernel has just made this descriptor, and nothing else has it.
+        // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
         let process = unsafe { OwnedFd::from_raw_fd(fd) };
-        // After the descriptor was had, which therefore is of the process that is looked at.
+        // After the descriptor was opened, which therefore belongs to the process that is checked.
         let number = fs::metadata(format!("/dev/ublkc{id}")).ok()?.rdev();
         has_open(pid, |file| file.char_device() == Some(number)).then_some(Server { pid, process })
     }
 
-    /// Says so if the server has its own disk open, and may wait for itself.
+    /// Describes a server that has its own disk open, and may wait for itself. Otherwise empty.
     fn cycle(&self, id: DeviceId) -> String {
         let Ok(disk) = fs::metadata(format!("/dev/ublkb{id}")) else { return String::new() };
         let waits = has_open(self.pid, |file| file.block_device() == Some(disk.rdev()));
@@ -145,7 +144,7 @@ mod tests {
     use crate::{DeviceOptions, Server as Devices};
 
     #[test]
-    fn the_other_devices_of_a_server_are_found() {
+    fn other_devices_of_a_server_are_found() {
         let driver = FakeDriver::new();
         let server = Devices::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let start = || server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
@@ -155,14 +154,14 @@ mod tests {
         assert_eq!(others(devices[1].id()), [devices[0].id(), devices[2].id()]);
         devices[0].stop().unwrap();
         server.control().stop(devices[2].id()).unwrap();
-        assert_eq!(others(devices[1].id()), [], "one is gone, the other has no disk");
+        assert_eq!(others(devices[1].id()), [], "one is deleted, the other has no disk");
         assert_eq!(super::others(server.control(), devices[1].id(), pid + 1).unwrap(), []);
     }
 
     #[test]
     fn a_refusal_names_the_disks_and_the_command() {
-        let said = refusal(DeviceId(3), 77, &[DeviceId(4), DeviceId(6)]);
-        assert!(said.contains("process 77") && said.contains("/dev/ublkb4, /dev/ublkb6"), "{said}");
-        assert!(said.contains("`ublk del --force -n 3 -n 4 -n 6`"), "{said}");
+        let text = refusal(DeviceId(3), 77, &[DeviceId(4), DeviceId(6)]);
+        assert!(text.contains("process 77") && text.contains("/dev/ublkb4, /dev/ublkb6"), "{text}");
+        assert!(text.contains("`ublk del --force -n 3 -n 4 -n 6`"), "{text}");
     }
 }

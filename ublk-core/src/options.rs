@@ -2,10 +2,9 @@
 
 //! How a device is made.
 
-use crate::control::{MAX_DEPTH, MAX_QUEUES};
 use crate::data::DataMovement;
 use crate::error::{Error, Result};
-use crate::uapi::Features;
+use crate::uapi::{Features, UBLK_MAX_NR_QUEUES, UBLK_MAX_QUEUE_DEPTH};
 use crate::units::DeviceId;
 
 /// How a device is made.
@@ -100,7 +99,7 @@ impl Default for DeviceOptions {
 }
 
 impl DeviceOptions {
-    /// Checks the limits, as [`Server::add`](super::Server::add) does.
+    /// Checks the limits, as [`Server::add`](crate::Server::add) does.
     ///
     /// # Errors
     ///
@@ -110,7 +109,7 @@ impl DeviceOptions {
     }
 
     /// Checks the limits and gives queues and depth in the driver's type.
-    pub(super) fn checked(&self) -> Result<(u16, u16)> {
+    pub(crate) fn checked(&self) -> Result<(u16, u16)> {
         let limited = |name, value: u32, limit: u16| match u16::try_from(value) {
             Ok(fits) if (1..=limit).contains(&fits) => Ok(fits),
             _ => Err(Error::invalid(name, value, format!("must be from 1 to {limit}"))),
@@ -122,7 +121,10 @@ impl DeviceOptions {
             let rule = "cannot be combined with recovery: a new server cannot learn which memory was registered";
             return Err(Error::invalid("shared memory", true, rule));
         }
-        Ok((limited("queues", self.queues, MAX_QUEUES)?, limited("queue depth", self.depth, MAX_DEPTH)?))
+        Ok((
+            limited("queues", self.queues, UBLK_MAX_NR_QUEUES)?,
+            limited("queue depth", self.depth, UBLK_MAX_QUEUE_DEPTH)?,
+        ))
     }
 }
 

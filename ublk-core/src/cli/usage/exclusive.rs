@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Whether a block device is mounted or otherwise opened exclusively, found by opening it so.
+//! Whether a block device is mounted or otherwise opened exclusively, found by opening it exclusively.
 //!
-//! The open waits uninterruptibly while a driver looks for the disk's partitions, which the disk's server has to answer.
-//! A process cannot end before its threads do, so another process opens the disk, which may stay behind.
+//! The open is uninterruptible while a driver scans the disk for partitions, which takes answers of the disk's server. A
+//! process cannot end before all its threads have, so a forked process opens the disk, and may outlive this one.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -20,24 +20,24 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe2};
 
-/// How long the other process may take to end when it has answered, or was killed.
-const EXIT: Duration = Duration::from_millis(200);
+/// How long the forked process may take to end after it has answered or was killed.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Whether a block device is opened exclusively.
 ///
 /// # Errors
 ///
-/// `TimedOut` if the disk cannot be opened in that time, and what keeps this from finding out.
-pub(super) fn is_claimed(disk: &Path, patience: Duration) -> io::Result<bool> {
+/// `TimedOut` if the disk cannot be opened within `timeout`, or if the forked process fails.
+pub(super) fn is_claimed(disk: &Path, timeout: Duration) -> io::Result<bool> {
     let path = CString::new(disk.as_os_str().as_bytes())?;
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     let report = writer.as_raw_fd();
-    // SAFETY: the child makes system calls only, and ends with one.
+    // SAFETY: the child only makes system calls, and ends with one.
     let child = match unsafe { fork() }? {
         ForkResult::Parent { child } => child,
-        // SAFETY: system calls on numbers, on a C string, and on a byte of this function's.
+        // SAFETY: system calls with numbers, a C string, and a byte of this function.
         ForkResult::Child => unsafe {
-            // Only the pipe stays open: others may wait for the end of what this process has inherited.
+            // Only the pipe stays open: other processes may wait for the close of inherited descriptors.
             libc::dup2(report, 0);
             libc::syscall(libc::SYS_close_range, 1, u32::MAX, 0);
             let fd = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_EXCL | libc::O_CLOEXEC);
@@ -51,8 +51,8 @@ pub(super) fn is_claimed(disk: &Path, patience: Duration) -> io::Result<bool> {
         },
     };
     drop(writer);
-    let answer = answer(File::from(reader), Instant::now() + patience);
-    collect(child, answer.is_err());
+    let answer = answer(File::from(reader), Instant::now() + timeout);
+    reap(child, answer.is_err());
     answer
 }
 
@@ -73,12 +73,12 @@ fn answer(mut pipe: File, deadline: Instant) -> io::Result<bool> {
     }
 }
 
-/// Leaves no zombie, unless the process does not end: then it is init's when this one has ended.
-fn collect(child: Pid, is_late: bool) {
-    if is_late {
+/// Reaps the forked process. If it does not end, it is left to init when this process ends.
+fn reap(child: Pid, kill_first: bool) {
+    if kill_first {
         let _ = kill(child, Signal::SIGKILL);
     }
-    let deadline = Instant::now() + EXIT;
+    let deadline = Instant::now() + EXIT_TIMEOUT;
     while matches!(waitpid(child, Some(WaitPidFlag::WNOHANG)), Ok(WaitStatus::StillAlive) | Err(Errno::EINTR))
         && Instant::now() < deadline
     {
@@ -91,18 +91,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_cannot_be_opened_is_not_waited_for() {
+    fn an_open_that_blocks_times_out() {
         let directory = tempfile::tempdir().unwrap();
         let fifo = directory.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let began = Instant::now();
+        let started = Instant::now();
         let error = is_claimed(&fifo, Duration::from_millis(50)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ETIMEDOUT));
-        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     }
 
     #[test]
-    fn what_is_free_or_missing_is_not_claimed() {
+    fn an_unused_or_missing_file_is_not_claimed() {
         for path in ["/dev/null", "/nonexistent/ublkb7"] {
             assert!(!is_claimed(path.as_ref(), Duration::from_secs(20)).unwrap(), "{path}");
         }

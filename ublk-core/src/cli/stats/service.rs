@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Answers to `ublk stat` from programs that are not this command: a thread that reads devices' statistics.
+//! Statistics of devices that a program other than this command serves.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,13 +12,14 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::station::{Report, Station};
+use super::protocol::Report;
+use super::socket::StatsSocket;
 use crate::stats::StatsHandle;
 use crate::units::DeviceId;
 
 type Devices = Arc<Mutex<BTreeMap<DeviceId, StatsHandle>>>;
 
-/// Lets `ublk stat` ask this process for some devices. One of them in a process; its end ends that.
+/// A thread that answers `ublk stat` for devices of this process. At most one per process; dropping it ends the thread.
 #[derive(Debug)]
 pub struct StatsService {
     devices: Devices,
@@ -31,27 +32,27 @@ fn lock(devices: &Devices) -> MutexGuard<'_, BTreeMap<DeviceId, StatsHandle>> {
 }
 
 impl StatsService {
-    /// Makes the socket, for the user of this process only, and the thread.
+    /// Creates the socket, which only this process's user can connect to, and starts the thread.
     ///
     /// # Errors
     ///
-    /// What keeps it from being made in `/run/ublk`: other users than root have no place there.
+    /// If the socket cannot be created in the runtime directory.
     pub fn start() -> io::Result<Self> {
-        let station = Station::open()?;
+        let socket = StatsSocket::open()?;
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let devices = Devices::default();
-        let (theirs, stopped) = (devices.clone(), stop.clone());
-        let body = move || serve(station, &theirs, &stopped);
+        let (of_thread, stopped) = (devices.clone(), stop.clone());
+        let body = move || serve(socket, &of_thread, &stopped);
         let thread = Some(std::thread::Builder::new().name("ublk-stat".into()).spawn(body)?);
         Ok(StatsService { devices, stop, thread })
     }
 
-    /// Answers for a device.
+    /// Adds a device.
     pub fn add(&self, device: StatsHandle) {
         lock(&self.devices).insert(device.id(), device);
     }
 
-    /// Answers for a device no more; tells whether none is left.
+    /// Removes a device. Returns whether it was the last one.
     pub fn remove(&self, id: DeviceId) -> bool {
         let mut devices = lock(&self.devices);
         devices.remove(&id);
@@ -64,23 +65,23 @@ impl Drop for StatsService {
         if self.stop.write(1).is_ok()
             && let Some(thread) = self.thread.take()
         {
-            // It waits for nobody.
+            // The thread never blocks except in its poll.
             let _ = thread.join();
         }
     }
 }
 
-fn serve(mut station: Station, devices: &Devices, stop: &EventFd) {
+fn serve(mut socket: StatsSocket, devices: &Devices, stop: &EventFd) {
     loop {
-        let patience = station.patience();
-        let mut fds = [PollFd::new(station.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, patience) {
+        let timeout = socket.timeout();
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return log::error!("waiting for connections of `ublk stat`: {errno}"),
         }
         if fds[1].any() == Some(true) {
             return;
         }
-        station.answer_from(&|id| lock(devices).get(&id).map(|device| Report::of(&device.read())));
+        socket.serve_with(&|id| lock(devices).get(&id).map(|device| Report::new(&device.read())));
     }
 }

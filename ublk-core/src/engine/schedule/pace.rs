@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! When finished requests are submitted before their batch is done; and the clocks.
+//! When finished requests are submitted before the end of their batch; and the clocks.
 
 use std::cell::Cell;
 
@@ -8,8 +8,13 @@ use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_getres, clock_gettime};
 
 /// The monotonic clock in nanoseconds.
-pub(super) fn clock() -> u64 {
+pub(in crate::engine) fn clock() -> u64 {
     nanoseconds(ClockId::CLOCK_MONOTONIC)
+}
+
+/// The last tick of the monotonic clock in nanoseconds: a few milliseconds old at most, and nearly free to read.
+fn tick() -> u64 {
+    nanoseconds(ClockId::CLOCK_MONOTONIC_COARSE)
 }
 
 fn nanoseconds(clock: ClockId) -> u64 {
@@ -20,35 +25,25 @@ fn whole_nanoseconds(time: TimeSpec) -> u64 {
     time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64
 }
 
-/// When a queue begins with requests that came at `came`: others of its thread may have taken their time since. The
-/// clock is looked at only if there was a tick.
-pub(super) fn begin_after(came: u64) -> u64 {
-    begin(came, tick(), clock)
-}
-
-fn begin(came: u64, tick: u64, clock: impl FnOnce() -> u64) -> u64 {
-    if tick > came { clock() } else { came }
-}
-
 /// Decides when the finished requests of a batch are submitted before its end.
 ///
-/// Fast handlers get one system call per batch, or one per tick of the coarse clock. Once a request took long, each one
-/// is submitted before the next is begun: the next might take long again. That is over when some were fast in a row,
-/// so that a processor that was away for a moment, which looks the same, costs some system calls and not
-/// thousands.
+/// With a fast handler, there is one system call per batch, or one per tick of the coarse clock. After a slow request, each
+/// one is submitted before the next is begun, because the next one might be slow as well. That ends after some fast
+/// ones in a row: a preempted thread looks the same, and must cost some system calls and not thousands.
 ///
-/// Times are nanoseconds of the monotonic clock. It is looked at exactly where a batch begins and ends, and between its
-/// requests only if there was a tick.
+/// Times are nanoseconds of the monotonic clock. It is read exactly when a handler takes the first request of a batch and
+/// when the batch ends, and between requests only after a tick. What the handler waits for before it takes the first
+/// request, an interpreter for example, does not count.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(in crate::engine) struct Pace {
     /// The time between two ticks.
     resolution: u64,
     /// The handler has taken a request of this batch.
     begun: Cell<bool>,
-    /// When the batch began, or it was last time to submit.
+    /// When the batch began, or the last time to submit.
     submitted: Cell<u64>,
     /// The latest time at which the last request can have been handed out. It is exact for the first one of a batch and for
-    /// the first one behind a tick.
+    /// the first one after a tick.
     stepped: Cell<u64>,
     /// How many more requests are submitted on their own, if all of them are fast.
     eager: Cell<u16>,
@@ -62,7 +57,7 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// A request that took this many nanoseconds is slow.
+    /// A request that takes at least this many nanoseconds is slow.
     const SLOW: u64 = 5_000_000;
     /// Fast requests in a row after which a slow one is forgotten.
     const MEMORY: u16 = 64;
@@ -77,16 +72,25 @@ impl Pace {
         }
     }
 
-    /// A batch is there, or the handler begins with it only now.
-    pub(super) fn begin(&self, now: u64) {
-        self.begun.set(false);
-        self.submitted.set(now);
-        self.stepped.set(now);
+    /// The handler takes the next request. Returns whether to submit finished ones first.
+    pub(in crate::engine) fn next(&self) -> bool {
+        self.next_at(tick, clock)
     }
 
-    /// The handler is done with the batch; submitting is its thread's next step anyway. `now` is the time, if it is
-    /// known.
-    pub(super) fn end(&self, now: Option<u64>) {
+    fn next_at(&self, tick: impl FnOnce() -> u64, clock: impl FnOnce() -> u64) -> bool {
+        if self.begun.replace(true) {
+            return self.step(tick(), clock);
+        }
+        let now = clock();
+        self.submitted.set(now);
+        self.stepped.set(now);
+        // What was finished before the first one, by other queues of the thread too, need not wait if this one is expected
+        // to be slow.
+        self.is_slow()
+    }
+
+    /// The handler has returned, and its thread submits next anyway. `now` is the time, if the caller has read the clock.
+    pub(in crate::engine) fn end(&self, now: Option<u64>) {
         if !self.begun.replace(false) {
             return;
         }
@@ -96,15 +100,8 @@ impl Pace {
         }
     }
 
-    /// The handler takes the next request; whether to submit now what is done.
-    pub(super) fn next(&self) -> bool {
-        // What is done before the first one, by other queues of the thread too, need not wait if it can be foreseen to be
-        // slow.
-        if self.begun.replace(true) { self.step(tick(), clock) } else { self.is_slow() }
-    }
-
-    /// Whether one of the last requests was slow.
-    pub(super) fn is_slow(&self) -> bool {
+    /// Returns whether one of the last requests was slow.
+    pub(in crate::engine) fn is_slow(&self) -> bool {
         self.eager.get() != 0
     }
 
@@ -136,61 +133,60 @@ impl Pace {
     }
 }
 
-/// The last tick of the monotonic clock in nanoseconds: a few milliseconds old at most, and nearly free to read.
-fn tick() -> u64 {
-    nanoseconds(ClockId::CLOCK_MONOTONIC_COARSE)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Between two ticks, as where CONFIG_HZ is 100.
+    /// Between two ticks, as with CONFIG_HZ=100.
     const TICK: u64 = ms(10);
 
     const fn ms(millis: u64) -> u64 {
         millis * 1_000_000
     }
 
+    /// A new batch, whose first request is taken at `now`.
+    fn begin(pace: &Pace, now: u64) -> bool {
+        pace.begun.set(false);
+        pace.next_at(|| panic!("the first request does not need a tick"), || now)
+    }
+
     /// A request ends at `now` and the next is taken.
     fn step(pace: &Pace, now: u64) -> bool {
-        pace.step(now / TICK * TICK, || now)
+        pace.next_at(|| now / TICK * TICK, || now)
     }
 
     #[test]
     fn a_fast_batch_is_not_submitted_in_pieces() {
         let pace = Pace::with_resolution(TICK);
-        pace.begin(ms(102));
+        begin(&pace, ms(102));
         for _ in 0..1000 {
             assert!(!step(&pace, ms(102)));
         }
     }
 
     #[test]
-    fn before_the_first_request_is_submitted_only_if_the_last_ones_were_slow() {
-        let pace = Pace::default();
-        pace.begin(0);
-        assert!(!pace.next());
+    fn after_slow_requests_a_submission_precedes_the_first() {
+        let pace = Pace::with_resolution(TICK);
+        assert!(!begin(&pace, 0));
         pace.eager.set(Pace::MEMORY);
-        pace.begin(0);
-        assert!(pace.next());
+        assert!(begin(&pace, 0));
     }
 
     #[test]
-    fn a_batch_that_takes_long_is_submitted_with_every_tick_and_no_request_of_it_is_slow() {
+    fn a_long_batch_of_fast_requests_is_submitted_every_tick() {
         let pace = Pace::with_resolution(TICK);
-        pace.begin(ms(102));
+        begin(&pace, ms(102));
         for now in 103..150 {
             assert_eq!(step(&pace, ms(now)), ms(now).is_multiple_of(TICK), "at {now} ms");
         }
     }
 
     #[test]
-    fn behind_a_slow_request_each_one_is_submitted_on_its_own() {
+    fn after_a_slow_request_each_one_is_submitted_on_its_own() {
         let pace = Pace::with_resolution(TICK);
-        let one_request_each = |begin, end| {
-            pace.begin(ms(begin));
-            step(&pace, ms(end))
+        let one_request_each = |from, to| {
+            begin(&pace, ms(from));
+            step(&pace, ms(to))
         };
         assert!(one_request_each(100, 200));
         for _ in 1..Pace::MEMORY {
@@ -204,18 +200,18 @@ mod tests {
     #[test]
     fn the_first_request_of_a_batch_is_measured_exactly() {
         let pace = Pace::with_resolution(TICK);
-        pace.begin(ms(106));
+        begin(&pace, ms(106));
         // 4 ms by the ticks.
         assert!(step(&pace, ms(114)));
         assert!(pace.is_slow());
     }
 
     #[test]
-    fn a_request_that_may_have_begun_just_before_the_tick_is_not_slow() {
+    fn a_request_that_may_have_begun_before_a_tick_is_not_slow() {
         let pace = Pace::with_resolution(TICK);
-        pace.begin(ms(100));
+        begin(&pace, ms(100));
         step(&pace, ms(101));
-        // Handed out before 110, for all that is known.
+        // Handed out before 110, as far as is known.
         step(&pace, ms(114));
         assert!(!pace.is_slow());
         step(&pace, ms(119));
@@ -225,39 +221,26 @@ mod tests {
 
     #[test]
     fn the_last_request_of_a_batch_counts_too() {
-        let pace = Pace::default();
-        // Behind the last tick: nobody may judge by that one.
-        let begin = clock();
+        let pace = Pace::with_resolution(TICK);
         let one_request = |took| {
-            pace.begin(begin);
-            assert_eq!(pace.next(), pace.is_slow());
-            pace.end(Some(begin + took));
+            begin(&pace, ms(100));
+            pace.end(Some(ms(100) + took));
             pace.eager.get()
         };
         assert_eq!(one_request(Pace::SLOW), Pace::MEMORY);
         assert_eq!(one_request(Pace::SLOW - 1), Pace::MEMORY - 1);
-        pace.end(Some(begin + ms(100)));
+        pace.end(Some(ms(1000)));
         assert_eq!(pace.eager.get(), Pace::MEMORY - 1, "nothing was handed out since");
-    }
-
-    #[test]
-    fn a_slow_queue_does_not_make_the_next_one_slow() {
-        let pace = Pace::with_resolution(TICK);
-        // Both came at 102, and the other one took until 152.
-        let now = begin(ms(102), ms(150), || ms(152));
-        assert_eq!(now, ms(152));
-        pace.begin(now);
-        assert!(!step(&pace, ms(152)));
-        assert!(!pace.is_slow());
-        assert_eq!(begin(ms(102), ms(100), || panic!("no tick")), ms(102));
     }
 
     #[test]
     fn waiting_before_the_first_request_is_not_slowness() {
         let pace = Pace::with_resolution(TICK);
-        pace.begin(ms(100));
-        // The interpreter is there.
-        pace.begin(ms(900));
+        step(&pace, ms(102));
+        pace.end(Some(ms(102)));
+        // Another queue of the thread, or an interpreter, took until now.
+        assert!(!begin(&pace, ms(900)));
         assert!(!step(&pace, ms(900)));
+        assert!(!pace.is_slow());
     }
 }

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Options of `ublk add` for a disk's attributes and limits.
+//! Options of `ublk add` for the attributes and limits of a disk.
 
 use clap::ValueEnum;
 
-use super::size;
+use crate::cli::size;
 use crate::error::{Error, Result};
 use crate::params::{Checksum, Integrity, Operations, Params};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Switch {
+pub(in crate::cli) enum Switch {
     On,
     Off,
 }
@@ -98,7 +98,7 @@ pub(super) struct Args {
 }
 
 impl Args {
-    /// The disk of a target with these parameters, as the command line wants it.
+    /// Returns a target's parameters as changed by the command line.
     pub(super) fn apply(&self, mut params: Params) -> Result<Params> {
         if let Some(bytes) = self.physical_block_size {
             params.physical_block_size = bytes;
@@ -119,7 +119,7 @@ impl Args {
         self.discards(&mut params)?;
         match self.write_cache {
             Some(Switch::On) => params.operations |= Operations::FLUSH,
-            // Without a cache every write is durable at once.
+            // Without a cache, each write is durable when it completes.
             Some(Switch::Off) => params.operations -= Operations::FLUSH | Operations::FUA,
             None => {}
         }
@@ -131,6 +131,11 @@ impl Args {
         params.integrity = self.integrity(params.logical_block_size).or(params.integrity);
         params.rotational |= self.rotational;
         Ok(params)
+    }
+
+    /// Whether the command line asks for integrity metadata.
+    pub(super) fn has_integrity(&self) -> bool {
+        self.integrity.is_some()
     }
 
     fn integrity(&self, block: u32) -> Option<Integrity> {
@@ -200,7 +205,7 @@ impl Args {
     }
 }
 
-/// The mask of a boundary of so many bytes.
+/// Returns the mask of a boundary in bytes.
 fn mask(name: &'static str, bytes: u64, least: u64) -> Result<u64> {
     if bytes.is_power_of_two() && bytes >= least {
         Ok(bytes - 1)
@@ -209,7 +214,7 @@ fn mask(name: &'static str, bytes: u64, least: u64) -> Result<u64> {
     }
 }
 
-/// So many bytes in sectors, which the driver counts in 32 bits.
+/// Converts bytes to sectors, which the driver counts in 32 bits.
 fn whole_sectors(name: &'static str, bytes: Option<u64>) -> Result<Option<u32>> {
     let Some(bytes) = bytes else { return Ok(None) };
     if !bytes.is_multiple_of(512) {
@@ -231,19 +236,19 @@ mod tests {
     }
 
     #[test]
-    fn limits_of_zero_take_an_operation_away() {
+    fn a_limit_of_zero_disables_the_operation() {
         let args = Args { max_discard: Some(0), ..Args::default() };
         assert_eq!(args.apply(disk()).unwrap().operations, Operations::WRITE);
     }
 
     #[test]
-    fn an_operation_that_the_target_lacks_has_no_limit() {
+    fn a_limit_of_an_unsupported_operation_is_refused() {
         let args = Args { max_write_zeroes: Some(1 << 20), ..Args::default() };
         assert!(args.apply(disk()).unwrap_err().to_string().contains("not supported by the target"));
     }
 
     #[test]
-    fn lengths_are_whole_sectors_that_the_driver_can_count() {
+    fn lengths_are_whole_sectors_in_32_bits() {
         for bytes in [1000, 1 << 41] {
             let args = Args { max_discard: Some(bytes), ..Args::default() };
             assert!(args.apply(disk()).unwrap_err().to_string().starts_with("longest discard"));
@@ -265,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_can_be_switched_on_and_off_and_fua_goes_with_it() {
+    fn fua_needs_a_write_cache() {
         let on = Args { write_cache: Some(Switch::On), fua: Some(Switch::On), ..Args::default() };
         let cached = on.apply(disk()).unwrap();
         cached.validate().unwrap();

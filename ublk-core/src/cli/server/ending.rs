@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The end of a served device: it is stopped and deleted, or left to its next server.
+
+use crate::cli::failure::{Failure, Outcome};
+use crate::cli::instance::Instance;
+use crate::cli::state_file::StateFile;
+use crate::cli::usage::{self, Observer, StopOutcome};
+use crate::device::{Device, Ending};
+use crate::error::Error;
+use crate::uapi::{DeviceState, Features};
+
+/// A device, and what distinguishes it from a later one with its number.
+#[derive(Debug)]
+pub(super) struct Served {
+    instance: Option<Instance>,
+    pub(super) device: Device,
+}
+
+impl Served {
+    /// Notes the device's instance. Its number may be another device's as soon as it begins to end.
+    pub(super) fn new(device: Device) -> Self {
+        Served { instance: Instance::of(device.id()), device }
+    }
+
+    /// Ends the device: because of a signal if `by_signal`, or else as another process has begun to. On failure the device
+    /// must not be dropped, which would stop it again: the end of this process leaves a recoverable one to its next server.
+    pub(super) fn end(&self, by_signal: bool) -> Outcome {
+        let Served { instance, device } = self;
+        let id = device.id();
+        let mut ending = if by_signal { stop_or_leave(device) } else { device.conclude() };
+        if matches!(ending, Err(Error::Timeout { .. })) && device.recovery().is_none() {
+            // Its requests may have been completed by now.
+            ending = device.stop().map(|()| Ending::Deleted).or(ending);
+        }
+        if instance.is_some() && Instance::of(id) == *instance {
+            // The device still exists, and its next server needs the state file.
+            match &ending {
+                Ok(_) => log::info!("another server has taken over device {id}"),
+                Err(_) => log::error!("device {id} has no server any more: remove it with `ublk del -n {id}`"),
+            }
+        } else {
+            StateFile::remove(id, *instance);
+        }
+        ending.map(drop).map_err(|error| {
+            log::error!("{error}");
+            Failure::Error(error)
+        })
+    }
+
+    /// Logs what becomes of a device whose end is not awaited.
+    pub(super) fn log_abandoned(&self) {
+        let id = self.device.id();
+        if self.device.recovery().is_some() {
+            log::error!(
+                "device {id} has no server any more: use `ublk recover -n {id}` to serve it, or `ublk del -n {id}` to \
+                 remove it"
+            );
+        } else {
+            log::error!("device {id} is dead: remove it with `ublk del -n {id}`");
+        }
+    }
+}
+
+/// Stops and deletes a device, unless it is recoverable and in use. Such a device is left, as if this process had been
+/// killed: its disk is meant to outlive its server. If its use cannot be determined, it counts as in use. A shutdown that
+/// ends servers before it unmounts their disks loses no data, but `umount` then waits for the next server. This takes as
+/// long as the requests that the server has, at most 110 s.
+fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
+    let id = device.id();
+    if device.recovery().is_none() {
+        return device.stop().map(|()| Ending::Deleted);
+    }
+    let reason = match usage::stop_unused(device.control(), id, Observer::Server) {
+        Ok(StopOutcome::Stopped | StopOutcome::NotUsed) => return device.stop().map(|()| Ending::Deleted),
+        // Another process may be deleting it. If that takes too long, this process completes it.
+        Err(_) if has_no_disk(device) => return device.stop().map(|()| Ending::Deleted),
+        Ok(StopOutcome::InUse(usage)) => format!("in use ({})", usage.users()),
+        Err(error) => format!("perhaps in use ({error})"),
+    };
+    log::warn!(
+        "device {id} is {reason} and now waits for a new server: use `ublk recover -n {id}` to serve it, or \
+         `ublk del --force -n {id}` to remove it"
+    );
+    // Before Linux 6.16, the end of this process leaves it.
+    if device.info().features.contains(Features::QUIESCE) {
+        // Otherwise dropping it would delete it.
+        device.leave().inspect_err(|_| device.abandon())?
+    } else {
+        device.abandon()
+    }
+    Ok(Ending::Left)
+}
+
+/// Whether a device was stopped, or is gone.
+fn has_no_disk(device: &Device) -> bool {
+    match device.control().info(device.id()) {
+        Ok(info) => info.state == DeviceState::Dead,
+        Err(error) => error.errno() == crate::Errno::ENODEV,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::super::tests::recoverable;
+    use super::*;
+    use crate::Errno;
+    use crate::driver::Driver;
+    use crate::driver::fake::FakeDriver;
+
+    #[test]
+    fn an_unused_recoverable_disk_is_deleted() {
+        let driver = FakeDriver::new();
+        assert_eq!(stop_or_leave(&recoverable(&driver)).unwrap(), Ending::Deleted);
+        assert_eq!(driver.device_ids().unwrap(), []);
+    }
+
+    #[test]
+    fn a_recoverable_disk_is_left_if_its_use_is_unknown() {
+        let failures = [("TRY_STOP_DEV", Errno::EIO), ("TRY_STOP_DEV", Errno::EINTR), ("GET_DEV_INFO2", Errno::ENOMEM)];
+        for (command, errno) in failures {
+            let driver = FakeDriver::new();
+            let device = recoverable(&driver);
+            driver.refuse_next(command, errno);
+            assert_eq!(stop_or_leave(&device).unwrap(), Ending::Left, "{command}: {errno}");
+            let control = device.control().clone();
+            assert_eq!(control.info(device.id()).unwrap().state, DeviceState::Quiesced);
+            drop(device);
+            assert_ne!(driver.device_ids().unwrap(), [], "{command}: {errno}");
+        }
+    }
+
+    #[test]
+    fn a_recoverable_disk_that_is_being_stopped_is_deleted() {
+        let driver = FakeDriver::new();
+        let device = recoverable(&driver);
+        device.control().stop(device.id()).unwrap();
+        assert_eq!(stop_or_leave(&device).unwrap(), Ending::Deleted);
+    }
+
+    /// At shutdown, servers may get SIGTERM before their disks are unmounted.
+    #[test]
+    fn a_disk_that_stays_in_use_is_left_soon() {
+        let driver = FakeDriver::new();
+        let device = recoverable(&driver);
+        (0..10_000).for_each(|_| driver.refuse_next("TRY_STOP_DEV", Errno::EBUSY));
+        let started = Instant::now();
+        assert_eq!(stop_or_leave(&device).unwrap(), Ending::Left);
+        assert!(started.elapsed() < Duration::from_secs(40), "{:?}", started.elapsed());
+    }
+}

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Stopping a device that is not in use.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::disk::{self, Usage};
+use super::{exclusive, processes};
+use crate::control::Control;
+use crate::error::{Error, Result};
+use crate::uapi::{DeviceState, Features};
+use crate::units::DeviceId;
+
+/// How long udev may take to inspect a disk after its last use.
+const UDEV_TIMEOUT: Duration = Duration::from_secs(5);
+const UDEV_RETRY: Duration = Duration::from_millis(20);
+/// How long opening a disk may take, which may wait for its server.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Outcome of [`stop_unused`].
+#[derive(Debug)]
+pub(in crate::cli) enum StopOutcome {
+    Stopped,
+    /// The device is not in use, or has no disk, and was not stopped. Before Linux 7.0 the driver does not report use, and a
+    /// use that begins after the check goes unnoticed.
+    NotUsed,
+    InUse(Usage),
+}
+
+/// Which process checks how a disk is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::cli) enum Observer {
+    /// The disk's server. It must not open the disk: an open may wait for requests, and a server that waits for itself
+    /// cannot be ended.
+    Server,
+    /// Another process.
+    Other,
+}
+
+/// Stops a device that is not in use, atomically if the driver can (Linux 7.0).
+///
+/// # Errors
+///
+/// If the use cannot be determined. If a command got no answer, the device may have been stopped.
+pub(in crate::cli) fn stop_unused(control: &Control, id: DeviceId, observer: Observer) -> Result<StopOutcome> {
+    let info = control.info(id)?;
+    if info.state == DeviceState::Dead {
+        return Ok(StopOutcome::NotUsed);
+    }
+    let path = control.driver().block_path(id);
+    if !info.features.contains(Features::SAFE_STOP_DEV) {
+        return Ok(usage_of(&path, observer)?.map_or(StopOutcome::NotUsed, StopOutcome::InUse));
+    }
+    let deadline = Instant::now() + UDEV_TIMEOUT;
+    loop {
+        match control.try_stop(id) {
+            // ENODEV: another process has stopped it.
+            Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => return Ok(StopOutcome::Stopped),
+            Err(Error::Control { errno: crate::Errno::EBUSY, .. }) => {}
+            Err(error) => return Err(error),
+        }
+        // If no user is visible, it is most likely udev.
+        match usage_of(&path, observer) {
+            Ok(Some(usage)) => return Ok(StopOutcome::InUse(usage)),
+            Err(error) if observer == Observer::Other => return Err(error),
+            _ if Instant::now() >= deadline => return Ok(StopOutcome::InUse(Usage::Open("open".into()))),
+            _ => std::thread::sleep(UDEV_RETRY),
+        }
+    }
+}
+
+/// Determines how a disk is used. `None` if it is not.
+fn usage_of(disk: &Path, observer: Observer) -> Result<Option<Usage>> {
+    let failed = |e| Error::file("find the users of", disk, &e);
+    let (proc, sees_all) = (Path::new("/proc"), processes::sees_all_processes());
+    let visible = disk::visible_usage(proc, disk).map_err(failed)?;
+    if visible.is_some() || observer == Observer::Server && sees_all {
+        return Ok(visible);
+    }
+    match observer {
+        // A process that is not visible may have mounted it.
+        Observer::Server => Err(Error::File {
+            operation: "find the users of",
+            path: disk.to_owned(),
+            errno: crate::Errno::EPERM,
+            hint: "this process does not see all processes of the machine".into(),
+        }),
+        Observer::Other => {
+            let claimed = exclusive::is_claimed(disk, OPEN_TIMEOUT).map_err(failed)?;
+            Ok(claimed.then(|| Usage::Claimed("mounted or claimed".into())))
+        }
+    }
+}

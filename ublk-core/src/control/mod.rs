@@ -1,0 +1,538 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The control plane: one method per command of `/dev/ublk-control`.
+//!
+//! Every command has a time limit. One that does not finish in time is cancelled and reported as [`Error::Timeout`] with
+//! what it waits for.
+//!
+//! * [`commands`] — the table of commands: numbers, time limits, and what their failures mean.
+
+mod commands;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use self::commands::Command;
+use crate::data::shared::SharedMemory;
+use crate::driver::{ControlCommand, ControlFailure, Driver};
+use crate::error::{Error, Result};
+use crate::options::Recovery;
+use crate::params::Params;
+use crate::process;
+use crate::uapi::{self, DeviceState, Features, ublk_params, ublksrv_ctrl_dev_info, wire};
+use crate::units::{DeviceId, QueueId, Sectors};
+
+/// Time limit of a command that has no reason to wait.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time limit of a command that waits for requests or for a server.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time that a server gets to finish its requests before it is asked to leave again.
+const QUIESCE_SLICE: Duration = Duration::from_millis(500);
+/// Interval in which a device's state is polled while it is about to change.
+pub(crate) const STATE_POLL: Duration = Duration::from_millis(10);
+
+/// Time that [`Control::remove`] waits for a deleted device's id to become free.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Time for which a device may outlive its node.
+const NODE_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// Arguments of [`Control::add`].
+#[derive(Clone, Copy, Debug)]
+pub struct AddRequest {
+    /// The id, or `None` for the lowest free one.
+    pub id: Option<DeviceId>,
+    /// Hardware queues; the driver takes no more than there are CPUs.
+    pub queues: u16,
+    /// Requests per queue.
+    pub depth: u16,
+    /// Longest read or write in bytes.
+    pub max_io_bytes: u32,
+    /// Features to request.
+    pub features: Features,
+}
+
+/// Information about a device, from the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its id.
+    pub id: DeviceId,
+    /// Hardware queues.
+    pub queues: u16,
+    /// Requests per queue.
+    pub depth: u16,
+    /// Its state.
+    pub state: DeviceState,
+    /// Longest read or write in bytes.
+    pub max_io_bytes: u32,
+    /// The server's process, or -1 if there is none.
+    pub pid: i32,
+    /// Features in force, unknown bits included.
+    pub features: Features,
+    /// User that created it.
+    pub owner_uid: u32,
+    /// Group of that user.
+    pub owner_gid: u32,
+}
+
+/// Outcome of [`Control::remove`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// The device is gone and its id free.
+    Complete,
+    /// The disk is gone, but a process still has one of its nodes open; the id becomes free when that is closed.
+    HeldOpen,
+}
+
+/// Parameters as the driver holds them.
+#[derive(Clone, Copy, Debug)]
+pub struct StoredParams {
+    /// The disk's shape.
+    pub params: Params,
+    /// Major and minor number of the disk, once it exists; (0, 0) before.
+    pub disk_number: (u32, u32),
+}
+
+/// Typed access to the driver's control commands. Cheap to clone; usable from any thread.
+#[derive(Clone, Debug)]
+pub struct Control {
+    driver: Arc<dyn Driver>,
+}
+
+impl Control {
+    /// Creates the control plane of a driver.
+    pub fn new(driver: Arc<dyn Driver>) -> Self {
+        Control { driver }
+    }
+
+    /// Returns the driver.
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
+    }
+
+    /// GET_FEATURES: returns the features that the driver offers. Since Linux 6.5.
+    ///
+    /// # Errors
+    ///
+    /// As for every command here: [`Error::Control`] if the driver refuses it, [`Error::Timeout`] if it does not finish in
+    /// time.
+    pub fn features(&self) -> Result<Features> {
+        let payload = vec![0; usize::from(uapi::UBLK_FEATURES_LEN)];
+        let reply = self.call(&commands::GET_FEATURES, None).payload(payload).reply()?;
+        let mask = u64::from_ne_bytes(reply[..8].try_into().expect("8 bytes were sent"));
+        Ok(Features::from_bits_retain(mask))
+    }
+
+    /// ADD_DEV: creates `/dev/ublkcN`. The result may differ from the arguments.
+    pub fn add(&self, request: &AddRequest) -> Result<DeviceInfo> {
+        let id = request.id.map_or(u32::MAX, |id| id.0);
+        let info = ublksrv_ctrl_dev_info {
+            nr_hw_queues: request.queues,
+            queue_depth: request.depth,
+            max_io_buf_bytes: request.max_io_bytes,
+            dev_id: id,
+            flags: request.features.bits(),
+            ..Default::default()
+        };
+        let reply = self.call(&commands::ADD_DEV, request.id).payload(wire::encode_info(&info)).reply()?;
+        Ok(decode_info(&wire::decode_info(&reply)))
+    }
+
+    /// SET_PARAMS: sets the disk's parameters; possible while there is no disk.
+    pub fn set_params(&self, id: DeviceId, params: &Params) -> Result<()> {
+        self.call(&commands::SET_PARAMS, Some(id)).payload(wire::encode_params(&params.encode())).run()
+    }
+
+    /// Sets the disk's parameters and checks that the driver has stored all of them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] for a kind of parameters that the driver is too old for.
+    pub(crate) fn set_params_checked(&self, id: DeviceId, params: &Params) -> Result<()> {
+        self.set_params(id, params)?;
+        params.check_stored(&self.raw_params(id)?)
+    }
+
+    /// GET_PARAMS: returns the disk's parameters and device number.
+    pub fn params(&self, id: DeviceId) -> Result<StoredParams> {
+        let raw = self.raw_params(id)?;
+        Ok(StoredParams { params: Params::decode(&raw), disk_number: (raw.devt.disk_major, raw.devt.disk_minor) })
+    }
+
+    fn raw_params(&self, id: DeviceId) -> Result<ublk_params> {
+        let empty = ublk_params { len: size_of::<ublk_params>() as u32, ..Default::default() };
+        let reply = self.call(&commands::GET_PARAMS, Some(id)).payload(wire::encode_params(&empty)).reply()?;
+        Ok(wire::decode_params(&reply))
+    }
+
+    /// START_DEV: creates `/dev/ublkbN`. Waits until every tag of every queue has been fetched, or `give_up`, which is polled
+    /// meanwhile, returns true.
+    pub fn start(&self, id: DeviceId, pid: u32, give_up: &dyn Fn() -> bool) -> Result<()> {
+        self.call(&commands::START_DEV, Some(id)).data(pid.into()).unless(give_up).run()
+    }
+
+    /// STOP_DEV: removes `/dev/ublkbN`. Waits for requests in flight, so their server must keep running.
+    pub fn stop(&self, id: DeviceId) -> Result<()> {
+        self.stop_within(id, DRAIN_TIMEOUT)
+    }
+
+    /// As [`stop`](Control::stop), with a time limit. After a time-out the device continues to stop: its disk is removed once
+    /// the requests have ended.
+    pub fn stop_within(&self, id: DeviceId, timeout: Duration) -> Result<()> {
+        self.stop_unless(id, timeout, &|| false)
+    }
+
+    /// As [`stop_within`](Control::stop_within), until `give_up`, which is polled meanwhile, returns true.
+    pub(crate) fn stop_unless(&self, id: DeviceId, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<()> {
+        self.call(&commands::STOP_DEV, Some(id)).within(timeout).unless(give_up).run()
+    }
+
+    /// DEL_DEV: stops the device if necessary, removes `/dev/ublkcN` and waits, at most `timeout`, until its id is free: until
+    /// its server has closed `/dev/ublkcN` and all processes have closed `/dev/ublkbN`. A time-out ends only the wait; the
+    /// device is deleted all the same.
+    pub fn delete(&self, id: DeviceId, timeout: Duration) -> Result<()> {
+        self.call(&commands::DEL_DEV, Some(id)).within(timeout).run()
+    }
+
+    /// Stops and deletes a device of any server.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if there is no such device, [`Error::Timeout`] if requests in flight are not finished.
+    pub fn remove(&self, id: DeviceId) -> Result<Removal> {
+        self.stop(id)?;
+        match self.delete(id, RELEASE_TIMEOUT) {
+            // Its server may have been faster, since it notices the stop.
+            Err(Error::Control { errno: Errno::ENODEV, .. }) | Ok(()) => Ok(Removal::Complete),
+            Err(Error::Timeout { .. }) => Ok(Removal::HeldOpen),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// DEL_DEV_ASYNC: as [`delete`](Control::delete) without the wait; the id becomes free later. Since Linux 6.9.
+    pub fn delete_async(&self, id: DeviceId) -> Result<()> {
+        self.call(&commands::DEL_DEV_ASYNC, Some(id)).run()
+    }
+
+    /// TRY_STOP_DEV: as [`stop`](Control::stop), but fails with `EBUSY` if the disk or a partition of it is open. Since
+    /// Linux 7.0.
+    pub fn try_stop(&self, id: DeviceId) -> Result<()> {
+        self.call(&commands::TRY_STOP_DEV, Some(id)).run()
+    }
+
+    /// QUIESCE_DEV: asks the server of a device with [`Features::QUIESCE`] to leave; the device stays, and its requests wait
+    /// for the next server. Since Linux 6.16.
+    ///
+    /// Linux's driver (as of 7.3) does not wait for requests that the server holds, and forgets tags that are fetched again
+    /// later: repeat the command until the device's state changes, as [`quiesce_until`](Control::quiesce_until) does.
+    pub fn quiesce(&self, id: DeviceId, patience: Duration) -> Result<()> {
+        self.quiesce_unless(id, patience, &|| false)
+    }
+
+    /// As [`quiesce`](Control::quiesce), until `give_up`, which is polled meanwhile, returns true.
+    pub(crate) fn quiesce_unless(&self, id: DeviceId, patience: Duration, give_up: &dyn Fn() -> bool) -> Result<()> {
+        let millis = patience.as_millis().clamp(1, u32::MAX.into()) as u64;
+        let call = self.call(&commands::QUIESCE_DEV, Some(id)).data(millis);
+        call.within(patience + COMMAND_TIMEOUT).unless(give_up).run()
+    }
+
+    /// Asks the server to leave until it has left, at most for `timeout`. Returns the device's state after that.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if the driver is too old, `EINVAL` if the device was not created for it, [`Error::Timeout`] if
+    /// the server does not finish its requests.
+    pub fn quiesce_until(&self, id: DeviceId, timeout: Duration) -> Result<DeviceState> {
+        let info = self.info(id)?;
+        self.require_quiesce(&info)?;
+        let deadline = Instant::now() + timeout;
+        loop {
+            match self.quiesce(id, QUIESCE_SLICE) {
+                // The server still has requests.
+                Ok(()) | Err(Error::Control { errno: Errno::EBUSY, .. }) => {}
+                Err(error) => return Err(error),
+            }
+            let again = Instant::now() + QUIESCE_SLICE;
+            while Instant::now() < again {
+                let state = self.info(id)?.state;
+                if state != DeviceState::Live {
+                    return Ok(state);
+                }
+                std::thread::sleep(STATE_POLL);
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::Timeout {
+                    waiting_for: format!("the server of device {id} (process {}) leaving", info.pid),
+                    waited: timeout,
+                    hint: pending_hint(id, info.pid),
+                });
+            }
+        }
+    }
+
+    /// Checks that a device's server can be asked to leave.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the device was not created for it, [`Error::Unsupported`] if the driver is too old.
+    pub(crate) fn require_quiesce(&self, info: &DeviceInfo) -> Result<()> {
+        if info.features.contains(Features::QUIESCE) {
+            return Ok(());
+        }
+        let refused = |hint: &str| {
+            Err(Error::Control {
+                command: commands::QUIESCE_DEV.name,
+                device: Some(info.id),
+                errno: Errno::EINVAL,
+                hint: hint.to_owned(),
+            })
+        };
+        if Recovery::of(info.features).is_none() {
+            return refused("the device was created without recovery (`ublk add --recovery`, `recoverable=True`)");
+        }
+        self.features()?.require(Features::QUIESCE)?;
+        refused(
+            "the device was created by a program that does not hand devices over; if its server is killed, \
+                 `ublk recover` serves it",
+        )
+    }
+
+    /// START_USER_RECOVERY: prepares a device whose server has exited for the next one. `EBUSY` while the old server still has
+    /// it open. Since Linux 6.1; from 7.3 on it only checks the state.
+    pub fn start_recovery(&self, id: DeviceId) -> Result<()> {
+        self.call(&commands::START_USER_RECOVERY, Some(id)).run()
+    }
+
+    /// END_USER_RECOVERY: hands a device over to the process `pid`. Waits until that has fetched all tags, or `give_up`, which
+    /// is polled meanwhile, returns true.
+    pub fn end_recovery(&self, id: DeviceId, pid: u32, give_up: &dyn Fn() -> bool) -> Result<()> {
+        self.call(&commands::END_USER_RECOVERY, Some(id)).data(pid.into()).unless(give_up).run()
+    }
+
+    /// REG_BUF: registers memory that clients share, and returns the index by which requests refer to it. The device needs
+    /// [`Features::SHMEM_ZC`]. The pages stay pinned until [`unregister_memory`] or the device's end, even if this process
+    /// exits. Since Linux 7.1.
+    ///
+    /// [`unregister_memory`]: Control::unregister_memory
+    pub fn register_memory(&self, id: DeviceId, memory: &SharedMemory) -> Result<u16> {
+        let buffer = uapi::ublk_shmem_buf_reg {
+            addr: memory.address(),
+            len: memory.len(),
+            flags: memory.flags(),
+            ..Default::default()
+        };
+        let (index, _) = self.call(&commands::REG_BUF, Some(id)).payload(wire::encode_shared(&buffer)).result()?;
+        u16::try_from(index)
+            .map_err(|_| Error::invalid("shared memory index", index, "the driver returned an invalid index"))
+    }
+
+    /// UNREG_BUF: ends a registration. Waits for requests whose data is in the memory. Since Linux 7.1.
+    pub fn unregister_memory(&self, id: DeviceId, index: u16) -> Result<()> {
+        self.call(&commands::UNREG_BUF, Some(id)).data(index.into()).run()
+    }
+
+    /// UPDATE_SIZE: changes a started disk's capacity, in bytes. Since Linux 6.16.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidValue`] unless it is a multiple of the logical block size, which Linux's driver does not check.
+    pub fn update_size(&self, id: DeviceId, bytes: u64) -> Result<()> {
+        let block = self.params(id)?.params.logical_block_size;
+        if bytes == 0 || !bytes.is_multiple_of(u64::from(block)) {
+            let rule = format!("must be a multiple of the logical block size ({block})");
+            return Err(Error::invalid("size", bytes, rule));
+        }
+        self.call(&commands::UPDATE_SIZE, Some(id)).data(Sectors::from_bytes(bytes).0).run()
+    }
+
+    /// GET_DEV_INFO2: returns what the driver knows about a device. Since Linux 6.3.
+    pub fn info(&self, id: DeviceId) -> Result<DeviceInfo> {
+        let empty = vec![0; size_of::<ublksrv_ctrl_dev_info>()];
+        let reply = self.call(&commands::GET_DEV_INFO2, Some(id)).payload(empty).path().reply()?;
+        Ok(decode_info(&wire::decode_info(&reply)))
+    }
+
+    /// GET_QUEUE_AFFINITY: returns the CPUs whose requests use a queue.
+    pub fn queue_affinity(&self, id: DeviceId, queue: QueueId) -> Result<Vec<usize>> {
+        // Room for 8192 CPUs, the most that Linux is built for.
+        let call = self.call(&commands::GET_QUEUE_AFFINITY, Some(id)).data(queue.0.into());
+        let mask = call.payload(vec![0; 1024]).reply()?;
+        let set = |cpu: &usize| mask[cpu / 8] & (1 << (cpu % 8)) != 0;
+        Ok((0..mask.len() * 8).filter(set).collect())
+    }
+
+    /// Prepares a command.
+    fn call(&self, command: &'static Command, id: Option<DeviceId>) -> Call<'_> {
+        Call {
+            control: self,
+            command,
+            id,
+            data: 0,
+            payload: Vec::new(),
+            by_path: false,
+            timeout: command.timeout,
+            give_up: &|| false,
+        }
+    }
+
+    /// Returns whether a device that a command did not find by its path is deleted: its node disappears a moment before the
+    /// device, but may also be missing for another reason.
+    fn is_gone(&self, id: DeviceId) -> bool {
+        let deadline = Instant::now() + NODE_TIMEOUT;
+        loop {
+            match self.driver.device_ids() {
+                Ok(ids) if !ids.contains(&id) => return true,
+                Ok(_) if Instant::now() < deadline => std::thread::sleep(STATE_POLL),
+                _ => return false,
+            }
+        }
+    }
+}
+
+/// A command with its arguments.
+struct Call<'c> {
+    control: &'c Control,
+    command: &'static Command,
+    id: Option<DeviceId>,
+    data: u64,
+    payload: Vec<u8>,
+    /// The device is identified by the path of its char device, too.
+    by_path: bool,
+    timeout: Duration,
+    give_up: &'c dyn Fn() -> bool,
+}
+
+impl<'c> Call<'c> {
+    /// Sets the inline argument.
+    fn data(self, data: u64) -> Self {
+        Call { data, ..self }
+    }
+
+    /// Sets the bytes that the driver reads and may write.
+    fn payload(self, payload: Vec<u8>) -> Self {
+        Call { payload, ..self }
+    }
+
+    /// Adds the path of the char device.
+    fn path(self) -> Self {
+        Call { by_path: true, ..self }
+    }
+
+    /// Sets the time limit.
+    fn within(self, timeout: Duration) -> Self {
+        Call { timeout, ..self }
+    }
+
+    /// Ends the wait once `give_up` returns true.
+    fn unless(self, give_up: &'c dyn Fn() -> bool) -> Self {
+        Call { give_up, ..self }
+    }
+
+    /// Runs a command without a reply.
+    fn run(self) -> Result<()> {
+        self.result().map(drop)
+    }
+
+    /// Runs a command and returns its reply.
+    fn reply(self) -> Result<Vec<u8>> {
+        self.result().map(|(_, reply)| reply)
+    }
+
+    /// Runs a command and returns its result and reply. It is repeated with the char device's path if the device requires
+    /// that.
+    ///
+    /// An unprivileged device admits any process that may open its char device, but only to commands that name it by path,
+    /// even for root. A privileged device takes the path for the command's argument. A number may belong to another kind of
+    /// device than before, so that every command is tried without a path first: an unprivileged device refuses that before
+    /// it does anything else.
+    fn result(self) -> Result<(i32, Vec<u8>)> {
+        let Some(id) = self.id.filter(|_| !self.by_path && self.command.op != commands::ADD_DEV.op) else {
+            return self.send();
+        };
+        let with_path = Call { payload: self.payload.clone(), by_path: true, ..self };
+        match self.send() {
+            Err(Error::Control { errno: Errno::EINVAL, .. })
+                if with_path.control.info(id)?.features.contains(Features::UNPRIVILEGED_DEV) =>
+            {
+                with_path.send()
+            }
+            other => other,
+        }
+    }
+
+    fn send(self) -> Result<(i32, Vec<u8>)> {
+        let Call { control, command, id, data, mut payload, by_path, timeout, give_up } = self;
+        let name = command.name;
+        log::debug!("{name} {id:?} data {data}");
+        let path = id.filter(|_| by_path).map(char_path).unwrap_or_default();
+        payload.splice(..0, path.bytes());
+        let message = ControlCommand {
+            name,
+            op: command.op,
+            dev_id: id.map_or(u32::MAX, |id| id.0),
+            data,
+            payload,
+            path_len: path.len() as u16,
+            may_block: command.may_block,
+        };
+        let refused =
+            |errno: Errno, hint: &str| Error::Control { command: name, device: id, errno, hint: hint.to_owned() };
+        // SAFETY: the only command with an address in its payload is REG_BUF, of a `SharedMemory`, whose bytes are only
+        // clients' data.
+        match unsafe { control.driver.control(message, timeout, give_up) } {
+            Ok((result, mut reply)) => {
+                reply.drain(..path.len());
+                Ok((result, reply))
+            }
+            Err(ControlFailure::Refused(Errno::ENOENT)) if by_path && id.is_some_and(|id| control.is_gone(id)) => {
+                Err(refused(Errno::ENODEV, command.hint(Errno::ENODEV)))
+            }
+            Err(ControlFailure::Refused(errno)) => Err(refused(errno, command.hint(errno))),
+            Err(ControlFailure::GaveUp) => {
+                Err(refused(Errno::ECANCELED, "a queue of the device failed, or another process stopped it"))
+            }
+            Err(ControlFailure::Io(e)) => Err(refused(crate::error::errno_of(&e), "the command could not be sent")),
+            Err(ControlFailure::Timeout) => Err(Error::Timeout {
+                waiting_for: id.map_or(name.to_owned(), |id| format!("{name} on device {id}")),
+                waited: timeout,
+                hint: command.slow.to_owned(),
+            }),
+        }
+    }
+}
+
+/// The path by which a command names a device, with a terminating zero.
+fn char_path(id: DeviceId) -> String {
+    format!("/dev/ublkc{id}\0")
+}
+
+/// What happens after a server has not left in time. The driver has taken the server's tags away by then and cannot return
+/// them: the request to leave stays in force.
+fn pending_hint(id: DeviceId, pid: i32) -> String {
+    let why = if process::is_stopped(pid) {
+        format!("process {pid} is stopped (SIGSTOP?)")
+    } else {
+        "it does not complete its requests".to_owned()
+    };
+    format!(
+        "{why}. The request to leave is pending and cannot be taken back: new I/O waits, and the server leaves as soon \
+         as it can. After that, or after killing it, `ublk recover -n {id}` serves the device"
+    )
+}
+
+fn decode_info(raw: &ublksrv_ctrl_dev_info) -> DeviceInfo {
+    DeviceInfo {
+        id: DeviceId(raw.dev_id),
+        queues: raw.nr_hw_queues,
+        depth: raw.queue_depth,
+        state: DeviceState::decode(raw.state),
+        max_io_bytes: raw.max_io_buf_bytes,
+        pid: raw.ublksrv_pid,
+        features: Features::from_bits_retain(raw.flags),
+        owner_uid: raw.owner_uid,
+        owner_gid: raw.owner_gid,
+    }
+}
