@@ -105,7 +105,7 @@ impl Description {
     /// Makes the target, and queues if its requests are pulled.
     fn target(self, handlers: &Bound<'_, PyAny>, queues: u32, watch: &Watch) -> PyResult<(Arc<dyn Target>, Pulled)> {
         if self.style == "native" {
-            return Ok((handlers.cast::<NativeTarget>()?.get().target.clone(), Pulled::default()));
+            return Ok((handlers.cast::<NativeTarget>()?.get().sized(self.size), Pulled::default()));
         }
         let py = handlers.py();
         let params = self.params();

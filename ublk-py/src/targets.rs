@@ -8,7 +8,7 @@ use std::sync::Arc;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use ublk_core::targets::{File, FileOptions, Io, Mem, Null, Zoned, ZonedOptions};
-use ublk_core::{Params, Result, Target};
+use ublk_core::{Access, Params, QueueHandler, QueueInfo, Result, Target};
 
 use crate::error::to_python;
 use crate::interpreter;
@@ -18,7 +18,7 @@ use crate::methods::operation_names;
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
 pub(crate) struct NativeTarget {
-    pub(crate) target: Arc<dyn Target>,
+    target: Arc<dyn Target>,
     /// The same, if it is a file.
     file: Option<Arc<File>>,
 }
@@ -36,6 +36,41 @@ impl NativeTarget {
 
     fn params(&self) -> Params {
         self.target.params()
+    }
+}
+
+/// A target whose disk has been resized since it was made.
+#[derive(Debug)]
+struct Resized {
+    target: Arc<dyn Target>,
+    size: u64,
+}
+
+impl Target for Resized {
+    fn kind(&self) -> &str {
+        self.target.kind()
+    }
+
+    fn params(&self) -> Params {
+        let mut params = self.target.params();
+        params.size = self.size;
+        params
+    }
+
+    fn access(&self) -> Access {
+        self.target.access()
+    }
+
+    fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        self.target.open_queue(queue)
+    }
+}
+
+impl NativeTarget {
+    /// The target of a disk that has this size now.
+    pub(crate) fn sized(&self, size: u64) -> Arc<dyn Target> {
+        let target = self.target.clone();
+        if target.params().size == size { target } else { Arc::new(Resized { target, size }) }
     }
 }
 
