@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from ublk import _interval, _signals, _ublk, _watchdog
 from ublk._errors import UblkError
-from ublk._log import Limiter, also, log
+from ublk._log import Limiter, also, end_soon, in_time, log
 from ublk._numbers import number
 from ublk._requests import Requests
 from ublk._running_loop import event_loop
@@ -755,6 +755,7 @@ def _one_start() -> Iterator[None]:
 
 def _stop_running() -> None:
     global _exiting
+    end_soon()
     deadline = time.monotonic() + STOP_SECONDS
     hang = False
     with _running_lock:
@@ -773,10 +774,12 @@ def _stop_running() -> None:
                 _try(log, logging.ERROR, "stopping %s: %s", name, error)
         hang = hang or device._is_hung()
     if hang:
-        # The interpreter's end would take away what a thread needs that is still in a handler.
-        _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", leave_removal(list(_running)))
-        _try(sys.stdout.flush)
-        _try(sys.stderr.flush)
+        # The interpreter's end would take away what a thread needs that is still in a handler. Before anything is
+        # written, which a signal may end.
+        removal = leave_removal(list(_running))
+        _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", removal)
+        _try(in_time, functools.partial(_try, sys.stdout.flush))
+        _try(in_time, functools.partial(_try, sys.stderr.flush))
         os._exit(1)
     deadline = time.monotonic() + _JOIN_SECONDS
     for thread in running():

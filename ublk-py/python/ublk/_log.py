@@ -5,12 +5,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
 import time
 import traceback
 import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.getLogger("ublk")
 
@@ -19,16 +24,55 @@ BURST = 3
 INTERVAL = 10.0
 # Keys that are remembered.
 _KEYS = 256
+# For a message of a program that ends, whose stderr may be a full pipe that nothing reads.
+_PATIENCE = 1.0
+_ending = False
+# The last thread that took longer.
+_late: threading.Thread | None = None
 
 
 def log(level: int, message: str, *arguments: object, error: BaseException | None = None) -> None:
     """Log a message, with an exception's traceback.
 
     What a handler raises is printed to stderr, and goes no further; except that in the main thread Ctrl-C and what
-    other signals' handlers raise do.
+    other signals' handlers raise do. After `end_soon` the main thread waits a second at most.
     """
+    if _ending and threading.current_thread() is threading.main_thread():
+        in_time(functools.partial(_log, level, message, *arguments, error=error))
+    else:
+        _log(level, message, *arguments, error=error)
+
+
+def log_in_time(level: int, message: str, *arguments: object) -> None:
+    """Log a message, and wait for that for a second at most."""
+    in_time(functools.partial(_log, level, message, *arguments, error=None))
+
+
+def end_soon() -> None:
+    """Let no handler of the log keep the main thread from its end."""
+    global _ending
+    _ending = True
+
+
+def in_time(write: Callable[[], object]) -> None:
+    """Write something, and wait for that for a second at most. Nothing is written while an earlier one still waits."""
+    global _late
+    if _late is not None and _late.is_alive():
+        return
+    thread = threading.Thread(target=write, name="ublk-log", daemon=True)
     try:
-        logger.log(level, message, *arguments, exc_info=error, stacklevel=2)
+        thread.start()
+    except RuntimeError:
+        # There are no threads any more, or no memory for one.
+        write()
+        return
+    _late = thread
+    thread.join(_PATIENCE)
+
+
+def _log(level: int, message: str, *arguments: object, error: BaseException | None) -> None:
+    try:
+        logger.log(level, message, *arguments, exc_info=error, stacklevel=3)
     except Exception:
         _print()
     except BaseException:
@@ -82,6 +126,8 @@ _limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
 
 def _in_forked_child() -> None:
     """Replace locks that a thread of the parent may have held."""
+    global _ending, _late
+    _ending, _late = False, None
     for limiter in _limiters:
         limiter._lock = threading.RLock()
 
