@@ -49,6 +49,10 @@ _SHAPE = (
 _DRAIN_SECONDS = 60.0
 
 
+# Held while the extents of a disk are made. A signal's handler may come in between.
+_extents_lock = threading.RLock()
+
+
 class _KeptExtents:
     """Extents with a reference to the disk that owns them, since an `id()` may be reused."""
 
@@ -63,6 +67,15 @@ class _KeptExtents:
     def __reduce__(self) -> tuple[type[_KeptExtents], tuple[()]]:
         # A copy has no owner.
         return _KeptExtents, ()
+
+
+def _in_forked_child() -> None:
+    """Replace the lock that a thread of the parent may have held."""
+    global _extents_lock
+    _extents_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 
 class BlockDevice:
@@ -281,9 +294,13 @@ class BlockDevice:
         # One for all threads, whichever comes first; and not from `__init__`, for classes whose own does not call it.
         # A forked child has others: requests of its parent would be under way in it for ever. So has a copy of the
         # object (`copy.copy`), whose bytes may be stored elsewhere: it has the owner of what it was copied from.
-        kept: _KeptExtents = self.__dict__.setdefault("_kept_extents", _KeptExtents(self, Extents()))
-        if not kept.is_of(self):
-            kept = self.__dict__["_kept_extents"] = _KeptExtents(self, Extents())
+        kept: _KeptExtents | None = self.__dict__.get("_kept_extents")
+        if kept is None or not kept.is_of(self):
+            with _extents_lock:
+                # Another thread may have been first.
+                kept = self.__dict__.get("_kept_extents")
+                if kept is None or not kept.is_of(self):
+                    kept = self.__dict__["_kept_extents"] = _KeptExtents(self, Extents())
         return kept.extents
 
     def _follow(self, old: BlockDevice) -> None:
