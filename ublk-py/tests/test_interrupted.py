@@ -236,3 +236,18 @@ def test_a_signal_while_a_dropped_request_is_logged_is_raised(driver, interrupte
                 os.getpid()
         client.thread.join(10)
         assert client.error is not None
+
+
+def test_a_quiesce_that_is_interrupted_before_it_begins_changes_nothing(driver, monkeypatch):
+    device = Slow().start(recoverable=True, _driver=driver)
+
+    def interrupt(*_, **__):
+        raise Interrupted
+
+    monkeypatch.setattr(device, "_end", interrupt)
+    with pytest.raises(Interrupted):
+        device.quiesce()
+    monkeypatch.undo()
+    assert device.running
+    device.stop()
+    assert driver.devices() == []

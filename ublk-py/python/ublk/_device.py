@@ -408,9 +408,7 @@ class Device:
                 errno.EINVAL, f"{self.path} was not started with recoverable=True: no other server could take it over"
             )
         if self.can_be_left:
-            # From here on no stop deletes the disk under its users, whatever interrupts this.
-            self._native.hand_over()
-            self._end(self._native.leave)
+            self._end(self._native.leave, hand_over=True)
         else:
             # Says what is missing, and touches nothing.
             self._native.leave()
@@ -568,10 +566,13 @@ class Device:
             self._serving.cancel()
         self._end(functools.partial(self._native.stop, seconds))
 
-    def _end(self, end: Callable[[], None]) -> None:
+    def _end(self, end: Callable[[], None], *, hand_over: bool = False) -> None:
         self._stopped = True
         try:
             try:
+                if hand_over:
+                    # From here on no stop deletes the disk under its users, whatever interrupts this.
+                    self._native.hand_over()
                 self._serving.abandon()
             finally:
                 # Whatever that has raised.
@@ -582,6 +583,9 @@ class Device:
             interrupted = not isinstance(error, Exception)
             self._hangs = isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT
             if interrupted and not self._stopped:
+                if hand_over:
+                    # Perhaps not done above.
+                    self._native.hand_over()
                 self._hurried = True
                 # The stop in the background is over soon, and this thread then does the rest.
                 self._native.expedite()
