@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Targets that come with the crate.
+//! Built-in targets.
 
 mod file;
 mod files;
