@@ -115,13 +115,14 @@ class Mistaken(Disk):
 device = serve(Mistaken, {options})
 entered.wait()
 print("serving", flush=True)
-device.wait()
 """
 
 
 @pytest.mark.parametrize("options", STYLES)
-def test_a_full_stderr_does_not_keep_a_program_from_its_end(options):
-    program = Program(FULL_STDERR.format(options=options))
+@pytest.mark.parametrize("stops", [False, True], ids=["exits", "stops"])
+def test_a_full_stderr_does_not_keep_a_program_from_its_end(options, stops):
+    wait = "try:\n    device.wait()\nfinally:\n    device.stop(timeout=1)\n" if stops else "device.wait()\n"
+    program = Program(FULL_STDERR.format(options=options) + wait)
     try:
         program.wait_for("serving")
         # The thread that logs the mistake blocks by then.

@@ -582,6 +582,9 @@ class Device:
             self._stopped = self._native.stopped
             interrupted = not isinstance(error, Exception)
             self._hangs = isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT
+            if self._hangs and sys.excepthook is sys.__excepthook__:
+                # The handler may be stuck in writing to a full stderr, where each signal would end one write only.
+                sys.excepthook = _print_in_time
             if interrupted and not self._stopped:
                 if hand_over:
                     # Perhaps not done above.
@@ -661,6 +664,11 @@ class Device:
         except UblkError as error:
             name = getattr(self._native, "path", "a device that was being started")
             log(logging.ERROR, "stopping %s: %s", name, error)
+
+
+def _print_in_time(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+    """Print an exception as the interpreter does, and wait for that for a second at most."""
+    in_time(functools.partial(sys.__excepthook__, kind, value, traceback))
 
 
 def _nothing() -> None:
@@ -782,8 +790,8 @@ def _stop_running() -> None:
         # written, which a signal may end.
         removal = leave_removal(list(_running))
         _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", removal)
-        _try(in_time, functools.partial(_try, sys.stdout.flush))
         _try(in_time, functools.partial(_try, sys.stderr.flush))
+        _try(functools.partial(in_time, always=True), functools.partial(_try, sys.stdout.flush))
         os._exit(1)
     deadline = time.monotonic() + _JOIN_SECONDS
     for thread in running():

@@ -54,10 +54,13 @@ def end_soon() -> None:
     _ending = True
 
 
-def in_time(write: Callable[[], object]) -> None:
-    """Write something, and wait for that for a second at most. Nothing is written while an earlier one still waits."""
+def in_time(write: Callable[[], object], *, always: bool = False) -> None:
+    """Write something, and wait for that for a second at most.
+
+    Nothing is written while an earlier one still waits, unless ``always``.
+    """
     global _late
-    if _late is not None and _late.is_alive():
+    if not always and _late is not None and _late.is_alive():
         return
     thread = threading.Thread(target=write, name="ublk-log", daemon=True)
     try:
