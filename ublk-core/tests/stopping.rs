@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ublk_core::driver::Driver;
 use ublk_core::driver::fake::FakeDriver;
-use ublk_core::{DetachedRequest, Device, DeviceId, DeviceOptions, Error, Recovery, Target};
+use ublk_core::{DetachedRequest, Device, DeviceId, DeviceOptions, Ending, Error, Recovery, Target};
 
 mod support;
 
@@ -192,4 +192,26 @@ fn a_quiesce_without_an_answer_ends_when_it_is_expedited() {
         });
         drop(leave);
     }
+}
+
+#[test]
+fn a_time_that_no_clock_reaches_is_none() {
+    let driver = FakeDriver::new();
+    let start =
+        |options: &DeviceOptions| server(&driver, 1).start(custom(|request| request.complete()), options).unwrap();
+    let device = start(&options(1, 2));
+    device.stop_within(Duration::MAX).unwrap();
+    finish(&driver, device);
+    let way = DeviceOptions { recovery: Some(Recovery::Queue), ..options(1, 2) };
+    let device = start(&way);
+    let control = server(&driver, 1).control().clone();
+    control.quiesce_until(device.id(), Duration::MAX).unwrap();
+    assert_eq!(device.conclude_within(Duration::MAX).unwrap(), Ending::Left);
+    control.stop_within(device.id(), Duration::MAX).unwrap();
+    control.delete(device.id(), Duration::MAX).unwrap();
+    drop(device);
+    let device = start(&way);
+    control.quiesce(device.id(), Duration::MAX).unwrap();
+    device.conclude_within(Duration::MAX).unwrap();
+    control.remove(device.id()).unwrap();
 }

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 
 use self::commands::Command;
 use crate::data::shared::SharedMemory;
-use crate::driver::{ControlCommand, ControlFailure, Driver};
+use crate::driver::{ControlCommand, ControlFailure, Driver, deadline};
 use crate::error::{Error, Result};
 use crate::options::Recovery;
 use crate::params::Params;
@@ -236,7 +236,7 @@ impl Control {
     pub(crate) fn quiesce_unless(&self, id: DeviceId, patience: Duration, give_up: &dyn Fn() -> bool) -> Result<()> {
         let millis = patience.as_millis().clamp(1, u32::MAX.into()) as u64;
         let call = self.call(&commands::QUIESCE_DEV, Some(id)).data(millis);
-        call.within(patience + COMMAND_TIMEOUT).unless(give_up).run()
+        call.within(patience.saturating_add(COMMAND_TIMEOUT)).unless(give_up).run()
     }
 
     /// Asks the server to leave until it has left, at most for `timeout`. Returns the device's state after that.
@@ -248,7 +248,7 @@ impl Control {
     pub fn quiesce_until(&self, id: DeviceId, timeout: Duration) -> Result<DeviceState> {
         let info = self.info(id)?;
         self.require_quiesce(&info)?;
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline(timeout);
         loop {
             match self.quiesce(id, QUIESCE_SLICE) {
                 // The server still has requests.

@@ -168,7 +168,7 @@ impl Shared {
         give_up: &dyn Fn() -> bool,
         mut check: impl FnMut(&mut State) -> Option<T>,
     ) -> Result<T, ControlFailure> {
-        let deadline = Instant::now() + timeout;
+        let deadline = super::deadline(timeout);
         let mut state = self.state();
         loop {
             if let Some(value) = check(&mut state) {

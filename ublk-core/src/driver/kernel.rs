@@ -197,7 +197,7 @@ unsafe impl Driver for KernelDriver {
         // SAFETY: (1) the payload is a box that this function drops only after the completion.
         unsafe { ring.submission().push(&entry) }.map_err(|e| ControlFailure::Io(io::Error::other(e)))?;
 
-        let deadline = Instant::now() + timeout;
+        let deadline = super::deadline(timeout);
         let failure = loop {
             let now = Instant::now();
             match wait_for_command(&mut ring, deadline.saturating_duration_since(now).min(CONTROL_SLICE)) {

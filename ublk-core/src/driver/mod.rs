@@ -55,13 +55,20 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use crate::errno::RawErrno;
 use crate::memory::DescriptorMap;
 use crate::units::{DeviceId, QueueId, Tag};
+
+/// When a time that begins now is over. One that no clock reaches is a long one.
+pub(crate) fn deadline(timeout: Duration) -> Instant {
+    const FOR_EVER: Duration = Duration::from_secs(1 << 32);
+    let now = Instant::now();
+    now.checked_add(timeout).unwrap_or_else(|| now + FOR_EVER)
+}
 
 /// A control command on its way to the driver.
 #[derive(Debug)]

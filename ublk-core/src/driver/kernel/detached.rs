@@ -189,7 +189,7 @@ enum Report {
 impl Reports {
     /// Waits for the outcome.
     fn receive(&mut self, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<i32, ControlFailure> {
-        let deadline = Instant::now() + timeout;
+        let deadline = crate::driver::deadline(timeout);
         let failure = loop {
             let now = Instant::now();
             match self.next(deadline.saturating_duration_since(now).min(SLICE)) {
