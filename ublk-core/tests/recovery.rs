@@ -483,3 +483,62 @@ fn a_successor_is_checked_while_the_server_lives() {
     assert_eq!(error.errno(), Errno::EINVAL);
     finish(&driver, device);
 }
+
+/// A device of which another process has asked that it wait, and its next server.
+fn handed_over(driver: &FakeDriver) -> (Device, Device) {
+    let target = ram_disk();
+    let first = server(driver, 1).start(target.clone(), &recoverable(Recovery::Queue, false)).unwrap();
+    server(driver, 1).control().quiesce_until(first.id(), SOON).unwrap();
+    let second = server(driver, 1).recover(first.id(), target).unwrap();
+    (first, second)
+}
+
+/// More than an end takes that waits for nothing, and less than one that waits for the driver.
+const SOON: Duration = Duration::from_secs(20);
+
+#[test]
+fn the_end_of_a_server_leaves_the_device_to_the_one_that_has_followed() {
+    for way in ["drop", "stop", "try_stop", "leave", "conclude"] {
+        let driver = FakeDriver::new();
+        let (first, second) = handed_over(&driver);
+        let begin = Instant::now();
+        match way {
+            "drop" => drop(first),
+            "stop" => first.stop().unwrap(),
+            "try_stop" => first.try_stop().unwrap(),
+            "leave" => first.leave().unwrap(),
+            _ => {
+                assert_eq!(first.conclude().unwrap(), Ending::Left);
+                assert_eq!(first.conclude().unwrap(), Ending::Left, "again");
+            }
+        }
+        assert!(begin.elapsed() < SOON, "{way}: {:?}", begin.elapsed());
+        assert!(!second.is_ending(), "{way}");
+        driver.disk(second.id()).write(0, &[7; 512]).unwrap();
+        finish(&driver, second);
+    }
+}
+
+#[test]
+fn a_device_that_is_being_handed_over_is_not_deleted_by_a_drop() {
+    let driver = FakeDriver::new();
+    let first = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+    let id = first.id();
+    server(&driver, 1).control().quiesce_until(id, SOON).unwrap();
+    drop(first);
+    assert_eq!(driver.device_ids().unwrap(), [id]);
+    let second = server(&driver, 1).recover(id, ram_disk()).unwrap();
+    finish(&driver, second);
+}
+
+#[test]
+fn a_leave_that_may_have_begun_is_no_reason_to_delete() {
+    for (errno, kept) in [(Errno::ENOMEM, true), (Errno::EINTR, true), (Errno::EOPNOTSUPP, false)] {
+        let driver = FakeDriver::new();
+        let device = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+        driver.refuse_next("QUIESCE_DEV", errno);
+        assert_eq!(device.leave().unwrap_err().errno(), errno);
+        drop(device);
+        assert_eq!(!driver.device_ids().unwrap().is_empty(), kept, "{errno}");
+    }
+}

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ublk_core::driver::Driver;
 use ublk_core::driver::fake::FakeDriver;
-use ublk_core::{DetachedRequest, Device, DeviceId, DeviceOptions, Ending, Error, Recovery, Target};
+use ublk_core::{DetachedRequest, Device, DeviceId, DeviceOptions, Ending, Errno, Error, Recovery, Target};
 
 mod support;
 
@@ -192,6 +192,95 @@ fn a_quiesce_without_an_answer_ends_when_it_is_expedited() {
         });
         drop(leave);
     }
+}
+
+/// How the owner of a device ends with it.
+fn end(device: Device, way: &str) {
+    match way {
+        "drop" => drop(device),
+        "stop" => device.stop().unwrap(),
+        "try_stop" => device.try_stop().unwrap(),
+        _ => assert_eq!(device.conclude().unwrap(), Ending::Deleted, "{way}"),
+    }
+}
+
+#[test]
+fn the_next_device_of_a_number_outlives_the_end_of_the_last_one() {
+    for (way, recovery) in ["drop", "stop", "try_stop", "conclude"]
+        .into_iter()
+        .flat_map(|way| [None, Some(Recovery::Queue)].map(|r| (way, r)))
+    {
+        let driver = FakeDriver::new();
+        let complete = || custom(|request| request.complete());
+        let options = DeviceOptions { recovery, ..options(1, 2) };
+        let first = server(&driver, 1).start(complete(), &options).unwrap();
+        let id = first.id();
+        // As `ublk del` and `ublk add` of other processes.
+        server(&driver, 1).control().remove(id).unwrap();
+        let second = server(&driver, 1).start(complete(), &options).unwrap();
+        assert_eq!(second.id(), id);
+        end(first, way);
+        assert!(!second.is_ending(), "{way} {recovery:?}");
+        driver.disk(id).read(0, 512).unwrap();
+        finish(&driver, second);
+    }
+}
+
+#[test]
+fn a_device_that_is_gone_changes_no_other_one() {
+    let driver = FakeDriver::new();
+    let complete = || custom(|request| request.complete());
+    let first = server(&driver, 1).start(complete(), &options(1, 2)).unwrap();
+    server(&driver, 1).control().remove(first.id()).unwrap();
+    let second = server(&driver, 1).start(complete(), &options(1, 2)).unwrap();
+    assert_eq!(first.resize(4096).unwrap_err().errno(), Errno::ENODEV);
+    let size = server(&driver, 1).control().params(second.id()).unwrap().params.size;
+    assert_eq!(size, support::SIZE);
+    drop(first);
+    finish(&driver, second);
+}
+
+/// It may be another's between the two commands.
+#[test]
+fn a_number_is_free_when_a_stop_returns_and_not_before_it_is_deleted() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(custom(|request| request.complete()), &options(1, 2)).unwrap();
+    // Before Linux 6.9, and of a user's device.
+    for refusal in [None, Some(Errno::EOPNOTSUPP), Some(Errno::EINVAL)] {
+        if let Some(errno) = refusal {
+            driver.refuse_next("DEL_DEV_ASYNC", errno);
+        }
+        let id = DeviceOptions { id: Some(DeviceId(7)), ..options(1, 2) };
+        let other = server(&driver, 1).start(custom(|request| request.complete()), &id).unwrap();
+        other.stop().unwrap();
+        assert_eq!(driver.device_ids().unwrap(), [device.id()], "{refusal:?}");
+    }
+    finish(&driver, device);
+}
+
+#[test]
+fn a_failed_queue_with_requests_keeps_a_stop_not_for_long() {
+    let driver = FakeDriver::new();
+    let held = Arc::new(Mutex::new(Vec::<DetachedRequest>::new()));
+    let (hold, (enter, entered)) = (held.clone(), channel());
+    let target = custom(move |request| {
+        hold.lock().unwrap().push(request.detach());
+        let _ = enter.send(());
+    });
+    let device = server(&driver, 1).start(target, &options(1, 2)).unwrap();
+    let _ = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
+    entered.recv().unwrap();
+    driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EIO);
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| device.stop_within(Duration::from_secs(3600)));
+        std::thread::sleep(Duration::from_millis(100));
+        held.lock().unwrap().drain(..).for_each(DetachedRequest::complete);
+        let _ = stop.join().unwrap();
+    });
+    assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    let _ = device.stop();
+    assert_eq!(driver.device_ids().unwrap(), []);
 }
 
 #[test]

@@ -128,7 +128,7 @@ impl NativeDevice {
 /// Whether this is why a device was not left, not why its queues do not end.
 fn is_refusal(error: &ublk_core::Error) -> bool {
     use ublk_core::Error::{Control, Unsupported};
-    matches!(error, Unsupported { .. } | Control { command: "QUIESCE_DEV", .. })
+    error.is_refusal() && matches!(error, Unsupported { .. } | Control { command: "QUIESCE_DEV", .. })
 }
 
 /// Does something with a device, and looks for signals meanwhile. If their handlers raise, the rest goes on in the

@@ -58,10 +58,11 @@ pub(crate) fn device(py: Python<'_>, id: u32) -> PyResult<Bound<'_, PyDict>> {
 pub(crate) fn delete(py: Python<'_>, id: u32, force: bool) -> PyResult<()> {
     let id = DeviceId(id);
     on_system(py, |control| {
+        let instance = control.instance(id);
         if !force && control.info(id)?.state != DeviceState::Dead {
             control.try_stop(id)?;
         }
-        match control.remove(id) {
+        match control.remove_instance(id, instance) {
             // Its server was quicker.
             Err(error) if error.errno() == Errno::ENODEV && !force => Ok(()),
             other => other.map(drop),

@@ -33,6 +33,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(40);
 /// Stops a device. Kills its server if it does not complete its requests in time, unless the server also serves other disks
 /// in use. Disks for which `removed_too` returns true do not count.
 pub(super) fn force_stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceId) -> bool) -> Outcome {
+    let instance = control.instance(id);
     let pid = control.info(id)?.pid;
     // Before any wait, after which the number may be another process's.
     let server = Server::find(id, pid);
@@ -58,6 +59,9 @@ pub(super) fn force_stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(D
         if cycle.is_empty() { String::new() } else { format!(" ({cycle})") }
     );
     server.kill()?;
+    if !control.is_instance(id, instance) {
+        return Ok(());
+    }
     match control.stop_within(id, EXIT_TIMEOUT) {
         Err(Error::Timeout { .. }) if process::is_alive(pid) => Err(Failure::Text(format!(
             "device {id} does not stop: process {pid} cannot be killed: {}. With Linux's own driver only a reboot ends this \

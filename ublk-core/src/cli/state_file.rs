@@ -97,6 +97,10 @@ impl StateFile {
     /// Removes the file of a device that was deleted. `instance` is that of the deleted device, whose number may be another
     /// device's by now.
     pub(super) fn remove(id: DeviceId, instance: Option<Instance>) {
+        // The file is that of a later device, or will be.
+        if instance.is_some() && Instance::of(id).is_some_and(|now| Some(now) != instance) {
+            return;
+        }
         // Files in a directory that other users can write to are not this user's.
         let Some(directory) = RunDir::find() else { return };
         let text = directory.read(&name(id)).ok().flatten();

@@ -40,6 +40,7 @@ impl Device {
     ///
     /// [`Error::InvalidValue`] unless it is whole logical blocks.
     pub fn resize(&self, bytes: u64) -> Result<()> {
+        let _open = self.require_opened("UPDATE_SIZE")?;
         self.control.update_size(self.id(), bytes)
     }
 
@@ -49,7 +50,14 @@ impl Device {
     ///
     /// `EBUSY` if it is in use: it is served on. Else as [`stop`](Device::stop).
     pub fn try_stop(&self) -> Result<()> {
-        self.control.try_stop(self.id())?;
+        if self.is_stopped() {
+            return Ok(());
+        }
+        let open = self.opened();
+        if open.is_some() || self.is_own() {
+            self.control.try_stop(self.id())?;
+        }
+        drop(open);
         self.stop()
     }
 }

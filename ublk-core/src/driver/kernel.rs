@@ -16,7 +16,7 @@ mod tag_buffers;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -262,6 +262,15 @@ unsafe impl Driver for KernelDriver {
         }
         ids.sort_unstable();
         Ok(ids)
+    }
+
+    /// The inode of its directory in sysfs, which the kernel counts up.
+    fn instance(&self, id: DeviceId) -> io::Result<Option<u64>> {
+        match std::fs::metadata(format!("/sys/class/ublk-char/ublkc{id}/")) {
+            Ok(metadata) => Ok(Some(metadata.ino())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && Path::new("/sys/class").exists() => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 }
 

@@ -146,6 +146,16 @@ pub unsafe trait Driver: Send + Sync + Debug {
 
     /// Ids of all devices that exist, in rising order.
     fn device_ids(&self) -> io::Result<Vec<DeviceId>>;
+
+    /// A number that distinguishes a device from earlier and later ones with the same id; `None` if there is no such
+    /// device.
+    ///
+    /// # Errors
+    ///
+    /// If that cannot be found out: without sysfs, or by default. Then a device counts as the one that it was.
+    fn instance(&self, _id: DeviceId) -> io::Result<Option<u64>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// An open `/dev/ublkcN`. Dropping the last handle closes it, which the driver takes as the server's

@@ -44,6 +44,7 @@ pub(in crate::cli) enum Observer {
 ///
 /// If the use cannot be determined. If a command got no answer, the device may have been stopped.
 pub(in crate::cli) fn stop_unused(control: &Control, id: DeviceId, observer: Observer) -> Result<StopOutcome> {
+    let instance = control.instance(id);
     let info = control.info(id)?;
     if info.state == DeviceState::Dead {
         return Ok(StopOutcome::NotUsed);
@@ -54,6 +55,9 @@ pub(in crate::cli) fn stop_unused(control: &Control, id: DeviceId, observer: Obs
     }
     let deadline = Instant::now() + UDEV_TIMEOUT;
     loop {
+        if !control.is_instance(id, instance) {
+            return Ok(StopOutcome::Stopped);
+        }
         match control.try_stop(id) {
             // ENODEV: another process has stopped it.
             Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => return Ok(StopOutcome::Stopped),
