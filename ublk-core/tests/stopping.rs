@@ -114,7 +114,7 @@ fn a_device_that_another_process_stops_ends_in_time_too() {
     for expedite in [false, true] {
         let driver = FakeDriver::new();
         let (target, leave, entered) = stuck();
-        let way = DeviceOptions { recovery: Some(Recovery::Queue), ..options(1, 2) };
+        let way = options(1, 2).recovery(Recovery::Queue);
         let device = server(&driver, 1).start(target, &way).unwrap();
         let id = device.id();
         let _ = driver.disk(id).send(0, 0, 512, &[]).unwrap();
@@ -176,7 +176,7 @@ fn a_quiesce_without_an_answer_ends_when_it_is_expedited() {
     for leaves in [true, false] {
         let driver = FakeDriver::new();
         let (target, leave, entered) = stuck();
-        let way = DeviceOptions { recovery: Some(Recovery::Queue), ..options(1, 2) };
+        let way = options(1, 2).recovery(Recovery::Queue);
         let device = server(&driver, 1).start(target, &way).unwrap();
         let _ = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
         entered.recv().unwrap();
@@ -212,7 +212,8 @@ fn the_next_device_of_a_number_outlives_the_end_of_the_last_one() {
     {
         let driver = FakeDriver::new();
         let complete = || custom(|request| request.complete());
-        let options = DeviceOptions { recovery, ..options(1, 2) };
+        let mut options = options(1, 2);
+        options.recovery = recovery;
         let first = server(&driver, 1).start(complete(), &options).unwrap();
         let id = first.id();
         // As `ublk del` and `ublk add` of other processes.
@@ -250,7 +251,7 @@ fn a_number_is_free_when_a_stop_returns_and_not_before_it_is_deleted() {
         if let Some(errno) = refusal {
             driver.refuse_next("DEL_DEV_ASYNC", errno);
         }
-        let id = DeviceOptions { id: Some(DeviceId(7)), ..options(1, 2) };
+        let id = options(1, 2).id(DeviceId(7));
         let other = server(&driver, 1).start(custom(|request| request.complete()), &id).unwrap();
         other.stop().unwrap();
         assert_eq!(driver.device_ids().unwrap(), [device.id()], "{refusal:?}");
@@ -291,7 +292,7 @@ fn a_time_that_no_clock_reaches_is_none() {
     let device = start(&options(1, 2));
     device.stop_within(Duration::MAX).unwrap();
     finish(&driver, device);
-    let way = DeviceOptions { recovery: Some(Recovery::Queue), ..options(1, 2) };
+    let way = options(1, 2).recovery(Recovery::Queue);
     let device = start(&way);
     let control = server(&driver, 1).control().clone();
     control.quiesce_until(device.id(), Duration::MAX).unwrap();

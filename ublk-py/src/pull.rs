@@ -52,7 +52,7 @@ impl PyPullQueue {
     /// Fails what nothing has taken yet; returns how many requests.
     pub(crate) fn revoke(&self) -> usize {
         let mut revoked = 0;
-        while let Some(batch) = self.queue().and_then(|queue| queue.next_batch_within(usize::MAX, Duration::ZERO)) {
+        while let Some(batch) = self.queue().and_then(|queue| queue.next_batch_timeout(usize::MAX, Duration::ZERO)) {
             if batch.is_empty() {
                 break;
             }
@@ -75,7 +75,7 @@ impl PyPullQueue {
         max: usize,
         hand: &Bound<'py, PyList>,
     ) -> PyResult<Option<Vec<Bound<'py, PyRequest>>>> {
-        let Some(batch) = self.queue().and_then(|queue| queue.next_batch_within(max, Duration::ZERO)) else {
+        let Some(batch) = self.queue().and_then(|queue| queue.next_batch_timeout(max, Duration::ZERO)) else {
             return Ok(None);
         };
         self.watch.entered();

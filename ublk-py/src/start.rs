@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 use ublk_core::driver::fake;
 use ublk_core::driver::kernel::KernelDriver;
-use ublk_core::pull::{feeds, pull_with};
+use ublk_core::pull::{channels, pull_with};
 use ublk_core::{Access, DeviceId, DeviceOptions, MAX_COALESCING, Params, Recovery, Server, Target, ZonedLimits};
 
 use crate::device::NativeDevice;
@@ -42,7 +42,7 @@ fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
         None => {}
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let made = Server::with(Arc::new(KernelDriver::open()?), Arc::new(spawn), threads);
+    let made = Server::with_driver(Arc::new(KernelDriver::open()?), Arc::new(spawn), threads);
     *server = Some((pid, made.clone()));
     Ok(made)
 }
@@ -83,11 +83,9 @@ impl Description {
         params.operations = operations(&self.operations);
         if self.zone_size != 0 {
             params.chunk_size = self.zone_size;
-            params.zoned = Some(ZonedLimits {
-                max_open: self.max_open_zones,
-                max_active: self.max_active_zones,
-                max_append_bytes: self.max_append_bytes,
-            });
+            let mut zoned = ZonedLimits::new(self.max_append_bytes);
+            (zoned.max_open, zoned.max_active) = (self.max_open_zones, self.max_active_zones);
+            params.zoned = Some(zoned);
         }
         params
     }
@@ -122,9 +120,9 @@ impl Description {
             "methods" => Style::Methods(handlers.extract()?),
             "mapped" => Style::Mapped(handlers.extract()?, mapper()?, None),
             "mapped-pull" => {
-                let (feeds, queues) = feeds(queues).map_err(|e| to_python(py, &e))?;
+                let (senders, queues) = channels(queues).map_err(|e| to_python(py, &e))?;
                 pulled = Pulled { queues, extents: extents()? };
-                Style::Mapped(handlers.extract()?, mapper()?, Some(feeds))
+                Style::Mapped(handlers.extract()?, mapper()?, Some(senders))
             }
             "batch" => Style::Batch(handlers.extract()?),
             other => return Err(PyValueError::new_err(format!("there is no style {other}"))),
@@ -137,7 +135,7 @@ impl Description {
 fn server(driver: Option<fake::FakeDriver>, spawn: Py<PyAny>, threads: u32) -> ublk_core::Result<Server> {
     let spawn = PythonSpawn(spawn);
     match driver {
-        Some(fake) => Ok(Server::with(Arc::new(fake), Arc::new(spawn), threads as usize)),
+        Some(fake) => Ok(Server::with_driver(Arc::new(fake), Arc::new(spawn), threads as usize)),
         None => kernel_server(spawn),
     }
 }
@@ -156,19 +154,15 @@ pub(crate) struct Options {
 impl Options {
     fn convert(&self) -> PyResult<DeviceOptions> {
         let recovery = |name: &String| {
-            Recovery::ALL.into_iter().find(|recovery| recovery.name() == name).ok_or_else(|| {
+            name.parse::<Recovery>().map_err(|_| {
                 let names = Recovery::ALL.map(Recovery::name).join(", ");
                 PyValueError::new_err(format!("recoverable = {name:?}: there are True, False, {names}"))
             })
         };
-        Ok(DeviceOptions {
-            id: self.id.map(DeviceId),
-            queues: self.queues,
-            depth: self.depth,
-            recovery: self.recovery.as_ref().map(recovery).transpose()?,
-            shared_memory: self.shared_memory,
-            ..DeviceOptions::default()
-        })
+        let mut options = DeviceOptions::new().queues(self.queues).depth(self.depth).shared_memory(self.shared_memory);
+        options.id = self.id.map(DeviceId);
+        options.recovery = self.recovery.as_ref().map(recovery).transpose()?;
+        Ok(options)
     }
 }
 
@@ -203,7 +197,7 @@ pub(crate) fn add(
         return Err(PyValueError::new_err(format!("coalesce_usecs = {}: {most} at most", window.as_micros())));
     }
     target.params().validate().and_then(|()| device_options.validate()).map_err(|e| to_python(py, &e))?;
-    let make = || server(fake, spawn, options.queues)?.coalescing(window)?.add(&target, &device_options);
+    let make = || server(fake, spawn, options.queues)?.with_coalescing(window)?.add(&target, &device_options);
     let (device, _permit) = interpreter::detached(py, make);
     let device = device.map_err(|e| to_python(py, &e))?;
     made.append(NativeDevice::new(py, device, Some(target), queues, watch, driver.is_none())?)
@@ -227,8 +221,8 @@ pub(crate) fn recover(
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let window = Duration::from_micros(description.coalesce_usecs.into());
     let find = || {
-        let server = server(fake, spawn, threads)?.coalescing(window)?;
-        let info = server.wait_for_vacancy(DeviceId(id))?;
+        let server = server(fake, spawn, threads)?.with_coalescing(window)?;
+        let info = server.wait_until_unserved(DeviceId(id))?;
         Ok((server, info))
     };
     let (found, permit) = interpreter::detached(py, find);

@@ -108,6 +108,6 @@ fn to_dict(py: Python<'_>, (path, info, params): Found) -> PyResult<Bound<'_, Py
     dict.set_item("block_size", params.logical_block_size)?;
     dict.set_item("max_io_bytes", info.max_io_bytes)?;
     dict.set_item("read_only", params.read_only)?;
-    dict.set_item("recovery", Recovery::of(info.features).map(Recovery::name))?;
+    dict.set_item("recovery", Recovery::from_features(info.features).map(Recovery::name))?;
     Ok(dict)
 }

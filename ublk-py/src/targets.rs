@@ -102,7 +102,8 @@ impl NativeTarget {
             Some(true) => Io::Direct,
             Some(false) => Io::Buffered,
         };
-        let options = FileOptions { io, read_only, logical_block_size: block_size };
+        let mut options = FileOptions::new().io(io).read_only(read_only);
+        options.logical_block_size = block_size;
         let file = Self::open(py, || File::open(path, &options))?;
         Ok(NativeTarget { target: file.clone(), file: Some(file) })
     }
@@ -123,9 +124,9 @@ impl NativeTarget {
         if zone_size == 0 {
             return Err(PyValueError::new_err("zone_size = 0: must be a power of two"));
         }
-        let logical_block_size = block_size;
-        let options =
-            ZonedOptions { size, zone_size, conventional, max_open, max_active, logical_block_size, directory };
+        let mut options = ZonedOptions::new(size).zone_size(zone_size).conventional(conventional);
+        options = options.max_open(max_open).max_active(max_active).logical_block_size(block_size);
+        options.directory = directory;
         Self::make(py, || Zoned::open(&options))
     }
 

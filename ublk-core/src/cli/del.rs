@@ -248,7 +248,7 @@ mod tests {
     use crate::{DeviceOptions, Errno, Server};
 
     fn server(driver: &FakeDriver) -> Server {
-        Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1)
+        Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1)
     }
 
     fn null() -> Arc<dyn Target> {

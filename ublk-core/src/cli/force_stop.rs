@@ -150,7 +150,7 @@ mod tests {
     #[test]
     fn other_devices_of_a_server_are_found() {
         let driver = FakeDriver::new();
-        let server = Devices::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Devices::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let start = || server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
         let devices = [start(), start(), start()];
         let pid = std::process::id() as i32;

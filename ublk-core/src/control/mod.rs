@@ -42,6 +42,7 @@ const NODE_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Arguments of [`Control::add`].
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct AddRequest {
     /// The id, or `None` for the lowest free one.
     pub id: Option<DeviceId>,
@@ -55,8 +56,16 @@ pub struct AddRequest {
     pub features: Features,
 }
 
+impl AddRequest {
+    /// A device with one queue and no special features.
+    pub fn new(depth: u16, max_io_bytes: u32) -> Self {
+        AddRequest { id: None, queues: 1, depth, max_io_bytes, features: Features::empty() }
+    }
+}
+
 /// Information about a device, from the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DeviceInfo {
     /// Its id.
     pub id: DeviceId,
@@ -89,6 +98,7 @@ pub enum Removal {
 
 /// Parameters as the driver holds them.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct StoredParams {
     /// The disk's shape.
     pub params: Params,
@@ -375,7 +385,7 @@ impl Control {
                 hint: hint.to_owned(),
             })
         };
-        if Recovery::of(info.features).is_none() {
+        if Recovery::from_features(info.features).is_none() {
             return refused("the device was created without recovery (`ublk add --recovery`, `recoverable=True`)");
         }
         self.features()?.require(Features::QUIESCE)?;

@@ -61,7 +61,7 @@ pub struct Server {
     coalescing: Duration,
 }
 
-/// The longest time for which requests may [gather](Server::coalescing).
+/// The longest window of [request coalescing](Server::with_coalescing).
 pub const MAX_COALESCING: Duration = Duration::from_millis(10);
 
 impl Server {
@@ -72,39 +72,40 @@ impl Server {
     /// See [`KernelDriver::open`].
     pub fn new() -> Result<Self> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads))
+        Ok(Self::with_driver(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads))
     }
 
-    /// A server on any driver, with its own way to make threads, and at most `threads` of them.
-    pub fn with(driver: Arc<dyn Driver>, spawn: Arc<dyn Spawn>, threads: usize) -> Self {
+    /// A server on any driver, with at most `threads` threads, which `spawn` starts.
+    pub fn with_driver(driver: Arc<dyn Driver>, spawn: Arc<dyn Spawn>, threads: usize) -> Self {
         let pool = Arc::new(ThreadPool::new(driver.clone(), spawn, threads));
         Server { control: Control::new(driver), pool, cpus: Cpus::Any, coalescing: Duration::ZERO }
     }
 
-    /// The same server with its threads on certain CPUs. Devices that it serves already stay where they are.
+    /// The same server with its threads on certain CPUs. Devices that it serves already are not moved.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidValue`] for CPUs that this process may not use.
-    pub fn on_cpus(mut self, cpus: Cpus) -> Result<Self> {
+    pub fn with_cpus(mut self, cpus: Cpus) -> Result<Self> {
         cpus.check()?;
         self.cpus = cpus;
         Ok(self)
     }
 
-    /// The same server with requests that gather: where a round has brought a thread two requests or more, it sleeps for
-    /// `window` before it looks for the next ones, and nobody has to wake it up for each of them. That is less work per
-    /// request and more latency: up to `window` for each step of a request (to be seen, and to be answered if a file or
-    /// another thread has served it) while the thread has several. A client that sends one at a time to a thread without
-    /// others does not wait: after four rounds with one request that is over. Statistics begin when the thread sees a
-    /// request. Zero, the default, is for not at all; some 20 µs are a beginning. A thread that also serves queues with
-    /// a shorter window takes that. Devices that the server has already stay as they are. Before Linux 6.1 the thread is
-    /// woken up all the same.
+    /// The same server with request coalescing, like interrupt coalescing of network cards: under load, a thread sleeps for
+    /// `window` after each round, and then handles a batch. Zero, the default, disables it; 20 µs are a good start.
+    ///
+    /// This means less work per request and more latency: up to `window` for each step of a request (its arrival, and its
+    /// end if a file or another thread has served it). It applies while rounds bring two requests or more, and ends after
+    /// four rounds with one request, so that a client that sends one request at a time does not wait. The latencies in
+    /// statistics begin when the thread takes the request. A thread that also serves queues with a shorter window uses
+    /// that. Devices that the server has already keep their window. Before Linux 6.1 the thread is woken for each request
+    /// all the same.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidValue`] for more than [`MAX_COALESCING`].
-    pub fn coalescing(mut self, window: Duration) -> Result<Self> {
+    pub fn with_coalescing(mut self, window: Duration) -> Result<Self> {
         if window > MAX_COALESCING {
             let most = format!("{} µs at most", MAX_COALESCING.as_micros());
             return Err(Error::invalid("coalescing", format!("{} µs", window.as_micros()), most));

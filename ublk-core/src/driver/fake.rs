@@ -47,7 +47,7 @@ pub struct FakeDriver {
 
 #[derive(Debug, Default)]
 struct Shared {
-    state: Mutex<State>,
+    state: Mutex<FakeState>,
     changed: Condvar,
     /// A client sends more: rings do not look yet.
     holding: AtomicBool,
@@ -56,7 +56,7 @@ struct Shared {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct FakeState {
     devices: BTreeMap<u32, FakeDevice>,
     /// Rules that a server broke.
     violations: Vec<String>,
@@ -171,7 +171,7 @@ enum FakeTag {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, FakeState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -180,7 +180,7 @@ impl Shared {
         &self,
         timeout: Duration,
         give_up: &dyn Fn() -> bool,
-        mut check: impl FnMut(&mut State) -> Option<T>,
+        mut check: impl FnMut(&mut FakeState) -> Option<T>,
     ) -> Result<T, ControlFailure> {
         let deadline = super::deadline(timeout);
         let mut state = self.state();
@@ -284,7 +284,7 @@ impl FakeDriver {
         self.shared.state().files.held.len()
     }
 
-    /// Has servers fill the memory of reads with `byte` where they [clear](crate::RequestOf::clear) it, so that a test sees
+    /// Has servers fill the memory of reads with `byte` where they [clear](crate::Request::clear) it, so that a test sees
     /// which bytes a handler has left unwritten.
     pub fn poison_reads(&self, byte: u8) {
         self.shared.unwritten_byte.store(byte, Ordering::Relaxed);
@@ -363,7 +363,7 @@ const ALWAYS_ON: Features = Features::CMD_IOCTL_ENCODE.union(Features::URING_CMD
 /// What keeps the driver from copying.
 const NOT_COPIED: Features = Features::USER_COPY.union(Features::SUPPORT_ZERO_COPY).union(Features::AUTO_BUF_REG);
 
-impl State {
+impl FakeState {
     /// What a file's sync is to fail with.
     fn refusal_of(&mut self, operation: Operation) -> Option<Errno> {
         let syncs = matches!(operation, Operation::SyncData { .. });

@@ -176,7 +176,7 @@ pub unsafe trait CharDevice: Send + Sync + Debug {
     /// `USER_COPY`. From any thread, while the server owns the request. `EINVAL` if it does not.
     fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()>;
 
-    /// What [cleared](crate::RequestOf::clear) memory is filled with.
+    /// What [cleared](crate::Request::clear) memory is filled with.
     #[doc(hidden)]
     fn unwritten_byte(&self) -> u8 {
         0

@@ -44,6 +44,7 @@ pub enum Io {
 
 /// Options for opening a backing file.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct FileOptions {
     /// Direct or buffered.
     pub io: Io,
@@ -51,6 +52,28 @@ pub struct FileOptions {
     pub read_only: bool,
     /// Logical block size in bytes. By default the smallest that the file supports.
     pub logical_block_size: Option<u32>,
+}
+
+impl FileOptions {
+    /// The default options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets whether I/O is [direct](Self::io).
+    pub fn io(self, io: Io) -> Self {
+        FileOptions { io, ..self }
+    }
+
+    /// Opens the file [for reading only](Self::read_only), or not.
+    pub fn read_only(self, read_only: bool) -> Self {
+        FileOptions { read_only, ..self }
+    }
+
+    /// Sets the [logical block size](Self::logical_block_size).
+    pub fn logical_block_size(self, bytes: u32) -> Self {
+        FileOptions { logical_block_size: Some(bytes), ..self }
+    }
 }
 
 /// What a file is opened for.

@@ -11,7 +11,7 @@ use super::range_locks::Locked;
 use super::sparse::Sparse;
 use crate::error::{Error, Result};
 use crate::params::{Operations, Params};
-use crate::request::{Home, Op, Request, RequestOf, Requests};
+use crate::request::{Op, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
 
 /// A RAM disk. Unwritten and discarded ranges read as zeros.
@@ -61,7 +61,7 @@ impl Mem {
         }
     }
 
-    fn carry_out<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+    fn carry_out(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         let (offset, len, metadata) = (request.offset(), request.len(), self.metadata.as_ref());
         match request.op() {
             Op::Read => {
@@ -93,7 +93,7 @@ impl Mem {
 }
 
 impl Locked for Mem {
-    fn serve<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+    fn serve(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         self.carry_out(request)
     }
 }

@@ -18,7 +18,7 @@ use super::files::punch_hole;
 use super::protection::Metadata;
 use super::range_locks::Locked;
 use crate::error::errno_of;
-use crate::request::{Home, Op, RequestOf, Requests, WriteBack};
+use crate::request::{Op, Request, Requests, WriteBack};
 use crate::target::QueueHandler;
 
 /// A disk in a file with metadata in another one.
@@ -51,13 +51,13 @@ impl ProtectedFile {
         self.metadata.sync(&self.write_back)
     }
 
-    fn sync_if_durable<H: Home>(&self, request: &RequestOf<H>) -> Result<(), Errno> {
+    fn sync_if_durable(&self, request: &Request<'_>) -> Result<(), Errno> {
         if self.at_once || request.force_unit_access() { self.sync() } else { Ok(()) }
     }
 }
 
 impl Locked for ProtectedFile {
-    fn serve<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+    fn serve(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         let (offset, len) = (request.offset(), request.len());
         match request.op() {
             Op::Read => {

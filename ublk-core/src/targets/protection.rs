@@ -18,7 +18,7 @@ use super::range_locks::RangeLocks;
 use super::sparse::Sparse;
 use crate::error::errno_of;
 use crate::params::{Checksum, Integrity};
-use crate::request::{Home, RequestOf, WriteBack};
+use crate::request::{Request, WriteBack};
 
 /// Why metadata does not match its data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,7 +119,7 @@ impl Metadata {
     /// # Errors
     ///
     /// `EILSEQ` if it does not match the write's data.
-    pub(super) fn of_write<H: Home>(&self, request: &RequestOf<H>) -> Result<Option<Vec<u8>>, Errno> {
+    pub(super) fn of_write(&self, request: &Request<'_>) -> Result<Option<Vec<u8>>, Errno> {
         if !request.has_integrity() {
             return Ok(None);
         }
@@ -165,7 +165,7 @@ impl Metadata {
     /// # Errors
     ///
     /// `EILSEQ` if they do not match.
-    pub(super) fn read<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+    pub(super) fn read(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         let bytes = self.check(request.offset(), request.data())?;
         if request.has_integrity() { request.write_integrity(0, &bytes) } else { Ok(()) }
     }

@@ -14,12 +14,12 @@ use std::thread;
 use nix::errno::Errno;
 
 use crate::error::{Error, Result};
-use crate::request::{Home, Op, Request, RequestOf};
+use crate::request::{Op, Request};
 
 /// A disk whose requests are served under locks.
 pub(super) trait Locked: Send + Sync + 'static {
     /// Serves a request. The lock on its range is held.
-    fn serve<H: Home>(&self, request: &mut RequestOf<H>) -> std::result::Result<(), Errno>;
+    fn serve(&self, request: &mut Request<'_>) -> std::result::Result<(), Errno>;
 }
 
 /// Locks on ranges of one disk, shared by all its queues.

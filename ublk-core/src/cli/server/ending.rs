@@ -162,7 +162,7 @@ mod tests {
         let first = recoverable(&driver);
         let id = first.id();
         first.control().quiesce_until(id, Duration::from_secs(10)).unwrap();
-        let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let second = server.recover(id, Arc::new(Null::new(1 << 20, 512).unwrap())).unwrap();
         assert_eq!(stop_or_leave(&first).unwrap(), Ending::Left);
         drop(first);
@@ -175,7 +175,7 @@ mod tests {
         let driver = FakeDriver::new();
         let kept = Served::new(recoverable(&driver));
         assert!(kept.remedy().contains("`ublk recover -n 0`"), "{}", kept.remedy());
-        let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let device = server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
         assert_eq!(Served::new(device).remedy(), "is dead: remove it with `ublk del -n 1`");
     }

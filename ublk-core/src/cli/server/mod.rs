@@ -108,9 +108,9 @@ fn start(options: &Options<'_>, existing: Option<DeviceId>) -> Result<Vec<Device
     if let Some(fallback) = fallback {
         log::warn!("{fallback}");
     }
-    let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads)
-        .on_cpus(cpus)?
-        .coalescing(options.coalescing)?;
+    let server = Server::with_driver(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads)
+        .with_cpus(cpus)?
+        .with_coalescing(options.coalescing)?;
     let mut devices = Vec::new();
     match existing {
         None => {
@@ -120,7 +120,7 @@ fn start(options: &Options<'_>, existing: Option<DeviceId>) -> Result<Vec<Device
         }
         Some(id) => {
             // The old server has the files locked.
-            server.wait_for_vacancy(id)?;
+            server.wait_until_unserved(id)?;
             let disk = server.control().params(id)?.params;
             devices.push(server.recover(id, options.target.reopen(&disk)?)?);
         }
@@ -178,7 +178,7 @@ mod tests {
 
     /// A recoverable device of a stand-in driver.
     pub(super) fn recoverable(driver: &FakeDriver) -> Device {
-        let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let options = DeviceOptions { recovery: Some(Recovery::Queue), ..DeviceOptions::default() };
         server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &options).unwrap()
     }

@@ -113,7 +113,7 @@ mod tests {
     }
 
     fn start(driver: &FakeDriver, args: &Args) -> Device {
-        let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let options = DeviceOptions { recovery: Some(Recovery::Queue), ..DeviceOptions::default() };
         server.start(args.create().unwrap(), &options).unwrap()
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::{ALWAYS_ON, FakeDevice, FakeDriver, FakeQueue, FakeTag, INSTANCES, NOT_COPIED, State};
+use super::{ALWAYS_ON, FakeDevice, FakeDriver, FakeQueue, FakeState, FakeTag, INSTANCES, NOT_COPIED};
 use crate::driver::{ControlCommand, ControlFailure};
 use crate::memory::{DescriptorMap, Region};
 use crate::uapi::{self, Features, wire};
@@ -205,7 +205,7 @@ impl FakeDriver {
     }
 }
 
-impl State {
+impl FakeState {
     fn add(&mut self, payload: &mut Vec<u8>) -> Result<i32, Errno> {
         let mut info = wire::decode_info(payload);
         let depth = info.queue_depth;

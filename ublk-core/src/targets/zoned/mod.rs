@@ -24,6 +24,7 @@ use crate::target::{QueueHandler, QueueInfo, Target};
 
 /// Options of a zoned disk.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct ZonedOptions {
     /// Capacity in bytes, a multiple of the zone size.
     pub size: u64,
@@ -53,6 +54,36 @@ impl ZonedOptions {
             logical_block_size: 4096,
             directory: None,
         }
+    }
+
+    /// Sets the [size of a zone](Self::zone_size).
+    pub fn zone_size(self, zone_size: u32) -> Self {
+        ZonedOptions { zone_size, ..self }
+    }
+
+    /// Sets the number of [conventional zones](Self::conventional).
+    pub fn conventional(self, conventional: u32) -> Self {
+        ZonedOptions { conventional, ..self }
+    }
+
+    /// Limits [open zones](Self::max_open).
+    pub fn max_open(self, max_open: u32) -> Self {
+        ZonedOptions { max_open, ..self }
+    }
+
+    /// Limits [active zones](Self::max_active).
+    pub fn max_active(self, max_active: u32) -> Self {
+        ZonedOptions { max_active, ..self }
+    }
+
+    /// Sets the [logical block size](Self::logical_block_size).
+    pub fn logical_block_size(self, logical_block_size: u32) -> Self {
+        ZonedOptions { logical_block_size, ..self }
+    }
+
+    /// Keeps the zones in a [directory](Self::directory).
+    pub fn directory(self, path: impl Into<PathBuf>) -> Self {
+        ZonedOptions { directory: Some(path.into()), ..self }
     }
 }
 
