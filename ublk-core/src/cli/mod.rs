@@ -7,12 +7,14 @@
 //!
 //! * `target`: the kinds of disk of `ublk add`, with their options and constructors.
 //! * `server`: serves devices to their end; `background` starts it as a process of its own.
-//! * `state_file`: what the next server of a device needs; `run_dir`: the directory for such files.
+//! * `state_file`: what the next server of a device needs; `backing_files`: whether the files of its disk are the same;
+//!   `run_dir`: the directory for state files.
 //! * `stats`: the socket through which servers answer `ublk stat`.
 //! * `usage`: how a disk is used; `force_stop`: stops a device whose server does not complete its requests.
 //! * `driver`, `failure`, `host`, `instance`, `output`, `size`: small things that several commands need.
 
 mod add;
+mod backing_files;
 mod background;
 mod completions;
 mod del;
