@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::driver::device_ids;
 use super::failure::{Failure, Outcome};
-use super::usage::{has_open, seems_unused};
+use super::usage::{has_open, is_surely_unused};
 use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::process;
@@ -45,7 +45,7 @@ pub(super) fn force_stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(D
     };
     let Some(server) = server else { return Err(waited.into()) };
     let others = others(control, id, pid)?;
-    let in_use = |other: &DeviceId| !removed_too(*other) && !seems_unused(&control.driver().block_path(*other));
+    let in_use = |other: &DeviceId| !removed_too(*other) && !is_surely_unused(&control.driver().block_path(*other));
     let in_use: Vec<_> = others.iter().copied().filter(in_use).collect();
     if !in_use.is_empty() {
         return Err(Failure::Text(format!("{waited}; {}", refusal(id, pid, &in_use))));
@@ -88,7 +88,7 @@ fn refusal(id: DeviceId, pid: i32, others: &[DeviceId]) -> String {
     let list =
         |each: &dyn Fn(&DeviceId) -> String, between: &str| others.iter().map(each).collect::<Vec<_>>().join(between);
     format!(
-        "its server, process {pid}, is not killed, because it also serves {}, in use. End their use first, or remove them \
+        "its server, process {pid}, is not killed, because it also serves {}, which is or may be in use. End their use first, or remove them \
          as well: `ublk del --force -n {id} {}`",
         list(&|other| format!("/dev/ublkb{other}"), ", "),
         list(&|other| format!("-n {other}"), " "),

@@ -20,6 +20,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe2};
 
+/// How long opening a disk may take, which may wait for its server.
+pub(super) const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// How long the forked process may take to end after it has answered or was killed.
 const EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 
