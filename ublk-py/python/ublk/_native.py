@@ -140,6 +140,9 @@ class File(NativeDisk):
     The file is opened and locked when the object is created (`UblkError` with ``EAGAIN`` or ``EBUSY`` if it is in use),
     and closed when the object is destroyed. ``direct`` selects ``O_DIRECT``; by default it is used if the file system
     supports it. ``block_size`` is by default the smallest that the file supports.
+
+    The lock is that of ``flock``. Closing the file drops the process's POSIX locks on it (``fcntl.lockf``), if the program has
+    any.
     """
 
     def __init__(

@@ -120,6 +120,10 @@ class Extent:
     Only one disk may write to an open file, and only its `BlockDevice.flush` may sync it: the kernel reports lost
     writes once per open file, and the flushes of a disk succeed if something else has received the error. Disks that
     share a file must each open it.
+
+    An extent duplicates the descriptor. Closing any descriptor of a file drops the process's POSIX locks on the file
+    (``fcntl.lockf``), so take such a lock before making the first extent in the file: the duplicate then stays open until
+    the program unlocks or closes the file. Locks of ``fcntl.flock`` are not affected.
     """
 
     def __new__(
