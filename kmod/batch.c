@@ -260,12 +260,14 @@ void ublk_batch_kill_holder(struct ublk_queue *q, struct ublk_io *io)
 }
 
 /**
- * ublk_batch_set_fetcher() - Note that the calling thread serves a queue.
+ * ublk_batch_set_fetcher() - Record the current thread as the last one to fetch
+ *   or prepare.
  * @q: the queue
  *
- * Requests that are on their way depend on the process of that thread.
+ * Requests that are on their way to the server depend on the process of that
+ * thread.
  *
- * Context: Process context.
+ * Context: Task context of the submitter.
  */
 void ublk_batch_set_fetcher(struct ublk_queue *q)
 {

@@ -133,7 +133,10 @@ static int ublk_batch_prep(struct ublk_queue *q, const void __user *uelems,
 		}
 		goto out;
 	}
-	/* Requests arrive from here on, perhaps before the first fetch. */
+	/*
+	 * Requests may arrive from here on, even before the first fetch
+	 * command.
+	 */
 	ublk_batch_set_fetcher(q);
 	for (i = 0; i < args->nr_elem; i++) {
 		ublk_parse_elem(q, args, elems + i * args->elem_bytes, &elem);

@@ -24,7 +24,7 @@ static int ublk_ch_open(struct inode *inode, struct file *filp)
 	get_device(&ub->dev);
 	ub->opener = get_pid(task_tgid(current));
 	filp->private_data = ub;
-	/* Until the server is live, nothing else notices that it leaves. */
+	/* Until the server is live, nothing else notices that it exits. */
 	spin_lock(&ub->lock);
 	ublk_watch(ub);
 	spin_unlock(&ub->lock);

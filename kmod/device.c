@@ -138,9 +138,9 @@ static unsigned long ublk_nr_pages(const struct ublk_device *ub)
 }
 
 /*
- * The user that a device of the calling task counts for. Subordinate users of a
- * user namespace count for the user who created it, those of root's containers
- * for themselves.
+ * The user that a device of the current task counts for. For subordinate users
+ * in a user namespace, this is the user who created the namespace, unless that
+ * is root.
  */
 static kuid_t ublk_quota_user(void)
 {
@@ -452,13 +452,14 @@ int ublk_remove_dev(struct ublk_device *ub)
 }
 
 /**
- * ublk_revoke_dev() - Remove a device whose ADD_DEV fails after all.
+ * ublk_revoke_dev() - Remove a device whose ADD_DEV fails after it was
+ *   published.
  * @ub: the device
  *
- * It was there to be found, and may have a disk and a server by now. If the
- * sender is killed, the removal goes on without it.
+ * The device was visible, so it may already have a server and a disk. If the
+ * sender is killed, the job continues without it.
  *
- * Context: Process context.
+ * Context: Process context of the sender; waits killably.
  */
 void ublk_revoke_dev(struct ublk_device *ub)
 {
@@ -466,20 +467,6 @@ void ublk_revoke_dev(struct ublk_device *ub)
 
 	if (ret == -ENOMEM || ret == -ECANCELED)
 		ublk_do_remove(ub, NULL);
-}
-
-/**
- * ublk_discard_dev() - Remove a device without waiting for a server.
- * @ub: the device
- *
- * For callers that cannot report a failure, and that no server can keep
- * waiting. This needs no job.
- *
- * Context: Process context.
- */
-void ublk_discard_dev(struct ublk_device *ub)
-{
-	ublk_do_remove(ub, NULL);
 }
 
 static bool ublk_is_freed(u32 dev_id, u64 serial)
@@ -530,7 +517,7 @@ void ublk_remove_all(void)
 		ub = ublk_find_dev(dev_id);
 		if (!ub)
 			continue;
-		ublk_discard_dev(ub);
+		ublk_do_remove(ub, NULL);
 		ublk_put_dev(ub);
 	}
 	wait_event(ublk_devs_wait, xa_empty(&ublk_devs));

@@ -38,7 +38,6 @@ struct ublk_device *ublk_find_dev(u32 dev_id);
 void ublk_put_dev(struct ublk_device *ub);
 int ublk_remove_dev(struct ublk_device *ub);
 void ublk_revoke_dev(struct ublk_device *ub);
-void ublk_discard_dev(struct ublk_device *ub);
 int ublk_wait_freed(u32 dev_id, u64 serial);
 void ublk_remove_all(void);
 unsigned long ublk_desc_area(const struct ublk_device *ub, u32 depth);

@@ -11,7 +11,10 @@
 
 #include "internal.h"
 
-/* What the rest of an unprivileged request has left of the time for the whole. */
+/*
+ * The time-out for the rest of a request of an unprivileged device: what is
+ * left of the time-out of the whole request.
+ */
 static unsigned int ublk_time_left(struct request *req)
 {
 	const struct ublk_rq *pdu = blk_mq_rq_to_pdu(req);

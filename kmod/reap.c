@@ -2,23 +2,25 @@
 /*
  * Release of files that are queued after the close of a disk.
  *
- * fput() leaves a file to a single work item of the system where the task cannot
- * release it: in a kernel thread, for example when the ring of a killed server
- * is torn down with the char device in it, and with bottom halves disabled, when
- * a completion drops the last reference of a client, see ublk_end_bytes(). If
- * the file is a disk, its release may wait for a server: for an unprivileged one
- * that takes its time, or for one that can start only after the char device has
- * been released, which may be queued next.
+ * If a task cannot release a file, fput() leaves the release to a single work
+ * item of the system. This is the case in a kernel thread, for example when the
+ * ring of a killed server is torn down with the char device in it, and with
+ * bottom halves disabled, when a completion drops the last reference to a
+ * client's file (see ublk_end_bytes()). If that file is a disk, its release may
+ * wait for a server: for the server of an unprivileged device, which may take a
+ * long time, or for one that can only start after the char device has been
+ * released, and that release may be next in the queue.
  *
- * So the driver has work items of its own that release files which were queued
- * after such a wait began. They run while a char device may be among these
- * files, or while an unprivileged device may cause the wait. Each of them waits
- * for the item of the system at its end (flush_delayed_fput() does), so the
- * distance between them grows with the number of those that wait.
+ * Therefore the driver has work items that release the files that were queued
+ * after such a wait began. They run while the release of a char device may be
+ * queued, or while an unprivileged device may cause the wait. Each of them
+ * waits for the work item of the system in turn, because flush_delayed_fput()
+ * does so, and so the interval between them grows with the number of those that
+ * are waiting.
  *
- * A file stays blocked if a work item has taken it from the list together with
- * one whose release waits, and before that one: the list holds the files of at
- * most a second or so.
+ * They do not help a file that a work item has taken from the list together
+ * with one whose release waits, if it handles that one first. The list holds
+ * the files of about one second at most.
  */
 #include <linux/file.h>
 #include <linux/slab.h>
@@ -26,10 +28,11 @@
 
 #include "internal.h"
 
+/* Interval between two work items while none is waiting. */
 #define UBLK_REAP_DELAY		HZ
-/* The distance grows by a second per this many work items that wait. */
+/* The interval grows by one second for this many work items that are waiting. */
 #define UBLK_REAP_SLOPE		8
-/* Fewer than the work queue allows, because it also runs the timer. */
+/* Fewer than the work queue allows, as it also runs the timer. */
 #define UBLK_REAP_MAX		480
 
 static struct workqueue_struct *ublk_reap_wq;
@@ -37,6 +40,7 @@ static struct delayed_work ublk_reap_timer;
 static atomic_t ublk_nr_watched;
 static atomic_t ublk_nr_reaping;
 
+/* Releases files, and waits for the work item of the system. */
 static void ublk_reap(struct work_struct *work)
 {
 	flush_delayed_fput();
@@ -44,6 +48,7 @@ static void ublk_reap(struct work_struct *work)
 	atomic_dec(&ublk_nr_reaping);
 }
 
+/* Starts a work item. */
 static void ublk_reap_start(void)
 {
 	struct work_struct *work;
@@ -51,7 +56,7 @@ static void ublk_reap_start(void)
 	if (atomic_read(&ublk_nr_reaping) >= UBLK_REAP_MAX)
 		return;
 	work = kmalloc(sizeof(*work), GFP_KERNEL | __GFP_NOWARN);
-	/* The next tick tries again. */
+	/* If memory is short, the next tick tries again. */
 	if (!work)
 		return;
 	INIT_WORK(work, ublk_reap);
@@ -59,7 +64,7 @@ static void ublk_reap_start(void)
 	queue_work(ublk_reap_wq, work);
 }
 
-/* Has no effect if a run is scheduled already. */
+/* Schedules the next work item. Has no effect if one is scheduled already. */
 static void ublk_reap_schedule(void)
 {
 	unsigned int waiting = atomic_read(&ublk_nr_reaping);
@@ -68,6 +73,7 @@ static void ublk_reap_schedule(void)
 			   UBLK_REAP_DELAY + waiting * HZ / UBLK_REAP_SLOPE);
 }
 
+/* Starts a work item, and schedules the next one, while a device is watched. */
 static void ublk_reap_tick(struct work_struct *work)
 {
 	if (!atomic_read(&ublk_nr_watched))
@@ -77,8 +83,13 @@ static void ublk_reap_tick(struct work_struct *work)
 }
 
 /**
- * ublk_watch() - Note that the release of a char device may wait or cause waits.
+ * ublk_watch() - Run work items for a device that may delay the release of
+ *   files.
  * @ub: the device
+ *
+ * Called when the char device is opened and when its server is leaving: its
+ * release may be queued after the close of a disk. No effect if the device is
+ * watched already.
  *
  * Context: Any context. Caller holds ub->lock.
  */
@@ -93,8 +104,10 @@ void ublk_watch(struct ublk_device *ub)
 }
 
 /**
- * ublk_unwatch() - Note that the char device has been released.
+ * ublk_unwatch() - Undo ublk_watch(), as the char device has been released.
  * @ub: the device
+ *
+ * Has no effect if the device is not watched.
  *
  * Context: Any context. Caller holds ub->lock.
  */
@@ -108,11 +121,11 @@ void ublk_unwatch(struct ublk_device *ub)
 }
 
 /**
- * ublk_unwatch_serving() - Note that the server is live.
+ * ublk_unwatch_serving() - Undo ublk_watch(), as the server is live.
  * @ub: the device
  *
- * It is watched again when its commands are canceled. Unprivileged devices are
- * watched all the time.
+ * ublk_mark_leaving() watches the device again. Unprivileged devices stay
+ * watched, as their servers may cause waits at any time.
  *
  * Context: Any context. Caller holds ub->lock.
  */

@@ -110,9 +110,8 @@ blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req)
  * space. Here that task would be the server, and closing a disk may wait for
  * the server: for dirty pages to be written, or for a holder of the disk's
  * open_mutex that does I/O. With bottom halves disabled, as in an interrupt,
- * fput() leaves the release to a kernel worker.
- * There is only one such worker in the system; see reap.c for what happens
- * while it waits for a server.
+ * fput() leaves the release to a kernel worker. There is only one such worker in
+ * the system; reap.c has others for the time in which it waits for a server.
  */
 static bool ublk_end_bytes(struct request *req, blk_status_t status,
 			   unsigned int bytes)

@@ -211,9 +211,9 @@ uncharge:
 }
 
 /*
- * Removes the first @nr ranges of a buffer from the tree. That may take memory.
- * Before Linux 7.3 mtree_erase() does not say if there was none, and a range that
- * stays would be found after its buffer is gone.
+ * Removes the first @nr ranges of a buffer from the tree, which may allocate
+ * memory. mtree_erase() would not do: before Linux 7.3 it does not report if
+ * that fails, and requests would match the range after its buffer was freed.
  */
 static void ublk_shmem_erase(struct ublk_shmem *shmem,
 			     struct ublk_shmem_buf *buf, u32 nr)

@@ -123,7 +123,9 @@ bool ublk_take_back(struct ublk_queue *q, struct ublk_io *io,
 	 */
 	if (res)
 		ublk_mark_leaving_locked(ub);
-	/* Once the lock is dropped, ublk_reset_slots() may clear the slot. */
+	/*
+	 * Read under the lock, as ublk_reset_slots() may clear it afterwards.
+	 */
 	claimed = io->req;
 	spin_unlock(&ub->lock);
 	if (!res)

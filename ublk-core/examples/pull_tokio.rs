@@ -25,7 +25,7 @@ async fn take(queue: PullQueue) -> std::io::Result<()> {
     let queue = unsafe { AsyncFd::register(queue)? };
     loop {
         let mut ready = queue.readable().await?;
-        match queue.get_ref().next_batch_within(usize::MAX, Duration::ZERO) {
+        match queue.get_ref().next_batch_timeout(usize::MAX, Duration::ZERO) {
             None => return Ok(()),
             Some(batch) if batch.is_empty() => ready.clear_ready(),
             Some(batch) => batch.into_iter().for_each(|request| drop(tokio::spawn(serve(request)))),

@@ -145,6 +145,17 @@ impl Error {
         }
     }
 
+    /// Whether the device cannot do what it was asked to, or there is none: nothing has begun. After any other failure of a
+    /// command it may yet be carried out.
+    pub fn is_refusal(&self) -> bool {
+        use Errno::{EACCES, EINVAL, ENODEV, EOPNOTSUPP, EPERM};
+        match self {
+            Error::Unsupported { .. } => true,
+            Error::Control { errno, .. } => matches!(errno, EACCES | EINVAL | ENODEV | EOPNOTSUPP | EPERM),
+            _ => false,
+        }
+    }
+
     pub(crate) fn invalid(name: &'static str, value: impl ToString, reason: impl Into<String>) -> Self {
         Error::InvalidValue { name, value: value.to_string(), reason: reason.into() }
     }

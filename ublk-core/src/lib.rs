@@ -2,8 +2,8 @@
 
 //! Block devices in user space, on Linux's ublk.
 //!
-//! A [`Target`] says what its disk looks like and makes a [`QueueHandler`] per queue; a [`Server`]
-//! makes the device and serves it on a few threads, each with one io_uring.
+//! A [`Target`] describes its disk and creates a [`QueueHandler`] per queue; a [`Server`] creates the device and serves it on
+//! a few threads, each with one io_uring.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -19,11 +19,10 @@
 //! # }
 //! ```
 //!
-//! The [guide] goes on from here, with examples that run.
+//! The [guide] continues from here, with examples.
 //!
-//! The crate is laid out as arrows run: the command ([`cli`]) uses [`targets`], they implement
-//! [`Target`] and are run by [`Server`], that uses the engine, and everything ends at the
-//! [`driver`].
+//! The command ([`cli`]) uses the built-in [`targets`]. They implement [`Target`] and are served by a [`Server`], which uses
+//! the engine, and through it the [`driver`].
 
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -72,8 +71,7 @@ pub use params::{
 };
 pub use pull::pull;
 pub use request::{
-    Anywhere, DetachedRequest, FilePiece, FileRange, Home, Keep, OnQueue, Op, OpenFile, Pieces, Remaining, Request,
-    RequestOf, Requests, fdatasync,
+    DetachedRequest, FilePiece, FileRange, KeepAlive, Op, OpenFile, Pieces, Remaining, Request, Requests, fdatasync,
 };
 pub use stats::{DeviceStats, Latency, OpStats, StatsHandle};
 pub use target::{QueueHandler, QueueInfo, Target};

@@ -21,6 +21,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
@@ -118,6 +119,14 @@ impl SharedBytes {
         // SAFETY: (1) the mapping is new, ours and at least as long.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), region.address(), bytes.len()) };
         Ok(SharedBytes { region: Some(region), len: bytes.len() })
+    }
+
+    /// The first four bytes as a number that the processes may change at any time; [`bytes`](Self::bytes) must not be used
+    /// then. `None` if there are fewer.
+    pub(crate) fn word(&self) -> Option<&AtomicU32> {
+        let region = self.region.as_ref().filter(|_| self.len >= size_of::<AtomicU32>())?;
+        // SAFETY: (1) the mapping begins with a page, which lives as long as `self`, and holds plain numbers.
+        Some(unsafe { AtomicU32::from_ptr(region.address().cast()) })
     }
 
     /// The bytes. Whoever shares them must not write them while the slice is used: the caller looks

@@ -1,58 +1,66 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! How a device is made.
+//! How a device is created.
+
+use std::str::FromStr;
 
 use crate::data::DataMovement;
 use crate::error::{Error, Result};
 use crate::uapi::{Features, UBLK_MAX_NR_QUEUES, UBLK_MAX_QUEUE_DEPTH};
 use crate::units::DeviceId;
 
-/// How a device is made.
+/// How a device is created.
+///
+/// ```
+/// use ublk_core::{DeviceOptions, Recovery};
+///
+/// let options = DeviceOptions::new().queues(4).recovery(Recovery::Reissue);
+/// ```
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct DeviceOptions {
     /// The id, or `None` for the lowest free one.
     pub id: Option<DeviceId>,
-    /// Hardware queues, 1 to 4096. The driver makes no more of them than there are CPUs.
+    /// Hardware queues, 1 to 4096. The driver creates at most as many as there are CPUs.
     pub queues: u32,
     /// Requests per queue, 1 to 4096.
     pub depth: u32,
-    /// How data moves; by default what fits the target best among what the driver offers.
+    /// How data moves; by default what suits the target best among what the driver offers.
     pub data: Option<DataMovement>,
-    /// Whether tags go to and from the driver in batches (`BATCH_IO`, 7.0); by default where the driver
-    /// has it, but not with `recovery`: Linux's driver (7.3) fails requests of a batch device whose server was
-    /// asked to leave, instead of holding them. Nor with a depth of 1, which that driver refuses (`EINVAL`). The
-    /// one of this project holds them, and takes any depth.
+    /// Whether tags go to and from the driver in batches (`BATCH_IO`, 7.0). By default they do if the driver has it, unless
+    /// the device is recoverable or its depth is 1: Linux's driver (7.3) fails the requests of a batch device whose server
+    /// was asked to leave, instead of holding them, and refuses a depth of 1 (`EINVAL`). The driver of this project does
+    /// neither.
     pub batch: Option<bool>,
-    /// Threads that share each queue, every one with tags of its own (`PER_IO_DAEMON`, 6.16), from 1 to
-    /// the queue depth. With more than one there are no batches.
+    /// Threads that share each queue, each with tags of its own (`PER_IO_DAEMON`, 6.16), from 1 to the queue depth. With more
+    /// than one there are no batches.
     pub threads_per_queue: u32,
-    /// What becomes of the device when its server is gone; without it, it goes too.
+    /// What happens to the device when its server exits; without it, the device is removed.
     pub recovery: Option<Recovery>,
-    /// Whether clients can share memory with the server: [`Device::share_memory`](crate::Device::share_memory).
+    /// Whether clients can share memory with the server: [`Device::share_memory`](crate::Device::share_memory). Since
     /// Linux 7.1.
     pub shared_memory: bool,
-    /// Whether the kernel looks for partitions when the disk appears. Without, Linux 7.0 is needed.
+    /// Whether the kernel looks for partitions when the disk appears. Disabling that needs Linux 7.0.
     pub partition_scan: bool,
 }
 
-/// What becomes of a device whose server is gone, until [`Server::recover`](crate::Server::recover) gives it
-/// another one. The disk stays.
+/// What happens to a device whose server has exited, until [`Server::recover`](crate::Server::recover) gives it another one.
+/// The disk stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Recovery {
-    /// Requests that the server held fail, others wait for the next server. Linux 6.1.
+    /// Requests that the server held fail, others wait for the next server. Since Linux 6.1.
     Queue,
-    /// All requests wait, and those that the server held are sent again: they may be carried out twice.
-    /// Linux 6.1.
+    /// All requests wait, and those that the server held are sent again: they may be carried out twice. Since Linux 6.1.
     Reissue,
-    /// All requests fail until the next server comes. Linux 6.13.
+    /// All requests fail until there is another server. Since Linux 6.13.
     FailIo,
 }
 
 impl Recovery {
-    /// All there are.
+    /// All of them.
     pub const ALL: [Recovery; 3] = [Recovery::Queue, Recovery::Reissue, Recovery::FailIo];
 
-    /// Its name on command lines and in lists.
+    /// Returns its name on command lines and in lists.
     pub fn name(self) -> &'static str {
         match self {
             Recovery::Queue => "queue",
@@ -70,8 +78,8 @@ impl Recovery {
             }
     }
 
-    /// What a device with these features was made for.
-    pub fn of(features: Features) -> Option<Self> {
+    /// Returns how a device with these features can be recovered; `None` if it cannot.
+    pub fn from_features(features: Features) -> Option<Self> {
         let has = |feature| features.contains(feature);
         match () {
             () if !has(Features::USER_RECOVERY) => None,
@@ -79,6 +87,17 @@ impl Recovery {
             () if has(Features::USER_RECOVERY_FAIL_IO) => Some(Recovery::FailIo),
             () => Some(Recovery::Queue),
         }
+    }
+}
+
+/// Parses a [name](Recovery::name).
+impl FromStr for Recovery {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let names = || Self::ALL.map(Self::name).join(", ");
+        let found = Self::ALL.into_iter().find(|recovery| recovery.name() == name);
+        found.ok_or_else(|| Error::invalid("recovery", name, format!("must be one of {}", names())))
     }
 }
 
@@ -99,6 +118,56 @@ impl Default for DeviceOptions {
 }
 
 impl DeviceOptions {
+    /// The default options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the [id](Self::id).
+    pub fn id(self, id: DeviceId) -> Self {
+        DeviceOptions { id: Some(id), ..self }
+    }
+
+    /// Sets the number of [hardware queues](Self::queues).
+    pub fn queues(self, queues: u32) -> Self {
+        DeviceOptions { queues, ..self }
+    }
+
+    /// Sets the [number of requests per queue](Self::depth).
+    pub fn depth(self, depth: u32) -> Self {
+        DeviceOptions { depth, ..self }
+    }
+
+    /// Sets the [data movement](Self::data).
+    pub fn data(self, data: DataMovement) -> Self {
+        DeviceOptions { data: Some(data), ..self }
+    }
+
+    /// Enables or disables [batches](Self::batch).
+    pub fn batch(self, batch: bool) -> Self {
+        DeviceOptions { batch: Some(batch), ..self }
+    }
+
+    /// Sets the number of [threads per queue](Self::threads_per_queue).
+    pub fn threads_per_queue(self, threads: u32) -> Self {
+        DeviceOptions { threads_per_queue: threads, ..self }
+    }
+
+    /// Makes the device [recoverable](Self::recovery).
+    pub fn recovery(self, recovery: Recovery) -> Self {
+        DeviceOptions { recovery: Some(recovery), ..self }
+    }
+
+    /// Enables or disables [shared memory](Self::shared_memory).
+    pub fn shared_memory(self, shared: bool) -> Self {
+        DeviceOptions { shared_memory: shared, ..self }
+    }
+
+    /// Enables or disables the [partition scan](Self::partition_scan).
+    pub fn partition_scan(self, scan: bool) -> Self {
+        DeviceOptions { partition_scan: scan, ..self }
+    }
+
     /// Checks the limits, as [`Server::add`](crate::Server::add) does.
     ///
     /// # Errors
@@ -108,7 +177,7 @@ impl DeviceOptions {
         self.checked().map(drop)
     }
 
-    /// Checks the limits and gives queues and depth in the driver's type.
+    /// Checks the limits, and returns queues and depth in the driver's type.
     pub(crate) fn checked(&self) -> Result<(u16, u16)> {
         let limited = |name, value: u32, limit: u16| match u16::try_from(value) {
             Ok(fits) if (1..=limit).contains(&fits) => Ok(fits),
@@ -133,10 +202,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_way_of_recovery_is_told_from_the_features_that_it_asks_for() {
-        assert_eq!(Recovery::of(Features::CMD_IOCTL_ENCODE), None);
+    fn recoveries_are_recognised_by_features_and_by_name() {
+        assert_eq!(Recovery::from_features(Features::CMD_IOCTL_ENCODE), None);
         for recovery in Recovery::ALL {
-            assert_eq!(Recovery::of(recovery.features() | Features::CMD_IOCTL_ENCODE), Some(recovery));
+            assert_eq!(Recovery::from_features(recovery.features() | Features::CMD_IOCTL_ENCODE), Some(recovery));
+            assert_eq!(recovery.name().parse::<Recovery>().unwrap(), recovery);
         }
     }
 }

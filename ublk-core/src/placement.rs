@@ -172,14 +172,14 @@ impl Cpus {
 
 /// Where a ring thread runs. It serves queues of different CPUs, perhaps; then it may use all of those.
 #[derive(Debug, Default)]
-pub(crate) struct ThreadPlace {
+pub(crate) struct ThreadAffinity {
     /// Where it ran before it was pinned.
     home: Option<CpuSet>,
     /// Where it is pinned.
     pinned: Option<CpuSet>,
 }
 
-impl ThreadPlace {
+impl ThreadAffinity {
     /// Whether the thread is kept from going anywhere.
     pub(crate) fn is_pinned(&self) -> bool {
         self.pinned.is_some()
@@ -195,7 +195,7 @@ impl ThreadPlace {
         }
         if let Err(errno) = self.try_move_to(wish) {
             let cpus = wish.map_or_else(|| "any CPU".to_owned(), |cpus| format!("CPUs {cpus}"));
-            log::warn!("cannot pin a queue thread to CPUs {cpus}: {}", errno.desc());
+            log::warn!("cannot pin a queue thread to {cpus}: {}", errno.desc());
         }
     }
 
@@ -241,16 +241,16 @@ mod tests {
             let home = CpuSet::of_this_thread().unwrap();
             let Some(first) = home.iter().next() else { panic!("it runs") };
             let only: CpuSet = [first].into_iter().collect();
-            let mut place = ThreadPlace::default();
-            place.move_to([Some(only)].into_iter());
+            let mut affinity = ThreadAffinity::default();
+            affinity.move_to([Some(only)].into_iter());
             assert_eq!(CpuSet::of_this_thread().unwrap(), only);
-            place.move_to([Some(only), Some(home)].into_iter());
+            affinity.move_to([Some(only), Some(home)].into_iter());
             assert_eq!(CpuSet::of_this_thread().unwrap(), home);
-            place.move_to([Some(only)].into_iter());
-            place.move_to([Some(only), None].into_iter());
+            affinity.move_to([Some(only)].into_iter());
+            affinity.move_to([Some(only), None].into_iter());
             assert_eq!(CpuSet::of_this_thread().unwrap(), home);
-            place.move_to([Some(only)].into_iter());
-            place.move_to(std::iter::empty());
+            affinity.move_to([Some(only)].into_iter());
+            affinity.move_to(std::iter::empty());
             assert_eq!(CpuSet::of_this_thread().unwrap(), home);
         })
         .join()
@@ -263,7 +263,7 @@ mod tests {
             let home = CpuSet::of_this_thread().unwrap();
             assert!(!home.contains(CpuSet::LIMIT - 1), "no machine of this size was thought of");
             let missing: CpuSet = [CpuSet::LIMIT - 1].into_iter().collect();
-            ThreadPlace::default().move_to([Some(missing)].into_iter());
+            ThreadAffinity::default().move_to([Some(missing)].into_iter());
             assert_eq!(CpuSet::of_this_thread().unwrap(), home);
             let message = Cpus::Only(missing).check().unwrap_err().to_string();
             assert!(message.contains("CPUs = 1023") && message.contains(&home.to_string()), "{message}");

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The pull interface: requests are fetched instead of handled, for programs with threads or an event
-//! loop of their own.
+//! The pull interface, for programs with threads or an event loop of their own: they take requests out of queues.
 //!
-//! [`pull`](crate::pull()) makes a target and a [`PullQueue`] per hardware queue. Whoever likes takes requests
-//! out of a queue, reads or fills their data and ends them, in any order and from any thread. No
-//! knowledge of io_uring is needed; the data moves in parallel where the driver has `USER_COPY` (6.5).
+//! [`pull`](crate::pull()) creates a target and a [`PullQueue`] per hardware queue. Any thread may take requests out of a
+//! queue, read or fill their data and end them, in any order. No knowledge of io_uring is needed; the data is copied in
+//! parallel if the driver has `USER_COPY` (6.5).
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -47,11 +46,11 @@ use crate::target::{QueueHandler, QueueInfo, Target};
 use crate::uapi::UBLK_MAX_NR_QUEUES as MAX_QUEUES;
 use crate::units::QueueId;
 
-/// Makes a target whose requests are fetched from the returned queues, one for each hardware queue. Its consumers
-/// copy data by [`read_data`](crate::RequestOf::read_data) and [`write_data`](crate::RequestOf::write_data).
+/// Creates a target whose requests are taken out of the returned queues, one for each hardware queue. Consumers copy data by
+/// [`read_data`](crate::Request::read_data) and [`write_data`](crate::Request::write_data).
 ///
-/// Consumers should run before the device starts: before Linux 7.0 the partition scan is part of that. The
-/// driver makes no more queues than there are CPUs; the queues beyond end at once.
+/// Consumers should run before the device starts: before Linux 7.0 that includes the partition scan. The driver creates at
+/// most as many queues as there are CPUs; further ones end at once.
 ///
 /// # Errors
 ///
@@ -60,7 +59,7 @@ pub fn pull(params: Params, queues: u32) -> Result<(Arc<dyn Target>, Vec<PullQue
     pull_with("pull", params, Access::Copies, queues)
 }
 
-/// As [`pull`](crate::pull()), with a name, and consumers who do something else with the data.
+/// As [`pull`](crate::pull()), with a name and with another use of the data.
 ///
 /// # Errors
 ///
@@ -72,88 +71,87 @@ pub fn pull_with(
     queues: u32,
 ) -> Result<(Arc<dyn Target>, Vec<PullQueue>)> {
     params.validate()?;
-    let (feeds, queues) = feeds(queues)?;
-    Ok((Arc::new(PullTarget { kind: kind.into(), params, access, feeds }), queues))
+    let (senders, queues) = channels(queues)?;
+    Ok((Arc::new(PullTarget { kind: kind.into(), params, access, senders }), queues))
 }
 
-/// Makes queues for a target that hands over some of its requests, and does others by itself.
+/// Creates queues for a target that sends some of its requests there, and serves others by itself.
 ///
 /// # Errors
 ///
 /// [`Error::InvalidValue`] for an impossible number of queues.
-pub fn feeds(queues: u32) -> Result<(Feeds, Vec<PullQueue>)> {
+pub fn channels(queues: u32) -> Result<(PullSenders, Vec<PullQueue>)> {
     if !(1..=u32::from(MAX_QUEUES)).contains(&queues) {
         return Err(Error::invalid("queues", queues, format!("must be from 1 to {MAX_QUEUES}")));
     }
     let shared = (0..queues).map(|_| Shared::new().map(Arc::new)).collect::<Result<Vec<_>>>()?;
     let queues = shared.iter().map(|shared| PullQueue(shared.clone())).collect();
-    Ok((Feeds(shared), queues))
+    Ok((PullSenders(shared), queues))
 }
 
-/// The other ends of [`PullQueue`]s, one for each hardware queue; part of a target.
+/// The sending ends of [`PullQueue`]s, one for each hardware queue; part of a target.
 ///
-/// The server holds its target until all queues are open: those that are not by the time that this is dropped never will
-/// be, and their consumers are told so.
+/// The server holds its target until all queues are open. When this is dropped, those that are not open end.
 #[derive(Debug)]
-pub struct Feeds(Vec<Arc<Shared>>);
+pub struct PullSenders(Vec<Arc<Shared>>);
 
-impl Feeds {
-    /// The one for the handler of a hardware queue.
+impl PullSenders {
+    /// Opens the sender for the handler of a hardware queue.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] if there are not as many.
-    pub fn open(&self, queue: QueueId) -> Result<Feed> {
+    /// [`Error::InvalidValue`] if there are fewer queues.
+    pub fn open(&self, queue: QueueId) -> Result<PullSender> {
         let shared = self.0.get(usize::from(queue.0)).ok_or_else(|| {
             Error::invalid("queues", queue.0 + 1, format!("the target was created for {}", self.0.len()))
         })?;
         shared.open();
-        Ok(Feed(shared.clone()))
+        Ok(PullSender(shared.clone()))
     }
 }
 
-impl Drop for Feeds {
+impl Drop for PullSenders {
     fn drop(&mut self) {
         self.0.iter().for_each(|shared| shared.never());
     }
 }
 
-/// Where a queue's handler leaves requests for others to take. The last one that is dropped ends the [`PullQueue`].
+/// Sends requests of a queue's handler to consumers. Dropping the last one ends the [`PullQueue`].
 #[derive(Debug)]
-pub struct Feed(Arc<Shared>);
+pub struct PullSender(Arc<Shared>);
 
-impl Feed {
-    /// Leaves requests; their consumers are woken once.
-    pub fn put(&self, requests: impl Iterator<Item = DetachedRequest>) {
-        self.0.put(requests);
+impl PullSender {
+    /// Sends requests, and wakes consumers once.
+    pub fn send(&self, requests: impl Iterator<Item = DetachedRequest>) {
+        self.0.send(requests);
     }
 }
 
-impl Drop for Feed {
+impl Drop for PullSender {
     fn drop(&mut self) {
         self.0.close();
     }
 }
 
-/// Requests of one hardware queue, to be taken.
+/// A queue of requests of one hardware queue.
 ///
-/// A descriptor to poll comes with it ([`AsFd`]): readable while there are requests, and once the queue has
-/// ended. Dropping a queue fails what is in it and what still comes, with `EIO`.
+/// Its descriptor ([`AsFd`]) can be polled: it is readable while there are requests, and once the queue has ended. Dropping
+/// the queue fails the requests in it, and later ones, with `EIO`.
 #[derive(Debug)]
 pub struct PullQueue(Arc<Shared>);
 
 impl PullQueue {
-    /// Waits for requests and takes as many as there are, at most `max`, in the order in which they came.
-    /// `None` once the device has ended: no request will come any more. A `max` of 0 takes none and does not wait.
+    /// Waits for requests and takes all that are there, at most `max`, in the order in which they arrived. Returns `None` once
+    /// the device has ended and no more requests will arrive. A `max` of 0 takes none and does not wait.
     ///
-    /// Stopping a device waits for its requests, so they have to be taken until this says `None`.
+    /// Stopping a device waits for its requests, so keep taking them until this returns `None`.
     pub fn next_batch(&self, max: usize) -> Option<Vec<DetachedRequest>> {
         self.0.take(max, None).map(|batch| batch.unwrap_or_default())
     }
 
-    /// As [`next_batch`](PullQueue::next_batch), but waits no longer than `timeout`, and then gives an empty
-    /// batch. With a time-out of zero it does not wait at all.
-    pub fn next_batch_within(&self, max: usize, timeout: Duration) -> Option<Vec<DetachedRequest>> {
+    /// As [`next_batch`](PullQueue::next_batch), but returns an empty batch after `timeout`. With a time-out of zero it does not
+    /// wait.
+    pub fn next_batch_timeout(&self, max: usize, timeout: Duration) -> Option<Vec<DetachedRequest>> {
         self.0.take(max, Some(timeout)).map(|batch| batch.unwrap_or_default())
     }
 }
@@ -175,7 +173,7 @@ impl Drop for PullQueue {
         let mut state = self.0.state();
         state.unwanted = true;
         let left = std::mem::take(&mut state.requests);
-        // Whoever polls a copy of the descriptor is to look again.
+        // Wakes pollers of a duplicate of the descriptor.
         let signalled = self.0.signal();
         // Each is failed by its own drop, which takes another lock.
         drop(state);
@@ -187,26 +185,26 @@ impl Drop for PullQueue {
 /// Between a queue's thread and its consumers.
 #[derive(Debug)]
 struct Shared {
-    state: Mutex<State>,
+    state: Mutex<PullState>,
     changed: Condvar,
     /// Readable while there is something to take, or nothing will come any more.
     event: EventFd,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct PullState {
     requests: VecDeque<DetachedRequest>,
-    /// Handlers that may bring more.
-    handlers: usize,
-    /// A handler was there, or will never be.
+    /// Open senders.
+    senders: usize,
+    /// A sender was opened, or never will be.
     opened: bool,
-    /// The consumer is gone.
+    /// The queue was dropped.
     unwanted: bool,
 }
 
-impl State {
+impl PullState {
     fn ended(&self) -> bool {
-        self.opened && self.handlers == 0
+        self.opened && self.senders == 0
     }
 }
 
@@ -217,11 +215,11 @@ impl Shared {
         Ok(Shared { state: Mutex::default(), changed: Condvar::new(), event })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, PullState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `None` at the end, `Some(None)` when the time is over.
+    /// Returns `None` at the end, `Some(None)` after the time-out.
     fn take(&self, max: usize, timeout: Option<Duration>) -> Option<Option<Vec<DetachedRequest>>> {
         // A time that no clock reaches is none.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
@@ -251,14 +249,14 @@ impl Shared {
         }
     }
 
-    /// Under the lock. The answer is to be looked at without it: a logger may wait for whoever takes requests.
+    /// Wakes consumers, with the lock held. The result is to be checked without it: a logger may wait for a consumer.
     fn signal(&self) -> nix::Result<usize> {
         self.changed.notify_all();
         self.event.write(1)
     }
 
-    fn put(&self, requests: impl Iterator<Item = DetachedRequest>) {
-        // Bringing their data takes a while, and may have something to log.
+    fn send(&self, requests: impl Iterator<Item = DetachedRequest>) {
+        // Not under the lock: loading their data takes a while, and may log errors.
         let requests: Vec<_> = requests.collect();
         let mut state = self.state();
         if state.unwanted {
@@ -266,7 +264,7 @@ impl Shared {
             return requests.into_iter().for_each(|request| request.fail(crate::Errno::EIO));
         }
         state.requests.extend(requests);
-        // All may have been failed on the way.
+        // All may have failed.
         let signalled = if state.requests.is_empty() { Ok(0) } else { self.signal() };
         drop(state);
         complain(signalled);
@@ -275,18 +273,18 @@ impl Shared {
     fn open(&self) {
         let mut state = self.state();
         state.opened = true;
-        state.handlers += 1;
+        state.senders += 1;
     }
 
     fn close(&self) {
         let mut state = self.state();
-        state.handlers -= 1;
-        let signalled = if state.handlers == 0 { self.signal() } else { Ok(0) };
+        state.senders -= 1;
+        let signalled = if state.senders == 0 { self.signal() } else { Ok(0) };
         drop(state);
         complain(signalled);
     }
 
-    /// Nobody will bring requests, if nobody did yet.
+    /// Ends the queue if no sender was ever opened.
     fn never(&self) {
         let mut state = self.state();
         if !state.opened {
@@ -309,7 +307,7 @@ struct PullTarget {
     kind: String,
     params: Params,
     access: Access,
-    feeds: Feeds,
+    senders: PullSenders,
 }
 
 impl Target for PullTarget {
@@ -326,14 +324,14 @@ impl Target for PullTarget {
     }
 
     fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(PullHandler(self.feeds.open(queue.queue)?)))
+        Ok(Box::new(PullHandler(self.senders.open(queue.queue)?)))
     }
 }
 
-struct PullHandler(Feed);
+struct PullHandler(PullSender);
 
 impl QueueHandler for PullHandler {
     fn handle(&mut self, requests: Requests<'_>) {
-        self.0.put(requests.map(Request::detach));
+        self.0.send(requests.map(Request::detach));
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What a target implements.
+//! The traits that targets implement.
 
 use std::fmt::Debug;
 
@@ -10,31 +10,30 @@ use crate::params::{Integrity, Params};
 use crate::request::Requests;
 use crate::units::{DeviceId, QueueId};
 
-/// Something that can be a disk.
+/// A kind of disk.
 ///
-/// The engine asks for one [`QueueHandler`] per hardware queue and calls it on the thread that serves
-/// the queue.
+/// The engine opens one [`QueueHandler`] per hardware queue and calls it on the thread that serves the queue.
 pub trait Target: Send + Sync + Debug + 'static {
-    /// A short name for lists and messages.
+    /// Returns a short name for lists and messages.
     fn kind(&self) -> &str;
 
-    /// The disk's shape. What its [`operations`](Params::operations) lack is not advertised.
+    /// Returns the disk's shape. Operations that its [`operations`](Params::operations) lack are not advertised.
     fn params(&self) -> Params;
 
-    /// What it does with the bytes of requests; decides how they move.
+    /// Returns what the target does with the bytes of requests, which determines how they move.
     fn access(&self) -> Access {
         Access::Bytes
     }
 
-    /// Makes the handler of one queue, on the thread that will serve it.
+    /// Creates the handler of one queue, on the thread that will serve it.
     ///
     /// # Errors
     ///
-    /// Any error ends the start of the device.
+    /// With any error, the device does not start.
     fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>>;
 }
 
-/// What a handler may want to know about its queue.
+/// Properties of a queue, for its handler.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct QueueInfo {
@@ -42,13 +41,13 @@ pub struct QueueInfo {
     pub device: DeviceId,
     /// The queue.
     pub queue: QueueId,
-    /// How many requests can be out at a time.
+    /// Most requests in flight.
     pub depth: u16,
     /// Longest read or write in bytes.
     pub max_io_bytes: u32,
     /// Whether the disk has zones.
     pub zoned: bool,
-    /// The metadata that comes with each block.
+    /// The integrity metadata of each block.
     pub integrity: Option<Integrity>,
 }
 
@@ -60,10 +59,10 @@ impl QueueInfo {
 
 /// Serves the requests of one queue.
 pub trait QueueHandler {
-    /// Takes the requests of one wake-up. Each ends by one of its consuming methods; whatever is
-    /// dropped or left fails with `EIO`. A panic in here is caught: the request in hand and those
-    /// left fail with `EIO`, and the handler is called again for the next ones.
+    /// Serves the requests of one wake-up. Each is ended by one of its consuming methods; one that is dropped or left in
+    /// `requests` fails with `EIO`. If this panics, the current request and those that are left fail with `EIO`, and the
+    /// handler is called again for later ones.
     ///
-    /// The thread serves other queues too: while this runs, they wait.
+    /// Other queues of the same thread wait while this runs.
     fn handle(&mut self, requests: Requests<'_>);
 }

@@ -14,7 +14,7 @@ use support::{SIZE, custom, finish, options, server};
 fn start(driver: &FakeDriver, write_cache: bool, queues: u32) -> (Device, tempfile::NamedTempFile) {
     let backing = tempfile::NamedTempFile::new().unwrap();
     backing.as_file().set_len(SIZE).unwrap();
-    let file = File::open(backing.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+    let file = File::open(backing.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
     let mut params = file.params();
     params.operations |= Operations::DISCARD;
     params.operations.set(Operations::FLUSH | Operations::FUA, write_cache);
@@ -59,7 +59,7 @@ fn no_flush_of_any_queue_succeeds_after_a_failed_sync() {
     assert_eq!(disk.read(0, 1024).unwrap(), [[7; 512], [8; 512]].concat());
     finish(&driver, device);
     // A new server starts afresh.
-    let file = File::open(backing.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+    let file = File::open(backing.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
     let device = server(&driver, 1).start(Arc::new(file), &options(1, 4)).unwrap();
     driver.disk(device.id()).flush().unwrap();
     finish(&driver, device);

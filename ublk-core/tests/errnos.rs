@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use ublk_core::driver::fake::{FakeDisk, FakeDriver};
 use ublk_core::targets::{File, FileOptions, Io};
-use ublk_core::{DataMovement, DeviceOptions, Errno, Op, RawErrno};
+use ublk_core::{DataMovement, Errno, Op, RawErrno};
 
 mod support;
 
@@ -59,8 +59,8 @@ fn a_file_may_refuse_data_with_any_errno() {
         (DataMovement::GetData, false),
     ] {
         let driver = FakeDriver::new();
-        let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
-        let way = DeviceOptions { data: Some(data), batch: Some(batch), ..options(1, 2) };
+        let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
+        let way = options(1, 2).data(data).batch(batch);
         let device = server(&driver, 1).start(Arc::new(target), &way).unwrap();
         let disk = driver.disk(device.id());
         // The last two are EJUKEBOX, of NFS, and ENOTSUPP.
@@ -88,7 +88,7 @@ fn a_read_or_write_is_not_completed_as_an_append() {
             }
             request.complete_append(0);
         });
-        let way = DeviceOptions { data: Some(data), batch: Some(false), ..options(1, 1) };
+        let way = options(1, 1).data(data).batch(false);
         let device = server(&driver, 1).start(target, &way).unwrap();
         assert_eq!(outcomes(&driver.disk(device.id())), [Err(Errno::EIO); 5], "{data:?}");
         finish(&driver, device);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use ublk_core::driver::fake::FakeDriver;
 use ublk_core::targets::Mem;
-use ublk_core::{Checksum, Errno, Integrity, Params, QueueHandler, QueueInfo, Requests, Result, Target};
+use ublk_core::{Errno, Integrity, Params, QueueHandler, QueueInfo, Requests, Result, Target};
 
 mod support;
 use support::{SIZE, finish, options, server};
@@ -18,16 +18,7 @@ const INTEGRITY: u32 = 1 << 18;
 
 fn params() -> Params {
     let mut params = Params::new(SIZE, 512);
-    params.integrity = Some(Integrity {
-        metadata_size: 8,
-        pi_offset: 0,
-        checksum: Checksum::None,
-        tag_size: 0,
-        interval: 512,
-        verified: false,
-        reference_tag: false,
-        max_segments: 0,
-    });
+    params.integrity = Some(Integrity::new(8, 512));
     params
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ublk_core::driver::fake::FakeDriver;
-use ublk_core::pull::{Feed, Feeds, feeds};
+use ublk_core::pull::{PullSender, PullSenders, channels};
 use ublk_core::targets::{File, FileOptions, Io, Mem};
 use ublk_core::{
     Access, DataMovement, DetachedRequest, DeviceOptions, Errno, Features, FilePiece, FileRange, Op, Params,
@@ -24,7 +24,7 @@ fn every_way() -> Vec<DeviceOptions> {
     for data in DataMovement::ALL {
         for (batch, threads_per_queue) in [(false, 1), (true, 1), (false, 3)] {
             if !(batch && data == DataMovement::GetData) {
-                let way = DeviceOptions { data: Some(data), batch: Some(batch), threads_per_queue, ..options(2, 4) };
+                let way = options(2, 4).data(data).batch(batch).threads_per_queue(threads_per_queue);
                 ways.push(way);
             }
         }
@@ -54,7 +54,7 @@ fn a_ram_disk_works_whichever_way_its_data_moves() {
 fn a_long_request_may_follow_a_short_one_on_the_same_tag() {
     for way in every_way() {
         let driver = FakeDriver::new();
-        let way = DeviceOptions { queues: 1, depth: 1, threads_per_queue: 1, ..way };
+        let way = way.queues(1).depth(1).threads_per_queue(1);
         let device = server(&driver, 1).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &way).unwrap();
         let disk = driver.disk(device.id());
         for (value, len) in [(1, 512), (2, 65536), (3, 4096), (4, 131_072)] {
@@ -72,7 +72,7 @@ fn a_file_disk_works_whichever_way_its_data_moves() {
     file.as_file().set_len(SIZE).unwrap();
     for (round, way) in every_way().into_iter().enumerate() {
         let driver = FakeDriver::new();
-        let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+        let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
         let device = server(&driver, 6).start(Arc::new(target), &way).unwrap();
         let disk = driver.disk(device.id());
         let value = round as u8 + 1;
@@ -134,7 +134,7 @@ fn a_request_that_was_loaded_is_forwarded_with_what_its_handler_made_of_it() {
 #[derive(Debug)]
 struct Sharing {
     file: Arc<std::fs::File>,
-    feeds: Feeds,
+    senders: PullSenders,
 }
 
 impl Target for Sharing {
@@ -148,16 +148,16 @@ impl Target for Sharing {
         Access::Forwards { memory_alignment: 1 }
     }
     fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(SharingQueue(self.file.clone(), self.feeds.open(queue.queue)?)))
+        Ok(Box::new(SharingQueue(self.file.clone(), self.senders.open(queue.queue)?)))
     }
 }
 
-struct SharingQueue(Arc<std::fs::File>, Feed);
+struct SharingQueue(Arc<std::fs::File>, PullSender);
 
 impl QueueHandler for SharingQueue {
     fn handle(&mut self, requests: Requests<'_>) {
-        let (file, feed) = (&self.0, &self.1);
-        feed.put(requests.filter_map(|request| {
+        let (file, sender) = (&self.0, &self.1);
+        sender.send(requests.filter_map(|request| {
             if request.op() == Op::Write {
                 return Some(request.detach());
             }
@@ -174,7 +174,7 @@ fn a_target_may_hand_over_some_requests_and_they_may_be_forwarded_from_there() {
         let file = Arc::new(tempfile::tempfile().unwrap());
         file.set_len(SIZE).unwrap();
         let driver = FakeDriver::new();
-        let (feeds, queues) = feeds(way.queues).unwrap();
+        let (senders, queues) = channels(way.queues).unwrap();
         let kept = Arc::new(());
         let workers: Vec<_> = queues
             .into_iter()
@@ -198,7 +198,7 @@ fn a_target_may_hand_over_some_requests_and_they_may_be_forwarded_from_there() {
                 })
             })
             .collect();
-        let device = server(&driver, 6).start(Arc::new(Sharing { file, feeds }), &way).unwrap();
+        let device = server(&driver, 6).start(Arc::new(Sharing { file, senders }), &way).unwrap();
         let disk = driver.disk(device.id());
         let sent: Vec<_> = (0..16u64).map(|i| disk.send(1, i * 8192, 8192, &[i as u8; 8192]).unwrap()).collect();
         for (i, sent) in sent.into_iter().enumerate() {
@@ -348,13 +348,13 @@ fn a_pull_queue_can_be_polled() {
     let device = server(&driver, 1).start(target, &options(1, 4)).unwrap();
     let disk = driver.disk(device.id());
     assert!(!readable(&queue, 0));
-    assert_eq!(queue.next_batch_within(1, Duration::ZERO).unwrap().len(), 0);
+    assert_eq!(queue.next_batch_timeout(1, Duration::ZERO).unwrap().len(), 0);
     assert_eq!(queue.next_batch(0).unwrap().len(), 0, "it does not wait for what it would not take");
     let sent = [disk.send(2, 0, 0, &[]).unwrap(), disk.send(2, 0, 0, &[]).unwrap()];
     for _ in 0..2 {
         assert!(readable(&queue, 10_000));
         assert_eq!(queue.next_batch(0).unwrap().len(), 0);
-        let batch = queue.next_batch_within(1, Duration::MAX).unwrap();
+        let batch = queue.next_batch_timeout(1, Duration::MAX).unwrap();
         batch.into_iter().for_each(|request| request.complete());
     }
     sent.into_iter().for_each(|sent| drop(disk.wait(sent).unwrap()));
@@ -398,7 +398,7 @@ fn an_old_driver_gets_what_it_can_do() {
         file.as_file().set_len(SIZE).unwrap();
         let driver = FakeDriver::new();
         driver.offer(offered);
-        let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+        let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
         let device = server(&driver, 1).start(Arc::new(target), &options(1, 4)).unwrap();
         assert_eq!((device.data_movement().0, device.is_batched()), (data, batch));
         driver.disk(device.id()).write(0, &[3; 4096]).unwrap();
@@ -414,8 +414,8 @@ fn memory_is_not_given_back_before_the_driver_has_taken_its_data() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), vec![0x5a; SIZE as usize]).unwrap();
     let driver = FakeDriver::new();
-    let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
-    let copy = DeviceOptions { data: Some(DataMovement::Copy), batch: Some(false), ..options(1, 1) };
+    let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
+    let copy = options(1, 1).data(DataMovement::Copy).batch(false);
     let device = server(&driver, 1).start(Arc::new(target), &copy).unwrap();
     let disk = driver.disk(device.id());
     driver.let_memory_go(true);

@@ -19,7 +19,7 @@ mod support;
 use support::{SIZE, custom, finish, options, server};
 
 fn recoverable(recovery: Recovery, batch: bool) -> DeviceOptions {
-    DeviceOptions { recovery: Some(recovery), batch: Some(batch), ..options(2, 4) }
+    options(2, 4).recovery(recovery).batch(batch)
 }
 
 fn every_way() -> impl Iterator<Item = DeviceOptions> {
@@ -233,8 +233,7 @@ fn a_target_with_zones_does_not_fit_a_disk_without() {
     let driver = FakeDriver::new();
     let device = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
     device.leave().unwrap();
-    let options =
-        ublk_core::targets::ZonedOptions { zone_size: 1 << 18, ..ublk_core::targets::ZonedOptions::new(SIZE) };
+    let options = ublk_core::targets::ZonedOptions::new(SIZE).zone_size(1 << 18);
     let zoned: Arc<dyn Target> = Arc::new(ublk_core::targets::Zoned::open(&options).unwrap());
     let error = server(&driver, 1).recover(device.id(), zoned).unwrap_err();
     assert!(error.to_string().contains("zones"), "{error}");
@@ -305,10 +304,10 @@ fn with_a_write_under_way(way: &DeviceOptions) -> (FakeDriver, tempfile::NamedTe
 }
 
 fn file_disk(file: &tempfile::NamedTempFile) -> Arc<dyn Target> {
-    Arc::new(File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap())
+    Arc::new(File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap())
 }
 
-fn wait_for_vacancy(driver: &FakeDriver, device: &Device) {
+fn wait_until_unserved(driver: &FakeDriver, device: &Device) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while state_of(driver, device) == DeviceState::Live {
         assert!(Instant::now() < deadline, "the device is not let go");
@@ -324,7 +323,7 @@ fn a_device_is_not_handed_over_while_a_file_writes() {
         (DataMovement::UserCopy, false),
         (DataMovement::GetData, false),
     ] {
-        let way = DeviceOptions { data: Some(data), queues: 1, ..recoverable(Recovery::Reissue, batch) };
+        let way = recoverable(Recovery::Reissue, batch).data(data).queues(1);
         let (driver, file, device, sent) = with_a_write_under_way(&way);
         let (id, disk) = (device.id(), driver.disk(device.id()));
         // As after a time-out of `leave` or `conclude`.
@@ -333,7 +332,7 @@ fn a_device_is_not_handed_over_while_a_file_writes() {
         std::thread::sleep(Duration::from_millis(50));
         assert_eq!(state_of(&driver, &device), DeviceState::Live, "the old write may land over a newer one: {way:?}");
         driver.hold_files(false);
-        wait_for_vacancy(&driver, &device);
+        wait_until_unserved(&driver, &device);
         let second = server(&driver, 1).recover(id, file_disk(&file)).unwrap();
         disk.wait(sent).unwrap();
         disk.write(0, &[3; 512]).unwrap();
@@ -346,7 +345,7 @@ fn a_device_is_not_handed_over_while_a_file_writes() {
 #[test]
 fn a_flush_that_fails_after_its_queue_was_given_up_is_known() {
     const FLUSH: u32 = 2;
-    let way = DeviceOptions { queues: 1, ..recoverable(Recovery::Reissue, false) };
+    let way = recoverable(Recovery::Reissue, false).queues(1);
     let driver = FakeDriver::new();
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(SIZE).unwrap();
@@ -363,7 +362,7 @@ fn a_flush_that_fails_after_its_queue_was_given_up_is_known() {
     assert!(device.wait(Some(Duration::from_secs(60))));
     driver.refuse_next("fdatasync", Errno::EIO);
     driver.hold_files(false);
-    wait_for_vacancy(&driver, &device);
+    wait_until_unserved(&driver, &device);
     let second = server(&driver, 1).recover(device.id(), target).unwrap();
     // It is sent again, and the kernel would not report the error a second time.
     assert_eq!(disk.wait(sent), Err(Errno::EIO));
@@ -373,7 +372,7 @@ fn a_flush_that_fails_after_its_queue_was_given_up_is_known() {
 
 #[test]
 fn a_device_is_not_handed_over_when_its_ring_fails() {
-    let way = DeviceOptions { data: Some(DataMovement::Copy), queues: 1, ..recoverable(Recovery::Reissue, false) };
+    let way = recoverable(Recovery::Reissue, false).data(DataMovement::Copy).queues(1);
     let (driver, file, device, sent) = with_a_write_under_way(&way);
     let id = device.id();
     // The ring fails in the round that gives the queue up, so that the thread ends with it.
@@ -383,7 +382,7 @@ fn a_device_is_not_handed_over_when_its_ring_fails() {
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(state_of(&driver, &device), DeviceState::Live);
     driver.hold_files(false);
-    wait_for_vacancy(&driver, &device);
+    wait_until_unserved(&driver, &device);
     let second = server(&driver, 1).recover(id, file_disk(&file)).unwrap();
     driver.disk(id).wait(sent).unwrap();
     drop(device);
@@ -393,7 +392,7 @@ fn a_device_is_not_handed_over_when_its_ring_fails() {
 #[test]
 #[ignore = "takes as long as requests may take to end: a minute"]
 fn a_device_is_deleted_although_a_file_does_not_answer() {
-    let way = DeviceOptions { data: Some(DataMovement::Copy), queues: 1, ..recoverable(Recovery::Reissue, false) };
+    let way = recoverable(Recovery::Reissue, false).data(DataMovement::Copy).queues(1);
     let (driver, _file, device, sent) = with_a_write_under_way(&way);
     device.stop().unwrap_err();
     assert_eq!(driver.device_ids().unwrap(), [], "no other server will have it");
@@ -409,7 +408,7 @@ fn an_old_driver_says_which_kernel_is_needed() {
     let options = recoverable(Recovery::FailIo, false);
     let error = server(&driver, 1).start(ram_disk(), &options).unwrap_err().to_string();
     assert!(error.contains("USER_RECOVERY_FAIL_IO") && error.contains("6.13"), "{error}");
-    let scan = DeviceOptions { partition_scan: false, ..support::options(1, 1) };
+    let scan = support::options(1, 1).partition_scan(false);
     let error = server(&driver, 1).start(ram_disk(), &scan).unwrap_err().to_string();
     assert!(error.contains("NO_AUTO_PART_SCAN") && error.contains("7.0"), "{error}");
 }
@@ -454,7 +453,7 @@ fn a_target_that_needs_another_shape_leaves_the_device_waiting() {
         ("chunk size", |params| params.chunk_size = 1 << 19),
         ("maximum request size", |params| params.max_io_bytes = 4096),
         ("DMA alignment", |params| params.dma_alignment = Some(512)),
-        ("segments", |params| params.segments = Some(SegmentLimits { max_count: 1, ..SegmentLimits::default() })),
+        ("segments", |params| params.segments = Some(SegmentLimits::default().max_count(1))),
     ];
     for (name, need) in needs {
         let mut other = disk;
@@ -482,4 +481,63 @@ fn a_successor_is_checked_while_the_server_lives() {
     let error = server(&driver, 1).check_recovery(device.id(), &Shaped(disk)).unwrap_err();
     assert_eq!(error.errno(), Errno::EINVAL);
     finish(&driver, device);
+}
+
+/// A device of which another process has asked that it wait, and its next server.
+fn handed_over(driver: &FakeDriver) -> (Device, Device) {
+    let target = ram_disk();
+    let first = server(driver, 1).start(target.clone(), &recoverable(Recovery::Queue, false)).unwrap();
+    server(driver, 1).control().quiesce_until(first.id(), SOON).unwrap();
+    let second = server(driver, 1).recover(first.id(), target).unwrap();
+    (first, second)
+}
+
+/// More than an end takes that waits for nothing, and less than one that waits for the driver.
+const SOON: Duration = Duration::from_secs(20);
+
+#[test]
+fn the_end_of_a_server_leaves_the_device_to_the_one_that_has_followed() {
+    for way in ["drop", "stop", "try_stop", "leave", "conclude"] {
+        let driver = FakeDriver::new();
+        let (first, second) = handed_over(&driver);
+        let begin = Instant::now();
+        match way {
+            "drop" => drop(first),
+            "stop" => first.stop().unwrap(),
+            "try_stop" => first.try_stop().unwrap(),
+            "leave" => first.leave().unwrap(),
+            _ => {
+                assert_eq!(first.conclude().unwrap(), Ending::Left);
+                assert_eq!(first.conclude().unwrap(), Ending::Left, "again");
+            }
+        }
+        assert!(begin.elapsed() < SOON, "{way}: {:?}", begin.elapsed());
+        assert!(!second.is_ending(), "{way}");
+        driver.disk(second.id()).write(0, &[7; 512]).unwrap();
+        finish(&driver, second);
+    }
+}
+
+#[test]
+fn a_device_that_is_being_handed_over_is_not_deleted_by_a_drop() {
+    let driver = FakeDriver::new();
+    let first = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+    let id = first.id();
+    server(&driver, 1).control().quiesce_until(id, SOON).unwrap();
+    drop(first);
+    assert_eq!(driver.device_ids().unwrap(), [id]);
+    let second = server(&driver, 1).recover(id, ram_disk()).unwrap();
+    finish(&driver, second);
+}
+
+#[test]
+fn a_leave_that_may_have_begun_is_no_reason_to_delete() {
+    for (errno, kept) in [(Errno::ENOMEM, true), (Errno::EINTR, true), (Errno::EOPNOTSUPP, false)] {
+        let driver = FakeDriver::new();
+        let device = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+        driver.refuse_next("QUIESCE_DEV", errno);
+        assert_eq!(device.leave().unwrap_err().errno(), errno);
+        drop(device);
+        assert_eq!(!driver.device_ids().unwrap().is_empty(), kept, "{errno}");
+    }
 }

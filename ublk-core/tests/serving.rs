@@ -11,8 +11,8 @@ use ublk_core::control::{AddRequest, Removal};
 use ublk_core::driver::fake::FakeDriver;
 use ublk_core::targets::{File, FileOptions, Io, Mem, Null};
 use ublk_core::{
-    Device, DeviceId, DeviceOptions, Errno, Error, Features, Op, Params, QueueHandler, QueueInfo, Requests, Result,
-    Server, Spawn, StdSpawn, Target,
+    Device, DeviceId, Errno, Error, Op, Params, QueueHandler, QueueInfo, Requests, Result, Server, Spawn, StdSpawn,
+    Target,
 };
 
 mod support;
@@ -52,7 +52,7 @@ fn a_file_disk_reads_and_writes_its_file() {
     file.as_file().set_len(SIZE).unwrap();
     for io in [Io::Auto, Io::Buffered] {
         let driver = FakeDriver::new();
-        let target = File::open(file.path(), &FileOptions { io, ..FileOptions::default() }).unwrap();
+        let target = File::open(file.path(), &FileOptions::new().io(io)).unwrap();
         let block = target.params().logical_block_size as usize;
         let device = server(&driver, 1).start(Arc::new(target), &options(1, 8)).unwrap();
         let disk = driver.disk(device.id());
@@ -70,7 +70,7 @@ fn a_file_that_shrinks_under_its_disk_is_an_error_and_not_zeros() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(SIZE).unwrap();
     let driver = FakeDriver::new();
-    let target = File::open(file.path(), &FileOptions { io: Io::Buffered, ..FileOptions::default() }).unwrap();
+    let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
     let device = server(&driver, 1).start(Arc::new(target), &options(1, 2)).unwrap();
     file.as_file().set_len(SIZE / 2).unwrap();
     assert_eq!(driver.disk(device.id()).read(SIZE - 4096, 4096), Err(Errno::EIO));
@@ -109,14 +109,14 @@ fn a_removal_does_not_wait_for_whoever_holds_the_device_open() {
     let device = server.start(custom(|r| r.complete()), &options(1, 1)).unwrap();
     let id = device.id();
     device.stop().unwrap();
-    let info = server
-        .control()
-        .add(&AddRequest { id: Some(id), queues: 1, depth: 1, max_io_bytes: 4096, features: Features::empty() })
-        .unwrap();
+    let mut request = AddRequest::new(1, 4096);
+    request.id = Some(id);
+    let info = server.control().add(&request).unwrap();
     let held = driver.open_char(info.id).unwrap();
     assert_eq!(server.control().remove(id).unwrap(), Removal::HeldOpen);
+    assert_eq!(driver.device_ids().unwrap(), [], "it is deleted all the same");
     drop(held);
-    assert_eq!(server.control().remove(id).unwrap(), Removal::Complete);
+    assert_eq!(server.control().remove(id).unwrap_err().errno(), Errno::ENODEV);
 }
 
 #[test]
@@ -237,7 +237,7 @@ impl QueueHandler for Rounds {
 fn requests_gather_while_several_are_under_way() {
     let driver = FakeDriver::new();
     let rounds = Rounds::default();
-    let server = server(&driver, 1).coalescing(Duration::from_millis(10)).unwrap();
+    let server = server(&driver, 1).with_coalescing(Duration::from_millis(10)).unwrap();
     let device = server.start(Arc::new(rounds.clone()), &options(1, 16)).unwrap();
     let disk = driver.disk(device.id());
     std::thread::scope(|scope| {
@@ -252,7 +252,7 @@ fn requests_gather_while_several_are_under_way() {
 
 #[test]
 fn requests_cannot_gather_for_long() {
-    let error = server(&FakeDriver::new(), 1).coalescing(Duration::from_millis(11)).unwrap_err();
+    let error = server(&FakeDriver::new(), 1).with_coalescing(Duration::from_millis(11)).unwrap_err();
     assert!(error.to_string().contains("10000 µs at most"), "{error}");
 }
 
@@ -367,7 +367,7 @@ fn a_refused_commit_fails_the_request_once() {
 #[test]
 fn a_refused_commit_of_a_batch_fails_its_request_although_nothing_else_happens() {
     let driver = FakeDriver::new();
-    let options = DeviceOptions { batch: Some(true), ..options(1, 4) };
+    let options = options(1, 4).batch(true);
     let device = server(&driver, 1).start(custom(|r| r.complete()), &options).unwrap();
     let disk = driver.disk(device.id());
     disk.read(0, 512).unwrap();
@@ -383,7 +383,7 @@ fn a_start_that_fails_at_any_step_leaves_no_device() {
     for step in ["ADD_DEV", "SET_PARAMS", "FETCH_REQ", "PREP_IO_CMDS", "START_DEV"] {
         let driver = FakeDriver::new();
         driver.refuse_next(step, Errno::EINVAL);
-        let options = DeviceOptions { batch: Some(step != "FETCH_REQ"), ..options(2, 4) };
+        let options = options(2, 4).batch(step != "FETCH_REQ");
         let error = server(&driver, 2).start(custom(|r| r.complete()), &options).unwrap_err();
         assert!(error.to_string().contains(step), "{step}: {error}");
         assert_eq!(driver.device_ids().unwrap(), [], "{step}");
@@ -429,7 +429,7 @@ fn impossible_options_are_refused_before_the_driver_is_asked() {
         (options(1, 0), "queue depth = 0"),
         (options(1, 4097), "queue depth = 4097"),
         (options(70_000, 1), "queues = 70000"),
-        (DeviceOptions { id: Some(DeviceId(1 << 20)), ..options(1, 1) }, "device id = 1048576"),
+        (options(1, 1).id(DeviceId(1 << 20)), "device id = 1048576"),
     ] {
         // Would be seen if the driver were asked.
         driver.refuse_next("ADD_DEV", Errno::ENOTTY);
@@ -443,7 +443,7 @@ fn impossible_options_are_refused_before_the_driver_is_asked() {
 fn an_id_in_use_is_named_and_the_first_device_lives_on() {
     let driver = FakeDriver::new();
     let server = server(&driver, 2);
-    let fixed = DeviceOptions { id: Some(DeviceId(5)), ..options(1, 1) };
+    let fixed = options(1, 1).id(DeviceId(5));
     let first = server.start(custom(|r| r.complete()), &fixed).unwrap();
     let error = server.start(custom(|r| r.complete()), &fixed).unwrap_err();
     assert!(error.to_string().contains("the id is in use"), "{error}");
@@ -516,7 +516,7 @@ fn many_devices_share_few_threads_which_end_with_them() {
     }
     let driver = FakeDriver::new();
     let spawn = Arc::new(Counting::default());
-    let server = Server::with(Arc::new(driver.clone()), spawn.clone(), 3);
+    let server = Server::with_driver(Arc::new(driver.clone()), spawn.clone(), 3);
     let devices: Vec<Device> =
         (0..50).map(|_| server.start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(2, 2)).unwrap()).collect();
     assert_eq!(spawn.made.load(Ordering::SeqCst), 3);
@@ -546,7 +546,7 @@ fn a_thread_that_cannot_be_made_leaves_no_device() {
         }
     }
     let driver = FakeDriver::new();
-    let server = Server::with(Arc::new(driver.clone()), Arc::new(Refuse), 1);
+    let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(Refuse), 1);
     let error = server.start(custom(|r| r.complete()), &options(1, 1)).unwrap_err();
     assert_eq!(error.errno(), Errno::EAGAIN, "{error}");
     assert_eq!(driver.device_ids().unwrap(), []);
@@ -625,7 +625,7 @@ fn whoever_waits_for_a_device_hears_of_a_start_that_failed() {
     for command in ["START_DEV", "FETCH_REQ"] {
         let driver = FakeDriver::new();
         let target: Arc<dyn Target> = Arc::new(Mem::new(SIZE, 512).unwrap());
-        let options = DeviceOptions { batch: Some(false), ..options(1, 4) };
+        let options = options(1, 4).batch(false);
         let device = server(&driver, 1).add(&target, &options).unwrap();
         assert!(!device.is_ending());
         driver.refuse_next(command, Errno::EIO);

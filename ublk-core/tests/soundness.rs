@@ -35,7 +35,7 @@ fn file_of(bytes: u64) -> File {
 /// A device whose clients share memory, the file of that, and its disk.
 fn sharing(target: Arc<dyn Target>, way: DeviceOptions) -> (FakeDriver, Device, File, FakeDisk) {
     let driver = FakeDriver::new();
-    let device = server(&driver, 1).start(target, &DeviceOptions { shared_memory: true, ..way }).unwrap();
+    let device = server(&driver, 1).start(target, &way.shared_memory(true)).unwrap();
     let memory = file_of(8192);
     device.share_memory(SharedMemory::map(&memory, 8192, false).unwrap()).unwrap();
     let disk = driver.disk(device.id());
@@ -122,7 +122,7 @@ impl QueueHandler for Copying {
 fn targets() -> Vec<(&'static str, Arc<dyn Target>)> {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(SIZE).unwrap();
-    let options = FileOptions { io: Io::Buffered, ..FileOptions::default() };
+    let options = FileOptions::new().io(Io::Buffered);
     let changed = file_of(SIZE);
     let changed = Arc::new(changed);
     vec![
@@ -146,7 +146,7 @@ fn targets() -> Vec<(&'static str, Arc<dyn Target>)> {
 fn shared_data_arrives_however_it_moves() {
     for data in [DataMovement::Copy, DataMovement::GetData, DataMovement::UserCopy, DataMovement::AutoRegister] {
         for (what, target) in targets() {
-            let way = DeviceOptions { data: Some(data), batch: Some(false), ..options(1, 2) };
+            let way = options(1, 2).data(data).batch(false);
             let (driver, device, memory, disk) = sharing(target, way);
             memory.write_all_at(&[5; 4096], 4096).unwrap();
             disk.wait(disk.send_shared(WRITE, 8192, 4096, (0, 4096)).unwrap()).unwrap();

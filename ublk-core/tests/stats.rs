@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ublk_core::driver::fake::FakeDriver;
 use ublk_core::targets::{File, FileOptions, Io, Mem};
-use ublk_core::{DataMovement, DeviceOptions, DeviceStats, Errno, Op};
+use ublk_core::{DataMovement, DeviceStats, Errno, Op};
 
 mod support;
 
@@ -27,7 +27,8 @@ fn every_data_movement_counts_the_same() {
         }
         let driver = FakeDriver::new();
         let target = Arc::new(Mem::new(SIZE, 512).unwrap());
-        let options = DeviceOptions { data, batch: Some(batch), ..options(2, 4) };
+        let mut options = options(2, 4).batch(batch);
+        options.data = data;
         let device = server(&driver, 2).start(target, &options).unwrap();
         assert!(device.stats().total.is_empty());
         let disk = driver.disk(device.id());
@@ -72,7 +73,7 @@ fn failures_are_counted_and_their_bytes_are_not() {
 #[test]
 fn a_commit_that_the_driver_refuses_is_a_failure() {
     let driver = FakeDriver::new();
-    let options = DeviceOptions { batch: Some(false), ..options(1, 1) };
+    let options = options(1, 1).batch(false);
     let device = server(&driver, 1).start(custom(|request| request.complete()), &options).unwrap();
     driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EINVAL);
     assert_eq!(driver.disk(device.id()).read(0, 512).map(drop), Err(Errno::EIO));
@@ -103,7 +104,7 @@ fn requests_that_were_elsewhere_are_counted_with_their_whole_time() {
 fn forwarded_requests_are_counted() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(SIZE).unwrap();
-    let options_of_file = FileOptions { io: Io::Buffered, ..FileOptions::default() };
+    let options_of_file = FileOptions::new().io(Io::Buffered);
     let target = Arc::new(File::open(file.path(), &options_of_file).unwrap());
     let driver = FakeDriver::new();
     let device = server(&driver, 1).start(target, &options(1, 8)).unwrap();

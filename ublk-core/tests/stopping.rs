@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ublk_core::driver::Driver;
 use ublk_core::driver::fake::FakeDriver;
-use ublk_core::{DetachedRequest, Device, DeviceId, DeviceOptions, Error, Recovery, Target};
+use ublk_core::{DetachedRequest, Device, DeviceId, DeviceOptions, Ending, Errno, Error, Recovery, Target};
 
 mod support;
 
@@ -114,7 +114,7 @@ fn a_device_that_another_process_stops_ends_in_time_too() {
     for expedite in [false, true] {
         let driver = FakeDriver::new();
         let (target, leave, entered) = stuck();
-        let way = DeviceOptions { recovery: Some(Recovery::Queue), ..options(1, 2) };
+        let way = options(1, 2).recovery(Recovery::Queue);
         let device = server(&driver, 1).start(target, &way).unwrap();
         let id = device.id();
         let _ = driver.disk(id).send(0, 0, 512, &[]).unwrap();
@@ -176,7 +176,7 @@ fn a_quiesce_without_an_answer_ends_when_it_is_expedited() {
     for leaves in [true, false] {
         let driver = FakeDriver::new();
         let (target, leave, entered) = stuck();
-        let way = DeviceOptions { recovery: Some(Recovery::Queue), ..options(1, 2) };
+        let way = options(1, 2).recovery(Recovery::Queue);
         let device = server(&driver, 1).start(target, &way).unwrap();
         let _ = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
         entered.recv().unwrap();
@@ -192,4 +192,116 @@ fn a_quiesce_without_an_answer_ends_when_it_is_expedited() {
         });
         drop(leave);
     }
+}
+
+/// How the owner of a device ends with it.
+fn end(device: Device, way: &str) {
+    match way {
+        "drop" => drop(device),
+        "stop" => device.stop().unwrap(),
+        "try_stop" => device.try_stop().unwrap(),
+        _ => assert_eq!(device.conclude().unwrap(), Ending::Deleted, "{way}"),
+    }
+}
+
+#[test]
+fn the_next_device_of_a_number_outlives_the_end_of_the_last_one() {
+    for (way, recovery) in ["drop", "stop", "try_stop", "conclude"]
+        .into_iter()
+        .flat_map(|way| [None, Some(Recovery::Queue)].map(|r| (way, r)))
+    {
+        let driver = FakeDriver::new();
+        let complete = || custom(|request| request.complete());
+        let mut options = options(1, 2);
+        options.recovery = recovery;
+        let first = server(&driver, 1).start(complete(), &options).unwrap();
+        let id = first.id();
+        // As `ublk del` and `ublk add` of other processes.
+        server(&driver, 1).control().remove(id).unwrap();
+        let second = server(&driver, 1).start(complete(), &options).unwrap();
+        assert_eq!(second.id(), id);
+        end(first, way);
+        assert!(!second.is_ending(), "{way} {recovery:?}");
+        driver.disk(id).read(0, 512).unwrap();
+        finish(&driver, second);
+    }
+}
+
+#[test]
+fn a_device_that_is_gone_changes_no_other_one() {
+    let driver = FakeDriver::new();
+    let complete = || custom(|request| request.complete());
+    let first = server(&driver, 1).start(complete(), &options(1, 2)).unwrap();
+    server(&driver, 1).control().remove(first.id()).unwrap();
+    let second = server(&driver, 1).start(complete(), &options(1, 2)).unwrap();
+    assert_eq!(first.resize(4096).unwrap_err().errno(), Errno::ENODEV);
+    let size = server(&driver, 1).control().params(second.id()).unwrap().params.size;
+    assert_eq!(size, support::SIZE);
+    drop(first);
+    finish(&driver, second);
+}
+
+/// It may be another's between the two commands.
+#[test]
+fn a_number_is_free_when_a_stop_returns_and_not_before_it_is_deleted() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(custom(|request| request.complete()), &options(1, 2)).unwrap();
+    // Before Linux 6.9, and of a user's device.
+    for refusal in [None, Some(Errno::EOPNOTSUPP), Some(Errno::EINVAL)] {
+        if let Some(errno) = refusal {
+            driver.refuse_next("DEL_DEV_ASYNC", errno);
+        }
+        let id = options(1, 2).id(DeviceId(7));
+        let other = server(&driver, 1).start(custom(|request| request.complete()), &id).unwrap();
+        other.stop().unwrap();
+        assert_eq!(driver.device_ids().unwrap(), [device.id()], "{refusal:?}");
+    }
+    finish(&driver, device);
+}
+
+#[test]
+fn a_failed_queue_with_requests_keeps_a_stop_not_for_long() {
+    let driver = FakeDriver::new();
+    let held = Arc::new(Mutex::new(Vec::<DetachedRequest>::new()));
+    let (hold, (enter, entered)) = (held.clone(), channel());
+    let target = custom(move |request| {
+        hold.lock().unwrap().push(request.detach());
+        let _ = enter.send(());
+    });
+    let device = server(&driver, 1).start(target, &options(1, 2)).unwrap();
+    let _ = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
+    entered.recv().unwrap();
+    driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EIO);
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| device.stop_within(Duration::from_secs(3600)));
+        std::thread::sleep(Duration::from_millis(100));
+        held.lock().unwrap().drain(..).for_each(DetachedRequest::complete);
+        let _ = stop.join().unwrap();
+    });
+    assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    let _ = device.stop();
+    assert_eq!(driver.device_ids().unwrap(), []);
+}
+
+#[test]
+fn a_time_that_no_clock_reaches_is_none() {
+    let driver = FakeDriver::new();
+    let start =
+        |options: &DeviceOptions| server(&driver, 1).start(custom(|request| request.complete()), options).unwrap();
+    let device = start(&options(1, 2));
+    device.stop_within(Duration::MAX).unwrap();
+    finish(&driver, device);
+    let way = options(1, 2).recovery(Recovery::Queue);
+    let device = start(&way);
+    let control = server(&driver, 1).control().clone();
+    control.quiesce_until(device.id(), Duration::MAX).unwrap();
+    assert_eq!(device.conclude_within(Duration::MAX).unwrap(), Ending::Left);
+    control.stop_within(device.id(), Duration::MAX).unwrap();
+    control.delete(device.id(), Duration::MAX).unwrap();
+    drop(device);
+    let device = start(&way);
+    control.quiesce(device.id(), Duration::MAX).unwrap();
+    device.conclude_within(Duration::MAX).unwrap();
+    control.remove(device.id()).unwrap();
 }

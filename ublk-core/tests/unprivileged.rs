@@ -8,7 +8,7 @@ use std::time::Duration;
 use ublk_core::driver::Driver;
 use ublk_core::driver::fake::FakeDriver;
 use ublk_core::targets::Mem;
-use ublk_core::{DataMovement, DeviceOptions, DeviceState, Errno, Features, Recovery, Target};
+use ublk_core::{DataMovement, DeviceState, Errno, Features, Recovery, Target};
 
 mod support;
 
@@ -80,10 +80,7 @@ fn roots_device_is_not_a_users() {
 fn what_takes_privileges_is_refused_in_words() {
     let driver = FakeDriver::new();
     driver.drop_privileges();
-    for wish in [
-        DeviceOptions { recovery: Some(Recovery::Reissue), ..options(1, 1) },
-        DeviceOptions { data: Some(DataMovement::UserCopy), ..options(1, 1) },
-    ] {
+    for wish in [options(1, 1).recovery(Recovery::Reissue), options(1, 1).data(DataMovement::UserCopy)] {
         let error = server(&driver, 1).start(ram_disk(), &wish).unwrap_err().to_string();
         assert!(error.contains("CAP_SYS_ADMIN"), "{error}");
     }

@@ -5,21 +5,47 @@
 use std::ffi::OsString;
 
 use pyo3::prelude::*;
-use ublk_core::cli::{ExtraCommand, Host};
+use ublk_core::cli::{ExtraArgument, ExtraCommand, Host};
 
 use crate::{interpreter, logging};
 
+/// Description of a command that the package handles, from a dictionary.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Command {
+    name: String,
+    about: String,
+    description: String,
+    usage: String,
+    arguments: Vec<Argument>,
+}
+
+/// Description of an argument of such a command, from a dictionary.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Argument {
+    names: Vec<String>,
+    value: Option<String>,
+    help: String,
+}
+
+impl From<Command> for ExtraCommand {
+    fn from(Command { name, about, description, usage, arguments }: Command) -> Self {
+        let argument = |Argument { names, value, help }| ExtraArgument { names, value, help };
+        ExtraCommand { name, about, description, usage, arguments: arguments.into_iter().map(argument).collect() }
+    }
+}
+
 /// Runs the command and returns its exit status. `relaunch` starts this program again, for servers in the background;
-/// `extra` are the names and descriptions of commands that the caller handles.
+/// `extra` describes commands that the caller handles.
 #[pyfunction]
 pub(crate) fn main(
     py: Python<'_>,
     arguments: Vec<OsString>,
     relaunch: Vec<OsString>,
-    extra: Vec<(String, String)>,
+    extra: Vec<Command>,
 ) -> PyResult<u8> {
     logging::follow(py)?;
-    let command = |(name, about)| ExtraCommand { name, about, ..ExtraCommand::default() };
-    let extra = extra.into_iter().map(command).collect();
+    let extra = extra.into_iter().map(ExtraCommand::from).collect();
     Ok(interpreter::detached(py, || ublk_core::cli::run(arguments, &Host { relaunch, extra })).0)
 }

@@ -128,7 +128,7 @@ impl NativeDevice {
 /// Whether an error is the reason why a device was not left, rather than why its queues do not end.
 fn is_refusal(error: &ublk_core::Error) -> bool {
     use ublk_core::Error::{Control, Unsupported};
-    matches!(error, Unsupported { .. } | Control { command: "QUIESCE_DEV", .. })
+    error.is_refusal() && matches!(error, Unsupported { .. } | Control { command: "QUIESCE_DEV", .. })
 }
 
 /// Calls a function with a device, and checks for signals meanwhile. If a signal handler raises, the function continues in

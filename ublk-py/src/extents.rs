@@ -11,13 +11,13 @@ use pyo3::prelude::*;
 use pyo3::types::{PyTuple, PyType};
 use ublk_core::extents::files::{self, SharedFile};
 use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, Moment};
-use ublk_core::{Home, Op, Pieces, RawErrno, Request, RequestOf};
+use ublk_core::{Op, Pieces, RawErrno, Request};
 
 use crate::descriptor::with_descriptor;
 use crate::error::os_error;
 use crate::flushes::Flushes;
 use crate::interpreter;
-use crate::methods::op_object;
+use crate::methods::{AnyRequest, op_object};
 
 /// Location of a range of the disk in a file.
 #[pyclass(frozen, module = "ublk", name = "Extent")]
@@ -116,7 +116,7 @@ pub(crate) struct DiskExtents {
 
 impl DiskExtents {
     /// Forwards a request to the files that store its bytes.
-    pub(crate) fn forward<H: Home>(&self, request: RequestOf<H>, pieces: Pieces, flight: Flight) {
+    pub(crate) fn forward(&self, request: Request<'_>, pieces: Pieces, flight: Flight) {
         self.flushes.forwarded(request.op());
         request.forward_pieces(pieces, flight);
     }
@@ -218,13 +218,13 @@ fn convert(answer: &Bound<'_, PyAny>, who: &str, at: u64, direction: Direction) 
 }
 
 /// Outcome of [`forward_returned`].
-pub(crate) enum Returned<H: Home> {
+pub(crate) enum Returned<R> {
     /// The engine carries out the request.
     Forwarded,
     /// The extent was invalidated meanwhile: the handler is to be called again.
-    Stale(RequestOf<H>),
+    Stale(R),
     /// The extent is invalid for the request.
-    Refused(RequestOf<H>, PyErr),
+    Refused(R, PyErr),
 }
 
 /// Whether a handler has returned an extent instead of transferring the data.
@@ -233,15 +233,15 @@ pub(crate) fn is_extent(op: Op, value: &Bound<'_, PyAny>) -> bool {
 }
 
 /// Forwards a request whose handler has returned an [extent](is_extent). `asked` is when the handler was called.
-pub(crate) fn forward_returned<H: Home>(
-    request: RequestOf<H>,
+pub(crate) fn forward_returned<'q, R: AnyRequest<'q>>(
+    request: R,
     value: &Bound<'_, PyAny>,
     who: &str,
     extents: &DiskExtents,
     asked: Moment,
-) -> Returned<H> {
-    let (start, end) = (request.offset(), request.offset() + request.len());
-    let found = direction(request.op()).map(|direction| convert(value, who, start, direction));
+) -> Returned<R> {
+    let (start, end) = (request.get().offset(), request.get().offset() + request.get().len());
+    let found = direction(request.get().op()).map(|direction| convert(value, who, start, direction));
     let extent = match found.unwrap_or(Ok(None)) {
         Ok(Some((_, true))) => {
             let text = format!("{who} returned a stable extent; only map may do so");
@@ -258,7 +258,7 @@ pub(crate) fn forward_returned<H: Home>(
     };
     match extents.map.admit(vec![extent], asked) {
         Some((pieces, flight)) => {
-            extents.forward(request, pieces, flight);
+            extents.forward(request.into(), pieces, flight);
             Returned::Forwarded
         }
         None => Returned::Stale(request),

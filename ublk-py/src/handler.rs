@@ -7,7 +7,7 @@ use std::sync::Arc;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
-use ublk_core::pull::{Feed, Feeds};
+use ublk_core::pull::{PullSender, PullSenders};
 use ublk_core::{Access, Op, Params, QueueHandler, QueueInfo, RawErrno, Request, Requests, Result, Target};
 
 use crate::buffer::Slot;
@@ -24,8 +24,8 @@ use crate::watch::{HandlerThread, Watch};
 pub(crate) enum Style {
     /// By a method for each operation.
     Methods(Methods),
-    /// By `map`, which returns where bytes are stored. Other requests go to the methods, or to queues if there are feeds.
-    Mapped(Methods, Mapper, Option<Feeds>),
+    /// By `map`, which returns where bytes are stored. Other requests go to the methods, or to queues if there are senders.
+    Mapped(Methods, Mapper, Option<PullSenders>),
     /// By one function for all requests of a wake-up.
     Batch(Batch),
 }
@@ -81,12 +81,12 @@ impl PythonTarget {
         };
         Ok(match &self.style {
             Style::Methods(methods) => Box::new(Attached::new(methods_queue(methods, info.depth), &self.watch)),
-            Style::Mapped(methods, mapper, feeds) => {
-                let feed = feeds.as_ref().map(|feeds| feeds.open(info.queue)).transpose();
-                let feed = feed.map_err(|error| to_python(py, &error))?;
-                let methods = methods_queue(methods, if feed.is_some() { 0 } else { info.depth });
+            Style::Mapped(methods, mapper, senders) => {
+                let sender = senders.as_ref().map(|senders| senders.open(info.queue)).transpose();
+                let sender = sender.map_err(|error| to_python(py, &error))?;
+                let methods = methods_queue(methods, if sender.is_some() { 0 } else { info.depth });
                 let inner = Some((methods, mapper.clone_ref(py)));
-                Box::new(MappedQueue { inner, feed, watch: self.watch.clone() })
+                Box::new(MappedQueue { inner, sender, watch: self.watch.clone() })
             }
             Style::Batch(Batch { handle, report }) => {
                 let batch = Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) };
@@ -151,7 +151,7 @@ struct MappedQueue {
     /// `None` only while it is dropped.
     inner: Option<(MethodsQueue, Mapper)>,
     /// Queue for requests that `map` leaves to other threads.
-    feed: Option<Feed>,
+    sender: Option<PullSender>,
     watch: Watch,
 }
 
@@ -167,16 +167,16 @@ impl QueueHandler for MappedQueue {
         interpreter::attach(|py| {
             for request in unknown {
                 let Some(request) = queue.map(py, mapper, request) else { continue };
-                if self.feed.is_some() {
+                if self.sender.is_some() {
                     left.push(request);
                 } else if let Some(request) = loaded(request) {
                     queue.serve_one(py, request);
                 }
             }
         });
-        if let Some(feed) = &self.feed {
+        if let Some(sender) = &self.sender {
             // Not attached to the interpreter.
-            feed.put(left.into_iter().filter_map(loaded).map(Request::detach));
+            sender.send(left.into_iter().filter_map(loaded).map(Request::detach));
         }
     }
 }

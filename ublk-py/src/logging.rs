@@ -39,6 +39,11 @@ fn number(level: Level) -> i32 {
     }
 }
 
+/// Whether the calling thread was made to end a device, which is not to wait for handlers of the log.
+fn ends_a_device() -> bool {
+    std::thread::current().name().is_some_and(|name| matches!(name, "ublk-stop" | "ublk-drop"))
+}
+
 impl Log for ToPython {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         metadata.level() <= log::max_level()
@@ -52,7 +57,13 @@ impl Log for ToPython {
         let logged = interpreter::attach(|py| {
             // Messages may arrive while an exception is set, from an object that it drops.
             let pending = PyErr::take(py);
-            if let Err(error) = self.0.call_method1(py, "log", (number(record.level()), "%s", &text)) {
+            let arguments = (number(record.level()), "%s", &text);
+            let logged = if ends_a_device() {
+                py.import("ublk._log").and_then(|module| module.call_method1("log_in_time", arguments)).map(drop)
+            } else {
+                self.0.call_method1(py, "log", arguments).map(drop)
+            };
+            if let Err(error) = logged {
                 unraisable(py, error);
             }
             if let Some(pending) = pending {

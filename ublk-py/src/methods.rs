@@ -2,15 +2,43 @@
 
 //! Methods of a block device: one call for each request, and the conversion of its outcome.
 
+use std::fmt::Debug;
+
 use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use ublk_core::{DetachedRequest, Errno, Home, Op, Operations, RawErrno, RequestOf};
+use ublk_core::{DetachedRequest, Errno, Op, Operations, RawErrno, Request};
 
 use crate::buffer::Slot;
 use crate::error::to_errno;
 use crate::extents::{ATTEMPTS, Extents, Returned, forward_returned, is_extent};
 use crate::held::{Held, Holders};
+
+/// Request of either kind: on the thread of its queue, or detached from it.
+pub(crate) trait AnyRequest<'q>: Into<Request<'q>> + Debug {
+    fn get(&self) -> &Request<'q>;
+    fn get_mut(&mut self) -> &mut Request<'q>;
+}
+
+impl<'q> AnyRequest<'q> for Request<'q> {
+    fn get(&self) -> &Request<'q> {
+        self
+    }
+
+    fn get_mut(&mut self) -> &mut Request<'q> {
+        self
+    }
+}
+
+impl AnyRequest<'static> for DetachedRequest {
+    fn get(&self) -> &Request<'static> {
+        self
+    }
+
+    fn get_mut(&mut self) -> &mut Request<'static> {
+        self
+    }
+}
 
 /// Bound methods of a block device.
 #[derive(Debug, FromPyObject)]
@@ -95,13 +123,7 @@ impl Methods {
 
     /// Calls the method for a request and ends the request accordingly. `slot` has the buffer object of its memory. The
     /// request is in `held` while the method runs; if it is not there any more, it was revoked.
-    pub(crate) fn serve<H: Home>(
-        &self,
-        py: Python<'_>,
-        slot: &mut Slot,
-        held: &Held<RequestOf<H>>,
-        mut request: RequestOf<H>,
-    ) {
+    pub(crate) fn serve<'q, R: AnyRequest<'q>>(&self, py: Python<'_>, slot: &mut Slot, held: &Held<R>, mut request: R) {
         for _ in 0..ATTEMPTS {
             match self.try_to_serve(py, slot, held, request) {
                 Some(stale) => request = stale,
@@ -109,7 +131,7 @@ impl Methods {
             }
         }
         log::error!("{request:?}: what its handler returned was invalidated {ATTEMPTS} times in a row");
-        request.fail(RawErrno::EIO);
+        request.into().fail(RawErrno::EIO);
     }
 
     /// Calls the method for a flush, and ends it according to that and to concurrent flushes.
@@ -130,15 +152,15 @@ impl Methods {
     }
 
     /// Returns the request if its extent was invalidated meanwhile.
-    fn try_to_serve<H: Home>(
+    fn try_to_serve<'q, R: AnyRequest<'q>>(
         &self,
         py: Python<'_>,
         slot: &mut Slot,
-        held: &Held<RequestOf<H>>,
-        request: RequestOf<H>,
-    ) -> Option<RequestOf<H>> {
-        let op = request.op();
-        let (offset, len) = (request.offset(), request.len());
+        held: &Held<R>,
+        request: R,
+    ) -> Option<R> {
+        let op = request.get().op();
+        let (offset, len) = (request.get().offset(), request.get().len());
         let extents = &self.extents.get().0;
         let asked = extents.map.now();
         let zone_method = || self.zones.as_ref().and_then(|zones| zones.of(op));
@@ -179,7 +201,7 @@ impl Methods {
             && op != Op::ZoneAppend
         {
             extents.flushes.handled(op);
-            request.complete();
+            request.into().complete();
             return None;
         }
         if op == Op::ZoneAppend
@@ -187,10 +209,10 @@ impl Methods {
         {
             let landed = value.extract::<u64>();
             match landed {
-                Ok(landed) => request.complete_append(landed),
+                Ok(landed) => request.into().complete_append(landed),
                 Err(_) => {
                     let text = "zone_append must return where on the disk the data is";
-                    request.fail(self.errno_of(py, op_name(op), &PyTypeError::new_err(text)));
+                    request.into().fail(self.errno_of(py, op_name(op), &PyTypeError::new_err(text)));
                 }
             }
             return None;
@@ -201,7 +223,7 @@ impl Methods {
             match forward_returned(request, value, op_name(op), extents, asked) {
                 Returned::Forwarded => {}
                 Returned::Stale(request) => return Some(request),
-                Returned::Refused(request, error) => request.fail(self.errno_of(py, op_name(op), &error)),
+                Returned::Refused(request, error) => request.into().fail(self.errno_of(py, op_name(op), &error)),
             }
             return None;
         }
@@ -214,9 +236,9 @@ impl Methods {
                 if result.is_ok() {
                     extents.flushes.handled(op);
                 }
-                request.finish(result);
+                request.into().finish(result);
             }
-            Err(error) => request.fail(self.errno_of(py, op_name(op), &error)),
+            Err(error) => request.into().fail(self.errno_of(py, op_name(op), &error)),
         }
         None
     }
@@ -231,17 +253,17 @@ impl Methods {
 }
 
 /// Calls `read` or `write` with a view of the request's memory. Returns the request unless it was revoked meanwhile.
-fn with_data<'py, H: Home>(
+fn with_data<'py, 'q, R: AnyRequest<'q>>(
     py: Python<'py>,
     method: &Py<PyAny>,
     slot: &mut Slot,
-    held: &Held<RequestOf<H>>,
-    mut request: RequestOf<H>,
-) -> (Option<RequestOf<H>>, PyResult<Option<Bound<'py, PyAny>>>) {
+    held: &Held<R>,
+    mut request: R,
+) -> (Option<R>, PyResult<Option<Bound<'py, PyAny>>>) {
     // Bytes that a handler leaves unwritten must not be another request's data.
-    request.clear();
-    let (offset, len) = (request.offset(), request.len() as usize);
-    let lease = match slot.lease(py, request.buffer(), len, !request.op().fills()) {
+    request.get_mut().clear();
+    let (offset, len) = (request.get().offset(), request.get().len() as usize);
+    let lease = match slot.lease(py, request.get().buffer(), len, !request.get().op().fills()) {
         Ok(lease) => lease,
         Err(error) => return (Some(request), Err(error)),
     };
@@ -253,7 +275,7 @@ fn with_data<'py, H: Home>(
     let mut request = held.take();
     if !is_free && let Some(request) = &mut request {
         // A view is still in use: it keeps the memory, and the tag gets fresh memory.
-        request.replace_buffer();
+        request.get_mut().replace_buffer();
     }
     (request, returned.map(Some))
 }

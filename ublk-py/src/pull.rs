@@ -51,7 +51,7 @@ impl PyPullQueue {
     /// Fails the requests that were not taken; returns how many.
     pub(crate) fn revoke(&self) -> usize {
         let mut revoked = 0;
-        while let Some(batch) = self.queue().and_then(|queue| queue.next_batch_within(usize::MAX, Duration::ZERO)) {
+        while let Some(batch) = self.queue().and_then(|queue| queue.next_batch_timeout(usize::MAX, Duration::ZERO)) {
             if batch.is_empty() {
                 break;
             }
@@ -74,7 +74,7 @@ impl PyPullQueue {
         max: usize,
         hand: &Bound<'py, PyList>,
     ) -> PyResult<Option<Vec<Bound<'py, PyRequest>>>> {
-        let Some(batch) = self.queue().and_then(|queue| queue.next_batch_within(max, Duration::ZERO)) else {
+        let Some(batch) = self.queue().and_then(|queue| queue.next_batch_timeout(max, Duration::ZERO)) else {
             return Ok(None);
         };
         self.watch.entered();

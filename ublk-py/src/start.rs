@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 use ublk_core::driver::fake;
 use ublk_core::driver::kernel::KernelDriver;
-use ublk_core::pull::{feeds, pull_with};
+use ublk_core::pull::{channels, pull_with};
 use ublk_core::{
     Access, DeviceId, DeviceOptions, MAX_COALESCING, Operations, Params, Recovery, Server, Target, ZonedLimits,
 };
@@ -44,7 +44,7 @@ fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
         None => {}
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let made = Server::with(Arc::new(KernelDriver::open()?), Arc::new(spawn), threads);
+    let made = Server::with_driver(Arc::new(KernelDriver::open()?), Arc::new(spawn), threads);
     *server = Some((pid, made.clone()));
     Ok(made)
 }
@@ -78,11 +78,9 @@ impl Shape {
         params.operations = operations;
         if self.zone_size != 0 {
             params.chunk_size = self.zone_size;
-            params.zoned = Some(ZonedLimits {
-                max_open: self.max_open_zones,
-                max_active: self.max_active_zones,
-                max_append_bytes: self.max_append_bytes,
-            });
+            let mut zoned = ZonedLimits::new(self.max_append_bytes);
+            (zoned.max_open, zoned.max_active) = (self.max_open_zones, self.max_active_zones);
+            params.zoned = Some(zoned);
         }
         params
     }
@@ -101,8 +99,8 @@ pub(crate) struct Serving<'py> {
 }
 
 impl Serving<'_> {
-    fn native(&self) -> Option<Arc<dyn Target>> {
-        self.handlers.cast::<NativeTarget>().ok().map(|native| native.get().target.clone())
+    fn native(&self) -> Option<&Bound<'_, NativeTarget>> {
+        self.handlers.cast::<NativeTarget>().ok()
     }
 
     fn has(&self, name: &str) -> PyResult<bool> {
@@ -125,7 +123,7 @@ impl Serving<'_> {
     /// Creates the target, and queues if requests are pulled.
     fn target(self, shape: &Shape, queues: u32, watch: &Watch) -> PyResult<(Arc<dyn Target>, Pulled)> {
         if let Some(native) = self.native() {
-            return Ok((native, Pulled::default()));
+            return Ok((native.get().sized(shape.size), Pulled::default()));
         }
         let py = self.handlers.py();
         let params = shape.params(operations(&self.operations));
@@ -136,9 +134,9 @@ impl Serving<'_> {
             let mapper = Mapper { map: self.handlers.get_item("map")?.unbind(), extents: self.extents()? };
             let mut given = None;
             if self.is_pulled {
-                let (feeds, queues) = feeds(queues).map_err(|e| to_python(py, &e))?;
+                let (senders, queues) = channels(queues).map_err(|e| to_python(py, &e))?;
                 pulled = Pulled { queues, extents: self.extents()? };
-                given = Some(feeds);
+                given = Some(senders);
             }
             Style::Mapped(self.handlers.extract()?, mapper, given)
         } else if self.is_pulled {
@@ -157,7 +155,7 @@ impl Serving<'_> {
 fn server(driver: Option<fake::FakeDriver>, spawn: Py<PyAny>, threads: u32) -> ublk_core::Result<Server> {
     let spawn = PythonSpawn(spawn);
     match driver {
-        Some(fake) => Ok(Server::with(Arc::new(fake), Arc::new(spawn), threads as usize)),
+        Some(fake) => Ok(Server::with_driver(Arc::new(fake), Arc::new(spawn), threads as usize)),
         None => kernel_server(spawn),
     }
 }
@@ -176,19 +174,15 @@ pub(crate) struct Options {
 impl Options {
     fn convert(&self) -> PyResult<DeviceOptions> {
         let recovery = |name: &String| {
-            Recovery::ALL.into_iter().find(|recovery| recovery.name() == name).ok_or_else(|| {
+            name.parse::<Recovery>().map_err(|_| {
                 let names = Recovery::ALL.map(Recovery::name).join(", ");
                 PyValueError::new_err(format!("recoverable = {name:?}: must be True, False, {names}"))
             })
         };
-        Ok(DeviceOptions {
-            id: self.id.map(DeviceId),
-            queues: self.queues,
-            depth: self.depth,
-            recovery: self.recovery.as_ref().map(recovery).transpose()?,
-            shared_memory: self.shared_memory,
-            ..DeviceOptions::default()
-        })
+        let mut options = DeviceOptions::new().queues(self.queues).depth(self.depth).shared_memory(self.shared_memory);
+        options.id = self.id.map(DeviceId);
+        options.recovery = self.recovery.as_ref().map(recovery).transpose()?;
+        Ok(options)
     }
 }
 
@@ -223,7 +217,7 @@ pub(crate) fn add(
         return Err(PyValueError::new_err(format!("coalesce_usecs = {}: must be at most {most}", window.as_micros())));
     }
     target.params().validate().and_then(|()| device_options.validate()).map_err(|e| to_python(py, &e))?;
-    let make = || server(fake, spawn, options.queues)?.coalescing(window)?.add(&target, &device_options);
+    let make = || server(fake, spawn, options.queues)?.with_coalescing(window)?.add(&target, &device_options);
     let (device, _permit) = interpreter::detached(py, make);
     let device = device.map_err(|e| to_python(py, &e))?;
     made.append(NativeDevice::new(py, device, Some(target), queues, watch, driver.is_none())?)
@@ -248,8 +242,8 @@ pub(crate) fn recover(
     let window = Duration::from_micros(options.coalesce_usecs.into());
     let id = DeviceId(options.id.ok_or_else(|| PyValueError::new_err("id = None: must be the number of a device"))?);
     let find = || {
-        let server = server(fake, spawn, threads)?.coalescing(window)?;
-        let info = server.wait_for_vacancy(id)?;
+        let server = server(fake, spawn, threads)?.with_coalescing(window)?;
+        let info = server.wait_until_unserved(id)?;
         Ok((server, info))
     };
     let (found, permit) = interpreter::detached(py, find);

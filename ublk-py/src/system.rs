@@ -58,10 +58,11 @@ pub(crate) fn device(py: Python<'_>, id: u32) -> PyResult<Bound<'_, PyDict>> {
 pub(crate) fn delete(py: Python<'_>, id: u32, force: bool) -> PyResult<()> {
     let id = DeviceId(id);
     on_system(py, |control| {
+        let instance = control.instance(id);
         if !force && control.info(id)?.state != DeviceState::Dead {
             control.try_stop(id)?;
         }
-        match control.remove(id) {
+        match control.remove_instance(id, instance) {
             // Its server has deleted it first.
             Err(error) if error.errno() == Errno::ENODEV && !force => Ok(()),
             other => other.map(drop),
@@ -107,6 +108,6 @@ fn to_dict(py: Python<'_>, (path, info, params): Found) -> PyResult<Bound<'_, Py
     dict.set_item("block_size", params.logical_block_size)?;
     dict.set_item("max_io_bytes", info.max_io_bytes)?;
     dict.set_item("read_only", params.read_only)?;
-    dict.set_item("recovery", Recovery::of(info.features).map(Recovery::name))?;
+    dict.set_item("recovery", Recovery::from_features(info.features).map(Recovery::name))?;
     Ok(dict)
 }

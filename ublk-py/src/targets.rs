@@ -8,7 +8,7 @@ use std::sync::Arc;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use ublk_core::targets::{File, FileOptions, Io, Mem, Null, Zoned, ZonedOptions};
-use ublk_core::{Params, Result, Target};
+use ublk_core::{Access, Params, QueueHandler, QueueInfo, Result, Target};
 
 use crate::error::to_python;
 use crate::interpreter;
@@ -18,7 +18,7 @@ use crate::methods::operation_names;
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
 pub(crate) struct NativeTarget {
-    pub(crate) target: Arc<dyn Target>,
+    target: Arc<dyn Target>,
     /// The same, if it is a file.
     file: Option<Arc<File>>,
 }
@@ -36,6 +36,41 @@ impl NativeTarget {
 
     fn params(&self) -> Params {
         self.target.params()
+    }
+}
+
+/// Target whose disk was resized after the target was created.
+#[derive(Debug)]
+struct Resized {
+    target: Arc<dyn Target>,
+    size: u64,
+}
+
+impl Target for Resized {
+    fn kind(&self) -> &str {
+        self.target.kind()
+    }
+
+    fn params(&self) -> Params {
+        let mut params = self.target.params();
+        params.size = self.size;
+        params
+    }
+
+    fn access(&self) -> Access {
+        self.target.access()
+    }
+
+    fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        self.target.open_queue(queue)
+    }
+}
+
+impl NativeTarget {
+    /// Returns the target with the current size of its disk.
+    pub(crate) fn sized(&self, size: u64) -> Arc<dyn Target> {
+        let target = self.target.clone();
+        if target.params().size == size { target } else { Arc::new(Resized { target, size }) }
     }
 }
 
@@ -67,7 +102,8 @@ impl NativeTarget {
             Some(true) => Io::Direct,
             Some(false) => Io::Buffered,
         };
-        let options = FileOptions { io, read_only, logical_block_size: block_size };
+        let mut options = FileOptions::new().io(io).read_only(read_only);
+        options.logical_block_size = block_size;
         let file = Self::open(py, || File::open(path, &options))?;
         Ok(NativeTarget { target: file.clone(), file: Some(file) })
     }
@@ -88,15 +124,9 @@ impl NativeTarget {
         if zone_size == 0 {
             return Err(PyValueError::new_err("zone_size = 0: must be a power of two"));
         }
-        let options = ZonedOptions {
-            size,
-            zone_size,
-            conventional: conventional_zones,
-            max_open: max_open_zones,
-            max_active: max_active_zones,
-            logical_block_size: block_size,
-            directory,
-        };
+        let mut options = ZonedOptions::new(size).zone_size(zone_size).conventional(conventional_zones);
+        options = options.max_open(max_open_zones).max_active(max_active_zones).logical_block_size(block_size);
+        options.directory = directory;
         Self::make(py, || Zoned::open(&options))
     }
 

@@ -91,6 +91,21 @@ def test_the_help_knows_run(capfd):
     assert "Serve a block device written in Python" in capfd.readouterr().out
 
 
+def test_the_man_pages_and_completions_know_run(tmp_path, capfd):
+    assert _cli.main(["man", str(tmp_path / "man8")]) == 0
+    page = (tmp_path / "man8" / "ublk-run.8").read_text().replace("\\-", "-").replace("\\*(Aq", "'")
+    options = [name for action in _cli._parser()._actions for name in action.option_strings]
+    assert "--reload" in options
+    assert [name for name in options if name not in page] == []
+    assert "replaced by the device's path" in page
+    assert "ublk-run(8)" in (tmp_path / "man8" / "ublk.8").read_text().replace("\\-", "-")
+    assert _cli.main(["completions", "bash"]) == 0
+    script = tmp_path / "ublk"
+    script.write_text(capfd.readouterr().out)
+    assert "--reload" in script.read_text()
+    subprocess.run(["bash", "-n", script], check=True)
+
+
 class Asleep:
     """A command that sleeps in the kernel, even when killed, until the disk is gone."""
 

@@ -92,3 +92,43 @@ def test_a_kept_request_does_not_keep_the_device_at_exit():
     assert status == 0, err
     assert "devices at the end: []" in out, err
     assert "requests unfinished after" in err
+
+
+# Nothing reads this program's errors, and the first of its handler's mistakes blocks the thread that logs it.
+FULL_STDERR = """
+import fcntl
+
+_lifecycle.STOP_SECONDS = 1.0
+fcntl.fcntl(2, fcntl.F_SETFL, os.O_NONBLOCK)
+try:
+    while True:
+        os.write(2, b"x")
+except BlockingIOError:
+    pass
+fcntl.fcntl(2, fcntl.F_SETFL, 0)
+
+class Mistaken(Disk):
+    def read(self, offset, buf):
+        entered.set()
+        raise ValueError("a mistake")
+
+device = serve(Mistaken, {options})
+entered.wait()
+print("serving", flush=True)
+"""
+
+
+@pytest.mark.parametrize("options", STYLES)
+@pytest.mark.parametrize("stops", [False, True], ids=["exits", "stops"])
+def test_a_full_stderr_does_not_keep_a_program_from_its_end(options, stops):
+    wait = "try:\n    device.wait()\nfinally:\n    device.stop(timeout=1)\n" if stops else "device.wait()\n"
+    program = Program(FULL_STDERR.format(options=options) + wait)
+    try:
+        program.wait_for("serving")
+        # The thread that logs the mistake blocks by then.
+        time.sleep(1)
+        program.signal(signal.SIGTERM)
+        assert program.process.wait(60) == 1
+    finally:
+        program.process.kill()
+        program.end()

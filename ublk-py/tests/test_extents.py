@@ -3,6 +3,7 @@
 """Disks that say where their bytes lie."""
 
 import asyncio
+import contextlib
 import copy
 import errno
 import os
@@ -601,3 +602,25 @@ def test_a_copy_of_a_disk_has_extents_of_its_own(tmp_path):
         assert len(one._extents) == 1
     one.file.close()
     two.file.close()
+
+
+def test_threads_that_come_at_once_get_the_same_extents_of_a_copy(monkeypatch):
+    both = threading.Barrier(2)
+
+    def make():
+        # Both threads are here at once, unless one of them waits for the other.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return ublk._ublk.Extents()
+
+    disk = ublk.BlockDevice(size=SIZE)
+    assert len(disk._extents) == 0
+    made = copy.copy(disk)
+    monkeypatch.setattr(_block_device, "Extents", make)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(made._extents)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found[0] is found[1] is made._extents

@@ -236,3 +236,41 @@ def test_a_signal_while_a_dropped_request_is_logged_is_raised(driver, interrupte
                 os.getpid()
         client.thread.join(10)
         assert client.error is not None
+
+
+def test_a_quiesce_that_is_interrupted_before_it_begins_changes_nothing(driver, monkeypatch):
+    device = Slow().start(recoverable=True)
+
+    def interrupt(*_, **__):
+        raise Interrupted
+
+    monkeypatch.setattr(device, "_end", interrupt)
+    with pytest.raises(Interrupted):
+        device.quiesce()
+    monkeypatch.undo()
+    assert device.running
+    device.stop()
+    assert driver.devices() == []
+
+
+@pytest.mark.parametrize("place", range(6), ids=lambda place: f"call-{place}")
+def test_a_signal_while_signals_are_deferred_or_put_back_leaves_no_handler(monkeypatch, place):
+    replace, calls = signal.signal, []
+
+    def interrupt(number, handler):
+        before = replace(number, handler)
+        calls.append(number)
+        if len(calls) == place + 1:
+            raise Interrupted
+        return before
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(signal, "signal", interrupt)
+    with pytest.raises(Interrupted), _signals.deferred():
+        pass
+    monkeypatch.undo()
+    after = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before

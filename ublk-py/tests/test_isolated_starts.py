@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
-from ublk import _isolated, _start
+from ublk import _isolated, _lifecycle, _start
 from ublk._driver import using
 from ublk._ublk import FakeDriver
 
@@ -100,11 +100,16 @@ def test_a_process_that_dies_in_its_start_leaves_no_device(kernel, tmp_path, rec
 
 
 def test_a_start_that_takes_too_long_leaves_no_device(kernel, tmp_path, monkeypatch):
-    monkeypatch.setattr(_isolated, "_START_SECONDS", 4.0)
+    def wait(self, seconds, *, _wait=_isolated.Questions.wait_for_start):
+        # However long the process takes to get there.
+        until((tmp_path / "made").exists)
+        return _wait(self, seconds)
+
+    monkeypatch.setattr(_isolated.Questions, "wait_for_start", wait)
+    monkeypatch.setattr(_isolated, "_START_SECONDS", 0.5)
     monkeypatch.setattr(_isolated, "_GIVE_UP_SECONDS", 0.5)
-    with pytest.raises(ublk.UblkError, match="does not answer after 4 s"):
+    with pytest.raises(ublk.UblkError, match=r"does not answer after 0\.5 s"):
         start(Disk(tmp_path, "hangs"))
-    assert (tmp_path / "made").exists(), "a machine that is too slow"
     assert kernel.deleted == [7]
     assert kernel.processes[0].exitcode == -signal.SIGKILL
 
@@ -120,6 +125,35 @@ def test_ctrl_c_while_a_device_starts_has_it_stopped_there(kernel, tmp_path):
     # By itself, and without a device.
     assert kernel.processes[0].exitcode == 0
     assert kernel.deleted == []
+
+
+def test_a_suspended_process_goes_on_to_undo_its_start(kernel, tmp_path):
+    def interrupt():
+        until((tmp_path / "made").exists)
+        os.kill(kernel.processes[0].pid, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        start(Disk(tmp_path, "waits until it is stopped"))
+    assert kernel.processes[0].exitcode == 0
+    assert kernel.deleted == []
+
+
+def test_a_start_interrupted_twice_before_there_is_a_process_raises_that(monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_lifecycle, "end_with_worker", interrupted)
+        patch.setattr(_isolated.RemoteDevice, "_kill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start(Disk("", ""))
+        patch.undo()
+    for thread in threading.enumerate():
+        if thread.name == "ublk-stop":
+            thread.join(SOON)
+    assert _lifecycle.running == set()
 
 
 @pytest.mark.parametrize("fate", ["waits until it is stopped", "hangs"])

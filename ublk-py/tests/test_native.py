@@ -144,3 +144,24 @@ def test_a_disk_does_not_grow_beyond_what_it_has(driver, tmp_path, kind):
             os.truncate(path, 2 << 20)
             dev.resize(2 << 20)
             assert dev.size == 2 << 20
+
+
+@pytest.mark.parametrize("size", [SIZE // 2, 2 * SIZE])
+def test_a_file_that_was_resized_is_served_with_that_size_again(driver, tmp_path, size):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    disk = ublk.File(path)
+    old = disk.start(recoverable=True)
+    os.truncate(path, max(size, SIZE))
+    old.resize(size)
+    old.quiesce()
+
+    def use_the_end(device):
+        assert device.size == size
+        driver.write(device.id, size - 512, b"x" * 512)
+        assert driver.read(device.id, size - 512, 512) == b"x" * 512
+
+    with ublk.recover(old.id, disk) as device:
+        use_the_end(device)
+    with disk.start() as device:
+        use_the_end(device)

@@ -11,6 +11,7 @@ use clap::FromArgMatches;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 use super::background;
+use super::backing_files;
 use super::failure::{Failure, Outcome};
 use super::host::Host;
 use super::server::{self, Signals};
@@ -22,6 +23,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::options::{DeviceOptions, Recovery};
 use crate::placement::Cpus;
+use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
 /// Meaning of `--recovery` without a value.
@@ -217,15 +219,24 @@ impl Args {
         }
     }
 
-    /// Checks what can be checked of a device's next server while the last one is still running: whether its files can be
-    /// opened, and whether the target fits the disk.
-    pub(super) fn check_successor(&self, control: &Control, info: &DeviceInfo) -> Result<()> {
+    /// Checks what can be checked of a device's next server while the last one is still running: whether its files are the
+    /// same and can be opened, and whether the target fits the disk. `line` is where these options are from.
+    pub(super) fn check_successor(&self, line: &CommandLine, control: &Control, info: &DeviceInfo) -> Result<()> {
         self.check_recovery()?;
+        self.check_files(line)?;
+        if line.files().is_empty() && info.state == DeviceState::Live {
+            backing_files::check_open(&self.target.files(), info.pid)?;
+        }
         if let Some(log) = &self.log {
             let opened = std::fs::OpenOptions::new().create(true).append(true).open(log);
             opened.map_err(|e| Error::file("open the log", log, &e))?;
         }
         self.target.check_reopen(control, info)
+    }
+
+    /// Refuses files that have replaced those that `line` records.
+    pub(super) fn check_files(&self, line: &CommandLine) -> Result<()> {
+        backing_files::check(&self.target.files(), line.files())
     }
 
     /// Returns which part of the backing another command line gives differently.
@@ -257,7 +268,12 @@ pub(super) fn words(kind: &Kind, file: Option<&Path>) -> Vec<OsString> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::device::Server;
+    use crate::driver::fake::FakeDriver;
+    use crate::engine::StdSpawn;
 
     fn parse(line: &[&str]) -> Result<Args, Failure> {
         Args::parse(&CommandLine::new(&line.iter().map(OsString::from).collect::<Vec<_>>())?)
@@ -282,6 +298,31 @@ mod tests {
         for line in [&["add", "-t", "null", "-r"][..], &["add", "-t", "zoned", "-f", "zones", "-r"]] {
             parse(line).unwrap().check().unwrap();
         }
+    }
+
+    /// A restore or a copy ends with a rename.
+    #[test]
+    fn a_file_that_took_the_disks_name_is_refused_while_the_server_runs() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("disk.img");
+        let create = |path: &Path| std::fs::File::create(path).unwrap().set_len(1 << 20).unwrap();
+        create(&image);
+        let words = ["add", "-t", "file", "-f", image.to_str().unwrap(), "--recovery"].map(OsString::from);
+        // A state file of an older version does not record the file.
+        let line = CommandLine::new(&words).unwrap();
+        let args = Args::parse(&line).unwrap();
+        let server = Server::with(Arc::new(FakeDriver::new()), Arc::new(StdSpawn), 1);
+        let device = server.start(args.target.create().unwrap(), &DeviceOptions::default()).unwrap();
+        let check = || {
+            let info = device.control().info(device.id()).unwrap();
+            args.check_successor(&line, device.control(), &info)
+        };
+        check().unwrap();
+        create(&directory.path().join("restored.img"));
+        std::fs::rename(directory.path().join("restored.img"), &image).unwrap();
+        let message = check().unwrap_err().to_string();
+        assert!(message.contains("another one has taken its name"), "{message}");
+        device.stop().unwrap();
     }
 
     #[test]

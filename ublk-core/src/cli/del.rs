@@ -84,7 +84,9 @@ pub(super) fn run(args: &Args) -> Outcome {
 }
 
 fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
-    let instance = Instance::of(id);
+    // Its server, which notices the stop, deletes the device too, and its number may be another device's at once.
+    let instance = control.instance(id);
+    let recorded = Instance::of(id);
     let stopped = if args.force {
         force_stop(control, id, &|other| args.all || args.ids.contains(&other.0))?;
         true
@@ -92,18 +94,20 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
         stop_unless_in_use(control, id, args.unused || is_interactive())?
     };
     let removed = if args.no_wait {
-        let deleted = if stopped { Ok(()) } else { control.stop(id) };
-        deleted.and_then(|()| match control.delete_async(id) {
+        let stop = || control.require_instance("STOP_DEV", id, instance).and_then(|()| control.stop(id));
+        let deleted = if stopped { Ok(()) } else { stop() };
+        let delete = || control.require_instance("DEL_DEV_ASYNC", id, instance).and_then(|()| control.delete_async(id));
+        deleted.and_then(|()| match delete() {
             // Its server, which notices the stop, may have deleted it already.
             Err(error) if error.errno() == crate::Errno::ENODEV => Ok(Removal::Complete),
             other => other.map(|()| Removal::Complete),
         })
     } else {
-        control.remove(id)
+        control.remove_instance(id, instance)
     };
     match removed {
         // Its server has deleted it.
-        Err(error) if stopped && error.errno() == crate::Errno::ENODEV => {}
+        Err(error) if (stopped || instance.is_some()) && error.errno() == crate::Errno::ENODEV => {}
         Err(error) => return Err(error.into()),
         Ok(Removal::Complete) => {}
         Ok(Removal::HeldOpen) => {
@@ -112,7 +116,7 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
             );
         }
     }
-    StateFile::remove(id, instance);
+    StateFile::remove(id, recorded);
     Ok(())
 }
 
@@ -236,6 +240,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::driver::Driver;
     use crate::driver::fake::FakeDriver;
     use crate::engine::StdSpawn;
     use crate::target::Target;
@@ -243,7 +248,7 @@ mod tests {
     use crate::{DeviceOptions, Errno, Server};
 
     fn server(driver: &FakeDriver) -> Server {
-        Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1)
+        Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1)
     }
 
     fn null() -> Arc<dyn Target> {
@@ -264,6 +269,26 @@ mod tests {
             remove(server.control(), device.id(), &args).unwrap();
             // Use up the remaining refusals.
             while device.stop().is_err() {}
+        }
+    }
+
+    /// Its server deletes it when it is stopped, and another program gets the number.
+    #[test]
+    fn the_next_device_of_the_number_is_left_alone() {
+        for (force, no_wait) in [(false, false), (false, true), (true, false), (true, true)] {
+            let driver = FakeDriver::new();
+            let first = server(&driver).start(null(), &DeviceOptions::default()).unwrap();
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let theirs = driver.clone();
+            driver.after_next(if force { "STOP_DEV" } else { "TRY_STOP_DEV" }, move || {
+                first.conclude().unwrap();
+                sender.send(server(&theirs).start(null(), &DeviceOptions::default()).unwrap()).unwrap();
+            });
+            let args = Args { ids: vec![0], force, no_wait, ..Args::default() };
+            remove(server(&driver).control(), DeviceId(0), &args).unwrap();
+            let second = receiver.recv().unwrap();
+            assert!(second.id() == DeviceId(0) && !second.is_ending(), "force {force}, async {no_wait}");
+            assert_eq!(driver.device_ids().unwrap(), [second.id()], "force {force}, async {no_wait}");
         }
     }
 

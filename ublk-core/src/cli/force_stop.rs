@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::driver::device_ids;
 use super::failure::{Failure, Outcome};
-use super::usage::{has_open, seems_unused};
+use super::usage::{has_open, is_surely_unused};
 use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::process;
@@ -33,6 +33,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(40);
 /// Stops a device. Kills its server if it does not complete its requests in time, unless the server also serves other disks
 /// in use. Disks for which `removed_too` returns true do not count.
 pub(super) fn force_stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceId) -> bool) -> Outcome {
+    let instance = control.instance(id);
     let pid = control.info(id)?.pid;
     // Before any wait, after which the number may be another process's.
     let server = Server::find(id, pid);
@@ -44,7 +45,7 @@ pub(super) fn force_stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(D
     };
     let Some(server) = server else { return Err(waited.into()) };
     let others = others(control, id, pid)?;
-    let in_use = |other: &DeviceId| !removed_too(*other) && !seems_unused(&control.driver().block_path(*other));
+    let in_use = |other: &DeviceId| !removed_too(*other) && !is_surely_unused(&control.driver().block_path(*other));
     let in_use: Vec<_> = others.iter().copied().filter(in_use).collect();
     if !in_use.is_empty() {
         return Err(Failure::Text(format!("{waited}; {}", refusal(id, pid, &in_use))));
@@ -58,6 +59,9 @@ pub(super) fn force_stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(D
         if cycle.is_empty() { String::new() } else { format!(" ({cycle})") }
     );
     server.kill()?;
+    if !control.is_instance(id, instance) {
+        return Ok(());
+    }
     match control.stop_within(id, EXIT_TIMEOUT) {
         Err(Error::Timeout { .. }) if process::is_alive(pid) => Err(Failure::Text(format!(
             "device {id} does not stop: process {pid} cannot be killed: {}. With Linux's own driver only a reboot ends this \
@@ -84,7 +88,7 @@ fn refusal(id: DeviceId, pid: i32, others: &[DeviceId]) -> String {
     let list =
         |each: &dyn Fn(&DeviceId) -> String, between: &str| others.iter().map(each).collect::<Vec<_>>().join(between);
     format!(
-        "its server, process {pid}, is not killed, because it also serves {}, in use. End their use first, or remove them \
+        "its server, process {pid}, is not killed, because it also serves {}, which is or may be in use. End their use first, or remove them \
          as well: `ublk del --force -n {id} {}`",
         list(&|other| format!("/dev/ublkb{other}"), ", "),
         list(&|other| format!("-n {other}"), " "),
@@ -146,7 +150,7 @@ mod tests {
     #[test]
     fn other_devices_of_a_server_are_found() {
         let driver = FakeDriver::new();
-        let server = Devices::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Devices::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let start = || server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
         let devices = [start(), start(), start()];
         let pid = std::process::id() as i32;

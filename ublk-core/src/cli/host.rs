@@ -21,6 +21,10 @@ pub struct ExtraCommand {
     pub name: String,
     /// What it does, in one line.
     pub about: String,
+    /// What it does, in detail. By default as `about`.
+    pub description: String,
+    /// Its usage, in one line. By default it is derived from the arguments.
+    pub usage: String,
     /// Its options and positional arguments.
     pub arguments: Vec<ExtraArgument>,
 }
@@ -39,7 +43,14 @@ pub struct ExtraArgument {
 impl ExtraCommand {
     fn to_clap(&self) -> clap::Command {
         let arguments = self.arguments.iter().enumerate().map(|(index, argument)| argument.to_clap(index));
-        clap::Command::new(self.name.clone()).about(self.about.clone()).args(arguments)
+        let mut command = clap::Command::new(self.name.clone()).about(self.about.clone()).args(arguments);
+        if !self.description.is_empty() {
+            command = command.long_about(self.description.clone());
+        }
+        if !self.usage.is_empty() {
+            command = command.override_usage(self.usage.clone());
+        }
+        command
     }
 }
 
@@ -55,7 +66,7 @@ impl ExtraArgument {
             };
         }
         match &self.value {
-            Some(value) => arg.value_name(value.clone()).action(clap::ArgAction::Append),
+            Some(value) => arg.value_name(value.clone()),
             None => arg.action(clap::ArgAction::SetTrue),
         }
     }

@@ -89,31 +89,31 @@ impl Limits {
     /// Describes what differs from an ordinary disk.
     pub(super) fn describe(&self, physical_block_size: u32) -> Vec<String> {
         let mut parts = Vec::new();
-        let mut say = |wanted: bool, text: String| {
+        let mut add = |wanted: bool, text: String| {
             if wanted {
                 parts.push(text);
             }
         };
-        say(self.io_min != physical_block_size, format!("io_min {}", self.io_min));
-        say(self.io_opt != 0, format!("io_opt {}", self.io_opt));
-        say(self.chunk_size != 0 && self.zoned.is_none(), format!("chunk size {}", self.chunk_size));
-        say(self.virt_boundary_mask != 0, format!("virt boundary mask {:#x}", self.virt_boundary_mask));
+        add(self.io_min != physical_block_size, format!("io_min {}", self.io_min));
+        add(self.io_opt != 0, format!("io_opt {}", self.io_opt));
+        add(self.chunk_size != 0 && self.zoned.is_none(), format!("chunk size {}", self.chunk_size));
+        add(self.virt_boundary_mask != 0, format!("virt boundary mask {:#x}", self.virt_boundary_mask));
         if let Some(alignment) = self.dma_alignment {
-            say(true, format!("DMA alignment {alignment}"));
+            add(true, format!("DMA alignment {alignment}"));
         }
         if let Some(segments) = &self.segments {
-            say(segments.max_count != 0, format!("at most {} segments", segments.max_count));
-            say(segments.max_size != 0, format!("segments of at most {} bytes", segments.max_size));
-            say(segments.boundary_mask != 0, format!("segment boundary mask {:#x}", segments.boundary_mask));
+            add(segments.max_count != 0, format!("at most {} segments", segments.max_count));
+            add(segments.max_size != 0, format!("segments of at most {} bytes", segments.max_size));
+            add(segments.boundary_mask != 0, format!("segment boundary mask {:#x}", segments.boundary_mask));
         }
         if let Some(zoned) = &self.zoned {
             let limit = |limit: u32| if limit == 0 { "any number".to_owned() } else { limit.to_string() };
-            say(true, format!("zones of {} bytes", self.chunk_size));
-            say(true, format!("{} open and {} active", limit(zoned.max_open), limit(zoned.max_active)));
+            add(true, format!("zones of {} bytes", self.chunk_size));
+            add(true, format!("{} open and {} active", limit(zoned.max_open), limit(zoned.max_active)));
         }
         if let Some(metadata) = &self.integrity {
             let Metadata { metadata_size, interval, checksum, .. } = metadata;
-            say(true, format!("{metadata_size} bytes of metadata per {interval}, checksum {checksum}"));
+            add(true, format!("{metadata_size} bytes of metadata per {interval}, checksum {checksum}"));
         }
         parts
     }

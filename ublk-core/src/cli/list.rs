@@ -125,11 +125,11 @@ fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
         owner_uid: info.owner_uid,
         owner_gid: info.owner_gid,
         queue_affinity: affinity,
-        data: DataMovement::of(info.features).name(),
+        data: DataMovement::from(info.features).name(),
         // The device is listed even if its state file cannot be read.
         data_reason: StateFile::find(id).ok().flatten().map(|state| state.reason),
         batch: info.features.contains(Features::BATCH_IO),
-        recovery: Recovery::of(info.features).map(Recovery::name),
+        recovery: Recovery::from_features(info.features).map(Recovery::name),
         partition_scan: !info.features.contains(Features::NO_AUTO_PART_SCAN),
         limits: Limits::of(&params),
     })

@@ -2,18 +2,21 @@
 
 //! The `ublk` command.
 //!
-//! It is a library function, so that the Python package contains the same command. `add`, `del`, `features`, `list`,
-//! `owner`, `quiesce`, `recover`, `resize`, `stat` and `upgrade` are the commands. They use:
+//! It is a library function, so that the Python package contains the same command. `add`, `completions`, `del`, `features`,
+//! `list`, `man`, `owner`, `quiesce`, `recover`, `resize`, `stat` and `upgrade` are the commands. They use:
 //!
 //! * `target`: the kinds of disk of `ublk add`, with their options and constructors.
 //! * `server`: serves devices to their end; `background` starts it as a process of its own.
-//! * `state_file`: what the next server of a device needs; `run_dir`: the directory for such files.
+//! * `state_file`: what the next server of a device needs; `backing_files`: whether the files of its disk are the same;
+//!   `run_dir`: the directory for state files.
 //! * `stats`: the socket through which servers answer `ublk stat`.
 //! * `usage`: how a disk is used; `force_stop`: stops a device whose server does not complete its requests.
 //! * `driver`, `failure`, `host`, `instance`, `output`, `size`: small things that several commands need.
 
 mod add;
+mod backing_files;
 mod background;
+mod completions;
 mod del;
 mod driver;
 mod failure;
@@ -23,6 +26,7 @@ mod host;
 mod instance;
 mod limits;
 mod list;
+mod man;
 mod output;
 mod owner;
 mod quiesce;
@@ -58,16 +62,33 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Create a device, serve it, and print its path when it is ready
+    ///
+    /// The server runs in the background. Errors before the device is ready are printed, later ones are written to the log
+    /// file.
     Add(Box<add::Args>),
     /// Stop and remove devices
+    ///
+    /// A disk that is mounted, used as swap, part of another block device (LVM, RAID) or opened exclusively is not removed. At
+    /// a terminal, neither is a disk that a process has open, and the message names the process. In scripts, such a disk is
+    /// removed, as the reference tool does, and its users get I/O errors; --unused refuses it there, too.
+    ///
+    /// --force removes any disk. After 20 seconds it kills a server that does not complete its requests, unless the server
+    /// also serves other disks in use that the same command does not remove. A server that waits for its own disk cannot be
+    /// killed: this project's driver aborts its requests; with Linux's own driver, the process and the device stay until the
+    /// next reboot.
     Del(del::Args),
     /// Serve a device whose server has exited, and print its path when it is ready
     Recover(recover::Args),
     /// Hand a device over to a new server while it is in use
+    ///
+    /// The new server takes over while the disk is mounted and busy, without a failed request. Linux 6.16.
     Upgrade(upgrade::Args),
     /// Stop the server and hold I/O until another one recovers the device
+    ///
+    /// If the server does not complete its requests within a minute, because it is stopped, for example, it leaves when it
+    /// can, and the command reports that this is pending. Linux 6.16.
     Quiesce(quiesce::Args),
-    /// Change the size of a disk while it is in use
+    /// Change the size of a disk while it is in use (Linux 6.16)
     Resize(resize::Args),
     /// List devices
     List(list::Args),
@@ -75,6 +96,10 @@ enum Command {
     Stat(stat::Args),
     /// Show the features that the driver supports
     Features(features::Args),
+    /// Print a completion script for a shell
+    Completions(completions::Args),
+    /// Write the man pages to a directory
+    Man(man::Args),
     /// Print the owner of a device, for udev rules
     #[command(hide = true)]
     Owner(owner::Args),
@@ -120,6 +145,8 @@ pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
         Command::List(args) => list::run(&args),
         Command::Stat(args) => stat::run(&args),
         Command::Features(args) => features::run(&args),
+        Command::Completions(args) => completions::run(&args, &command_line(host)),
+        Command::Man(args) => man::run(&args, command_line(host)),
         Command::Owner(args) => owner::run(&args),
     };
     match result {
@@ -145,24 +172,33 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    #[test]
-    fn commands_of_the_host_are_in_the_help() {
+    /// The command line of a program that has a command of its own.
+    pub(super) fn example() -> clap::Command {
         let size = ExtraArgument {
             names: vec!["-s".into(), "--size".into(), "--bytes".into()],
             value: Some("SIZE".into()),
             help: "size of the disk".into(),
         };
-        let what = ExtraArgument { value: Some("WHAT".into()), ..ExtraArgument::default() };
-        let run = ExtraCommand { name: "run".into(), about: "Serve a disk".into(), arguments: vec![size, what] };
-        let host = Host { relaunch: vec![], extra: vec![run] };
-        let mut command = command_line(&host);
+        let what = ExtraArgument { value: Some("WHAT".into()), help: "class".into(), ..ExtraArgument::default() };
+        let run = ExtraCommand {
+            name: "run".into(),
+            about: "Serve a disk".into(),
+            description: "Serve a disk until a signal arrives".into(),
+            usage: "ublk run [options] WHAT [-- COMMAND]".into(),
+            arguments: vec![size, what],
+        };
+        command_line(&Host { relaunch: vec![], extra: vec![run] })
+    }
+
+    #[test]
+    fn commands_of_the_host_are_in_the_help() {
+        let mut command = example();
         command.clone().debug_assert();
         assert!(command.render_help().to_string().contains("Serve a disk"));
-        let help = command.find_subcommand_mut("run").unwrap().render_help().to_string();
-        assert!(
-            help.contains("-s, --size <SIZE>  size of the disk [aliases: --bytes]") && help.contains("[WHAT]"),
-            "{help}"
-        );
+        let help = command.find_subcommand_mut("run").unwrap().render_long_help().to_string();
+        for part in ["until a signal arrives", "[-- COMMAND]", "-s, --size <SIZE>", "--bytes]", "[WHAT]\n"] {
+            assert!(help.contains(part), "{part}: {help}");
+        }
     }
 
     #[test]

@@ -28,6 +28,9 @@ pub(super) struct Args {
     /// Backing file or directory, as for `ublk add` [default: as before]
     #[arg(short, long, value_name = "PATH", requires = "kind")]
     file: Option<PathBuf>,
+    /// Serve the files that have the stored names now, even if they have replaced the ones that the disk was stored in
+    #[arg(long)]
+    accept_replaced: bool,
     /// Serve in the foreground until SIGINT, SIGTERM, SIGHUP or deletion of the device
     #[arg(long)]
     foreground: bool,
@@ -46,7 +49,8 @@ pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     let id = DeviceId(args.id);
     if args.check {
         let control = control()?;
-        return Ok(add_args(args)?.1.check_successor(&control, &control.info(id)?)?);
+        let (line, add_args) = add_args(args)?;
+        return Ok(add_args.check_successor(&line, &control, &control.info(id)?)?);
     }
     if let Some(report) = args.report {
         // By default, a device keeps its log. Without a state file, `recover` below fails and says why.
@@ -58,7 +62,9 @@ pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
         return recover(args, server::print_paths);
     }
     // Before a process is started.
-    add_args(args)?.1.check_recovery()?;
+    let (line, checked) = add_args(args)?;
+    checked.check_recovery()?;
+    checked.check_files(&line)?;
     log::debug!("starting a background server for device {id}");
     let recovered = background::start(arguments, host, background::Devices::Existing);
     recovered.map_err(|failure| if has_no_server(id) { with_remedy(failure, id, None) } else { failure })
@@ -79,7 +85,10 @@ fn recover(args: &Args, ready: impl FnOnce(&[Device], &Signals) -> Outcome) -> O
 /// options.
 fn add_args(args: &Args) -> Result<(CommandLine, add::Args), Failure> {
     let id = DeviceId(args.id);
-    let parsed = |line: CommandLine| add::Args::parse(&line).map(|args| (line, args));
+    let parsed = |line: CommandLine| {
+        let line = if args.accept_replaced { line.accept_replaced() } else { line };
+        add::Args::parse(&line).map(|args| (line, args))
+    };
     let Some(kind) = args.kind else { return parsed(StateFile::load(id)?.command_line()) };
     let given = parsed(CommandLine::new(&add::words(kind, args.file.as_deref()))?)?;
     let Some(state) = StateFile::find(id)? else { return Ok(given) };

@@ -3,10 +3,10 @@
 //! `ublk resize`.
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::add;
+use super::backing_files::is_same;
 use super::driver::control;
 use super::failure::{Failure, Outcome};
 use super::size;
@@ -58,15 +58,6 @@ fn opened_by_server(id: DeviceId, pid: i32, path: &Path) -> Result<PathBuf, Fail
         "the server of device {id} (process {pid}) does not have {} open: the file has been replaced",
         path.display()
     )))
-}
-
-fn is_same(one: &fs::Metadata, other: &fs::Metadata) -> bool {
-    let is_block = |metadata: &fs::Metadata| metadata.file_type().is_block_device();
-    match (is_block(one), is_block(other)) {
-        (true, true) => one.rdev() == other.rdev(),
-        (false, false) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
-        _ => false,
-    }
 }
 
 #[cfg(test)]

@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::backing_files::{self, BackingFile};
 use super::failure::{Failure, Outcome};
 use super::instance::Instance;
 use super::run_dir::RunDir;
 use crate::device::Device;
+use crate::error::Error;
 use crate::units::DeviceId;
 
 /// Version of the format. A program refuses a file of another version.
@@ -26,24 +28,34 @@ pub(super) struct StateFile {
     directory: PathBuf,
     /// The arguments of `ublk add`.
     arguments: Vec<String>,
+    /// The files that the disk is stored in. Older versions do not record them.
+    #[serde(default)]
+    files: Vec<BackingFile>,
     /// How data moves, and why this way was chosen.
     pub(super) data: String,
     pub(super) reason: String,
 }
 
 impl StateFile {
-    /// The state of a device that was created by `line`.
-    pub(super) fn new(device: &Device, line: &CommandLine) -> Result<Self, Failure> {
+    /// The state of a device that was created by `line`, stored in `files`, which this process has open.
+    pub(super) fn new(device: &Device, line: &CommandLine, files: &[PathBuf]) -> Result<Self, Failure> {
         let arguments = line.arguments.iter().map(|word| word.to_str().map(str::to_owned));
         let arguments = arguments.collect::<Option<Vec<_>>>().ok_or_else(|| {
             Failure::Text("the command line is not UTF-8 and cannot be stored for the device's next server".into())
         })?;
         let (data, reason) = device.data_movement();
+        let files: Vec<_> = files.iter().map(|file| line.directory.join(file)).collect();
+        let identify =
+            |path: &PathBuf| BackingFile::find(path).map_err(|e| Failure::Error(Error::file("identify", path, &e)));
+        let recorded = files.iter().map(identify).collect::<Result<_, _>>()?;
+        // They may have been replaced since they were opened.
+        backing_files::check_open(&files, std::process::id() as i32)?;
         Ok(StateFile {
             version: VERSION,
             instance: Instance::of(device.id()).unwrap_or_default(),
             directory: line.directory.clone(),
             arguments,
+            files: recorded,
             data: data.to_string(),
             reason: reason.to_owned(),
         })
@@ -91,12 +103,17 @@ impl StateFile {
         CommandLine {
             arguments: self.arguments.iter().map(OsString::from).collect(),
             directory: self.directory.clone(),
+            files: self.files.clone(),
         }
     }
 
     /// Removes the file of a device that was deleted. `instance` is that of the deleted device, whose number may be another
     /// device's by now.
     pub(super) fn remove(id: DeviceId, instance: Option<Instance>) {
+        // The file is that of a later device, or will be.
+        if instance.is_some() && Instance::of(id).is_some_and(|now| Some(now) != instance) {
+            return;
+        }
         // Files in a directory that other users can write to are not this user's.
         let Some(directory) = RunDir::find() else { return };
         let text = directory.read(&name(id)).ok().flatten();
@@ -110,23 +127,35 @@ impl StateFile {
     }
 }
 
-/// The arguments of `ublk add`, and the directory that their relative paths refer to.
+/// The arguments of `ublk add`, the directory that their relative paths refer to, and the files that they named.
 #[derive(Clone, Debug)]
 pub(super) struct CommandLine {
     arguments: Vec<OsString>,
     directory: PathBuf,
+    files: Vec<BackingFile>,
 }
 
 impl CommandLine {
     /// A command line in the current directory.
     pub(super) fn new(arguments: &[OsString]) -> Result<Self, Failure> {
         let directory = std::env::current_dir().map_err(|e| Failure::Text(format!("the current directory: {e}")))?;
-        Ok(CommandLine { arguments: arguments.to_vec(), directory })
+        Ok(CommandLine { arguments: arguments.to_vec(), directory, files: Vec::new() })
     }
 
     /// The words, with `add` as the first one.
     pub(super) fn arguments(&self) -> &[OsString] {
         &self.arguments
+    }
+
+    /// The files that the disk was stored in. Empty if they were not recorded.
+    pub(super) fn files(&self) -> &[BackingFile] {
+        &self.files
+    }
+
+    /// Forgets the files that the disk was stored in, so that others may have taken their names.
+    pub(super) fn accept_replaced(mut self) -> Self {
+        self.files.clear();
+        self
     }
 
     /// The directory that relative paths refer to.

@@ -45,7 +45,8 @@ pub(super) fn run(args: &Args, host: &Host) -> Outcome {
     }
     let info = control.info(id)?;
     control.require_quiesce(&info)?;
-    add::Args::parse(&StateFile::load(id)?.command_line())?.check_successor(&control, &info)?;
+    let line = StateFile::load(id)?.command_line();
+    add::Args::parse(&line)?.check_successor(&line, &control, &info)?;
     let old = fs::read_link(format!("/proc/{}/exe", info.pid)).ok();
     control.quiesce_until(id, DRAIN_TIMEOUT)?;
     let recover = ["recover".into(), "-n".into(), id.to_string().into()];

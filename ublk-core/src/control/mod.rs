@@ -16,7 +16,7 @@ use nix::errno::Errno;
 
 use self::commands::Command;
 use crate::data::shared::SharedMemory;
-use crate::driver::{ControlCommand, ControlFailure, Driver};
+use crate::driver::{CharDevice, ControlCommand, ControlFailure, Driver, deadline};
 use crate::error::{Error, Result};
 use crate::options::Recovery;
 use crate::params::Params;
@@ -42,6 +42,7 @@ const NODE_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Arguments of [`Control::add`].
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct AddRequest {
     /// The id, or `None` for the lowest free one.
     pub id: Option<DeviceId>,
@@ -55,8 +56,16 @@ pub struct AddRequest {
     pub features: Features,
 }
 
+impl AddRequest {
+    /// A device with one queue and no special features.
+    pub fn new(depth: u16, max_io_bytes: u32) -> Self {
+        AddRequest { id: None, queues: 1, depth, max_io_bytes, features: Features::empty() }
+    }
+}
+
 /// Information about a device, from the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DeviceInfo {
     /// Its id.
     pub id: DeviceId,
@@ -89,6 +98,7 @@ pub enum Removal {
 
 /// Parameters as the driver holds them.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct StoredParams {
     /// The disk's shape.
     pub params: Params,
@@ -197,19 +207,101 @@ impl Control {
         self.call(&commands::DEL_DEV, Some(id)).within(timeout).run()
     }
 
+    /// A number that a later device with the same id does not have; `None` if there is no such device, or if it cannot be
+    /// determined.
+    pub fn instance(&self, id: DeviceId) -> Option<u64> {
+        self.driver.instance(id).ok().flatten()
+    }
+
+    /// Whether the device with this id is still the one that [`instance`](Control::instance) was asked about. Where that
+    /// is not known, it counts as the same.
+    ///
+    /// The answer may be wrong a moment later: commands name a device by its id, and only a process that has the char
+    /// device open keeps the id from being another device's. Any other process has to ask just before it sends a command,
+    /// and what remains is the time between the two, in which the device would have to be deleted *and* another one made.
+    pub fn is_instance(&self, id: DeviceId, instance: Option<u64>) -> bool {
+        instance.is_none() || self.driver.instance(id).map_or(true, |now| now == instance)
+    }
+
     /// Stops and deletes a device of any server.
     ///
     /// # Errors
     ///
     /// `ENODEV` if there is no such device, [`Error::Timeout`] if requests in flight are not finished.
     pub fn remove(&self, id: DeviceId) -> Result<Removal> {
+        self.remove_instance(id, self.instance(id))
+    }
+
+    /// As [`remove`](Control::remove), for the device of which [`instance`](Control::instance) has returned `instance`: a
+    /// later one with its id is left alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`remove`](Control::remove); `ENODEV` also if the id is another device's.
+    pub fn remove_instance(&self, id: DeviceId, instance: Option<u64>) -> Result<Removal> {
+        self.require_instance("STOP_DEV", id, instance)?;
         self.stop(id)?;
+        // Its server, which sees the stop, may have been quicker.
+        self.delete_closed(id, instance)
+    }
+
+    /// Deletes a stopped device whose char device this process has open: that keeps the id from becoming another device's
+    /// before the driver has the command.
+    pub(crate) fn delete_open(
+        &self,
+        id: DeviceId,
+        instance: Option<u64>,
+        file: Arc<dyn CharDevice>,
+    ) -> Result<Removal> {
+        let deleted = self.delete_async(id);
+        drop(file);
+        match deleted {
+            Ok(()) | Err(Error::Control { errno: Errno::ENODEV, .. }) => Ok(self.wait_for_release(id, instance)),
+            // Before Linux 6.9, and for a device of a user's. DEL_DEV would wait for the file.
+            Err(Error::Control { errno: Errno::EOPNOTSUPP | Errno::EINVAL, .. }) => self.delete_closed(id, instance),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes a stopped device, unless its id is another one's by now.
+    pub(crate) fn delete_closed(&self, id: DeviceId, instance: Option<u64>) -> Result<Removal> {
+        if !self.is_instance(id, instance) {
+            return Ok(Removal::Complete);
+        }
         match self.delete(id, RELEASE_TIMEOUT) {
             // Its server may have been faster, since it notices the stop.
             Err(Error::Control { errno: Errno::ENODEV, .. }) | Ok(()) => Ok(Removal::Complete),
             Err(Error::Timeout { .. }) => Ok(Removal::HeldOpen),
             Err(error) => Err(error),
         }
+    }
+
+    /// Waits until the id of a deleted device is free, or another one's.
+    fn wait_for_release(&self, id: DeviceId, instance: Option<u64>) -> Removal {
+        let deadline = Instant::now() + RELEASE_TIMEOUT;
+        loop {
+            let is_gone = self.info(id).is_err_and(|error| error.errno() == Errno::ENODEV);
+            if is_gone || self.instance(id).is_some_and(|now| Some(now) != instance) {
+                return Removal::Complete;
+            }
+            if Instant::now() >= deadline {
+                return Removal::HeldOpen;
+            }
+            std::thread::sleep(STATE_POLL);
+        }
+    }
+
+    /// Checks that an id is still that of a device; see [`is_instance`](Control::is_instance).
+    pub(crate) fn require_instance(&self, command: &'static str, id: DeviceId, instance: Option<u64>) -> Result<()> {
+        if self.is_instance(id, instance) {
+            return Ok(());
+        }
+        Err(Error::Control {
+            command,
+            device: Some(id),
+            errno: Errno::ENODEV,
+            hint: "another process has deleted the device meanwhile".into(),
+        })
     }
 
     /// DEL_DEV_ASYNC: as [`delete`](Control::delete) without the wait; the id becomes free later. Since Linux 6.9.
@@ -236,7 +328,7 @@ impl Control {
     pub(crate) fn quiesce_unless(&self, id: DeviceId, patience: Duration, give_up: &dyn Fn() -> bool) -> Result<()> {
         let millis = patience.as_millis().clamp(1, u32::MAX.into()) as u64;
         let call = self.call(&commands::QUIESCE_DEV, Some(id)).data(millis);
-        call.within(patience + COMMAND_TIMEOUT).unless(give_up).run()
+        call.within(patience.saturating_add(COMMAND_TIMEOUT)).unless(give_up).run()
     }
 
     /// Asks the server to leave until it has left, at most for `timeout`. Returns the device's state after that.
@@ -246,10 +338,12 @@ impl Control {
     /// [`Error::Unsupported`] if the driver is too old, `EINVAL` if the device was not created for it, [`Error::Timeout`] if
     /// the server does not finish its requests.
     pub fn quiesce_until(&self, id: DeviceId, timeout: Duration) -> Result<DeviceState> {
+        let instance = self.instance(id);
         let info = self.info(id)?;
         self.require_quiesce(&info)?;
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline(timeout);
         loop {
+            self.require_instance("QUIESCE_DEV", id, instance)?;
             match self.quiesce(id, QUIESCE_SLICE) {
                 // The server still has requests.
                 Ok(()) | Err(Error::Control { errno: Errno::EBUSY, .. }) => {}
@@ -257,8 +351,9 @@ impl Control {
             }
             let again = Instant::now() + QUIESCE_SLICE;
             while Instant::now() < again {
-                let state = self.info(id)?.state;
-                if state != DeviceState::Live {
+                let DeviceInfo { state, pid, .. } = self.info(id)?;
+                // The next server is not to be asked.
+                if state != DeviceState::Live || pid != info.pid {
                     return Ok(state);
                 }
                 std::thread::sleep(STATE_POLL);
@@ -290,7 +385,7 @@ impl Control {
                 hint: hint.to_owned(),
             })
         };
-        if Recovery::of(info.features).is_none() {
+        if Recovery::from_features(info.features).is_none() {
             return refused("the device was created without recovery (`ublk add --recovery`, `recoverable=True`)");
         }
         self.features()?.require(Features::QUIESCE)?;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! How bytes move between the block layer's pages and the server: the strategies, and the memory that
-//! they take.
+//! How bytes move between the block layer's pages and the server: the ways, and their memory.
 //!
 //! * [`pool`] — memory for requests that have no buffer of their own.
 //! * [`shared`] — memory that clients share.
@@ -9,17 +8,20 @@
 pub(crate) mod pool;
 pub(crate) mod shared;
 
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
 use crate::uapi::Features;
 
 /// How a device's data moves.
 ///
-/// | movement | who copies | idle memory | handlers see bytes | Linux |
+/// | movement | copied by | idle memory | handlers see bytes | Linux |
 /// |---|---|---|---|---|
 /// | [`Copy`](DataMovement::Copy) | the driver, on the queue's thread | none; a burst's pages until the device is idle | yes | 6.0 |
 /// | [`GetData`](DataMovement::GetData) | the driver, a step later for writes | the same, for requests in flight only | yes | 6.0 |
-/// | [`UserCopy`](DataMovement::UserCopy) | whoever handles the request, on any thread | requests in flight | yes, by a copy | 6.5 |
-/// | [`Register`](DataMovement::Register) | nobody: files read and write the request's pages | none | by a copy | 6.15 |
-/// | [`AutoRegister`](DataMovement::AutoRegister) | nobody; the driver registers the pages by itself | none | by a copy | 6.16 |
+/// | [`UserCopy`](DataMovement::UserCopy) | the handler, on any thread | requests in flight | yes, by a copy | 6.5 |
+/// | [`Register`](DataMovement::Register) | none: files read and write the request's pages | none | by a copy | 6.15 |
+/// | [`AutoRegister`](DataMovement::AutoRegister) | none: as above, and the driver registers the pages | none | by a copy | 6.16 |
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DataMovement {
     /// Each tag has a buffer, and the driver copies to and from it.
@@ -38,7 +40,7 @@ pub enum DataMovement {
 }
 
 impl DataMovement {
-    /// All, in the order of their age.
+    /// All of them, oldest first.
     pub const ALL: [DataMovement; 5] = [
         DataMovement::Copy,
         DataMovement::GetData,
@@ -47,7 +49,7 @@ impl DataMovement {
         DataMovement::AutoRegister,
     ];
 
-    /// Its name on command lines and in lists.
+    /// Returns its name on command lines and in lists.
     pub fn name(self) -> &'static str {
         match self {
             DataMovement::Copy => "copy",
@@ -58,8 +60,8 @@ impl DataMovement {
         }
     }
 
-    /// What a device needs for it. Whoever registers pages asks for `USER_COPY` as well: a handler may want
-    /// to see a request's bytes after all.
+    /// The features that a device needs for it. Where pages are registered, they include `USER_COPY`: a handler may need a
+    /// request's bytes after all.
     pub(crate) fn features(self) -> Features {
         match self {
             DataMovement::Copy => Features::empty(),
@@ -70,8 +72,20 @@ impl DataMovement {
         }
     }
 
-    /// How a device with these features moves its data.
-    pub fn of(features: Features) -> Self {
+    /// Whether the driver copies between pages and buffers.
+    pub(crate) fn is_copied_by_driver(self) -> bool {
+        matches!(self, DataMovement::Copy | DataMovement::GetData)
+    }
+
+    /// Whether files can read and write a request's pages.
+    pub(crate) fn is_zero_copy(self) -> bool {
+        matches!(self, DataMovement::Register | DataMovement::AutoRegister)
+    }
+}
+
+/// The data movement of a device with these features.
+impl From<Features> for DataMovement {
+    fn from(features: Features) -> Self {
         if features.contains(Features::AUTO_BUF_REG) {
             DataMovement::AutoRegister
         } else if features.contains(Features::SUPPORT_ZERO_COPY) {
@@ -84,15 +98,17 @@ impl DataMovement {
             DataMovement::Copy
         }
     }
+}
 
-    /// Whether the driver copies between pages and buffers.
-    pub(crate) fn is_copied_by_driver(self) -> bool {
-        matches!(self, DataMovement::Copy | DataMovement::GetData)
-    }
+/// Parses a [name](DataMovement::name).
+impl FromStr for DataMovement {
+    type Err = Error;
 
-    /// Whether files can read and write a request's pages.
-    pub(crate) fn is_zero_copy(self) -> bool {
-        matches!(self, DataMovement::Register | DataMovement::AutoRegister)
+    fn from_str(name: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|movement| movement.name() == name);
+        found.ok_or_else(|| {
+            Error::invalid("data movement", name, format!("must be one of {}", Self::ALL.map(Self::name).join(", ")))
+        })
     }
 }
 
@@ -124,9 +140,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_movement_is_told_from_the_features_that_it_asks_for() {
+    fn movements_are_recognised_by_features_and_by_name() {
         for movement in DataMovement::ALL {
-            assert_eq!(DataMovement::of(movement.features() | Features::CMD_IOCTL_ENCODE), movement);
+            assert_eq!(DataMovement::from(movement.features() | Features::CMD_IOCTL_ENCODE), movement);
+            assert_eq!(movement.name().parse::<DataMovement>().unwrap(), movement);
         }
+        assert!("zero".parse::<DataMovement>().is_err());
     }
 }

@@ -68,8 +68,8 @@ impl SharedMemory {
         self.region.address() as u64
     }
 
-    fn place(&self, offset: usize, len: usize) -> SharedPlace {
-        SharedPlace { region: self.region.clone(), offset, len }
+    fn place(&self, offset: usize, len: usize) -> SharedRange {
+        SharedRange { region: self.region.clone(), offset, len }
     }
 
     pub(crate) fn flags(&self) -> u32 {
@@ -79,13 +79,13 @@ impl SharedMemory {
 
 /// Where a request's data is in shared memory.
 #[derive(Clone, Debug)]
-pub(crate) struct SharedPlace {
+pub(crate) struct SharedRange {
     region: Arc<Region>,
     offset: usize,
     len: usize,
 }
 
-impl SharedPlace {
+impl SharedRange {
     pub(crate) fn user_address(&self) -> u64 {
         self.region.address() as u64 + self.offset as u64
     }
@@ -115,21 +115,21 @@ impl SharedPlace {
 /// A device's shared memory, by the driver's numbers.
 #[derive(Debug, Default)]
 pub(crate) struct SharedTable {
-    state: Mutex<State>,
+    state: Mutex<TableState>,
     changed: Condvar,
     /// One change at a time, driver and table together: the driver gives numbers anew.
     changing: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct TableState {
     memory: Vec<Option<SharedMemory>>,
     /// Registrations whose number is not known yet.
     under_way: usize,
 }
 
 impl SharedTable {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, TableState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -168,7 +168,7 @@ impl SharedTable {
     }
 
     /// The memory of a request: `code` is the address in its descriptor (uapi 3.9).
-    pub(crate) fn find(&self, code: u64, len: usize) -> Option<SharedPlace> {
+    pub(crate) fn find(&self, code: u64, len: usize) -> Option<SharedRange> {
         let (offset, index) = (code & 0xffff_ffff, (code >> 32) as usize);
         let deadline = Instant::now() + REGISTRATION_TIMEOUT;
         let mut state = self.state();

@@ -1,15 +1,23 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! How a server stops a device, or leaves it to the next one.
+//!
+//! Commands name a device by its number, which is another device's as soon as this one is deleted, by any process, and
+//! its char device closed; and a device that was left may have its next server. So STOP_DEV, QUIESCE_DEV and DEL_DEV are
+//! sent while this process has the char device open ([`Hold`]), which rules out both. Where it is closed already, because
+//! another process has begun the end, [`Device::is_own`] comes before each command. What remains is the moment between the
+//! two, in which another process would have to delete the device and a third one to make or recover one of its number. So it
+//! does for DEL_DEV before Linux 6.9 and for unprivileged devices, where DEL_DEV_ASYNC is not to be had.
 
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use super::Device;
-use crate::control::{DRAIN_TIMEOUT, Removal, STATE_POLL};
+use crate::control::{DRAIN_TIMEOUT, DeviceInfo, Removal, STATE_POLL};
+use crate::driver::CharDevice;
 use crate::engine::Successor;
 use crate::error::{Error, Result};
 use crate::uapi::{DeviceState, Features};
@@ -65,25 +73,27 @@ impl Device {
             return Ok(());
         }
         let id = self.id();
+        let hold = Hold::new(self);
         // It is about to be deleted, which waits for this descriptor.
         self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
         let patience = Patience::new(self, timeout);
-        self.stop_disk(&patience)?;
+        self.stop_disk(&patience, &hold)?;
         let mut pause = ASK_AGAIN;
         while !patience.wait_all_closed(pause) && !patience.is_over() {
             pause *= 2;
             // A tag that was lent again behind the first STOP_DEV is taken away by another.
-            self.stop_disk(&patience)?;
+            self.stop_disk(&patience, &hold)?;
         }
-        self.give_up_queues(&patience, Successor::None)?;
-        match self.control.remove(id) {
-            Ok(Removal::Complete) | Err(Error::Control { errno: Errno::ENODEV, .. }) => {}
-            Ok(Removal::HeldOpen) => {
-                log::warn!(
-                    "device {id} is deleted, but a process still has it open; its number becomes free when it is closed"
-                );
-            }
-            Err(error) => return Err(error),
+        self.give_up_queues(&patience, Successor::None, &hold)?;
+        let removal = match hold.take() {
+            Some(file) => self.control.delete_open(id, self.serving.instance, file)?,
+            None if self.is_own() => self.control.delete_closed(id, self.serving.instance)?,
+            None => Removal::Complete,
+        };
+        if removal == Removal::HeldOpen {
+            log::warn!(
+                "device {id} is deleted, but a process still has it open; its number becomes free when it is closed"
+            );
         }
         *deleted = true;
         // Whoever waits for the end of a device that never had a queue.
@@ -111,13 +121,48 @@ impl Device {
         self.events.expedite();
     }
 
+    /// Whether commands with the number reach this device, and no other server's. The answer may be wrong a moment later,
+    /// unless this process has the char device open.
+    pub(crate) fn is_own(&self) -> bool {
+        let instance = self.serving.instance;
+        // That of a device without recovery does not change.
+        if (self.recovery().is_some() || instance.is_none())
+            && self.control.info(self.id()).is_ok_and(|info| self.is_followed(&info))
+        {
+            return false;
+        }
+        self.control.is_instance(self.id(), instance)
+    }
+
+    /// Whether a device of this number has another server by now.
+    fn is_followed(&self, info: &DeviceInfo) -> bool {
+        let is_anothers = info.pid > 0 && info.pid as u32 != self.owner;
+        info.state == DeviceState::Live && (is_anothers || self.serving.is_followed())
+    }
+
     /// Removes the disk. If requests keep that from happening for too long, their queues are given up: the
     /// driver fails what they had, once their thread's ring is closed.
-    fn stop_disk(&self, patience: &Patience<'_>) -> Result<()> {
-        match gone_is_fine(self.control.stop_unless(self.id(), patience.left(), &|| patience.is_over())) {
+    fn stop_disk(&self, patience: &Patience<'_>, hold: &Hold) -> Result<()> {
+        if !hold.is_open() && !self.is_own() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let give_up = || {
+            // Queues that have failed may have had requests: the driver fails them when the char device is closed. It has
+            // the command by now.
+            if self.events.open_queues() == 0 && began.elapsed() >= ASK_AGAIN {
+                hold.take();
+            }
+            patience.is_over()
+        };
+        match gone_is_fine(self.control.stop_unless(self.id(), patience.left(), &give_up)) {
             Err(error) if patience.is_over() && matches!(error.errno(), Errno::ETIMEDOUT | Errno::ECANCELED) => {
                 log::error!("device {}: requests did not finish in time; abandoning its queues", self.id());
-                self.give_up_queues(patience, Successor::None)?;
+                hold.take();
+                self.give_up_queues(patience, Successor::None, hold)?;
+                if !self.is_own() {
+                    return Ok(());
+                }
                 gone_is_fine(self.control.stop_unless(self.id(), REMOVE_TIMEOUT, &|| false))
             }
             other => other,
@@ -125,8 +170,10 @@ impl Device {
     }
 
     /// Gives up the queues that did not close.
-    fn give_up_queues(&self, patience: &Patience<'_>, successor: Successor) -> Result<()> {
+    fn give_up_queues(&self, patience: &Patience<'_>, successor: Successor, hold: &Hold) -> Result<()> {
         if self.events.open_queues() != 0 {
+            // The driver fails their requests, or gives them to the next server, when the char device is closed.
+            hold.take();
             self.pool.abandon(self.id(), successor);
             if !self.events.wait_all_closed(ABANDON_TIMEOUT) {
                 return Err(Error::Timeout {
@@ -170,8 +217,20 @@ impl Device {
     ///
     /// As [`conclude`](Device::conclude).
     pub fn conclude_within(&self, timeout: Duration) -> Result<Ending> {
-        if self.recovery().is_none() || self.owner != std::process::id() {
+        if self.recovery().is_none() {
             return self.stop_within(timeout).map(|()| Ending::Deleted);
+        }
+        if self.is_stopped() {
+            // Its number may be another device's.
+            let exists = self.control.is_instance(self.id(), self.serving.instance);
+            return Ok(if exists { Ending::Left } else { Ending::Deleted });
+        }
+        self.conclude_recoverable(timeout)
+    }
+
+    fn conclude_recoverable(&self, timeout: Duration) -> Result<Ending> {
+        if self.owner != std::process::id() {
+            return Ok(Ending::Deleted);
         }
         let id = self.id();
         self.leaving.store(true, Ordering::Relaxed);
@@ -180,20 +239,33 @@ impl Device {
             // Tags that were lent again behind the command that took the others away.
             match self.control.info(id).map(|info| info.state) {
                 Ok(DeviceState::Live) if self.info.features.contains(Features::QUIESCE) => {
-                    // Somebody may be stopping it, which forbids this and does the same.
-                    let _ = self.control.quiesce_unless(id, Duration::from_millis(100), &|| patience.is_over());
+                    // What has closed its queues is not asked, but followed by another server. Somebody may be stopping
+                    // it, which forbids this and does the same.
+                    if let Some(_open) = self.opened() {
+                        let _ = self.control.quiesce_unless(id, Duration::from_millis(100), &|| patience.is_over());
+                    }
                 }
-                Ok(DeviceState::Dead) => self.stop_disk(&patience)?,
+                Ok(DeviceState::Dead) => self.stop_disk(&patience, &Hold::new(self))?,
                 Ok(_) => {}
                 Err(error) if error.errno() == Errno::ENODEV => break,
                 Err(error) => return Err(error),
             }
         }
-        self.give_up_queues(&patience, Successor::Server)?;
+        self.give_up_queues(&patience, Successor::Server, &Hold::default())?;
         // The driver takes a moment to notice.
         let noticing = Instant::now();
         loop {
-            match self.control.info(id).map(|info| info.state) {
+            let info = self.control.info(id);
+            // After the look, which was at this device then.
+            if !self.control.is_instance(id, self.serving.instance) {
+                return self.stop_within(timeout).map(|()| Ending::Deleted);
+            }
+            let is_followed = info.as_ref().is_ok_and(|info| self.is_followed(info));
+            match info.map(|info| info.state) {
+                Ok(DeviceState::Live) if is_followed => {
+                    *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
+                    return self.events.take_failure().map_or(Ok(Ending::Left), Err);
+                }
                 Ok(DeviceState::Quiesced | DeviceState::FailIo) => {
                     *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
                     return self.events.take_failure().map_or(Ok(Ending::Left), Err);
@@ -240,13 +312,23 @@ impl Device {
     pub fn leave(&self) -> Result<()> {
         self.control.require_quiesce(&self.info)?;
         let id = self.id();
-        match self.control.quiesce_unless(id, ASK_AGAIN, &|| self.events.is_expedited()) {
-            Ok(()) | Err(Error::Control { errno: Errno::EBUSY, .. }) => {}
-            // It may have been carried out.
-            Err(Error::Control { errno: Errno::ECANCELED, .. }) if self.events.is_expedited() => {}
-            Err(error) => return Err(error),
+        // Whatever becomes of the command: it may be carried out.
+        let was_leaving = self.leaving.swap(true, Ordering::Relaxed);
+        let open = self.opened();
+        if open.is_some() || self.is_own() {
+            match self.control.quiesce_unless(id, ASK_AGAIN, &|| self.events.is_expedited()) {
+                Ok(()) | Err(Error::Control { errno: Errno::EBUSY, .. }) => {}
+                Err(Error::Control { errno: Errno::ECANCELED, .. }) if self.events.is_expedited() => {}
+                Err(error) => {
+                    if error.is_refusal() {
+                        self.leaving.store(was_leaving, Ordering::Relaxed);
+                    }
+                    return Err(error);
+                }
+            }
         }
-        match self.conclude()? {
+        drop(open);
+        match self.conclude_recoverable(DRAIN_TIMEOUT)? {
             Ending::Left => Ok(()),
             Ending::Deleted => Err(Error::Control {
                 command: "QUIESCE_DEV",
@@ -255,6 +337,25 @@ impl Device {
                 hint: "another process has deleted the device meanwhile".into(),
             }),
         }
+    }
+}
+
+/// The char device of a device that is about to end, kept open: see the head of this file.
+#[derive(Debug, Default)]
+struct Hold(Mutex<Option<Arc<dyn CharDevice>>>);
+
+impl Hold {
+    fn new(device: &Device) -> Self {
+        Hold(Mutex::new(device.opened()))
+    }
+
+    fn is_open(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Closes it, unless the caller keeps it.
+    fn take(&self) -> Option<Arc<dyn CharDevice>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 

@@ -5,16 +5,18 @@
 //! * [`fitting`] — whether a target can serve a disk that was made for another one.
 //! * [`recovery`] — a device that has lost its server gets another one.
 //! * [`ending`] — how a server stops a device, or leaves it.
+//! * [`serving`] — which server of this process is a device's latest.
 
 mod ending;
 mod fitting;
 mod recovery;
+mod serving;
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -22,6 +24,7 @@ use nix::errno::Errno;
 pub use self::ending::Ending;
 #[cfg(feature = "cli")]
 pub(crate) use self::recovery::check_fit;
+use self::serving::Serving;
 use crate::control::{AddRequest, Control, DeviceInfo};
 use crate::data::shared::{SharedMemory, SharedTable};
 use crate::data::{Access, DataMovement};
@@ -58,7 +61,7 @@ pub struct Server {
     coalescing: Duration,
 }
 
-/// The longest time for which requests may [gather](Server::coalescing).
+/// The longest window of [request coalescing](Server::with_coalescing).
 pub const MAX_COALESCING: Duration = Duration::from_millis(10);
 
 impl Server {
@@ -69,39 +72,40 @@ impl Server {
     /// See [`KernelDriver::open`].
     pub fn new() -> Result<Self> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads))
+        Ok(Self::with_driver(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads))
     }
 
-    /// A server on any driver, with its own way to make threads, and at most `threads` of them.
-    pub fn with(driver: Arc<dyn Driver>, spawn: Arc<dyn Spawn>, threads: usize) -> Self {
+    /// A server on any driver, with at most `threads` threads, which `spawn` starts.
+    pub fn with_driver(driver: Arc<dyn Driver>, spawn: Arc<dyn Spawn>, threads: usize) -> Self {
         let pool = Arc::new(ThreadPool::new(driver.clone(), spawn, threads));
         Server { control: Control::new(driver), pool, cpus: Cpus::Any, coalescing: Duration::ZERO }
     }
 
-    /// The same server with its threads on certain CPUs. Devices that it serves already stay where they are.
+    /// The same server with its threads on certain CPUs. Devices that it serves already are not moved.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidValue`] for CPUs that this process may not use.
-    pub fn on_cpus(mut self, cpus: Cpus) -> Result<Self> {
+    pub fn with_cpus(mut self, cpus: Cpus) -> Result<Self> {
         cpus.check()?;
         self.cpus = cpus;
         Ok(self)
     }
 
-    /// The same server with requests that gather: where a round has brought a thread two requests or more, it sleeps for
-    /// `window` before it looks for the next ones, and nobody has to wake it up for each of them. That is less work per
-    /// request and more latency: up to `window` for each step of a request (to be seen, and to be answered if a file or
-    /// another thread has served it) while the thread has several. A client that sends one at a time to a thread without
-    /// others does not wait: after four rounds with one request that is over. Statistics begin when the thread sees a
-    /// request. Zero, the default, is for not at all; some 20 µs are a beginning. A thread that also serves queues with
-    /// a shorter window takes that. Devices that the server has already stay as they are. Before Linux 6.1 the thread is
-    /// woken up all the same.
+    /// The same server with request coalescing, like interrupt coalescing of network cards: under load, a thread sleeps for
+    /// `window` after each round, and then handles a batch. Zero, the default, disables it; 20 µs are a good start.
+    ///
+    /// This means less work per request and more latency: up to `window` for each step of a request (its arrival, and its
+    /// end if a file or another thread has served it). It applies while rounds bring two requests or more, and ends after
+    /// four rounds with one request, so that a client that sends one request at a time does not wait. The latencies in
+    /// statistics begin when the thread takes the request. A thread that also serves queues with a shorter window uses
+    /// that. Devices that the server has already keep their window. Before Linux 6.1 the thread is woken for each request
+    /// all the same.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidValue`] for more than [`MAX_COALESCING`].
-    pub fn coalescing(mut self, window: Duration) -> Result<Self> {
+    pub fn with_coalescing(mut self, window: Duration) -> Result<Self> {
         if window > MAX_COALESCING {
             let most = format!("{} µs at most", MAX_COALESCING.as_micros());
             return Err(Error::invalid("coalescing", format!("{} µs", window.as_micros()), most));
@@ -191,6 +195,8 @@ impl Server {
             cpus: self.cpus,
             coalescing: self.coalescing,
             held: Mutex::default(),
+            file: Mutex::default(),
+            serving: Serving::begin(self.control.instance(info.id)),
             deleted: Mutex::new(false),
             owner: std::process::id(),
         }
@@ -207,7 +213,8 @@ impl Server {
     }
 }
 
-/// A running device. Dropping it stops and deletes it.
+/// A running device. Dropping it stops and deletes it, unless it can be recovered and
+/// [has begun to end](Device::is_ending): then dropping [concludes](Device::conclude) it.
 #[derive(Debug)]
 pub struct Device {
     control: Control,
@@ -230,6 +237,10 @@ pub struct Device {
     coalescing: Duration,
     /// The char device, from the moment the device is made until its queues are opened.
     held: Mutex<Option<Arc<dyn CharDevice>>>,
+    /// The same, which queues keep open from then on.
+    file: Mutex<Option<Weak<dyn CharDevice>>>,
+    /// What distinguishes it from later devices of its number, and its server from later ones.
+    serving: Serving,
     deleted: Mutex<bool>,
     /// The process that serves the device. A forked child has a copy of this structure, but neither the
     /// threads nor the right to end its parent's device.
@@ -278,6 +289,7 @@ impl Device {
     ///
     /// `EOPNOTSUPP` if the device was not made for it, `EEXIST` if some of the pages are shared already.
     pub fn share_memory(&self, memory: SharedMemory) -> Result<u16> {
+        let _open = self.require_opened("REG_BUF")?;
         self.shared.add(memory, |memory| self.control.register_memory(self.id(), memory))
     }
 
@@ -287,6 +299,7 @@ impl Device {
     ///
     /// `ENOENT` if no shared memory is registered with this index.
     pub fn unshare_memory(&self, index: u16) -> Result<()> {
+        let _open = self.require_opened("UNREG_BUF")?;
         self.shared.remove(index, || self.control.unregister_memory(self.id(), index))
     }
 
@@ -382,14 +395,36 @@ impl Device {
 
     fn hold_open_char(&self) -> Result<()> {
         let file = self.open_char()?;
+        self.remember(&file);
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
         Ok(())
+    }
+
+    fn remember(&self, file: &Arc<dyn CharDevice>) {
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(file));
+    }
+
+    /// The char device, if this process has it open for this device. While the caller keeps it, the driver gives the number
+    /// to no other device, and the device to no other server: commands with the number reach this one.
+    pub(crate) fn opened(&self) -> Option<Arc<dyn CharDevice>> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.upgrade()
+    }
+
+    /// As [`opened`](Device::opened), for a command that is of no use otherwise.
+    fn require_opened(&self, command: &'static str) -> Result<Arc<dyn CharDevice>> {
+        self.opened().ok_or_else(|| Error::Control {
+            command,
+            device: Some(self.id()),
+            errno: Errno::ENODEV,
+            hint: "the device is no longer served by this process".into(),
+        })
     }
 
     fn open_queues(&self, target: &Arc<dyn Target>) -> Result<()> {
         let access = target.access();
         let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
         let file = held.map_or_else(|| self.open_char(), Ok)?;
+        self.remember(&file);
         for queue in (0..self.info.queues).map(QueueId) {
             for share in shares(self.info.depth, self.plan.threads_per_queue) {
                 self.open_queue(queue, share, (target, access), &file)?;
@@ -524,7 +559,10 @@ impl Drop for Device {
         if self.leaving.load(Ordering::Relaxed) {
             return;
         }
-        if let Err(error) = self.stop() {
+        // Another process may have asked that it wait for another server, or be that.
+        let concludes = self.recovery().is_some() && self.is_ending() && !self.is_stopped();
+        let ended = if concludes { self.conclude().map(drop) } else { self.stop() };
+        if let Err(error) = ended {
             log::error!("stopping device {}: {error}", self.id());
         }
     }

@@ -30,7 +30,7 @@ const OPENER_TIMEOUT: Duration = Duration::from_secs(10);
 impl Device {
     /// What becomes of the device when its server is gone.
     pub fn recovery(&self) -> Option<Recovery> {
-        Recovery::of(self.info.features)
+        Recovery::from_features(self.info.features)
     }
 
     /// Changes the disk's capacity to `bytes` while it is in use. The target must be able to serve the new
@@ -40,6 +40,7 @@ impl Device {
     ///
     /// [`Error::InvalidValue`] unless it is whole logical blocks.
     pub fn resize(&self, bytes: u64) -> Result<()> {
+        let _open = self.require_opened("UPDATE_SIZE")?;
         self.control.update_size(self.id(), bytes)
     }
 
@@ -49,7 +50,14 @@ impl Device {
     ///
     /// `EBUSY` if it is in use: it is served on. Else as [`stop`](Device::stop).
     pub fn try_stop(&self) -> Result<()> {
-        self.control.try_stop(self.id())?;
+        if self.is_stopped() {
+            return Ok(());
+        }
+        let open = self.opened();
+        if open.is_some() || self.is_own() {
+            self.control.try_stop(self.id())?;
+        }
+        drop(open);
         self.stop()
     }
 }
@@ -70,9 +78,9 @@ impl Server {
     /// is at once unless they serve other devices too.
     pub fn recover(&self, id: DeviceId, target: Arc<dyn Target>) -> Result<Device> {
         self.check_driver()?;
-        let info = self.wait_for_vacancy(id)?;
+        let info = self.wait_until_unserved(id)?;
         let params = self.control.params(id)?.params;
-        let data = DataMovement::of(info.features);
+        let data = DataMovement::from(info.features);
         check_fit(&target.params(), target.access(), &params, info.features)?;
         self.begin_recovery(&info)?;
         let events = Arc::new(QueueEvents::new()?);
@@ -128,7 +136,7 @@ impl Server {
     /// `EBUSY` if a living process serves the device, `EINVAL` if it was not made to be recovered, `ENODEV` if
     /// there is no such device or it was stopped, [`Error::Timeout`] if somebody else keeps the dead
     /// server's end from being noticed.
-    pub fn wait_for_vacancy(&self, id: DeviceId) -> Result<DeviceInfo> {
+    pub fn wait_until_unserved(&self, id: DeviceId) -> Result<DeviceInfo> {
         let busy = |info: &DeviceInfo, hint: String| Error::Control {
             command: "START_USER_RECOVERY",
             device: Some(id),
@@ -184,7 +192,7 @@ impl Server {
 
 /// Checks that a device was made to be recovered.
 fn require_recovery(info: &DeviceInfo) -> Result<()> {
-    if Recovery::of(info.features).is_some() {
+    if Recovery::from_features(info.features).is_some() {
         return Ok(());
     }
     Err(Error::Control {
@@ -197,5 +205,5 @@ fn require_recovery(info: &DeviceInfo) -> Result<()> {
 
 /// Checks that a target with these parameters can serve a disk, whose device has these features.
 pub(crate) fn check_fit(target: &Params, access: Access, disk: &Params, features: Features) -> Result<()> {
-    fitting::check(target, access, disk, DataMovement::of(features))
+    fitting::check(target, access, disk, DataMovement::from(features))
 }

@@ -20,7 +20,7 @@ mod tags;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -47,7 +47,7 @@ pub struct FakeDriver {
 
 #[derive(Debug, Default)]
 struct Shared {
-    state: Mutex<State>,
+    state: Mutex<FakeState>,
     changed: Condvar,
     /// A client sends more: rings do not look yet.
     holding: AtomicBool,
@@ -56,7 +56,7 @@ struct Shared {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct FakeState {
     devices: BTreeMap<u32, FakeDevice>,
     /// Rules that a server broke.
     violations: Vec<String>,
@@ -75,6 +75,16 @@ struct State {
     refusals: HashMap<&'static str, VecDeque<Errno>>,
     /// Commands that are not answered.
     ignored: HashSet<&'static str>,
+    /// What happens after the next command of a name.
+    hooks: HashMap<&'static str, Hook>,
+}
+
+struct Hook(Box<dyn FnOnce() + Send>);
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hook")
+    }
 }
 
 /// How files behave.
@@ -102,6 +112,10 @@ struct HeldOperation {
 #[derive(Debug)]
 struct FakeDevice {
     info: ublksrv_ctrl_dev_info,
+    /// See [`Driver::instance`].
+    instance: u64,
+    /// DEL_DEV was sent: only its number is left, until the char device is closed.
+    deleted: bool,
     params: Option<ublk_params>,
     queues: Vec<FakeQueue>,
     char_open: bool,
@@ -157,7 +171,7 @@ enum FakeTag {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, FakeState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -166,9 +180,9 @@ impl Shared {
         &self,
         timeout: Duration,
         give_up: &dyn Fn() -> bool,
-        mut check: impl FnMut(&mut State) -> Option<T>,
+        mut check: impl FnMut(&mut FakeState) -> Option<T>,
     ) -> Result<T, ControlFailure> {
-        let deadline = Instant::now() + timeout;
+        let deadline = super::deadline(timeout);
         let mut state = self.state();
         loop {
             if let Some(value) = check(&mut state) {
@@ -209,6 +223,11 @@ impl FakeDriver {
     /// takes a minute here.
     pub fn ignore_next(&self, command: &'static str) {
         self.shared.state().ignored.insert(command);
+    }
+
+    /// Calls `act` after the next control command of this name, before its sender goes on: what other processes do then.
+    pub fn after_next(&self, command: &'static str, act: impl FnOnce() + Send + 'static) {
+        self.shared.state().hooks.insert(command, Hook(Box::new(act)));
     }
 
     /// How often a char device was to be opened.
@@ -265,7 +284,7 @@ impl FakeDriver {
         self.shared.state().files.held.len()
     }
 
-    /// Has servers fill the memory of reads with `byte` where they [clear](crate::RequestOf::clear) it, so that a test sees
+    /// Has servers fill the memory of reads with `byte` where they [clear](crate::Request::clear) it, so that a test sees
     /// which bytes a handler has left unwritten.
     pub fn poison_reads(&self, byte: u8) {
         self.shared.unwritten_byte.store(byte, Ordering::Relaxed);
@@ -291,14 +310,19 @@ unsafe impl Driver for FakeDriver {
         timeout: Duration,
         give_up: &dyn Fn() -> bool,
     ) -> Result<(i32, Vec<u8>), ControlFailure> {
-        let result = self.execute(&mut command, timeout, give_up)?;
+        let result = self.execute(&mut command, timeout, give_up);
+        let hook = self.shared.state().hooks.remove(command.name);
+        if let Some(Hook(act)) = hook {
+            act();
+        }
+        let result = result?;
         Ok((result, command.payload))
     }
 
     fn open_char(&self, id: DeviceId) -> io::Result<Arc<dyn CharDevice>> {
         let mut state = self.shared.state();
         state.char_openings += 1;
-        let device = state.devices.get_mut(&id.0).ok_or(Errno::ENXIO)?;
+        let device = state.devices.get_mut(&id.0).filter(|device| !device.deleted).ok_or(Errno::ENXIO)?;
         if std::mem::replace(&mut device.char_open, true) {
             return Err(Errno::EBUSY.into());
         }
@@ -321,16 +345,25 @@ unsafe impl Driver for FakeDriver {
     }
 
     fn device_ids(&self) -> io::Result<Vec<DeviceId>> {
-        Ok(self.shared.state().devices.keys().copied().map(DeviceId).collect())
+        let state = self.shared.state();
+        Ok(state.devices.iter().filter(|(_, device)| !device.deleted).map(|(id, _)| DeviceId(*id)).collect())
+    }
+
+    fn instance(&self, id: DeviceId) -> io::Result<Option<u64>> {
+        let state = self.shared.state();
+        Ok(state.devices.get(&id.0).filter(|device| !device.deleted).map(|device| device.instance))
     }
 }
+
+/// Counts the devices of all drivers of this process.
+static INSTANCES: AtomicU64 = AtomicU64::new(1);
 
 /// What every device has.
 const ALWAYS_ON: Features = Features::CMD_IOCTL_ENCODE.union(Features::URING_CMD_COMP_IN_TASK);
 /// What keeps the driver from copying.
 const NOT_COPIED: Features = Features::USER_COPY.union(Features::SUPPORT_ZERO_COPY).union(Features::AUTO_BUF_REG);
 
-impl State {
+impl FakeState {
     /// What a file's sync is to fail with.
     fn refusal_of(&mut self, operation: Operation) -> Option<Errno> {
         let syncs = matches!(operation, Operation::SyncData { .. });

@@ -16,7 +16,7 @@ mod tag_buffers;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -197,7 +197,7 @@ unsafe impl Driver for KernelDriver {
         // SAFETY: (1) the payload is a box that this function drops only after the completion.
         unsafe { ring.submission().push(&entry) }.map_err(|e| ControlFailure::Io(io::Error::other(e)))?;
 
-        let deadline = Instant::now() + timeout;
+        let deadline = super::deadline(timeout);
         let failure = loop {
             let now = Instant::now();
             match wait_for_command(&mut ring, deadline.saturating_duration_since(now).min(CONTROL_SLICE)) {
@@ -262,6 +262,15 @@ unsafe impl Driver for KernelDriver {
         }
         ids.sort_unstable();
         Ok(ids)
+    }
+
+    /// The inode of its directory in sysfs, which the kernel counts up.
+    fn instance(&self, id: DeviceId) -> io::Result<Option<u64>> {
+        match std::fs::metadata(format!("/sys/class/ublk-char/ublkc{id}/")) {
+            Ok(metadata) => Ok(Some(metadata.ino())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && Path::new("/sys/class").exists() => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 }
 

@@ -55,13 +55,20 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use crate::errno::RawErrno;
 use crate::memory::DescriptorMap;
 use crate::units::{DeviceId, QueueId, Tag};
+
+/// When a time that begins now is over. One that no clock reaches is a long one.
+pub(crate) fn deadline(timeout: Duration) -> Instant {
+    const FOR_EVER: Duration = Duration::from_secs(1 << 32);
+    let now = Instant::now();
+    now.checked_add(timeout).unwrap_or_else(|| now + FOR_EVER)
+}
 
 /// A control command on its way to the driver.
 #[derive(Debug)]
@@ -139,6 +146,16 @@ pub unsafe trait Driver: Send + Sync + Debug {
 
     /// Ids of all devices that exist, in rising order.
     fn device_ids(&self) -> io::Result<Vec<DeviceId>>;
+
+    /// A number that distinguishes a device from earlier and later ones with the same id; `None` if there is no such
+    /// device.
+    ///
+    /// # Errors
+    ///
+    /// If that cannot be found out: without sysfs, or by default. Then a device counts as the one that it was.
+    fn instance(&self, _id: DeviceId) -> io::Result<Option<u64>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// An open `/dev/ublkcN`. Dropping the last handle closes it, which the driver takes as the server's
@@ -159,7 +176,7 @@ pub unsafe trait CharDevice: Send + Sync + Debug {
     /// `USER_COPY`. From any thread, while the server owns the request. `EINVAL` if it does not.
     fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()>;
 
-    /// What [cleared](crate::RequestOf::clear) memory is filled with.
+    /// What [cleared](crate::Request::clear) memory is filled with.
     #[doc(hidden)]
     fn unwritten_byte(&self) -> u8 {
         0

@@ -17,7 +17,7 @@ use super::io::QueueIo;
 use super::syncs::Waiter;
 use super::transfer::{Next, Step, Transfer};
 use crate::data::DataMovement;
-use crate::data::shared::SharedPlace;
+use crate::data::shared::SharedRange;
 use crate::driver::{Memory, Operation};
 use crate::errno::RawErrno;
 use crate::memory::{Descriptor, IoBuffer};
@@ -51,7 +51,7 @@ struct Forwarded {
     op: Op,
     pages: Pages,
     /// The client's shared memory, if its data is there.
-    shared: Option<SharedPlace>,
+    shared: Option<SharedRange>,
     /// A copy of the shared memory, which the file reads and writes instead.
     copy: Option<Arc<IoBuffer>>,
     /// Its sync has succeeded, and counts once those of others have ended.
@@ -85,7 +85,7 @@ impl Forwarding {
         buffer: Option<Arc<IoBuffer>>,
         request: FileRequest,
     ) -> Option<End> {
-        let FileRequest { op, descriptor, pieces, keep, shared, durability } = request;
+        let FileRequest { op, descriptor, pieces, keep_alive, shared, durability } = request;
         // Where the client shares memory, the tag's own buffer stays with the tag, and this is a copy.
         let (copy, own) = if shared.is_some() { (buffer, None) } else { (None, buffer) };
         if let Some(Err(errno)) = durability.sync.as_ref().map(|sync| sync.write_back.check()) {
@@ -114,7 +114,7 @@ impl Forwarding {
         if let Some(own) = own {
             io.buffers.put(tag, own);
         }
-        let transfer = Transfer::new(step, &descriptor, pieces, keep).durably(durability);
+        let transfer = Transfer::new(step, &descriptor, pieces, keep_alive).durably(durability);
         let forwarded = &mut self.requests.borrow_mut()[tag.index()];
         let forwarded = forwarded.insert(Forwarded { transfer, op, pages, shared, copy, is_synced: false });
         self.push(io, tag, forwarded);
@@ -130,7 +130,7 @@ impl Forwarding {
             }
             Pages::RegisteredByDriver(index) | Pages::Registered(index) => Memory::Registered { index, offset: 0 },
             Pages::Copied | Pages::Nowhere => {
-                let shared = || forwarded.shared.as_ref().map(SharedPlace::user_address);
+                let shared = || forwarded.shared.as_ref().map(SharedRange::user_address);
                 let copy = forwarded.copy.as_ref().map(|buffer| buffer.user_address());
                 Memory::At(copy.or_else(shared).unwrap_or_else(|| io.buffers.address(tag)))
             }
@@ -273,7 +273,7 @@ fn finish_shared(
     tag: Tag,
     transfer: &Transfer,
     op: Op,
-    (shared, copy): (&SharedPlace, Option<Arc<IoBuffer>>),
+    (shared, copy): (&SharedRange, Option<Arc<IoBuffer>>),
     outcome: Result<(), RawErrno>,
 ) -> Answer {
     let outcome = outcome.and_then(|()| match &copy {

@@ -225,7 +225,7 @@ mod tests {
             op: Op::Read,
             descriptor,
             pieces,
-            keep: None,
+            keep_alive: None,
             shared: None,
             durability,
         }))

@@ -21,7 +21,7 @@ use super::transfer::Transfer;
 use crate::driver::{Completion, Driver};
 use crate::error::Error;
 use crate::memory::IoBuffer;
-use crate::placement::{CpuSet, ThreadPlace};
+use crate::placement::{CpuSet, ThreadAffinity};
 use crate::pressure::memory_is_locked;
 use crate::units::Tag;
 
@@ -92,7 +92,7 @@ struct RingThread {
     returned: Vec<Returned>,
     idle: Idle,
     schedule: Schedule,
-    thread_place: ThreadPlace,
+    affinity: ThreadAffinity,
     zeros: Rc<IoBuffer>,
     // Last: closing it ends whatever the fields above still had in flight.
     ring: SharedRing,
@@ -113,7 +113,7 @@ impl RingThread {
             returned: Vec::new(),
             idle: Idle::default(),
             schedule: Schedule::default(),
-            thread_place: ThreadPlace::default(),
+            affinity: ThreadAffinity::default(),
             zeros: shared_zeros()?,
             ring: Rc::new(RefCell::new(ring)),
         })
@@ -313,11 +313,11 @@ impl RingThread {
 
     /// Moves the thread to the CPUs of its queues, and of the one that is about to be opened.
     fn choose_cpus(&mut self, opening: Option<Option<CpuSet>>) {
-        if opening == Some(None) && !self.thread_place.is_pinned() {
+        if opening == Some(None) && !self.affinity.is_pinned() {
             return;
         }
         let cpus = self.queues.iter().flatten().map(Queue::cpus).chain(opening);
-        self.thread_place.move_to(cpus);
+        self.affinity.move_to(cpus);
     }
 
     /// Closes all queues of a thread that cannot go on.

@@ -11,7 +11,7 @@ use super::syncs::Running;
 use crate::driver::{Memory, Operation};
 use crate::errno::RawErrno;
 use crate::memory::Descriptor;
-use crate::request::{Durability, FileSync, Keep, Op, Pieces, WriteBack};
+use crate::request::{Durability, FileSync, KeepAlive, Op, Pieces, WriteBack};
 use crate::uapi;
 use crate::units::Sectors;
 
@@ -44,8 +44,8 @@ pub(crate) enum Step {
 pub(crate) struct Transfer {
     /// The first is at work.
     pieces: Pieces,
-    /// What has to outlive the request.
-    keep: Option<Keep>,
+    /// Dropped when the last piece has been read or written.
+    keep_alive: Option<KeepAlive>,
     step: Step,
     len: u64,
     /// The request carries data.
@@ -98,7 +98,7 @@ impl Step {
 
 impl Transfer {
     /// A request's transfer from its first step on.
-    pub(crate) fn new(step: Step, descriptor: &Descriptor, pieces: Pieces, keep: Option<Keep>) -> Self {
+    pub(crate) fn new(step: Step, descriptor: &Descriptor, pieces: Pieces, keep_alive: Option<KeepAlive>) -> Self {
         let len = Sectors(u64::from(descriptor.nr_sectors)).bytes();
         let has_data = matches!(step, Step::Read | Step::Write { .. });
         let changes_ranges = matches!(step, Step::Punch { .. } | Step::ZeroRange | Step::WriteZeros);
@@ -106,7 +106,7 @@ impl Transfer {
         let durability = Durability::default();
         Transfer {
             pieces,
-            keep,
+            keep_alive,
             step,
             len,
             has_data,
@@ -173,7 +173,7 @@ impl Transfer {
             // It may be the one that takes an error.
             write_back.fail(Errno::ECANCELED);
         }
-        std::mem::forget(self.keep);
+        std::mem::forget(self.keep_alive);
     }
 
     /// How far the piece at work has come: the file, and the byte in it.
@@ -254,7 +254,7 @@ impl Transfer {
     fn advance(&mut self) -> Next {
         let done = self.pieces.first().len;
         if !self.pieces.advance() {
-            self.keep = None;
+            self.keep_alive = None;
             return self.changed();
         }
         self.before += done;
@@ -321,8 +321,8 @@ mod tests {
         let kept = Arc::new(());
         let pieces = vec![piece(file(), 100, 1000), piece(&other, 200, 3096)].into();
         let (first, second) = (fd(), other.as_raw_fd());
-        let keep = Keep::from(Box::new(kept.clone()) as Box<dyn std::any::Any + Send>);
-        let mut write = Transfer::new(Step::Write { durable: false }, &descriptor, pieces, Some(keep));
+        let keep_alive = KeepAlive::from(Box::new(kept.clone()) as Box<dyn std::any::Any + Send>);
+        let mut write = Transfer::new(Step::Write { durable: false }, &descriptor, pieces, Some(keep_alive));
         let mut expect = |fd, at: u64, len, offset, done, next| {
             let memory = Memory::At(0x1000 + at);
             let expected = Operation::Write { fd, memory, len, offset, durable: false };

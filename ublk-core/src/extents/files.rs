@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The files that extents lie in, each opened once however many extents there are.
+//! The files that extents lie in, each duplicated once however many extents there are.
+//!
+//! A file is known by its open file description: two opens of one file stay two, because the kernel reports lost writes
+//! once to each, and because on some file systems different files have the same number.
+//!
+//! When a process closes any of its descriptors of a file, the kernel drops the process's POSIX locks on the file
+//! (`fcntl(2)`). So the duplicate of a file on which the process has such a lock stays open until the process has none.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use nix::errno::Errno;
@@ -43,17 +49,33 @@ pub fn shared(file: impl AsFd) -> Result<SharedFile, Errno> {
     }
     let mode = flags & OFlag::O_ACCMODE;
     let (readable, writable) = (mode != OFlag::O_WRONLY, mode != OFlag::O_RDONLY);
-    own(file, flags).map(|file| SharedFile { file, readable, writable })
+    own(file, flags, is_same_description).map(|file| SharedFile { file, readable, writable })
 }
 
-fn own(file: impl AsFd, flags: OFlag) -> Result<Arc<OwnedFd>, Errno> {
-    // The numbers of inodes are those of the file system's server, which may give several files the same one.
-    let numbers_are_unique = !matches!(fstatfs(&file)?.filesystem_type(), FUSE_SUPER_MAGIC | V9FS_MAGIC);
-    own_if_unique(file, flags, numbers_are_unique)
+/// The duplicates that exist.
+#[derive(Debug, Default)]
+struct Files {
+    by_identity: HashMap<Identity, Vec<Weak<OwnedFd>>>,
+    /// Duplicates whose close would drop locks of this process.
+    locked: Vec<Arc<OwnedFd>>,
 }
 
-fn own_if_unique(file: impl AsFd, flags: OFlag, numbers_are_unique: bool) -> Result<Arc<OwnedFd>, Errno> {
-    static FILES: Mutex<Option<HashMap<Identity, Weak<OwnedFd>>>> = Mutex::new(None);
+impl Files {
+    /// Forgets the duplicates that are closed, and closes those that no longer have to stay open.
+    fn collect(&mut self) {
+        self.locked.retain(|file| Arc::strong_count(file) > 1 || has_posix_lock(file));
+        self.by_identity.retain(|_, files| {
+            files.retain(|file| file.strong_count() != 0);
+            !files.is_empty()
+        });
+    }
+}
+
+/// Compares two descriptors; see [`is_same_description`].
+type Comparison = fn(BorrowedFd<'_>, BorrowedFd<'_>) -> Option<bool>;
+
+fn own(file: impl AsFd, flags: OFlag, is_same: Comparison) -> Result<Arc<OwnedFd>, Errno> {
+    static FILES: Mutex<Option<Files>> = Mutex::new(None);
     let stat = fstat(&file)?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     if kind != SFlag::S_IFREG && kind != SFlag::S_IFBLK {
@@ -62,25 +84,38 @@ fn own_if_unique(file: impl AsFd, flags: OFlag, numbers_are_unique: bool) -> Res
     let identity = (stat.st_dev, stat.st_ino, flags.bits());
     let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
     let files = files.get_or_insert_default();
-    if let Some(known) = files.get(&identity).and_then(Weak::upgrade)
-        && (numbers_are_unique || is_same_description(&file, &known))
-    {
-        return Ok(known);
+    // The numbers of inodes are those of the file system's server, which may give several files the same one.
+    let numbers_are_unique = || Ok(!matches!(fstatfs(&file)?.filesystem_type(), FUSE_SUPER_MAGIC | V9FS_MAGIC));
+    for known in files.by_identity.get(&identity).into_iter().flatten().filter_map(Weak::upgrade) {
+        // Where descriptions cannot be compared, a descriptor for each extent would be too many.
+        if is_same(file.as_fd(), known.as_fd()).map_or_else(numbers_are_unique, Ok::<bool, Errno>)? {
+            return Ok(known);
+        }
     }
-    files.retain(|_, file| file.strong_count() != 0);
+    files.collect();
     let own = file.as_fd().try_clone_to_owned().map_err(|e| crate::error::errno_of(&e))?;
     let own = Arc::new(own);
-    files.insert(identity, Arc::downgrade(&own));
+    if has_posix_lock(&own) {
+        files.locked.push(own.clone());
+    }
+    files.by_identity.entry(identity).or_default().push(Arc::downgrade(&own));
     Ok(own)
 }
 
-/// Whether two descriptors are copies of each other; false as well where the kernel does not say (`CONFIG_KCMP`).
-fn is_same_description(one: impl AsFd, other: impl AsFd) -> bool {
+/// Whether two descriptors are copies of each other. `None` if the kernel does not say (`CONFIG_KCMP`, seccomp).
+fn is_same_description(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> Option<bool> {
     const KCMP_FILE: libc::c_long = 0;
-    let (pid, fd) = (libc::c_long::from(std::process::id() as i32), |fd: &dyn AsFd| fd.as_fd().as_raw_fd());
-    let (one, other) = (libc::c_long::from(fd(&one)), libc::c_long::from(fd(&other)));
+    let pid = libc::c_long::from(std::process::id() as i32);
+    let (one, other) = (libc::c_long::from(one.as_raw_fd()), libc::c_long::from(other.as_raw_fd()));
     // SAFETY: compares two descriptors, which are open as long as they are borrowed, and touches no memory.
-    (unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, one, other) }) == 0
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, one, other) };
+    (order >= 0).then_some(order == 0)
+}
+
+/// Whether this process has a POSIX lock on a file. False if that is unknown, without /proc.
+fn has_posix_lock(file: &OwnedFd) -> bool {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).unwrap_or_default();
+    info.lines().any(|line| line.starts_with("lock:") && line.split_whitespace().any(|word| word == "POSIX"))
 }
 
 /// A file that is all zeros, for ranges of a disk that lie nowhere.
@@ -118,16 +153,49 @@ mod tests {
         assert_eq!(File::from(first.try_clone().unwrap()).metadata().unwrap().len(), 0);
     }
 
+    /// Lost writes are reported once to each. On FUSE these may even be different files.
     #[test]
-    fn files_with_one_number_are_known_by_their_descriptors() {
+    fn two_opens_of_a_file_stay_two() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        // For all that is known of them on FUSE, these may be different files.
         let [one, other] = [(), ()].map(|()| file.reopen().unwrap());
-        let own = |file: &File, unique| own_if_unique(file, OFlag::O_RDWR, unique).unwrap();
-        let first = own(&one, false);
-        assert!(Arc::ptr_eq(&first, &own(&one.try_clone().unwrap(), false)), "a copy of the same descriptor");
-        assert!(Arc::ptr_eq(&first, &own(&other, true)));
-        assert!(!Arc::ptr_eq(&first, &own(&other, false)));
+        let own = |file: &File| shared(file).unwrap().file;
+        let (first, second) = (own(&one), own(&other));
+        if is_same_description(first.as_fd(), one.as_fd()).is_none() {
+            return;
+        }
+        assert_eq!(is_same_description(second.as_fd(), other.as_fd()), Some(true));
+        assert_eq!(is_same_description(first.as_fd(), second.as_fd()), Some(false));
+        assert!(Arc::ptr_eq(&first, &own(&one.try_clone().unwrap())), "a copy of the first descriptor");
+        assert!(Arc::ptr_eq(&second, &own(&other.try_clone().unwrap())), "a copy of the second descriptor");
+    }
+
+    #[test]
+    fn files_are_known_by_number_if_the_kernel_cannot_compare() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let own = |file: &File| own(file, OFlag::O_RDWR, |_, _| None).unwrap();
+        let first = own(file.as_file());
+        assert!(Arc::ptr_eq(&first, &own(&file.reopen().unwrap())));
+    }
+
+    /// A program may lock a file so that no other program serves it.
+    #[test]
+    fn locks_of_the_program_outlive_an_extent() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let request = |kind: i32| {
+            // SAFETY: plain numbers, for which zeros are valid.
+            let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+            (lock.l_type, lock.l_whence) = (kind as _, libc::SEEK_SET as _);
+            lock
+        };
+        fcntl(file.as_file(), FcntlArg::F_SETLK(&request(libc::F_WRLCK))).unwrap();
+        let own = shared(file.as_file()).unwrap().file;
+        assert!(has_posix_lock(&own));
+        drop(own);
+        drop(shared(tempfile::tempfile().unwrap()).unwrap());
+        let own = OwnedFd::from(file.as_file().try_clone().unwrap());
+        assert!(has_posix_lock(&own), "the extent has come and gone");
+        fcntl(file.as_file(), FcntlArg::F_SETLK(&request(libc::F_UNLCK))).unwrap();
+        assert!(!has_posix_lock(&own));
     }
 
     #[test]

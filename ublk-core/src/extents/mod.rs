@@ -76,14 +76,14 @@ pub struct ExtentMap(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    state: Mutex<State>,
+    state: Mutex<MapState>,
     landed: Condvar,
     /// How many invalidations there have been; changed under the lock.
     moment: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct MapState {
     /// By their first byte; no two of them overlap.
     reads: BTreeMap<u64, Extent>,
     writes: BTreeMap<u64, Extent>,
@@ -121,7 +121,7 @@ struct Route {
     number: u64,
 }
 
-impl State {
+impl MapState {
     fn map(&mut self, direction: Direction) -> &mut BTreeMap<u64, Extent> {
         match direction {
             Direction::Read => &mut self.reads,
@@ -184,7 +184,7 @@ impl ExtentMap {
         Self::default()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, MapState> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -8,6 +8,7 @@ use crate::uapi::{ublk_param_integrity, ublk_param_segment};
 
 /// How many pieces a request's memory may have, and how large they may be. 0 is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SegmentLimits {
     /// No piece crosses a multiple of this mask plus one: a power of two minus one, from 4095 to 2^63 - 1.
     pub boundary_mask: u64,
@@ -18,6 +19,11 @@ pub struct SegmentLimits {
 }
 
 impl SegmentLimits {
+    /// Sets the [number of pieces](Self::max_count).
+    pub fn max_count(self, max_count: u16) -> Self {
+        SegmentLimits { max_count, ..self }
+    }
+
     /// The widest mask that the driver takes: it wants its successor to be a power of two.
     const NO_BOUNDARY: u64 = u64::MAX >> 1;
 
@@ -58,6 +64,7 @@ fn is_mask(mask: u64, least: u64) -> bool {
 
 /// Limits of a zoned disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ZonedLimits {
     /// Most open zones; 0 for no limit.
     pub max_open: u32,
@@ -65,6 +72,13 @@ pub struct ZonedLimits {
     pub max_active: u32,
     /// Longest zone append in bytes.
     pub max_append_bytes: u32,
+}
+
+impl ZonedLimits {
+    /// No limits of open and active zones, and zone appends of at most `max_append_bytes`.
+    pub fn new(max_append_bytes: u32) -> Self {
+        ZonedLimits { max_open: 0, max_active: 0, max_append_bytes }
+    }
 }
 
 /// What guards a block's data.
@@ -106,10 +120,11 @@ impl Checksum {
 
 /// Integrity metadata that travels with each block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Integrity {
     /// Bytes of metadata for each interval.
     pub metadata_size: u8,
-    /// Where in those the protection information lies.
+    /// Offset of the protection information in those.
     pub pi_offset: u8,
     /// What guards the data.
     pub checksum: Checksum,
@@ -130,6 +145,20 @@ const CAP_INTEGRITY: u32 = 1;
 const CAP_REFERENCE_TAG: u32 = 2;
 
 impl Integrity {
+    /// `metadata_size` bytes of metadata for each `interval` bytes of data, without protection information.
+    pub fn new(metadata_size: u8, interval: u32) -> Self {
+        Integrity {
+            metadata_size,
+            pi_offset: 0,
+            checksum: Checksum::None,
+            tag_size: 0,
+            interval,
+            verified: false,
+            reference_tag: false,
+            max_segments: 0,
+        }
+    }
+
     pub(super) fn encode(&self, out: &mut ublk_param_integrity) {
         out.flags = if self.verified { CAP_INTEGRITY } else { 0 };
         out.flags |= if self.reference_tag { CAP_REFERENCE_TAG } else { 0 };

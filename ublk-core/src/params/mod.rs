@@ -42,6 +42,7 @@ bitflags! {
 
 /// Limits of discard and write-zeroes requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DiscardLimits {
     /// Smallest unit that a discard can free, in bytes.
     pub granularity: u32,
@@ -55,6 +56,7 @@ pub struct DiscardLimits {
 
 /// The shape of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Params {
     /// Capacity in bytes, a multiple of the logical block size.
     pub size: u64,
@@ -134,7 +136,37 @@ impl Params {
         }
     }
 
-    /// Checks what the driver would check, and what it forgets to.
+    /// Sets the [physical block size](Self::physical_block_size).
+    pub fn physical_block_size(self, physical_block_size: u32) -> Self {
+        Params { physical_block_size, ..self }
+    }
+
+    /// Sets the [longest read or write](Self::max_io_bytes).
+    pub fn max_io_bytes(self, max_io_bytes: u32) -> Self {
+        Params { max_io_bytes, ..self }
+    }
+
+    /// Sets the [operations](Self::operations) that the target can do.
+    pub fn operations(self, operations: Operations) -> Self {
+        Params { operations, ..self }
+    }
+
+    /// Makes the disk [read-only](Self::read_only), or not.
+    pub fn read_only(self, read_only: bool) -> Self {
+        Params { read_only, ..self }
+    }
+
+    /// Makes the disk [rotational](Self::rotational), or not.
+    pub fn rotational(self, rotational: bool) -> Self {
+        Params { rotational, ..self }
+    }
+
+    /// Sets the [chunk size](Self::chunk_size).
+    pub fn chunk_size(self, chunk_size: u32) -> Self {
+        Params { chunk_size, ..self }
+    }
+
+    /// Checks what the driver would check, and what it does not.
     ///
     /// # Errors
     ///

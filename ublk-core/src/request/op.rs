@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What a request asks for.
+//! The operations of requests.
 
 use crate::memory::Descriptor;
 use crate::uapi;
 use crate::units::Sectors;
 
-/// What a request asks for.
+/// The operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Op {
     /// Fill the buffer with what the disk holds.
@@ -25,8 +25,8 @@ pub enum Op {
     ZoneClose,
     /// Make a zone full: its write pointer goes to its end.
     ZoneFinish,
-    /// Store the buffer at the write pointer of the zone that begins at the request's offset, and tell where
-    /// that was ([`complete_append`](crate::RequestOf::complete_append)).
+    /// Store the buffer at the write pointer of the zone that begins at the request's offset, and return the position
+    /// ([`complete_append`](crate::Request::complete_append)).
     ZoneAppend,
     /// Make a zone empty: its write pointer goes to its beginning.
     ZoneReset,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Where the bytes of a forwarded request are stored, and what must stay until they have been moved.
+//! Where the bytes of a forwarded request are stored, and values to keep alive until they have been moved.
 
 use std::any::Any;
 use std::fmt;
@@ -54,7 +54,7 @@ impl From<&Arc<OwnedFd>> for OpenFile {
     }
 }
 
-/// How a file takes the place of a request's range; see [`RequestOf::forward`](crate::RequestOf::forward).
+/// The part of a file that stores a request's range; see [`Request::forward`](crate::Request::forward).
 #[derive(Clone, Debug)]
 pub struct FileRange {
     /// The file.
@@ -64,7 +64,7 @@ pub struct FileRange {
 }
 
 impl FileRange {
-    /// The range of a file from a byte on.
+    /// The part of a file from `offset` on.
     pub fn new(file: impl Into<OpenFile>, offset: u64) -> Self {
         FileRange { file: file.into(), offset }
     }
@@ -86,24 +86,24 @@ impl FilePiece {
     }
 }
 
-/// Parts of a request, one after the other; see [`RequestOf::forward_pieces`](crate::RequestOf::forward_pieces).
-/// One of them takes no memory of its own.
+/// The pieces of a request, one after the other; see [`Request::forward_pieces`](crate::Request::forward_pieces). A single
+/// one needs no allocation.
 #[derive(Clone, Debug)]
 pub struct Pieces {
-    /// The piece at work; there is one unless the whole is refused.
+    /// The current piece; `None` only if the pieces are refused.
     first: Option<FilePiece>,
-    /// The others, the last one first.
+    /// Later ones, the last one first.
     rest: Vec<FilePiece>,
 }
 
 impl Pieces {
-    /// What follows after `first`, in order.
+    /// `first`, and after that `rest`, in order.
     pub(crate) fn new(first: FilePiece, mut rest: Vec<FilePiece>) -> Self {
         rest.reverse();
         Pieces { first: Some(first), rest }
     }
 
-    /// The piece at work.
+    /// The current piece.
     pub(crate) fn first(&self) -> &FilePiece {
         self.first.as_ref().expect("pieces without a length are refused")
     }
@@ -113,7 +113,7 @@ impl Pieces {
         self.rest.last().is_some_and(|next| next.raw_fd() != self.first().raw_fd())
     }
 
-    /// Goes on with the next piece; false if there is none.
+    /// Advances to the next piece. Returns false if there is none.
     pub(crate) fn advance(&mut self) -> bool {
         let next = self.rest.pop();
         let more = next.is_some();
@@ -123,7 +123,7 @@ impl Pieces {
         more
     }
 
-    /// The length of all of them; `None` if one has none.
+    /// The total length; `None` if one is empty, or with an overflow.
     pub(crate) fn len(&self) -> Option<u64> {
         let add = |sum: u64, piece: &FilePiece| sum.checked_add(piece.len).filter(|_| piece.len != 0);
         self.rest.iter().try_fold(add(0, self.first.as_ref()?)?, add)
@@ -148,42 +148,43 @@ impl From<Vec<FilePiece>> for Pieces {
     }
 }
 
-/// Something that must outlive a forwarded request, beside the files of its pieces.
+/// A value that is dropped when a [forwarded](crate::Request::forward_pieces) request no longer needs it: not before its
+/// last piece has been read or written.
 #[derive(Debug)]
-pub struct Keep(#[expect(dead_code, reason = "it is there to be dropped")] Kept);
+pub struct KeepAlive(#[expect(dead_code, reason = "it is there to be dropped")] Kept);
 
 #[derive(Debug)]
 enum Kept {
     /// The request's place in an [`ExtentMap`](crate::extents::ExtentMap).
     Flight(#[expect(dead_code, reason = "as above")] Flight),
-    /// Anything.
-    Any(#[expect(dead_code, reason = "as above")] Anything),
+    /// Any other value.
+    Other(#[expect(dead_code, reason = "as above")] Guarded),
 }
 
 /// A value of the user's, dropped on the thread of a queue.
-struct Anything(Option<Box<dyn Any + Send>>);
+struct Guarded(Option<Box<dyn Any + Send>>);
 
-impl fmt::Debug for Anything {
+impl fmt::Debug for Guarded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Any")
     }
 }
 
-impl Drop for Anything {
+impl Drop for Guarded {
     fn drop(&mut self) {
-        drop_guarded(self.0.take(), || "what was to be kept for a forwarded request".to_owned());
+        drop_guarded(self.0.take(), || "the value kept alive for a forwarded request".to_owned());
     }
 }
 
-impl From<Flight> for Keep {
+impl From<Flight> for KeepAlive {
     fn from(flight: Flight) -> Self {
-        Keep(Kept::Flight(flight))
+        KeepAlive(Kept::Flight(flight))
     }
 }
 
-impl From<Box<dyn Any + Send>> for Keep {
+impl From<Box<dyn Any + Send>> for KeepAlive {
     fn from(any: Box<dyn Any + Send>) -> Self {
-        Keep(Kept::Any(Anything(Some(any))))
+        KeepAlive(Kept::Other(Guarded(Some(any))))
     }
 }
 

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `file`: a disk in a regular file or on another block device. The engine moves the data on the
-//! queue's own ring.
+//! `file`: a disk in a regular file or on another block device. The engine moves the data with the queue's own ring.
 
 use std::fs;
-use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -14,44 +12,67 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::FlockArg;
-use nix::sys::statfs::{FUSE_SUPER_MAGIC, fstatfs};
 
-use super::files::{punch_hole, sync_name};
+use super::file_properties::{can_discard, direct_alignment, memory_alignment, size_of, syncs_cover_the_file};
+use super::files::sync_name;
 use super::protected_file::{ProtectedFile, ProtectedQueue};
 use super::protection::Metadata;
 use crate::data::Access;
 use crate::engine::SyncOrder;
 use crate::error::{Error, Result, errno_of};
-use crate::memory::{IoBuffer, PAGE_SIZE};
+use crate::memory::PAGE_SIZE;
 use crate::params::{Integrity, Operations, Params};
 use crate::request::{Durability, FileRange, FileSync, Requests, WriteBack};
 use crate::target::{QueueHandler, QueueInfo, Target};
 
-/// How long udev, which looks at block devices with a shared lock, may take for that.
-const UDEV_PATIENCE: Duration = Duration::from_secs(5);
+/// How long udev, which inspects block devices under a shared lock, may take.
+const UDEV_TIMEOUT: Duration = Duration::from_secs(5);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
-/// Whether data passes through the page cache of the backing file.
+/// Whether data goes through the page cache of the backing file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Io {
-    /// Direct if the file system can, else buffered.
+    /// Direct if the file system supports it, otherwise buffered.
     #[default]
     Auto,
-    /// `O_DIRECT`, or an error.
+    /// `O_DIRECT`.
     Direct,
     /// Through the page cache.
     Buffered,
 }
 
-/// How the backing file is used.
+/// Options for opening a backing file.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct FileOptions {
     /// Direct or buffered.
     pub io: Io,
-    /// Open the file for reading only and make a read-only disk.
+    /// Open the file read-only and create a read-only disk.
     pub read_only: bool,
-    /// Logical block size in bytes; by default the smallest that the file can serve.
+    /// Logical block size in bytes. By default the smallest that the file supports.
     pub logical_block_size: Option<u32>,
+}
+
+impl FileOptions {
+    /// The default options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets whether I/O is [direct](Self::io).
+    pub fn io(self, io: Io) -> Self {
+        FileOptions { io, ..self }
+    }
+
+    /// Opens the file [for reading only](Self::read_only), or not.
+    pub fn read_only(self, read_only: bool) -> Self {
+        FileOptions { read_only, ..self }
+    }
+
+    /// Sets the [logical block size](Self::logical_block_size).
+    pub fn logical_block_size(self, bytes: u32) -> Self {
+        FileOptions { logical_block_size: Some(bytes), ..self }
+    }
 }
 
 /// What a file is opened for.
@@ -64,10 +85,9 @@ enum Purpose {
 
 /// A disk backed by a file.
 ///
-/// Once a sync of the file has failed, every flush of the disk fails with `EIO` until it has a new server: writes may be
-/// lost, and the kernel does not report that again. A new server starts afresh: it cannot know of an error that was
-/// reported to its predecessor. The exception is direct I/O on a block device, where the next flush covers the same
-/// writes.
+/// Once a sync of the file has failed, each flush of the disk fails with `EIO` until it has a new server: writes may be
+/// lost, and the kernel reports that only once. A new server does not know about an error that was reported to its
+/// predecessor. The exception is direct I/O on a block device, where the next flush covers the same writes.
 #[derive(Debug)]
 pub struct File {
     path: PathBuf,
@@ -79,25 +99,24 @@ pub struct File {
     purpose: Purpose,
     metadata: Option<Arc<Metadata>>,
     write_back: Arc<WriteBack>,
-    /// For syncs of `file` itself, which all queues share where a sync covers only what was written by the same open file.
+    /// Order of syncs of `file` itself, which all queues share if a sync covers only writes by the same open file.
     order: Arc<SyncOrder>,
 }
 
 impl File {
-    /// Opens the backing file or block device. The file is locked against a second server
-    /// (`flock`, and `O_EXCL` on a block device, which also refuses mounted ones). While udev looks at a
-    /// block device this waits, up to five seconds.
+    /// Opens the backing file or block device, and locks it against a second server (`flock`, and `O_EXCL` on a block
+    /// device, which fails if it is mounted). Waits up to five seconds while udev inspects a block device.
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if it cannot be opened or is in use, [`Error::InvalidValue`] if its size or the
-    /// block size does not fit.
+    /// [`Error::File`] if it cannot be opened or is in use, [`Error::InvalidValue`] if its size or the block size is
+    /// invalid.
     pub fn open(path: impl AsRef<Path>, options: &FileOptions) -> Result<Self> {
         Self::open_for(path.as_ref(), options, Purpose::Serving)
     }
 
-    /// Opens a file that another server may have, to see whether a disk can be served from it. Whether holes can be punched
-    /// is not tried, and counts as possible.
+    /// Opens a file that another server may be using, to check whether a disk can be served from it. Does not test whether
+    /// holes can be punched, and assumes that they can.
     #[cfg(feature = "cli")]
     pub(crate) fn examine(path: impl AsRef<Path>, options: &FileOptions) -> Result<Self> {
         Self::open_for(path.as_ref(), options, Purpose::Examination)
@@ -118,11 +137,11 @@ impl File {
         let (file, direct) = if serves || !is_block {
             open(path, options, is_block)?
         } else {
-            // udev looks at block devices again that were open for writing.
+            // udev inspects a block device again after it was open for writing.
             open(path, &FileOptions { read_only: true, ..*options }, is_block)?
         };
         if serves {
-            lock(&file, path, options, if is_block { UDEV_PATIENCE } else { Duration::ZERO })?;
+            lock(&file, path, options, if is_block { UDEV_TIMEOUT } else { Duration::ZERO })?;
         }
         let size = size_of(&file, path)?;
         let smallest = if direct { direct_alignment(&file, path, size)? } else { 512 };
@@ -145,7 +164,7 @@ impl File {
         if !params.discard.granularity.is_multiple_of(block) {
             params.discard.granularity = block;
         }
-        // One request must not keep the device busy for minutes.
+        // A single request must not occupy the device for minutes.
         params.discard.max_discard_sectors = 1 << (30 - 9);
         params.discard.max_write_zeroes_sectors = 1 << (27 - 9);
         params.validate().map_err(|error| match error {
@@ -168,12 +187,12 @@ impl File {
         })
     }
 
-    /// Changes the disk's shape, within what the file can serve. Without [`Operations::FLUSH`] the disk has no write
-    /// cache: each write, discard and write of zeros is durable when it ends.
+    /// Changes the parameters of the disk, within the limits of the file. Without [`Operations::FLUSH`] the disk has no write
+    /// cache: each write, discard and write-zeroes is durable when it completes.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] if the shape is impossible or larger than the file.
+    /// [`Error::InvalidValue`] if the parameters are invalid or exceed the file.
     pub fn with_params(mut self, params: Params) -> Result<Self> {
         params.validate()?;
         if params.integrity != self.params.integrity {
@@ -194,16 +213,16 @@ impl File {
         Ok(self)
     }
 
-    /// Keeps integrity metadata of the disk in another file, which is made if it does not exist, and checks both
-    /// against each other with each request: what does not belong together fails with `EILSEQ`. Write-zeroes is not
-    /// offered then. Blocks of a write that fails, or whose server is killed, are without metadata until they are
-    /// written again: they can be read, unchecked. After a crash of the machine, writes that were not flushed may have
-    /// reached only one of the two. Linux 7.0.
+    /// Stores integrity metadata of the disk in another file, which is created if it does not exist, and verifies it with
+    /// each request. A mismatch fails the request with `EILSEQ`. The disk does not support write-zeroes then. If a write
+    /// fails or its server is killed, its blocks have no metadata until they are written again, and are read without
+    /// verification. After a crash of the machine, writes that were not flushed may have reached only one of the files.
+    /// Linux 7.0.
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if that file cannot be used, [`Error::InvalidValue`] if the metadata does not fit the disk's
-    /// blocks.
+    /// [`Error::File`] if the file cannot be used, [`Error::InvalidValue`] if the metadata does not fit the blocks of the
+    /// disk.
     pub fn with_integrity(mut self, integrity: Integrity, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut params = self.params;
@@ -213,7 +232,7 @@ impl File {
         let writable = !self.options.read_only;
         let is_new = !path.exists();
         if is_new && self.purpose != Purpose::Serving {
-            // It will be made.
+            // It will be created.
             self.params = params;
             return Ok(self);
         }
@@ -230,35 +249,24 @@ impl File {
         Ok(self)
     }
 
-    /// Whether the page cache is bypassed.
+    /// Whether I/O bypasses the page cache.
     pub fn is_direct(&self) -> bool {
         self.direct
     }
 
-    /// The backing file.
+    /// The path of the backing file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The size of the open file in bytes, as it is now. Another file may have taken its name.
+    /// The current size of the open file in bytes. By now its path may be that of another file.
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if the kernel does not give it.
+    /// [`Error::File`] if it cannot be determined.
     pub fn backing_size(&self) -> Result<u64> {
         size_of(&self.file, &self.path)
     }
-}
-
-/// The size of a regular file or block device in bytes.
-#[cfg(feature = "cli")]
-pub(crate) fn size(path: &Path) -> Result<u64> {
-    let file = fs::File::open(path).map_err(|e| Error::file("open", path, &e))?;
-    size_of(&file, path)
-}
-
-fn size_of(file: &fs::File, path: &Path) -> Result<u64> {
-    io::Seek::seek(&mut &*file, io::SeekFrom::End(0)).map_err(|e| Error::file("find the size of", path, &e))
 }
 
 fn open(path: &Path, options: &FileOptions, is_block: bool) -> Result<(fs::File, bool)> {
@@ -291,9 +299,9 @@ fn open(path: &Path, options: &FileOptions, is_block: bool) -> Result<(fs::File,
     open(0).map(|file| (file, false)).map_err(failed)
 }
 
-/// Waits for as long as `patience` for whoever else has the lock.
-fn lock(file: &fs::File, path: &Path, options: &FileOptions, patience: Duration) -> Result<()> {
-    let deadline = Instant::now() + patience;
+/// Locks the file. Waits up to `timeout` while another process has the lock.
+fn lock(file: &fs::File, path: &Path, options: &FileOptions, timeout: Duration) -> Result<()> {
+    let deadline = Instant::now() + timeout;
     let how = if options.read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
     loop {
         #[allow(deprecated, reason = "the replacement insists on owning the file")]
@@ -316,74 +324,6 @@ fn lock(file: &fs::File, path: &Path, options: &FileOptions, patience: Duration)
     }
 }
 
-/// Whether a sync covers all that was written to a file, whichever open file description it was written by. The servers
-/// of FUSE file systems may keep writes, and their errors, for each open file: sshfs does.
-fn syncs_cover_the_file(file: &fs::File) -> bool {
-    fstatfs(file).is_ok_and(|found| found.filesystem_type() != FUSE_SUPER_MAGIC)
-}
-
-/// The smallest block that direct I/O on this file takes, found by trying.
-fn direct_alignment(file: &fs::File, path: &Path, size: u64) -> Result<u32> {
-    let buffer = IoBuffer::new(PAGE_SIZE).map_err(|e| Error::file("probe", path, &e))?;
-    let mut last = Errno::EINVAL;
-    for block in [512, 1024, 2048, 4096u32] {
-        // The last block too: a file may end in the middle of what its file system can address.
-        let offset = (size.saturating_sub(1)) / u64::from(block) * u64::from(block);
-        // SAFETY: memory.rs (3): nobody else knows this buffer.
-        let bytes = unsafe { buffer.bytes_mut(block as usize) };
-        match file.read_at(bytes, offset) {
-            Ok(_) => return Ok(block),
-            Err(e) => last = errno_of(&e),
-        }
-    }
-    Err(Error::File {
-        operation: "read directly from",
-        path: path.to_owned(),
-        errno: last,
-        hint: "direct I/O does not work with any block size up to a page; use buffered I/O".into(),
-    })
-}
-
-/// What direct I/O on this file demands of memory, in bytes.
-fn memory_alignment(file: &fs::File) -> u32 {
-    // What all disks take.
-    const USUAL: u32 = 512;
-    let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: the path is an empty C string, which with this flag means the descriptor itself; the kernel
-    // fills the structure.
-    let result = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, found.as_mut_ptr())
-    };
-    // SAFETY: plain numbers, for which zeros are a value too.
-    let found = unsafe { found.assume_init() };
-    let alignment = found.stx_dio_mem_align;
-    let known = result == 0 && found.stx_mask & libc::STATX_DIOALIGN != 0 && alignment.is_power_of_two();
-    if known { alignment.min(PAGE_SIZE as u32) } else { USUAL }
-}
-
-/// Whether holes can be punched.
-fn can_discard(file: &fs::File, is_block: bool, size: u64, rdev: u64) -> bool {
-    if is_block {
-        let (major, minor) = (nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
-        return block_device_can_discard(format!("/sys/dev/block/{major}:{minor}").as_ref());
-    }
-    // A hole behind the end changes nothing and shows whether the file system knows how.
-    let end = size.next_multiple_of(PAGE_SIZE as u64).min(i64::MAX as u64 - PAGE_SIZE as u64);
-    punch_hole(file, end, PAGE_SIZE as u64).is_ok()
-}
-
-/// Whether holes can be punched in a block device, whose directory in sysfs this is. Holes are zeros for the block
-/// layer: it makes them by write-zeroes, and refuses them where there is discard alone.
-fn block_device_can_discard(device: &Path) -> bool {
-    // A partition's own directory has no queue; its disk's has.
-    ["queue", "../queue"].iter().any(|queue| {
-        ["discard_max_bytes", "write_zeroes_max_bytes"].iter().all(|limit| {
-            let bytes = fs::read_to_string(device.join(queue).join(limit));
-            bytes.is_ok_and(|bytes| bytes.trim() != "0")
-        })
-    })
-}
-
 impl Target for File {
     fn kind(&self) -> &str {
         "file"
@@ -397,7 +337,7 @@ impl Target for File {
         if self.metadata.is_some() {
             return Access::Bytes;
         }
-        // Through the page cache any memory will do.
+        // I/O through the page cache needs no alignment.
         Access::Forwards { memory_alignment: if self.direct { memory_alignment(&self.file) } else { 1 } }
     }
 
@@ -417,46 +357,46 @@ impl Target for File {
     }
 }
 
-/// Holds the file open for as long as the queue has transfers.
+/// A queue. Keeps the file open as long as it has transfers.
 struct FileQueue {
     file: Arc<fs::File>,
     durability: Durability,
 }
 
 impl File {
-    /// Whether each change has to be durable when it ends: without a write cache, no flush will come.
+    /// Whether each change has to be durable when it completes: without a write cache there are no flushes.
     fn is_durable_at_once(&self) -> bool {
         !self.params.operations.contains(Operations::FLUSH)
     }
 
     fn queue(&self) -> Result<FileQueue> {
-        // Direct I/O on a block device leaves nothing in the page cache: writes report their own errors, and a flush
-        // after one that failed covers the same writes.
+        // Direct I/O on a block device leaves nothing in the page cache: writes report their own errors, and a flush after
+        // a failed one covers the same writes.
         let is_cached = !(self.direct && self.is_block);
         let sync = is_cached.then(|| self.sync(syncs_cover_the_file(&self.file))).transpose()?;
         let durability = Durability { at_once: self.is_durable_at_once(), sync };
         Ok(FileQueue { file: self.file.clone(), durability })
     }
 
-    /// How a queue syncs: by a description of its own, if a sync of that covers what was written by another one.
+    /// Returns how a queue syncs: with an open file of its own if a sync of that covers writes through the others.
     fn sync(&self, cover_the_file: bool) -> Result<FileSync> {
         let (file, order) = if cover_the_file {
             (Arc::new(self.open_again()?), Arc::default())
         } else {
             (self.file.clone(), self.order.clone())
         };
-        // Where the error of a write is kept by the open file, a durable write takes those of earlier ones.
+        // If errors of writes are kept per open file, a durable write takes those of earlier writes.
         let buffered = !self.direct || !cover_the_file;
         Ok(FileSync { file: Some(file.into()), buffered, write_back: self.write_back.clone(), order })
     }
 
-    /// Opens the file once more: by its descriptor, as another one may have its name by now.
+    /// Opens the file again, by its descriptor, because its path may be that of another file by now.
     fn open_again(&self) -> Result<fs::File> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        // udev looks at block devices again that were open for writing.
+        // udev inspects a block device again after it was open for writing.
         let write = !self.options.read_only && !self.is_block;
         let file = fs::OpenOptions::new().read(true).write(write).open(path);
-        file.map_err(|e| Error::file("open once more, for fdatasync,", &self.path, &e))
+        file.map_err(|e| Error::file("reopen for fdatasync", &self.path, &e))
     }
 }
 
@@ -503,27 +443,13 @@ mod tests {
     }
 
     #[test]
-    fn a_block_device_without_write_zeroes_cannot_discard() {
-        let sys = tempfile::tempdir().unwrap();
-        let (disk, partition) = (sys.path().join("sda"), sys.path().join("sda/sda1"));
-        fs::create_dir_all(disk.join("queue")).unwrap();
-        fs::create_dir(&partition).unwrap();
-        for (discard, write_zeroes, can) in [("4096", "4096", true), ("4096", "0", false), ("0", "4096", false)] {
-            fs::write(disk.join("queue/discard_max_bytes"), format!("{discard}\n")).unwrap();
-            fs::write(disk.join("queue/write_zeroes_max_bytes"), format!("{write_zeroes}\n")).unwrap();
-            assert_eq!(block_device_can_discard(&disk), can, "{discard} {write_zeroes}");
-            assert_eq!(block_device_can_discard(&partition), can, "{discard} {write_zeroes}");
-        }
-    }
-
-    #[test]
-    fn what_is_written_is_synced_where_syncs_are_by_open_file() {
+    fn queues_share_a_file_whose_syncs_are_per_open_file() {
         let file = backing(1 << 20);
         let file = File::open(file.path(), &FileOptions::default()).unwrap();
         assert!(syncs_cover_the_file(&file.file), "tests do not run on FUSE");
         let [first, second] = [(); 2].map(|()| file.sync(false).unwrap());
         assert_eq!(first.raw_fd(), Some(file.file.as_raw_fd()));
-        assert!(Arc::ptr_eq(&first.order, &second.order), "any queue may take the error of another one's writes");
+        assert!(Arc::ptr_eq(&first.order, &second.order), "a queue may take the errors of another one's writes");
         let [first, second] = [(); 2].map(|()| file.sync(true).unwrap());
         assert_ne!(first.raw_fd(), second.raw_fd());
         assert_ne!(first.raw_fd(), Some(file.file.as_raw_fd()));
@@ -531,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_somebody_has_for_a_moment_is_waited_for() {
+    fn a_lock_that_is_held_briefly_is_waited_for() {
         let file = backing(1 << 20);
         let prober = File::open(file.path(), &FileOptions { read_only: true, ..FileOptions::default() }).unwrap();
         let waiter = fs::File::open(file.path()).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What targets need of files beyond the standard library.
+//! Operations on files that the standard library lacks.
 
 use std::fs::File;
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
-/// Makes a hole in a file, which keeps its length.
+/// Punches a hole in a file without changing its length.
 pub(super) fn punch_hole(file: &File, offset: u64, len: u64) -> Result<(), Errno> {
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let range = i64::try_from(offset).and_then(|offset| Ok((offset, i64::try_from(len)?)));
@@ -16,8 +16,8 @@ pub(super) fn punch_hole(file: &File, offset: u64, len: u64) -> Result<(), Errno
     uninterrupted(|| fallocate(file, flags, offset, len))
 }
 
-/// Repeats a system call for as long as it is interrupted. `fallocate` is by what io_uring sends to a thread, too, and
-/// does not start again by itself.
+/// Repeats a system call while it fails with `EINTR`. `fallocate` is not restarted by the kernel, and is also interrupted by
+/// the notifications that io_uring sends to a thread.
 fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     loop {
         match call() {
@@ -27,18 +27,18 @@ fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Err
     }
 }
 
-/// Makes the names of files that were created in a directory durable; syncing a file does not do that.
+/// Makes the names of files that were created in a directory durable, which syncing a file does not.
 ///
-/// Not every file system can sync a directory, and not every user may open it. The disk works without, so that a
-/// failure is only logged.
+/// Not every file system can sync a directory, and not every user may open it. The disk works all the same, so a failure is
+/// only logged.
 pub(super) fn sync_directory(directory: &Path) {
-    // Not `sync_all`, which repeats a sync that failed with EINTR.
+    // Not `sync_all`, which repeats a sync after EINTR.
     if let Err(error) = File::open(directory).and_then(|directory| Ok(nix::unistd::fsync(&directory)?)) {
         log::warn!("cannot sync {}: {error}; files created in it may be missing after a crash", directory.display());
     }
 }
 
-/// Makes the name of a file or directory that was created durable.
+/// Makes the name of a new file or directory durable.
 pub(super) fn sync_name(path: &Path) {
     // A relative path of one word has an empty parent.
     match std::path::absolute(path) {

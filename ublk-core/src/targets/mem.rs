@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `mem`: a RAM disk that takes memory only for what was written; with integrity metadata on wish.
+//! `mem`: a RAM disk that allocates memory for written ranges only, optionally with integrity metadata.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use super::range_locks::Locked;
 use super::sparse::Sparse;
 use crate::error::{Error, Result};
 use crate::params::{Operations, Params};
-use crate::request::{Home, Op, Request, RequestOf, Requests};
+use crate::request::{Op, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
 
 /// A RAM disk. Unwritten and discarded ranges read as zeros.
@@ -23,20 +23,20 @@ pub struct Mem {
 }
 
 impl Mem {
-    /// A RAM disk of `size` bytes.
+    /// Creates a RAM disk of `size` bytes.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] for an impossible size or block size.
+    /// [`Error::InvalidValue`] if the size or the block size is invalid.
     pub fn new(size: u64, logical_block_size: u32) -> Result<Self> {
         let mut params = Params::new(size, logical_block_size);
-        // What was written is as durable as it ever gets: no flush.
+        // A flush would make nothing more durable.
         params.operations = Operations::WRITE | Operations::DISCARD | Operations::WRITE_ZEROES;
         Self::with_params(params)
     }
 
-    /// A RAM disk of any shape. [Integrity metadata](Params::integrity) is kept beside the data, and checked against
-    /// it with each request: what does not belong together fails with `EILSEQ`.
+    /// Creates a RAM disk with any parameters. [Integrity metadata](Params::integrity) is stored with the data and verified
+    /// with each request. A mismatch fails the request with `EILSEQ`.
     ///
     /// # Errors
     ///
@@ -61,7 +61,7 @@ impl Mem {
         }
     }
 
-    fn carry_out<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+    fn carry_out(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         let (offset, len, metadata) = (request.offset(), request.len(), self.metadata.as_ref());
         match request.op() {
             Op::Read => {
@@ -86,14 +86,14 @@ impl Mem {
         }
     }
 
-    /// Whether a request lies on what there is: a device may have been made larger than its target.
+    /// Whether a request is within the disk. A device can be resized to more than its target's size.
     fn has(&self, request: &Request<'_>) -> bool {
         request.offset().checked_add(request.len()).is_some_and(|end| end <= self.params.size)
     }
 }
 
 impl Locked for Mem {
-    fn serve<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+    fn serve(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         self.carry_out(request)
     }
 }

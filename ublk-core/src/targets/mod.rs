@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Targets that come with the crate.
+//! Built-in targets.
 
 mod file;
+mod file_properties;
 mod files;
 mod mem;
 mod null;
@@ -12,9 +13,9 @@ mod range_locks;
 mod sparse;
 mod zoned;
 
-#[cfg(feature = "cli")]
-pub(crate) use file::size as file_size;
 pub use file::{File, FileOptions, Io};
+#[cfg(feature = "cli")]
+pub(crate) use file_properties::size as file_size;
 pub use mem::Mem;
 pub use null::Null;
 pub use zoned::{Zoned, ZonedOptions};

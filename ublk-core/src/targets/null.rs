@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `null`: accepts everything and stores nothing. Reads return whatever the buffers hold.
+//! `null`: accepts all requests and stores nothing. Reads return what the buffer contains.
 
 use crate::error::Result;
 use crate::params::{Operations, Params};
 use crate::request::Requests;
 use crate::target::{QueueHandler, QueueInfo, Target};
 
-/// A disk that does nothing, to measure the path to a disk.
+/// A disk that does nothing, for measuring the overhead of requests.
 #[derive(Clone, Copy, Debug)]
 pub struct Null {
     params: Params,
 }
 
 impl Null {
-    /// A null disk of `size` bytes.
+    /// Creates a null disk of `size` bytes.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`](crate::Error::InvalidValue) for an impossible size or block size.
+    /// [`Error::InvalidValue`](crate::Error::InvalidValue) if the size or the block size is invalid.
     pub fn new(size: u64, logical_block_size: u32) -> Result<Self> {
         let mut params = Params::new(size, logical_block_size);
         params.operations = Operations::all();
         Self::with_params(params)
     }
 
-    /// A null disk of any shape.
+    /// Creates a null disk with any parameters.
     ///
     /// # Errors
     ///

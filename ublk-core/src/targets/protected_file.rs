@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A file whose data is guarded by metadata in another one. Both are checked against each other with each request, so
-//! that its bytes pass through this process, on the queue's thread.
+//! A file whose data is protected by metadata in another file. The metadata is verified with each request, so the data goes
+//! through this process, on the queue's thread.
 //!
-//! A write changes both files, and can fail or be killed between the two. So its blocks count as blocks without
-//! metadata while it is under way: what it leaves can be read, unchecked, until it is written again. Other requests
-//! for these blocks wait, so that a reader finds data and metadata of the same write.
+//! A write changes both files, and may fail or be interrupted between them. So it first marks its blocks as blocks without
+//! metadata: if it does not complete, they can be read without verification until they are written again. Other requests for
+//! these blocks wait, so that a read returns data and metadata of the same write.
 
 use std::fs::File;
 use std::io;
@@ -18,15 +18,15 @@ use super::files::punch_hole;
 use super::protection::Metadata;
 use super::range_locks::Locked;
 use crate::error::errno_of;
-use crate::request::{Home, Op, RequestOf, Requests, WriteBack};
+use crate::request::{Op, Request, Requests, WriteBack};
 use crate::target::QueueHandler;
 
-/// Such a disk.
+/// A disk in a file with metadata in another one.
 #[derive(Debug)]
 pub(super) struct ProtectedFile {
     pub(super) file: Arc<File>,
     pub(super) metadata: Arc<Metadata>,
-    /// Without a write cache each change is durable when it ends.
+    /// Whether each change is durable when it completes, because there is no write cache.
     pub(super) at_once: bool,
     pub(super) write_back: Arc<WriteBack>,
 }
@@ -51,13 +51,13 @@ impl ProtectedFile {
         self.metadata.sync(&self.write_back)
     }
 
-    fn sync_if_durable<H: Home>(&self, request: &RequestOf<H>) -> Result<(), Errno> {
+    fn sync_if_durable(&self, request: &Request<'_>) -> Result<(), Errno> {
         if self.at_once || request.force_unit_access() { self.sync() } else { Ok(()) }
     }
 }
 
 impl Locked for ProtectedFile {
-    fn serve<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+    fn serve(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         let (offset, len) = (request.offset(), request.len());
         match request.op() {
             Op::Read => {
@@ -80,7 +80,7 @@ impl Locked for ProtectedFile {
     }
 }
 
-/// A queue of such a disk.
+/// A queue of a [`ProtectedFile`].
 #[derive(Debug)]
 pub(super) struct ProtectedQueue(pub(super) Arc<ProtectedFile>);
 
@@ -116,10 +116,10 @@ mod tests {
         disk.write(offset, &data, Some(&tuples)).unwrap();
         assert_eq!(read(&disk).unwrap(), data);
         backing.as_file().write_all_at(&[0xff], offset + 5).unwrap();
-        assert_eq!(read(&disk), Err(Errno::EILSEQ), "the metadata is really there");
+        assert_eq!(read(&disk), Err(Errno::EILSEQ), "the metadata was written");
 
         backing.as_file().write_all_at(&data, offset).unwrap();
-        // One that takes no writes.
+        // A read-only one, to which writes fail.
         disk.file = Arc::new(File::open(backing.path()).unwrap());
         let (_, other, tuples) = samples::good(Checksum::Crc16T10Dif, 8);
         assert_eq!(disk.write(offset, &other, Some(&tuples)), Err(Errno::EBADF));

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Integrity metadata: kept beside the data, and checked against it, as the block layer and T10 and NVMe have it.
+//! Integrity metadata: storage, and verification of the protection information of T10 and NVMe.
 //!
-//! The protection information of an interval is a guard (a checksum of the data and of the metadata before it), an
-//! application tag, and a reference tag (the interval's number). All are big-endian. An application tag of all ones
-//! means that there is none; so has what was never written. All zeros are what the block layer sends when it was told
-//! to make none (`write_generate` in sysfs).
+//! The protection information of an interval is a guard (a checksum of the data and of the preceding metadata), an
+//! application tag, and a reference tag (the interval's number). All are big-endian. An application tag of all ones means
+//! that there is no protection information; unwritten intervals have such a tag. The block layer sends all zeros if it is
+//! configured not to generate protection information (`write_generate` in sysfs).
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -18,35 +18,35 @@ use super::range_locks::RangeLocks;
 use super::sparse::Sparse;
 use crate::error::errno_of;
 use crate::params::{Checksum, Integrity};
-use crate::request::{Home, RequestOf, WriteBack};
+use crate::request::{Request, WriteBack};
 
-/// Why metadata does not belong to its data.
+/// Why metadata does not match its data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mismatch {
     Guard { interval: u64, found: u64, computed: u64 },
     Reference { interval: u64, found: u64 },
 }
 
-/// Where metadata is kept; inverted, so that what was never written is all ones.
+/// Storage of metadata. It is inverted, so that unwritten metadata is all ones.
 #[derive(Debug)]
-enum Place {
+enum Storage {
     Memory(Sparse),
     File(File),
 }
 
-impl Place {
+impl Storage {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let file = match self {
-            Place::Memory(bytes) => {
+            Storage::Memory(bytes) => {
                 bytes.read(offset, into);
                 return Ok(());
             }
-            Place::File(file) => file,
+            Storage::File(file) => file,
         };
         let mut done = 0;
         while done < into.len() {
             match file.read_at(&mut into[done..], offset + done as u64) {
-                // Behind the end there is what there is in a hole.
+                // After the end of the file there are zeros, as in a hole.
                 Ok(0) => {
                     into[done..].fill(0);
                     break;
@@ -61,19 +61,19 @@ impl Place {
 
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         match self {
-            Place::Memory(bytes) => bytes.write(offset, from),
-            Place::File(file) => file.write_all_at(from, offset)?,
+            Storage::Memory(bytes) => bytes.write(offset, from),
+            Storage::File(file) => file.write_all_at(from, offset)?,
         }
         Ok(())
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         let file = match self {
-            Place::Memory(bytes) => {
+            Storage::Memory(bytes) => {
                 bytes.zero(offset, len);
                 return Ok(());
             }
-            Place::File(file) => file,
+            Storage::File(file) => file,
         };
         match punch_hole(file, offset, len) {
             Err(Errno::EOPNOTSUPP) => {
@@ -93,33 +93,33 @@ impl Place {
 #[derive(Debug)]
 pub(super) struct Metadata {
     integrity: Integrity,
-    place: Place,
+    storage: Storage,
     locks: RangeLocks,
 }
 
 impl Metadata {
-    /// Room in memory for that of a disk of `size` bytes; `None` if it is too large.
+    /// Creates storage in memory for a disk of `size` bytes. `None` if it is too large.
     pub(super) fn in_memory(integrity: Integrity, size: u64) -> Option<Self> {
-        let place = Place::Memory(Sparse::new(integrity.bytes_for(size))?);
-        Some(Metadata { integrity, place, locks: RangeLocks::default() })
+        let storage = Storage::Memory(Sparse::new(integrity.bytes_for(size))?);
+        Some(Metadata { integrity, storage, locks: RangeLocks::default() })
     }
 
-    /// In a file, as far as it is written.
+    /// Uses a file as the storage.
     pub(super) fn in_file(integrity: Integrity, file: File) -> Self {
-        Metadata { integrity, place: Place::File(file), locks: RangeLocks::default() }
+        Metadata { integrity, storage: Storage::File(file), locks: RangeLocks::default() }
     }
 
-    /// Locks that keep the metadata of a range in step with its data.
+    /// Locks that keep the metadata of a range consistent with its data.
     pub(super) fn locks(&self) -> &RangeLocks {
         &self.locks
     }
 
-    /// Takes a write's metadata, if it has some.
+    /// Returns a write's metadata, if it has any.
     ///
     /// # Errors
     ///
-    /// `EILSEQ` if it does not belong to the write's data.
-    pub(super) fn of_write<H: Home>(&self, request: &RequestOf<H>) -> Result<Option<Vec<u8>>, Errno> {
+    /// `EILSEQ` if it does not match the write's data.
+    pub(super) fn of_write(&self, request: &Request<'_>) -> Result<Option<Vec<u8>>, Errno> {
         if !request.has_integrity() {
             return Ok(None);
         }
@@ -132,26 +132,26 @@ impl Metadata {
         Ok(Some(bytes))
     }
 
-    /// Keeps the metadata of the range that begins at `offset` on the disk.
+    /// Stores the metadata of the range that begins at `offset` on the disk.
     pub(super) fn put(&self, offset: u64, metadata: &[u8]) -> Result<(), Errno> {
         let bytes: Vec<u8> = metadata.iter().map(|byte| !byte).collect();
-        self.place.write(self.integrity.bytes_for(offset), &bytes).map_err(failed)
+        self.storage.write(self.integrity.bytes_for(offset), &bytes).map_err(failed)
     }
 
-    /// As [`forget`](Metadata::forget), for a range that is about to get other metadata.
+    /// Removes the metadata of a range, like [`forget`](Metadata::forget), before new metadata is stored.
     pub(super) fn blank(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let zeros = vec![0; self.integrity.bytes_for(len) as usize];
-        self.place.write(self.integrity.bytes_for(offset), &zeros).map_err(failed)
+        self.storage.write(self.integrity.bytes_for(offset), &zeros).map_err(failed)
     }
 
-    /// Reads the metadata of the range that begins at `offset` on the disk.
+    /// Returns the metadata of the range that begins at `offset` on the disk.
     ///
     /// # Errors
     ///
-    /// `EILSEQ` if it does not belong to the range's data.
+    /// `EILSEQ` if it does not match the range's data.
     pub(super) fn check(&self, offset: u64, data: &[u8]) -> Result<Vec<u8>, Errno> {
         let mut bytes = vec![0; self.integrity.bytes_for(data.len() as u64) as usize];
-        self.place.read(self.integrity.bytes_for(offset), &mut bytes).map_err(failed)?;
+        self.storage.read(self.integrity.bytes_for(offset), &mut bytes).map_err(failed)?;
         invert(&mut bytes);
         check(&self.integrity, offset, data, &bytes).map_err(|mismatch| {
             log::warn!("metadata of {} bytes at {offset}: {mismatch:?}", data.len());
@@ -160,26 +160,26 @@ impl Metadata {
         Ok(bytes)
     }
 
-    /// Checks a read's data, and gives it its metadata if it asks for some.
+    /// Verifies a read's data, and adds the metadata if the request has room for it.
     ///
     /// # Errors
     ///
-    /// `EILSEQ` if they do not belong together.
-    pub(super) fn read<H: Home>(&self, request: &mut RequestOf<H>) -> Result<(), Errno> {
+    /// `EILSEQ` if they do not match.
+    pub(super) fn read(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         let bytes = self.check(request.offset(), request.data())?;
         if request.has_integrity() { request.write_integrity(0, &bytes) } else { Ok(()) }
     }
 
-    /// The range was discarded or zeroed: nothing is known of it.
+    /// Removes the metadata of a range that is discarded or zeroed.
     pub(super) fn forget(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.place.zero(self.integrity.bytes_for(offset), self.integrity.bytes_for(len)).map_err(failed)
+        self.storage.zero(self.integrity.bytes_for(offset), self.integrity.bytes_for(len)).map_err(failed)
     }
 
-    /// Makes what was written so far durable.
+    /// Makes all metadata written so far durable.
     pub(super) fn sync(&self, write_back: &WriteBack) -> Result<(), Errno> {
-        match &self.place {
-            Place::Memory(_) => Ok(()),
-            Place::File(file) => write_back.sync(file),
+        match &self.storage {
+            Storage::Memory(_) => Ok(()),
+            Storage::File(file) => write_back.sync(file),
         }
     }
 }
@@ -193,7 +193,7 @@ fn invert(bytes: &mut [u8]) {
     bytes.iter_mut().for_each(|byte| *byte = !*byte);
 }
 
-/// Checks the metadata of a range that begins at `offset` on the disk.
+/// Verifies the metadata of a range that begins at `offset` on the disk.
 fn check(integrity: &Integrity, offset: u64, data: &[u8], metadata: &[u8]) -> Result<(), Mismatch> {
     let first = offset / u64::from(integrity.interval);
     let intervals = data.chunks_exact(integrity.interval as usize);
@@ -209,14 +209,14 @@ fn check_one(integrity: &Integrity, interval: u64, data: &[u8], metadata: &[u8])
         Checksum::Ip | Checksum::Crc16T10Dif => (number(&tuple[..2]), &tuple[2..4], &tuple[4..8]),
         Checksum::Crc64Nvme => (number(&tuple[..8]), &tuple[8..10], &tuple[10..16]),
     };
-    // Without reference tags, a tuple counts as absent only if that is all ones, too.
+    // Without reference tags, a tuple counts as absent only if that part is all ones, too.
     let is_absent = application == [0xff; 2] && (integrity.reference_tag || reference.iter().all(|b| *b == 0xff));
     if is_absent || tuple[..integrity.checksum.tuple_size().into()].iter().all(|byte| *byte == 0) {
         return Ok(());
     }
     let computed = match integrity.checksum {
         Checksum::None => guard,
-        // Until intervals could be split, Linux made this guard of the metadata before it alone, where there is some.
+        // Older kernels, which could not split intervals, compute this guard from the preceding metadata alone, if any.
         Checksum::Ip if !before.is_empty() && guard == u64::from(internet(&[], before)) => guard,
         Checksum::Ip => u64::from(internet(data, before)),
         Checksum::Crc16T10Dif => u64::from(crc16(crc16(0, data), before)),
@@ -232,7 +232,7 @@ fn check_one(integrity: &Integrity, interval: u64, data: &[u8], metadata: &[u8])
     Ok(())
 }
 
-/// The Internet checksum (RFC 1071) of data, which has an even length, and what follows it.
+/// The Internet checksum (RFC 1071) of data of an even length, followed by more data.
 fn internet(data: &[u8], then: &[u8]) -> u16 {
     let words = data
         .chunks(2)
@@ -266,7 +266,7 @@ fn crc16(crc: u16, data: &[u8]) -> u16 {
     data.iter().fold(crc, |crc, byte| crc << 8 ^ TABLE[usize::from((crc >> 8) as u8 ^ byte)])
 }
 
-/// CRC-64 of NVMe, continued from `crc`; 0 to begin with.
+/// CRC-64 of NVMe, continued from `crc`, initially 0.
 fn crc64(crc: u64, data: &[u8]) -> u64 {
     /// Bits reversed.
     const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
@@ -343,7 +343,7 @@ mod tests {
     use super::samples::good as sample;
     use super::*;
 
-    /// What checksums are published for.
+    /// The input for which values of checksums are published.
     const DIGITS: &[u8] = b"123456789";
 
     #[test]
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn what_belongs_together_passes_and_any_flipped_bit_does_not() {
+    fn matching_metadata_passes_and_a_flipped_bit_does_not() {
         for checksum in [Checksum::Ip, Checksum::Crc16T10Dif, Checksum::Crc64Nvme] {
             for pi_offset in [0, 8] {
                 let (integrity, data, metadata) = sample(checksum, pi_offset);
@@ -378,33 +378,33 @@ mod tests {
     }
 
     #[test]
-    fn metadata_is_kept_alike_in_memory_and_in_a_file() {
-        let places = [Place::Memory(Sparse::new(1 << 20).unwrap()), Place::File(tempfile::tempfile().unwrap())];
-        for place in places {
+    fn storage_in_memory_and_in_a_file_is_equivalent() {
+        let storages = [Storage::Memory(Sparse::new(1 << 20).unwrap()), Storage::File(tempfile::tempfile().unwrap())];
+        for storage in storages {
             let read = |offset| {
                 let mut bytes = [1; 8192];
-                place.read(offset, &mut bytes).unwrap();
+                storage.read(offset, &mut bytes).unwrap();
                 bytes
             };
-            assert_eq!(read(1000), [0; 8192], "never written, and behind a file's end");
-            place.write(3000, &[7; 9000]).unwrap();
+            assert_eq!(read(1000), [0; 8192], "unwritten, and after the end of a file");
+            storage.write(3000, &[7; 9000]).unwrap();
             assert_eq!(read(2000)[..2000], [[0; 1000], [7; 1000]].concat());
             assert_eq!(read(10_000)[1990..2010], [[7; 10], [0; 10]].concat());
-            place.zero(4001, 5000).unwrap();
+            storage.zero(4001, 5000).unwrap();
             let around = read(3000);
             assert_eq!((around[1000], around[1001], around[6000], around[6001]), (7, 0, 0, 7));
         }
     }
 
     #[test]
-    fn what_has_no_protection_information_is_not_checked() {
+    fn absent_protection_information_is_not_verified() {
         let (mut integrity, data, metadata) = sample(Checksum::Crc16T10Dif, 0);
         let nothing = vec![0xff; metadata.len()];
         check(&integrity, 0, &data, &nothing).unwrap();
         check(&integrity, 0, &data, &vec![0; metadata.len()]).unwrap();
         integrity.reference_tag = false;
         check(&integrity, 0, &data, &nothing).unwrap();
-        // Here an application tag alone is no sign.
+        // Without reference tags, the application tag alone does not mean absence.
         let mut half = nothing.clone();
         half[4..8].fill(0);
         assert!(check(&integrity, 0, &data, &half).is_err());

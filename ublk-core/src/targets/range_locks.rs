@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Locks on ranges of a disk, for targets that keep two things in step, such as data and its metadata.
+//! Locks on ranges of a disk, for targets that keep two things consistent, such as data and its metadata.
 //!
-//! The thread of a queue never waits for a lock: a request whose range is taken goes to a thread of the locks' own,
-//! which serves it in its turn. Nothing holds one lock while it waits for another, so that there is no deadlock, and
-//! locks are granted in the order in which they were asked for, so that neither readers nor writers starve.
+//! The thread of a queue never waits for a lock: a request whose range is locked goes to a separate thread, which serves it
+//! in its turn. A thread that holds a lock never waits for another, so there are no deadlocks. Locks are granted in the
+//! order of the requests, so neither readers nor writers starve.
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,12 +14,12 @@ use std::thread;
 use nix::errno::Errno;
 
 use crate::error::{Error, Result};
-use crate::request::{Home, Op, Request, RequestOf};
+use crate::request::{Op, Request};
 
 /// A disk whose requests are served under locks.
 pub(super) trait Locked: Send + Sync + 'static {
-    /// Does what a request asks for. The lock on its range is held.
-    fn serve<H: Home>(&self, request: &mut RequestOf<H>) -> std::result::Result<(), Errno>;
+    /// Serves a request. The lock on its range is held.
+    fn serve(&self, request: &mut Request<'_>) -> std::result::Result<(), Errno>;
 }
 
 /// Locks on ranges of one disk, shared by all its queues.
@@ -28,25 +28,25 @@ pub(super) struct RangeLocks(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    state: Mutex<State>,
-    /// The state has changed in a way that the thread may wait for.
+    queue: Mutex<Queue>,
+    /// Notified when the thread may have work.
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
-    /// Locks that are held or waited for, in the order in which they were asked for.
+struct Queue {
+    /// Locks that are held or waited for, in the order of the requests.
     locks: Vec<Lock>,
     /// Number of the next lock.
     next: u64,
     has_thread: bool,
-    /// The owner is gone: the thread ends with the last job.
+    /// The owner was dropped: the thread ends after the last job.
     closed: bool,
 }
 
-impl std::fmt::Debug for State {
+impl std::fmt::Debug for Queue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("State").field("locks", &self.locks.len()).finish_non_exhaustive()
+        f.debug_struct("Queue").field("locks", &self.locks.len()).finish_non_exhaustive()
     }
 }
 
@@ -56,7 +56,7 @@ struct Lock {
     number: u64,
     range: Range<u64>,
     exclusive: bool,
-    /// What waits for it; none if it is held.
+    /// The job that waits for the lock. `None` if it is held.
     job: Option<Job>,
 }
 
@@ -75,10 +75,10 @@ pub(super) struct Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let mut state = self.shared.state();
-        state.locks.retain(|lock| lock.number != self.number);
-        let waited_for = state.locks.iter().any(|lock| lock.job.is_some());
-        drop(state);
+        let mut queue = self.shared.lock();
+        queue.locks.retain(|lock| lock.number != self.number);
+        let waited_for = queue.locks.iter().any(|lock| lock.job.is_some());
+        drop(queue);
         if waited_for {
             self.shared.changed.notify_one();
         }
@@ -86,12 +86,12 @@ impl Drop for Held {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl Queue {
     fn add(&mut self, range: Range<u64>, exclusive: bool, job: Option<Job>) -> u64 {
         let number = self.next;
         self.next += 1;
@@ -99,7 +99,7 @@ impl State {
         number
     }
 
-    /// Takes the first job whose lock can be had.
+    /// Takes the first job whose lock is free.
     fn take_job(&mut self) -> Option<(u64, Job)> {
         let can_run = |index: &usize| {
             let lock = &self.locks[*index];
@@ -113,35 +113,35 @@ impl State {
 }
 
 impl RangeLocks {
-    /// Starts the thread, unless it runs.
+    /// Starts the thread, unless it is running.
     pub(super) fn start(&self) -> Result<()> {
-        let mut state = self.0.state();
-        if !state.has_thread {
+        let mut queue = self.0.lock();
+        if !queue.has_thread {
             let shared = self.0.clone();
             let thread = thread::Builder::new().name("ublk-ranges".into()).spawn(move || run_jobs(&shared));
             thread.map_err(|source| Error::Target { context: "starting a thread".into(), source })?;
-            state.has_thread = true;
+            queue.has_thread = true;
         }
         Ok(())
     }
 
-    /// Takes a lock, if neither it nor one that conflicts with it and was asked for earlier is taken.
+    /// Takes a lock, unless it conflicts with one that is held or was requested earlier.
     fn try_lock(&self, range: Range<u64>, exclusive: bool) -> Option<Held> {
-        let mut state = self.0.state();
-        if state.locks.iter().any(|lock| lock.conflicts(&range, exclusive)) {
+        let mut queue = self.0.lock();
+        if queue.locks.iter().any(|lock| lock.conflicts(&range, exclusive)) {
             return None;
         }
-        let number = state.add(range, exclusive, None);
+        let number = queue.add(range, exclusive, None);
         Some(Held { shared: self.0.clone(), number })
     }
 
-    /// Runs a job on the thread of the locks, once it can have the lock.
+    /// Runs a job on the separate thread when its lock is free.
     fn when_free(&self, range: Range<u64>, exclusive: bool, job: Job) {
-        self.0.state().add(range, exclusive, Some(job));
+        self.0.lock().add(range, exclusive, Some(job));
         self.0.changed.notify_one();
     }
 
-    /// Serves a request under the lock of its range: now, or, if that is taken, on the thread of the locks.
+    /// Serves a request under the lock of its range: immediately, or, if that is not free, on the separate thread.
     pub(super) fn serve<D: Locked>(&self, disk: &Arc<D>, mut request: Request<'_>) {
         let range = request.offset()..request.offset() + request.len();
         let exclusive = request.op() != Op::Read;
@@ -154,7 +154,7 @@ impl RangeLocks {
         let job = move |held| {
             let result = disk.serve(&mut request);
             drop(held);
-            // Before the request: once that has ended, the device may stop, and its files must be free for the next.
+            // Before the request completes, after which the device may stop and the next server needs its files.
             drop(disk);
             request.finish(result);
         };
@@ -164,25 +164,25 @@ impl RangeLocks {
 
 impl Drop for RangeLocks {
     fn drop(&mut self) {
-        self.0.state().closed = true;
+        self.0.lock().closed = true;
         self.0.changed.notify_one();
     }
 }
 
 fn run_jobs(shared: &Arc<Shared>) {
-    let mut state = shared.state();
+    let mut queue = shared.lock();
     loop {
-        if let Some((number, job)) = state.take_job() {
-            drop(state);
+        if let Some((number, job)) = queue.take_job() {
+            drop(queue);
             let held = Held { shared: shared.clone(), number };
             if catch_unwind(AssertUnwindSafe(|| job(held))).is_err() {
                 log::error!("the handler of a request that had waited for a lock panicked; the request fails with EIO");
             }
-            state = shared.state();
-        } else if state.closed && state.locks.iter().all(|lock| lock.job.is_none()) {
+            queue = shared.lock();
+        } else if queue.closed && queue.locks.iter().all(|lock| lock.job.is_none()) {
             return;
         } else {
-            state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            queue = shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_is_served_in_its_turn_and_not_overtaken() {
+    fn waiting_requests_are_served_in_order() {
         let locks = locks();
         let (sender, served) = mpsc::channel();
         let job = |name: &'static str| {
@@ -238,10 +238,10 @@ mod tests {
     }
 
     #[test]
-    fn a_job_that_panics_gives_its_lock_back() {
+    fn a_job_that_panics_releases_its_lock() {
         let locks = locks();
         let read = locks.try_lock(0..10, false).unwrap();
-        locks.when_free(0..10, true, Box::new(|_held| panic!("a fault of the target's")));
+        locks.when_free(0..10, true, Box::new(|_held| panic!("a fault of the target")));
         let (sender, served) = mpsc::channel();
         locks.when_free(0..10, true, Box::new(move |_held| sender.send(()).unwrap()));
         drop(read);
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn the_thread_ends_with_the_last_job() {
+    fn the_thread_ends_after_the_last_job() {
         let locks = locks();
         let (sender, served) = mpsc::channel();
         let read = locks.try_lock(0..10, false).unwrap();

@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Bytes in memory that take room only where something was written.
+//! A byte array in memory that allocates only written ranges.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// Bytes that share a lock and are given back together. Large enough for few locks, small enough that
-/// queues seldom meet.
+/// Bytes that share a lock and are freed together. Large enough for few locks, small enough that queues rarely contend.
 pub(super) const CHUNK: usize = 256 << 10;
 
 type Chunk = RwLock<Option<Box<[u8]>>>;
 
-/// The bytes. Unwritten and zeroed ranges read as zeros.
+/// The array. Unwritten and zeroed ranges read as zeros.
 #[derive(Clone, Debug)]
 pub(super) struct Sparse(Arc<[Chunk]>);
 
 impl Sparse {
-    /// Room for `size` bytes; `None` if the table of chunks alone would be too large.
+    /// Creates an array of `size` bytes. `None` if the table of chunks alone would be too large.
     pub(super) fn new(size: u64) -> Option<Self> {
         let count = usize::try_from(size.div_ceil(CHUNK as u64))
             .ok()
@@ -23,7 +22,7 @@ impl Sparse {
         Some(Sparse((0..count).map(|_| RwLock::new(None)).collect()))
     }
 
-    /// Calls `each` with the chunks that a range touches: the chunk, where in it, and how much.
+    /// Calls `each` for each chunk of a range, with the chunk, and the offset and length within it.
     fn chunks(&self, offset: u64, len: u64, mut each: impl FnMut(&Chunk, usize, usize)) {
         let (mut at, end) = (offset, offset + len);
         while at < end {
@@ -79,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_never_written_reads_as_zeros_and_takes_no_memory() {
+    fn unwritten_ranges_read_as_zeros_and_take_no_memory() {
         let sparse = Sparse::new(1 << 40).unwrap();
         let mut bytes = [1; 4096];
         sparse.read((1 << 40) - 4096, &mut bytes);
@@ -88,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroing_a_whole_chunk_gives_its_memory_back() {
+    fn zeroing_a_whole_chunk_frees_its_memory() {
         let sparse = Sparse::new(2 * CHUNK as u64).unwrap();
         sparse.write(0, &[7; 512]);
         assert!(holds(&sparse, 0));

@@ -15,11 +15,11 @@ use ublk_core::{
 pub const SIZE: u64 = 1 << 20;
 
 pub fn server(driver: &FakeDriver, threads: usize) -> Server {
-    Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), threads)
+    Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), threads)
 }
 
 pub fn options(queues: u32, depth: u32) -> DeviceOptions {
-    DeviceOptions { queues, depth, ..DeviceOptions::default() }
+    DeviceOptions::new().queues(queues).depth(depth)
 }
 
 /// A target made of a closure that gets each request.

@@ -10,7 +10,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from ublk import _methods, _start
+from ublk import _lifecycle, _methods, _start
 from ublk._device import Device
 from ublk._numbers import number
 from ublk._options import Options
@@ -51,6 +51,10 @@ _SHAPE = (
 _DRAIN_SECONDS = 60.0
 
 
+# Held while the extents of a disk are created. Reentrant: a signal handler may run meanwhile.
+_extents_lock = threading.RLock()
+
+
 class _KeptExtents:
     """Extents with a reference to the disk that owns them, since an `id()` may be reused."""
 
@@ -65,6 +69,15 @@ class _KeptExtents:
     def __reduce__(self) -> tuple[type[_KeptExtents], tuple[()]]:
         # A copy has no owner.
         return _KeptExtents, ()
+
+
+def _in_forked_child() -> None:
+    """Replace the lock that a thread of the parent may have held."""
+    global _extents_lock
+    _extents_lock = threading.RLock()
+
+
+_lifecycle.register_fork_hook(_in_forked_child)
 
 
 class BlockDevice:
@@ -280,12 +293,16 @@ class BlockDevice:
 
     @property
     def _extents(self) -> Extents:
-        # Created on first use: the `__init__` of a class may not call ours. `setdefault` makes threads share one.
-        # A forked child gets its own, in which no requests of the parent are in flight. So does a copy of the object
-        # (`copy.copy`), whose bytes may be stored elsewhere: it still has the owner of the original.
-        kept: _KeptExtents = self.__dict__.setdefault("_kept_extents", _KeptExtents(self, Extents()))
-        if not kept.is_of(self):
-            kept = self.__dict__["_kept_extents"] = _KeptExtents(self, Extents())
+        # Created on first use, since the `__init__` of a class may not call ours. All threads share one. A forked child
+        # gets its own, in which no requests of the parent are in flight. So does a copy of the object (`copy.copy`),
+        # whose bytes may be stored elsewhere: it still has the owner of the original.
+        kept: _KeptExtents | None = self.__dict__.get("_kept_extents")
+        if kept is None or not kept.is_of(self):
+            with _extents_lock:
+                # Another thread may have been first.
+                kept = self.__dict__.get("_kept_extents")
+                if kept is None or not kept.is_of(self):
+                    kept = self.__dict__["_kept_extents"] = _KeptExtents(self, Extents())
         return kept.extents
 
     def _follow(self, old: BlockDevice) -> None:

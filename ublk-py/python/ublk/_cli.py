@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTP]?)(?:I?B)?", re.IGNORECASE | re.ASCII)
 _SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
-_EXTRA = [("run", "Serve a block device written in Python, or run a command on it")]
 _COMMAND_GRACE = 10.0
 # Limit for the end of a command that was killed.
 _KILL_GRACE = 5.0
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] == "run":
         return _run(arguments[1:])
     # The command line of servers and helpers: without -P they would import modules from the working directory first.
-    return _ublk.main(list(arguments), [sys.executable, "-P", "-m", "ublk"], _EXTRA)
+    return _ublk.main(list(arguments), [sys.executable, "-P", "-m", "ublk"], [_description()])
 
 
 def parse_size(text: str) -> int:
@@ -124,6 +123,24 @@ def _parser() -> argparse.ArgumentParser:
         "{dev} in COMMAND is replaced by the device's path, which is also in the environment variable UBLK_DEV."
     )
     return parser
+
+
+def _description() -> dict[str, Any]:
+    """Describe ``ublk run`` for the help text, the man pages and the shell completions."""
+    parser = _parser()
+    arguments = []
+    for action in parser._actions:
+        names = list(action.option_strings)
+        if "--help" not in names:
+            value = None if action.nargs == 0 else str(action.metavar or action.dest.upper())
+            arguments.append({"names": names, "value": value, "help": action.help or ""})
+    return {
+        "name": "run",
+        "about": "Serve a block device written in Python, or run a command on it",
+        "description": f"{parser.description}\n\n{parser.epilog}",
+        "usage": parser.usage or "",
+        "arguments": arguments,
+    }
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import select
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 from ublk import _interval, _lifecycle, _signals, _ublk, _watchdog
 from ublk._errors import UblkError
 from ublk._lifecycle import STOP_SECONDS
-from ublk._log import Limiter, also, log
+from ublk._log import Limiter, also, in_time, log
 from ublk._numbers import number
 from ublk._running_loop import event_loop, to_the_end
 from ublk._serving import Hooks
@@ -226,9 +227,7 @@ class Device:
                 errno.EINVAL, f"{self.path} was not started with recoverable=True: no other server can recover it"
             )
         if self.can_quiesce:
-            # From here on no stop deletes the disk while it is in use, whatever interrupts this.
-            self._native.hand_over()
-            self._end(self._native.leave)
+            self._end(self._native.leave, hand_over=True)
         else:
             # Raises an error that says what is missing, and changes nothing.
             self._native.leave()
@@ -381,10 +380,13 @@ class Device:
             self._serving.cancel()
         self._end(functools.partial(self._native.stop, seconds))
 
-    def _end(self, end: Callable[[], None]) -> None:
+    def _end(self, end: Callable[[], None], *, hand_over: bool = False) -> None:
         self._stopped = True
         try:
             try:
+                if hand_over:
+                    # From here on no stop deletes the disk while it is in use, whatever interrupts this.
+                    self._native.hand_over()
                 self._serving.abandon()
             finally:
                 # Also if that has raised.
@@ -394,7 +396,13 @@ class Device:
             self._stopped = self._native.stopped
             interrupted = not isinstance(error, Exception)
             self._hangs = isinstance(error, UblkError) and error.errno == errno.ETIMEDOUT
+            if self._hangs and sys.excepthook is sys.__excepthook__:
+                # The handler may be blocked by a full stderr, where each signal would end one write only.
+                sys.excepthook = _print_in_time
             if interrupted and not self._stopped:
+                if hand_over:
+                    # It may have been interrupted above.
+                    self._native.hand_over()
                 self._hurried = True
                 # Ends the wait of the stop in the background; this thread then does the rest.
                 self._native.expedite()
@@ -469,6 +477,11 @@ class Device:
         except UblkError as error:
             name = getattr(self._native, "path", "a device that was being started")
             log(logging.ERROR, "stopping %s: %s", name, error)
+
+
+def _print_in_time(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+    """Print an exception like the interpreter, and wait for that for a second at most."""
+    in_time(functools.partial(sys.__excepthook__, kind, value, traceback))
 
 
 def _nothing() -> None:

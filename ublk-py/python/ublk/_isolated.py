@@ -44,8 +44,9 @@ _START_SECONDS = 120.0
 _ANSWER_SECONDS = 75.0
 # After this time the process refuses to begin. Less than the wait for the answer, which covers what has begun.
 _BEGIN_SECONDS = 30.0
-# For leaving the device by the process: the engine waits for handlers (60 s) and for the driver (40 s).
-_LEAVE_SECONDS = 110.0
+# For leaving the device by the process: the engine waits for handlers (60 s), for the driver (40 s), and for commands
+# (10 s).
+_LEAVE_SECONDS = 130.0
 # For a stop by the process, in addition to its wait for handlers.
 _STOP_SECONDS = 15.0
 _EXIT_SECONDS = 5.0
@@ -219,8 +220,10 @@ class RemoteDevice:
 
     def expedite(self) -> None:
         """End the wait of a stop for handlers."""
-        self._questions.is_expedited = True
-        self._questions.post("expedite")
+        # A start may have been aborted before there was a process.
+        if hasattr(self, "_questions"):
+            self._questions.is_expedited = True
+            self._questions.post("expedite")
 
     def abandon(self) -> None:
         """End the process without stopping the device."""
@@ -244,7 +247,7 @@ class RemoteDevice:
 
     @property
     def _last(self) -> dict[str, Any]:
-        return self._questions.last
+        return self._questions.last if hasattr(self, "_questions") else {}
 
     def _value(self, ask: Callable[..., Answer], seconds: float) -> Any:
         answer = self._answer(ask, seconds)
@@ -359,6 +362,8 @@ class RemoteDevice:
         with self._lock:
             # Before that it has nothing to remove.
             is_given = hasattr(self, "_questions") and self._questions.is_given
+            if is_given:
+                self._resume()
             self._kill(seconds if is_given else 0.0)
             if self._process.pid is None or self._process.exitcode == 0:
                 return

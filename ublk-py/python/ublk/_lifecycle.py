@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import subprocess
@@ -24,7 +25,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ublk import _file_sync, _interval, _log, _signals, _threads, _ublk, _watchdog
-from ublk._log import log
+from ublk._log import end_soon, in_time, log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -96,6 +97,7 @@ def _expedite_all() -> None:
 
 def _stop_running() -> None:
     global _exiting
+    end_soon()
     deadline = time.monotonic() + STOP_SECONDS
     hang = False
     with _lock:
@@ -114,10 +116,12 @@ def _stop_running() -> None:
                 _try(log, logging.ERROR, "stopping %s: %s", name, error)
         hang = hang or device._is_hung()
     if hang:
-        # Finalization would free what a thread that is still in a handler uses.
-        _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", leave_removal(list(running)))
-        _try(sys.stdout.flush)
-        _try(sys.stderr.flush)
+        # Finalization would free what a thread that is still in a handler uses. The removal comes before anything is
+        # written, which a signal may end.
+        removal = leave_removal(list(running))
+        _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", removal)
+        _try(in_time, functools.partial(_try, sys.stderr.flush))
+        _try(functools.partial(in_time, always=True), functools.partial(_try, sys.stdout.flush))
         os._exit(1)
     deadline = time.monotonic() + _JOIN_SECONDS
     for thread in _threads.running():
@@ -195,6 +199,11 @@ for _hook in (
     os.register_at_fork(after_in_child=_hook)
 
 
+def register_fork_hook(hook: Callable[[], None]) -> None:
+    """Run a function in forked children, for modules that import this one."""
+    os.register_at_fork(after_in_child=hook)
+
+
 def register_isolated(end: Callable[[], None], in_forked_child: Callable[[], None]) -> None:
     """Run ``end`` at exit after `stop_all`, and a hook in forked children, for the module of isolated devices.
 
@@ -203,7 +212,7 @@ def register_isolated(end: Callable[[], None], in_forked_child: Callable[[], Non
     """
     import multiprocessing.util  # noqa: F401 (registers its exit handler)
 
-    os.register_at_fork(after_in_child=in_forked_child)
+    register_fork_hook(in_forked_child)
     atexit.register(end)
     atexit.unregister(stop_all)
     atexit.register(stop_all)

@@ -5,11 +5,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
 import traceback
 import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.getLogger("ublk")
 
@@ -18,16 +23,58 @@ BURST = 3
 INTERVAL = 10.0
 # Maximum number of keys that are remembered.
 _KEYS = 256
+# Limit for a message of a program that ends, whose stderr may be a full pipe that nothing reads.
+_PATIENCE = 1.0
+_ending = False
+# The last thread that wrote a message, which may have taken longer.
+_late: threading.Thread | None = None
 
 
 def log(level: int, message: str, *arguments: object, error: BaseException | None = None) -> None:
     """Log a message, with an exception's traceback.
 
     Exceptions of log handlers are printed to stderr and not propagated, except `KeyboardInterrupt` and the like in the
-    main thread, which signal handlers raise.
+    main thread, which signal handlers raise. After `end_soon` the main thread waits a second at most.
     """
+    if _ending and threading.current_thread() is threading.main_thread():
+        in_time(functools.partial(_log, level, message, *arguments, error=error))
+    else:
+        _log(level, message, *arguments, error=error)
+
+
+def log_in_time(level: int, message: str, *arguments: object) -> None:
+    """Log a message, and wait for that for a second at most."""
+    in_time(functools.partial(_log, level, message, *arguments, error=None))
+
+
+def end_soon() -> None:
+    """Limit how long log handlers may delay the main thread, which is about to end."""
+    global _ending
+    _ending = True
+
+
+def in_time(write: Callable[[], object], *, always: bool = False) -> None:
+    """Call a function that writes on another thread, and wait for that for a second at most.
+
+    It is not called while an earlier one still writes, unless ``always``.
+    """
+    global _late
+    if not always and _late is not None and _late.is_alive():
+        return
+    thread = threading.Thread(target=write, name="ublk-log", daemon=True)
     try:
-        logger.log(level, message, *arguments, exc_info=error, stacklevel=2)
+        thread.start()
+    except RuntimeError:
+        # No thread can be created any more.
+        write()
+        return
+    _late = thread
+    thread.join(_PATIENCE)
+
+
+def _log(level: int, message: str, *arguments: object, error: BaseException | None) -> None:
+    try:
+        logger.log(level, message, *arguments, exc_info=error, stacklevel=3)
     except Exception:
         _print()
     except BaseException:
@@ -81,6 +128,8 @@ _limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
 
 def in_forked_child() -> None:
     """Replace locks that a thread of the parent may have held."""
+    global _ending, _late
+    _ending, _late = False, None
     for limiter in _limiters:
         limiter._lock = threading.RLock()
 

@@ -138,6 +138,8 @@ class File(NativeDisk):
     The file is opened and locked when the object is created (`UblkError` with ``EAGAIN`` or ``EBUSY`` if it is in use),
     and closed when the object is destroyed. ``direct`` selects ``O_DIRECT``; by default it is used if the file system
     supports it. ``block_size`` is by default the smallest that the file supports.
+
+    The lock is that of ``flock``. Closing the file drops the POSIX locks (``fcntl.lockf``) that the program has on it.
     """
 
     def __init__(

@@ -205,8 +205,13 @@ def deferred() -> Iterator[None]:
     before = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
 
     def put_back() -> None:
-        for wanted, handler in before.items():
-            signal.signal(wanted, signal.SIG_DFL if handler is None else handler)
+        try:
+            for wanted, handler in before.items():
+                signal.signal(wanted, signal.SIG_DFL if handler is None else handler)
+        except BaseException:
+            # From the handler of a signal: the rest, and those again.
+            put_back()
+            raise
 
     def take(number: int, _frame: FrameType | None) -> None:
         nonlocal first
@@ -219,9 +224,9 @@ def deferred() -> Iterator[None]:
             put_back()
             signal.raise_signal(number)
 
-    for wanted in before:
-        signal.signal(wanted, take)
     try:
+        for wanted in before:
+            signal.signal(wanted, take)
         yield
     finally:
         put_back()

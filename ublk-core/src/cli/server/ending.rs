@@ -37,7 +37,7 @@ impl Served {
             // The device still exists, and its next server needs the state file.
             match &ending {
                 Ok(_) => log::info!("another server has taken over device {id}"),
-                Err(_) => log::error!("device {id} has no server any more: remove it with `ublk del -n {id}`"),
+                Err(_) => log::error!("device {id} {}", self.remedy()),
             }
         } else {
             StateFile::remove(id, *instance);
@@ -50,14 +50,18 @@ impl Served {
 
     /// Logs what becomes of a device whose end is not awaited.
     pub(super) fn log_abandoned(&self) {
+        log::error!("device {} {}", self.device.id(), self.remedy());
+    }
+
+    /// Describes what becomes of a device whose end is not awaited, or awaited in vain, and what to do about it.
+    fn remedy(&self) -> String {
         let id = self.device.id();
         if self.device.recovery().is_some() {
-            log::error!(
-                "device {id} has no server any more: use `ublk recover -n {id}` to serve it, or `ublk del -n {id}` to \
-                 remove it"
-            );
+            format!(
+                "has no server any more: use `ublk recover -n {id}` to serve it, or `ublk del -n {id}` to remove it"
+            )
         } else {
-            log::error!("device {id} is dead: remove it with `ublk del -n {id}`");
+            format!("is dead: remove it with `ublk del -n {id}`")
         }
     }
 }
@@ -71,7 +75,14 @@ fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
     if device.recovery().is_none() {
         return device.stop().map(|()| Ending::Deleted);
     }
-    let reason = match usage::stop_unused(device.control(), id, Observer::Server) {
+    // While this is there, this process serves the device.
+    let open = device.opened();
+    if open.is_none() {
+        return device.conclude();
+    }
+    let usage = usage::stop_unused(device.control(), id, Observer::Server);
+    drop(open);
+    let reason = match usage {
         Ok(StopOutcome::Stopped | StopOutcome::NotUsed) => return device.stop().map(|()| Ending::Deleted),
         // Another process may be deleting it. If that takes too long, this process completes it.
         Err(_) if has_no_disk(device) => return device.stop().map(|()| Ending::Deleted),
@@ -102,13 +113,18 @@ fn has_no_disk(device: &Device) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::{Duration, Instant};
 
     use super::super::tests::recoverable;
     use super::*;
     use crate::Errno;
+    use crate::device::Server;
     use crate::driver::Driver;
     use crate::driver::fake::FakeDriver;
+    use crate::engine::StdSpawn;
+    use crate::options::DeviceOptions;
+    use crate::targets::Null;
 
     #[test]
     fn an_unused_recoverable_disk_is_deleted() {
@@ -138,6 +154,30 @@ mod tests {
         let device = recoverable(&driver);
         device.control().stop(device.id()).unwrap();
         assert_eq!(stop_or_leave(&device).unwrap(), Ending::Deleted);
+    }
+
+    #[test]
+    fn a_signal_ends_no_device_that_another_server_has() {
+        let driver = FakeDriver::new();
+        let first = recoverable(&driver);
+        let id = first.id();
+        first.control().quiesce_until(id, Duration::from_secs(10)).unwrap();
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let second = server.recover(id, Arc::new(Null::new(1 << 20, 512).unwrap())).unwrap();
+        assert_eq!(stop_or_leave(&first).unwrap(), Ending::Left);
+        drop(first);
+        assert!(!second.is_ending());
+        assert_eq!(driver.device_ids().unwrap(), [id]);
+    }
+
+    #[test]
+    fn the_remedy_is_that_of_the_kind_of_device() {
+        let driver = FakeDriver::new();
+        let kept = Served::new(recoverable(&driver));
+        assert!(kept.remedy().contains("`ublk recover -n 0`"), "{}", kept.remedy());
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let device = server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
+        assert_eq!(Served::new(device).remedy(), "is dead: remove it with `ublk del -n 1`");
     }
 
     /// At shutdown, servers may get SIGTERM before their disks are unmounted.

@@ -136,7 +136,7 @@ mod tests {
     fn a_server_that_fails_deletes_no_recoverable_disk() {
         let driver = FakeDriver::new();
         let served = |device| Arc::new(Served::new(device));
-        let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let plain = server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
         let kept = recoverable(&driver);
         let id = kept.id();
@@ -166,7 +166,7 @@ mod tests {
     /// A device with a request that its handler does not complete.
     fn stuck(driver: &FakeDriver) -> (Device, std::sync::mpsc::Receiver<crate::DetachedRequest>) {
         let (keep, kept) = channel();
-        let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let device = server.start(Arc::new(Keeping(keep)), &DeviceOptions::default()).unwrap();
         let _ = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
         (device, kept)

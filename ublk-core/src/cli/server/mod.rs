@@ -20,6 +20,7 @@ use std::time::Duration;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 pub(super) use self::signals::Signals;
+use super::backing_files;
 use super::failure::Outcome;
 use super::instance::Instance;
 use super::output::{printed, write_interruptibly};
@@ -70,9 +71,10 @@ pub(super) fn run(
     if options.lock_memory {
         pressure::lock_memory()?;
     }
-    let devices = start(options, existing)?;
+    let devices = start(options, line, existing)?;
     let recoverable = options.device.recovery.is_some();
-    let reported = save_state(&devices, line, recoverable).and_then(|()| ready(&devices, &signals));
+    let reported =
+        save_state(&devices, line, &options.target.files(), recoverable).and_then(|()| ready(&devices, &signals));
     if let Err(failure) = reported {
         give_up(devices, existing.is_some());
         return Err(failure);
@@ -101,16 +103,16 @@ fn raise_file_limit() {
 }
 
 /// Starts the devices. On an error, those that were started are dropped, which stops and deletes them.
-fn start(options: &Options<'_>, existing: Option<DeviceId>) -> Result<Vec<Device>> {
+fn start(options: &Options<'_>, line: &CommandLine, existing: Option<DeviceId>) -> Result<Vec<Device>> {
     let threads = options.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     // A disk in use is better served on other CPUs than not at all.
     let (cpus, fallback) = if existing.is_some() { options.cpus.available() } else { (options.cpus, None) };
     if let Some(fallback) = fallback {
         log::warn!("{fallback}");
     }
-    let server = Server::with(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads)
-        .on_cpus(cpus)?
-        .coalescing(options.coalescing)?;
+    let server = Server::with_driver(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads)
+        .with_cpus(cpus)?
+        .with_coalescing(options.coalescing)?;
     let mut devices = Vec::new();
     match existing {
         None => {
@@ -120,9 +122,12 @@ fn start(options: &Options<'_>, existing: Option<DeviceId>) -> Result<Vec<Device
         }
         Some(id) => {
             // The old server has the files locked.
-            server.wait_for_vacancy(id)?;
+            server.wait_until_unserved(id)?;
             let disk = server.control().params(id)?.params;
-            devices.push(server.recover(id, options.target.reopen(&disk)?)?);
+            let target = options.target.reopen(&disk)?;
+            // After the files were opened, because they may be replaced until then.
+            backing_files::check(&options.target.files(), line.files())?;
+            devices.push(server.recover(id, target)?);
         }
     }
     if let Some(path) = options.shared_memory {
@@ -141,9 +146,9 @@ fn share_memory(device: &Device, path: &Path) -> Result<()> {
 }
 
 /// Writes the devices' state files. A failure matters only for recoverable devices.
-fn save_state(devices: &[Device], line: &CommandLine, recoverable: bool) -> Outcome {
+fn save_state(devices: &[Device], line: &CommandLine, files: &[PathBuf], recoverable: bool) -> Outcome {
     for device in devices {
-        match StateFile::new(device, line).and_then(|state| state.save(device.id())) {
+        match StateFile::new(device, line, files).and_then(|state| state.save(device.id())) {
             Err(failure) if recoverable => return Err(failure),
             Err(failure) => failure.message().into_iter().for_each(|message| log::warn!("{message}")),
             Ok(()) => {}
@@ -178,7 +183,7 @@ mod tests {
 
     /// A recoverable device of a stand-in driver.
     pub(super) fn recoverable(driver: &FakeDriver) -> Device {
-        let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let options = DeviceOptions { recovery: Some(Recovery::Queue), ..DeviceOptions::default() };
         server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &options).unwrap()
     }

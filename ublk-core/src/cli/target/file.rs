@@ -58,18 +58,27 @@ impl Options {
         let integrity = params.integrity.take();
         let file = file.with_params(params)?;
         let Some(integrity) = integrity else { return Ok(file) };
-        let path = self.integrity_file.clone().unwrap_or_else(|| {
-            let mut path = file.path().as_os_str().to_owned();
+        let path = self.integrity_path(file.path());
+        file.with_integrity(integrity, path)
+    }
+
+    fn integrity_path(&self, file: &Path) -> PathBuf {
+        self.integrity_file.clone().unwrap_or_else(|| {
+            let mut path = file.as_os_str().to_owned();
             path.push(".integrity");
             path.into()
-        });
-        file.with_integrity(integrity, path)
+        })
     }
 }
 
 impl kind::Options for Options {
     fn resolve(&mut self, directory: &Path) {
         self.integrity_file = self.integrity_file.take().map(|file| directory.join(file));
+    }
+
+    fn files(&self, disk: &DiskArgs) -> Vec<PathBuf> {
+        let integrity = disk.file.iter().filter(|_| disk.shape.has_integrity()).map(|file| self.integrity_path(file));
+        disk.file.iter().cloned().chain(integrity).collect()
     }
 
     fn create(&self, disk: &DiskArgs, size: Option<u64>) -> Result<Arc<dyn Target>> {
@@ -113,7 +122,7 @@ mod tests {
     }
 
     fn start(driver: &FakeDriver, args: &Args) -> Device {
-        let server = Server::with(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let options = DeviceOptions { recovery: Some(Recovery::Queue), ..DeviceOptions::default() };
         server.start(args.create().unwrap(), &options).unwrap()
     }
@@ -138,6 +147,15 @@ mod tests {
             args.check_reopen(device.control(), device.info()).unwrap_or_else(|error| panic!("{line:?}: {error}"));
             device.stop().unwrap();
         }
+    }
+
+    #[test]
+    fn the_disk_is_stored_in_its_integrity_file_as_well() {
+        let files = |more: &[&str]| args(Path::new("/disks/a.img"), more).files();
+        assert_eq!(files(&[]), [PathBuf::from("/disks/a.img")]);
+        let named = ["/disks/a.img", "/disks/a.img.integrity"].map(PathBuf::from);
+        assert_eq!(files(&["--integrity", "ip"]), named);
+        assert_eq!(files(&["--integrity", "ip", "--integrity-file", "/b"]), ["/disks/a.img", "/b"].map(PathBuf::from));
     }
 
     #[test]

@@ -92,6 +92,11 @@ pub(super) trait Options: Debug + Send + Sync {
     /// Makes relative paths relative to another directory.
     fn resolve(&mut self, _directory: &Path) {}
 
+    /// Lists the files that the disk is stored in.
+    fn files(&self, disk: &DiskArgs) -> Vec<PathBuf> {
+        disk.file.iter().cloned().collect()
+    }
+
     /// Creates the target of a new disk, or of an existing one with the given size.
     fn create(&self, disk: &DiskArgs, size: Option<u64>) -> Result<Arc<dyn Target>>;
 

@@ -12,7 +12,7 @@ mod null;
 mod shape;
 mod zoned;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -93,6 +93,11 @@ impl Args {
     /// Backing file, or directory of zones.
     pub(super) fn file(&self) -> Option<&Path> {
         self.disk.file.as_deref()
+    }
+
+    /// Lists the files that the disk is stored in: the backing file or directory, and the file for integrity metadata.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.options.files(&self.disk)
     }
 
     /// Whether the disk's data is lost when the server exits.

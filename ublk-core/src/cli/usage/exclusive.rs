@@ -20,6 +20,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe2};
 
+/// How long opening a disk may take, which may wait for its server.
+pub(super) const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// How long the forked process may take to end after it has answered or was killed.
 const EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 
@@ -27,7 +30,8 @@ const EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 ///
-/// `TimedOut` if the disk cannot be opened within `timeout`, or if the forked process fails.
+/// `TimedOut` if the disk cannot be opened within `timeout`. If the disk cannot be opened for another reason than that it is
+/// claimed or gone, or if the forked process fails.
 pub(super) fn is_claimed(disk: &Path, timeout: Duration) -> io::Result<bool> {
     let path = CString::new(disk.as_os_str().as_bytes())?;
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
@@ -41,12 +45,12 @@ pub(super) fn is_claimed(disk: &Path, timeout: Duration) -> io::Result<bool> {
             libc::dup2(report, 0);
             libc::syscall(libc::SYS_close_range, 1, u32::MAX, 0);
             let fd = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_EXCL | libc::O_CLOEXEC);
-            let answer = u8::from(fd < 0 && Errno::last_raw() == libc::EBUSY);
+            let answer = if fd < 0 { Errno::last_raw() } else { 0 }.to_ne_bytes();
             if fd >= 0 {
                 // Before the answer: an open disk is in use.
                 libc::close(fd);
             }
-            libc::write(0, (&raw const answer).cast(), 1);
+            libc::write(0, answer.as_ptr().cast(), answer.len());
             libc::_exit(0)
         },
     };
@@ -65,9 +69,13 @@ fn answer(mut pipe: File, deadline: Instant) -> io::Result<bool> {
             Err(errno) => return Err(errno.into()),
             Ok(0) => return Err(Errno::ETIMEDOUT.into()),
             Ok(_) => {
-                let mut byte = [0];
-                pipe.read_exact(&mut byte)?;
-                return Ok(byte == [1]);
+                let mut errno = [0; 4];
+                pipe.read_exact(&mut errno)?;
+                return match i32::from_ne_bytes(errno) {
+                    0 | libc::ENOENT | libc::ENXIO => Ok(false),
+                    libc::EBUSY => Ok(true),
+                    other => Err(io::Error::from_raw_os_error(other)),
+                };
             }
         }
     }
@@ -99,6 +107,16 @@ mod tests {
         let error = is_claimed(&fifo, Duration::from_millis(50)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ETIMEDOUT));
         assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    }
+
+    /// `EPERM` of a container's device filter, and `ENFILE`, do not mean that it is unused.
+    #[test]
+    fn a_disk_that_cannot_be_opened_is_unknown() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("loop");
+        std::os::unix::fs::symlink(&path, &path).unwrap();
+        let error = is_claimed(&path, Duration::from_secs(20)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ELOOP));
     }
 
     #[test]

@@ -13,6 +13,6 @@ mod mounts;
 mod processes;
 mod stop;
 
-pub(super) use self::disk::{Usage, seems_unused};
+pub(super) use self::disk::{Usage, is_surely_unused};
 pub(super) use self::processes::{has_open, has_opener, sees_all_processes};
 pub(super) use self::stop::{Observer, StopOutcome, stop_unused};

@@ -13,8 +13,12 @@ use super::processes::{self, file_system, statx};
 const MAX_PASSES: u32 = 5;
 
 /// Finds mounts of a disk and its partitions in all namespaces that processes are in. `numbers` are the device numbers of
-/// the `nodes`.
-pub(super) fn find(proc: &Path, nodes: &[PathBuf], numbers: &[(u64, &PathBuf)]) -> io::Result<Vec<String>> {
+/// the `nodes`. Also returns what could not be looked at.
+pub(super) fn find(
+    proc: &Path,
+    nodes: &[PathBuf],
+    numbers: &[(u64, &PathBuf)],
+) -> io::Result<(Vec<String>, Option<String>)> {
     let numbers: Vec<_> = numbers.iter().map(|(number, node)| (as_mountinfo(*number), *node)).collect();
     let mut found = Vec::new();
     let mut add = |table: &str| {
@@ -31,18 +35,27 @@ pub(super) fn find(proc: &Path, nodes: &[PathBuf], numbers: &[(u64, &PathBuf)]) 
     };
     let own = proc.join("self");
     add(&fs::read_to_string(own.join("mountinfo"))?);
-    let mut read: HashSet<_> = view(&own).into_iter().collect();
+    let mut unknown = None;
+    let mut note = |process: &Path, error: &io::Error| {
+        unknown.get_or_insert_with(|| format!("mounts of process {}: {error}", process.display()));
+    };
+    let mut read: HashSet<_> = view(&own)?.into_iter().collect();
     for _ in 0..MAX_PASSES {
         let mut missed = Vec::new();
-        for process in processes::directories(proc)? {
-            // Dead processes have no view.
-            let Some(view) = view(&process).filter(|view| view.1.is_none() || !read.contains(view)) else { continue };
+        let processes = processes::directories(proc)?;
+        for process in processes.iter().flat_map(|process| processes::threads(process)) {
+            // Dead threads have no view.
+            let view = view(&process).unwrap_or_else(|error| {
+                note(&process, &error);
+                None
+            });
+            let Some(view) = view.filter(|view| view.1.is_none() || !read.contains(view)) else { continue };
             match fs::read_to_string(process.join("mountinfo")) {
                 Ok(table) => {
                     add(&table);
                     read.insert(view);
                 }
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(error) if processes::is_refused(&error, &process) => note(&process, &error),
                 // The process has exited meanwhile.
                 Err(_) => missed.push(view),
             }
@@ -53,7 +66,7 @@ pub(super) fn find(proc: &Path, nodes: &[PathBuf], numbers: &[(u64, &PathBuf)]) 
         if missed.iter().all(is_known) {
             found.sort();
             found.dedup();
-            return Ok(found);
+            return Ok((found, unknown));
         }
     }
     Err(io::Error::other("processes exit before their mounts are read"))
@@ -62,11 +75,20 @@ pub(super) fn find(proc: &Path, nodes: &[PathBuf], numbers: &[(u64, &PathBuf)]) 
 /// What determines which mounts a process sees: its namespace, and its root, if that is known.
 type View = (PathBuf, Option<(u64, u64, u64)>);
 
-fn view(process: &Path) -> Option<View> {
-    let namespace = fs::read_link(process.join("ns/mnt")).ok()?;
+/// Returns a thread's view. `None` if it has ended.
+///
+/// # Errors
+///
+/// If this process may not look.
+fn view(process: &Path) -> io::Result<Option<View>> {
+    let namespace = match fs::read_link(process.join("ns/mnt")) {
+        Ok(namespace) => namespace,
+        Err(error) if processes::is_refused(&error, process) => return Err(error),
+        Err(_) => return Ok(None),
+    };
     let root = statx(&process.join("root")).ok();
     let mount = root.filter(|root| root.stx_mask & libc::STATX_MNT_ID != 0);
-    Some((namespace, mount.map(|root| (root.stx_mnt_id, file_system(&root), root.stx_ino))))
+    Ok(Some((namespace, mount.map(|root| (root.stx_mnt_id, file_system(&root), root.stx_ino)))))
 }
 
 /// A device number as in `mountinfo`.
@@ -89,6 +111,7 @@ mod tests {
         let table = format!("40 22 {} / /srv rw - ext4 /dev/root rw\n", as_mountinfo(number));
         fs::write(proc.path().join("self/mountinfo"), table).unwrap();
         let nodes = ["/dev/null".into()];
-        assert_eq!(find(proc.path(), &nodes, &[(number, &nodes[0])]).unwrap(), ["/dev/null mounted at /srv"]);
+        let (found, unknown) = find(proc.path(), &nodes, &[(number, &nodes[0])]).unwrap();
+        assert_eq!((found, unknown), (vec!["/dev/null mounted at /srv".to_owned()], None));
     }
 }

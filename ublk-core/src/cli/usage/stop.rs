@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::disk::{self, Usage};
+use super::disk::{self, Usage, VisibleUsage};
 use super::{exclusive, processes};
 use crate::control::Control;
 use crate::error::{Error, Result};
@@ -15,8 +15,6 @@ use crate::units::DeviceId;
 /// How long udev may take to inspect a disk after its last use.
 const UDEV_TIMEOUT: Duration = Duration::from_secs(5);
 const UDEV_RETRY: Duration = Duration::from_millis(20);
-/// How long opening a disk may take, which may wait for its server.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Outcome of [`stop_unused`].
 #[derive(Debug)]
@@ -31,8 +29,8 @@ pub(in crate::cli) enum StopOutcome {
 /// Which process checks how a disk is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::cli) enum Observer {
-    /// The disk's server. It must not open the disk: an open may wait for requests, and a server that waits for itself
-    /// cannot be ended.
+    /// The disk's server. It must not open the disk itself: an open may wait for requests, and a server that waits for
+    /// itself cannot be ended. Another process does it, for a limited time.
     Server,
     /// Another process.
     Other,
@@ -44,6 +42,7 @@ pub(in crate::cli) enum Observer {
 ///
 /// If the use cannot be determined. If a command got no answer, the device may have been stopped.
 pub(in crate::cli) fn stop_unused(control: &Control, id: DeviceId, observer: Observer) -> Result<StopOutcome> {
+    let instance = control.instance(id);
     let info = control.info(id)?;
     if info.state == DeviceState::Dead {
         return Ok(StopOutcome::NotUsed);
@@ -54,6 +53,9 @@ pub(in crate::cli) fn stop_unused(control: &Control, id: DeviceId, observer: Obs
     }
     let deadline = Instant::now() + UDEV_TIMEOUT;
     loop {
+        if !control.is_instance(id, instance) {
+            return Ok(StopOutcome::Stopped);
+        }
         match control.try_stop(id) {
             // ENODEV: another process has stopped it.
             Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => return Ok(StopOutcome::Stopped),
@@ -73,22 +75,23 @@ pub(in crate::cli) fn stop_unused(control: &Control, id: DeviceId, observer: Obs
 /// Determines how a disk is used. `None` if it is not.
 fn usage_of(disk: &Path, observer: Observer) -> Result<Option<Usage>> {
     let failed = |e| Error::file("find the users of", disk, &e);
-    let (proc, sees_all) = (Path::new("/proc"), processes::sees_all_processes());
-    let visible = disk::visible_usage(proc, disk).map_err(failed)?;
-    if visible.is_some() || observer == Observer::Server && sees_all {
-        return Ok(visible);
+    let sees_all = processes::sees_all_processes();
+    let VisibleUsage { usage, unknown } = disk::visible_usage(Path::new("/proc"), disk).map_err(failed)?;
+    if usage.is_some() {
+        return Ok(usage);
     }
-    match observer {
-        // A process that is not visible may have mounted it.
-        Observer::Server => Err(Error::File {
+    // A process that is not visible may have the disk open, and nothing else would show that. An administrator who deletes
+    // the disk knows, a server that gets a signal does not.
+    let unknown = unknown.or_else(|| (!sees_all).then(|| "this process does not see all processes".into()));
+    if let (Observer::Server, Some(what)) = (observer, unknown) {
+        return Err(Error::File {
             operation: "find the users of",
             path: disk.to_owned(),
             errno: crate::Errno::EPERM,
-            hint: "this process does not see all processes of the machine".into(),
-        }),
-        Observer::Other => {
-            let claimed = exclusive::is_claimed(disk, OPEN_TIMEOUT).map_err(failed)?;
-            Ok(claimed.then(|| Usage::Claimed("mounted or claimed".into())))
-        }
+            hint: what,
+        });
     }
+    // Most users inside the kernel claim a disk, and some of them show nowhere: a file system's log on another disk, LIO, zram.
+    let claimed = exclusive::is_claimed(disk, exclusive::OPEN_TIMEOUT).map_err(failed)?;
+    Ok(claimed.then(|| Usage::Claimed("mounted or claimed".into())))
 }

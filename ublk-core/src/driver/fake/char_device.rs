@@ -96,6 +96,9 @@ impl Drop for FakeChar {
                     }
                 }
             }
+            if device.deleted {
+                state.devices.remove(&self.id);
+            }
             state.answers.extend(ended.into_iter().map(|ticket| (ticket, Err(Errno::EIO))));
         }
         drop(state);

@@ -4,11 +4,12 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::{ALWAYS_ON, FakeDevice, FakeDriver, FakeQueue, FakeTag, NOT_COPIED, State};
+use super::{ALWAYS_ON, FakeDevice, FakeDriver, FakeQueue, FakeState, FakeTag, INSTANCES, NOT_COPIED};
 use crate::driver::{ControlCommand, ControlFailure};
 use crate::memory::{DescriptorMap, Region};
 use crate::uapi::{self, Features, wire};
@@ -159,11 +160,23 @@ impl FakeDriver {
                 })?
             }
             uapi::UBLK_U_CMD_DEL_DEV | uapi::UBLK_U_CMD_DEL_DEV_ASYNC => {
+                let instance = self.shared.state().devices.get(&id).ok_or(gone)?.instance;
                 self.stop(id, timeout, give_up)?;
-                self.shared.wait_for(timeout, give_up, |state| {
-                    let open = state.devices.get(&id).is_some_and(|d| d.char_open);
-                    (!open).then(|| state.devices.remove(&id)).map(|_| 0)
-                })
+                let is_it = move |device: &FakeDevice| device.instance == instance;
+                let mut state = self.shared.state();
+                if let Some(device) = state.devices.get_mut(&id).filter(|device| is_it(device)) {
+                    device.deleted = true;
+                    if !device.char_open {
+                        state.devices.remove(&id);
+                    }
+                }
+                drop(state);
+                self.shared.changed.notify_all();
+                if command.op == uapi::UBLK_U_CMD_DEL_DEV_ASYNC {
+                    return Ok(0);
+                }
+                self.shared
+                    .wait_for(timeout, give_up, |state| (!state.devices.get(&id).is_some_and(is_it)).then_some(0))
             }
             uapi::UBLK_U_CMD_REG_BUF => {
                 let mut state = self.shared.state();
@@ -192,7 +205,7 @@ impl FakeDriver {
     }
 }
 
-impl State {
+impl FakeState {
     fn add(&mut self, payload: &mut Vec<u8>) -> Result<i32, Errno> {
         let mut info = wire::decode_info(payload);
         let depth = info.queue_depth;
@@ -228,6 +241,8 @@ impl State {
             info.dev_id,
             FakeDevice {
                 info,
+                instance: INSTANCES.fetch_add(1, Ordering::Relaxed),
+                deleted: false,
                 params: None,
                 queues,
                 char_open: false,

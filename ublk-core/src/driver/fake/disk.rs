@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
-use super::{CLIENT_TIMEOUT, FakeRequest, Shared, State};
+use super::{CLIENT_TIMEOUT, FakeRequest, FakeState, Shared};
 use crate::memory::Descriptor;
 use crate::uapi;
 use crate::units::Sectors;
@@ -160,7 +160,7 @@ impl FakeDisk {
         })
     }
 
-    fn wait_for<T>(&self, check: impl FnMut(&mut State) -> Option<Result<T, Errno>>) -> Result<T, Errno> {
+    fn wait_for<T>(&self, check: impl FnMut(&mut FakeState) -> Option<Result<T, Errno>>) -> Result<T, Errno> {
         let result = self.shared.wait_for(CLIENT_TIMEOUT, &|| false, check);
         self.shared.changed.notify_all();
         result.unwrap_or(Err(Errno::ETIMEDOUT))

@@ -6,13 +6,13 @@ use std::collections::VecDeque;
 
 use nix::errno::Errno;
 
-use super::{Command, FakeDevice, FakeQueue, FakeRequest, FakeTag, NOT_COPIED, State};
+use super::{Command, FakeDevice, FakeQueue, FakeRequest, FakeState, FakeTag, NOT_COPIED};
 use crate::errno::RawErrno;
 use crate::memory::Descriptor;
 use crate::uapi::{self, Features};
 use crate::units::{QueueId, Tag};
 
-impl State {
+impl FakeState {
     /// The pages of a request that the server owns.
     pub(super) fn pages(&mut self, id: u32, queue: QueueId, tag: Tag) -> Result<&mut Vec<u8>, Errno> {
         let device = self.devices.get_mut(&id).ok_or(Errno::ENODEV)?;

@@ -23,6 +23,7 @@
 use std::io::{self, Read};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -128,6 +129,7 @@ pub(super) fn control(
 ) -> Result<(i32, Vec<u8>), ControlFailure> {
     let payload = SharedBytes::new(&command.payload).map_err(ControlFailure::Io)?;
     let (op, header) = (command.op, super::control_bytes(command, payload.bytes()));
+    let gate = Gate::new().map_err(ControlFailure::Io)?;
     let (reader, writer) = helpers.pipe().map_err(ControlFailure::Io)?;
     let (control, report) = (device.as_raw_fd(), writer.as_raw_fd());
     // SAFETY: (1).
@@ -142,7 +144,7 @@ pub(super) fn control(
             // SAFETY: (1).
             if let Ok(ForkResult::Child) = unsafe { fork() } {
                 // SAFETY: (1).
-                unsafe { helper(control, report, op, header) };
+                unsafe { helper(control, report, &gate, op, header) };
             }
             // SAFETY: (1); `_exit` runs no handlers of the parent's.
             unsafe { libc::_exit(0) }
@@ -151,7 +153,7 @@ pub(super) fn control(
             drop(writer);
             // Somebody else may have collected it; it is gone either way.
             while waitpid(child, None) == Err(Errno::EINTR) {}
-            let mut reports = Reports { pipe: reader.into(), helper: None, pidfd: None, over: false };
+            let mut reports = Reports { pipe: reader.into(), gate, helper: None, pidfd: None, over: false };
             let result = reports.receive(timeout, give_up);
             let (helper, is_over) = (reports.helper, reports.over || reports.has_ended());
             drop(reports);
@@ -166,10 +168,41 @@ fn to_io(errno: Errno) -> ControlFailure {
     ControlFailure::Io(errno.into())
 }
 
+/// Decides once between the helper, which begins the command, and its parent, which gives it up. On a loaded machine a
+/// helper may be scheduled only after its parent has given up.
+#[derive(Debug)]
+struct Gate(SharedBytes);
+
+impl Gate {
+    const OPEN: u32 = 0;
+    const ENTERED: u32 = 1;
+    const CLOSED: u32 = 2;
+
+    fn new() -> io::Result<Self> {
+        SharedBytes::new(&Self::OPEN.to_ne_bytes()).map(Gate)
+    }
+
+    /// Begins the command. False if that is not wanted any more.
+    fn enter(&self) -> bool {
+        self.decide(Self::ENTERED)
+    }
+
+    /// Gives the command up. False if it has begun.
+    fn close(&self) -> bool {
+        self.decide(Self::CLOSED)
+    }
+
+    fn decide(&self, state: u32) -> bool {
+        let word = self.0.word();
+        word.is_some_and(|word| word.compare_exchange(Self::OPEN, state, Ordering::AcqRel, Ordering::Acquire).is_ok())
+    }
+}
+
 /// The parent's part: the helper's reports.
 #[derive(Debug)]
 struct Reports {
     pipe: std::fs::File,
+    gate: Gate,
     /// Once it has begun.
     helper: Option<Pid>,
     /// The same, whatever process may have its number later.
@@ -189,7 +222,7 @@ enum Report {
 impl Reports {
     /// Waits for the outcome.
     fn receive(&mut self, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<i32, ControlFailure> {
-        let deadline = Instant::now() + timeout;
+        let deadline = crate::driver::deadline(timeout);
         let failure = loop {
             let now = Instant::now();
             match self.next(deadline.saturating_duration_since(now).min(SLICE)) {
@@ -203,18 +236,29 @@ impl Reports {
                 Err(error) => return Err(ControlFailure::Io(error)),
             }
         };
-        // A command that waits interruptibly ends with its process; any other ends by itself some day.
-        if let Some(pidfd) = &self.pidfd {
-            kill(pidfd);
+        if self.gate.close() {
+            // The helper will find that out, and exit.
+            return Err(failure);
         }
+        self.kill();
         // It may have been done before: a device would be left that nothing knows of.
         let deadline = Instant::now() + GRACE;
         while let Ok(Some(report)) = self.next(deadline.saturating_duration_since(Instant::now())) {
-            if let Some(outcome) = self.note(report) {
-                return super::after_cancelling(outcome?, failure);
+            match self.note(report) {
+                Some(outcome) => return super::after_cancelling(outcome?, failure),
+                // Its first report was not read yet.
+                None => self.kill(),
             }
         }
         Err(failure)
+    }
+
+    /// Kills the helper, if it is known. A command that waits interruptibly ends with its process; any other ends by itself
+    /// some day.
+    fn kill(&self) {
+        if let Some(pidfd) = &self.pidfd {
+            kill(pidfd);
+        }
     }
 
     /// Takes a report; the outcome, if it is that.
@@ -293,7 +337,7 @@ fn decode(message: [u8; MESSAGE]) -> [i32; 2] {
 /// # Safety
 ///
 /// Runs in a forked child (1).
-unsafe fn helper(control: i32, report: i32, op: u32, header: [u8; 80]) -> ! {
+unsafe fn helper(control: i32, report: i32, gate: &Gate, op: u32, header: [u8; 80]) -> ! {
     // SAFETY: (1): plain system calls on numbers. Above all, this closes our copies of `/dev/ublkcN` and of the
     // rings. That comes first: there may be no descriptor left otherwise. Then the two are moved away from the
     // places that they shall have before those are overwritten.
@@ -325,9 +369,12 @@ unsafe fn helper(control: i32, report: i32, op: u32, header: [u8; 80]) -> ! {
     if ready {
         // SAFETY: (1).
         tell(BEGUN, unsafe { libc::getpid() });
-        match command(op, header) {
-            Ok(result) => tell(ENDED, result),
-            Err(error) => tell(FAILED, error.raw_os_error().unwrap_or(libc::EIO)),
+        // After the report: a parent that finds the gate entered also finds out whom to kill.
+        if gate.enter() {
+            match command(op, header) {
+                Ok(result) => tell(ENDED, result),
+                Err(error) => tell(FAILED, error.raw_os_error().unwrap_or(libc::EIO)),
+            }
         }
     } else {
         tell(FAILED, Errno::last_raw());
@@ -362,7 +409,8 @@ mod tests {
 
     fn pipe() -> (Reports, std::fs::File) {
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        (Reports { pipe: reader.into(), helper: None, pidfd: None, over: false }, writer.into())
+        let gate = Gate::new().unwrap();
+        (Reports { pipe: reader.into(), gate, helper: None, pidfd: None, over: false }, writer.into())
     }
 
     #[test]
@@ -396,6 +444,7 @@ mod tests {
     fn an_answer_that_comes_with_the_time_out_counts() {
         use std::io::Write;
         let (mut reports, mut writer) = pipe();
+        assert!(reports.gate.enter());
         let late = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(50));
             writer.write_all(&encode(ENDED, 7)).unwrap();
@@ -404,6 +453,34 @@ mod tests {
         late.join().unwrap();
         // On a machine that is busier than that the time-out stands.
         assert!(matches!(got, Ok(7) | Err(ControlFailure::Timeout)), "{got:?}");
+    }
+
+    /// On a loaded machine.
+    #[test]
+    fn a_helper_that_begins_after_its_parent_gave_up_does_nothing() {
+        let (mut reports, _writer) = pipe();
+        let got = reports.receive(Duration::from_secs(60), &|| true);
+        assert!(matches!(got, Err(ControlFailure::GaveUp)), "{got:?}");
+        assert!(!reports.gate.enter());
+    }
+
+    #[test]
+    fn a_helper_whose_report_is_read_late_is_killed() {
+        use std::io::Write;
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let (mut reports, mut writer) = pipe();
+        let begun = encode(BEGUN, child.id() as i32);
+        assert!(reports.gate.enter());
+        // The report arrives after it was looked for.
+        let give_up = || {
+            (&mut &writer).write_all(&begun).unwrap();
+            true
+        };
+        let got = reports.receive(Duration::from_secs(60), &give_up);
+        assert!(matches!(got, Err(ControlFailure::GaveUp)), "{got:?}");
+        writer.flush().unwrap();
+        let status = child.wait().unwrap();
+        assert!(!status.success(), "it slept for a minute: {status}");
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 //! `zoned`: a host-managed zoned disk, in memory or in a directory.
 //!
-//! * [`zones`] — the rules: write pointers, conditions, limits.
-//! * [`store`] — where the bytes are.
+//! * [`zones`]: write pointers, conditions, limits.
+//! * [`store`]: the data.
 
 mod store;
 mod zones;
@@ -22,27 +22,28 @@ use crate::params::{Operations, Params, ZonedLimits};
 use crate::request::{Op, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
 
-/// How a zoned disk is made.
+/// Options of a zoned disk.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct ZonedOptions {
     /// Capacity in bytes, a multiple of the zone size.
     pub size: u64,
-    /// Bytes of a zone, a power of two.
+    /// Zone size in bytes, a power of two.
     pub zone_size: u32,
-    /// How many zones at the disk's beginning can be written anywhere.
+    /// Number of conventional zones at the start of the disk, which can be written anywhere.
     pub conventional: u32,
-    /// Most open zones; 0 for no limit.
+    /// Maximum number of open zones; 0 for no limit.
     pub max_open: u32,
-    /// Most active zones, open or closed; 0 for no limit.
+    /// Maximum number of active zones, open or closed; 0 for no limit.
     pub max_active: u32,
     /// Logical block size in bytes.
     pub logical_block_size: u32,
-    /// Where the zones are kept, a file for each; in memory without.
+    /// Directory for the zones, with a file for each. `None` for a disk in memory.
     pub directory: Option<PathBuf>,
 }
 
 impl ZonedOptions {
-    /// A disk in memory, with zones of 64 MiB and no conventional ones.
+    /// Options of a disk in memory with zones of 64 MiB and without conventional zones.
     pub fn new(size: u64) -> Self {
         ZonedOptions {
             size,
@@ -54,18 +55,48 @@ impl ZonedOptions {
             directory: None,
         }
     }
+
+    /// Sets the [size of a zone](Self::zone_size).
+    pub fn zone_size(self, zone_size: u32) -> Self {
+        ZonedOptions { zone_size, ..self }
+    }
+
+    /// Sets the number of [conventional zones](Self::conventional).
+    pub fn conventional(self, conventional: u32) -> Self {
+        ZonedOptions { conventional, ..self }
+    }
+
+    /// Limits [open zones](Self::max_open).
+    pub fn max_open(self, max_open: u32) -> Self {
+        ZonedOptions { max_open, ..self }
+    }
+
+    /// Limits [active zones](Self::max_active).
+    pub fn max_active(self, max_active: u32) -> Self {
+        ZonedOptions { max_active, ..self }
+    }
+
+    /// Sets the [logical block size](Self::logical_block_size).
+    pub fn logical_block_size(self, logical_block_size: u32) -> Self {
+        ZonedOptions { logical_block_size, ..self }
+    }
+
+    /// Keeps the zones in a [directory](Self::directory).
+    pub fn directory(self, path: impl Into<PathBuf>) -> Self {
+        ZonedOptions { directory: Some(path.into()), ..self }
+    }
 }
 
-/// A zoned disk. Data that is written to it moves by `USER_COPY`, as the driver demands (6.6).
+/// A host-managed zoned disk. The driver requires `USER_COPY` for it. Linux 6.6.
 ///
-/// One in a directory without [`Operations::FLUSH`] has no write cache: each change is durable when it ends. Once a sync
-/// of a zone has failed, every flush fails with `EIO` until the disk has a new server.
+/// A disk in a directory without [`Operations::FLUSH`] has no write cache: each change is durable when it completes. Once a
+/// sync of a zone has failed, each flush fails with `EIO` until the disk has a new server.
 ///
-/// The files of a directory are all that a new server knows: zones that were open are closed for it, and it may be sent
-/// again what the last server had carried out and could not acknowledge ([`Recovery::Reissue`](crate::Recovery::Reissue)).
-/// A write below the write pointer that ends at or above it is taken once for each zone, if the zone has the same
-/// bytes up to the pointer. Resets and the like may be repeated in any case. An append lands a second time, after
-/// the first, as it looks like any other one with the same data; the zone has less room then.
+/// A new server knows only the files of the directory: zones that were open are closed. It may receive requests again that
+/// the last server carried out but could not acknowledge ([`Recovery::Reissue`](crate::Recovery::Reissue)). A write that
+/// begins below the write pointer and ends at or above it is accepted once per zone, if the zone has the same bytes up to
+/// the pointer. Resets and other zone operations can be repeated. An append is written again, after the first one, because
+/// it cannot be distinguished from another append of the same data.
 #[derive(Debug)]
 pub struct Zoned(Arc<Disk>);
 
@@ -74,23 +105,23 @@ struct Disk {
     params: Params,
     zone_size: u64,
     zones: Mutex<Zones>,
-    /// A zone's own: its bytes and its state change together.
+    /// A lock for each zone, whose bytes and state change together.
     busy: Vec<Mutex<()>>,
     store: Store,
 }
 
 impl Zoned {
-    /// A disk, new or as its directory holds it.
+    /// Opens a disk: a new one, or the one in the directory.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] for an impossible shape, or another one than the directory's;
-    /// [`Error::File`] if the directory cannot be used, or is by another server.
+    /// [`Error::InvalidValue`] if the options are invalid or do not match the directory, [`Error::File`] if the directory
+    /// cannot be used or another server uses it.
     pub fn open(options: &ZonedOptions) -> Result<Self> {
         Self::with_params(options, Self::shape(options))
     }
 
-    /// The shape of such a disk.
+    /// Returns the parameters of a disk with these options.
     pub fn shape(options: &ZonedOptions) -> Params {
         let mut params = Params::new(options.size, options.logical_block_size);
         params.operations = Operations::WRITE;
@@ -104,7 +135,7 @@ impl Zoned {
         params
     }
 
-    /// A disk of a shape that was made from [`shape`](Zoned::shape).
+    /// Opens a disk with changed parameters of [`shape`](Zoned::shape).
     ///
     /// # Errors
     ///
@@ -156,7 +187,7 @@ impl Disk {
         self.zones.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps others from a zone's bytes and state.
+    /// Locks the bytes and the state of a zone.
     fn busy(&self, offset: u64) -> MutexGuard<'_, ()> {
         self.busy[(offset / self.zone_size) as usize].lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -185,17 +216,17 @@ impl Disk {
         request.finish(result);
     }
 
-    /// Whether what a request changes has to be durable when it ends. Without a write cache no flush will come.
+    /// Whether a request's change has to be durable when it completes. Without a write cache there are no flushes.
     fn durably(&self, request: &Request<'_>) -> bool {
         request.force_unit_access() || !self.params.operations.contains(Operations::FLUSH)
     }
 
-    /// Writes to a zone, at its write pointer, which moves only if that works.
+    /// Writes to a zone at its write pointer, which moves only if the write succeeds.
     ///
-    /// A server can die after it has carried out a write and before the client hears of it. With `--recovery reissue`
-    /// the next server gets that write again, below the write pointer, and carries it out if the zone holds these very
-    /// bytes there: that changes nothing but the client's knowledge. An append that is sent again lands after the
-    /// first one: it looks like any other one with the same data.
+    /// A server can exit after it has carried out a write and before it has acknowledged it. With `--recovery reissue`, the
+    /// next server receives that write again, below the write pointer, and accepts it if the zone has the same bytes there.
+    /// An append that is sent again is written after the first one: it cannot be distinguished from another append of the
+    /// same data.
     fn write(&self, offset: u64, data: &[u8], durably: bool) -> Result<(), Errno> {
         let _busy = self.busy(offset);
         let start = self.zones().place_write(offset, data.len() as u64)?;
@@ -219,7 +250,7 @@ impl Disk {
         Ok(landed)
     }
 
-    /// Writes to a sequential zone that is the caller's alone.
+    /// Writes to a sequential zone that the caller has locked.
     fn write_sequentially(&self, offset: u64, data: &[u8], durably: bool) -> Result<(), Errno> {
         let (index, present) = {
             let mut zones = self.zones();
@@ -245,7 +276,7 @@ impl Disk {
         };
         let filled = self.store.trim(index, written).and_then(|()| self.store.fill(index, self.zone_size));
         filled.map_err(|e| failed(&e))?;
-        // The zone is as its file is, durable or not.
+        // The state follows the file, durable or not.
         self.zones().finish(index);
         self.store.changed(index, durably).map_err(|e| failed(&e))
     }
@@ -254,7 +285,7 @@ impl Disk {
         let _busy = self.busy(offset);
         let index = self.zones().sequential(offset)?;
         self.store.clear(index, self.zone_size).map_err(|e| failed(&e))?;
-        // As above.
+        // As in `finish`.
         self.zones().reset(index);
         self.store.changed(index, durably).map_err(|e| failed(&e))
     }
@@ -273,7 +304,7 @@ impl Disk {
     }
 }
 
-/// The errno of a store that does not do what it should.
+/// Logs an error of the store and returns its errno.
 fn failed(error: &io::Error) -> Errno {
     log::error!("zoned: {error}");
     errno_of(error)
@@ -326,9 +357,9 @@ mod tests {
     }
 
     #[test]
-    fn a_write_that_fails_moves_no_write_pointer() {
+    fn a_failed_write_does_not_move_the_write_pointer() {
         let directory = tempfile::tempdir().unwrap();
-        // A file that can be kept from growing, as a full file system would.
+        // A file that can be prevented from growing, as on a full file system.
         let file = File::from(memfd_create(c"zone", MFdFlags::MFD_ALLOW_SEALING).unwrap());
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         std::os::unix::fs::symlink(path, directory.path().join("seq-000001")).unwrap();
@@ -342,23 +373,23 @@ mod tests {
         }
         assert_eq!(disk.finish(first, false), Err(Errno::EPERM));
         assert_eq!(disk.zones().written_to(1), 8192, "the zone is not full");
-        assert_eq!(file.metadata().unwrap().len(), 8192, "a new server finds the same");
+        assert_eq!(file.metadata().unwrap().len(), 8192, "as a new server sees it");
     }
 
     #[test]
-    fn a_write_that_was_carried_out_can_be_sent_to_the_next_server() {
+    fn a_new_server_accepts_the_last_write_again() {
         let directory = tempfile::tempdir().unwrap();
         let server = disk(directory.path());
         write(&server, 0, &[1; 8192]).unwrap();
         write(&server, 8192, &[2; 8192]).unwrap();
         drop(server);
         let server = disk(directory.path());
-        assert_eq!(write(&server, 8192, &[3; 8192]), Err(Errno::EIO), "that is another one");
+        assert_eq!(write(&server, 8192, &[3; 8192]), Err(Errno::EIO), "other data");
         write(&server, 8192, &[2; 8192]).unwrap();
         assert_eq!(server.zones().written_to(0), 16384);
-        assert_eq!(write(&server, 8192, &[2; 8192]), Err(Errno::EIO), "once is enough");
+        assert_eq!(write(&server, 8192, &[2; 8192]), Err(Errno::EIO), "only once");
         drop(server);
-        // The last server was interrupted in the middle of a write of three blocks, and of its second one.
+        // The last server was killed during a write of three blocks, within the second one.
         let zone = File::options().write(true).open(directory.path().join("seq-000000")).unwrap();
         zone.set_len(16384).unwrap();
         zone.write_all_at(&[4; 5000], 16384).unwrap();

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Where the bytes of zones are: in memory, or in a directory with a file for each zone.
+//! The data of zones: in memory, or in a directory with a file for each zone.
 //!
-//! A sequential zone's file is as long as the zone is written, so the write pointers outlive the server
-//! without a book of their own. Where a server dies or the machine crashes in the middle of a write, a file may end within
-//! a block, which does not count: nothing of the write was acknowledged, or nothing of it was flushed.
+//! The length of a sequential zone's file is its write pointer, so the pointers need no storage of their own. If a server
+//! is killed or the machine crashes during a write, a file may end within a block. Such a block does not count: the write was
+//! not acknowledged, or not flushed.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -32,21 +32,21 @@ pub(super) enum Store {
 pub(super) struct Files {
     zone_size: u64,
     files: Vec<File>,
-    /// Zones with writes that may not be durable: all of them at first, as the last server may have acknowledged
-    /// writes that no client has flushed yet.
+    /// Zones with writes that may not be durable. Initially all of them, because the last server may have acknowledged writes
+    /// that were not flushed.
     dirty: Mutex<Vec<bool>>,
-    /// Zones whose file may be longer than they are written: a write has failed, or was interrupted with the last
-    /// server.
+    /// Zones whose file may extend beyond the write pointer, because a write failed or its server was killed.
     longer: Vec<AtomicBool>,
-    /// One flush at a time: what one has begun to make durable is not durable yet for the next.
+    /// Held during a flush. A second flush must not succeed before the first has made its writes durable.
     flushing: Mutex<()>,
     write_back: WriteBack,
-    /// Keeps a second server away.
+    /// The directory, locked against a second server.
     _lock: File,
 }
 
 impl Files {
-    /// Opens or makes the files of a disk, and says how much is written to each sequential zone, in whole blocks.
+    /// Opens or creates the files of a disk. Also returns how many bytes are written to each sequential zone, in whole
+    /// blocks.
     pub(super) fn open(
         directory: &Path,
         zone_size: u64,
@@ -55,7 +55,7 @@ impl Files {
         count: usize,
     ) -> Result<(Self, Vec<Option<u64>>)> {
         let is_new = !directory.exists();
-        std::fs::create_dir_all(directory).map_err(|e| Error::file("make", directory, &e))?;
+        std::fs::create_dir_all(directory).map_err(|e| Error::file("create", directory, &e))?;
         let lock = File::open(directory).map_err(|e| Error::file("open", directory, &e))?;
         #[allow(deprecated, reason = "the replacement insists on owning the file")]
         nix::fcntl::flock(std::os::fd::AsRawFd::as_raw_fd(&lock), FlockArg::LockExclusiveNonblock).map_err(
@@ -114,15 +114,15 @@ impl Files {
         ((offset / self.zone_size) as usize, offset % self.zone_size)
     }
 
-    /// Cuts a zone's file to what is written to it.
-    fn cut(&self, zone: usize, written: u64) -> io::Result<()> {
+    /// Truncates a zone's file to its write pointer.
+    fn truncate(&self, zone: usize, written: u64) -> io::Result<()> {
         self.longer[zone].store(true, Ordering::Relaxed);
         self.files[zone].set_len(written)?;
         self.longer[zone].store(false, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Notes that a zone was changed, and makes that durable if it has to be.
+    /// Marks a zone as changed, and syncs it if the change has to be durable.
     fn changed(&self, zone: usize, durably: bool) -> io::Result<()> {
         self.dirty()[zone] = true;
         if durably { Ok(self.write_back.sync(&self.files[zone])?) } else { Ok(()) }
@@ -144,7 +144,7 @@ fn open(path: &Path) -> io::Result<(File, u64)> {
 }
 
 impl Store {
-    /// Reads bytes of one or more zones; what was not written is zeros.
+    /// Reads bytes of one or more zones. Unwritten bytes are zeros.
     pub(super) fn read(&self, offset: u64, mut into: &mut [u8]) -> io::Result<()> {
         let files = match self {
             Store::Memory(sparse) => {
@@ -165,25 +165,25 @@ impl Store {
         Ok(())
     }
 
-    /// Whether a zone holds these bytes.
+    /// Whether a zone has these bytes.
     pub(super) fn holds(&self, offset: u64, bytes: &[u8]) -> io::Result<bool> {
         let mut found = vec![0; bytes.len()];
         self.read(offset, &mut found)?;
         Ok(found == bytes)
     }
 
-    /// Makes sure that a zone's file, which others leave alone, ends where the zone is written to.
+    /// Truncates the file of a locked zone to its write pointer, if it may be longer.
     pub(super) fn trim(&self, zone: usize, written: u64) -> io::Result<()> {
         match self {
-            Store::Files(files) if files.longer[zone].load(Ordering::Relaxed) => files.cut(zone, written),
+            Store::Files(files) if files.longer[zone].load(Ordering::Relaxed) => files.truncate(zone, written),
             _ => Ok(()),
         }
     }
 
-    /// Takes back what a write has left that failed. Where that fails too, the next write does it.
+    /// Removes what a failed write has left. If that fails, too, the next write does it.
     pub(super) fn undo(&self, zone: usize, written: u64) {
         if let Store::Files(files) = self
-            && let Err(error) = files.cut(zone, written)
+            && let Err(error) = files.truncate(zone, written)
         {
             log::error!("zoned: cannot truncate zone {zone} to {written} bytes after a failed write: {error}");
         }
@@ -202,16 +202,16 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets what a zone holds. [`changed`](Store::changed) is to follow.
+    /// Empties a zone. To be followed by [`changed`](Store::changed).
     pub(super) fn clear(&self, zone: usize, zone_size: u64) -> io::Result<()> {
         match self {
             Store::Memory(sparse) => sparse.zero(zone as u64 * zone_size, zone_size),
-            Store::Files(files) => files.cut(zone, 0)?,
+            Store::Files(files) => files.truncate(zone, 0)?,
         }
         Ok(())
     }
 
-    /// Makes a zone count as written to its end. [`changed`](Store::changed) is to follow.
+    /// Moves a zone's write pointer to its end. To be followed by [`changed`](Store::changed).
     pub(super) fn fill(&self, zone: usize, zone_size: u64) -> io::Result<()> {
         if let Store::Files(files) = self {
             files.files[zone].set_len(zone_size)?;
@@ -219,12 +219,12 @@ impl Store {
         Ok(())
     }
 
-    /// Notes that the length of a zone was changed, and makes that durable if it has to be.
+    /// Marks a zone as changed, and syncs it if the change has to be durable.
     pub(super) fn changed(&self, zone: usize, durably: bool) -> io::Result<()> {
         if let Store::Files(files) = self { files.changed(zone, durably) } else { Ok(()) }
     }
 
-    /// Makes everything that was acknowledged durable.
+    /// Makes all acknowledged writes durable.
     pub(super) fn flush(&self) -> io::Result<()> {
         let Store::Files(files) = self else { return Ok(()) };
         let _one = files.flushing.lock().unwrap_or_else(PoisonError::into_inner);
@@ -234,14 +234,14 @@ impl Store {
             dirty.fill(false);
             zones
         };
-        // Also if nothing is dirty: a durable write may have failed.
+        // Even if nothing is dirty: a durable write may have failed.
         files.write_back.check()?;
-        // One that fails makes all later flushes fail.
+        // After a failure, all later flushes fail.
         dirty.into_iter().try_for_each(|zone| Ok(files.write_back.sync(&files.files[zone])?))
     }
 }
 
-/// Reads from a file that may end earlier.
+/// Reads from a file, with zeros after its end.
 fn read_or_zeros(file: &File, at: u64, into: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while done < into.len() {
@@ -265,7 +265,7 @@ mod tests {
     const ZONE: u64 = 64 << 10;
 
     #[test]
-    fn files_remember_how_far_zones_are_written() {
+    fn write_pointers_are_kept_in_the_files() {
         let directory = tempfile::tempdir().unwrap();
         let (files, written) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
         assert_eq!(written, [None, Some(0), Some(0)]);
@@ -282,12 +282,12 @@ mod tests {
     }
 
     #[test]
-    fn a_new_server_flushes_what_the_last_one_had_written() {
+    fn a_new_server_flushes_writes_of_the_last_one() {
         let directory = tempfile::tempdir().unwrap();
         let (files, _) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
         let store = Store::Files(files);
         store.write(ZONE, &[7; 4096], false).unwrap();
-        // Killed: nothing was flushed, and the next server's client waits for its flush.
+        // As if killed: nothing was flushed.
         drop(store);
         let (files, _) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
         assert_eq!(files.dirty().to_vec(), [true; 3]);
@@ -322,11 +322,15 @@ mod tests {
         let (files, written) = Files::open(directory.path(), ZONE, 4096, 0, 2).unwrap();
         assert_eq!(written, [Some(8192), Some(0)]);
         let store = Store::Files(files);
-        assert_eq!(std::fs::metadata(&seq).unwrap().len(), 10_000, "another block size finds all of it");
+        assert_eq!(
+            std::fs::metadata(&seq).unwrap().len(),
+            10_000,
+            "not truncated yet: another block size may use all of it"
+        );
         store.trim(0, 8192).unwrap();
         assert_eq!(std::fs::metadata(&seq).unwrap().len(), 8192);
         store.trim(0, 4096).unwrap();
-        assert_eq!(std::fs::metadata(&seq).unwrap().len(), 8192, "it is known to be right");
+        assert_eq!(std::fs::metadata(&seq).unwrap().len(), 8192, "truncated only once");
     }
 
     #[test]

@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The states of a disk's zones, without any data: write pointers, conditions, and the limits of open and
-//! active zones. The rules are those of the zoned command sets (ZBC, ZAC, ZNS) as Linux expects them.
+//! The states of the zones of a disk, without their data: write pointers, conditions, and the limits of open and active zones.
+//! The rules are those of the zoned command sets (ZBC, ZAC, ZNS) as Linux expects them.
 
 use nix::errno::Errno;
 
-/// Numbers of `linux/blkzoned.h`.
+/// Zone types of `linux/blkzoned.h`.
 const TYPE_CONVENTIONAL: u8 = 1;
 const TYPE_SEQUENTIAL: u8 = 2;
 
-/// What a zone is ready for.
+/// Condition of a zone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Condition {
-    /// It has no write pointer: anything can be written anywhere.
+    /// A conventional zone, without a write pointer.
     Conventional,
     Empty,
     /// Opened by a write.
     ImplicitlyOpen,
     /// Opened by a command.
     ExplicitlyOpen,
-    /// Written to, and not open.
+    /// Partly written, and not open.
     Closed,
     Full,
 }
@@ -49,12 +49,12 @@ impl Condition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Zone {
     pub(super) condition: Condition,
-    /// Bytes written from its beginning.
+    /// Write pointer: bytes written from the start of the zone.
     pub(super) written: u64,
-    /// A write is under way.
+    /// A write is in progress.
     busy: bool,
-    /// Nothing was written since the server began, so that a write may be one that the last server had carried out,
-    /// or a part of it, and died before its client heard of that.
+    /// Nothing was written since the server started, so a write may repeat one that the last server carried out, completely
+    /// or in part, without acknowledging it.
     may_repeat: bool,
 }
 
@@ -64,8 +64,8 @@ pub(super) enum Start {
     /// In a conventional zone.
     Anywhere,
     AtPointer,
-    /// So many bytes below the write pointer, with the end at or above it. To be carried out only if the zone holds
-    /// these bytes already.
+    /// This many bytes below the write pointer, with the end at or above it. Accepted only if the zone has these bytes
+    /// already.
     BelowPointer(u64),
 }
 
@@ -78,13 +78,12 @@ pub(super) struct Zones {
     max_active: usize,
     open: usize,
     active: usize,
-    /// Where the search for a zone to close begins: the oldest first, roughly.
+    /// Where the search for a zone to close begins, so that roughly the oldest is closed.
     next_to_close: usize,
 }
 
 impl Zones {
-    /// `written` holds what is in each sequential zone already; `None` makes a zone conventional. A limit of 0
-    /// is none.
+    /// `written` has the write pointer of each sequential zone, and `None` for a conventional zone. 0 means no limit.
     pub(super) fn new(size: u64, written: &[Option<u64>], max_open: u32, max_active: u32) -> Self {
         let zone = |written: &Option<u64>| {
             let (condition, written) = match *written {
@@ -102,7 +101,7 @@ impl Zones {
         Zones { size, zones, max_open, max_active, open: 0, active, next_to_close: 0 }
     }
 
-    /// The zone that holds a byte of the disk.
+    /// Returns the zone of an offset on the disk.
     pub(super) fn index(&self, offset: u64) -> usize {
         (offset / self.size) as usize
     }
@@ -124,7 +123,7 @@ impl Zones {
         self.active += usize::from(condition.is_active());
     }
 
-    /// Makes a zone open, at the cost of another one if need be.
+    /// Opens a zone, and closes another one if necessary.
     fn open_as(&mut self, index: usize, condition: Condition) -> Result<(), Errno> {
         let present = self.zones[index].condition;
         if !present.is_active() && self.active >= self.max_active {
@@ -134,7 +133,7 @@ impl Zones {
             let count = self.zones.len();
             let candidates = (0..count).map(|n| (self.next_to_close + n) % count);
             let victim = candidates.into_iter().find(|n| self.zones[*n].condition == Condition::ImplicitlyOpen);
-            // All open ones were opened by command.
+            // All open zones were opened explicitly.
             let victim = victim.ok_or(Errno::ETOOMANYREFS)?;
             self.next_to_close = (victim + 1) % count;
             self.close_written(victim);
@@ -145,22 +144,22 @@ impl Zones {
 
     fn close_written(&mut self, index: usize) {
         let Zone { written, busy, .. } = self.zones[index];
-        // A write that is under way keeps its zone active.
+        // A write in progress keeps its zone active.
         let condition = if written == 0 && !busy { Condition::Empty } else { Condition::Closed };
         self.set(index, condition);
     }
 
-    /// Bytes written from the beginning of a zone.
+    /// Write pointer of a zone: bytes written from its start.
     pub(super) fn written_to(&self, index: usize) -> u64 {
         self.zones[index].written
     }
 
-    /// Says where a write of `len` bytes at `offset` on the disk begins. In a sequential zone that has to be the write
+    /// Checks where a write of `len` bytes at `offset` on the disk begins. In a sequential zone that has to be the write
     /// pointer.
     ///
-    /// The exception is a write that a dead server had carried out and the kernel sends again: its end, or for one that
-    /// was interrupted a place within, is where the write pointer is. There is at most one such write for each zone,
-    /// as the kernel sends one at a time.
+    /// The exception is a write that a dead server carried out and the kernel sends again: the write pointer is at its end,
+    /// or, if it was interrupted, within it. There is at most one such write per zone, because the kernel sends one at a
+    /// time.
     pub(super) fn place_write(&self, offset: u64, len: u64) -> Result<Start, Errno> {
         let index = self.index(offset);
         let zone = self.zones[index];
@@ -179,7 +178,7 @@ impl Zones {
         }
     }
 
-    /// Says where on the disk an append to the zone that begins at `offset` is written.
+    /// Returns where on the disk an append to the zone that begins at `offset` is written.
     pub(super) fn place_append(&self, offset: u64, len: u64) -> Result<u64, Errno> {
         let index = self.index(offset);
         let zone = self.zones[index];
@@ -190,10 +189,10 @@ impl Zones {
         Ok(self.start(index) + zone.written)
     }
 
-    /// Opens a sequential zone for a write, which is to end with [`end_write`](Zones::end_write).
+    /// Opens a sequential zone for a write. To be followed by [`end_write`](Zones::end_write).
     pub(super) fn begin_write(&mut self, index: usize) -> Result<(), Errno> {
         let condition = self.zones[index].condition;
-        // A full one only gets what it has.
+        // A full zone only receives a repeated write.
         if !condition.is_open() && condition != Condition::Full {
             self.open_as(index, Condition::ImplicitlyOpen)?;
         }
@@ -201,7 +200,7 @@ impl Zones {
         Ok(())
     }
 
-    /// Moves the write pointer to the end of a write; `written` is where that ends in the zone, none if it failed.
+    /// Moves the write pointer to `written`, the end of the write. `None` if the write failed.
     pub(super) fn end_write(&mut self, index: usize, written: Option<u64>) {
         let zone = &mut self.zones[index];
         zone.busy = false;
@@ -216,7 +215,7 @@ impl Zones {
         }
     }
 
-    /// The zone that begins at `offset`, if it is sequential.
+    /// Returns the zone that begins at `offset`, if it is sequential.
     pub(super) fn sequential(&self, offset: u64) -> Result<usize, Errno> {
         let index = self.index(offset);
         if self.zones[index].condition == Condition::Conventional { Err(Errno::EIO) } else { Ok(index) }
@@ -235,7 +234,7 @@ impl Zones {
         let index = self.sequential(offset)?;
         match self.zones[index].condition {
             Condition::Full => Err(Errno::EIO),
-            // Also an empty one, which a new server finds where the last one had an open zone without data.
+            // Also an empty zone: the last server may have had it open.
             _ => {
                 self.close_written(index);
                 Ok(())
@@ -257,14 +256,14 @@ impl Zones {
         self.zones[index].may_repeat = false;
     }
 
-    /// The sequential zones that are not empty.
+    /// Returns the sequential zones that are not empty.
     pub(super) fn written(&self) -> Vec<usize> {
         let written =
             |index: &usize| !matches!(self.zones[*index].condition, Condition::Conventional | Condition::Empty);
         (0..self.zones.len()).filter(written).collect()
     }
 
-    /// A zone as a `struct blk_zone`, in sectors.
+    /// Returns a zone as a `struct blk_zone`, in sectors.
     pub(super) fn describe(&self, index: usize) -> [u8; 64] {
         let zone = self.zones[index];
         let (start, sectors) = (self.start(index) >> 9, self.size >> 9);
@@ -294,7 +293,7 @@ mod tests {
 
     const SIZE: u64 = 1 << 20;
 
-    /// What the target does for each write.
+    /// What the target does for a write.
     impl Zones {
         fn write(&mut self, offset: u64, len: u64) -> Result<bool, Errno> {
             let index = self.index(offset);
@@ -318,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_belongs_at_the_write_pointer_and_inside_its_zone() {
+    fn a_write_has_to_begin_at_the_write_pointer() {
         let mut zones = zones(0, 0);
         assert_eq!(zones.write(SIZE + 4096, 4096), Err(Errno::EIO));
         assert_eq!(zones.write(SIZE, 4096), Ok(true));
@@ -330,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn an_append_says_where_it_landed() {
+    fn an_append_returns_its_offset() {
         let mut zones = zones(0, 0);
         assert_eq!(zones.append(2 * SIZE, 512), Ok(2 * SIZE));
         assert_eq!(zones.append(2 * SIZE, 512), Ok(2 * SIZE + 512));
@@ -339,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_zone_too_many_closes_one_that_a_write_had_opened() {
+    fn beyond_the_limit_an_implicitly_open_zone_is_closed() {
         let mut zones = zones(2, 0);
         for n in 1..=3 {
             zones.write(n * SIZE, 512).unwrap();
@@ -348,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn zones_that_were_opened_by_command_are_not_closed_for_others() {
+    fn explicitly_open_zones_are_not_closed_for_others() {
         let mut zones = zones(2, 0);
         zones.open(SIZE).unwrap();
         zones.open(2 * SIZE).unwrap();
@@ -360,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn active_zones_are_limited_too() {
+    fn active_zones_are_limited() {
         let mut zones = zones(0, 2);
         zones.write(SIZE, 512).unwrap();
         zones.write(2 * SIZE, 512).unwrap();
@@ -373,14 +372,14 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_before_is_closed_or_full() {
+    fn zones_with_data_are_closed_or_full_at_first() {
         let zones = Zones::new(SIZE, &[Some(0), Some(512), Some(SIZE)], 0, 0);
         assert_eq!(zones.conditions(), [Empty, Closed, Full]);
         assert_eq!(zones.written(), [1, 2]);
     }
 
     #[test]
-    fn a_write_that_fails_leaves_its_zone_as_it_was() {
+    fn a_failed_write_leaves_its_zone_unchanged() {
         let mut zones = zones(1, 1);
         zones.begin_write(1).unwrap();
         assert_eq!(zones.write(2 * SIZE, 512), Err(Errno::EOVERFLOW), "its zone is active already");
@@ -395,18 +394,18 @@ mod tests {
     }
 
     #[test]
-    fn a_new_server_takes_the_last_write_again_once() {
+    fn a_new_server_accepts_the_last_write_once_more() {
         let new = || Zones::new(SIZE, &[Some(8192), Some(SIZE), Some(0)], 0, 0);
         let mut zones = new();
         assert_eq!(zones.place_write(4096, 4096), Ok(Start::BelowPointer(4096)), "carried out");
         assert_eq!(zones.place_write(4096, 8192), Ok(Start::BelowPointer(4096)), "interrupted");
         assert_eq!(zones.place_write(8192, 4096), Ok(Start::AtPointer), "not begun");
-        assert_eq!(zones.place_write(0, 4096), Err(Errno::EIO), "others came after it");
+        assert_eq!(zones.place_write(0, 4096), Err(Errno::EIO), "not the last write");
         assert_eq!(zones.place_write(12288, 4096), Err(Errno::EIO));
         assert_eq!(zones.write(4096, 8192), Ok(true));
         assert_eq!((zones.written_to(0), zones.conditions()[0]), (12288, ImplicitlyOpen));
         assert_eq!(zones.place_write(8192, 4096), Err(Errno::EIO));
-        // The one that filled the zone.
+        // The write that filled the zone.
         assert_eq!(zones.write(2 * SIZE - 4096, 4096), Ok(true));
         assert_eq!((zones.written_to(1), zones.conditions()[1]), (SIZE, Full));
         assert_eq!(zones.write(2 * SIZE - 4096, 4096), Err(Errno::EIO));
@@ -416,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn a_description_is_laid_out_as_the_kernel_reads_it() {
+    fn a_description_has_the_layout_of_blk_zone() {
         let mut zones = zones(0, 0);
         zones.write(SIZE, 1536).unwrap();
         let bytes = zones.describe(1);
@@ -427,18 +426,18 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is asked for, limits hold and counts agree with conditions.
+        /// After any sequence of commands, limits hold and counts agree with conditions.
         #[test]
         fn limits_hold(steps in prop::collection::vec((0u8..8, 0u64..6, 1u64..2049), 1..200)) {
             let mut zones = zones(2, 3);
             for (what, zone, sectors) in steps {
                 let offset = zone * SIZE;
                 let _ = match what {
-                    // The target has a zone for itself while it writes.
+                    // The target locks a zone while it writes.
                     0 | 1 | 4..=6 if zones.zones[zone as usize].busy => Ok(()),
                     0 => zones.append(offset, sectors * 512).map(drop),
                     1 => {
-                        // At the write pointer, or at the beginning of a zone that is full.
+                        // At the write pointer, or at the start of a full zone.
                         let at = offset + zones.zones[zone as usize].written % SIZE;
                         zones.write(at, (sectors * 512).min(SIZE)).map(drop)
                     }
@@ -446,7 +445,7 @@ mod tests {
                     3 => zones.close(offset),
                     4 => zones.sequential(offset).map(|index| zones.finish(index)),
                     5 => zones.sequential(offset).map(|index| zones.reset(index)),
-                    // A write that ends only with the next one.
+                    // A write that ends with the next one.
                     6 => zones.place_append(offset, 512).and_then(|_| zones.begin_write(zone as usize)),
                     _ => {
                         if zones.zones[zone as usize].busy {

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Which [`Device`](super::Device) of this process serves a device of the driver, which knows no more than the process.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The latest server of each device of this process, by the device's [instance](crate::driver::Driver::instance).
+static LATEST: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
+static SERVERS: AtomicU64 = AtomicU64::new(0);
+
+fn latest() -> MutexGuard<'static, BTreeMap<u64, u64>> {
+    LATEST.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One server of a device.
+#[derive(Debug)]
+pub(super) struct Serving {
+    /// `None` if the driver's instance is not known.
+    pub(super) instance: Option<u64>,
+    number: u64,
+    owner: u32,
+}
+
+impl Serving {
+    /// A server of a device that has none, or whose last one is gone.
+    pub(super) fn begin(instance: Option<u64>) -> Self {
+        let number = SERVERS.fetch_add(1, Ordering::Relaxed);
+        if let Some(instance) = instance {
+            latest().insert(instance, number);
+        }
+        Serving { instance, number, owner: std::process::id() }
+    }
+
+    /// Whether this process has had another server of the device since.
+    pub(super) fn is_followed(&self) -> bool {
+        self.instance.is_some_and(|instance| latest().get(&instance) != Some(&self.number))
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // A forked child may find the lock held for ever.
+        if self.owner == std::process::id()
+            && let Some(instance) = self.instance
+            && !self.is_followed()
+        {
+            latest().remove(&instance);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_is_followed_by_a_later_one_of_the_same_device() {
+        let first = Serving::begin(Some(u64::MAX));
+        let other = Serving::begin(Some(u64::MAX - 1));
+        assert!(!first.is_followed() && !other.is_followed());
+        let second = Serving::begin(Some(u64::MAX));
+        assert!(first.is_followed() && !second.is_followed() && !other.is_followed());
+        drop(second);
+        assert!(first.is_followed(), "also when that one is gone");
+        drop(first);
+        assert!(!latest().contains_key(&u64::MAX));
+    }
+}
