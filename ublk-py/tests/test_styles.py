@@ -357,6 +357,8 @@ class TestCoroutines:
 
         devices, reads = [], []
         loop = asyncio.new_event_loop()
+        # With -X dev the loop would log that `main` has blocked it.
+        loop.slow_callback_duration = 60
         try:
             with client_pool() as pool:
                 task = loop.create_task(main())
