@@ -140,7 +140,7 @@ pub(super) fn control(
             Err(to_io(errno))
         }
         Ok(ForkResult::Child) => {
-            // A second fork, so that nobody has to collect the helper, however long it takes.
+            // A second fork, so that the helper need not be collected, however long it takes.
             // SAFETY: (1).
             if let Ok(ForkResult::Child) = unsafe { fork() } {
                 // SAFETY: (1).
@@ -151,7 +151,7 @@ pub(super) fn control(
         }
         Ok(ForkResult::Parent { child }) => {
             drop(writer);
-            // Somebody else may have collected it; it is gone either way.
+            // The program may have collected it by another `wait`; it has exited either way.
             while waitpid(child, None) == Err(Errno::EINTR) {}
             let mut reports = Reports { pipe: reader.into(), gate, helper: None, pidfd: None, over: false };
             let result = reports.receive(timeout, give_up);
@@ -363,7 +363,7 @@ unsafe fn helper(control: i32, report: i32, gate: &Gate, op: u32, header: [u8; 8
     };
     let tell = |kind: i32, value: i32| {
         let message = encode(kind, value);
-        // SAFETY: (1), and the buffer is ours. Nobody may be listening any more, which is fine.
+        // SAFETY: (1), and the buffer is ours. It does not matter if the pipe has no reader any more.
         unsafe { libc::write(REPORT, message.as_ptr().cast(), MESSAGE) };
     };
     if ready {
