@@ -122,8 +122,8 @@ class Extent:
     share a file must each open it.
 
     An extent duplicates the descriptor. Closing any descriptor of a file drops the process's POSIX locks on the file
-    (``fcntl.lockf``), so take such a lock before making the first extent in the file: the duplicate then stays open until
-    the program unlocks or closes the file. Locks of ``fcntl.flock`` are not affected.
+    (``fcntl.lockf``), so take such a lock before making the first extent in the file: the duplicate then stays open
+    until the program unlocks or closes the file. Locks of ``fcntl.flock`` are not affected.
     """
 
     def __new__(
