@@ -38,8 +38,7 @@ pub(crate) struct Region {
     len: usize,
 }
 
-// SAFETY: a `Region` is only an address range (1); whoever reads or writes through it states why that
-// is race free (3, 4).
+// SAFETY: a `Region` is only an address range (1); code that reads or writes through it states why that is race free (3, 4).
 unsafe impl Send for Region {}
 // SAFETY: as above; `&Region` gives out nothing but addresses.
 unsafe impl Sync for Region {}
@@ -65,7 +64,7 @@ impl Region {
         Ok(region)
     }
 
-    /// A file's bytes, shared with whoever else maps them.
+    /// A file's bytes, shared with other processes that map them.
     pub(crate) fn shared_file(file: impl AsFd, len: usize, writable: bool) -> io::Result<Self> {
         let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
         let mut access = ProtFlags::PROT_READ;
@@ -77,8 +76,8 @@ impl Region {
 
     fn advise(&self, offset: usize, len: usize, advice: MmapAdvise) {
         assert!(offset + len <= self.len);
-        // SAFETY: the range lies in the mapping (1, assertion above). DONTFORK changes no content;
-        // DONTNEED is used only on a slice that nobody refers to any more (2).
+        // SAFETY: the range is in the mapping (1, assertion above). DONTFORK changes no content; DONTNEED is used only on a
+        // slice that nothing refers to any more (2).
         let result = unsafe { madvise(self.start.add(offset).cast(), len, advice) };
         if let Err(errno) = result {
             log::debug!("madvise({advice:?}) on {len} bytes: {errno}");
@@ -142,8 +141,8 @@ impl SharedBytes {
 
 /// Page-aligned memory for the data of one request.
 ///
-/// The buffer stays valid for as long as anybody holds it, also after its device is gone. Its pages
-/// go back to the system when the last holder drops it.
+/// The buffer stays valid as long as it is held, also after its device is deleted. Its pages go back to the system when the
+/// last holder drops it.
 #[derive(Debug)]
 pub struct IoBuffer {
     region: Arc<Region>,
@@ -170,7 +169,7 @@ impl IoBuffer {
     /// request that the buffer belongs to must be the caller's, or the buffer must have been taken
     /// out of its request by [`Request::replace_buffer`](crate::Request::replace_buffer).
     pub fn as_ptr(&self) -> *mut u8 {
-        // SAFETY: (2) the offset lies in the region.
+        // SAFETY: (2) the offset is in the region.
         unsafe { self.region.address().add(self.offset) }
     }
 
@@ -184,7 +183,7 @@ impl IoBuffer {
         self.len == 0
     }
 
-    /// Gives the pages back to the system; the content becomes zeros. Invariant 3: nobody uses the buffer
+    /// Gives the pages back to the system; the content becomes zeros. Invariant 3: nothing uses the buffer
     /// meanwhile.
     pub(crate) fn give_back_pages(&self) {
         self.region.advise(self.offset, self.len.next_multiple_of(PAGE_SIZE), MmapAdvise::MADV_DONTNEED);
@@ -367,7 +366,7 @@ mod tests {
         let buffers = IoBuffer::many(5, 5000).unwrap();
         let others = IoBuffer::many(1, 4096).unwrap();
         for buffer in buffers.iter().chain(&others) {
-            // SAFETY: nobody else knows this buffer.
+            // SAFETY: nothing else refers to this buffer.
             unsafe { buffer.bytes_mut(4096) }.fill(7);
         }
         IoBuffer::give_back_all([&buffers[0], &buffers[1], &others[0], &buffers[3]].into_iter());
@@ -381,7 +380,7 @@ mod tests {
     fn a_kept_buffer_outlives_its_queue_and_keeps_its_bytes() {
         let mut buffers = IoBuffer::many(2, 4096).unwrap();
         let kept = buffers.pop().unwrap();
-        // SAFETY: nobody else knows this buffer.
+        // SAFETY: nothing else refers to this buffer.
         unsafe { kept.bytes_mut(4) }.copy_from_slice(b"kept");
         drop(buffers);
         // SAFETY: as above.

@@ -123,47 +123,47 @@ impl DeviceOptions {
         Self::default()
     }
 
-    /// Sets the [id](Self::id).
+    /// Sets the [id](field@Self::id).
     pub fn id(self, id: DeviceId) -> Self {
         DeviceOptions { id: Some(id), ..self }
     }
 
-    /// Sets the number of [hardware queues](Self::queues).
+    /// Sets the number of [hardware queues](field@Self::queues).
     pub fn queues(self, queues: u32) -> Self {
         DeviceOptions { queues, ..self }
     }
 
-    /// Sets the [number of requests per queue](Self::depth).
+    /// Sets the [number of requests per queue](field@Self::depth).
     pub fn depth(self, depth: u32) -> Self {
         DeviceOptions { depth, ..self }
     }
 
-    /// Sets the [data movement](Self::data).
+    /// Sets the [data movement](field@Self::data).
     pub fn data(self, data: DataMovement) -> Self {
         DeviceOptions { data: Some(data), ..self }
     }
 
-    /// Enables or disables [batches](Self::batch).
+    /// Enables or disables [batches](field@Self::batch).
     pub fn batch(self, batch: bool) -> Self {
         DeviceOptions { batch: Some(batch), ..self }
     }
 
-    /// Sets the number of [threads per queue](Self::threads_per_queue).
+    /// Sets the number of [threads per queue](field@Self::threads_per_queue).
     pub fn threads_per_queue(self, threads: u32) -> Self {
         DeviceOptions { threads_per_queue: threads, ..self }
     }
 
-    /// Makes the device [recoverable](Self::recovery).
+    /// Makes the device [recoverable](field@Self::recovery).
     pub fn recovery(self, recovery: Recovery) -> Self {
         DeviceOptions { recovery: Some(recovery), ..self }
     }
 
-    /// Enables or disables [shared memory](Self::shared_memory).
+    /// Enables or disables [shared memory](field@Self::shared_memory).
     pub fn shared_memory(self, shared: bool) -> Self {
         DeviceOptions { shared_memory: shared, ..self }
     }
 
-    /// Enables or disables the [partition scan](Self::partition_scan).
+    /// Enables or disables the [partition scan](field@Self::partition_scan).
     pub fn partition_scan(self, scan: bool) -> Self {
         DeviceOptions { partition_scan: scan, ..self }
     }

@@ -115,7 +115,7 @@ pub enum Cpus {
     /// Wherever the scheduler puts them.
     #[default]
     Any,
-    /// Each on the CPUs whose requests come through its queues, as the driver tells (`GET_QUEUE_AFFINITY`).
+    /// Each on the CPUs whose requests use its queues, according to the driver (`GET_QUEUE_AFFINITY`).
     OfQueues,
     /// All on these.
     Only(CpuSet),
@@ -170,24 +170,24 @@ impl Cpus {
     }
 }
 
-/// Where a ring thread runs. It serves queues of different CPUs, perhaps; then it may use all of those.
+/// The CPUs of a ring thread: those of all its queues.
 #[derive(Debug, Default)]
 pub(crate) struct ThreadAffinity {
-    /// Where it ran before it was pinned.
+    /// The CPUs that it could use before it was pinned.
     home: Option<CpuSet>,
-    /// Where it is pinned.
+    /// The CPUs that it is pinned to.
     pinned: Option<CpuSet>,
 }
 
 impl ThreadAffinity {
-    /// Whether the thread is kept from going anywhere.
+    /// Returns whether the thread is pinned.
     pub(crate) fn is_pinned(&self) -> bool {
         self.pinned.is_some()
     }
 
-    /// Moves the calling thread to where its queues want it. One that wants nothing lets it go anywhere.
+    /// Moves the calling thread to the CPUs of its queues. A queue without a choice allows any CPU.
     ///
-    /// That it cannot go there, because those CPUs are offline or forbidden, costs time and nothing else.
+    /// If the thread cannot be moved, because those CPUs are offline or forbidden, it is only slower.
     pub(crate) fn move_to(&mut self, wishes: impl Iterator<Item = Option<CpuSet>>) {
         let wish = wishes.reduce(|all, one| Some(all?.union(one?))).flatten();
         if wish == self.pinned {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What a device's queues have done: counts, bytes, errors and latencies per operation.
+//! Statistics of a device's queues: counts, bytes, errors and latencies per operation.
 //!
-//! Always on, because it costs next to nothing: a queue counts the requests that end in a list of its own, in which those
-//! that came together are one entry, and adds the list to what others can see once per round of its thread, under
-//! one lock that nobody else holds but for a look. The clock is read twice per round.
+//! They are always on, because they cost little: a queue counts the requests that end in a list of its own, in which those
+//! that arrived together are one entry, and adds the list to the published counters once per round of its thread, under a
+//! lock that is otherwise held only by readers. The clock is read twice per round.
 //!
 //! A request's latency is the time from the wake-up that brought it to the submission of the commit that
 //! ended it: what the server took, without the block layer's share.

@@ -311,7 +311,7 @@ mod tests {
         // A state file of an older version does not record the file.
         let line = CommandLine::new(&words).unwrap();
         let args = Args::parse(&line).unwrap();
-        let server = Server::with(Arc::new(FakeDriver::new()), Arc::new(StdSpawn), 1);
+        let server = Server::with_driver(Arc::new(FakeDriver::new()), Arc::new(StdSpawn), 1);
         let device = server.start(args.target.create().unwrap(), &DeviceOptions::default()).unwrap();
         let check = || {
             let info = device.control().info(device.id()).unwrap();

@@ -14,8 +14,8 @@
 //! * `driver`, `failure`, `host`, `instance`, `output`, `size`: small things that several commands need.
 
 mod add;
-mod backing_files;
 mod background;
+mod backing_files;
 mod completions;
 mod del;
 mod driver;

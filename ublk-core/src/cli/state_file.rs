@@ -167,3 +167,27 @@ impl CommandLine {
 fn name(id: DeviceId) -> String {
     format!("ublkb{id}.json")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_file_of_an_older_version_is_read() {
+        let state = StateFile {
+            version: VERSION,
+            instance: Instance::default(),
+            directory: "/".into(),
+            arguments: vec!["add".into()],
+            files: vec![BackingFile::find(Path::new("/")).unwrap()],
+            data: String::new(),
+            reason: String::new(),
+        };
+        let mut json = serde_json::to_value(&state).unwrap();
+        let read = |json: &serde_json::Value| serde_json::from_value::<StateFile>(json.clone()).unwrap().command_line();
+        assert_eq!(read(&json).files(), state.files);
+        assert!(read(&json).accept_replaced().files().is_empty());
+        json.as_object_mut().unwrap().remove("files").unwrap();
+        assert!(read(&json).files().is_empty());
+    }
+}

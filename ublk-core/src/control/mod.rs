@@ -5,7 +5,7 @@
 //! Every command has a time limit. One that does not finish in time is cancelled and reported as [`Error::Timeout`] with
 //! what it waits for.
 //!
-//! * [`commands`] — the table of commands: numbers, time limits, and what their failures mean.
+//! The commands, with their numbers, time limits and the meaning of their failures, are in `commands.rs`.
 
 mod commands;
 

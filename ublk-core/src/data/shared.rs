@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Memory that clients share with a server (`SHMEM_ZC`, Linux 7.1): requests whose data lies in it are not
+//! Memory that clients share with a server (`SHMEM_ZC`, Linux 7.1): requests whose data is in it are not
 //! copied at all.
 
 use std::fs::File;
@@ -18,8 +18,7 @@ use crate::uapi;
 /// How long a request may wait for the registration of its memory to be known here.
 const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A file's memory, mapped here and, by whoever wants to take part, in clients: a memfd, or a file on tmpfs or
-/// hugetlbfs.
+/// A file's memory, mapped by this process and by clients: a memfd, or a file on tmpfs or hugetlbfs.
 ///
 /// A client's direct I/O from and to its mapping reaches the server without a copy if all of a request's
 /// memory is in one such file, in order. Other requests move as they do anyway.
@@ -133,7 +132,7 @@ impl SharedTable {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers memory by `register`, which tells its number. Requests in it may come before that is known
+    /// Registers memory by `register`, which returns its index. Requests in it may come before that is known
     /// here; they wait.
     pub(crate) fn add<E>(
         &self,

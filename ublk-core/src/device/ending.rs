@@ -96,7 +96,7 @@ impl Device {
             );
         }
         *deleted = true;
-        // Whoever waits for the end of a device that never had a queue.
+        // For those that wait for the end of a device that never had a queue.
         self.events.stopping();
         self.events.take_failure().map_or(Ok(()), Err)
     }
@@ -197,8 +197,8 @@ impl Device {
         Ok(())
     }
 
-    /// Ends a device that [has begun to end](Device::is_ending), as whoever caused that meant it: one that was
-    /// asked to wait for another server is left, any other is stopped and deleted.
+    /// Ends a device that [has begun to end](Device::is_ending) in the way that the initiator has chosen: a device that was
+    /// quiesced is left for another server, any other is stopped and deleted.
     ///
     /// # Errors
     ///
@@ -236,7 +236,7 @@ impl Device {
         self.leaving.store(true, Ordering::Relaxed);
         let patience = Patience::new(self, timeout);
         while !patience.wait_all_closed(ASK_AGAIN) && !patience.is_over() {
-            // Tags that were lent again behind the command that took the others away.
+            // Cancels tags that were fetched again after the command that cancelled the others.
             match self.control.info(id).map(|info| info.state) {
                 Ok(DeviceState::Live) if self.info.features.contains(Features::QUIESCE) => {
                     // What has closed its queues is not asked, but followed by another server. Somebody may be stopping
@@ -274,7 +274,7 @@ impl Device {
                     std::thread::sleep(STATE_POLL)
                 }
                 Ok(DeviceState::Live) => {
-                    // Its requests are somebody's: not to be failed because of a stray descriptor.
+                    // It may have requests, which must not fail because of a stray descriptor.
                     *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
                     return Err(Error::Timeout {
                         waiting_for: format!("the driver noticing that device {id} has no server"),
@@ -389,7 +389,7 @@ impl<'d> Patience<'d> {
     }
 }
 
-/// Somebody else may delete the device at any time.
+/// Ignores `ENODEV`: another process may delete the device at any time.
 fn gone_is_fine(result: Result<()>) -> Result<()> {
     match result {
         Err(Error::Control { errno: Errno::ENODEV, .. }) => Ok(()),

@@ -519,8 +519,8 @@ impl Device {
         Ok(())
     }
 
-    /// Waits until the device begins to end: somebody stopped or deleted it, or a queue failed. False
-    /// if that did not happen within `timeout`.
+    /// Waits until the device begins to end, because it is stopped or deleted, or because a queue failed. Returns false after
+    /// `timeout`.
     pub fn wait(&self, timeout: Option<Duration>) -> bool {
         self.events.wait_ending(timeout)
     }

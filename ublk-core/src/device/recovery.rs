@@ -24,31 +24,31 @@ use crate::units::DeviceId;
 /// How long the driver may take to notice that a server is dead: Linux 6.12 up to 30 s, 6.1 some 5 s, newer
 /// ones a moment.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(45);
-/// How long somebody else may have the char device of a device without a server open.
+/// Time for which another process may have the char device of a device without a server open.
 const OPENER_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Device {
-    /// What becomes of the device when its server is gone.
+    /// Returns what happens to the device when its server exits.
     pub fn recovery(&self) -> Option<Recovery> {
         Recovery::from_features(self.info.features)
     }
 
     /// Changes the disk's capacity to `bytes` while it is in use. The target must be able to serve the new
-    /// size; nothing tells it. Linux 6.16.
+    /// size; it is not notified. Since Linux 6.16.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] unless it is whole logical blocks.
+    /// [`Error::InvalidValue`] unless it is a multiple of the logical block size.
     pub fn resize(&self, bytes: u64) -> Result<()> {
         let _open = self.require_opened("UPDATE_SIZE")?;
         self.control.update_size(self.id(), bytes)
     }
 
-    /// Stops and deletes the device unless somebody has its disk open. Linux 7.0.
+    /// Stops and deletes the device unless its disk is open. Since Linux 7.0.
     ///
     /// # Errors
     ///
-    /// `EBUSY` if it is in use: it is served on. Else as [`stop`](Device::stop).
+    /// `EBUSY` if it is in use: it continues to be served. Otherwise as [`stop`](Device::stop).
     pub fn try_stop(&self) -> Result<()> {
         if self.is_stopped() {
             return Ok(());
@@ -128,14 +128,14 @@ impl Server {
         check_fit(&target.params(), target.access(), &disk, info.features)
     }
 
-    /// Waits until the last server of a device that can be [recovered](Server::recover) is gone, so that what
-    /// it had for itself, the lock of a file say, can be had by the next one.
+    /// Waits until the last server of a device that can be [recovered](Server::recover) has exited, so that its exclusive
+    /// resources, such as the lock of a file, are free for the next one.
     ///
     /// # Errors
     ///
-    /// `EBUSY` if a living process serves the device, `EINVAL` if it was not made to be recovered, `ENODEV` if
-    /// there is no such device or it was stopped, [`Error::Timeout`] if somebody else keeps the dead
-    /// server's end from being noticed.
+    /// `EBUSY` if a living process serves the device, `EINVAL` if it was created without recovery, `ENODEV` if
+    /// there is no such device or it was stopped, [`Error::Timeout`] if another process keeps the driver
+    /// from noticing the exit.
     pub fn wait_until_unserved(&self, id: DeviceId) -> Result<DeviceInfo> {
         let busy = |info: &DeviceInfo, hint: String| Error::Control {
             command: "START_USER_RECOVERY",
@@ -175,7 +175,7 @@ impl Server {
         loop {
             match self.control.start_recovery(info.id) {
                 Ok(()) => return Ok(()),
-                // Somebody, udev say, has the char device open.
+                // Another process, such as udev, has the char device open.
                 Err(Error::Control { errno: Errno::EBUSY, .. }) if Instant::now() < deadline => {}
                 // Up to Linux 6.12, a second one without a server between them is refused so: the first
                 // attempt at a recovery failed, and all is as prepared as it can be.

@@ -143,7 +143,7 @@ struct Command {
     address: u64,
     /// Where pages are to be registered.
     register: Option<u16>,
-    /// Who may commit; anybody for a batch.
+    /// The thread that may commit; any for a batch.
     daemon: Option<ThreadId>,
 }
 
@@ -240,7 +240,7 @@ impl FakeDriver {
         self.shared.state().offered = Some(features | ALWAYS_ON);
     }
 
-    /// Takes whoever calls for a user without CAP_SYS_ADMIN, from now on.
+    /// Treats all callers as users without CAP_SYS_ADMIN, from now on.
     pub fn drop_privileges(&self) {
         self.shared.state().unprivileged = true;
     }

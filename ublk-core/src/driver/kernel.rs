@@ -252,7 +252,7 @@ unsafe impl Driver for KernelDriver {
         let mut ids = Vec::new();
         let entries = match std::fs::read_dir("/sys/class/ublk-char") {
             Ok(entries) => entries,
-            // The driver is not loaded, unless there is no sysfs to tell.
+            // The driver is not loaded, unless sysfs is missing.
             Err(e) if e.kind() == io::ErrorKind::NotFound && Path::new("/sys/class").exists() => return Ok(ids),
             Err(e) => return Err(e),
         };

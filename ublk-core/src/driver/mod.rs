@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The seam between this crate and the ublk driver.
+//! The interface to the ublk driver.
 //!
-//! Everything above (control plane, life cycle, engine) talks to a [`Driver`] and to the [`Ring`]s it
-//! makes. [`kernel`] is the real one, on io_uring; `fake` is an in-process stand-in that keeps the
-//! driver's rules, so that the rest is tested in milliseconds and without privileges.
+//! The control plane, the life cycle of devices and the engine use a [`Driver`] and the [`Ring`]s that it creates. [`kernel`] is
+//! the real one, on io_uring; `fake` is an in-process stand-in that enforces the driver's rules, so that the rest is tested
+//! in milliseconds and without privileges.
 //!
-//! The engine's memory is safe only with implementations that keep their promises, so that they are `unsafe` to write:
+//! The engine's memory is safe only if implementations keep their promises, so the traits are `unsafe` to implement:
 //!
 //! ```compile_fail,E0200
 //! #[derive(Debug)]
@@ -35,7 +35,7 @@
 //! }
 //! ```
 //!
-//! And addresses go to the kernel by `unsafe` calls only:
+//! And addresses reach the kernel only by `unsafe` calls:
 //!
 //! ```compile_fail,E0133
 //! use ublk_core::driver::{Memory, Operation, Ring, Submission};
@@ -81,7 +81,7 @@ pub struct ControlCommand {
     pub dev_id: u32,
     /// The inline argument, `data[0]`.
     pub data: u64,
-    /// The buffer behind `addr` and `len`; the driver may fill it. Empty for none.
+    /// The buffer that `addr` and `len` describe; the driver may fill it. Empty for none.
     pub payload: Vec<u8>,
     /// How many bytes at the payload's start are a path (unprivileged devices, `GET_DEV_INFO2`).
     pub path_len: u16,
@@ -90,14 +90,14 @@ pub struct ControlCommand {
     pub may_block: bool,
 }
 
-/// Why a control command brought no answer of success.
+/// Why a control command did not succeed.
 #[derive(Debug)]
 pub enum ControlFailure {
     /// The driver's errno.
     Refused(Errno),
-    /// No answer within the time; the command was asked to end and its memory was left to the kernel.
+    /// The time limit was exceeded; the command was cancelled, and its memory is left to the kernel.
     Timeout,
-    /// The caller's check asked to give up; likewise.
+    /// The caller gave up; likewise.
     GaveUp,
     /// The command could not be sent.
     Io(io::Error),
@@ -110,17 +110,17 @@ impl ControlFailure {
     }
 }
 
-/// The ublk driver, or something that behaves like it.
+/// The ublk driver, or a stand-in for it.
 ///
 /// # Safety
 ///
 /// The engine's `unsafe` code trusts an implementation: its rings write only to memory that submissions name, and not
 /// after they have completed; its char devices' descriptors are what they are said to be.
 pub unsafe trait Driver: Send + Sync + Debug {
-    /// Sends a control command and waits for its result, at most `timeout`. `give_up` is asked now
-    /// and then; once it says true the wait ends.
+    /// Sends a control command and waits for its result, at most `timeout`, or until `give_up`, which is polled meanwhile,
+    /// returns true.
     ///
-    /// Returns the non-negative result and the payload as the driver left it.
+    /// Returns the non-negative result and the payload, to which the driver may have written.
     ///
     /// # Safety
     ///
@@ -132,19 +132,19 @@ pub unsafe trait Driver: Send + Sync + Debug {
         give_up: &dyn Fn() -> bool,
     ) -> Result<(i32, Vec<u8>), ControlFailure>;
 
-    /// Opens `/dev/ublkcN`. The driver admits one opener at a time.
+    /// Opens `/dev/ublkcN`. The driver allows one opener at a time.
     fn open_char(&self, id: DeviceId) -> io::Result<Arc<dyn CharDevice>>;
 
-    /// Makes a ring. It belongs to the calling thread.
+    /// Creates a ring. It belongs to the calling thread.
     fn new_ring(&self) -> io::Result<Box<dyn Ring>>;
 
-    /// Where the block device appears.
+    /// Returns the path of the block device.
     fn block_path(&self, id: DeviceId) -> PathBuf;
 
-    /// Whether the block device's node is there, and may be read by this process.
+    /// Returns whether the block device's node exists and may be read by this process.
     fn block_node_exists(&self, id: DeviceId) -> bool;
 
-    /// Ids of all devices that exist, in rising order.
+    /// Returns the ids of all devices, in ascending order.
     fn device_ids(&self) -> io::Result<Vec<DeviceId>>;
 
     /// A number that distinguishes a device from earlier and later ones with the same id; `None` if there is no such
@@ -169,24 +169,24 @@ pub unsafe trait CharDevice: Send + Sync + Debug {
     #[doc(hidden)]
     fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<MappedDescriptors>;
 
-    /// The descriptor for the kernel's ring; stand-ins use it as a number of their own.
+    /// Returns the descriptor for the kernel's ring; stand-ins use it as a number of their own.
     fn raw_fd(&self) -> RawFd;
 
-    /// Copies what a write request carries, from its byte `place.offset` on, on a device with
-    /// `USER_COPY`. From any thread, while the server owns the request. `EINVAL` if it does not.
+    /// Copies a write's data, from its byte `place.offset` on, on a device with `USER_COPY`. From any thread, while the server
+    /// owns the request; `EINVAL` if it does not.
     fn copy_from_request(&self, place: RequestPlace, into: &mut [u8]) -> io::Result<()>;
 
-    /// What [cleared](crate::Request::clear) memory is filled with.
+    /// Returns the byte that [cleared](crate::Request::clear) memory is filled with.
     #[doc(hidden)]
     fn unwritten_byte(&self) -> u8 {
         0
     }
 
-    /// The other direction: fills a read request's memory.
+    /// Copies to a read request's memory, as above.
     fn copy_to_request(&self, place: RequestPlace, from: &[u8]) -> io::Result<()>;
 }
 
-/// A place in a request's memory, for [`CharDevice::copy_from_request`] and its counterpart.
+/// A position in a request's memory, for [`CharDevice::copy_from_request`] and its counterpart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestPlace {
     /// Queue.
@@ -203,7 +203,7 @@ pub struct RequestPlace {
 #[derive(Debug)]
 pub struct MappedDescriptors(pub(crate) DescriptorMap);
 
-/// A char device's place in a ring's table of files.
+/// A char device's index in a ring's table of files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileSlot(pub u32);
 
@@ -216,8 +216,8 @@ pub struct Submission {
     pub user_data: u64,
     /// What to do.
     pub operation: Operation,
-    /// The driver carries it out while it takes it, and nothing depends on its completion unless that is a failure: the
-    /// completion alone is no reason to end a wait.
+    /// The driver carries it out during the submission, and nothing depends on its completion unless that is a failure: the
+    /// completion alone need not end a wait.
     pub prompt: bool,
 }
 
@@ -228,7 +228,7 @@ pub enum Memory {
     At(u64),
     /// In a request's own pages, which are registered in the ring's table of buffers.
     Registered {
-        /// Place in the table.
+        /// Index in the table.
         index: u16,
         /// First byte of the request.
         offset: u64,
@@ -261,7 +261,7 @@ pub struct Elements {
 /// What a submission asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// `FETCH_REQ`: lend a tag to the driver for the first time.
+    /// `FETCH_REQ`: fetch a tag for the first time.
     Fetch {
         /// The char device.
         file: FileSlot,
@@ -271,11 +271,10 @@ pub enum Operation {
         tag: Tag,
         /// The tag's buffer in copy mode, else 0.
         address: u64,
-        /// Where in the ring's table of buffers the driver shall register a request's pages
-        /// (`AUTO_BUF_REG`).
+        /// Index in the ring's table of buffers for the driver to register a request's pages at (`AUTO_BUF_REG`).
         register: Option<u16>,
     },
-    /// `COMMIT_AND_FETCH_REQ`: finish the request and lend the tag again.
+    /// `COMMIT_AND_FETCH_REQ`: end the request and fetch the tag again.
     Commit {
         /// The char device.
         file: FileSlot,
@@ -310,7 +309,7 @@ pub enum Operation {
         queue: QueueId,
         /// Tag.
         tag: Tag,
-        /// Place in the table.
+        /// Index in the table.
         index: u16,
     },
     /// `UNREGISTER_IO_BUF`: take them out again. A request ends only after that.
@@ -321,10 +320,10 @@ pub enum Operation {
         queue: QueueId,
         /// Tag.
         tag: Tag,
-        /// Place in the table.
+        /// Index in the table.
         index: u16,
     },
-    /// `PREP_IO_CMDS`: lend tags to the driver for the first time.
+    /// `PREP_IO_CMDS`: fetch tags for the first time.
     Prepare {
         /// The char device.
         file: FileSlot,
@@ -333,7 +332,7 @@ pub enum Operation {
         /// The tags.
         elements: Elements,
     },
-    /// `COMMIT_IO_CMDS`: finish requests and lend their tags again.
+    /// `COMMIT_IO_CMDS`: end requests and fetch their tags again.
     CommitBatch {
         /// The char device.
         file: FileSlot,
@@ -342,8 +341,8 @@ pub enum Operation {
         /// Tags and results.
         elements: Elements,
     },
-    /// `FETCH_IO_CMDS`: have tags with requests delivered until further notice; each completion brings
-    /// some, to be had by [`Ring::take_tags`].
+    /// `FETCH_IO_CMDS`: deliver tags with requests until further notice; each completion delivers some, for
+    /// [`Ring::take_tags`].
     FetchBatch {
         /// The char device.
         file: FileSlot,
@@ -413,9 +412,9 @@ impl Completion {
     }
 }
 
-/// Wakes a ring's thread out of [`Ring::wait`]; works from any thread.
+/// Ends a ring's [wait](Ring::wait), from any thread.
 pub trait Waker: Send + Sync + Debug {
-    /// Makes the ring's current or next wait return.
+    /// Ends the ring's current or next wait.
     fn wake(&self);
 }
 
@@ -425,10 +424,10 @@ pub trait Waker: Send + Sync + Debug {
 ///
 /// As for [`Driver`].
 pub unsafe trait Ring: Debug {
-    /// Gives a char device a place in the ring.
+    /// Adds a char device to the ring's table of files.
     fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot>;
 
-    /// Takes it out again, so that the ring does not keep it open.
+    /// Removes it again, so that the ring does not keep it open.
     fn remove_file(&mut self, slot: FileSlot) -> io::Result<()>;
 
     /// Queues a submission; submits what is queued if there is no room.
@@ -443,15 +442,15 @@ pub unsafe trait Ring: Debug {
     /// Submits what is queued, without waiting.
     fn submit(&mut self) -> io::Result<()>;
 
-    /// Whether the kernel has taken all that was queued.
+    /// Returns whether the kernel has taken everything that was queued.
     fn is_submitted(&mut self) -> bool;
 
-    /// Submits what is queued and waits until there is a completion or a wake-up, or the timer ends. Completions of
-    /// what is [prompt](Submission::prompt) may come with that, but need not end the wait.
+    /// Submits what is queued and waits for a completion, a wake-up or the timer. Completions of what is
+    /// [prompt](Submission::prompt) need not end the wait.
     fn wait(&mut self) -> io::Result<()>;
 
-    /// Whether something prompt was queued since completions were last taken. What has become of it may be known only
-    /// when the next wait ends.
+    /// Returns whether something prompt was queued since completions were last taken. Its outcome may be known only when the
+    /// next wait ends.
     fn has_prompt(&self) -> bool;
 
     /// Submits what is queued, and sleeps for `window`, which completions do not end: they are coalesced, and the driver need
@@ -462,31 +461,30 @@ pub unsafe trait Ring: Debug {
     /// Starts the ring's timer; it must not be running.
     fn start_timer(&mut self, after: Duration) -> io::Result<()>;
 
-    /// Whether the timer has ended since this was last asked.
+    /// Returns whether the timer has ended since the last call.
     fn timer_ended(&mut self) -> bool;
 
-    /// Whether the driver touches requests' buffers only while this thread is inside a call of this ring, all
-    /// that it did is known by the completions taken, and nothing is left to be submitted: memory of idle tags
-    /// can be given back until the next call.
+    /// Returns whether the driver uses requests' buffers only during calls of this ring, all completions have been taken, and
+    /// nothing is left to be submitted: memory of idle tags can be given back until the next call.
     fn is_quiet(&mut self) -> bool;
 
-    /// Takes `count` successive places of the ring's table of buffers.
+    /// Reserves `count` consecutive entries of the ring's table of buffers.
     fn reserve_buffers(&mut self, count: u16) -> io::Result<u16>;
 
-    /// Gives such places back.
+    /// Releases such entries.
     fn release_buffers(&mut self, first: u16, count: u16);
 
-    /// Moves the tags that a completion brought to the end of `into` and makes their buffer available
-    /// again. `bytes` is the completion's result.
+    /// Moves the tags that a completion delivered to the end of `into` and frees their buffer. `bytes` is the completion's
+    /// result.
     ///
     /// # Safety
     ///
     /// `buffer` and `bytes` must be those of a completion of this ring. Once for each.
     unsafe fn take_tags(&mut self, buffer: u16, bytes: usize, into: &mut Vec<Tag>);
 
-    /// Moves all completions that are there to the end of `into`.
+    /// Moves all completions to the end of `into`.
     fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()>;
 
-    /// A handle that wakes this ring's thread.
+    /// Returns a handle that wakes this ring's thread.
     fn waker(&self) -> Arc<dyn Waker>;
 }

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Which bytes of a disk lie where in which file: for targets that know, and leave the rest to the engine.
+//! Which bytes of a disk are stored where in which file, for targets that forward requests to files.
 //!
 //! An [`ExtentMap`] keeps extents of reads and writes apart (the blocks of a snapshot are read from one file and
-//! written to another), splits requests among them, and counts what is on its way. Taking extents back is what
-//! it is careful with:
+//! written to another), splits requests among them, and counts requests in flight. Extents are invalidated in
+//! two steps:
 //!
-//! 1. Once [`invalidate`](ExtentMap::invalidate) has returned, no request that comes later is admitted to an extent
-//!    that was told before, in the map or not.
-//! 2. Once [`drain`](ExtentMap::drain) has returned true after that, no request is under way on such an extent either:
+//! 1. Once [`invalidate`](ExtentMap::invalidate) has returned, no later request is admitted to an extent that
+//!    was found before, in the map or not.
+//! 2. Once [`drain`](ExtentMap::drain) has returned true after that, no request is in flight on such an extent either:
 //!    the files' space can be used for something else.
 
 pub mod files;
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::request::{FilePiece, FileRange, Pieces};
 
-/// Where a range of a disk lies.
+/// A range of a disk that is stored in a file.
 #[derive(Clone, Debug)]
 pub struct Extent {
     /// Its first byte on the disk.
@@ -30,28 +30,28 @@ pub struct Extent {
     pub len: u64,
     /// The file.
     pub file: Arc<OwnedFd>,
-    /// Where in the file it begins.
+    /// Its first byte in the file.
     pub offset: u64,
 }
 
 impl Extent {
-    /// The first byte behind it.
+    /// Returns the first byte after it.
     pub fn end(&self) -> u64 {
         self.start.saturating_add(self.len)
     }
 
-    /// The part between two bytes of the disk that both lie in it.
+    /// Returns the part between two bytes of the disk, which must both be in it.
     pub fn part(&self, from: u64, to: u64) -> Extent {
         Extent { start: from, len: to - from, file: self.file.clone(), offset: self.offset + (from - self.start) }
     }
 
-    /// Where so many bytes of the disk lie, all of them in this extent.
+    /// The piece of a file that stores `len` bytes of the disk, all of them in this extent.
     fn piece(&self, from: u64, len: u64) -> FilePiece {
         FilePiece { file: FileRange::new(&self.file, self.offset + (from - self.start)), len }
     }
 }
 
-/// For what an extent holds.
+/// The kind of requests that an extent is valid for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// Reads.
@@ -67,7 +67,7 @@ pub struct Moment(u64);
 /// Longer than any process runs.
 const FOR_EVER: Duration = Duration::from_secs(1 << 32);
 
-/// How many invalidations are remembered. Whoever has asked for an extent before the oldest asks again.
+/// Invalidations that are remembered. An extent that was found before the oldest one counts as stale.
 const REMEMBERED: usize = 64;
 
 /// The extents of a disk.
@@ -94,7 +94,7 @@ struct MapState {
     /// How many there have been.
     taken_off: u64,
     free: Vec<usize>,
-    /// Somebody waits for flights to land.
+    /// A thread waits for flights to end.
     waiting: usize,
 }
 
@@ -147,7 +147,7 @@ impl MapState {
     }
 }
 
-/// Takes what lies in a range out of a map; parts that lie beside it stay.
+/// Removes a range from a map; the parts of extents outside of it stay.
 fn cut(map: &mut BTreeMap<u64, Extent>, start: u64, end: u64) {
     let first = map.range(..start).next_back().filter(|(_, extent)| extent.end() > start).map(|(key, _)| *key);
     let keys: Vec<u64> = first.into_iter().chain(map.range(start..end).map(|(key, _)| *key)).collect();

@@ -25,7 +25,7 @@ impl Params {
         }
     }
 
-    /// The disk as the driver is told it.
+    /// The parameters for the driver.
     pub(crate) fn encode(&self) -> ublk_params {
         let mut out = ublk_params {
             len: size_of::<ublk_params>() as u32,
@@ -88,7 +88,7 @@ impl Params {
         out
     }
 
-    /// The disk as the driver tells it.
+    /// The parameters from the driver.
     pub(crate) fn decode(raw: &ublk_params) -> Self {
         let size_of_shift = |shift: u8| 1u32.checked_shl(u32::from(shift)).unwrap_or(0);
         let basic = &raw.basic;

@@ -19,7 +19,7 @@ pub struct SegmentLimits {
 }
 
 impl SegmentLimits {
-    /// Sets the [number of pieces](Self::max_count).
+    /// Sets the [number of pieces](field@Self::max_count).
     pub fn max_count(self, max_count: u16) -> Self {
         SegmentLimits { max_count, ..self }
     }

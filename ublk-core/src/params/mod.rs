@@ -136,32 +136,32 @@ impl Params {
         }
     }
 
-    /// Sets the [physical block size](Self::physical_block_size).
+    /// Sets the [physical block size](field@Self::physical_block_size).
     pub fn physical_block_size(self, physical_block_size: u32) -> Self {
         Params { physical_block_size, ..self }
     }
 
-    /// Sets the [longest read or write](Self::max_io_bytes).
+    /// Sets the [longest read or write](field@Self::max_io_bytes).
     pub fn max_io_bytes(self, max_io_bytes: u32) -> Self {
         Params { max_io_bytes, ..self }
     }
 
-    /// Sets the [operations](Self::operations) that the target can do.
+    /// Sets the [operations](field@Self::operations) that the target can do.
     pub fn operations(self, operations: Operations) -> Self {
         Params { operations, ..self }
     }
 
-    /// Makes the disk [read-only](Self::read_only), or not.
+    /// Makes the disk [read-only](field@Self::read_only), or not.
     pub fn read_only(self, read_only: bool) -> Self {
         Params { read_only, ..self }
     }
 
-    /// Makes the disk [rotational](Self::rotational), or not.
+    /// Makes the disk [rotational](field@Self::rotational), or not.
     pub fn rotational(self, rotational: bool) -> Self {
         Params { rotational, ..self }
     }
 
-    /// Sets the [chunk size](Self::chunk_size).
+    /// Sets the [chunk size](field@Self::chunk_size).
     pub fn chunk_size(self, chunk_size: u32) -> Self {
         Params { chunk_size, ..self }
     }

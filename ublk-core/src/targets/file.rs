@@ -59,17 +59,17 @@ impl FileOptions {
         Self::default()
     }
 
-    /// Sets whether I/O is [direct](Self::io).
+    /// Sets whether I/O is [direct](field@Self::io).
     pub fn io(self, io: Io) -> Self {
         FileOptions { io, ..self }
     }
 
-    /// Opens the file [for reading only](Self::read_only), or not.
+    /// Opens the file [for reading only](field@Self::read_only), or not.
     pub fn read_only(self, read_only: bool) -> Self {
         FileOptions { read_only, ..self }
     }
 
-    /// Sets the [logical block size](Self::logical_block_size).
+    /// Sets the [logical block size](field@Self::logical_block_size).
     pub fn logical_block_size(self, bytes: u32) -> Self {
         FileOptions { logical_block_size: Some(bytes), ..self }
     }

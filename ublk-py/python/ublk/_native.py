@@ -139,7 +139,8 @@ class File(NativeDisk):
     and closed when the object is destroyed. ``direct`` selects ``O_DIRECT``; by default it is used if the file system
     supports it. ``block_size`` is by default the smallest that the file supports.
 
-    The lock is that of ``flock``. Closing the file drops the POSIX locks (``fcntl.lockf``) that the program has on it.
+    The lock is that of ``flock``. Closing the file drops the process's POSIX locks on it (``fcntl.lockf``), if there
+    are any.
     """
 
     def __init__(

@@ -95,3 +95,19 @@ fn usage_of(disk: &Path, observer: Observer) -> Result<Option<Usage>> {
     let claimed = exclusive::is_claimed(disk, exclusive::OPEN_TIMEOUT).map_err(failed)?;
     Ok(claimed.then(|| Usage::Claimed("mounted or claimed".into())))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Users inside the kernel may show nowhere, and would be found only by opening the disk.
+    #[test]
+    fn a_server_does_not_know_the_use_of_a_disk_that_cannot_be_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("loop");
+        std::os::unix::fs::symlink(&path, &path).unwrap();
+        usage_of(&path, Observer::Server).unwrap_err();
+        usage_of(&path, Observer::Other).unwrap_err();
+        assert!(!disk::is_surely_unused(&path));
+    }
+}

@@ -47,7 +47,7 @@ impl FakeDriver {
                 (flags & Features::UNPRIVILEGED_DEV.bits() != 0, state.unprivileged)
             };
             if device {
-                // By its path, whoever it is.
+                // By its path, for any caller.
                 let path = format!("/dev/ublkc{id}\0").into_bytes();
                 if command.path_len as usize != path.len() || !command.payload.starts_with(&path) {
                     return refuse(Errno::EINVAL);

@@ -41,7 +41,7 @@ impl FakeDisk {
     }
 
     /// Reads `count` times `len` bytes from the disk's beginning on. Servers do not look before all but the last are
-    /// there, unless somebody wakes them: the disk's only queue must have as many tags, and have been read from before.
+    /// there, unless they are woken: the disk's only queue must have as many tags, and have been read from before.
     pub fn read_at_once(&self, count: usize, len: usize) -> Result<(), Errno> {
         let send = |n: usize| {
             self.shared.holding.store(n + 1 != count, Ordering::Relaxed);

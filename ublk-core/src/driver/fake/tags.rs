@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What happens to a tag: it is lent, gets a request, is committed, and taken back.
+//! What happens to a tag: it is fetched, gets a request, is committed, and taken back.
 
 use std::collections::VecDeque;
 

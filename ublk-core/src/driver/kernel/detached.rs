@@ -140,7 +140,7 @@ pub(super) fn control(
             Err(to_io(errno))
         }
         Ok(ForkResult::Child) => {
-            // A second fork, so that nobody has to collect the helper, however long it takes.
+            // A second fork, so that the helper need not be collected, however long it takes.
             // SAFETY: (1).
             if let Ok(ForkResult::Child) = unsafe { fork() } {
                 // SAFETY: (1).
@@ -151,7 +151,7 @@ pub(super) fn control(
         }
         Ok(ForkResult::Parent { child }) => {
             drop(writer);
-            // Somebody else may have collected it; it is gone either way.
+            // The program may have collected it by another `wait`; it has exited either way.
             while waitpid(child, None) == Err(Errno::EINTR) {}
             let mut reports = Reports { pipe: reader.into(), gate, helper: None, pidfd: None, over: false };
             let result = reports.receive(timeout, give_up);
@@ -363,7 +363,7 @@ unsafe fn helper(control: i32, report: i32, gate: &Gate, op: u32, header: [u8; 8
     };
     let tell = |kind: i32, value: i32| {
         let message = encode(kind, value);
-        // SAFETY: (1), and the buffer is ours. Nobody may be listening any more, which is fine.
+        // SAFETY: (1), and the buffer is ours. It does not matter if the pipe has no reader any more.
         unsafe { libc::write(REPORT, message.as_ptr().cast(), MESSAGE) };
     };
     if ready {
@@ -453,6 +453,29 @@ mod tests {
         late.join().unwrap();
         // On a machine that is busier than that the time-out stands.
         assert!(matches!(got, Ok(7) | Err(ControlFailure::Timeout)), "{got:?}");
+    }
+
+    /// `/dev/null` takes any command, or none on old kernels; without io_uring the helper fails earlier.
+    #[test]
+    fn a_forked_helper_sends_the_command() {
+        let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+        let helpers = Helpers::default();
+        let command = ControlCommand {
+            name: "STOP_DEV",
+            op: 0,
+            dev_id: 0,
+            data: 0,
+            payload: vec![0; 8],
+            path_len: 0,
+            may_block: true,
+        };
+        let got = control(null.as_fd(), &helpers, &command, Duration::from_secs(600), &|| false);
+        match &got {
+            Ok(_) | Err(ControlFailure::Refused(_)) => {}
+            // Not that it ended without an answer.
+            Err(ControlFailure::Io(error)) => assert!(error.raw_os_error().is_some(), "{error}"),
+            _ => panic!("{got:?}"),
+        }
     }
 
     /// On a loaded machine.

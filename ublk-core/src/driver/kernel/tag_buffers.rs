@@ -37,7 +37,7 @@ impl TagBuffers {
     /// The group's number in its ring.
     pub(super) const GROUP: u16 = 0;
 
-    /// Makes the group and tells the ring of it.
+    /// Creates the group and registers it with the ring.
     pub(super) fn register(submitter: &Submitter<'_>) -> io::Result<Self> {
         let entries = Region::anonymous(usize::from(COUNT) * size_of::<BufRingEntry>())?;
         let buffers = Region::anonymous(usize::from(COUNT) * BYTES)?;

@@ -56,32 +56,32 @@ impl ZonedOptions {
         }
     }
 
-    /// Sets the [size of a zone](Self::zone_size).
+    /// Sets the [size of a zone](field@Self::zone_size).
     pub fn zone_size(self, zone_size: u32) -> Self {
         ZonedOptions { zone_size, ..self }
     }
 
-    /// Sets the number of [conventional zones](Self::conventional).
+    /// Sets the number of [conventional zones](field@Self::conventional).
     pub fn conventional(self, conventional: u32) -> Self {
         ZonedOptions { conventional, ..self }
     }
 
-    /// Limits [open zones](Self::max_open).
+    /// Limits [open zones](field@Self::max_open).
     pub fn max_open(self, max_open: u32) -> Self {
         ZonedOptions { max_open, ..self }
     }
 
-    /// Limits [active zones](Self::max_active).
+    /// Limits [active zones](field@Self::max_active).
     pub fn max_active(self, max_active: u32) -> Self {
         ZonedOptions { max_active, ..self }
     }
 
-    /// Sets the [logical block size](Self::logical_block_size).
+    /// Sets the [logical block size](field@Self::logical_block_size).
     pub fn logical_block_size(self, logical_block_size: u32) -> Self {
         ZonedOptions { logical_block_size, ..self }
     }
 
-    /// Keeps the zones in a [directory](Self::directory).
+    /// Keeps the zones in a [directory](field@Self::directory).
     pub fn directory(self, path: impl Into<PathBuf>) -> Self {
         ZonedOptions { directory: Some(path.into()), ..self }
     }
