@@ -35,7 +35,7 @@ napoleon_numpy_docstring = True
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(os|asyncio|sys|signal|errno|collections|pathlib|datetime)\..*"),
-    ("py:class", r"(MaybeAsync|Buffer|FileDescriptorLike|LoopFactory|NativeDisk|PullQueue|(.*\.)?FakeDriver)"),
+    ("py:class", r"(MaybeAsync|Buffer|FileDescriptorLike|LoopFactory|NativeDisk|PullQueue|Unpack|StartOptions)"),
 ]
 
 html_theme = "furo"

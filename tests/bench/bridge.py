@@ -25,6 +25,7 @@ from pathlib import Path
 from handlers import Batch, Null, Sleeping, SleepingTasks, Tasks
 
 import ublk
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 SIZE = 64 << 20
@@ -64,7 +65,7 @@ def serve(style, rounds, requests, depth):
     for _ in range(rounds):
         driver = FakeDriver()
         disk = kind(SIZE) if kind in (Ram, ublk.Null) else kind(size=SIZE)
-        with disk.start(depth=depth, **how, _driver=driver) as device:
+        with using(driver), disk.start(depth=depth, **how) as device:
             driver.load(device.id, requests // depth, depth)
             # The 99th percentile: nearly all rounds, without the few that are disturbed.
             found.append(device.stats().operations["read"].p99 * 1e9 / depth)
@@ -92,7 +93,7 @@ def allocations(style, requests, depth):
 def overlap(kind, depth, **how):
     """Requests per second of handlers that take 10 ms, with `depth` requests in flight."""
     driver = FakeDriver()
-    with kind(size=SIZE).start(depth=64, **how, _driver=driver) as device:
+    with using(driver), kind(size=SIZE).start(depth=64, **how) as device:
         driver.load(device.id, 1, depth)
         began = time.monotonic()
         driver.load(device.id, 50, depth)

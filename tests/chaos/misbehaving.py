@@ -8,6 +8,7 @@ With the stand-in driver this process is the client, too: each further line, an 
 answered by the errno, 0 for success, and the bytes that were read, in hexadecimal digits.
 """
 
+import contextlib
 import errno
 import inspect
 import json
@@ -150,14 +151,15 @@ def main() -> None:
     name, style, start = sys.argv[1], sys.argv[2], {}
     # Handlers may close the standard ones.
     answers, lines = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
-    driver = None
-    if sys.argv[3] == "stand-in":
-        driver = start["_driver"] = ublk._ublk.FakeDriver()
+    driver = ublk._ublk.FakeDriver() if sys.argv[3] == "stand-in" else None
     case = catalogue.PLANTED.get(name) or catalogue.CASES[name]
     disk = {TASKS: Tasks, HANDLE: Handle, PULL: Objects}.get(style, Plain)(case)
     if style == catalogue.WORKERS:
         start["workers"] = 2
-    device = disk.start(pull=True, **start) if style == PULL else disk.start(**start)
+    if style == PULL:
+        start["pull"] = True
+    with contextlib.nullcontext() if driver is None else ublk._driver.using(driver):
+        device = disk.start(**start)
     if style == PULL:
         pull(disk, device)
     answers.write(json.dumps(device.path) + "\n")

@@ -48,7 +48,7 @@ OWN_DISK = """
             buf[:] = bytes(len(buf))
 
     disk = Waits(size=1 << 20)
-    device = disk.start(hang_after=1)
+    device = disk.start(hang_timeout=1)
 
     def use():
         descriptor = os.open(device.path, os.O_RDONLY | os.O_DIRECT)
@@ -68,9 +68,9 @@ OWN_DISK = """
 STUCK = """
     import sys, threading, time
     import ublk
-    from ublk import _device
+    from ublk import _lifecycle
 
-    _device.STOP_SECONDS = 3.0
+    _lifecycle.STOP_SECONDS = 3.0
 
     class Stuck(ublk.BlockDevice):
         def read(self, offset, buf):
@@ -185,8 +185,8 @@ def test_tasks_of_a_program_that_waits_for_its_own_disk_let_it_go_on() -> None:
     try:
         assert server.line(60) == str(errno.EIO), server.log
         # The requests fail first.
-        until(lambda: "its process waits for its own disk" in server.log, "the reason in the log")
-        assert "has it open itself, as descriptor" in server.log
+        until(lambda: "the process waits for its own disk" in server.log, "the reason in the log")
+        assert "has it open as descriptor" in server.log
         server.signal(signal.SIGTERM)
         assert server.wait(60) == 128 + signal.SIGTERM, server.log
         until(lambda: is_gone(path), "the device gone")

@@ -27,7 +27,7 @@ def test_bytes_never_enter_python(scratch: Path) -> None:
     file = image(scratch, SIZE)
     with Server("Whole", path=str(file), queues=2, depth=32) as server:
         expected = "auto-zero-copy" if has("AUTO_BUF_REG") else "zero-copy" if has("SUPPORT_ZERO_COPY") else "copy"
-        assert server.ask("dev.data") == expected
+        assert server.ask("dev.data_movement") == expected
         with Disk(server.path, direct=True) as disk:
             # Once for reads, and once for writes.
             disk.write(0, disk.read(0, 4096))

@@ -67,7 +67,7 @@ def test_a_mounted_busy_disk_goes_from_program_to_program(native: Face, scratch:
                         server.ask("dev.quiesce()")
                     else:
                         # By somebody else; the program then leaves the disk by itself.
-                        server.ask(f"ublk.open({number}).quiesce()")
+                        server.ask(f"ublk.SystemDevice({number}).quiesce()")
                     server.stop()
                     server.close()
                     server = serve(file, recover=number)
@@ -98,7 +98,7 @@ def test_a_disk_grows_while_it_is_in_use(scratch: Path) -> None:
         assert sysfs.size(server.path) == server.ask("dev.size") == 16 << 20
         disk.write(12 << 20, b"\x5a" * 4096)
         assert disk.read(12 << 20, 4096) == b"\x5a" * 4096
-        server.ask(f"ublk.open({server.id}).resize(4 << 20)")
+        server.ask(f"ublk.SystemDevice({server.id}).resize(4 << 20)")
         assert sysfs.size(server.path) == server.ask("dev.info.size") == 4 << 20
 
 
@@ -118,7 +118,7 @@ def test_a_device_of_somebody_else_is_deleted_unless_in_use(native: Face) -> Non
         path = native.add("-t", "mem", "--size", "1M")
         number = native.info(path)["id"]
         with Disk(path, direct=True):
-            assert server.ask(f"caught(ublk.open({number}).delete)") == "UblkError"
-        server.ask(f"ublk.open({number}).delete()")
+            assert server.ask(f"caught(ublk.SystemDevice({number}).delete)") == "UblkError"
+        server.ask(f"ublk.SystemDevice({number}).delete()")
         assert not os.path.exists(path)
-        assert server.ask(f"caught(lambda: ublk.open({number}))") == "UblkError"
+        assert server.ask(f"caught(lambda: ublk.SystemDevice({number}))") == "UblkError"

@@ -59,7 +59,7 @@ def test_a_mounted_busy_disk_gets_new_code_without_a_failure(style: str, python,
                 for turn in range(ROUNDS):
                     load.wait_until_busy(sysfs.requests(path) + 20)
                     file.write_text(source + f"# {turn}\n")
-                    wait_until_told(server, "is served by new code", turn + 1)
+                    wait_until_told(server, "is now served by the new code", turn + 1)
                 assert load.wait(120 + ROUNDS * 10) == 0, server.log
         finally:
             run(["umount", mount])
@@ -79,10 +79,10 @@ def test_code_that_does_not_work_is_told_and_changes_nothing(python, tmp_path: P
             disk.write(4096, b"\x5a" * 4096)
             for turn, broken in enumerate(["class Disk(", "1 / 0", SOURCE.replace("def write", "def wrote")]):
                 file.write_text(broken)
-                wait_until_told(server, "the old goes on", turn + 1)
+                wait_until_told(server, "the old code continues to serve", turn + 1)
                 assert disk.read(4096, 4096) == b"\x5a" * 4096
             file.write_text(SOURCE.replace("buf[:] = self.data[", "buf[:] = b'\\x33' * len(buf); self.data["))
-            wait_until_told(server, "is served by new code")
+            wait_until_told(server, "is now served by the new code")
             assert disk.read(4096, 4096) == b"\x33" * 4096
         server.signal(signal.SIGTERM)
         assert server.wait() in (0, 143), server.log
@@ -97,7 +97,7 @@ def test_a_command_runs_on_while_the_code_changes(python, tmp_path: Path) -> Non
     change = f"echo '# new' >> {file}; for i in $(seq 60); do dd if=$UBLK_DEV of=/dev/null bs=64k count=4 iflag=direct"
     with serve(python, file, "--", "sh", "-c", f"{change} 2>/dev/null || exit 9; sleep 0.1; done; exit 7") as server:
         assert server.wait(60) == 7, server.log
-        assert server.log.count("is served by new code") == 1, server.log
+        assert server.log.count("is now served by the new code") == 1, server.log
 
 
 @pytest.mark.skipif(has("QUIESCE"), reason="this driver has it")

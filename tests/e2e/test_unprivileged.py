@@ -125,7 +125,7 @@ def test_a_disk_in_python_is_a_users_from_beginning_to_end(style: list[str], pyt
         as_user(ALICE, "fio", "--name=job", f"--filename={disk}", "--ioengine=io_uring", "--direct=1", *job)
         if has("UPDATE_SIZE"):
             number = device_id(disk)
-            as_user(ALICE, *python.argv[:1], "-c", f"import ublk; ublk.open({number}).resize(16 << 20)")
+            as_user(ALICE, *python.argv[:1], "-c", f"import ublk; ublk.SystemDevice({number}).resize(16 << 20)")
             assert sysfs.size(disk) == 16 << 20
         server.signal(signal.SIGINT)
         assert server.wait() in (0, 130), server.log

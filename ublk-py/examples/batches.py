@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""All requests of a wake-up at once, sorted before they are served: a log that likes its writes in order.
+"""Handles all requests of a wake-up at once, in the order of their offsets.
 
 Run it with ``ublk run batches.py:Batches --size 1G``.
 """
@@ -9,7 +9,7 @@ import ublk
 
 
 class Batches(ublk.BlockDevice):
-    """A RAM disk that sees what comes together."""
+    """RAM disk that handles requests in batches."""
 
     operations = ("read", "write")
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""A RAM disk that keeps its blocks compressed: more room than there is memory, if the data allows.
+"""RAM disk that stores its blocks compressed, and may be larger than the memory if the data compresses well.
 
 Run it with ``ublk run compressed.py:Compressed --size 4G``.
 """
@@ -14,7 +14,7 @@ BLOCK = 65536
 
 
 class Compressed(ublk.BlockDevice):
-    """Blocks of 64 KiB, each compressed; what was never written takes nothing."""
+    """Disk of 64 KiB blocks, each of them compressed; unwritten blocks use no memory."""
 
     def __init__(self, size):
         super().__init__(size=size, block_size=4096, max_io_bytes=BLOCK, discard_granularity=BLOCK)
@@ -26,7 +26,7 @@ class Compressed(ublk.BlockDevice):
         return bytearray(BLOCK) if packed is None else bytearray(zlib.decompress(packed))
 
     def pieces(self, offset, length):
-        """Divide a range among blocks: number, place in the block, place in the range, length."""
+        """Divide a range into blocks: number, offset in the block, offset in the range, length."""
         done = 0
         while done < length:
             number, inside = divmod(offset + done, BLOCK)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""A disk whose file is encrypted, block by block, by AES-XTS (with the package ``cryptography``).
+"""Disk in a file that is encrypted block by block with AES-XTS (needs the package ``cryptography``).
 
-Run it with ``ublk run encrypted.py:Encrypted -a path=disk.img -a key_file=key``; make the key by
+Run it with ``ublk run encrypted.py:Encrypted -a path=disk.img -a key_file=key``; create the key with
 ``head -c 64 /dev/urandom > key``.
 """
 
@@ -19,7 +19,7 @@ BLOCK = 4096
 
 
 class Encrypted(ublk.BlockDevice):
-    """The file's content, decrypted."""
+    """Disk with the decrypted content of a file."""
 
     def __init__(self, path, key_file):
         self.file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -30,7 +30,7 @@ class Encrypted(ublk.BlockDevice):
         super().__init__(size=os.fstat(self.file).st_size // BLOCK * BLOCK, block_size=BLOCK)
 
     def blocks(self, offset, data):
-        """Each block's cipher, whose tweak is the block's number, and where the block is in the data."""
+        """Yield the cipher of each block, whose tweak is the block number, and the slice of the block in the data."""
         for at in range(0, len(data), BLOCK):
             tweak = ((offset + at) // BLOCK).to_bytes(16, "little")
             yield Cipher(AES(self.key), XTS(tweak)), slice(at, at + BLOCK)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""A disk in a file, byte by byte through Python. (`ublk.File` is the same without Python.)
+"""Disk in a file, whose data passes through Python (unlike with `ublk.File`).
 
 Run it with ``ublk run file.py:FileDisk -a path=disk.img``.
 """
@@ -11,16 +11,16 @@ import ublk
 
 
 class FileDisk(ublk.BlockDevice):
-    """The file's content."""
+    """Disk with the content of a file."""
 
     def __init__(self, path):
         self.file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        # Of flushes on several queues the kernel reports a failure to one: this remembers it for all.
+        # The kernel reports a failed sync to one of several callers only; `FileSync` remembers it for all.
         self.file_sync = ublk.FileSync(self.file)
         super().__init__(size=os.fstat(self.file).st_size)
 
     def read(self, offset, buf):
-        # The number of bytes: a file that has become too short is an error of the request.
+        # Return the number of bytes: if the file has been truncated, the request fails.
         return os.preadv(self.file, [buf], offset)
 
     def write(self, offset, buf):

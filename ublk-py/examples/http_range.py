@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""A read-only disk whose bytes are fetched from a web server, range by range, many at the same time.
+"""Read-only disk whose bytes are fetched from a web server by range requests, many of them concurrently.
 
 Run it with ``ublk run http_range.py:HttpDisk -a url=http://host/disk.img``, and mount it read-only.
 """
@@ -14,7 +14,7 @@ import ublk
 
 
 class HttpDisk(ublk.BlockDevice):
-    """What the server has at an address (plain HTTP)."""
+    """Disk with the content of a URL (plain HTTP)."""
 
     def __init__(self, url):
         self.url = urlsplit(url)

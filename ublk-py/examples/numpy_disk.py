@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""A disk that is an array, and arrays straight over requests' memory: no byte is copied twice.
+"""Disk in a numpy array. Arrays over the memory of the requests avoid further copies.
 
-This one flips the bits of whatever is written to it, and flips them back when it is read.
+The disk inverts all bits of the data that is written to it, and inverts them again when it is read.
 
 Run it with ``ublk run numpy_disk.py:Flipped --size 1G``.
 """
@@ -13,7 +13,7 @@ import ublk
 
 
 class Flipped(ublk.BlockDevice):
-    """A RAM disk whose content is the complement of what was written."""
+    """RAM disk that stores the complement of the written data."""
 
     def __init__(self, size):
         super().__init__(size=size)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""A program that takes requests by itself, in its own loop."""
+"""Program that takes requests in its own loop."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ data = bytearray(SIZE)
 with contextlib.suppress(KeyboardInterrupt), ublk.BlockDevice(size=SIZE).start(pull=True) as dev:
     print(dev.path)
     for request in dev.requests():
-        # Its end is the end of the block, or an exception.
+        # The request is completed at the end of the block, or failed by an exception.
         with request:
             place = slice(request.offset, request.offset + request.length)
             if request.op == "read":

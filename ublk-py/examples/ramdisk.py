@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""A RAM disk: the smallest useful block device.
+"""RAM disk: the smallest useful block device.
 
 Run it with ``ublk run ramdisk.py:RamDisk --size 1G``, or as a script.
 """
@@ -9,7 +9,7 @@ import ublk
 
 
 class RamDisk(ublk.BlockDevice):
-    """A disk in a bytearray."""
+    """Disk in a bytearray."""
 
     def __init__(self, size):
         super().__init__(size=size, block_size=512)

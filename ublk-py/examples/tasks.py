@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""The same with coroutines: any number of requests wait at the same time on one thread.
+"""Slow requests with coroutines: any number of them wait concurrently on one thread.
 
 Run it with ``ublk run tasks.py:Slow --size 1G``, or as a script, which serves the disk on its own event loop.
 """
@@ -12,7 +12,7 @@ import ublk
 
 
 class Slow(ublk.BlockDevice):
-    """A RAM disk far away."""
+    """RAM disk with a latency of 10 ms."""
 
     def __init__(self, size):
         super().__init__(size=size)

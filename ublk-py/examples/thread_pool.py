@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Requests that take 10 ms each, as those to a slow or distant store do. On a pool of threads they overlap.
+"""Slow requests on a pool of threads: they take 10 ms each, like those to a distant store, and overlap.
 
 Run it with ``ublk run thread_pool.py:Slow --size 1G --workers 64``.
 """
@@ -11,7 +11,7 @@ import ublk
 
 
 class Slow(ublk.BlockDevice):
-    """A RAM disk far away."""
+    """RAM disk with a latency of 10 ms."""
 
     def __init__(self, size):
         super().__init__(size=size)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""A zoned disk in memory, as shingled disks and ZNS drives are: each zone is written from its beginning to its end.
+"""Zoned disk in memory: like on shingled disks and ZNS drives, each zone is written sequentially.
 
-Run it with ``ublk run zoned.py:ZonedRam --size 1G``. (`ublk.Zoned` is the same without Python.)
+Run it with ``ublk run zoned.py:ZonedRam --size 1G``. `ublk.Zoned` does the same without Python.
 """
 
 import errno
@@ -15,7 +15,7 @@ ZONE = 4 << 20
 
 
 class ZonedRam(ublk.BlockDevice):
-    """Zones of 4 MiB in a bytearray; any number of them may be open."""
+    """Disk with zones of 4 MiB in a bytearray; any number of them may be open."""
 
     def __init__(self, size):
         super().__init__(size=size, block_size=4096, zone_size=ZONE)
@@ -46,7 +46,7 @@ class ZonedRam(ublk.BlockDevice):
             return self.store(offset // ZONE, buf)
 
     def store(self, number, buf):
-        """Write at a zone's write pointer, and return the offset."""
+        """Write at the write pointer of a zone, and return the offset."""
         place = number * ZONE + self.written[number]
         if self.written[number] + len(buf) > ZONE:
             raise OSError(errno.EIO, "there is not so much room in the zone")

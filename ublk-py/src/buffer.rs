@@ -8,13 +8,13 @@
 //!    outlives all views.
 //! 2. Views are exported only while a lease is active, that is while the request is the server's and
 //!    its handler runs. The engine reuses the memory only if no view is left when the lease ends; else
-//!    it takes fresh memory for the tag, and what was exported stays what it was. A view that is being made
-//!    is counted before the lease is looked at, and the lease ends before the count is: one of both sees the other.
+//!    it takes fresh memory for the tag, and exported views keep the old memory. A view that is being made is counted
+//!    before the lease is checked, and the lease ends before the count is checked: one of both sees the other.
 //! 3. Python code may race with itself on a view it shares between its threads, as with any writable
 //!    buffer; nothing in Rust holds a reference to the bytes meanwhile.
 //! 4. Without the interpreter lock another thread may be in the middle of a copy when its view is released, which
-//!    no count shows it. So memory is not used again if another thread has the view when the lease ends, and the `Buffer`
-//!    lives until that view is gone, which its user holds.
+//!    no count shows. So memory is not reused if another thread has the view when the lease ends, and the `Buffer`
+//!    lives until that thread has dropped the view.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
@@ -31,7 +31,7 @@ use ublk_core::IoBuffer;
 #[derive(Debug)]
 pub(crate) struct Buffer {
     memory: Arc<IoBuffer>,
-    /// Bytes of the present request.
+    /// Length of the current request's data.
     len: AtomicUsize,
     readonly: AtomicBool,
     active: AtomicBool,
@@ -48,13 +48,13 @@ impl Buffer {
             this.exports.fetch_sub(1, Ordering::SeqCst);
             // SAFETY: `view` is valid for writes (caller); an exporter must clear `obj` when it refuses.
             unsafe { (*view).obj = std::ptr::null_mut() };
-            return Err(PyBufferError::new_err("the request that this buffer belonged to is over"));
+            return Err(PyBufferError::new_err("the request that this buffer belonged to has ended"));
         }
         let len = this.len.load(Ordering::Relaxed) as ffi::Py_ssize_t;
         let readonly = c_int::from(this.readonly.load(Ordering::Relaxed));
         let address = this.memory.as_ptr().cast();
         // SAFETY: (1) and (2): the memory has at least `len` bytes and lives as long as `slf`, which the
-        // view now holds. The call raises by itself if the flags ask for what it is not.
+        // view now holds. The call raises an exception if the flags ask for something else.
         let result = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address, len, readonly, flags) };
         if result != 0 {
             this.exports.fetch_sub(1, Ordering::SeqCst);
@@ -69,12 +69,12 @@ impl Buffer {
     }
 }
 
-/// One tag's buffer object, made when it is first needed.
+/// Buffer object of a tag, created on first use.
 #[derive(Debug, Default)]
 pub(crate) struct Slot(Option<Py<Buffer>>);
 
 impl Slot {
-    /// A view on the first `len` bytes of `memory`, for the time of one request.
+    /// Returns a view of the first `len` bytes of `memory` that is valid for one request.
     pub(crate) fn lease(
         &mut self,
         py: Python<'_>,
@@ -88,7 +88,7 @@ impl Slot {
         }
     }
 
-    /// Ends a lease. False if Python still holds a view: the memory is its own from now on.
+    /// Ends a lease. Returns false if Python still holds a view, which then keeps the memory.
     pub(crate) fn end(&mut self, py: Python<'_>, lease: Lease) -> bool {
         let (memory_is_free, buffer) = lease.end(py);
         self.0 = buffer;
@@ -96,7 +96,7 @@ impl Slot {
     }
 }
 
-/// A view that is valid for one request.
+/// View of memory that is valid for one request.
 #[derive(Debug)]
 pub(crate) struct Lease {
     buffer: Py<Buffer>,
@@ -104,7 +104,7 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    /// A view on the first `len` bytes of `memory`.
+    /// Creates a view of the first `len` bytes of `memory`.
     pub(crate) fn new(py: Python<'_>, memory: &Arc<IoBuffer>, len: usize, readonly: bool) -> PyResult<Self> {
         let buffer = Buffer {
             memory: memory.clone(),
@@ -126,13 +126,13 @@ impl Lease {
         Ok(Lease { buffer, view })
     }
 
-    /// The view for the handler.
+    /// Returns the view for the handler.
     pub(crate) fn view<'py>(&self, py: Python<'py>) -> &Bound<'py, PyMemoryView> {
         self.view.bind(py)
     }
 
-    /// Ends the lease. Tells whether the memory may be used again, which it may not if Python still holds a view, and gives
-    /// the buffer object if there is no other reference to it.
+    /// Ends the lease. Returns whether the memory may be reused, that is whether Python holds no view of it, and the buffer
+    /// object if there is no other reference to it.
     pub(crate) fn end(self, py: Python<'_>) -> (bool, Option<Py<Buffer>>) {
         let Lease { buffer, view } = self;
         buffer.get().active.store(false, Ordering::SeqCst);
@@ -141,8 +141,8 @@ impl Lease {
             Keeper::until_gone(py, view.bind(py), &buffer);
         }
         if shared {
-            // Refused if something was made from the view itself, an array say; the count of exports
-            // tells then.
+            // Fails if the view has exports itself, to an array for example; the count of exports then
+            // shows it.
             let _ = view.call_method0(py, pyo3::intern!(py, "release"));
         }
         view.drop_ref(py);
@@ -155,12 +155,12 @@ impl Lease {
     }
 }
 
-/// Whether there are other references to an object than the caller's, by which others can come to be.
+/// Whether there are references to an object besides the caller's.
 fn is_shared(object: *mut ffi::PyObject) -> bool {
     // SAFETY: the caller's reference keeps the object alive; reading its count needs no more than being attached.
     let count = || unsafe { ffi::Py_REFCNT(object) };
     if cfg!(Py_GIL_DISABLED) && count() == 1 {
-        // It is the sum of two, and a reference may move from one to the other between looking at them.
+        // The count is the sum of two, and a reference may move from one to the other between reading them.
         fence(Ordering::SeqCst);
     }
     count() > 1
@@ -170,7 +170,7 @@ fn is_shared(object: *mut ffi::PyObject) -> bool {
 #[pyclass(frozen, module = "ublk._ublk")]
 struct Keeper {
     buffer: Mutex<Option<Py<Buffer>>>,
-    /// What calls this; they hold each other until it has.
+    /// The weak reference that calls this; they hold each other until it has.
     reference: Mutex<Option<Py<PyWeakref>>>,
 }
 
@@ -184,7 +184,7 @@ impl Keeper {
             Ok(())
         });
         if made.is_err() {
-            // Without memory for that, it is never freed.
+            // If that fails for lack of memory, the buffer is never freed.
             std::mem::forget(buffer.clone_ref(py));
         }
     }
@@ -195,7 +195,7 @@ impl Keeper {
     fn __call__(&self, _reference: &Bound<'_, PyAny>) {
         let buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner).take();
         let reference = self.reference.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // Not under the locks.
+        // Dropped after the locks are released.
         drop((buffer, reference));
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Open files that Python names.
+//! Open files given by Python objects.
 
 use std::os::fd::{BorrowedFd, RawFd};
 
@@ -10,7 +10,7 @@ use ublk_core::Errno;
 use crate::error::os_error;
 use crate::interpreter;
 
-/// Makes a file's data durable by one `fdatasync`, which `os.fdatasync` would repeat if it failed with `EINTR`.
+/// Calls `fdatasync` once. `os.fdatasync` would repeat it after `EINTR`.
 #[pyfunction]
 pub(crate) fn fdatasync(py: Python<'_>, file: &Bound<'_, PyAny>) -> PyResult<()> {
     interpreter::check_return()?;
@@ -20,7 +20,7 @@ pub(crate) fn fdatasync(py: Python<'_>, file: &Bound<'_, PyAny>) -> PyResult<()>
     })
 }
 
-/// Does something with a file that is a descriptor, or has a `fileno()`.
+/// Calls a function with the file of a Python object, which is a descriptor or has a `fileno()`.
 pub(crate) fn with_descriptor<T>(
     file: &Bound<'_, PyAny>,
     act: impl FnOnce(BorrowedFd<'_>) -> PyResult<T>,
@@ -35,7 +35,7 @@ pub(crate) fn with_descriptor<T>(
     if number < 0 {
         return Err(os_error(Errno::EBADF));
     }
-    // SAFETY: it is not -1. The number is Python's, and used while this call lasts: if nothing is open by it, the
-    // kernel says so.
+    // SAFETY: it is not -1. The number is Python's, and used during this call only. If it is not open, system calls fail
+    // with EBADF.
     act(unsafe { BorrowedFd::borrow_raw(number) })
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Devices of this process, as Python sees them.
+//! `NativeDevice`: a device of this process as a Python object.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -23,35 +23,35 @@ use crate::pull::{Pulled, PyPullQueue};
 use crate::stats;
 use crate::watch::Watch;
 
-/// How often a wait of the main thread looks for signals.
+/// Interval at which a wait of the main thread checks for signals.
 const SIGNAL_POLL: Duration = Duration::from_millis(50);
 /// Longer than any device is served.
 const FOREVER: Duration = Duration::from_secs(1 << 31);
-/// How long requests have to end by themselves, however little time there is.
+/// Minimum time that requests have to end before they are revoked.
 const GRACE: Duration = Duration::from_millis(500);
-/// How long the engine has to commit what was revoked, before it gives up the queues.
+/// How long the engine has to commit revoked requests before it gives up the queues.
 const COMMIT: Duration = Duration::from_secs(1);
 
 /// A device of this process.
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
 pub(crate) struct NativeDevice {
-    /// Taken out when this object goes.
+    /// `None` only while this object is dropped.
     device: Option<Arc<ublk_core::Device>>,
-    /// Until the device goes live, or is stopped before that.
+    /// The target, until the device goes live or is stopped.
     target: Mutex<Option<Arc<dyn Target>>>,
-    /// Where its requests are taken from, if its style is to pull them.
+    /// One queue for each hardware queue, if requests are pulled.
     pull_queues: Vec<Py<PyPullQueue>>,
     watch: Watch,
-    /// The device is one of the system.
+    /// Whether the device is on the kernel's driver.
     on_kernel: bool,
-    /// How many requests were revoked.
+    /// Number of revoked requests.
     revoked: AtomicUsize,
-    /// They are to be revoked at once.
+    /// Whether requests are to be revoked at once.
     hurried: AtomicBool,
-    /// The device is being deleted: no other server can follow.
+    /// Whether the device is being deleted, so that no other server can follow.
     deletes: AtomicBool,
-    /// It is being left to another server, whatever has interrupted that: no stop deletes it.
+    /// Whether the device is being left to another server: no stop deletes it then, even if that was interrupted.
     leaving: Arc<AtomicBool>,
 }
 
@@ -84,16 +84,16 @@ impl NativeDevice {
         self.device.as_ref().expect("a live object has its device")
     }
 
-    /// Whatever has ended it.
+    /// Withdraws the statistics of a device that has ended in any way.
     fn withdraw_if_over(&self) {
         if self.on_kernel && self.device().is_stopped() {
             stats::withdraw(self.device().id());
         }
     }
 
-    /// Fails the requests that have left the threads of their queues, unless another server may come: a method that is still
-    /// at work would write beside it, over newer data. The next server has to wait for such a method, or for the end of
-    /// this process.
+    /// Fails the requests that have left the threads of their queues, unless another server may follow: a method that is
+    /// still running would overwrite newer data of that server. It has to wait for such a method, or for the end of this
+    /// process.
     fn revoke(&self, py: Python<'_>) {
         if self.device().recovery().is_some() && !self.deletes.load(Ordering::Relaxed) {
             return;
@@ -111,7 +111,7 @@ impl NativeDevice {
         interpreter::check_return()?;
         let begin = Instant::now();
         let ended = on_another_thread(py, self.device(), end, || {
-            // Each time: a worker may have just got another.
+            // Repeatedly: a worker may have just received another request.
             if begin.elapsed() >= patience || self.hurried.load(Ordering::Relaxed) {
                 self.revoke(py);
             }
@@ -125,14 +125,14 @@ impl NativeDevice {
     }
 }
 
-/// Whether this is why a device was not left, not why its queues do not end.
+/// Whether an error is the reason why a device was not left, rather than why its queues do not end.
 fn is_refusal(error: &ublk_core::Error) -> bool {
     use ublk_core::Error::{Control, Unsupported};
     error.is_refusal() && matches!(error, Unsupported { .. } | Control { command: "QUIESCE_DEV", .. })
 }
 
-/// Does something with a device, and looks for signals meanwhile. If their handlers raise, the rest goes on in the
-/// background, [expedited](ublk_core::Device::expedite). Calls `meanwhile` now and then.
+/// Calls a function with a device, and checks for signals meanwhile. If a signal handler raises, the function continues in
+/// the background, [expedited](ublk_core::Device::expedite). Calls `meanwhile` periodically.
 fn on_another_thread<T: Send + 'static, F>(
     py: Python<'_>,
     device: &Arc<ublk_core::Device>,
@@ -147,7 +147,7 @@ where
     let theirs = job.clone();
     let body = move || run_once(&theirs);
     if std::thread::Builder::new().name("ublk-stop".into()).spawn(body).is_err() {
-        // Without threads or memory a device can still be stopped, if not interrupted.
+        // If no thread can be created, the device is stopped here, without checks for signals.
         interpreter::detached(py, || run_once(&job));
     }
     drop(job);
@@ -161,7 +161,7 @@ where
         match received {
             Ok(result) => return Ok(result),
             Err(RecvTimeoutError::Disconnected) => {
-                return Err(PyRuntimeError::new_err("the thread that was to end the device has panicked"));
+                return Err(PyRuntimeError::new_err("the thread that stops the device has panicked"));
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
@@ -176,15 +176,14 @@ fn run_once<T, F: FnOnce(&ublk_core::Device) -> T>(job: &Job<F, T>) {
     let job = job.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some((act, device, sender)) = job {
         let result = act(&device);
-        // The object may be gone, and with it all other references.
+        // This may be the last reference.
         drop(device);
         let _ = sender.send(result);
     }
 }
 
-/// Python may drop the object anywhere: attached, where waiting would keep the handlers from finishing
-/// the requests that are waited for, or on the very thread that serves the device. So the device, if it
-/// still runs, is stopped by a thread of its own.
+/// Python may drop the object anywhere: attached, where waiting would keep handlers from finishing, or on the thread that
+/// serves the device. So a device that is still running is stopped by another thread.
 impl Drop for NativeDevice {
     fn drop(&mut self) {
         if let Some(device) = self.device.take()
@@ -235,18 +234,18 @@ impl NativeDevice {
         self.device().is_stopped()
     }
 
-    /// Readable once the device begins to end.
+    /// Returns a descriptor that is readable once the device begins to end.
     fn fileno(&self) -> RawFd {
         self.device().as_fd().as_raw_fd()
     }
 
-    /// One for each hardware queue, of a device whose requests are pulled.
+    /// One queue for each hardware queue, if requests are pulled.
     #[getter]
     fn pull_queues(&self, py: Python<'_>) -> Vec<Py<PyPullQueue>> {
         self.pull_queues.iter().map(|queue| queue.clone_ref(py)).collect()
     }
 
-    /// Serves the device, and returns when its node can be used.
+    /// Starts to serve the device, and returns when its node is ready.
     fn go_live(&self, py: Python<'_>) -> PyResult<()> {
         interpreter::check_return()?;
         let Some(target) = self.take_target() else { return Ok(()) };
@@ -263,17 +262,16 @@ impl NativeDevice {
         result.map_err(|e| to_python(py, &e))
     }
 
-    /// Stops and deletes the device; leaves one that this or another process has asked to wait for another server. Waits for
-    /// handlers for so many seconds; then, if the device is deleted, requests that are not on the thread of their queue fail.
-    /// In the main thread a signal's handler may end the wait by an exception; the device is stopped all the same, without
-    /// waiting for handlers any longer.
+    /// Stops and deletes the device, or leaves it if this or another process has quiesced it. Waits for handlers for so many
+    /// seconds; then, if the device is deleted, requests that are not on the thread of their queue fail. In the main thread
+    /// an exception of a signal handler ends the wait; the device is then stopped without waiting for handlers.
     fn stop(&self, py: Python<'_>, seconds: f64) -> PyResult<()> {
         let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(FOREVER).min(FOREVER);
         drop(self.take_target());
         let patience = timeout.max(GRACE);
         let timeout = patience + COMMIT;
-        // Otherwise this or another process has asked that the device wait for another server. When all tags are at the
-        // server, only the flag shows it.
+        // Otherwise this or another process has quiesced the device. When all tags are at the server, only the flag
+        // shows it.
         let is_left = self.leaving.load(Ordering::Relaxed) || self.device().is_ending();
         let deletes = !(is_left && self.device().recovery().is_some());
         self.deletes.store(deletes, Ordering::Relaxed);
@@ -282,17 +280,17 @@ impl NativeDevice {
         })
     }
 
-    /// Has no later stop delete the device: one concludes what `leave` may not have finished.
+    /// Makes later stops finish what an interrupted `leave` has begun, instead of deleting the device.
     fn hand_over(&self) {
         self.leaving.store(true, Ordering::Relaxed);
     }
 
-    /// Finishes the requests in flight and leaves the device to another server. Can be interrupted as `stop`.
+    /// Finishes the requests in flight and leaves the device to another server. Can be interrupted like `stop`.
     fn leave(&self, py: Python<'_>) -> PyResult<()> {
         let leaving = self.leaving.clone();
         self.end(py, Duration::MAX, move |device| {
             let left = device.leave();
-            // What the driver has refused was not begun.
+            // The driver has rejected it, so nothing has begun.
             if left.as_ref().is_err_and(is_refusal) && !device.is_ending() {
                 leaving.store(false, Ordering::Relaxed);
             }
@@ -300,32 +298,32 @@ impl NativeDevice {
         })
     }
 
-    /// Ends waits for handlers: of a stop that is under way, and of later ones.
+    /// Ends the waits for handlers of the current stop and of later ones.
     fn expedite(&self, py: Python<'_>) {
         self.hurried.store(true, Ordering::Relaxed);
         self.revoke(py);
         self.device().expedite();
     }
 
-    /// How many requests have failed because they had not ended in time.
+    /// Number of requests that failed because they had not ended in time.
     #[getter]
     fn revoked(&self) -> usize {
         self.revoked.load(Ordering::Relaxed)
     }
 
-    /// Whether they are revoked without waiting for them.
+    /// Whether requests are revoked without waiting for them.
     #[getter]
     fn hurried(&self) -> bool {
         self.hurried.load(Ordering::Relaxed)
     }
 
-    /// Whether the calling thread serves one of the queues, perhaps beside those of other devices.
+    /// Whether the calling thread serves one of the queues, possibly besides queues of other devices.
     #[getter]
     fn served_here(&self) -> bool {
         self.device().is_served_here()
     }
 
-    /// Gives up a device whose recovery has gone wrong.
+    /// Gives up a device whose recovery has failed.
     fn abandon(&self, py: Python<'_>) {
         interpreter::detached(py, || {
             self.device().abandon();
@@ -333,14 +331,14 @@ impl NativeDevice {
         });
     }
 
-    /// Changes the disk's capacity.
+    /// Changes the capacity of the disk.
     fn resize(&self, py: Python<'_>, size: u64) -> PyResult<()> {
         interpreter::check_return()?;
         let (result, _permit) = interpreter::detached(py, || self.device().resize(size));
         result.map_err(|e| to_python(py, &e))
     }
 
-    /// Lets clients use memory of a file that they map, too; gives its number.
+    /// Shares the memory of a file with clients that map it; returns its number.
     fn share_memory(&self, py: Python<'_>, file: &Bound<'_, PyAny>, read_only: bool) -> PyResult<u16> {
         interpreter::check_return()?;
         let file = with_descriptor(file, |file| Ok(File::from(file.try_clone_to_owned()?)))?;
@@ -355,32 +353,32 @@ impl NativeDevice {
         result.map_err(|e| to_python(py, &e))
     }
 
-    /// Takes shared memory back.
+    /// Unshares memory.
     fn unshare_memory(&self, py: Python<'_>, number: u16) -> PyResult<()> {
         interpreter::check_return()?;
         let (result, _permit) = interpreter::detached(py, || self.device().unshare_memory(number));
         result.map_err(|e| to_python(py, &e))
     }
 
-    /// What becomes of the device when its server is gone.
+    /// Recovery mode of the device.
     #[getter]
     fn recovery(&self) -> Option<&'static str> {
         self.device().recovery().map(Recovery::name)
     }
 
-    /// Whether it can be left to another server without a failure.
+    /// Whether the device can be quiesced.
     #[getter]
-    fn can_be_left(&self) -> bool {
+    fn can_quiesce(&self) -> bool {
         self.device().info().features.contains(Features::QUIESCE)
     }
 
     /// How data moves.
     #[getter]
-    fn data(&self) -> &'static str {
+    fn data_movement(&self) -> &'static str {
         self.device().data_movement().0.name()
     }
 
-    /// What each operation has done: a dict for each, latencies in nanoseconds.
+    /// Statistics: a dict for each operation, with latencies in nanoseconds.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
         interpreter::check_return()?;
         let (stats, _permit) = interpreter::detached(py, || self.device().stats());
@@ -405,19 +403,19 @@ impl NativeDevice {
         stats.total.iter().map(one).collect()
     }
 
-    /// Whether the device is one of the system.
+    /// Whether the device is on the kernel's driver.
     #[getter]
     fn on_kernel(&self) -> bool {
         self.on_kernel
     }
 
-    /// How many queues the driver or a handler still has.
+    /// Number of queues that the driver or a handler still uses.
     #[getter]
     fn queues_left(&self) -> usize {
         self.device().queues_left()
     }
 
-    /// Threads that are in a handler: ident, a number of the call, seconds.
+    /// Threads that are in a handler: ident, number of the call, seconds.
     fn busy(&self) -> Vec<(u64, u64, f64)> {
         self.watch.busy()
     }
@@ -428,7 +426,7 @@ impl NativeDevice {
         self.watch.is_busy_here(py)
     }
 
-    /// How often the interpreter was entered for requests.
+    /// Number of times that the interpreter was entered for requests.
     #[getter]
     fn entries(&self) -> u64 {
         self.watch.entries()

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Errors in both directions.
+//! Conversion of errors from and to Python exceptions.
 
 use pyo3::exceptions::{PyMemoryError, PyNotImplementedError, PyOSError, PyTimeoutError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use ublk_core::{Errno, Error, RawErrno};
 
-/// A failure of the library as Python knows it: `ValueError` for impossible values, else
-/// `ublk.UblkError` with the errno.
+/// Converts an error of the library: to `ValueError` for invalid values, otherwise to `ublk.UblkError` with
+/// the errno.
 pub(crate) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
     static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    // An exception that came through the core, from starting a thread say, is itself.
+    // An exception that passed through the core, from starting a thread for example, stays itself.
     if let Error::Target { source, .. } = error
         && let Some(exception) = source.get_ref().and_then(|inner| inner.downcast_ref::<PyErr>())
     {
@@ -28,13 +28,13 @@ pub(crate) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
     }
 }
 
-/// An errno as `OSError`.
+/// Returns an `OSError` with an errno.
 pub(crate) fn os_error(errno: impl Into<RawErrno>) -> PyErr {
     let errno = errno.into();
     PyOSError::new_err((errno.get(), errno.known().desc()))
 }
 
-/// The errno that says what a handler's exception says, if there is one.
+/// Returns the errno that corresponds to an exception of a handler, if there is one.
 pub(crate) fn to_errno(py: Python<'_>, error: &PyErr) -> Option<RawErrno> {
     if error.is_instance_of::<PyOSError>(py) {
         let value = error.value(py).getattr(pyo3::intern!(py, "errno")).and_then(|e| e.extract::<i32>());

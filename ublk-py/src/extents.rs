@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Extents in Python: where the bytes of a request are, instead of the bytes.
+//! Extents returned by Python: the location of a request's bytes instead of the bytes.
 
 use std::convert::identity;
 use std::os::fd::AsRawFd;
@@ -28,7 +28,7 @@ pub(crate) struct PyExtent {
     offset: u64,
     #[pyo3(get)]
     length: u64,
-    /// First byte on the disk; by default the first one that was asked for.
+    /// First byte on the disk; by default the first byte of the request.
     #[pyo3(get)]
     start: Option<u64>,
     #[pyo3(get)]
@@ -43,7 +43,8 @@ impl PyExtent {
         check_length(length, offset, start)?;
         let file = with_descriptor(file, |file| {
             files::shared(file).map_err(|errno| {
-                let text = "an extent lies in an open file, regular or a block device, and not one that is appended to";
+                let text =
+                    "the file of an extent must be a regular file or a block device, and not opened with O_APPEND";
                 let errno = RawErrno::from(errno);
                 PyOSError::new_err((errno.get(), format!("{}: {text}", errno.known().desc())))
             })
@@ -86,27 +87,27 @@ fn check_length(length: u64, offset: u64, start: Option<u64>) -> PyResult<()> {
     let limit = i64::MAX as u64;
     let beyond = |from: u64| from > limit || length > limit - from;
     if length == 0 || beyond(offset) || start.is_some_and(beyond) {
-        return Err(PyValueError::new_err(format!("an extent of {length} bytes is not possible here")));
+        return Err(PyValueError::new_err(format!("invalid length of an extent: {length} bytes")));
     }
     Ok(())
 }
 
-/// Outcome of asking where a request's bytes are stored.
+/// Outcome of [`Mapper::ask`].
 pub(crate) enum Mapped {
-    /// There.
+    /// The request's bytes are stored there.
     At(Pieces, Flight),
-    /// Not known: the handler has it.
+    /// The handler has to serve the request.
     Unknown,
 }
 
-/// A device's extents, and the method that finds them.
+/// Extents of a device, and the method that returns them.
 #[derive(Debug)]
 pub(crate) struct Mapper {
     pub(crate) map: Py<PyAny>,
     pub(crate) extents: DiskExtents,
 }
 
-/// The extents of a block device, and the flushes that make durable what is written to them.
+/// Extents of a block device, and the flushes that make writes to them durable.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DiskExtents {
     pub(crate) map: ExtentMap,
@@ -114,14 +115,14 @@ pub(crate) struct DiskExtents {
 }
 
 impl DiskExtents {
-    /// Forwards a request to its places.
+    /// Forwards a request to the files that store its bytes.
     pub(crate) fn forward(&self, request: Request<'_>, pieces: Pieces, flight: Flight) {
         self.flushes.forwarded(request.op());
         request.forward_pieces(pieces, flight);
     }
 }
 
-/// How often a place is asked for again that was invalidated while it was found out.
+/// How often an extent is asked for again after it was invalidated meanwhile.
 pub(crate) const ATTEMPTS: u32 = 16;
 
 fn direction(op: Op) -> Option<Direction> {
@@ -137,7 +138,7 @@ impl Mapper {
         Mapper { map: self.map.clone_ref(py), extents: self.extents.clone() }
     }
 
-    /// Forwards a request whose extents are kept, without Python. Gives back any other.
+    /// Forwards a request whose extents are cached, without Python. Returns any other request.
     pub(crate) fn forward_known<'q>(&self, request: Request<'q>) -> Option<Request<'q>> {
         let found = direction(request.op()).and_then(|d| self.extents.map.find(d, request.offset(), request.len()));
         match found {
@@ -149,7 +150,7 @@ impl Mapper {
         }
     }
 
-    /// Asks Python where a request's bytes are stored.
+    /// Calls `map` for a request.
     pub(crate) fn ask(&self, py: Python<'_>, request: &Request<'_>) -> PyResult<Mapped> {
         let Some(direction) = direction(request.op()) else { return Ok(Mapped::Unknown) };
         let (start, end) = (request.offset(), request.offset() + request.len());
@@ -170,7 +171,7 @@ impl Mapper {
                 })?;
                 if !(extent.start..extent.end()).contains(&at) {
                     let (start, end) = (extent.start, extent.end());
-                    let text = format!("map was asked for byte {at}, and answered with {start} to {end}");
+                    let text = format!("map returned an extent of {start} to {end} for byte {at}");
                     return Err(PyValueError::new_err(text));
                 }
                 if stable {
@@ -188,22 +189,26 @@ impl Mapper {
     }
 }
 
-/// An extent that Python has answered a request for byte `at` with, and whether it is to be kept. None if it is something else.
+/// Converts an extent that Python has returned for byte `at`, and whether to cache it. `None` if it is something else.
 fn convert(answer: &Bound<'_, PyAny>, who: &str, at: u64, direction: Direction) -> PyResult<Option<(Extent, bool)>> {
-    let refused = |text: &str| Err(PyValueError::new_err(format!("{who} answered a {}", text)));
+    let refused = |text: &str| Err(PyValueError::new_err(format!("{who} returned {text}")));
     if let Ok(extent) = answer.cast::<PyExtent>() {
         let PyExtent { file, offset, length, start, stable } = extent.get();
         let (start, len, offset) = (start.unwrap_or(at), *length, *offset);
         match direction {
-            Direction::Read if !file.readable => return refused("read with a file that is not open for it"),
-            Direction::Write if !file.writable => return refused("write with a file that is not open for it"),
+            Direction::Read if !file.readable => {
+                return refused("an extent for a read, whose file is not open for reading");
+            }
+            Direction::Write if !file.writable => {
+                return refused("an extent for a write, whose file is not open for writing");
+            }
             _ => {}
         }
         return Ok(Some((Extent { start, len, file: file.file.clone(), offset }, *stable)));
     }
     if let Ok(zeros) = answer.cast::<PyZeros>() {
         if direction == Direction::Write {
-            return refused("write with Zeros, which cannot be written to");
+            return refused("Zeros for a write, and they cannot be written to");
         }
         let PyZeros { length, start, stable } = zeros.get();
         let (start, len, file) = (start.unwrap_or(at), *length, files::zeros().map_err(os_error)?);
@@ -212,22 +217,22 @@ fn convert(answer: &Bound<'_, PyAny>, who: &str, at: u64, direction: Direction) 
     Ok(None)
 }
 
-/// What became of a request whose handler has returned something.
+/// Outcome of [`forward_returned`].
 pub(crate) enum Returned<R> {
-    /// The engine has it now.
+    /// The engine carries out the request.
     Forwarded,
-    /// It was invalidated meanwhile: the handler is to be called again.
+    /// The extent was invalidated meanwhile: the handler is to be called again.
     Stale(R),
-    /// It cannot be.
+    /// The extent is invalid for the request.
     Refused(R, PyErr),
 }
 
-/// Whether a handler has returned where the bytes are, instead of having moved them.
+/// Whether a handler has returned an extent instead of transferring the data.
 pub(crate) fn is_extent(op: Op, value: &Bound<'_, PyAny>) -> bool {
     direction(op).is_some() && (value.is_instance_of::<PyExtent>() || value.is_instance_of::<PyZeros>())
 }
 
-/// Forwards a request whose handler has returned an [extent](is_extent). `asked` is when it was called.
+/// Forwards a request whose handler has returned an [extent](is_extent). `asked` is when the handler was called.
 pub(crate) fn forward_returned<'q, R: AnyRequest<'q>>(
     request: R,
     value: &Bound<'_, PyAny>,
@@ -239,7 +244,7 @@ pub(crate) fn forward_returned<'q, R: AnyRequest<'q>>(
     let found = direction(request.get().op()).map(|direction| convert(value, who, start, direction));
     let extent = match found.unwrap_or(Ok(None)) {
         Ok(Some((_, true))) => {
-            let text = format!("{who} returned a stable extent; what is to be kept is for map to say");
+            let text = format!("{who} returned a stable extent; only map may do so");
             return Returned::Refused(request, PyValueError::new_err(text));
         }
         Ok(Some((extent, false))) if extent.start <= start && end <= extent.end() => extent.part(start, end),
@@ -260,7 +265,7 @@ pub(crate) fn forward_returned<'q, R: AnyRequest<'q>>(
     }
 }
 
-/// The extents of a block device, shared by all devices that serve it.
+/// Extents of a block device, shared by all devices that serve it.
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug, Default)]
 pub(crate) struct Extents(pub(crate) DiskExtents);
@@ -272,14 +277,14 @@ impl Extents {
         Self::default()
     }
 
-    /// Those of an object that serves the disk in place of this one's: none yet, and the same flushes, so that one that has
-    /// failed is not forgotten.
+    /// Returns the extents for an object that replaces this one: none yet, and the same flushes, so that a failed one is
+    /// not forgotten.
     fn successor(&self) -> Self {
         Extents(DiskExtents { map: ExtentMap::default(), flushes: self.0.flushes.clone() })
     }
 
-    /// Take extents back, and wait for requests that are under way on them for at most so many seconds, unless None.
-    /// False if that was not enough.
+    /// Invalidates extents and, unless `wait` is `None`, waits up to so many seconds for requests in flight on them. Returns
+    /// false if some are still in flight.
     fn invalidate(&self, py: Python<'_>, offset: u64, length: u64, wait: Option<f64>) -> PyResult<bool> {
         self.0.map.invalidate(offset, length);
         let Some(seconds) = wait else { return Ok(true) };
@@ -292,7 +297,7 @@ impl Extents {
         self.0.map.len()
     }
 
-    /// A copy in another process begins with none: they have this one's files.
+    /// A copy in another process has no extents, because their files are open in this process.
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> (Bound<'py, PyType>, Bound<'py, PyTuple>) {
         (slf.get_type(), PyTuple::empty(slf.py()))
     }

@@ -11,12 +11,12 @@ use ublk_core::{DeviceId, Errno};
 use crate::error::os_error;
 use crate::interpreter;
 
-/// A driver in this process, and the client of its disks.
+/// Stand-in driver in this process, and the client of its disks.
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
 pub(crate) struct FakeDriver(Inner);
 
-/// What clients read where a handler has left bytes unwritten. The kernel's get zeros.
+/// Value that clients read where a handler has left bytes unwritten. With the kernel's driver they read zeros.
 const POISON: u8 = 0xa5;
 
 impl FakeDriver {
@@ -33,10 +33,10 @@ fn check<T>(result: Result<T, Errno>) -> PyResult<T> {
     result.map_err(os_error)
 }
 
-/// Refuses what is no single request: its sectors are counted in 32 bits.
+/// Raises `ValueError` for more than one request can have: sectors are counted in 32 bits.
 fn check_length(length: usize) -> PyResult<()> {
     if length == 0 || length / 512 > u32::MAX as usize {
-        return Err(PyValueError::new_err(format!("a request of {length} bytes is not possible")));
+        return Err(PyValueError::new_err(format!("invalid length of a request: {length} bytes")));
     }
     Ok(())
 }
@@ -61,14 +61,14 @@ impl FakeDriver {
         check(interpreter::detached(py, || self.disk(id).write(offset, data)).0)
     }
 
-    /// Sends `rounds` times `depth` reads of 4 KiB, for those who measure what a device does with them. It has one
-    /// queue, of that depth at least.
+    /// Sends `rounds` times `depth` reads of 4 KiB, for measurements. The device must have one queue of at least that
+    /// depth.
     fn load(&self, py: Python<'_>, id: u32, rounds: usize, depth: usize) -> PyResult<()> {
         interpreter::check_return()?;
         check(
             interpreter::detached(py, || {
                 let disk = self.disk(id);
-                // So that all tags have been fetched.
+                // All tags must have been fetched.
                 disk.read(0, 4096)?;
                 (0..rounds).try_for_each(|_| disk.read_at_once(depth, 4096))
             })
@@ -93,13 +93,13 @@ impl FakeDriver {
         check(interpreter::detached(py, || self.disk(id).write_zeroes(offset, length)).0)
     }
 
-    /// Ids of the devices that exist.
+    /// Returns the numbers of the devices.
     fn devices(&self) -> PyResult<Vec<u32>> {
         use ublk_core::driver::Driver;
         Ok(self.0.device_ids()?.into_iter().map(|id| id.0).collect())
     }
 
-    /// Rules of the driver that the server broke.
+    /// Returns the violations of the driver's protocol by the server.
     fn violations(&self) -> Vec<String> {
         self.0.violations()
     }

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Flushes of a disk whose bytes the engine writes to the files of extents.
+//! Flushes of a disk whose data the engine writes to the files of extents.
 //!
-//! The kernel reports an error of write-back once to each open file description, and counts the lost pages as clean.
-//! The handlers of all queues sync the same descriptor, so that one flush takes the error, and those beside it and after
-//! it succeed without what was lost. For a disk that has been written to through extents:
+//! The kernel reports a write-back error once to each open file description, and marks the lost pages clean. The handlers
+//! of all queues sync the same descriptor, so that one flush gets the error, and concurrent and later ones succeed although
+//! data is lost. Therefore, for a disk that has been written to through extents:
 //!
-//! 1. A flush that succeeds counts only when all that were under way at that moment have ended: has one of them failed,
-//!    so have they all.
-//! 2. Once a flush has failed, no later one succeeds: nothing says which writes were lost.
+//! 1. A flush succeeds only after all flushes that were in progress when its handler returned have ended. If one of them
+//!    has failed, all fail.
+//! 2. Once a flush has failed, all later ones fail, because it is unknown which writes were lost.
 //!
 //! Writes of the server that a device was recovered from count as well: they may still be dirty, and the error of their
-//! write-back goes to the first flush here. A recovered disk with `map` was written to through extents, and one whose
-//! handlers may return extents is assumed to have been until `write` returns without one. It is known to have been as soon
-//! as a handler returns an extent, for a read too.
+//! write-back goes to the first flush here. A recovered disk with `map` counts as written to through extents. One whose
+//! handlers may return extents is assumed to have been until `write` returns without one; it is known to have been as soon
+//! as a handler returns an extent, even for a read.
 //!
-//! Handlers that write by themselves know better what a failure means, and what can be tried again.
+//! Handlers that write to files themselves decide what a failure means and what can be retried.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -25,7 +25,7 @@ use ublk_core::{DetachedRequest, Errno, Op, RawErrno};
 
 use crate::held::{Holders, Revoke};
 
-/// The flushes of a block device, shared by all queues and by all devices that serve it.
+/// Flushes of a block device, shared by all queues and by all devices that serve it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Flushes(Arc<Shared>);
 
@@ -42,15 +42,15 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    /// One has failed. It counts if writes have gone to extents.
+    /// Whether a flush has failed. It counts if writes have gone to extents.
     failed: bool,
-    /// That is in the log.
+    /// Whether the failure was logged.
     reported: bool,
-    /// Number of the next one.
+    /// Number of the next flush.
     next: u64,
-    /// Numbers of those under way.
+    /// Numbers of the flushes in progress.
     running: Vec<u64>,
-    /// Those that have succeeded and wait for all with smaller numbers.
+    /// Flushes that have succeeded and wait for all with smaller numbers.
     succeeded: Vec<(u64, DetachedRequest)>,
 }
 
@@ -80,19 +80,19 @@ impl Flushes {
     }
 
     fn written(&self) {
-        // Not to take the line from other queues each time.
+        // Read first, so that the queues can share the cache line.
         if !self.0.written.load(Ordering::Relaxed) {
             self.0.written.store(true, Ordering::Release);
         }
     }
 
-    /// Has the holders of a device know those that wait.
+    /// Registers the waiting flushes with the holders of a device.
     pub(crate) fn known(&self, holders: &Holders) {
         let weak: Weak<Shared> = Arc::downgrade(&self.0);
         holders.add(weak);
     }
 
-    /// Notes that a flush begins. It ends with [`Flush::end`], or, unserved, by being dropped.
+    /// Registers a flush. It ends with [`Flush::end`], or, without having been served, when it is dropped.
     pub(crate) fn begin(&self) -> Flush {
         let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
         let number = state.next;
@@ -101,7 +101,7 @@ impl Flushes {
         Flush { flushes: self.clone(), number }
     }
 
-    /// Takes the outcome of a flush, and ends the requests whose outcome is known now.
+    /// Records the outcome of a flush, and ends the requests whose outcome is known now.
     fn end(&self, number: u64, ended: Option<(DetachedRequest, Result<(), RawErrno>)>) {
         let (mut failing, mut done, mut report) = (Vec::new(), Vec::new(), None);
         {
@@ -117,7 +117,7 @@ impl Flushes {
                     state.failed |= written || self.0.recovered.load(Ordering::Relaxed);
                     failing.push((request, errno));
                 }
-                // Unserved, or it has ended before.
+                // It was not served, or has ended before.
                 None => {}
             }
             let oldest = state.running.iter().min().copied().unwrap_or(u64::MAX);
@@ -136,7 +136,7 @@ impl Flushes {
                 state.reported = true;
             }
         }
-        // Not under the lock.
+        // After the lock is released.
         if let Some((device, errno)) = report {
             log::error!(
                 "ublkb{}: a flush failed ({}): writes to its extents may be lost, and every flush fails from now on",
@@ -149,7 +149,7 @@ impl Flushes {
     }
 }
 
-/// Flushes that wait for others are failed at the end of a stop's time, as requests that Python has.
+/// At the end of a stop's time, flushes that wait for others fail like requests that Python holds.
 impl Revoke for Shared {
     fn revoke(&self, _: Python<'_>) -> bool {
         let waiting = std::mem::take(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).succeeded);
@@ -159,7 +159,7 @@ impl Revoke for Shared {
     }
 }
 
-/// A flush that is under way.
+/// Flush in progress.
 #[derive(Debug)]
 pub(crate) struct Flush {
     flushes: Flushes,
@@ -167,7 +167,7 @@ pub(crate) struct Flush {
 }
 
 impl Flush {
-    /// Ends its request, at once or when the outcome of those beside it is known.
+    /// Ends the request, at once or when the outcome of concurrent flushes is known.
     pub(crate) fn end(self, request: DetachedRequest, result: Result<(), RawErrno>) {
         self.flushes.end(self.number, Some((request, result)));
     }

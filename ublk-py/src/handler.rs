@@ -17,20 +17,20 @@ use crate::held::Held;
 use crate::interpreter;
 use crate::methods::{Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
-use crate::watch::{Seat, Watch};
+use crate::watch::{HandlerThread, Watch};
 
-/// How Python gets requests on the thread of their queue.
+/// How requests reach Python on the thread of their queue.
 #[derive(Debug)]
 pub(crate) enum Style {
-    /// A method for each operation.
+    /// By a method for each operation.
     Methods(Methods),
-    /// The same, and one that returns where bytes are stored. Other requests go to the methods, or to the program.
+    /// By `map`, which returns where bytes are stored. Other requests go to the methods, or to queues if there are senders.
     Mapped(Methods, Mapper, Option<PullSenders>),
-    /// One function for all requests of a wake-up.
+    /// By one function for all requests of a wake-up.
     Batch(Batch),
 }
 
-/// A function that takes requests, and another for its exceptions.
+/// `handle`, and a function for its exceptions.
 #[derive(Debug, FromPyObject)]
 #[pyo3(from_item_all)]
 pub(crate) struct Batch {
@@ -58,7 +58,7 @@ impl Target for PythonTarget {
 
     fn access(&self) -> Access {
         match self.style {
-            // What files on block devices, opened for direct I/O, ask for.
+            // Sufficient for direct I/O on block devices.
             Style::Mapped(..) => Access::Forwards { memory_alignment: 512 },
             _ => Access::Bytes,
         }
@@ -74,10 +74,10 @@ impl Target for PythonTarget {
 
 impl PythonTarget {
     fn open(&self, py: Python<'_>, info: &QueueInfo) -> PyResult<Box<dyn QueueHandler>> {
-        let seat = self.watch.seat(py)?;
+        let thread = self.watch.register_thread(py)?;
         let methods_queue = |methods: &Methods, depth| {
             let slots = (0..depth).map(|_| Slot::default()).collect();
-            MethodsQueue { methods: methods.clone_ref(py), slots, seat: seat.clone() }
+            MethodsQueue { methods: methods.clone_ref(py), slots, thread: thread.clone() }
         };
         Ok(match &self.style {
             Style::Methods(methods) => Box::new(Attached::new(methods_queue(methods, info.depth), &self.watch)),
@@ -90,7 +90,7 @@ impl PythonTarget {
             }
             Style::Batch(Batch { handle, report }) => {
                 let batch = Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) };
-                Box::new(Attached::new(BatchQueue { batch, seat, watch: self.watch.clone() }, &self.watch))
+                Box::new(Attached::new(BatchQueue { batch, thread, watch: self.watch.clone() }, &self.watch))
             }
         })
     }
@@ -101,7 +101,7 @@ trait Serve {
     fn serve(&mut self, py: Python<'_>, requests: Requests<'_>);
 }
 
-/// A handler that attaches once for all requests of a wake-up. It is taken out when it is dropped.
+/// Handler that attaches once for all requests of a wake-up.
 struct Attached<S: Serve> {
     inner: Option<S>,
     watch: Watch,
@@ -117,14 +117,14 @@ impl<S: Serve> QueueHandler for Attached<S> {
     fn handle(&mut self, requests: Requests<'_>) {
         let Some(inner) = &mut self.inner else { return };
         self.watch.entered();
-        // Without an interpreter the requests are dropped with the closure and fail.
+        // Without an interpreter the requests are dropped with the closure, and fail.
         interpreter::attach(|py| inner.serve(py, requests));
     }
 }
 
 impl<S: Serve> Drop for Attached<S> {
     fn drop(&mut self) {
-        // Attached, so that the objects go now and not at some later attach.
+        // Attached, so that Python objects are released now and not at a later attach.
         let inner = self.inner.take();
         interpreter::attach(|_| drop(inner));
     }
@@ -135,7 +135,7 @@ struct MethodsQueue {
     methods: Methods,
     /// By tag.
     slots: Vec<Slot>,
-    seat: Arc<Seat>,
+    thread: Arc<HandlerThread>,
 }
 
 impl Serve for MethodsQueue {
@@ -146,11 +146,11 @@ impl Serve for MethodsQueue {
     }
 }
 
-/// One queue of a device that returns where bytes are stored. Python sees only requests that no cached extent covers.
+/// One queue of a device with `map`. Python gets only requests that no cached extent covers.
 struct MappedQueue {
-    /// Taken out when it is dropped.
+    /// `None` only while it is dropped.
     inner: Option<(MethodsQueue, Mapper)>,
-    /// For what `map` leaves to others than this thread.
+    /// Queue for requests that `map` leaves to other threads.
     sender: Option<PullSender>,
     watch: Watch,
 }
@@ -175,7 +175,7 @@ impl QueueHandler for MappedQueue {
             }
         });
         if let Some(sender) = &self.sender {
-            // Without the interpreter.
+            // Not attached to the interpreter.
             sender.send(left.into_iter().filter_map(loaded).map(Request::detach));
         }
     }
@@ -188,7 +188,7 @@ impl Drop for MappedQueue {
     }
 }
 
-/// The request with its data in memory. It has failed if that cannot be.
+/// Loads the data of a request into memory. Fails the request and returns `None` if that fails.
 fn loaded(mut request: Request<'_>) -> Option<Request<'_>> {
     match request.load() {
         Ok(()) => Some(request),
@@ -200,9 +200,9 @@ fn loaded(mut request: Request<'_>) -> Option<Request<'_>> {
 }
 
 impl MethodsQueue {
-    /// Asks where a request's bytes are stored, and forwards it there. Returns it if the handler has to serve it.
+    /// Calls `map`, and forwards the request to the extent. Returns the request if the handler has to serve it.
     fn map<'q>(&self, py: Python<'_>, mapper: &Mapper, request: Request<'q>) -> Option<Request<'q>> {
-        match self.seat.during(|| mapper.ask(py, &request)) {
+        match self.thread.during(|| mapper.ask(py, &request)) {
             Ok(Mapped::At(pieces, flight)) => mapper.extents.forward(request, pieces, flight),
             Ok(Mapped::Unknown) => return Some(request),
             Err(error) => request.fail(self.methods.errno_of(py, "map", &error)),
@@ -212,18 +212,18 @@ impl MethodsQueue {
 
     fn serve_one(&mut self, py: Python<'_>, request: Request<'_>) {
         if request.op() == Op::Flush {
-            // Others may have to end before it does.
-            return self.seat.during(|| self.methods.flush(py, &Held::default(), request.detach()));
+            // It may have to wait for other flushes.
+            return self.thread.during(|| self.methods.flush(py, &Held::default(), request.detach()));
         }
         let slot = &mut self.slots[usize::from(request.tag().0)];
-        self.seat.during(|| self.methods.serve(py, slot, &Held::default(), request));
+        self.thread.during(|| self.methods.serve(py, slot, &Held::default(), request));
     }
 }
 
 /// One queue of a device that gets requests in batches.
 struct BatchQueue {
     batch: Batch,
-    seat: Arc<Seat>,
+    thread: Arc<HandlerThread>,
     watch: Watch,
 }
 
@@ -237,7 +237,7 @@ impl Serve for BatchQueue {
         let outcome = list
             .as_ref()
             .map_err(|error| error.clone_ref(py))
-            .and_then(|list| self.seat.during(|| self.batch.call(list)));
+            .and_then(|list| self.thread.during(|| self.batch.call(list)));
         if let Err(error) = outcome {
             let errno = to_handlers_errno(py, &error);
             if errno.is_none() {
@@ -256,7 +256,7 @@ impl Batch {
         }
         let name = returned.get_type().name()?;
         Err(PyTypeError::new_err(format!(
-            "handle returned {name}; it must return None, and end each request by itself"
+            "handle returned {name}; it must return None, and complete or fail each request itself"
         )))
     }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Requests that Python has, and that a stop takes back when its time is over.
+//! Requests that Python holds, and that a stop revokes when its time is over.
 //!
-//! A request that was detached from its queue's thread can be failed from any thread, while a method of a worker is still
-//! at work on it or a program keeps it. What Python has of its memory stays Python's: the tag gets fresh memory.
+//! A request that was detached from its queue's thread can be failed from any thread, while a worker's method still handles
+//! it or the program keeps it. Views of its memory stay valid for Python, and the tag gets fresh memory.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -13,17 +13,17 @@ use ublk_core::{DetachedRequest, Errno, RawErrno};
 
 use crate::flushes::Flush;
 
-/// Something that may hold a request.
+/// Object that may hold a request.
 pub(crate) trait Revoke: Send + Sync + fmt::Debug {
-    /// Fails the request; false if there is none.
+    /// Fails the request; returns false if there is none.
     fn revoke(&self, py: Python<'_>) -> bool;
 }
 
-/// What may hold requests of a device.
+/// Objects that may hold requests of a device.
 #[derive(Debug, Default)]
 pub(crate) struct Holders(Mutex<Vec<Weak<dyn Revoke>>>);
 
-/// So many are there before it is looked whether they still are.
+/// Minimum number of holders before dead ones are removed.
 const FEW: usize = 64;
 
 impl Holders {
@@ -31,7 +31,7 @@ impl Holders {
         let mut holders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if holders.len() >= FEW && holders.len() == holders.capacity() {
             holders.retain(|holder| holder.strong_count() != 0);
-            // Looked at again when there are twice as many.
+            // Next time when there are twice as many.
             let room = holders.len();
             holders.reserve(room.max(FEW));
         }
@@ -42,14 +42,14 @@ impl Holders {
     pub(crate) fn revoke(&self, py: Python<'_>) -> usize {
         let holders = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         let revoked = holders.iter().filter_map(Weak::upgrade).filter(|holder| holder.revoke(py)).count();
-        // The threads of workers hold others later.
+        // Worker threads may hold other requests later.
         let mut now = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         now.extend(holders.into_iter().filter(|holder| holder.strong_count() != 0));
         revoked
     }
 }
 
-/// Place for a request while its method runs, and for what else ends with it if it is a flush.
+/// Holder of a request while its method runs, and of its flush.
 #[derive(Debug)]
 pub(crate) struct Held<R>(Mutex<Option<(R, Option<Flush>)>>);
 
@@ -64,7 +64,7 @@ impl<R> Held<R> {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((request, None));
     }
 
-    /// The request; `None` if it was revoked.
+    /// Returns the request; `None` if it was revoked.
     pub(crate) fn take(&self) -> Option<R> {
         self.take_both().map(|(request, _)| request)
     }
@@ -75,7 +75,7 @@ impl<R> Held<R> {
 }
 
 impl Held<DetachedRequest> {
-    /// A place that the holders of a device know.
+    /// Creates a holder and registers it with the holders of a device.
     pub(crate) fn known(holders: &Holders) -> Arc<Self> {
         let held = Arc::new(Held::default());
         let weak: Weak<Self> = Arc::downgrade(&held);
@@ -87,7 +87,7 @@ impl Held<DetachedRequest> {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((request, Some(flush)));
     }
 
-    /// The request, and its flush; `None` if they were revoked.
+    /// Returns the request and its flush; `None` if they were revoked.
     pub(crate) fn take_flush(&self) -> Option<(DetachedRequest, Flush)> {
         self.take_both().and_then(|(request, flush)| Some((request, flush?)))
     }
@@ -97,11 +97,11 @@ impl Revoke for Held<DetachedRequest> {
     fn revoke(&self, _: Python<'_>) -> bool {
         let Some((mut request, flush)) = self.take_both() else { return false };
         if request.op().has_data() {
-            // The method is at work on it.
+            // The method may be using the memory.
             request.replace_buffer();
         }
         match flush {
-            // It is over here, for those that wait for it: its method may never return.
+            // The flush ends here, for those that wait for it: its method may never return.
             Some(flush) => flush.end(request, Err(RawErrno::EIO)),
             None => request.fail(Errno::EIO),
         }

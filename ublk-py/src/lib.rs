@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `ublk._ublk`: what the Python package needs of `ublk-core`, converted and nothing else. Policy lives
-//! in the Python files beside it.
+//! `ublk._ublk`: `ublk-core` for the Python package. This crate only converts; policy is in the Python
+//! modules.
 
 mod buffer;
 mod cli;

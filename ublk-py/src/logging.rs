@@ -12,13 +12,13 @@ use crate::pending::unraisable;
 
 struct ToPython(Py<PyAny>);
 
-/// Begins to forward, or follows a changed level of the logger.
+/// Starts to forward messages, or adopts a changed level of the logger.
 pub(crate) fn follow(py: Python<'_>) -> PyResult<()> {
     static LOGGER: OnceLock<ToPython> = OnceLock::new();
     let logger = py.import("logging")?.call_method1("getLogger", ("ublk",))?;
     let level: i32 = logger.call_method0("getEffectiveLevel")?.extract()?;
     let forward = LOGGER.get_or_init(|| ToPython(logger.unbind()));
-    // Refused if a logger is set already: ours, from an earlier call.
+    // Fails if a logger is set already: ours, by an earlier call.
     let _ = log::set_logger(forward);
     log::set_max_level(match level {
         ..=10 => LevelFilter::Debug,
@@ -55,7 +55,7 @@ impl Log for ToPython {
         }
         let text = record.args().to_string();
         let logged = interpreter::attach(|py| {
-            // Messages may come while an exception is on its way, from an object that it drops.
+            // Messages may arrive while an exception is set, from an object that it drops.
             let pending = PyErr::take(py);
             let arguments = (number(record.level()), "%s", &text);
             let logged = if ends_a_device() {
@@ -71,7 +71,7 @@ impl Log for ToPython {
             }
         });
         if logged.is_none() {
-            // The interpreter is gone or going; the message still should not be.
+            // Without an interpreter, messages go to stderr.
             eprintln!("ublk: {text}");
         }
     }

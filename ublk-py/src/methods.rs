@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A block device's methods: one request to one call, and what comes of it.
+//! Methods of a block device: one call for each request, and the conversion of its outcome.
 
 use std::fmt::Debug;
 
@@ -14,7 +14,7 @@ use crate::error::to_errno;
 use crate::extents::{ATTEMPTS, Extents, Returned, forward_returned, is_extent};
 use crate::held::{Held, Holders};
 
-/// A request of either kind, on the thread of its queue or detached from it.
+/// Request of either kind: on the thread of its queue, or detached from it.
 pub(crate) trait AnyRequest<'q>: Into<Request<'q>> + Debug {
     fn get(&self) -> &Request<'q>;
     fn get_mut(&mut self) -> &mut Request<'q>;
@@ -40,7 +40,7 @@ impl AnyRequest<'static> for DetachedRequest {
     }
 }
 
-/// The bound methods of a block device.
+/// Bound methods of a block device.
 #[derive(Debug, FromPyObject)]
 #[pyo3(from_item_all)]
 pub(crate) struct Methods {
@@ -49,16 +49,16 @@ pub(crate) struct Methods {
     flush: Option<Py<PyAny>>,
     discard: Option<Py<PyAny>>,
     write_zeroes: Option<Py<PyAny>>,
-    /// Of a zoned disk.
+    /// Methods of a zoned disk.
     #[pyo3(item("zones"), default)]
     zones: Option<Zones>,
-    /// Where requests may go instead.
+    /// Extents, which methods may return.
     extents: Py<Extents>,
-    /// Called with `(operation, exception)` for an exception that is no errno.
+    /// Called with `(operation, exception)` for an exception that is not an errno.
     report: Py<PyAny>,
 }
 
-/// The bound methods of a zoned disk.
+/// Bound methods of a zoned disk.
 #[derive(Debug, FromPyObject)]
 #[pyo3(from_item_all)]
 struct Zones {
@@ -86,7 +86,7 @@ impl Zones {
         }
     }
 
-    /// The method for an operation.
+    /// Returns the method for an operation.
     fn of(&self, op: Op) -> Option<&Py<PyAny>> {
         match op {
             Op::ZoneAppend => self.zone_append.as_ref(),
@@ -116,13 +116,13 @@ impl Methods {
         }
     }
 
-    /// Has the holders of a device know the flushes that wait for others.
+    /// Registers the waiting flushes with the holders of a device.
     pub(crate) fn know_flushes(&self, holders: &Holders) {
         self.extents.get().0.flushes.known(holders);
     }
 
-    /// Calls the method for a request and ends the request as that says. `slot` has the buffer object of its memory;
-    /// the request is in `held` while the method runs, and not the method's to end if it is not there any more.
+    /// Calls the method for a request and ends the request accordingly. `slot` has the buffer object of its memory. The
+    /// request is in `held` while the method runs; if it is not there any more, it was revoked.
     pub(crate) fn serve<'q, R: AnyRequest<'q>>(&self, py: Python<'_>, slot: &mut Slot, held: &Held<R>, mut request: R) {
         for _ in 0..ATTEMPTS {
             match self.try_to_serve(py, slot, held, request) {
@@ -134,7 +134,7 @@ impl Methods {
         request.into().fail(RawErrno::EIO);
     }
 
-    /// Calls the method for a flush, and ends it as that and the flushes beside it say.
+    /// Calls the method for a flush, and ends it according to that and to concurrent flushes.
     pub(crate) fn flush(&self, py: Python<'_>, held: &Held<DetachedRequest>, request: DetachedRequest) {
         let flush = self.extents.get().0.flushes.begin();
         held.put_flush(request, flush);
@@ -145,13 +145,13 @@ impl Methods {
             None => Ok(Err(Errno::EOPNOTSUPP.into())),
         });
         let result = outcome.unwrap_or_else(|error| Err(self.errno_of(py, op_name(Op::Flush), &error)));
-        // Otherwise it was revoked, and counts as one that has failed.
+        // Otherwise it was revoked, and counts as failed.
         if let Some((request, flush)) = left {
             flush.end(request, result);
         }
     }
 
-    /// Gives the request back if it went somewhere that was invalidated meanwhile.
+    /// Returns the request if its extent was invalidated meanwhile.
     fn try_to_serve<'q, R: AnyRequest<'q>>(
         &self,
         py: Python<'_>,
@@ -167,7 +167,7 @@ impl Methods {
         let method = match op {
             Op::Read => Some(&self.read),
             Op::Write => self.write.as_ref(),
-            // `flush` serves these.
+            // Served by `flush`.
             Op::Flush => None,
             Op::Discard => self.discard.as_ref(),
             Op::WriteZeroes => self.write_zeroes.as_ref(),
@@ -195,7 +195,7 @@ impl Methods {
             }
             return None;
         };
-        // As nearly always.
+        // The usual case.
         if let Ok(Some(value)) = &returned
             && value.is_none()
             && op != Op::ZoneAppend
@@ -243,7 +243,7 @@ impl Methods {
         None
     }
 
-    /// What a request fails with after an exception; `EIO`, and a report, if that is no errno.
+    /// Returns the errno for an exception: `EIO`, with a report, if the exception has none.
     pub(crate) fn errno_of(&self, py: Python<'_>, operation: &str, error: &PyErr) -> RawErrno {
         to_handlers_errno(py, error).unwrap_or_else(|| {
             report(py, &self.report, operation, error);
@@ -252,7 +252,7 @@ impl Methods {
     }
 }
 
-/// Calls `read` or `write` with a view on the request's memory. Gives the request back unless it was revoked meanwhile.
+/// Calls `read` or `write` with a view of the request's memory. Returns the request unless it was revoked meanwhile.
 fn with_data<'py, 'q, R: AnyRequest<'q>>(
     py: Python<'py>,
     method: &Py<PyAny>,
@@ -260,7 +260,7 @@ fn with_data<'py, 'q, R: AnyRequest<'q>>(
     held: &Held<R>,
     mut request: R,
 ) -> (Option<R>, PyResult<Option<Bound<'py, PyAny>>>) {
-    // What a handler leaves unwritten is not to be another request's data.
+    // Bytes that a handler leaves unwritten must not be another request's data.
     request.get_mut().clear();
     let (offset, len) = (request.get().offset(), request.get().len() as usize);
     let lease = match slot.lease(py, request.get().buffer(), len, !request.get().op().fills()) {
@@ -269,18 +269,18 @@ fn with_data<'py, 'q, R: AnyRequest<'q>>(
     };
     held.put(request);
     let returned = method.bind(py).call1((offset, lease.view(py)));
-    // A traceback in flight holds the handler's frame and with it the view; it is no reason to give
-    // the memory away, because `end` releases the view itself.
+    // A traceback holds the handler's frame and so the view; that does not keep the memory from being
+    // reused, because `end` releases the view.
     let is_free = slot.end(py, lease);
     let mut request = held.take();
     if !is_free && let Some(request) = &mut request {
-        // A view is still alive: the memory stays with it, and the tag gets fresh memory.
+        // A view is still in use: it keeps the memory, and the tag gets fresh memory.
         request.get_mut().replace_buffer();
     }
     (request, returned.map(Some))
 }
 
-/// Calls a method if the class has it. One that it lacks is not advertised, so the kernel does not ask.
+/// Calls a method if the class has it. The kernel does not request operations whose methods are missing.
 fn call<'py>(
     method: &Option<Py<PyAny>>,
     call: impl FnOnce(&Py<PyAny>) -> PyResult<Bound<'py, PyAny>>,
@@ -288,21 +288,21 @@ fn call<'py>(
     method.as_ref().map(call).transpose()
 }
 
-/// Reports an exception that is no errno to Python.
+/// Reports an exception that is not an errno to Python.
 pub(crate) fn report(py: Python<'_>, report: &Py<PyAny>, operation: &str, error: &PyErr) {
-    // Not `value`, which before Python 3.12 knows nothing of its traceback.
+    // Not `value`, which has no traceback before Python 3.12.
     let exception = error.clone_ref(py).into_value(py);
     if let Err(second) = report.call1(py, (operation, exception)) {
         second.write_unraisable(py, None);
     }
 }
 
-/// The errno of a handler's exception. None for what is a mistake, or meant for the program as a whole.
+/// Returns the errno of a handler's exception. `None` for programming errors and for exceptions like `SystemExit`.
 pub(crate) fn to_handlers_errno(py: Python<'_>, error: &PyErr) -> Option<RawErrno> {
     to_errno(py, error).filter(|_| error.is_instance_of::<PyException>(py))
 }
 
-/// A handler returns nothing, or how many bytes it did: all of them.
+/// Checks the return value of a handler: `None`, or the number of bytes, which must be all of them.
 pub(crate) fn check_return(value: &Bound<'_, PyAny>, len: Option<u64>) -> PyResult<()> {
     if value.is_none() {
         return Ok(());
@@ -322,7 +322,7 @@ pub(crate) fn check_return(value: &Bound<'_, PyAny>, len: Option<u64>) -> PyResu
     }
 }
 
-/// The name of an operation in Python: that of its method.
+/// Returns the name of an operation in Python, which is the name of its method.
 pub(crate) fn op_name(op: Op) -> &'static str {
     match op {
         Op::Read => "read",
@@ -340,7 +340,7 @@ pub(crate) fn op_name(op: Op) -> &'static str {
     }
 }
 
-/// What disks can do beside being read.
+/// Operations that disks may support besides reads.
 const OPERATIONS: [(Op, Operations); 4] = [
     (Op::Write, Operations::WRITE),
     (Op::Flush, Operations::FLUSH),
@@ -348,18 +348,18 @@ const OPERATIONS: [(Op, Operations); 4] = [
     (Op::WriteZeroes, Operations::WRITE_ZEROES),
 ];
 
-/// What disks can do beside being read, by the names of their methods.
+/// Returns the operations with the given names of methods.
 pub(crate) fn operations(names: &[String]) -> Operations {
     let named = |op: &Op| names.iter().any(|name| name == op_name(*op));
     OPERATIONS.iter().filter(|(op, _)| named(op)).map(|(_, operation)| *operation).collect()
 }
 
-/// The names of what disks can do.
+/// Returns the names of operations.
 pub(crate) fn operation_names(operations: Operations) -> Vec<&'static str> {
     OPERATIONS.iter().filter(|(_, one)| operations.contains(*one)).map(|(op, _)| op_name(*op)).collect()
 }
 
-/// The member of `ublk.Op`.
+/// Returns the member of `ublk.Op`.
 pub(crate) fn op_object(py: Python<'_>, op: Op) -> PyResult<Py<PyAny>> {
     static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     static MEMBERS: [PyOnceLock<Py<PyAny>>; 5] = [const { PyOnceLock::new() }; 5];

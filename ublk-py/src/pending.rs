@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Calls that the main thread makes between two instructions of its own.
+//! Calls in the main thread, between two of its bytecode instructions.
 //!
 //! Invariant that the `unsafe` blocks of this file refer to:
 //!
-//! 1. What is passed to the interpreter is a reference of its own to a live object. The interpreter passes it to
-//!    [`call`] or [`raise`], once, attached, or has refused it.
+//! 1. The interpreter receives its own reference to a live object. It passes the reference to [`call`] or [`raise`], once,
+//!    attached, or rejects it.
 
 use std::ffi::{c_int, c_void};
 
@@ -13,8 +13,8 @@ use pyo3::exceptions::{PyException, PyRuntimeError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-/// Has the main thread call a function soon, for what only the main thread can do. An `Exception` of it is reported as
-/// unraisable; what a signal's handler raises meanwhile is raised in the main thread.
+/// Makes the main thread call a function soon. An `Exception` of the function is reported as unraisable; exceptions that
+/// signal handlers raise meanwhile are raised in the main thread.
 #[pyfunction]
 pub(crate) fn call_in_main_thread(py: Python<'_>, function: Py<PyAny>) -> PyResult<()> {
     add(py, call, function)
@@ -47,7 +47,7 @@ fn add(py: Python<'_>, act: extern "C" fn(*mut c_void) -> c_int, argument: Py<Py
     if unsafe { ffi::Py_AddPendingCall(Some(act), argument.cast()) } == 0 {
         return Ok(());
     }
-    // SAFETY: (1): it was refused, so the reference is this function's again.
+    // SAFETY: (1): it was rejected, so this function owns the reference again.
     drop(unsafe { Bound::from_owned_ptr(py, argument) });
     Err(PyRuntimeError::new_err("too many calls wait for the main thread"))
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Requests that Python takes when it likes: for event loops, for pools of threads, and for programs of their own
-//! kind.
+//! Queues from which Python takes requests: for event loops, pools of threads, and `pull=True`.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,21 +19,21 @@ use crate::methods::Methods;
 use crate::request::PyRequest;
 use crate::watch::Watch;
 
-/// The queues that a device's requests are taken from, if its style is to take them.
+/// Queues of a device whose requests are pulled; none for other devices.
 #[derive(Debug, Default)]
 pub(crate) struct Pulled {
     pub(crate) queues: Vec<PullQueue>,
-    /// Of the block device.
+    /// Extents of the block device.
     pub(crate) extents: DiskExtents,
 }
 
-/// The requests of one hardware queue.
+/// Requests of one hardware queue.
 #[pyclass(frozen, module = "ublk._ublk", name = "PullQueue")]
 #[derive(Debug)]
 pub(crate) struct PyPullQueue {
     queue: Mutex<Option<Arc<PullQueue>>>,
     watch: Watch,
-    /// Of the block device.
+    /// Extents of the block device.
     extents: DiskExtents,
 }
 
@@ -49,7 +48,7 @@ impl PyPullQueue {
 }
 
 impl PyPullQueue {
-    /// Fails what nothing has taken yet; returns how many requests.
+    /// Fails the requests that were not taken; returns how many.
     pub(crate) fn revoke(&self) -> usize {
         let mut revoked = 0;
         while let Some(batch) = self.queue().and_then(|queue| queue.next_batch_timeout(usize::MAX, Duration::ZERO)) {
@@ -65,10 +64,10 @@ impl PyPullQueue {
 
 #[pymethods]
 impl PyPullQueue {
-    /// Take the requests that are there, at most `max`. `None` when no request will come any more.
+    /// Take at most `max` requests, without waiting. `None` when no request will arrive any more.
     ///
-    /// Weak references to them are in `hand` before a signal's handler can raise anything: whoever is interrupted before
-    /// he knows what he has finds it there.
+    /// Weak references to them are in `hand` before a signal handler can raise an exception, so that the caller finds them
+    /// there if it is interrupted before it has the list.
     fn take<'py>(
         &self,
         py: Python<'py>,
@@ -87,19 +86,19 @@ impl PyPullQueue {
         batch.into_iter().map(wrap).collect::<PyResult<_>>().map(Some)
     }
 
-    /// Readable while there are requests, and once no more will come. -1 after `close`.
+    /// Descriptor that is readable while there are requests, and once no more will arrive. -1 after `close`.
     fn fileno(&self) -> RawFd {
         self.queue().map_or(-1, |queue| queue.as_raw_fd())
     }
 
-    /// Fail what is in the queue and what still comes.
+    /// Fail all requests in the queue, and later ones.
     fn close(&self, py: Python<'_>) {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
         interpreter::detached(py, || drop(queue));
     }
 }
 
-/// For a thread that serves requests of a queue, one at a time.
+/// Serves requests of a queue on a thread, one at a time.
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -119,14 +118,14 @@ impl Worker {
     /// Serve until the queue ends.
     fn run(&self, py: Python<'_>) -> PyResult<()> {
         let mut slot = Slot::default();
-        let seat = self.watch.seat(py)?;
+        let thread = self.watch.register_thread(py)?;
         self.methods.know_flushes(self.watch.holders());
         let held = Held::known(self.watch.holders());
-        // With a permit while handlers run, and without one while this waits.
+        // With a permit while handlers run, without one while waiting.
         while let (Some(batch), _permit) = interpreter::detached(py, || self.queue.next_batch(1)) {
             self.watch.entered();
             for request in batch {
-                seat.during(|| match request.op() {
+                thread.during(|| match request.op() {
                     Op::Flush => self.methods.flush(py, &held, request),
                     _ => self.methods.serve(py, &mut slot, &held, request),
                 });

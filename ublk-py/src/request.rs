@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A request as a Python object, which can be ended at any time and from any thread.
+//! Requests as Python objects, which can be ended at any time and from any thread.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -18,7 +18,7 @@ use crate::interpreter;
 use crate::methods::{check_return, op_name, op_object, to_handlers_errno};
 use crate::pending::unraisable;
 
-/// One request of the block layer.
+/// Request of the block layer.
 #[pyclass(frozen, weakref, module = "ublk", name = "Request")]
 #[derive(Debug)]
 pub(crate) struct PyRequest {
@@ -33,22 +33,22 @@ pub(crate) struct PyRequest {
     ending: Arc<Ending>,
 }
 
-/// What is there until the request ends.
+/// State of a request that has not ended.
 #[derive(Debug)]
 pub(crate) struct Ending(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
     request: Option<DetachedRequest>,
-    /// When its handler was called; to be known if that returns an extent.
+    /// When its handler was called, for the check of an extent that the handler returns.
     asked: Moment,
-    /// How often what it returned was invalidated meanwhile.
+    /// How often the extent that the handler returned was invalidated meanwhile.
     stale: u32,
-    /// What Python has of its memory.
+    /// View of its memory that Python has.
     lease: Option<Lease>,
-    /// A read's memory was cleared, before Python first saw it.
+    /// Whether the memory of a read was cleared, before Python first got it.
     cleared: bool,
-    /// Until the request ends, if it is a flush.
+    /// The flush, if it is one.
     flush: Option<Flush>,
 }
 
@@ -65,13 +65,13 @@ impl Ending {
         };
         let mut request = request?;
         if lease.is_some_and(|lease| !lease.end(py).0) {
-            // A view is still alive: the memory stays with it, and the tag gets fresh memory.
+            // A view is still in use: it keeps the memory, and the tag gets fresh memory.
             request.replace_buffer();
         }
         Some(request)
     }
 
-    /// As [`take`](Ending::take), to end the request as done. A read whose memory Python has not seen is one of zeros.
+    /// Like [`take`](Ending::take), to complete the request. A read whose memory Python has not got returns zeros.
     fn take_done(&self, py: Python<'_>) -> Option<DetachedRequest> {
         let cleared = self.state().cleared;
         let mut request = self.take(py)?;
@@ -107,7 +107,7 @@ impl Revoke for Ending {
 }
 
 impl PyRequest {
-    /// `extents` are those of its block device.
+    /// Creates a request object. `extents` are those of its block device.
     pub(crate) fn new(request: DetachedRequest, extents: &DiskExtents, holders: &Holders) -> Self {
         let asked = extents.map.now();
         let flush = (request.op() == Op::Flush).then(|| extents.flushes.begin());
@@ -121,7 +121,7 @@ impl PyRequest {
         PyRequest { op, offset, length, fua, no_unmap, queue, device, extents: extents.clone(), ending }
     }
 
-    /// For code that ends the request later, without keeping the object alive.
+    /// Returns a handle that can end the request later, without keeping the object alive.
     pub(crate) fn ending(&self) -> Arc<Ending> {
         self.ending.clone()
     }
@@ -134,7 +134,7 @@ impl PyRequest {
 }
 
 fn over() -> PyErr {
-    PyValueError::new_err("the request is over")
+    PyValueError::new_err("the request has ended")
 }
 
 #[pymethods]
@@ -199,7 +199,7 @@ impl PyRequest {
             self.op.has_data().then(|| request.buffer().clone())
         };
         let Some(memory) = memory else { return PyMemoryView::from(&PyBytes::new(py, b"")) };
-        // Not under the lock: making an object may run any finalizer.
+        // Not under the lock: creating an object may run any finalizer.
         let lease = Lease::new(py, &memory, self.length as usize, !self.op.fills())?;
         let view = lease.view(py).clone();
         let late = {
@@ -210,7 +210,7 @@ impl PyRequest {
             }
             lease
         };
-        // Another thread has ended the request meanwhile, or asked for its buffer too.
+        // Another thread has ended the request meanwhile, or has created the buffer, too.
         drop(view);
         late.end(py);
         self.buffer(py)
@@ -254,9 +254,9 @@ impl PyRequest {
         Ok(errno.is_some())
     }
 
-    /// End the request as a handler's return value says. False if the handler is to be called again.
+    /// End the request according to a handler's return value. False if the handler is to be called again.
     fn _finish(&self, py: Python<'_>, returned: &Bound<'_, PyAny>) -> PyResult<bool> {
-        // A handler that has ended it may return anything.
+        // A handler that has ended the request may return anything.
         if self.done() {
             return Ok(true);
         }
@@ -275,7 +275,7 @@ impl PyRequest {
             if state.stale < ATTEMPTS {
                 return outcome;
             }
-            let text = format!("what its handler returned was invalidated {ATTEMPTS} times in a row");
+            let text = format!("the extent that the handler returned was invalidated {ATTEMPTS} times in a row");
             return outcome.and(Err(PyRuntimeError::new_err(text)));
         }
         check_return(returned, self.op.has_data().then_some(self.length))?;
@@ -284,7 +284,7 @@ impl PyRequest {
         Ok(true)
     }
 
-    /// End the request as a handler's exception says. False if that is no errno: then it has not ended.
+    /// End the request according to a handler's exception. False if that is not an errno: the request has not ended then.
     fn _raise(&self, py: Python<'_>, exception: &Bound<'_, PyAny>) -> bool {
         let errno = to_handlers_errno(py, &PyErr::from_value(exception.clone()));
         if let Some(errno) = errno {
@@ -303,7 +303,7 @@ impl PyRequest {
     }
 }
 
-/// A request that was not ended fails, and this is logged.
+/// Fails a request that has not ended, and logs that.
 impl Drop for PyRequest {
     fn drop(&mut self) {
         if self.done() {
@@ -311,7 +311,7 @@ impl Drop for PyRequest {
         }
         let text = format!("{} {}+{} of ublkb{}", op_name(self.op), self.offset, self.length, self.device);
         interpreter::attach(|py| {
-            // Whatever is on its way goes on.
+            // An exception that is set stays set.
             let pending = PyErr::take(py);
             let logged = py.import("ublk._requests").and_then(|module| module.call_method1("dropped", (text,)));
             if let Err(error) = logged {
@@ -321,7 +321,7 @@ impl Drop for PyRequest {
                 pending.restore(py);
             }
         });
-        // The thread is attached, as whatever drops an object of Python's is; this runs no Python.
+        // The thread is attached, as for each drop of a Python object; this runs no Python code.
         Python::try_attach(|py| self.ending.fail_if_left(py, RawErrno::EIO));
     }
 }

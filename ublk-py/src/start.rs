@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! How devices are made, and taken over.
+//! Creates and recovers devices.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,11 +11,13 @@ use pyo3::types::PyList;
 use ublk_core::driver::fake;
 use ublk_core::driver::kernel::KernelDriver;
 use ublk_core::pull::{channels, pull_with};
-use ublk_core::{Access, DeviceId, DeviceOptions, MAX_COALESCING, Params, Recovery, Server, Target, ZonedLimits};
+use ublk_core::{
+    Access, DeviceId, DeviceOptions, MAX_COALESCING, Operations, Params, Recovery, Server, Target, ZonedLimits,
+};
 
 use crate::device::NativeDevice;
 use crate::error::to_python;
-use crate::extents::{Extents, Mapper};
+use crate::extents::{DiskExtents, Extents, Mapper};
 use crate::fake::FakeDriver;
 use crate::handler::{PythonTarget, Style};
 use crate::interpreter;
@@ -27,7 +29,7 @@ use crate::targets::NativeTarget;
 use crate::threads::PythonSpawn;
 use crate::watch::Watch;
 
-/// The process's server on the kernel's driver, made with the first device.
+/// Returns the process's server on the kernel's driver, which is created with the first device.
 fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
     static SERVER: Mutex<Option<(u32, Server)>> = Mutex::new(None);
     let mut server = SERVER.lock().unwrap_or_else(PoisonError::into_inner);
@@ -37,7 +39,7 @@ fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
             *server = Some((owner, made.clone()));
             return Ok(made);
         }
-        // A forked child's copy: its threads are the parent's, and its rings are not mapped here.
+        // The copy in a forked child: the threads are the parent's, and the rings are not mapped here.
         Some(inherited) => std::mem::forget(inherited),
         None => {}
     }
@@ -47,11 +49,10 @@ fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
     Ok(made)
 }
 
-/// What a disk is, and how Python serves it.
+/// Shape of a disk, as Python gives it.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
-pub(crate) struct Description {
-    kind: String,
+pub(crate) struct Shape {
     size: u64,
     block_size: u32,
     physical_block_size: u32,
@@ -63,16 +64,10 @@ pub(crate) struct Description {
     max_open_zones: u32,
     max_active_zones: u32,
     max_append_bytes: u32,
-    /// Names of methods: what it can do beside being read.
-    operations: Vec<String>,
-    /// `methods`, `mapped`, `batch`, `pull`, `mapped-pull` or `native`.
-    style: String,
-    /// How long requests may be coalesced.
-    coalesce_usecs: u32,
 }
 
-impl Description {
-    fn params(&self) -> Params {
+impl Shape {
+    fn params(&self, operations: Operations) -> Params {
         let mut params = Params::new(self.size, self.block_size);
         params.physical_block_size = self.physical_block_size;
         params.io_min = self.physical_block_size;
@@ -80,7 +75,7 @@ impl Description {
         params.rotational = self.rotational;
         params.read_only = self.read_only;
         params.discard.granularity = self.discard_granularity;
-        params.operations = operations(&self.operations);
+        params.operations = operations;
         if self.zone_size != 0 {
             params.chunk_size = self.zone_size;
             let mut zoned = ZonedLimits::new(self.max_append_bytes);
@@ -89,49 +84,74 @@ impl Description {
         }
         params
     }
+}
 
-    /// Has the flushes of the block device know that another server has written to the disk.
-    fn note_recovery(&self, handlers: &Bound<'_, PyAny>) -> PyResult<()> {
-        // The others have no extents. Nor does a program that pulls, which has no methods.
-        if !matches!(self.style.as_str(), "native" | "batch") && handlers.contains("read")? {
-            let extents = handlers.get_item("extents")?;
-            extents.cast::<Extents>()?.get().0.flushes.recovered(self.style.starts_with("mapped"));
+/// How Python serves a disk: the attributes of a `Serving` object.
+#[derive(FromPyObject)]
+pub(crate) struct Serving<'py> {
+    kind: String,
+    /// Names of the operations that the disk supports.
+    operations: Vec<String>,
+    /// A native target, or a mapping of names to functions, which determine the style.
+    handlers: Bound<'py, PyAny>,
+    /// Whether Python takes requests from queues.
+    is_pulled: bool,
+}
+
+impl Serving<'_> {
+    fn native(&self) -> Option<&Bound<'_, NativeTarget>> {
+        self.handlers.cast::<NativeTarget>().ok()
+    }
+
+    fn has(&self, name: &str) -> PyResult<bool> {
+        self.handlers.contains(name)
+    }
+
+    fn extents(&self) -> PyResult<DiskExtents> {
+        Ok(self.handlers.get_item("extents")?.cast::<Extents>()?.get().0.clone())
+    }
+
+    /// Informs the flushes of the block device that another server has written to the disk.
+    fn note_recovery(&self) -> PyResult<()> {
+        // Native targets, batches and programs that pull have no methods that could return extents.
+        if self.native().is_none() && self.has("read")? {
+            self.extents()?.flushes.recovered(self.has("map")?);
         }
         Ok(())
     }
 
-    /// Makes the target, and queues if its requests are pulled.
-    fn target(self, handlers: &Bound<'_, PyAny>, queues: u32, watch: &Watch) -> PyResult<(Arc<dyn Target>, Pulled)> {
-        if self.style == "native" {
-            return Ok((handlers.cast::<NativeTarget>()?.get().sized(self.size), Pulled::default()));
+    /// Creates the target, and queues if requests are pulled.
+    fn target(self, shape: &Shape, queues: u32, watch: &Watch) -> PyResult<(Arc<dyn Target>, Pulled)> {
+        if let Some(native) = self.native() {
+            return Ok((native.get().sized(shape.size), Pulled::default()));
         }
-        let py = handlers.py();
-        let params = self.params();
-        let part = |name: &str| handlers.get_item(name);
-        let extents = || PyResult::Ok(part("extents")?.cast::<Extents>()?.get().0.clone());
-        let mapper = || PyResult::Ok(Mapper { map: part("map")?.unbind(), extents: extents()? });
+        let py = self.handlers.py();
+        let params = shape.params(operations(&self.operations));
         let mut pulled = Pulled::default();
-        let style = match self.style.as_str() {
-            "pull" => {
-                let made = pull_with(self.kind, params, Access::Bytes, queues);
-                let (target, queues) = made.map_err(|e| to_python(py, &e))?;
-                return Ok((target, Pulled { queues, extents: extents()? }));
-            }
-            "methods" => Style::Methods(handlers.extract()?),
-            "mapped" => Style::Mapped(handlers.extract()?, mapper()?, None),
-            "mapped-pull" => {
+        let style = if self.has("handle")? {
+            Style::Batch(self.handlers.extract()?)
+        } else if self.has("map")? {
+            let mapper = Mapper { map: self.handlers.get_item("map")?.unbind(), extents: self.extents()? };
+            let mut given = None;
+            if self.is_pulled {
                 let (senders, queues) = channels(queues).map_err(|e| to_python(py, &e))?;
-                pulled = Pulled { queues, extents: extents()? };
-                Style::Mapped(handlers.extract()?, mapper()?, Some(senders))
+                pulled = Pulled { queues, extents: self.extents()? };
+                given = Some(senders);
             }
-            "batch" => Style::Batch(handlers.extract()?),
-            other => return Err(PyValueError::new_err(format!("there is no style {other}"))),
+            Style::Mapped(self.handlers.extract()?, mapper, given)
+        } else if self.is_pulled {
+            let extents = self.extents()?;
+            let made = pull_with(self.kind, params, Access::Bytes, queues);
+            let (target, queues) = made.map_err(|e| to_python(py, &e))?;
+            return Ok((target, Pulled { queues, extents }));
+        } else {
+            Style::Methods(self.handlers.extract()?)
         };
         Ok((Arc::new(PythonTarget { kind: self.kind, params, style, watch: watch.clone() }), pulled))
     }
 }
 
-/// A server on the given driver, or on the kernel's.
+/// Returns a server on the given driver, or on the kernel's.
 fn server(driver: Option<fake::FakeDriver>, spawn: Py<PyAny>, threads: u32) -> ublk_core::Result<Server> {
     let spawn = PythonSpawn(spawn);
     match driver {
@@ -140,15 +160,15 @@ fn server(driver: Option<fake::FakeDriver>, spawn: Py<PyAny>, threads: u32) -> u
     }
 }
 
-/// How a device is made, as Python gives it.
+/// Options of a device: the attributes of an `Options` object.
 #[derive(FromPyObject)]
-#[pyo3(from_item_all)]
 pub(crate) struct Options {
     queues: u32,
     depth: u32,
     id: Option<u32>,
     recovery: Option<String>,
     shared_memory: bool,
+    coalesce_usecs: u32,
 }
 
 impl Options {
@@ -156,7 +176,7 @@ impl Options {
         let recovery = |name: &String| {
             name.parse::<Recovery>().map_err(|_| {
                 let names = Recovery::ALL.map(Recovery::name).join(", ");
-                PyValueError::new_err(format!("recoverable = {name:?}: there are True, False, {names}"))
+                PyValueError::new_err(format!("recoverable = {name:?}: must be True, False, {names}"))
             })
         };
         let mut options = DeviceOptions::new().queues(self.queues).depth(self.depth).shared_memory(self.shared_memory);
@@ -166,19 +186,19 @@ impl Options {
     }
 }
 
-/// Checks the shape of a disk.
+/// Validates the shape of a disk.
 #[pyfunction]
-pub(crate) fn check(py: Python<'_>, description: Description) -> PyResult<()> {
-    description.params().validate().map_err(|e| to_python(py, &e))
+pub(crate) fn check(py: Python<'_>, shape: Shape) -> PyResult<()> {
+    shape.params(Operations::empty()).validate().map_err(|e| to_python(py, &e))
 }
 
-/// Makes a device that is not live yet, and appends it to `made`: a returned object could be lost to a
-/// signal's exception before the caller has stored it.
+/// Creates a device that is not live yet, and appends it to `made`: a returned object could be lost if a
+/// signal handler raises before the caller has stored it.
 #[pyfunction]
 pub(crate) fn add(
     py: Python<'_>,
-    description: Description,
-    handlers: &Bound<'_, PyAny>,
+    shape: Shape,
+    serving: Serving<'_>,
     options: Options,
     spawn: Py<PyAny>,
     driver: Option<&FakeDriver>,
@@ -187,14 +207,14 @@ pub(crate) fn add(
     interpreter::check_open()?;
     logging::follow(py)?;
     let watch = Watch::new();
-    let window = Duration::from_micros(description.coalesce_usecs.into());
-    let (target, queues) = description.target(handlers, options.queues, &watch)?;
+    let window = Duration::from_micros(options.coalesce_usecs.into());
+    let (target, queues) = serving.target(&shape, options.queues, &watch)?;
     let device_options = options.convert()?;
     let fake = driver.map(FakeDriver::inner);
-    // Before the driver is looked for, which may be missing.
+    // Before the driver is opened, which may be missing.
     if window > MAX_COALESCING {
         let most = MAX_COALESCING.as_micros();
-        return Err(PyValueError::new_err(format!("coalesce_usecs = {}: {most} at most", window.as_micros())));
+        return Err(PyValueError::new_err(format!("coalesce_usecs = {}: must be at most {most}", window.as_micros())));
     }
     target.params().validate().and_then(|()| device_options.validate()).map_err(|e| to_python(py, &e))?;
     let make = || server(fake, spawn, options.queues)?.with_coalescing(window)?.add(&target, &device_options);
@@ -203,13 +223,13 @@ pub(crate) fn add(
     made.append(NativeDevice::new(py, device, Some(target), queues, watch, driver.is_none())?)
 }
 
-/// Serves a device whose last server is gone, and appends it to `made`.
+/// Serves a device that has lost its server, and appends it to `made`.
 #[pyfunction]
 pub(crate) fn recover(
     py: Python<'_>,
-    description: Description,
-    handlers: &Bound<'_, PyAny>,
-    id: u32,
+    shape: Shape,
+    serving: Serving<'_>,
+    options: Options,
     spawn: Py<PyAny>,
     driver: Option<&FakeDriver>,
     made: &Bound<'_, PyList>,
@@ -219,16 +239,17 @@ pub(crate) fn recover(
     let watch = Watch::new();
     let fake = driver.map(FakeDriver::inner);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    let window = Duration::from_micros(description.coalesce_usecs.into());
+    let window = Duration::from_micros(options.coalesce_usecs.into());
+    let id = DeviceId(options.id.ok_or_else(|| PyValueError::new_err("id = None: must be the number of a device"))?);
     let find = || {
         let server = server(fake, spawn, threads)?.with_coalescing(window)?;
-        let info = server.wait_until_unserved(DeviceId(id))?;
+        let info = server.wait_until_unserved(id)?;
         Ok((server, info))
     };
     let (found, permit) = interpreter::detached(py, find);
     let (server, info) = found.map_err(|e| to_python(py, &e))?;
-    description.note_recovery(handlers)?;
-    let (target, queues) = description.target(handlers, info.queues.into(), &watch)?;
+    serving.note_recovery()?;
+    let (target, queues) = serving.target(&shape, info.queues.into(), &watch)?;
     let on_kernel = driver.is_none();
     let serve = || {
         let device = server.recover(info.id, target)?;

@@ -7,19 +7,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use ublk_core::cli::StatsService;
 use ublk_core::{Device, DeviceId};
 
-/// The process that made the service, and the service.
+/// The service, and the process that created it.
 static SERVICE: Mutex<Option<(u32, StatsService)>> = Mutex::new(None);
 
 fn lock() -> MutexGuard<'static, Option<(u32, StatsService)>> {
     let mut service = SERVICE.lock().unwrap_or_else(PoisonError::into_inner);
     if service.as_ref().is_some_and(|(owner, _)| *owner != std::process::id()) {
-        // A forked child's copy: the socket and the thread are the parent's.
+        // The copy in a forked child: the socket and the thread are the parent's.
         std::mem::forget(service.take());
     }
     service
 }
 
-/// Answers for a device. Not to be called attached.
+/// Starts to answer for a device. Not to be called attached.
 pub(crate) fn publish(device: &Device) {
     let mut service = lock();
     if service.is_none() {
@@ -33,7 +33,7 @@ pub(crate) fn publish(device: &Device) {
     }
 }
 
-/// Answers for a device no more, and ends the service with the last one. Not to be called attached.
+/// Stops answering for a device, and ends the service after the last one. Not to be called attached.
 pub(crate) fn withdraw(id: DeviceId) {
     let mut service = lock();
     if service.as_ref().is_some_and(|(_, service)| service.remove(id)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the driver offers, and the devices of the system.
+//! Features of the driver, and devices of the system.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use ublk_core::{DeviceId, DeviceState, Errno, Error, Features, Params, Recovery,
 use crate::error::to_python;
 use crate::interpreter;
 
-/// What the driver offers: a dict from feature name to bool.
+/// Returns the features of the driver: a dict from name to bool.
 #[pyfunction]
 pub(crate) fn features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let features = on_system(py, Control::features)?;
@@ -25,7 +25,7 @@ pub(crate) fn features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(dict)
 }
 
-/// What the driver knows about all devices: a list of dicts.
+/// Returns the devices of the system: a list of dicts.
 #[pyfunction]
 pub(crate) fn devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
     let found = on_system(py, |control| {
@@ -37,7 +37,7 @@ pub(crate) fn devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
         for id in ids {
             match look(control, id) {
                 Ok(both) => found.push(both),
-                // It went away between the two looks.
+                // It was deleted meanwhile.
                 Err(error) if error.errno() == Errno::ENODEV => {}
                 Err(error) => return Err(error),
             }
@@ -47,13 +47,13 @@ pub(crate) fn devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
     found.into_iter().map(|found| to_dict(py, found)).collect()
 }
 
-/// What the driver knows about a device: a dict.
+/// Returns a device of the system: a dict.
 #[pyfunction]
 pub(crate) fn device(py: Python<'_>, id: u32) -> PyResult<Bound<'_, PyDict>> {
     to_dict(py, on_system(py, |control| look(control, DeviceId(id)))?)
 }
 
-/// Stops and deletes a device, whichever process serves it; unless it is in use, if not forced.
+/// Stops and deletes a device, whichever process serves it. Fails if it is in use, unless `force`.
 #[pyfunction]
 pub(crate) fn delete(py: Python<'_>, id: u32, force: bool) -> PyResult<()> {
     let id = DeviceId(id);
@@ -63,14 +63,14 @@ pub(crate) fn delete(py: Python<'_>, id: u32, force: bool) -> PyResult<()> {
             control.try_stop(id)?;
         }
         match control.remove_instance(id, instance) {
-            // Its server was quicker.
+            // Its server has deleted it first.
             Err(error) if error.errno() == Errno::ENODEV && !force => Ok(()),
             other => other.map(drop),
         }
     })
 }
 
-/// Asks a device's server to finish its requests and leave, and waits until it has.
+/// Quiesces a device, and waits until its server has left.
 #[pyfunction]
 pub(crate) fn quiesce(py: Python<'_>, id: u32) -> PyResult<()> {
     on_system(py, |control| control.quiesce_until(DeviceId(id), DRAIN_TIMEOUT).map(drop))
@@ -82,7 +82,7 @@ pub(crate) fn resize(py: Python<'_>, id: u32, size: u64) -> PyResult<()> {
     on_system(py, |control| control.update_size(DeviceId(id), size))
 }
 
-/// Calls the driver while Python goes on.
+/// Calls the driver while other threads run Python.
 fn on_system<T: Send>(py: Python<'_>, call: impl FnOnce(&Control) -> Result<T> + Send) -> PyResult<T> {
     interpreter::check_return()?;
     let (result, _permit) = interpreter::detached(py, || call(&Control::new(Arc::new(KernelDriver::open()?))));
@@ -100,7 +100,7 @@ fn to_dict(py: Python<'_>, (path, info, params): Found) -> PyResult<Bound<'_, Py
     dict.set_item("id", info.id.0)?;
     dict.set_item("path", path.to_string_lossy().into_owned())?;
     dict.set_item("state", info.state.name())?;
-    // To the driver, -1 is no process; to `os.kill` it is every process.
+    // For the driver, -1 is no process; for `os.kill` it is every process.
     dict.set_item("pid", Some(info.pid).filter(|pid| *pid > 0))?;
     dict.set_item("queues", info.queues)?;
     dict.set_item("depth", info.depth)?;

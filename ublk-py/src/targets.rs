@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The targets of `ublk-core`, made by Python and served without it.
+//! Targets of `ublk-core`, created by Python and served without it.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::error::to_python;
 use crate::interpreter;
 use crate::methods::operation_names;
 
-/// A target of the core's.
+/// Target of `ublk-core`.
 #[pyclass(frozen, module = "ublk._ublk")]
 #[derive(Debug)]
 pub(crate) struct NativeTarget {
@@ -39,7 +39,7 @@ impl NativeTarget {
     }
 }
 
-/// A target whose disk has been resized since it was made.
+/// Target whose disk was resized after the target was created.
 #[derive(Debug)]
 struct Resized {
     target: Arc<dyn Target>,
@@ -67,7 +67,7 @@ impl Target for Resized {
 }
 
 impl NativeTarget {
-    /// The target of a disk that has this size now.
+    /// Returns the target with the current size of its disk.
     pub(crate) fn sized(&self, size: u64) -> Arc<dyn Target> {
         let target = self.target.clone();
         if target.params().size == size { target } else { Arc::new(Resized { target, size }) }
@@ -76,19 +76,19 @@ impl NativeTarget {
 
 #[pymethods]
 impl NativeTarget {
-    /// Accepts everything, stores nothing.
+    /// Target that accepts every request and stores nothing.
     #[staticmethod]
     fn null(py: Python<'_>, size: u64, block_size: u32) -> PyResult<Self> {
         Self::make(py, || Null::new(size, block_size))
     }
 
-    /// A RAM disk.
+    /// RAM disk.
     #[staticmethod]
     fn mem(py: Python<'_>, size: u64, block_size: u32) -> PyResult<Self> {
         Self::make(py, || Mem::new(size, block_size))
     }
 
-    /// A disk in a file or on a block device, opened and locked here.
+    /// Disk in a file or on a block device, which is opened and locked here.
     #[staticmethod]
     fn file(
         py: Python<'_>,
@@ -108,24 +108,24 @@ impl NativeTarget {
         Ok(NativeTarget { target: file.clone(), file: Some(file) })
     }
 
-    /// A zoned disk, in memory or with a file for each zone.
+    /// Zoned disk, in memory or with a file for each zone.
     #[staticmethod]
     #[allow(clippy::too_many_arguments, reason = "a private function with one caller, which passes all by name")]
     fn zoned(
         py: Python<'_>,
         size: u64,
         zone_size: u32,
-        conventional: u32,
-        max_open: u32,
-        max_active: u32,
+        conventional_zones: u32,
+        max_open_zones: u32,
+        max_active_zones: u32,
         block_size: u32,
         directory: Option<PathBuf>,
     ) -> PyResult<Self> {
         if zone_size == 0 {
             return Err(PyValueError::new_err("zone_size = 0: must be a power of two"));
         }
-        let mut options = ZonedOptions::new(size).zone_size(zone_size).conventional(conventional);
-        options = options.max_open(max_open).max_active(max_active).logical_block_size(block_size);
+        let mut options = ZonedOptions::new(size).zone_size(zone_size).conventional(conventional_zones);
+        options = options.max_open(max_open_zones).max_active(max_active_zones).logical_block_size(block_size);
         options.directory = directory;
         Self::make(py, || Zoned::open(&options))
     }
@@ -140,7 +140,7 @@ impl NativeTarget {
         self.params().size
     }
 
-    /// How many bytes the open file has now; None for other targets.
+    /// Current size of the open file in bytes; None for other targets.
     #[getter]
     fn backing_size(&self, py: Python<'_>) -> PyResult<Option<u64>> {
         let size = self.file.as_ref().map(|file| file.backing_size());
@@ -157,7 +157,7 @@ impl NativeTarget {
         self.params().read_only
     }
 
-    /// Names of what it can do beside being read.
+    /// Names of the operations that it supports besides reads.
     #[getter]
     fn operations(&self) -> Vec<&'static str> {
         operation_names(self.params().operations)

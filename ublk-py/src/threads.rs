@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Ring threads as `threading.Thread`s: the interpreter's thread state then lives as long as the
-//! thread, and debuggers, tracers and tracebacks know it.
+//! thread, and debuggers and tracers see it.
 
 use std::io;
 use std::sync::Mutex;
@@ -11,7 +11,7 @@ use ublk_core::Spawn;
 
 use crate::interpreter;
 
-/// Makes threads through a Python function `(name, body) -> None`.
+/// Creates threads with a Python function `(name, body) -> None`.
 #[derive(Debug)]
 pub(crate) struct PythonSpawn(pub(crate) Py<PyAny>);
 
@@ -25,7 +25,7 @@ impl Spawn for PythonSpawn {
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The body of a ring thread, to be called once.
+/// Body of a ring thread, to be called once.
 #[pyclass(frozen, module = "ublk._ublk")]
 struct Body(Mutex<Option<Job>>);
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What can be seen of a device's handlers from outside: how often Python was entered, and who is in there.
+//! Observation of a device's handlers: how often Python was entered, and which threads are in handlers.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -11,37 +11,37 @@ use pyo3::prelude::*;
 use crate::held::Holders;
 use crate::interpreter;
 
-/// One for each device.
+/// Observer of one device.
 #[derive(Clone, Debug)]
 pub(crate) struct Watch(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     entries: AtomicU64,
-    /// Of requests that have left the threads of their queues.
+    /// Holders of requests that have left the threads of their queues.
     holders: Holders,
-    seats: Mutex<Vec<Weak<Seat>>>,
+    threads: Mutex<Vec<Weak<HandlerThread>>>,
 }
 
-/// A thread that calls handlers.
+/// Thread that calls handlers.
 #[derive(Debug)]
-pub(crate) struct Seat {
-    /// As `threading.get_ident()` returns it.
-    thread: u64,
-    /// When the call that is going on began, in nanoseconds of the clock; 0 without one.
+pub(crate) struct HandlerThread {
+    /// Its `threading.get_ident()`.
+    ident: u64,
+    /// When the current call began, in nanoseconds of the clock; 0 without a call.
     since: AtomicU64,
 }
 
 impl Watch {
     pub(crate) fn new() -> Self {
-        Watch(Arc::new(Shared { entries: AtomicU64::new(0), holders: Holders::default(), seats: Mutex::default() }))
+        Watch(Arc::new(Shared { entries: AtomicU64::new(0), holders: Holders::default(), threads: Mutex::default() }))
     }
 
     pub(crate) fn holders(&self) -> &Holders {
         &self.0.holders
     }
 
-    /// Python is entered for requests.
+    /// Counts an entry of Python for requests.
     pub(crate) fn entered(&self) {
         self.0.entries.fetch_add(1, Ordering::Relaxed);
     }
@@ -50,14 +50,13 @@ impl Watch {
         self.0.entries.load(Ordering::Relaxed)
     }
 
-    /// A seat for the calling thread.
-    pub(crate) fn seat(&self, py: Python<'_>) -> PyResult<Arc<Seat>> {
-        let thread = thread_ident(py)?;
-        let seat = Arc::new(Seat { thread, since: AtomicU64::new(0) });
-        let mut seats = self.0.seats.lock().unwrap_or_else(PoisonError::into_inner);
-        seats.retain(|seat| seat.strong_count() != 0);
-        seats.push(Arc::downgrade(&seat));
-        Ok(seat)
+    /// Registers the calling thread.
+    pub(crate) fn register_thread(&self, py: Python<'_>) -> PyResult<Arc<HandlerThread>> {
+        let thread = Arc::new(HandlerThread { ident: thread_ident(py)?, since: AtomicU64::new(0) });
+        let mut threads = self.0.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.retain(|thread| thread.strong_count() != 0);
+        threads.push(Arc::downgrade(&thread));
+        Ok(thread)
     }
 
     /// Whether the calling thread is in a handler.
@@ -66,31 +65,31 @@ impl Watch {
         Ok(self.busy().iter().any(|(thread, ..)| *thread == here))
     }
 
-    /// Threads that are in a handler: which, when it was called (a number that tells calls apart unless they began in
-    /// the same tick of the clock, a few milliseconds), and for how many seconds it has run.
+    /// Returns the threads that are in a handler: the ident, the time of the call (which identifies calls unless they began
+    /// in the same tick of the clock, a few milliseconds), and for how many seconds it has run.
     pub(crate) fn busy(&self) -> Vec<(u64, u64, f64)> {
         let now = now();
-        let seats = self.0.seats.lock().unwrap_or_else(PoisonError::into_inner);
-        let busy = |seat: Arc<Seat>| {
-            let since = Some(seat.since.load(Ordering::Relaxed)).filter(|since| *since != 0)?;
-            Some((seat.thread, since, now.saturating_sub(since) as f64 / 1e9))
+        let threads = self.0.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let busy = |thread: Arc<HandlerThread>| {
+            let since = Some(thread.since.load(Ordering::Relaxed)).filter(|since| *since != 0)?;
+            Some((thread.ident, since, now.saturating_sub(since) as f64 / 1e9))
         };
-        seats.iter().filter_map(Weak::upgrade).filter_map(busy).collect()
+        threads.iter().filter_map(Weak::upgrade).filter_map(busy).collect()
     }
 }
 
-/// `threading.get_ident()`.
+/// Calls `threading.get_ident()`.
 fn thread_ident(py: Python<'_>) -> PyResult<u64> {
     py.import("threading")?.call_method0("get_ident")?.extract()
 }
 
-/// The kernel's coarse clock: exact enough for seconds, and nearly free to read.
+/// Reads the kernel's coarse clock, which is exact enough for seconds and cheap to read.
 fn now() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)
         .map_or(1, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
 }
 
-impl Seat {
+impl HandlerThread {
     /// Calls a handler.
     pub(crate) fn during<T>(&self, call: impl FnOnce() -> T) -> T {
         self.since.store(now(), Ordering::Relaxed);

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from ublk import _driver
 from ublk._ublk import FakeDriver
 
 
@@ -16,8 +17,9 @@ def pytest_sessionstart():
 
 @pytest.fixture
 def driver():
-    """A driver of the test's own, on which nothing may be left and no rule broken."""
+    """A stand-in driver that the test's devices are created on; the test must leave no device and break no rule."""
     driver = FakeDriver()
-    yield driver
+    with _driver.using(driver):
+        yield driver
     assert driver.devices() == []
     assert driver.violations() == []

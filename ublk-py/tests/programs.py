@@ -18,7 +18,8 @@ atexit.register(lambda: None)
 atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
 import ublk
-from ublk import _device
+from ublk import _lifecycle
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 class Disk(ublk.BlockDevice):
@@ -41,7 +42,8 @@ def load(device):
                 pass
 
 def serve(disk, **options):
-    device = disk(size=1 << 20).start(_driver=driver, **options)
+    with using(driver):
+        device = disk(size=1 << 20).start(**options)
     for _ in range(3):
         threading.Thread(target=load, args=[device], daemon=True).start()
     return device
@@ -90,7 +92,8 @@ def pull():
         entered.set()
 
 kept = []
-device = Pulls(size=1 << 20).start(_driver=driver, pull=True)
+with using(driver):
+    device = Pulls(size=1 << 20).start(pull=True)
 threading.Thread(target=pull, daemon=True).start()
 device.wait_ready()
 threading.Thread(target=load, args=[device], daemon=True).start()

@@ -69,7 +69,7 @@ def test_arguments_are_literals_or_strings():
     ("what", "words"),
     [
         ("Disk", "neither FILE.py:CLASS nor package.module:CLASS"),
-        ("/nonexistent.py:Disk", "there is no file /nonexistent.py"),
+        ("/nonexistent.py:Disk", "/nonexistent.py: no such file"),
         ("{disk}:Nothing", "mydisk.py does not define Nothing"),
         ("{disk}:other", "not a subclass of ublk.BlockDevice"),
         ("no.such.module:Disk", "importing no.such.module: ModuleNotFoundError"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ublk
+from ublk import _driver
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "ublk-py/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -53,24 +54,22 @@ class Served:
 @pytest.fixture
 def served(monkeypatch, driver):
     served = Served(driver)
-    start, start_async, recover = ublk.BlockDevice.start, ublk.BlockDevice.start_async, ublk.recover
+    start, start_async = ublk.BlockDevice.start, ublk.BlockDevice.start_async
 
     def started(self, **options):
-        if "_driver" in options:
-            return start(self, **options)
-        device = start(self, **options, _driver=driver)
-        if not options.get("recoverable"):
+        device = start(self, **options)
+        # A device of `ublk.testing` has its own driver.
+        if _driver.current() is driver and not options.get("recoverable"):
             served.stop_later(device)
         return device
 
     async def started_async(self, **options):
-        device = await start_async(self, **options, _driver=driver)
+        device = await start_async(self, **options)
         served.stop_later(device)
         return device
 
     monkeypatch.setattr(ublk.BlockDevice, "start", started)
     monkeypatch.setattr(ublk.BlockDevice, "start_async", started_async)
-    monkeypatch.setattr(ublk, "recover", lambda *arguments: recover(*arguments, _driver=driver))
     return served
 
 

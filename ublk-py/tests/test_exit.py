@@ -41,14 +41,14 @@ def test_sigterm_with_a_log_handler_that_raises_is_a_normal_end(options):
 
 @pytest.mark.parametrize("options", STYLES)
 def test_devices_that_nothing_stops_do_not_crash_the_end(options):
-    program = Program(f"device = serve(Disk, {options})\ntime.sleep(0.2)\natexit.unregister(_device._stop_all)\n")
+    program = Program(f"device = serve(Disk, {options})\ntime.sleep(0.2)\natexit.unregister(_lifecycle.stop_all)\n")
     status, out, err = program.end()
     assert status == 0, err
     assert "devices at the end: [0]" in out, err
 
 
 def test_a_stuck_handler_that_nothing_waits_for_does_not_crash_the_end():
-    program = Program("device = serve(Stuck)\nentered.wait()\natexit.unregister(_device._stop_all)\n")
+    program = Program("device = serve(Stuck)\nentered.wait()\natexit.unregister(_lifecycle.stop_all)\n")
     status, _out, err = program.end()
     assert status == 1, err
     assert "a handler is stuck; exiting immediately" in err
@@ -62,7 +62,7 @@ def late():
     except RuntimeError as error:
         print("late:", error, flush=True)
 
-atexit.unregister(_device._stop_all)
+atexit.unregister(_lifecycle.stop_all)
 atexit.unregister(ublk._ublk.close_gate)
 atexit.register(late)
 atexit.register(ublk._ublk.close_gate, 5)
@@ -87,7 +87,7 @@ device.stop()
 
 
 def test_a_kept_request_does_not_keep_the_device_at_exit():
-    program = Program("from ublk import _device; _device.STOP_SECONDS = 1.0\n" + KEEPING)
+    program = Program("from ublk import _lifecycle; _lifecycle.STOP_SECONDS = 1.0\n" + KEEPING)
     status, out, err = program.end(30)
     assert status == 0, err
     assert "devices at the end: []" in out, err
@@ -98,7 +98,7 @@ def test_a_kept_request_does_not_keep_the_device_at_exit():
 FULL_STDERR = """
 import fcntl
 
-_device.STOP_SECONDS = 1.0
+_lifecycle.STOP_SECONDS = 1.0
 fcntl.fcntl(2, fcntl.F_SETFL, os.O_NONBLOCK)
 try:
     while True:

@@ -54,6 +54,7 @@ def last():
     print("the lock is free" if lock.acquire(timeout=20) else "the lock was never released", flush=True)
 
 import ublk
+from ublk._driver import using
 from ublk._ublk import Extents, FakeDriver
 
 class Disk(ublk.BlockDevice):
@@ -82,7 +83,8 @@ def quietly(call):
     return quiet
 
 driver = FakeDriver()
-inner = Disk(size=1 << 20).start(_driver=driver)
+with using(driver):
+    inner = Disk(size=1 << 20).start()
 """
 
 CALLS = {
@@ -92,7 +94,8 @@ CALLS = {
     "disk": "start(lambda: ublk.Mem(1 << 20))",
     "file": "file = open('/dev/null', 'rb'); start(quietly(lambda: ublk.Extent(file, 0, 512)))",
     "handler": """
-outer = Outer(size=1 << 20).start(_driver=driver)
+with using(driver):
+    outer = Outer(size=1 << 20).start()
 def reads():
     with contextlib.suppress(OSError, RuntimeError):
         while True:

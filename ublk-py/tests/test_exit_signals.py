@@ -54,9 +54,9 @@ try:
 except KeyboardInterrupt:
     leave.set()
 deadline = time.monotonic() + 30
-while (driver.devices() or device in _device._running) and time.monotonic() < deadline:
+while (driver.devices() or device in _lifecycle.running) and time.monotonic() < deadline:
     time.sleep(0.01)
-print("left:", driver.devices(), device in _device._running, flush=True)
+print("left:", driver.devices(), device in _lifecycle.running, flush=True)
 """)
     status, out, err = program.end()
     assert status == 0, err
@@ -69,7 +69,7 @@ device = serve(Stuck)
 entered.wait()
 atexit.register(print, "ending", flush=True)
 # The first signal would end the wait for the handler: this waits all the same.
-_device._expedite_all = lambda: print("expedited", flush=True)
+_lifecycle._expedite_all = lambda: print("expedited", flush=True)
 """)
     program.wait_for("ending")
     time.sleep(0.5)
@@ -216,7 +216,7 @@ def send():
     time.sleep(0.5)
     leave.set()
 
-with Slow(size=1 << 20).start(_driver=driver, workers=1) as device:
+with using(driver), Slow(size=1 << 20).start(workers=1) as device:
     for target in (write, send):
         threading.Thread(target=target, daemon=True).start()
     device.wait()
@@ -228,14 +228,14 @@ with Slow(size=1 << 20).start(_driver=driver, workers=1) as device:
 
 # A program that serves a disk without a kernel, in one of three ways.
 ENDS = """
-import functools, sys
+import sys
 import ublk
-from ublk import _cli
+from ublk import _cli, _driver
 from ublk._ublk import FakeDriver
 
 driver = FakeDriver()
-start = ublk.BlockDevice.start
-ublk.BlockDevice.start = functools.partialmethod(start, _driver=driver)
+stand_in = _driver.using(driver)
+stand_in.__enter__()
 
 class Disk(ublk.BlockDevice):
     def read(self, offset, buf):

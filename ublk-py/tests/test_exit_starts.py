@@ -15,6 +15,7 @@ import atexit, threading, time
 atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
 
 import ublk
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 class Disk(ublk.BlockDevice):
@@ -24,7 +25,8 @@ class Disk(ublk.BlockDevice):
 def start_and_stop():
     devices = []
     while True:
-        devices.append(Disk(size=1 << 20).start(_driver=driver))
+        with using(driver):
+            devices.append(Disk(size=1 << 20).start())
         begun.set()
         if len(devices) > 3:
             devices.pop(0).stop()
@@ -51,27 +53,29 @@ import asyncio, atexit, os, signal, threading
 atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
 
 import ublk
-from ublk import _device
+from ublk import _start
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 class Disk(ublk.BlockDevice):
     {word} read(self, offset, buf):
         buf[:] = bytes(len(buf))
 
-driver, begin = FakeDriver(), _device.Device._begin
+driver, begin = FakeDriver(), _start._begin
 
 def begin_and_be_killed(self):
     # The device is there, and not live.
     begin(self)
     os.kill(os.getpid(), signal.SIGTERM)
 
-_device.Device._begin = begin_and_be_killed
-{start}
+_start._begin = begin_and_be_killed
+with using(driver):
+    {start}
 """
 STARTS = {
-    "plain": ("def", "Disk(size=1 << 20).start(_driver=driver)"),
-    "pull": ("def", "ublk.BlockDevice(size=1 << 20).start(pull=True, _driver=driver)"),
-    "async": ("async def", "asyncio.run(Disk(size=1 << 20).start_async(_driver=driver))"),
+    "plain": ("def", "Disk(size=1 << 20).start()"),
+    "pull": ("def", "ublk.BlockDevice(size=1 << 20).start(pull=True)"),
+    "async": ("async def", "asyncio.run(Disk(size=1 << 20).start_async())"),
 }
 
 
@@ -91,7 +95,8 @@ import atexit, os, signal, threading
 atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
 
 import ublk
-from ublk import _device
+from ublk import _start
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 class Slow(ublk.BlockDevice):
@@ -119,9 +124,10 @@ def undo_and_be_interrupted(self, made):
     print("undoing", flush=True)
     undo(self, made)
 
-undo = _device.Device._undo
-_device.Device._register, _device.Device._undo = register, undo_and_be_interrupted
-Slow(size=1 << 20).start(_driver=driver)
+undo = _start._undo
+_start._register, _start._undo = register, undo_and_be_interrupted
+with using(driver):
+    Slow(size=1 << 20).start()
 """
 
 

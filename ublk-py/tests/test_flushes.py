@@ -128,7 +128,7 @@ def test_no_flush_succeeds_beside_one_that_takes_the_error(driver, file, caplog,
                 raise OSError(errno.EIO, "write-back failed")
 
         disk.flush = flush
-    device = disk.start(_driver=driver, **options)
+    device = disk.start(**options)
     try:
         driver.write(device.id, 0, b"x" * 4096)
         results = []
@@ -181,11 +181,11 @@ def all_flushes_fail(driver, device):
 
 @KINDS
 def test_a_failed_flush_counts_for_writes_of_the_last_server(driver, file, kind, options):
-    old = kind(file, lambda file: None).start(recoverable=True, _driver=driver, queues=options.get("queues", 1))
+    old = kind(file, lambda file: None).start(recoverable=True, queues=options.get("queues", 1))
     driver.write(old.id, 0, b"x" * 4096)
     old.quiesce()
     workers = options.get("workers")
-    with ublk.recover(old.id, kind(file, Once()), workers=workers, _driver=driver) as device:
+    with ublk.recover(old.id, kind(file, Once()), workers=workers) as device:
         all_flushes_fail(driver, device)
 
 
@@ -195,7 +195,7 @@ def test_flushes_beside_a_failed_one_fail_after_a_recovery(driver, file, kind, o
         queues, workers = 1, 2
     else:
         queues, workers = 2, None
-    old = kind(file, lambda file: None).start(recoverable=True, _driver=driver, queues=queues)
+    old = kind(file, lambda file: None).start(recoverable=True, queues=queues)
     driver.write(old.id, 0, b"x" * 4096)
     old.quiesce()
     first, entered, leave = threading.Lock(), threading.Event(), threading.Event()
@@ -222,7 +222,7 @@ def test_flushes_beside_a_failed_one_fail_after_a_recovery(driver, file, kind, o
         except OSError as error:
             results.append(error.errno)
 
-    with ublk.recover(old.id, disk, workers=workers, _driver=driver) as device:
+    with ublk.recover(old.id, disk, workers=workers) as device:
         threads = [threading.Thread(target=flush_disk) for _ in range(2)]
         try:
             for thread in threads:
@@ -239,9 +239,9 @@ def test_flushes_beside_a_failed_one_fail_after_a_recovery(driver, file, kind, o
 
 
 def test_a_flush_that_fails_before_an_extent_is_seen_counts(driver, file):
-    old = Returning(file, lambda file: None).start(recoverable=True, _driver=driver)
+    old = Returning(file, lambda file: None).start(recoverable=True)
     old.quiesce()
-    with ublk.recover(old.id, Returning(file, Once()), _driver=driver) as device:
+    with ublk.recover(old.id, Returning(file, Once())) as device:
         with pytest.raises(OSError):
             driver.flush(device.id)
         driver.read(device.id, 0, 4096)
@@ -265,9 +265,9 @@ def test_a_recovered_disk_without_extents_may_flush_again(driver, file, workers,
             return returned
 
         Plain.write, workers = write, None
-    old = Plain(file, lambda file: None).start(recoverable=True, _driver=driver)
+    old = Plain(file, lambda file: None).start(recoverable=True)
     old.quiesce()
-    with ublk.recover(old.id, Plain(file, Once()), workers=workers, _driver=driver) as device:
+    with ublk.recover(old.id, Plain(file, Once()), workers=workers) as device:
         driver.write(device.id, 0, b"x" * 4096)
         with pytest.raises(OSError):
             driver.flush(device.id)
@@ -283,7 +283,7 @@ def test_a_reload_remembers_a_failed_flush(driver, file, tmp_path):
 
     (tmp_path / "source.py").touch()
     first = Mapped(file, Once())
-    reloader = Reloader(first, make, Source(tmp_path / "source.py"), driver=driver)
+    reloader = Reloader(first, make, Source(tmp_path / "source.py"))
     device = reloader.start()
     try:
         driver.write(device.id, 0, b"x" * 4096)
@@ -302,7 +302,7 @@ def test_a_reload_remembers_a_failed_flush(driver, file, tmp_path):
 def test_flushes_side_by_side_succeed(driver, file):
     barrier = threading.Barrier(2, timeout=20)
     disk = Mapped(file, lambda file: barrier.wait())
-    with disk.start(_driver=driver, workers=2) as device:
+    with disk.start(workers=2) as device:
         driver.write(device.id, 0, b"x" * 4096)
         threads = [threading.Thread(target=driver.flush, args=[device.id]) for _ in range(2)]
         for thread in threads:
@@ -504,7 +504,7 @@ def test_a_stop_fails_a_flush_that_waits_for_a_stuck_one(driver, file):
             entered.set()
             leave.wait(30)
 
-    device = Mapped(file, sync).start(_driver=driver, workers=2)
+    device = Mapped(file, sync).start(workers=2)
     driver.write(device.id, 0, bytes(4096))
     errors = []
 
@@ -536,7 +536,7 @@ def test_a_flush_that_a_stop_has_failed_holds_up_none_later(driver, file):
             leave.wait(60)
 
     disk = Mapped(file, sync)
-    device = disk.start(_driver=driver, workers=1)
+    device = disk.start(workers=1)
     driver.write(device.id, 0, bytes(4096))
     errors = []
 
@@ -551,7 +551,7 @@ def test_a_flush_that_a_stop_has_failed_holds_up_none_later(driver, file):
     assert entered.wait(10)
     device.stop(cancel=True)
     stuck.join(10)
-    with disk.start(_driver=driver, workers=1) as device:
+    with disk.start(workers=1) as device:
         later = threading.Thread(target=flush, args=[device.id], daemon=True)
         later.start()
         later.join(20)

@@ -52,7 +52,7 @@ class Tasks(Plain):
 )
 def test_a_handler_that_hangs_is_reported_once(driver, caplog, disk, options):
     disk = disk()
-    with disk.start(hang_after=0.1, _driver=driver, **options) as device:
+    with disk.start(hang_timeout=0.1, **options) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
         deadline = time.monotonic() + 10
@@ -79,7 +79,7 @@ def test_a_coroutine_that_blocks_its_loop_is_reported_with_what_it_is_at(driver,
         def block_the_loop(self):
             go.wait(10)
 
-    with Blocking(size=SIZE).start(hang_after=0.1, _driver=driver) as device:
+    with Blocking(size=SIZE).start(hang_timeout=0.1) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
         deadline = time.monotonic() + 10
@@ -96,7 +96,7 @@ def test_a_handler_that_is_only_busy_is_not_reported(driver, caplog):
         def read(self, offset, buf):
             time.sleep(0.05)
 
-    with Busy(size=SIZE).start(hang_after=1, _driver=driver) as device:
+    with Busy(size=SIZE).start(hang_timeout=1) as device:
         for _ in range(24):
             driver.read(device.id, 0, 512)
     assert [record for record in caplog.records if record.name == "ublk"] == []
@@ -104,7 +104,7 @@ def test_a_handler_that_is_only_busy_is_not_reported(driver, caplog):
 
 def test_who_does_not_want_reports_gets_none(driver, caplog):
     disk = Plain()
-    with disk.start(hang_after=None, _driver=driver) as device:
+    with disk.start(hang_timeout=None) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
         time.sleep(0.3)
@@ -114,8 +114,8 @@ def test_who_does_not_want_reports_gets_none(driver, caplog):
 
 
 def test_a_wait_of_no_time_is_a_value_error():
-    with pytest.raises(ValueError, match="hang_after"):
-        Plain().start(hang_after=0)
+    with pytest.raises(ValueError, match="hang_timeout"):
+        Plain().start(hang_timeout=0)
 
 
 # The number of the call, its six arguments, the stack pointer and the program counter.
@@ -144,11 +144,11 @@ def wait_for(condition):
 
 
 def test_a_program_that_has_its_own_disk_open_is_warned_once(driver, caplog, own):
-    with Plain().start(hang_after=0.05, _driver=driver):
+    with Plain().start(hang_timeout=0.05):
         wait_for(lambda: caplog.records)
         time.sleep(0.2)
     (record,) = caplog.records
-    assert "has it open itself, as descriptor 3 (/nonexistent/ublkb0p1): a thread" in record.getMessage()
+    assert "has it open as descriptor 3 (/nonexistent/ublkb0p1): if it" in record.getMessage()
 
 
 def test_files_on_the_own_disk_are_its_own_too(own, monkeypatch):
@@ -169,24 +169,24 @@ def test_tasks_of_a_program_that_waits_for_its_own_disk_fail_their_requests(driv
                 cancelled.set()
 
     cancelled = threading.Event()
-    with Waits(size=SIZE).start(hang_after=0.1, _driver=driver) as device:
+    with Waits(size=SIZE).start(hang_timeout=0.1) as device:
         with pytest.raises(OSError, match="I/O error"):
             driver.read(device.id, 0, 512)
         assert cancelled.wait(10)
-        wait_for(lambda: "its process waits for its own disk" in caplog.text)
-    assert "thread (8) of this process cannot go on" in caplog.text
-    assert "1 of their requests fail" in caplog.text
+        wait_for(lambda: "the process waits for its own disk" in caplog.text)
+    assert "thread (8) cannot continue" in caplog.text
+    assert "failing 1 of their requests" in caplog.text
 
 
 def test_a_handler_that_hangs_while_the_own_disk_is_used_is_named_with_the_cycle(driver, caplog, own):
     disk = Plain()
-    with disk.start(hang_after=0.1, _driver=driver) as device:
+    with disk.start(hang_timeout=0.1) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
-        wait_for(lambda: "its process waits for its own disk" in caplog.text)
+        wait_for(lambda: "the process waits for its own disk" in caplog.text)
         disk.go.set()
         client.join(10)
-    assert "0 of their requests fail" in caplog.text
+    assert "failing 0 of their requests" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_thread_that_waits_for_another_disk_fails_no_request(driver, caplog, o
             buf[:] = bytes(len(buf))
 
     go = threading.Event()
-    with Waits(size=SIZE).start(hang_after=0.05, _driver=driver) as device:
+    with Waits(size=SIZE).start(hang_timeout=0.05) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
         wait_for(lambda: "a task has had a request" in caplog.text)
@@ -254,7 +254,7 @@ def test_an_object_that_cannot_be_looked_at_does_not_end_the_watchdog(driver, ca
             buf[:] = bytes(len(buf))
 
     go = threading.Event()
-    with Tasks(size=SIZE).start(hang_after=0.1, _driver=driver) as device:
+    with Tasks(size=SIZE).start(hang_timeout=0.1) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
         wait_for(lambda: "await Odd()" in caplog.text)
@@ -265,9 +265,9 @@ def test_an_object_that_cannot_be_looked_at_does_not_end_the_watchdog(driver, ca
 
 def test_a_look_that_fails_is_not_the_last_one(driver, caplog, monkeypatch):
     disk = Plain()
-    with disk.start(hang_after=0.05, _driver=driver) as device:
+    with disk.start(hang_timeout=0.05) as device:
         monkeypatch.setattr(_watchdog, "own_descriptors", lambda path: 1 / 0)
-        wait_for(lambda: "looking at its handlers failed" in caplog.text)
+        wait_for(lambda: "checking its handlers failed" in caplog.text)
         monkeypatch.setattr(_watchdog, "own_descriptors", lambda path: {})
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()

@@ -72,7 +72,7 @@ def recover_when_free(id, driver, disk):
     deadline = time.monotonic() + 60
     while True:
         try:
-            return ublk.recover(id, disk, _driver=driver)
+            return ublk.recover(id, disk)
         except ublk.UblkError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 raise
@@ -83,7 +83,7 @@ def recover_when_free(id, driver, disk):
 @pytest.mark.parametrize("again", [False, True], ids=["once", "stopped-after-that"])
 def test_a_hand_over_that_is_interrupted_leaves_the_disk(driver, monkeypatch, caplog, depth, again):
     disk = Slow()
-    device = disk.start(recoverable=True, workers=2, depth=depth, _driver=driver)
+    device = disk.start(recoverable=True, workers=2, depth=depth)
     begun = threading.Event()
     monkeypatch.setattr(device._serving, "abandon", begun.set)
     client = Client(driver, device.id)
@@ -109,7 +109,7 @@ def test_a_hand_over_that_is_interrupted_leaves_the_disk(driver, monkeypatch, ca
 
 def test_a_stop_that_was_interrupted_names_no_time_it_has_not_waited(driver):
     disk = Slow()
-    device = disk.start(workers=1, _driver=driver)
+    device = disk.start(workers=1)
     client = Client(driver, device.id)
     assert disk.entered.wait(10)
     # As the handler of a signal does.
@@ -129,7 +129,7 @@ def again(monkeypatch):
 @pytest.fixture
 def running(driver):
     """SIGTERM and SIGHUP raise, as a device is running."""
-    with Slow().start(_driver=driver):
+    with Slow().start():
         yield
 
 
@@ -147,7 +147,7 @@ def test_signals_that_come_with_the_first_one_do_not_raise_again(running, again)
 
 def test_each_device_is_ended_by_a_first_signal(driver):
     for _ in range(2):
-        with pytest.raises(SystemExit), Slow().start(_driver=driver):
+        with pytest.raises(SystemExit), Slow().start():
             signal.raise_signal(signal.SIGHUP)
 
 
@@ -218,13 +218,13 @@ def interrupted_log(caplog):
 @pytest.mark.filterwarnings("error")
 def test_a_signal_while_the_engine_logs_is_raised(driver, interrupted_log):
     interrupted_log("")
-    with pytest.raises(SystemExit), Slow().start(_driver=driver) as device:
+    with pytest.raises(SystemExit), Slow().start() as device:
         device.wait(10)
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_signal_while_a_dropped_request_is_logged_is_raised(driver, interrupted_log):
-    with ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver) as device:
+    with ublk.BlockDevice(size=SIZE).start(pull=True) as device:
         assert device.wait_ready(10)
         client = Client(driver, device.id)
         request = next(iter(device.requests()))
@@ -239,7 +239,7 @@ def test_a_signal_while_a_dropped_request_is_logged_is_raised(driver, interrupte
 
 
 def test_a_quiesce_that_is_interrupted_before_it_begins_changes_nothing(driver, monkeypatch):
-    device = Slow().start(recoverable=True, _driver=driver)
+    device = Slow().start(recoverable=True)
 
     def interrupt(*_, **__):
         raise Interrupted

@@ -17,6 +17,7 @@ import pytest
 
 import ublk
 from ublk import _isolated, testing
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 SIZE = 1 << 20
@@ -69,7 +70,8 @@ class Mapped(Disk):
 
 
 def start(disk, **options):
-    return disk.start(isolated=True, _driver=FakeDriver(), **options)
+    with using(FakeDriver()):
+        return disk.start(isolated=True, **options)
 
 
 @pytest.mark.parametrize(("kind", "workers"), [(Disk, None), (Disk, 2), (Mapped, None)])
@@ -151,8 +153,8 @@ def test_values_that_cannot_be_are_found_before_there_is_a_process():
         testing.open(Disk(), isolated=True)
     with pytest.raises(ValueError, match="pull=True"):
         start(ublk.BlockDevice(size=SIZE), pull=True)
-    with pytest.raises(ValueError, match="native disk"):
-        ublk.recover(3, ublk.Null(SIZE), isolated=True, _driver=FakeDriver())
+    with pytest.raises(ValueError, match="native disk"), using(FakeDriver()):
+        ublk.recover(3, ublk.Null(SIZE), isolated=True)
 
 
 def test_a_process_that_dies_at_once_is_told_with_its_signal():
@@ -266,7 +268,7 @@ def process_of(device):
 
 
 def test_a_suspended_process_goes_on_to_stop_its_device():
-    device = Disk().start(isolated=True, _driver=FakeDriver())
+    device = start(Disk())
     process = process_of(device)
     os.kill(process.pid, signal.SIGSTOP)
     begin = time.monotonic()
@@ -279,7 +281,7 @@ def test_a_suspended_process_goes_on_to_stop_its_device():
 def test_a_process_that_does_not_answer_a_stop_is_killed(monkeypatch):
     monkeypatch.setattr(_isolated, "_STOP_SECONDS", 0.5)
     monkeypatch.setattr(_isolated.RemoteDevice, "_resume", lambda self: None)
-    device = Disk().start(isolated=True, _driver=FakeDriver())
+    device = start(Disk())
     process = process_of(device)
     os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(ublk.UblkError, match="was killed, and its requests failed") as caught:
@@ -299,14 +301,14 @@ def test_a_stop_that_cancels_does_so_in_the_other_process(monkeypatch):
         return ask(self, question, *arguments, **more)
 
     monkeypatch.setattr(_isolated.Questions, "ask", note)
-    device = Disk().start(isolated=True, _driver=FakeDriver())
+    device = start(Disk())
     device.stop(cancel=True)
     assert asked == [("stop", (1.0, True))]
 
 
 def test_a_stop_that_is_expedited_waits_for_no_process(monkeypatch):
     monkeypatch.setattr(_isolated.RemoteDevice, "_resume", lambda self: None)
-    device = Disk().start(isolated=True, _driver=FakeDriver())
+    device = start(Disk())
     process = process_of(device)
     os.kill(process.pid, signal.SIGSTOP)
     threading.Timer(0.5, device._native.expedite).start()

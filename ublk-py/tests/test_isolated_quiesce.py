@@ -13,6 +13,7 @@ import pytest
 
 import ublk
 from ublk import _device, _isolated, _ublk
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 SOON = 60
@@ -61,7 +62,8 @@ def begin(tmp_path):
     devices = []
 
     def start(**options):
-        device = Disk(tmp_path, **options).start(isolated=True, recoverable=True, _driver=FakeDriver())
+        with using(FakeDriver()):
+            device = Disk(tmp_path, **options).start(isolated=True, recoverable=True)
         devices.append(device)
         return device
 

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
-from ublk import _device, _isolated
+from ublk import _isolated, _lifecycle, _start
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 # More than what takes no time needs on a slow machine, and less than the longest wait here.
@@ -30,7 +31,7 @@ class Disk(ublk.BlockDevice):
 
     def __setstate__(self, state):
         self.__dict__ = state
-        begin, fate = _device.Device._begin, self.fate
+        begin, fate = _start._begin, self.fate
 
         def begin_or_not(device):
             with open(os.path.join(self.directory, "made"), "w") as file:
@@ -44,7 +45,7 @@ class Disk(ublk.BlockDevice):
                 os.kill(os.getpid(), signal.SIGKILL)
             begin(device)
 
-        _device.Device._begin = begin_or_not
+        _start._begin = begin_or_not
 
     def read(self, offset, buf):
         buf[:] = bytes(len(buf))
@@ -87,7 +88,8 @@ class Large(Disk):
 
 
 def start(disk, **options):
-    return disk.start(isolated=True, _driver=FakeDriver(), id=7, **options)
+    with using(FakeDriver()):
+        return disk.start(isolated=True, id=7, **options)
 
 
 @pytest.mark.parametrize("recoverable", [False, True])
@@ -143,7 +145,7 @@ def test_a_start_interrupted_twice_before_there_is_a_process_raises_that(monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_isolated, "_end_with_workers", interrupted)
+        patch.setattr(_lifecycle, "end_with_worker", interrupted)
         patch.setattr(_isolated.RemoteDevice, "_kill", interrupted)
         with pytest.raises(KeyboardInterrupt):
             start(Disk("", ""))
@@ -151,7 +153,7 @@ def test_a_start_interrupted_twice_before_there_is_a_process_raises_that(monkeyp
     for thread in threading.enumerate():
         if thread.name == "ublk-stop":
             thread.join(SOON)
-    assert _device._running == set()
+    assert _lifecycle.running == set()
 
 
 @pytest.mark.parametrize("fate", ["waits until it is stopped", "hangs"])

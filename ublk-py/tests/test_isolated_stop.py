@@ -15,7 +15,8 @@ import time
 import pytest
 
 import ublk
-from ublk import _device, _ublk
+from ublk import _device, _lifecycle, _ublk
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 SIZE = 1 << 20
@@ -78,7 +79,8 @@ def begin(tmp_path):
     devices = []
 
     def start(**options):
-        device = Stuck(str(tmp_path)).start(isolated=True, _driver=FakeDriver(), **options)
+        with using(FakeDriver()):
+            device = Stuck(str(tmp_path)).start(isolated=True, **options)
         devices.append(device)
         until((tmp_path / "entered").exists)
         return device
@@ -166,7 +168,8 @@ import test_isolated_stop as tests
 if __name__ == "__main__":
     disk = tests.Stuck(sys.argv[1], orphan_seconds=0.1)
     workers, recoverable = map(eval, sys.argv[2:])
-    device = disk.start(isolated=True, _driver=tests.FakeDriver(), workers=workers, recoverable=recoverable)
+    with tests.using(tests.FakeDriver()):
+        device = disk.start(isolated=True, workers=workers, recoverable=recoverable)
     print(device._native._process.pid, flush=True)
     tests.until(lambda: os.path.exists(os.path.join(sys.argv[1], "entered")))
 """
@@ -251,7 +254,7 @@ def test_a_stop_that_takes_requests_back_says_so(begin, recoverable):
     assert error.errno == errno.EIO
     assert error.strerror == f"{device.path}: 1 requests unfinished after 0.1 s; they failed, the device is deleted"
     assert not device.running
-    assert device not in _device._running
+    assert device not in _lifecycle.running
     assert device._native._process.exitcode is not None
     device.stop()
 

@@ -16,7 +16,8 @@ import time
 import pytest
 
 import ublk
-from ublk import ZoneCondition, _device, _interval, _signals, _threads, _watchdog
+from ublk import ZoneCondition, _interval, _lifecycle, _signals, _threads, _watchdog
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 from ublk._zones import reporter
 
@@ -31,7 +32,7 @@ class Disk(ublk.BlockDevice):
 
 
 def test_the_device_tells_what_it_is(driver):
-    with Disk(size=SIZE, block_size=4096, max_io_bytes=65536).start(queues=2, depth=7, id=5, _driver=driver) as dev:
+    with Disk(size=SIZE, block_size=4096, max_io_bytes=65536).start(queues=2, depth=7, id=5) as dev:
         assert (dev.id, dev.queues, dev.depth, dev.size, dev.block_size) == (5, 2, 7, SIZE, 4096)
         assert dev.max_io_bytes == 65536
         assert dev.path.endswith("ublkb5")
@@ -41,13 +42,13 @@ def test_the_device_tells_what_it_is(driver):
 
 
 def test_leaving_the_block_by_an_exception_ends_the_device(driver):
-    with pytest.raises(RuntimeError, match="mine"), Disk(size=SIZE).start(_driver=driver):
+    with pytest.raises(RuntimeError, match="mine"), Disk(size=SIZE).start():
         raise RuntimeError("mine")
     assert driver.devices() == []
 
 
 def test_stop_may_be_called_again_and_from_any_thread(driver):
-    dev = Disk(size=SIZE).start(_driver=driver)
+    dev = Disk(size=SIZE).start()
     threads = [threading.Thread(target=dev.stop) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -58,7 +59,7 @@ def test_stop_may_be_called_again_and_from_any_thread(driver):
 
 
 def test_wait_ends_with_the_device(driver):
-    dev = Disk(size=SIZE).start(_driver=driver)
+    dev = Disk(size=SIZE).start()
     assert dev.wait(0.05) is False
     stopper = threading.Timer(0.1, dev.stop)
     stopper.start()
@@ -67,9 +68,9 @@ def test_wait_ends_with_the_device(driver):
 
 
 def test_a_failed_start_leaves_nothing(driver):
-    with Disk(size=SIZE).start(id=3, _driver=driver):
+    with Disk(size=SIZE).start(id=3):
         with pytest.raises(ublk.UblkError, match="the id is in use") as caught:
-            Disk(size=SIZE).start(id=3, _driver=driver)
+            Disk(size=SIZE).start(id=3)
         assert isinstance(caught.value, FileExistsError | OSError)
         assert caught.value.errno == 17
         assert driver.devices() == [3]
@@ -91,7 +92,7 @@ def test_a_failed_start_leaves_nothing(driver):
 )
 def test_impossible_shapes_are_value_errors(driver, shape, words):
     with pytest.raises(ValueError, match=words):
-        Disk(**shape).start(_driver=driver)
+        Disk(**shape).start()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_impossible_shapes_are_value_errors(driver, shape, words):
 )
 def test_impossible_options_are_value_errors(driver, options, words):
     with pytest.raises(ValueError, match=words):
-        Disk(size=SIZE).start(_driver=driver, **options)
+        Disk(size=SIZE).start(**options)
 
 
 def test_a_disk_that_cannot_be_read_is_a_type_error(driver):
@@ -116,7 +117,7 @@ def test_a_disk_that_cannot_be_read_is_a_type_error(driver):
         pass
 
     with pytest.raises(TypeError, match=r"Blank has no read\(self, offset, buf\)"):
-        Blank(size=SIZE).start(_driver=driver)
+        Blank(size=SIZE).start()
 
 
 def test_a_forgotten_super_init_is_a_type_error(driver):
@@ -125,17 +126,17 @@ def test_a_forgotten_super_init_is_a_type_error(driver):
             pass
 
     with pytest.raises(TypeError, match=r"super\(\).__init__\(size=...\)"):
-        Forgetful().start(_driver=driver)
+        Forgetful().start()
 
 
 def test_a_size_that_is_no_int_is_a_type_error(driver):
     with pytest.raises(TypeError, match="size must be an int, not float"):
-        Disk(size=1e6).start(_driver=driver)
+        Disk(size=1e6).start()
 
 
 def test_sigterm_ends_a_block_and_is_given_back(driver):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with pytest.raises(SystemExit) as caught, Disk(size=SIZE).start(_driver=driver) as dev:
+    with pytest.raises(SystemExit) as caught, Disk(size=SIZE).start() as dev:
         threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
         dev.wait(10)
     assert caught.value.code == 128 + signal.SIGTERM
@@ -146,14 +147,14 @@ def test_sigterm_ends_a_block_and_is_given_back(driver):
 def test_a_programs_own_sigterm_handler_is_left_alone(driver):
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with Disk(size=SIZE).start(_driver=driver):
+        with Disk(size=SIZE).start():
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def test_ctrl_c_interrupts_the_wait(driver):
-    with pytest.raises(KeyboardInterrupt), Disk(size=SIZE).start(_driver=driver) as dev:
+    with pytest.raises(KeyboardInterrupt), Disk(size=SIZE).start() as dev:
         threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
         dev.wait(10)
     assert driver.devices() == []
@@ -165,7 +166,7 @@ def test_a_device_is_not_made_by_hand():
 
 
 def test_a_forked_child_leaves_the_device_to_its_parent(driver):
-    with Disk(size=SIZE).start(_driver=driver) as dev:
+    with Disk(size=SIZE).start() as dev:
         child = os.fork()
         if child == 0:
             try:
@@ -183,7 +184,7 @@ def test_ctrl_c_while_a_device_starts_leaves_nothing(driver):
         ticker = threading.Timer(attempt / 4000, signal.raise_signal, [signal.SIGINT])
         try:
             ticker.start()
-            with Disk(size=SIZE).start(queues=2, _driver=driver):
+            with Disk(size=SIZE).start(queues=2):
                 ticker.join()
         except KeyboardInterrupt:
             interrupted += 1
@@ -192,12 +193,12 @@ def test_ctrl_c_while_a_device_starts_leaves_nothing(driver):
 
 
 def test_a_forked_child_can_make_a_device_of_its_own(driver):
-    with Disk(size=SIZE).start(_driver=driver):
+    with Disk(size=SIZE).start():
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                with Disk(size=SIZE).start(_driver=FakeDriver()) as dev:
+                with using(FakeDriver()), Disk(size=SIZE).start() as dev:
                     status = 0 if dev.running else 2
             finally:
                 os._exit(status)
@@ -206,7 +207,7 @@ def test_a_forked_child_can_make_a_device_of_its_own(driver):
 
 def test_a_forked_child_waits_for_no_thread_of_its_parent(driver):
     held, release = threading.Event(), threading.Event()
-    locks = [_device._running_lock, _interval._lock, _signals._lock, _threads._lock, _watchdog._wake]
+    locks = [_lifecycle._lock, _interval._lock, _signals._lock, _threads._lock, _watchdog._wake]
 
     def hold():
         with contextlib.ExitStack() as stack:
@@ -224,7 +225,7 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent(driver):
             status = 1
             try:
                 signal.alarm(20)
-                with Disk(size=SIZE).start(_driver=FakeDriver()) as dev:
+                with using(FakeDriver()), Disk(size=SIZE).start() as dev:
                     status = 0 if dev.running else 2
             finally:
                 os._exit(status)
@@ -236,13 +237,13 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent(driver):
 
 @pytest.mark.parametrize("recoverable", [True, "queue", "reissue", "fail-io"])
 def test_another_object_takes_a_recoverable_device_over(driver, recoverable):
-    first = Disk(size=1 << 20).start(recoverable=recoverable, _driver=driver)
+    first = Disk(size=1 << 20).start(recoverable=recoverable)
     assert first.recovery == ("reissue" if recoverable is True else recoverable)
     first.quiesce()
     assert not first.running
     first.stop()
     assert driver.devices() == [first.id]
-    with ublk.recover(first.id, Disk(size=1 << 20), _driver=driver) as second:
+    with ublk.recover(first.id, Disk(size=1 << 20)) as second:
         assert (second.id, second.recovery) == (first.id, first.recovery)
         driver.read(second.id, 0, 512)
 
@@ -252,36 +253,36 @@ def test_a_device_is_recovered_in_any_style(driver):
         async def read(self, offset, buf):
             buf[:] = b"t" * len(buf)
 
-    device = Disk(size=1 << 20, read_only=True).start(queues=2, recoverable=True, _driver=driver)
+    device = Disk(size=1 << 20, read_only=True).start(queues=2, recoverable=True)
     device.quiesce()
-    with ublk.recover(device.id, Disk(size=1 << 20), workers=3, _driver=driver) as device:
+    with ublk.recover(device.id, Disk(size=1 << 20), workers=3) as device:
         driver.read(device.id, 0, 512)
         device.quiesce()
-    with ublk.recover(device.id, Tasks(size=1 << 20), _driver=driver) as device:
+    with ublk.recover(device.id, Tasks(size=1 << 20)) as device:
         assert driver.read(device.id, 0, 512) == b"t" * 512
 
 
 def test_what_does_not_fit_leaves_the_device_waiting(driver):
-    device = Disk(size=1 << 20).start(recoverable=True, _driver=driver)
+    device = Disk(size=1 << 20).start(recoverable=True)
     device.quiesce()
     with pytest.raises(ValueError, match="size"):
-        ublk.recover(device.id, Disk(size=1 << 19), _driver=driver)
-    with ublk.recover(device.id, Disk(size=1 << 20), _driver=driver):
+        ublk.recover(device.id, Disk(size=1 << 19))
+    with ublk.recover(device.id, Disk(size=1 << 20)):
         assert driver.devices() == [device.id]
 
 
 def test_a_device_that_was_not_made_for_it_is_not_left(driver):
-    with Disk(size=1 << 20).start(_driver=driver) as device:
+    with Disk(size=1 << 20).start() as device:
         with pytest.raises(ublk.UblkError, match="not started with recoverable"):
             device.quiesce()
         with pytest.raises(ublk.UblkError, match="created without recovery"):
-            ublk.recover(device.id, Disk(size=1 << 20), _driver=driver)
+            ublk.recover(device.id, Disk(size=1 << 20))
         assert device.running
 
 
 def test_a_disk_changes_its_size(driver):
     disk = Disk(size=1 << 20)
-    with disk.start(_driver=driver) as device:
+    with disk.start() as device:
         device.resize(1 << 19)
         assert device.size == disk.size == 1 << 19
         with pytest.raises(ValueError, match="multiple"):
@@ -289,7 +290,7 @@ def test_a_disk_changes_its_size(driver):
 
 
 def test_statistics_count_requests_and_how_often_python_was_entered(driver):
-    with Disk(size=1 << 20).start(_driver=driver) as device:
+    with Disk(size=1 << 20).start() as device:
         for _ in range(5):
             driver.read(device.id, 0, 4096)
         # They are added before the round's submission, which is what the client waits for.
@@ -314,7 +315,7 @@ class SlowAtFirst(ublk.BlockDevice):
 
 def test_requests_gather_while_several_are_under_way(driver):
     disk = SlowAtFirst(size=1 << 20)
-    with disk.start(coalesce_usecs=10_000, _driver=driver) as device:
+    with disk.start(coalesce_usecs=10_000) as device:
         readers = [
             threading.Thread(target=lambda: [driver.read(device.id, 0, 4096) for _ in range(20)]) for _ in range(8)
         ]
@@ -329,18 +330,18 @@ def test_requests_gather_while_several_are_under_way(driver):
 @pytest.mark.parametrize("usecs", [-1, 10_001])
 def test_requests_cannot_gather_for_long(driver, usecs):
     with pytest.raises(ValueError, match="coalesc"):
-        Disk(size=1 << 20).start(coalesce_usecs=usecs, _driver=driver)
+        Disk(size=1 << 20).start(coalesce_usecs=usecs)
 
 
 def test_an_unknown_way_of_recovery_is_a_value_error(driver):
     with pytest.raises(ValueError, match="fail-io"):
-        Disk(size=1 << 20).start(recoverable="always", _driver=driver)
+        Disk(size=1 << 20).start(recoverable="always")
 
 
 def test_the_switch_interval_is_short_while_devices_run_and_given_back(driver):
     before = sys.getswitchinterval()
-    with Disk(size=1 << 20).start(_driver=driver):
-        with Disk(size=1 << 20).start(_driver=driver):
+    with Disk(size=1 << 20).start():
+        with Disk(size=1 << 20).start():
             assert sys.getswitchinterval() == pytest.approx(0.0005)
         assert sys.getswitchinterval() == pytest.approx(0.0005)
     assert sys.getswitchinterval() == pytest.approx(before)
@@ -350,11 +351,11 @@ def test_a_switch_interval_of_the_programs_own_is_left_alone(driver):
     before = sys.getswitchinterval()
     try:
         sys.setswitchinterval(0.0001)
-        with Disk(size=1 << 20).start(_driver=driver):
+        with Disk(size=1 << 20).start():
             assert sys.getswitchinterval() == pytest.approx(0.0001)
         assert sys.getswitchinterval() == pytest.approx(0.0001)
         sys.setswitchinterval(before)
-        with Disk(size=1 << 20).start(_driver=driver):
+        with Disk(size=1 << 20).start():
             sys.setswitchinterval(0.002)
         assert sys.getswitchinterval() == pytest.approx(0.002)
     finally:
@@ -363,7 +364,7 @@ def test_a_switch_interval_of_the_programs_own_is_left_alone(driver):
 
 def test_a_native_disk_leaves_the_switch_interval_alone(driver):
     before = sys.getswitchinterval()
-    with ublk.Mem(1 << 20).start(_driver=driver):
+    with ublk.Mem(1 << 20).start():
         assert sys.getswitchinterval() == before
 
 
@@ -374,14 +375,14 @@ def test_a_zoned_disk_says_so_in_full(driver):
 
         def zone_reset(self, offset): ...
 
-    with Zoned(size=1 << 20, zone_size=1 << 18).start(_driver=driver) as device:
-        assert device.data == "user-copy"
+    with Zoned(size=1 << 20, zone_size=1 << 18).start() as device:
+        assert device.data_movement == "user-copy"
     with pytest.raises(TypeError, match="no zone_size"):
-        Zoned(size=1 << 20).start(_driver=driver)
+        Zoned(size=1 << 20).start()
     with pytest.raises(TypeError, match="report_zones"):
-        Disk(size=1 << 20, zone_size=1 << 18).start(_driver=driver)
+        Disk(size=1 << 20, zone_size=1 << 18).start()
     with pytest.raises(ValueError, match="power of two"):
-        Zoned(size=1 << 20, zone_size=1 << 18 | 512).start(_driver=driver)
+        Zoned(size=1 << 20, zone_size=1 << 18 | 512).start()
 
 
 def test_zones_are_packed_as_the_kernel_wants_them():
@@ -450,13 +451,13 @@ def test_write_pointers_of_zones_without_one_mean_nothing():
 
 def test_shared_memory_is_for_devices_that_were_made_for_it(driver, tmp_path):
     with pytest.raises(ValueError, match="isolated"):
-        Disk(size=SIZE).start(shared_memory=True, isolated=True, _driver=driver)
+        Disk(size=SIZE).start(shared_memory=True, isolated=True)
     with pytest.raises(ValueError, match="cannot be combined with recovery"):
-        Disk(size=SIZE).start(shared_memory=True, recoverable=True, _driver=driver)
+        Disk(size=SIZE).start(shared_memory=True, recoverable=True)
     with open(tmp_path / "memory", "w+b") as file:
-        with Disk(size=SIZE).start(_driver=driver) as dev, pytest.raises(ublk.UblkError, match="shared_memory=True"):
+        with Disk(size=SIZE).start() as dev, pytest.raises(ublk.UblkError, match="shared_memory=True"):
             dev.share_memory(file)
-        with Disk(size=SIZE).start(shared_memory=True, _driver=driver) as dev:
+        with Disk(size=SIZE).start(shared_memory=True) as dev:
             for size in (0, 1000):
                 file.truncate(size)
                 with pytest.raises(ValueError, match=f"has {size} bytes"):
@@ -477,7 +478,7 @@ def test_iterations_may_end_in_any_order(driver):
     signal.set_wakeup_fd(before)
     with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
         disks = [ublk.BlockDevice(size=SIZE) for _ in range(4)]
-        devices = [stack.enter_context(disk.start(pull=True, _driver=driver)) for disk in disks]
+        devices = [stack.enter_context(disk.start(pull=True)) for disk in disks]
         one, two = iteration(devices[0]), iteration(devices[1])
         one.close()
         two.close()
@@ -494,6 +495,7 @@ def test_iterations_may_end_in_any_order(driver):
 HUNG = """
 import errno, threading, time
 import ublk
+from ublk._driver import using
 from ublk._ublk import FakeDriver
 
 class Hangs(ublk.BlockDevice):
@@ -506,7 +508,8 @@ def time_out():
 
 entered, leave = threading.Event(), threading.Event()
 driver = FakeDriver()
-dev = Hangs(size=1 << 20).start(_driver=driver)
+with using(driver):
+    dev = Hangs(size=1 << 20).start()
 client = threading.Thread(target=driver.read, args=(dev.id, 0, 512), daemon=True)
 client.start()
 assert entered.wait(10)
@@ -533,7 +536,7 @@ def test_a_handler_that_has_returned_since_is_no_reason_to_leave_the_device():
 
 @pytest.mark.parametrize("timeout", [float("inf"), 1e300, 1e10])
 def test_a_wait_may_be_as_long_as_any(driver, timeout):
-    device = Disk(size=1 << 20).start(_driver=driver)
+    device = Disk(size=1 << 20).start()
     assert device.wait_ready(timeout)
     threading.Timer(0.2, device.stop).start()
     assert device.wait(timeout)
@@ -546,12 +549,13 @@ def test_a_loop_that_ends_under_its_devices_leaves_no_descriptor():
     class Tasks(ublk.BlockDevice):
         async def read(self, offset, buf): ...
 
-    async def main(driver):
-        return await Tasks(size=1 << 20).start_async(_driver=driver)
+    async def main():
+        with using(FakeDriver()):
+            return await Tasks(size=1 << 20).start_async()
 
     counts = []
     for _ in range(4):
-        device = asyncio.run(main(FakeDriver()))
+        device = asyncio.run(main())
         with contextlib.suppress(ublk.UblkError):
             device.stop()
         del device

@@ -48,10 +48,10 @@ def test_a_file_disk_is_its_file(tmp_path):
         assert not file.writable()
 
 
-def test_a_zoned_disk_has_zones():
-    disk = ublk.Zoned(SIZE, zone_size=1 << 18, max_open=2)
+def test_a_zoned_disk_has_zones(driver):
+    disk = ublk.Zoned(SIZE, zone_size=1 << 18, max_open_zones=2)
     assert (disk.size, disk.block_size) == (SIZE, 4096)
-    with disk.start(_driver=ublk._ublk.FakeDriver()) as device:
+    with disk.start() as device:
         assert device.size == SIZE
 
 
@@ -78,23 +78,23 @@ def test_what_cannot_be_is_refused(make, kind):
 )
 def test_a_disk_in_memory_cannot_be_recoverable(driver, make, recoverable):
     with pytest.raises(ValueError, match="in this process's memory and is lost with it"):
-        make().start(recoverable=recoverable, _driver=driver)
+        make().start(recoverable=recoverable)
 
 
 def test_a_disk_in_files_can_be_recoverable(driver, tmp_path):
     (tmp_path / "disk.img").write_bytes(bytes(SIZE))
     (tmp_path / "zones").mkdir()
     for disk in (ublk.File(tmp_path / "disk.img"), ublk.Zoned(SIZE, zone_size=SIZE, directory=tmp_path / "zones")):
-        with disk.start(recoverable=True, _driver=driver) as device:
+        with disk.start(recoverable=True) as device:
             assert device.recovery == "reissue"
 
 
 def test_a_disk_in_memory_takes_no_other_disk_over(driver):
-    with ublk.Null(SIZE).start(recoverable=True, _driver=driver) as device:
+    with ublk.Null(SIZE).start(recoverable=True) as device:
         device.quiesce()
         with pytest.raises(ValueError, match="in this process's memory"):
-            ublk.recover(device.id, ublk.Mem(SIZE), _driver=driver)
-        device = ublk.recover(device.id, ublk.Null(SIZE), _driver=driver)
+            ublk.recover(device.id, ublk.Mem(SIZE))
+        device = ublk.recover(device.id, ublk.Null(SIZE))
         device.stop()
 
 
@@ -107,14 +107,14 @@ def test_it_takes_a_disk_over_from_python_and_gives_it_back(driver):
 
         def flush(self): ...
 
-    device = Ram(size=SIZE).start(recoverable=True, _driver=driver)
+    device = Ram(size=SIZE).start(recoverable=True)
     device.quiesce()
     with pytest.raises(ValueError, match="native disk"):
-        ublk.recover(device.id, ublk.Null(SIZE), workers=2, _driver=driver)
-    device = ublk.recover(device.id, ublk.Null(SIZE), _driver=driver)
+        ublk.recover(device.id, ublk.Null(SIZE), workers=2)
+    device = ublk.recover(device.id, ublk.Null(SIZE))
     assert driver.read(device.id, 0, 512) != b"p" * 512
     device.quiesce()
-    with ublk.recover(device.id, Ram(size=SIZE), _driver=driver) as device:
+    with ublk.recover(device.id, Ram(size=SIZE)) as device:
         assert driver.read(device.id, 0, 512) == b"p" * 512
 
 
@@ -122,7 +122,7 @@ def test_a_file_that_took_the_name_does_not_let_a_disk_grow(driver, tmp_path):
     path, other = tmp_path / "disk.img", tmp_path / "other.img"
     path.write_bytes(bytes(SIZE))
     other.write_bytes(bytes(4 * SIZE))
-    with ublk.File(path).start(_driver=driver) as device:
+    with ublk.File(path).start() as device:
         os.rename(other, path)
         with pytest.raises(ValueError, match="exceeds the backing store"):
             device.resize(4 * SIZE)
@@ -135,7 +135,7 @@ def test_a_disk_does_not_grow_beyond_what_it_has(driver, tmp_path, kind):
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(1 << 20))
     disk = ublk.Mem(1 << 20) if kind == "mem" else ublk.File(path)
-    with disk.start(_driver=driver) as dev:
+    with disk.start() as dev:
         with pytest.raises(ValueError, match="exceeds the backing store"):
             dev.resize(2 << 20)
         dev.resize(1 << 19)
@@ -151,7 +151,7 @@ def test_a_file_that_was_resized_is_served_with_that_size_again(driver, tmp_path
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(SIZE))
     disk = ublk.File(path)
-    old = disk.start(recoverable=True, _driver=driver)
+    old = disk.start(recoverable=True)
     os.truncate(path, max(size, SIZE))
     old.resize(size)
     old.quiesce()
@@ -161,7 +161,7 @@ def test_a_file_that_was_resized_is_served_with_that_size_again(driver, tmp_path
         driver.write(device.id, size - 512, b"x" * 512)
         assert driver.read(device.id, size - 512, 512) == b"x" * 512
 
-    with ublk.recover(old.id, disk, _driver=driver) as device:
+    with ublk.recover(old.id, disk) as device:
         use_the_end(device)
-    with disk.start(_driver=driver) as device:
+    with disk.start() as device:
         use_the_end(device)

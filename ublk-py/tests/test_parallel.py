@@ -14,6 +14,7 @@ import time
 import pytest
 
 import ublk
+from ublk._driver import using
 
 BLOCK = 4096
 # For each client of a disk.
@@ -100,9 +101,9 @@ STYLES = ["methods", "workers", "handle", "pull"]
 @contextlib.contextmanager
 def served(driver, style):
     """Serve a disk with several queues, by several threads."""
-    memory, options = Memory(), {"queues": QUEUES, "depth": 4, "_driver": driver}
+    memory, options = Memory(), {"queues": QUEUES, "depth": 4}
     if style == "pull":
-        with ublk.BlockDevice(size=SIZE).start(pull=True, **options) as dev:
+        with using(driver), ublk.BlockDevice(size=SIZE).start(pull=True, **options) as dev:
             takers = [threading.Thread(target=take_all, args=[dev, memory]) for _ in range(QUEUES)]
             for taker in takers:
                 taker.start()
@@ -115,7 +116,7 @@ def served(driver, style):
     if style == "workers":
         options["workers"] = 2 * QUEUES
     disk = Batches(memory) if style == "handle" else Methods(memory)
-    with disk.start(**options) as dev:
+    with using(driver), disk.start(**options) as dev:
         yield dev
 
 
@@ -243,7 +244,7 @@ class Shared:
         threads = [threading.Thread(target=self.work, args=[number]) for number in range(len(self.hands))]
         for thread in threads:
             thread.start()
-        with Disk(size=SIZE).start(depth=1, _driver=self.driver) as dev:
+        with Disk(size=SIZE).start(depth=1) as dev:
             use(dev.id)
         for line in self.lines:
             line.put(None)
@@ -382,7 +383,7 @@ def test_a_view_that_another_thread_keeps_reaches_no_other_request(driver, scrib
     try:
         # Long enough for a copy to be under way when the request ends.
         length = 256 << 10
-        with Disk(size=2 * length).start(depth=1, workers=workers, _driver=driver) as dev:
+        with Disk(size=2 * length).start(depth=1, workers=workers) as dev:
             for number in range(400):
                 block = number % (length // BLOCK) + 1
                 # What this one reads may be anything, and the next one has the same memory unless somebody holds it.
@@ -428,7 +429,7 @@ def test_extents_may_be_taken_back_by_many_while_others_are_found(driver, tmp_pa
             disk.invalidate(0, SIZE // 2)
             disk.invalidate(wait=True)
 
-        with disk.start(queues=QUEUES, _driver=driver) as dev, meanwhile(invalidate, invalidate):
+        with disk.start(queues=QUEUES) as dev, meanwhile(invalidate, invalidate):
             together(*map(read, range(CLIENTS)))
 
 
@@ -447,7 +448,7 @@ def test_handlers_of_two_queues_run_at_the_same_time(driver):
                 pass
             met.append(other in inside)
 
-    with Disk(size=SIZE).start(queues=2, _driver=driver) as dev:
+    with Disk(size=SIZE).start(queues=2) as dev:
         before = sys.getswitchinterval()
         # A lock would not be given up while a handler computes.
         sys.setswitchinterval(1000)

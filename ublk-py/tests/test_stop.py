@@ -12,7 +12,7 @@ import time
 import pytest
 
 import ublk
-from ublk import _device, testing
+from ublk import _lifecycle, _start, testing
 
 SIZE = 1 << 20
 # More than a stop takes that waits for nothing, and less than one that waits.
@@ -66,7 +66,7 @@ def client(driver, device, disk):
 
 def test_a_stop_waits_for_a_stuck_method_no_longer_than_asked(driver):
     disk = Stuck()
-    device = disk.start(_driver=driver)
+    device = disk.start()
     with client(driver, device, disk):
         begin = time.monotonic()
         with pytest.raises(ublk.UblkError) as caught:
@@ -83,7 +83,7 @@ def test_a_stop_waits_for_a_stuck_method_no_longer_than_asked(driver):
 @pytest.mark.parametrize("cancel", [False, True])
 def test_a_stop_takes_requests_from_stuck_workers(driver, cancel):
     disk = Stuck()
-    device = disk.start(_driver=driver, workers=2)
+    device = disk.start(workers=2)
     with client(driver, device, disk) as errors:
         stop_failing_one(device, cancel)
     assert [error.errno for error in errors] == [errno.EIO]
@@ -101,7 +101,7 @@ def test_a_worker_s_view_outlives_a_request_that_was_taken_back(driver):
 
     disk = Writes()
     disk.done = threading.Event()
-    device = disk.start(_driver=driver, workers=1)
+    device = disk.start(workers=1)
     with client(driver, device, disk):
         stop_failing_one(device, cancel=False)
     disk.leave.set()
@@ -122,19 +122,19 @@ def test_a_start_that_cannot_be_undone_is_undone_at_exit(driver, monkeypatch):
         assert disk.entered.wait(20)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_device.Device, "_register", interrupted)
-    monkeypatch.setattr(_device, "STOP_SECONDS", 0.1)
-    before = set(_device._running)
+    monkeypatch.setattr(_start, "_register", interrupted)
+    monkeypatch.setattr(_lifecycle, "STOP_SECONDS", 0.1)
+    before = set(_lifecycle.running)
     with pytest.raises(ublk.UblkError) as caught:
-        disk.start(_driver=driver)
+        disk.start()
     assert caught.value.errno == errno.ETIMEDOUT
-    (device,) = _device._running - before
+    (device,) = _lifecycle.running - before
     assert device._is_hung()
     disk.leave.set()
     readers[0].join(20)
     with contextlib.suppress(ublk.UblkError):
         device.stop()
-    assert device not in _device._running
+    assert device not in _lifecycle.running
 
 
 class Pulls(Stuck):
@@ -151,7 +151,7 @@ def test_a_stop_takes_kept_requests_back(driver, cancel, looks):
             kept.append((request, request.buffer if looks else None))
             disk.entered.set()
 
-    device = disk.start(_driver=driver, pull=True)
+    device = disk.start(pull=True)
     thread = threading.Thread(target=pull)
     thread.start()
     device.wait_ready(10)
@@ -162,7 +162,7 @@ def test_a_stop_takes_kept_requests_back(driver, cancel, looks):
     assert driver.devices() == []
     ((request, buffer),) = kept
     assert request.done
-    with pytest.raises(ValueError, match="the request is over"):
+    with pytest.raises(ValueError, match="the request has ended"):
         request.complete()
     if looks:
         with pytest.raises(ValueError, match="released"):
@@ -191,7 +191,7 @@ def test_a_device_is_not_handed_over_while_a_method_may_still_write(driver):
     """The next server's data, which is acknowledged, would be overwritten."""
     data = bytearray(SIZE)
     disk = StuckWrite(data)
-    device = disk.start(workers=2, recoverable=True, _driver=driver)
+    device = disk.start(workers=2, recoverable=True)
 
     def act(function, *arguments):
         def body():
@@ -211,7 +211,7 @@ def test_a_device_is_not_handed_over_while_a_method_may_still_write(driver):
     device._native.expedite()
     for _ in range(20):
         with pytest.raises(OSError) as raised:
-            ublk.recover(device.id, StuckWrite(data), _driver=driver)
+            ublk.recover(device.id, StuckWrite(data))
         assert raised.value.errno == errno.EBUSY
         time.sleep(0.05)
     disk.leave.set()
@@ -225,7 +225,7 @@ def recover_when_free(id, driver, disk):
     deadline = time.monotonic() + 60
     while True:
         try:
-            return ublk.recover(id, disk, _driver=driver)
+            return ublk.recover(id, disk)
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 raise
@@ -242,7 +242,7 @@ def test_a_stop_fails_requests_that_are_not_taken(driver):
             # The other one waits.
             leave.wait(30)
 
-    device = disk.start(_driver=driver, pull=True)
+    device = disk.start(pull=True)
     thread = threading.Thread(target=pull)
     thread.start()
     device.wait_ready(10)
@@ -261,7 +261,7 @@ def test_a_stop_takes_requests_of_a_batch_back(driver):
             self.entered.set()
 
     disk = Keeps()
-    device = disk.start(_driver=driver)
+    device = disk.start()
     with client(driver, device, disk) as errors:
         stop_failing_one(device, cancel=False)
     assert [error.errno for error in errors] == [errno.EIO]
@@ -270,7 +270,7 @@ def test_a_stop_takes_requests_of_a_batch_back(driver):
 
 def test_a_stop_that_cancels_waits_no_minute_for_a_stuck_method(driver):
     disk = Stuck()
-    device = disk.start(_driver=driver)
+    device = disk.start()
     with client(driver, device, disk):
         begin = time.monotonic()
         with pytest.raises(ublk.UblkError) as caught:
@@ -292,7 +292,7 @@ def test_a_coroutine_that_is_not_to_be_cancelled_loses_its_request(driver):
 
     disk = Stubborn()
     disk.leave = False
-    device = disk.start(_driver=driver)
+    device = disk.start()
     with client(driver, device, disk) as errors:
         stop_failing_one(device, cancel=True)
     disk.leave = True
@@ -316,7 +316,7 @@ def stop_failing_one(device, cancel):
 
 def test_a_stop_fails_requests_of_coroutines_that_wait_when_the_time_is_over(driver):
     disk = Waits()
-    device = disk.start(_driver=driver)
+    device = disk.start()
     with client(driver, device, disk) as errors:
         begin = time.monotonic()
         with pytest.raises(ublk.UblkError, match="1 requests unfinished"):
@@ -330,7 +330,7 @@ def test_a_stop_fails_requests_of_coroutines_that_wait_when_the_time_is_over(dri
 
 def test_a_stop_that_cancels_ends_coroutines_that_wait(driver):
     disk = Waits()
-    device = disk.start(_driver=driver)
+    device = disk.start()
     with client(driver, device, disk) as errors:
         begin = time.monotonic()
         device.stop(cancel=True)
@@ -342,7 +342,7 @@ def test_a_stop_that_cancels_ends_coroutines_that_wait(driver):
 def test_a_stop_that_cancels_does_so_on_the_caller_s_loop(driver):
     async def main():
         disk = Waits()
-        device = await disk.start_async(_driver=driver)
+        device = await disk.start_async()
         reading = asyncio.ensure_future(asyncio.to_thread(driver.read, device.id, 0, 512))
         while not disk.entered.is_set():
             await asyncio.sleep(0.01)
@@ -366,7 +366,7 @@ def test_a_stop_needs_no_thread_of_the_loop_s_executor(driver):
         calls = [asyncio.ensure_future(asyncio.to_thread(leave.wait)) for _ in range(2)]
         await asyncio.sleep(0)
         try:
-            device = await asyncio.wait_for(Waits().start_async(_driver=driver), 60)
+            device = await asyncio.wait_for(Waits().start_async(), 60)
             await asyncio.wait_for(device.stop_async(cancel=True), 60)
         finally:
             leave.set()
@@ -384,13 +384,13 @@ def test_a_stop_needs_no_thread_of_the_loop_s_executor(driver):
 
 @pytest.mark.parametrize("timeout", [-1, float("nan")])
 def test_a_time_that_cannot_be_waited_for_is_a_value_error(driver, timeout):
-    with Stuck().start(_driver=driver) as device, pytest.raises(ValueError, match="timeout"):
+    with Stuck().start() as device, pytest.raises(ValueError, match="timeout"):
         device.stop(timeout=timeout)
 
 
 @pytest.mark.parametrize("timeout", [None, 1e300, float("inf")])
 def test_a_stop_may_wait_for_as_long_as_it_takes(driver, timeout):
-    device = Stuck().start(_driver=driver)
+    device = Stuck().start()
     device.stop(timeout=timeout)
     assert not device.running
 
@@ -417,7 +417,7 @@ def test_a_task_that_a_coroutine_has_made_may_stop_the_device(driver):
             buf[:] = bytes(len(buf))
 
     disk = Stops(size=SIZE)
-    disk.device = disk.start(_driver=driver)
+    disk.device = disk.start()
     driver.read(0, 0, 512)
     assert disk.device.wait(10)
     deadline = time.monotonic() + 10
@@ -444,7 +444,7 @@ def test_a_handler_may_stop_another_device(options):
 
 
 def test_an_exception_on_the_way_to_a_stop_does_not_keep_it_from_the_device(driver, monkeypatch):
-    device = Stuck().start(_driver=driver)
+    device = Stuck().start()
     monkeypatch.setattr(device._serving, "abandon", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         device.stop()

@@ -94,18 +94,18 @@ class Interrupting:
 class TestWorkers:
     def test_methods_that_wait_overlap(self, driver):
         disk = Waiting(8)
-        with disk.start(depth=16, workers=8, _driver=driver) as dev:
+        with disk.start(depth=16, workers=8) as dev:
             read_together(driver, dev, 16)
         assert len(disk.threads) == 8
 
     def test_queues_share_them_and_each_has_one(self, driver):
         disk = Waiting(1)
-        with disk.start(queues=3, depth=4, workers=2, _driver=driver) as dev:
+        with disk.start(queues=3, depth=4, workers=2) as dev:
             read_together(driver, dev, 12)
             assert 1 <= len(disk.threads) <= 3
 
     def test_exceptions_are_those_of_the_request(self, driver, caplog):
-        dev = Waiting(1).start(workers=2, _driver=driver)
+        dev = Waiting(1).start(workers=2)
         with pytest.raises(OSError) as raised:
             driver.write(dev.id, 0, bytes(512))
         assert raised.value.errno == errno.ENOSPC
@@ -127,7 +127,7 @@ class TestWorkers:
                 buf[:] = bytes([len(kept)]) * len(buf)
                 kept.append(numpy.frombuffer(buf, dtype=numpy.uint8))
 
-        with Keeper(size=SIZE).start(depth=2, workers=2, _driver=driver) as dev:
+        with Keeper(size=SIZE).start(depth=2, workers=2) as dev:
             for number in range(8):
                 assert driver.read(dev.id, 0, 512) == bytes([number]) * 512
         assert [array[0] for array in kept] == list(range(8))
@@ -143,7 +143,7 @@ class TestWorkers:
                     caught.append(str(error))
 
         disk = Stopper(size=SIZE)
-        with disk.start(workers=1, _driver=driver) as disk.device:
+        with disk.start(workers=1) as disk.device:
             driver.read(disk.device.id, 0, 512)
         assert "cannot wait" in caught[0]
 
@@ -186,14 +186,14 @@ class Tasks(ublk.BlockDevice):
 class TestCoroutines:
     def test_they_overlap_up_to_the_queue_depth(self, driver):
         disk = Tasks(16)
-        with disk.start(depth=16, _driver=driver) as dev:
+        with disk.start(depth=16) as dev:
             read_together(driver, dev, 16)
             driver.flush(dev.id)
         assert disk.flushes == 1
 
     def test_each_queue_has_a_loop_of_its_own(self, driver):
         disk = Tasks(1)
-        with disk.start(queues=2, _driver=driver) as dev:
+        with disk.start(queues=2) as dev:
             for number in range(8):
                 driver.read(dev.id, number * 4096, 512)
         assert len(disk.loops) == 2
@@ -210,25 +210,25 @@ class TestCoroutines:
             return made[-1]
 
         disk = Tasks(1)
-        with disk.start(loop_factory=factory, _driver=driver) as dev:
+        with disk.start(loop_factory=factory) as dev:
             driver.read(dev.id, 0, 512)
         assert list(disk.loops) == made
 
     def test_the_loop_may_be_uvloops(self, driver):
         uvloop = pytest.importorskip("uvloop")
         disk = Tasks(1)
-        with disk.start(queues=2, loop_factory=uvloop.new_event_loop, _driver=driver) as dev:
+        with disk.start(queues=2, loop_factory=uvloop.new_event_loop) as dev:
             driver.read(dev.id, 0, 512)
 
         async def main():
-            async with await disk.start_async(_driver=driver) as dev:
+            async with await disk.start_async() as dev:
                 await asyncio.to_thread(driver.read, dev.id, 0, 512)
 
         uvloop.run(main())
         assert {type(loop) for loop in disk.loops} == {uvloop.Loop}
 
     def test_exceptions_are_those_of_the_request(self, driver, caplog):
-        dev = Tasks(1).start(_driver=driver)
+        dev = Tasks(1).start()
         with pytest.raises(OSError) as raised:
             driver.write(dev.id, 0, bytes(512))
         assert raised.value.errno == errno.ENOSPC
@@ -245,7 +245,7 @@ class TestCoroutines:
         disk = Tasks(4)
 
         async def main():
-            async with await disk.start_async(depth=4, _driver=driver) as dev:
+            async with await disk.start_async(depth=4) as dev:
                 reads = [asyncio.to_thread(driver.read, dev.id, 512 * n, 512) for n in range(4)]
                 await asyncio.gather(*reads)
                 assert disk.loops == {asyncio.get_running_loop()}
@@ -257,7 +257,7 @@ class TestCoroutines:
 
     def test_requests_that_were_taken_when_a_signal_came_hold_up_no_stop(self, driver):
         async def main():
-            async with await Tasks(1).start_async(_driver=driver) as dev:
+            async with await Tasks(1).start_async() as dev:
                 devices.append(dev)
                 server = dev._serving._servers[0]
                 server._queue = Interrupting(server._queue)
@@ -273,7 +273,7 @@ class TestCoroutines:
                 lost[0].result(10)
 
     def test_ctrl_c_interrupts_an_asynchronous_wait(self, driver):
-        with Tasks(1).start(_driver=driver) as dev:
+        with Tasks(1).start() as dev:
             assert wakes_for_ctrl_c(dev.wait_async)
             assert dev.running
 
@@ -282,7 +282,7 @@ class TestCoroutines:
 
         async def main():
             loop = asyncio.get_running_loop()
-            async with await Tasks(1).start_async(_driver=driver) as dev:
+            async with await Tasks(1).start_async() as dev:
                 loop.add_signal_handler(signal.SIGUSR1, lambda: (came.append(True), stop.set()))
                 stop = asyncio.Event()
                 wait = asyncio.create_task(dev.wait_async())
@@ -295,7 +295,7 @@ class TestCoroutines:
 
     def test_cancelled_tasks_fail_their_requests(self, driver):
         async def main():
-            async with await Tasks(1).start_async(_driver=driver) as dev:
+            async with await Tasks(1).start_async() as dev:
                 before = asyncio.all_tasks()
                 write = asyncio.create_task(asyncio.to_thread(driver.write, dev.id, 4096, bytes(512)))
                 while not (tasks := asyncio.all_tasks() - before - {write}):
@@ -311,7 +311,7 @@ class TestCoroutines:
     def test_a_loop_that_makes_no_task_fails_the_request(self, driver, caplog):
         async def main():
             loop = asyncio.get_running_loop()
-            async with await Tasks(1).start_async(_driver=driver) as dev:
+            async with await Tasks(1).start_async() as dev:
                 read = loop.run_in_executor(None, driver.read, dev.id, 0, 512)
                 loop.set_task_factory(lambda loop, coroutine, **options: 1 / 0)
                 try:
@@ -345,7 +345,7 @@ class TestCoroutines:
             return asyncio.Task(coroutine, loop=loop, **options)
 
         async def main():
-            async with await Interrupted(size=SIZE).start_async(_driver=driver) as dev:
+            async with await Interrupted(size=SIZE).start_async() as dev:
                 devices.append(dev)
                 loop.set_task_factory(factory)
                 # All of them are there when the loop looks for them.
@@ -357,6 +357,8 @@ class TestCoroutines:
 
         devices, reads = [], []
         loop = asyncio.new_event_loop()
+        # With -X dev the loop would log that `main` has blocked it.
+        loop.slow_callback_duration = 60
         try:
             with client_pool() as pool:
                 task = loop.create_task(main())
@@ -378,7 +380,7 @@ class TestCoroutines:
             async def read(self, offset, buf): ...
 
         async def main():
-            task = asyncio.create_task(Hanging(size=SIZE).start_async(_driver=driver))
+            task = asyncio.create_task(Hanging(size=SIZE).start_async())
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -390,7 +392,7 @@ class TestCoroutines:
         devices = []
 
         async def main():
-            devices.append(await Tasks(1).start_async(_driver=driver))
+            devices.append(await Tasks(1).start_async())
 
         asyncio.run(main())
         with client_pool() as pool:
@@ -402,7 +404,7 @@ class TestCoroutines:
 
     def test_a_plain_class_has_no_use_for_a_loop(self, driver):
         async def main():
-            await Waiting(1).start_async(_driver=driver)
+            await Waiting(1).start_async()
 
         with pytest.raises(TypeError, match="no coroutine methods"):
             asyncio.run(main())
@@ -433,7 +435,7 @@ class TestBatches:
                 assert request.done
 
         disk = handler(handle, operations=["write", "flush", "discard", "write_zeroes"])
-        with disk.start(_driver=driver) as dev:
+        with disk.start() as dev:
             assert driver.read(dev.id, 1024, 512) == b"\x07" * 512
             driver.write(dev.id, 512, bytes(1024))
             driver.flush(dev.id)
@@ -457,7 +459,7 @@ class TestBatches:
             for request in requests:
                 request.complete()
 
-        with handler(handle).start(_driver=driver) as dev, client_pool() as pool:
+        with handler(handle).start() as dev, client_pool() as pool:
             futures = [pool.submit(driver.read, dev.id, 0, 512)]
             begun.wait(10)
             futures += [pool.submit(driver.read, dev.id, 512 * n, 512) for n in range(8)]
@@ -472,7 +474,7 @@ class TestBatches:
 
     def test_requests_end_later_and_on_another_thread(self, driver):
         kept = []
-        with handler(kept.extend).start(depth=4, _driver=driver) as dev, client_pool() as pool:
+        with handler(kept.extend).start(depth=4) as dev, client_pool() as pool:
             futures = [pool.submit(driver.read, dev.id, 512 * n, 512) for n in range(4)]
             while len(kept) < 4:
                 time.sleep(0.001)
@@ -498,7 +500,7 @@ class TestBatches:
                         action()
                 outcomes.append(repr(request))
 
-        with handler(handle).start(_driver=driver) as dev, pytest.raises(OSError) as raised:
+        with handler(handle).start() as dev, pytest.raises(OSError) as raised:
             driver.read(dev.id, 512, 1024)
         assert raised.value.errno == errno.ENODATA
         assert outcomes == ["<ublk.Request read 512+1024 of ublkb0 queue 0 done>"]
@@ -509,7 +511,7 @@ class TestBatches:
             for request in requests:
                 request.fail(number)
 
-        with handler(handle).start(_driver=driver) as dev:
+        with handler(handle).start() as dev:
             for call in (lambda: driver.write(dev.id, 0, bytes(512)), lambda: driver.read(dev.id, 0, 512)):
                 with pytest.raises(OSError) as raised:
                     call()
@@ -523,14 +525,14 @@ class TestBatches:
             while requests:
                 forget(requests.pop())
 
-        with handler(handle).start(_driver=driver) as dev, pytest.raises(OSError) as raised:
+        with handler(handle).start() as dev, pytest.raises(OSError) as raised:
             driver.read(dev.id, 0, 512)
         assert raised.value.errno == errno.EIO
         line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
         assert f"{__file__}:{line} in forget" in caplog.text
 
     def test_a_request_left_by_a_handler_is_eio_and_the_log_says_so(self, driver, caplog):
-        with handler(lambda requests: None).start(_driver=driver) as dev, pytest.raises(OSError):
+        with handler(lambda requests: None).start() as dev, pytest.raises(OSError):
             driver.read(dev.id, 0, 512)
         assert "request read 0+512 of ublkb0 was dropped when its handler had returned" in caplog.text
 
@@ -538,7 +540,7 @@ class TestBatches:
         def handle(requests):
             raise OSError(errno.ENOSPC, "full")
 
-        with handler(handle).start(_driver=driver) as dev, pytest.raises(OSError) as raised:
+        with handler(handle).start() as dev, pytest.raises(OSError) as raised:
             driver.read(dev.id, 0, 512)
         assert raised.value.errno == errno.ENOSPC
         assert caplog.text == ""
@@ -546,7 +548,7 @@ class TestBatches:
         def mistake(requests):
             raise ZeroDivisionError
 
-        with handler(mistake).start(_driver=driver) as dev, pytest.raises(OSError) as raised:
+        with handler(mistake).start() as dev, pytest.raises(OSError) as raised:
             driver.read(dev.id, 0, 512)
         assert raised.value.errno == errno.EIO
         assert "ZeroDivisionError" in caplog.text
@@ -559,7 +561,7 @@ class TestBatches:
                         raise OSError(errno.ENODATA, "nothing there")
                     request.buffer[:] = b"x" * request.length
 
-        with handler(handle).start(_driver=driver) as dev:
+        with handler(handle).start() as dev:
             assert driver.read(dev.id, 0, 512) == b"x" * 512
             with pytest.raises(OSError) as raised:
                 driver.read(dev.id, 512, 512)
@@ -575,7 +577,7 @@ class TestBatches:
                 kept.append(array)
                 request.complete()
 
-        with handler(handle).start(depth=1, _driver=driver) as dev:
+        with handler(handle).start(depth=1) as dev:
             for number in range(4):
                 assert driver.read(dev.id, 0, 512) == bytes([number]) * 512
         assert [array[0] for array in kept] == [0, 1, 2, 3]
@@ -593,7 +595,7 @@ class TestPulling:
             request.complete()
 
     def test_threads_take_requests_in_turn(self, driver):
-        with self.disk().start(queues=2, pull=True, _driver=driver) as dev:
+        with self.disk().start(queues=2, pull=True) as dev:
             requests = dev.requests()
             takers = [threading.Thread(target=self.serve, args=[requests]) for _ in range(3)]
             for taker in takers:
@@ -607,7 +609,7 @@ class TestPulling:
 
     def test_tasks_take_requests(self, driver):
         async def main():
-            with self.disk().start(pull=True, _driver=driver) as dev:
+            with self.disk().start(pull=True) as dev:
 
                 async def serve():
                     async for request in dev.requests():
@@ -624,7 +626,7 @@ class TestPulling:
         asyncio.run(main())
 
     def test_who_leaves_early_fails_what_is_there(self, driver):
-        with self.disk().start(pull=True, _driver=driver) as dev, client_pool() as pool:
+        with self.disk().start(pull=True) as dev, client_pool() as pool:
             assert dev.wait_ready(10)
             first = pool.submit(driver.read, dev.id, 0, 512)
             for request in dev.requests():
@@ -636,7 +638,7 @@ class TestPulling:
                 second.result(10)
 
     def test_a_device_that_nobody_serves_stops(self, driver):
-        with self.disk().start(pull=True, _driver=driver) as dev, client_pool() as pool:
+        with self.disk().start(pull=True) as dev, client_pool() as pool:
             assert dev.wait_ready(10)
             lost = pool.submit(driver.read, dev.id, 0, 512)
             time.sleep(0.05)
@@ -646,7 +648,7 @@ class TestPulling:
 
     def test_an_iteration_that_is_left_with_a_request_in_hand_holds_up_no_stop(self, driver, caplog):
         with client_pool() as pool:
-            with pytest.raises(ZeroDivisionError), self.disk().start(pull=True, _driver=driver) as dev:
+            with pytest.raises(ZeroDivisionError), self.disk().start(pull=True) as dev:
                 assert dev.wait_ready(10)
                 lost = pool.submit(driver.read, dev.id, 0, 512)
                 for request in dev.requests():  # noqa: B007
@@ -659,7 +661,7 @@ class TestPulling:
 
     def test_a_request_that_was_handed_on_is_ended_by_whoever_has_it(self, driver):
         with client_pool() as pool:
-            with self.disk().start(pull=True, _driver=driver) as dev:
+            with self.disk().start(pull=True) as dev:
                 assert dev.wait_ready(10)
                 read = pool.submit(driver.read, dev.id, 0, 512)
                 for request in dev.requests():
@@ -670,7 +672,7 @@ class TestPulling:
 
     def test_a_request_that_was_taken_when_a_signal_came_holds_up_no_stop(self, driver):
         with client_pool() as pool:
-            with pytest.raises(SystemExit), self.disk().start(pull=True, _driver=driver) as dev:
+            with pytest.raises(SystemExit), self.disk().start(pull=True) as dev:
                 assert dev.wait_ready(10)
                 requests = dev.requests()
                 requests._queues = tuple(map(Interrupting, requests._queues))
@@ -681,7 +683,7 @@ class TestPulling:
                 lost.result(10)
 
     def test_ctrl_c_interrupts_an_asynchronous_iteration(self, driver):
-        with self.disk().start(pull=True, _driver=driver) as dev:
+        with self.disk().start(pull=True) as dev:
             assert dev.wait_ready(10)
 
             async def serve():
@@ -691,14 +693,14 @@ class TestPulling:
             assert wakes_for_ctrl_c(serve)
 
     def test_ctrl_c_interrupts_the_iteration(self, driver):
-        with self.disk().start(pull=True, _driver=driver) as dev:
+        with self.disk().start(pull=True) as dev:
             assert dev.wait_ready(10)
             threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
             with pytest.raises(KeyboardInterrupt):
                 self.serve(dev.requests())
 
     def test_only_a_pulling_device_gives_requests(self, driver):
-        with Waiting(1).start(_driver=driver) as dev, pytest.raises(TypeError, match="pull=True"):
+        with Waiting(1).start() as dev, pytest.raises(TypeError, match="pull=True"):
             dev.requests()
 
 
@@ -718,7 +720,7 @@ class TestPulling:
 )
 def test_what_does_not_go_together_is_refused(driver, disk, options, kind, words):
     with pytest.raises(kind, match=words):
-        disk.start(**options, _driver=driver)
+        disk.start(**options)
 
 
 def test_a_class_with_two_kinds_of_handlers_is_refused(driver):
@@ -727,7 +729,7 @@ def test_a_class_with_two_kinds_of_handlers_is_refused(driver):
         def handle(self, requests): ...
 
     with pytest.raises(TypeError, match="define only one of them"):
-        Both(size=SIZE).start(_driver=driver)
+        Both(size=SIZE).start()
 
 
 class TestEnds:
@@ -738,7 +740,7 @@ class TestEnds:
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            Tasks(1).start(loop_factory=factory, _driver=driver)
+            Tasks(1).start(loop_factory=factory)
 
     def test_a_loop_that_dies_ends_its_device(self, driver, caplog):
         class Dying(ublk.BlockDevice):
@@ -750,7 +752,7 @@ class TestEnds:
                 self.task.add_done_callback(lambda task: task.exception())
                 await asyncio.sleep(20)
 
-        dev = Dying(size=SIZE).start(_driver=driver)
+        dev = Dying(size=SIZE).start()
         with pytest.raises(OSError):
             driver.read(dev.id, 0, 512)
         with pytest.raises((SystemExit, RuntimeError)):
@@ -759,7 +761,7 @@ class TestEnds:
 
     def test_a_loop_that_is_closed_ends_its_device(self, driver):
         async def main():
-            return await Tasks(1).start_async(_driver=driver)
+            return await Tasks(1).start_async()
 
         dev = asyncio.run(main())
         with pytest.raises(RuntimeError, match="event loop"):
@@ -769,7 +771,7 @@ class TestEnds:
     def test_a_loop_that_does_not_run_is_no_reason_to_wait(self, driver):
         loop = asyncio.new_event_loop()
         try:
-            dev = loop.run_until_complete(Tasks(1).start_async(_driver=driver))
+            dev = loop.run_until_complete(Tasks(1).start_async())
             with client_pool() as pool:
                 lost = pool.submit(driver.read, dev.id, 0, 512)
                 time.sleep(0.05)
@@ -782,7 +784,7 @@ class TestEnds:
 
     @pytest.mark.parametrize("way", ["break", "generator", "in the body"])
     def test_a_consumer_that_stops_its_device_does_not_wait_for_itself(self, driver, way):
-        dev = ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver)
+        dev = ublk.BlockDevice(size=SIZE).start(pull=True)
         with client_pool() as pool:
             assert dev.wait_ready(10)
             clients = [pool.submit(driver.read, dev.id, 0, 512) for _ in range(3)]
@@ -799,7 +801,7 @@ class TestEnds:
 
     def test_an_async_consumer_that_left_is_waited_for_by_nobody(self, driver):
         async def main():
-            dev = ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver)
+            dev = ublk.BlockDevice(size=SIZE).start(pull=True)
             assert await asyncio.to_thread(dev.wait_ready, 10)
             clients = [asyncio.ensure_future(asyncio.to_thread(driver.read, dev.id, 0, 512)) for _ in range(2)]
             async for request in dev.requests():
@@ -812,7 +814,7 @@ class TestEnds:
         asyncio.run(main())
 
     def test_iterating_over_what_has_ended_ends_at_once(self, driver):
-        dev = ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver)
+        dev = ublk.BlockDevice(size=SIZE).start(pull=True)
         assert dev.wait_ready(10)
         dev.stop()
         assert list(dev.requests()) == []
@@ -823,7 +825,7 @@ class TestEnds:
         assert asyncio.run(main()) == []
 
     def test_closing_requests_ends_whoever_waits_for_some(self, driver):
-        with ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver) as dev:
+        with ublk.BlockDevice(size=SIZE).start(pull=True) as dev:
             assert dev.wait_ready(10)
             waiter = threading.Thread(target=lambda: list(dev.requests()))
             waiter.start()
@@ -833,7 +835,7 @@ class TestEnds:
             assert not waiter.is_alive()
 
     def test_a_refused_quiesce_leaves_a_pulling_device_alone(self, driver):
-        with ublk.BlockDevice(size=SIZE).start(pull=True, _driver=driver) as dev:
+        with ublk.BlockDevice(size=SIZE).start(pull=True) as dev:
             assert dev.wait_ready(10)
             taker = threading.Thread(target=TestPulling.serve, args=[dev.requests()])
             taker.start()
@@ -845,7 +847,7 @@ class TestEnds:
 
 
 def test_a_busy_queue_does_not_keep_another_from_being_served(driver):
-    with ublk.BlockDevice(size=SIZE).start(queues=2, depth=64, pull=True, _driver=driver) as dev, client_pool() as pool:
+    with ublk.BlockDevice(size=SIZE).start(queues=2, depth=64, pull=True) as dev, client_pool() as pool:
         assert dev.wait_ready(10)
         # Which queue a request goes to depends on its place, here.
         clients = [pool.submit(driver.read, dev.id, 8192 * n, 512) for n in range(12)]
@@ -874,7 +876,7 @@ def test_a_list_of_requests_may_be_handed_on(driver):
 
     thread = threading.Thread(target=worker)
     thread.start()
-    with handler(batches.append).start(_driver=driver) as dev:
+    with handler(batches.append).start() as dev:
         driver.read(dev.id, 0, 512)
         driver.write(dev.id, 0, bytes(512))
     done.set()

@@ -92,7 +92,7 @@ def main() -> None:
         ended: bool = dev.wait(1.0)
         print(ended)
         dev.quiesce()
-    with ublk.recover(0, Maps("disk.img"), hang_after=None) as dev:
+    with ublk.recover(0, Maps("disk.img"), hang_timeout=None) as dev:
         dev.resize(1 << 20)
     with ublk.BlockDevice(size=1 << 20).start(pull=True) as dev:
         for request in dev.requests():
@@ -104,7 +104,7 @@ def main() -> None:
     with testing.open(Ram(1 << 20)) as file:
         file.pwrite(0, b"x" * 4096)
     for info in ublk.devices():
-        ublk.open(info.id).delete(force=True)
+        ublk.SystemDevice(info.id).delete(force=True)
     try:
         ublk.run(Batches(size=1 << 20), workers=None)
     except ublk.UblkError as error:
@@ -131,4 +131,4 @@ class OtherNames(ublk.BlockDevice):
 def bounded(device: ublk.Device) -> None:
     device.stop(timeout=5, cancel=True)
     device.stop(None)
-    ublk.open(device.id).delete()
+    ublk.SystemDevice(device.id).delete()

@@ -12,14 +12,14 @@ Subclass `BlockDevice`, override `BlockDevice.read` and the operations that the 
 """
 
 from ublk._block_device import BlockDevice
-from ublk._device import Device, recover, run
+from ublk._device import Device
 from ublk._errors import UblkError
 from ublk._file_sync import FileSync
 from ublk._native import File, Mem, Null, Zoned
 from ublk._requests import Op, Requests
+from ublk._start import recover, run
 from ublk._stats import OpStats, Stats
 from ublk._system import DeviceInfo, SystemDevice, devices, features
-from ublk._system import open as open
 from ublk._ublk import Extent, Request, Zeros, __version__
 from ublk._zones import Zone, ZoneCondition
 

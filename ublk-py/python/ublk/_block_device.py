@@ -10,24 +10,26 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from ublk import _lifecycle, _methods, _start
+from ublk._device import Device
 from ublk._numbers import number
+from ublk._options import Options
 from ublk._requests import Op
 from ublk._threads import threads as _threads
 from ublk._ublk import Extents, check
 from ublk._zones import ZoneCondition
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
     from typing import TypeAlias, TypeVar
 
-    from ublk._device import Device
-    from ublk._serving import Report, Serving
-    from ublk._ublk import Extent, FakeDriver, Request, Zeros
+    from ublk._options import LoopFactory
+    from ublk._serving import Hooks, Serving
+    from ublk._ublk import Extent, Request, Zeros
     from ublk._zones import Zone
 
     Result = TypeVar("Result")
-    # What a method returns, or a coroutine method in the end.
+    # The result of a plain method or of a coroutine method.
     MaybeAsync: TypeAlias = Result | Awaitable[Result]
 
 # What `BlockDevice.__init__` sets.
@@ -45,11 +47,11 @@ _SHAPE = (
     "max_append_bytes",
 )
 
-# How long requests that are under way may take to end.
+# How long `invalidate` waits for requests in flight.
 _DRAIN_SECONDS = 60.0
 
 
-# Held while the extents of a disk are made. A signal's handler may come in between.
+# Held while the extents of a disk are created. Reentrant: a signal handler may run meanwhile.
 _extents_lock = threading.RLock()
 
 
@@ -75,7 +77,7 @@ def _in_forked_child() -> None:
     _extents_lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_in_forked_child)
+_lifecycle.register_fork_hook(_in_forked_child)
 
 
 class BlockDevice:
@@ -278,22 +280,22 @@ class BlockDevice:
         extents. With ``wait`` this returns only when they have ended, so that their place in the file can be reused.
         Raises `TimeoutError` after a minute.
 
-        A handler cannot wait (`RuntimeError`), since it might wait for a request of its own thread. It need not after
-        copying data, either: a client that reads before a write is acknowledged may see the old bytes. A thread that
-        waits must not hold a lock that `map` or a handler needs: have `map` return ``None`` for the range, wait, then
-        lock.
+        A handler cannot wait (`RuntimeError`), since it might wait for a request of its own thread. A handler that has
+        copied data need not wait: a client that reads before a write is acknowledged may see the old bytes. A thread
+        that waits must not hold a lock that `map` or a handler needs: make `map` return ``None`` for the range, wait,
+        and then lock.
         """
         length = (1 << 63) - 1 - offset if length is None else length
         if wait and threading.current_thread() in _threads:
             raise RuntimeError("a handler cannot wait for requests: they may be those of its own thread")
         if not self._extents.invalidate(offset, length, _DRAIN_SECONDS if wait else None):
-            raise TimeoutError(errno.ETIMEDOUT, f"requests to {offset}+{length} are still under way")
+            raise TimeoutError(errno.ETIMEDOUT, f"requests to {offset}+{length} are still in flight")
 
     @property
     def _extents(self) -> Extents:
-        # One for all threads, whichever comes first; and not from `__init__`, for classes whose own does not call it.
-        # A forked child has others: requests of its parent would be under way in it for ever. So has a copy of the
-        # object (`copy.copy`), whose bytes may be stored elsewhere: it has the owner of what it was copied from.
+        # Created on first use, since the `__init__` of a class may not call ours. All threads share one. A forked child
+        # gets its own, in which no requests of the parent are in flight. So does a copy of the object (`copy.copy`),
+        # whose bytes may be stored elsewhere: it still has the owner of the original.
         kept: _KeptExtents | None = self.__dict__.get("_kept_extents")
         if kept is None or not kept.is_of(self):
             with _extents_lock:
@@ -304,7 +306,7 @@ class BlockDevice:
         return kept.extents
 
     def _follow(self, old: BlockDevice) -> None:
-        """Remember flushes of the object that served the disk before: one that has failed has lost writes."""
+        """Inherit the state of flushes from the object that served the disk before: a failed one has lost writes."""
         self.__dict__["_kept_extents"] = _KeptExtents(self, old._extents.successor())
 
     def start(
@@ -314,14 +316,13 @@ class BlockDevice:
         depth: int = 128,
         id: int | None = None,
         recoverable: bool | str = False,
-        hang_after: float | None = 30.0,
+        hang_timeout: float | None = 30.0,
         workers: int | None = None,
         pull: bool = False,
-        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+        loop_factory: LoopFactory | None = None,
         isolated: bool = False,
         shared_memory: bool = False,
         coalesce_usecs: int = 0,
-        _driver: FakeDriver | None = None,
     ) -> Device:
         """Create the device, serve it, and return when its node is ready.
 
@@ -350,11 +351,12 @@ class BlockDevice:
             Number N of ``/dev/ublkbN``; by default the lowest free one.
         recoverable:
             Keep the device when this process is killed or calls `Device.quiesce`; `recover` serves it again. Requests
-            wait meanwhile. Requests in flight wait, too, with ``"reissue"`` (or ``True``), and may be carried out
-            twice; they fail with ``"queue"``. With ``"fail-io"`` all requests fail. Linux 6.1; 6.13 for ``"fail-io"``.
-        hang_after:
-            Seconds after which a handler that still runs is reported in the log with its stack, once. ``None`` for
-            never.
+            wait meanwhile. With ``"reissue"`` (or ``True``), requests in flight are sent again, and may be carried out
+            twice; with ``"queue"`` they fail. With ``"fail-io"`` all requests fail meanwhile. Linux 6.1; 6.13 for
+            ``"fail-io"``.
+        hang_timeout:
+            Seconds after which a handler that is still running is reported in the log with its stack, once. ``None``
+            for no limit.
         workers:
             Number of threads that call plain methods instead of the queue threads, divided among the queues. At most
             ``depth`` per queue have something to do.
@@ -378,15 +380,12 @@ class BlockDevice:
             serves other devices. 20 is a good start.
 
         """
-        from ublk._device import Device
-
-        device = Device._make(
-            self,
-            queues,
-            depth,
-            id,
+        options = Options(
+            queues=queues,
+            depth=depth,
+            id=id,
             recoverable=recoverable,
-            hang_after=hang_after,
+            hang_timeout=hang_timeout,
             workers=workers,
             pull=pull,
             loop_factory=loop_factory,
@@ -394,7 +393,8 @@ class BlockDevice:
             shared_memory=shared_memory,
             coalesce_usecs=coalesce_usecs,
         )
-        device._start(_driver)
+        device = Device._make(self, options)
+        _start.start(device)
         return device
 
     async def start_async(
@@ -404,46 +404,39 @@ class BlockDevice:
         depth: int = 128,
         id: int | None = None,
         recoverable: bool | str = False,
-        hang_after: float | None = 30.0,
+        hang_timeout: float | None = 30.0,
         coalesce_usecs: int = 0,
-        _driver: FakeDriver | None = None,
     ) -> Device:
         """Create the device and serve it on the running event loop, for classes with coroutine methods.
 
         Use it as ``async with await disk.start_async() as device:``, or stop it with `Device.stop_async`. The
         parameters are those of `start`.
         """
-        from ublk._device import Device
-
-        device = Device._make(
-            self, queues, depth, id, recoverable=recoverable, hang_after=hang_after, coalesce_usecs=coalesce_usecs
+        options = Options(
+            queues=queues,
+            depth=depth,
+            id=id,
+            recoverable=recoverable,
+            hang_timeout=hang_timeout,
+            coalesce_usecs=coalesce_usecs,
         )
-        await device._start_async(_driver)
+        device = Device._make(self, options)
+        await _start.start_async(device)
         return device
 
-    def _serve(
-        self,
-        report: Report,
-        *,
-        workers: int | None,
-        pull: bool,
-        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None,
-    ) -> Serving:
+    def _serve(self, hooks: Hooks, options: Options) -> Serving:
         """Choose how requests reach the methods."""
-        from ublk import _serving
-
-        return _serving.choose(self, report, workers=workers, pull=pull, loop_factory=loop_factory)
+        return _methods.choose(self, hooks, options)
 
     def _check_shape(self) -> None:
-        """Raise `ValueError` for a shape that no disk can have."""
-        served = {"kind": "", "operations": [], "style": "", "coalesce_usecs": 0}
-        check({**self._describe(), **served})
+        """Raise `ValueError` for an invalid shape."""
+        check(self._describe())
 
     def _check_recovery(self) -> None:
-        """Refuse to serve a device after another server; accepts by default."""
+        """Raise if the disk cannot be recovered; accepts by default."""
 
     def _check_size(self, size: int) -> None:
-        """Refuse a size that the disk cannot have; accepts by default."""
+        """Raise if the disk cannot have a size; accepts by default."""
 
     def _describe(self) -> dict[str, Any]:
         """Return the disk's parameters."""
@@ -468,7 +461,7 @@ class BlockDevice:
         }
 
     def _overridden(self, name: str) -> Callable[..., Any] | None:
-        """Return the bound method if the class or the instance has one of its own."""
+        """Return the bound method if the class or the instance overrides it."""
         method = getattr(self, name, None)
         if method is None or getattr(method, "__func__", None) is getattr(BlockDevice, name):
             return None

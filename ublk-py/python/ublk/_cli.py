@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""The ``ublk`` command: all that the Rust one does, and ``ublk run``."""
+"""The ``ublk`` command: the one of `ublk-core`, and ``ublk run``."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTP]?)(?:I?B)?", re.IGNORECASE | re.ASCII)
 _SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
 _COMMAND_GRACE = 10.0
-# For a command that was killed.
+# Limit for the end of a command that was killed.
 _KILL_GRACE = 5.0
 
 
 class _UsageError(Exception):
-    """The command line asks for something that cannot be."""
+    """Invalid command line."""
 
 
 def entry() -> None:
-    """Run the command with this process's arguments and exit."""
+    """Run the command with the arguments of this process, and exit."""
     logging.basicConfig(format="ublk: %(levelname)s: %(message)s", level=os.environ.get("UBLK_LOG", "WARNING").upper())
     sys.exit(main(sys.argv[1:]))
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit status: 0, 1 for a failure, 2 for wrong usage."""
     if arguments and arguments[0] == "run":
         return _run(arguments[1:])
-    # Servers and helpers: without -P they would look for modules in the working directory first.
+    # The command line of servers and helpers: without -P they would import modules from the working directory first.
     return _ublk.main(list(arguments), [sys.executable, "-P", "-m", "ublk"], [_description()])
 
 
@@ -197,7 +197,7 @@ def _describe(error: Exception) -> str:
 
 
 def _make(what: str, size: int | None, arguments: Sequence[tuple[str, Any]]) -> BlockDevice:
-    """Import the class and make an instance."""
+    """Import the class and create an instance."""
     place, colon, name = what.rpartition(":")
     if not colon or not place or not name:
         raise _UsageError(f"{what!r} is neither FILE.py:CLASS nor package.module:CLASS")
@@ -226,8 +226,8 @@ def _import(place: str) -> ModuleType:
             return importlib.import_module(place)
     path = Path(place)
     if not path.is_file():
-        raise _UsageError(f"there is no file {place}")
-    # As for a script: modules in its directory can be imported.
+        raise _UsageError(f"{place}: no such file")
+    # Like for a script, modules in its directory can be imported.
     _search(str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
@@ -254,7 +254,7 @@ def _import_errors(place: str) -> Iterator[None]:
 
 
 def _run_command(command: Sequence[str], running: Callable[[], Device], reloader: Reloader | None) -> int:
-    """Run a command on the device and return its status as a shell does."""
+    """Run a command on the device and return its exit status like a shell."""
     path = running().path
     words = [word.replace("{dev}", path) for word in command]
     environment = {**os.environ, "UBLK_DEV": path}
@@ -283,10 +283,10 @@ def _run_command(command: Sequence[str], running: Callable[[], Device], reloader
 
 
 def _end_command(child: subprocess.Popen[bytes], running: Callable[[], Device]) -> None:
-    """Have the command ended before the device, if that is possible."""
+    """End the command before the device, if possible."""
     # A second signal ends the grace period.
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt, _signals.Terminated):
-        # Ctrl-C reaches the command by itself; other ends do not.
+        # The command receives Ctrl-C from the terminal, but not other signals.
         if child.poll() is None:
             child.send_signal(signal.SIGTERM)
         child.wait(_COMMAND_GRACE)
@@ -295,7 +295,7 @@ def _end_command(child: subprocess.Popen[bytes], running: Callable[[], Device]) 
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(_KILL_GRACE)
         return
-    # It may wait for the disk itself, in the kernel, where only the end of its requests ends it.
+    # It may wait for the disk in the kernel, and ends only when its requests do.
     try:
         running().stop()
     finally:
@@ -304,7 +304,7 @@ def _end_command(child: subprocess.Popen[bytes], running: Callable[[], Device]) 
 
 
 def _wait(child: subprocess.Popen[bytes], reloader: Reloader | None) -> int:
-    """Wait for a command's end, and look for new code meanwhile."""
+    """Wait until the command ends, and look for new code meanwhile."""
     if reloader is None:
         return child.wait()
     while True:

@@ -4,8 +4,8 @@
 
 
 class UblkError(OSError):
-    """Creating, starting, stopping or examining a device failed.
+    """Failure to create, start, stop, query or delete a device.
 
-    ``errno`` says which kind of failure it was, the text what was tried, on which device, and the likely
-    cause. Values that cannot be (a block size of 1000, say) are a `ValueError` instead.
+    ``errno`` is the kind of failure. The message names the operation, the device and the likely cause. Invalid values,
+    such as a block size of 1000, raise `ValueError` instead.
     """

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from ublk._ublk import PullQueue, Request
 
-# Requests that are taken in one go, so that other callbacks of the loop get their turn.
+# Maximum number of requests that are taken at once, so that other callbacks of the loop can run in between.
 _AT_ONCE = 64
 
 
 def _stack(coroutine: Any, thread: int) -> str:
-    """Return what a coroutine waits for, down to the innermost one, or where it runs on that thread."""
+    """Return the stack of a coroutine that waits, down to the innermost one, or that runs on the given thread."""
     if getattr(coroutine, "cr_running", False) and (frame := sys._current_frames().get(thread)) is not None:
         outermost = coroutine.cr_frame
         frames = [found for found, _ in traceback.walk_stack(frame)]
@@ -40,7 +40,7 @@ def _stack(coroutine: Any, thread: int) -> str:
             inner = frames[: frames.index(outermost) + 1]
             return "".join(line for found in reversed(inner) for line in traceback.format_stack(found, limit=1))
     lines = []
-    # Beyond coroutines there are objects of the program's, on which an attribute may be anything.
+    # What a coroutine awaits may be any object, with attributes of any kind.
     while isinstance(coroutine, CoroutineType) and coroutine.cr_frame is not None:
         lines += traceback.format_stack(coroutine.cr_frame, limit=1)
         coroutine = coroutine.cr_await
@@ -48,8 +48,8 @@ def _stack(coroutine: Any, thread: int) -> str:
 
 
 def _end_forked_child() -> None:
-    """End a process that a handler has forked and that has returned from it: request and loop are its parent's."""
-    text = "ublk: a process that a handler has forked has returned from the handler; it ends with status 1"
+    """End a forked child that has returned from a handler: the request and the loop belong to its parent."""
+    text = "ublk: a child process returned from the handler that forked it; exiting with status 1"
     print(text, file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -76,7 +76,7 @@ def _raise(exception: BaseException) -> None:
 
 
 class LoopServer:
-    """Serves one queue's requests by tasks."""
+    """Serves the requests of one queue with tasks."""
 
     def __init__(
         self,
@@ -89,12 +89,12 @@ class LoopServer:
         self._methods = methods
         self._report = report
         self._die = die
-        # What is under way, by a number: when it began, its request, and the coroutine that serves that.
+        # Requests in progress, by a number: when it was taken, the request, and the coroutine that serves it.
         self._serving: dict[int, tuple[float, Request, Coroutine[Any, Any, None]]] = {}
         # The tasks of those coroutines, once they have begun to wait.
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._count = 0
-        # What was taken and is not in there yet: a signal's handler may raise anything at any place.
+        # Requests that were taken and are not in `_serving` yet: a signal handler may raise at any place.
         self._hand: list[weakref.ref[Request]] = []
         self._thread = 0
         self._owner = os.getpid()
@@ -109,14 +109,14 @@ class LoopServer:
         """Begin to serve on the running loop."""
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
-        # A loop knows one reader for each descriptor.
+        # A loop has one reader for each descriptor.
         self._descriptor = os.dup(self._queue.fileno())
         self._loop.add_reader(self._descriptor, self._ready)
         self._guard = self._loop.create_task(self._watch_the_end())
         self._attached.set()
 
     def run(self, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None) -> None:
-        """Serve on a loop of this thread's own until the queue ends."""
+        """Serve on a new loop in this thread until the queue ends."""
         try:
             with asyncio.Runner(loop_factory=loop_factory) as runner:
                 runner.run(self._serve_all())
@@ -125,12 +125,12 @@ class LoopServer:
             if self._attached.is_set():
                 self._die(error)
         finally:
-            # If it ended in another way, the queue is not served any more.
+            # If the loop ended in another way, nothing serves the queue any more.
             self._queue.close()
             self._attached.set()
 
     def wait_attached(self) -> None:
-        """Wait until the thread of `run` serves the queue. Raises what keeps it from that."""
+        """Wait until the thread of `run` serves the queue. Raises the exception that prevented it."""
         self._attached.wait()
         if self._error is not None:
             raise self._error
@@ -141,12 +141,12 @@ class LoopServer:
         await self._guard
 
     async def _watch_the_end(self) -> None:
-        """Wait for the queue's end. If the loop ends before, so does the device."""
+        """Wait until the queue ends. If the loop ends before, end the device."""
         assert self._ended is not None
         try:
             await self._ended.wait()
         except BaseException:
-            # As all tasks are when a loop ends.
+            # A loop that ends cancels all tasks.
             self._queue.close()
             self._fail_unbegun()
             self._forget_descriptor()
@@ -161,7 +161,7 @@ class LoopServer:
             self._descriptor = -1
 
     def waiting(self) -> list[tuple[int, float, str]]:
-        """Return what tasks do: a number, the seconds that each has had its request, and its stack."""
+        """Return the tasks that serve requests: a number, the age of the request in seconds, and the stack."""
         found = []
         for number, (began, _request, coroutine) in list(self._serving.items()):
             found.append((number, time.monotonic() - began, _stack(coroutine, self._thread)))
@@ -180,7 +180,7 @@ class LoopServer:
         return task is not None and any(task.get_coro() is served[2] for served in self._serving.values())
 
     def fail_late(self, seconds: float) -> int:
-        """Fail the requests that tasks have had for so many seconds, and cancel the tasks; return how many."""
+        """Fail the requests that are older than so many seconds, and cancel their tasks; return how many."""
         failed = 0
         for number, (began, request, _coroutine) in list(self._serving.items()):
             if time.monotonic() - began < seconds or request.done:
@@ -195,9 +195,9 @@ class LoopServer:
         return failed
 
     def cancel(self) -> None:
-        """Cancel the tasks that serve requests; from any thread."""
+        """Cancel the tasks that serve requests. May be called from any thread."""
         if self._loop is not None:
-            # A loop that is closed has cancelled them itself.
+            # A loop that is closed has cancelled them.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._cancel_tasks)
 
@@ -206,7 +206,7 @@ class LoopServer:
             task.cancel()
 
     def abandon(self) -> None:
-        """Fail the queue's requests if the loop that served them runs no more."""
+        """Fail the requests of the queue if the loop is not running any more."""
         if self._loop is None or self._loop.is_running():
             return
         self._queue.close()
@@ -216,7 +216,7 @@ class LoopServer:
                 request.fail()
 
     def _fail_unbegun(self) -> None:
-        """Fail what an exception kept from being served."""
+        """Fail the requests that an exception prevented from being served."""
         taken = [request for reference in self._hand if (request := reference()) is not None]
         for number, (_began, request, coroutine) in list(self._serving.items()):
             if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
@@ -237,7 +237,7 @@ class LoopServer:
             self._ended.set()
             return
         began, first = time.monotonic(), self._count + 1
-        # All of them before the first runs, which may hold up the others.
+        # Register all of them before the first one runs, which may delay the others.
         for request in batch:
             self._count += 1
             self._serving[self._count] = (began, request, self._serve(request))
@@ -249,7 +249,7 @@ class LoopServer:
             try:
                 task = self._task(coroutine, eager)
             except BaseException as exception:
-                # The loop makes no tasks.
+                # The loop's task factory failed.
                 del self._serving[number]
                 coroutine.close()
                 self._fail(request, exception)
@@ -266,7 +266,7 @@ class LoopServer:
     def _task(self, coroutine: Coroutine[Any, Any, None], eager: bool) -> asyncio.Task[None]:
         assert self._loop is not None
         if eager and sys.version_info >= (3, 12):
-            # Most of what a request that does not wait would take is its way through the loop.
+            # For a request that does not wait, scheduling the task would take most of the time.
             return asyncio.Task(coroutine, loop=self._loop, eager_start=True)
         return self._loop.create_task(coroutine)
 
@@ -274,7 +274,7 @@ class LoopServer:
         method = self._methods[request.op]
         try:
             if method is None:
-                # What a class declares, for its `map` to do all of.
+                # An operation that the class declares, because `map` is meant to handle all of its requests.
                 raise NotImplementedError
             ended = False
             while not ended:
@@ -284,12 +284,12 @@ class LoopServer:
                     returned = method()
                 else:
                     returned = method(request.offset, request.length)
-                # A class may have methods of both kinds.
+                # A class may have plain methods, too.
                 if isinstance(returned, CoroutineType) or inspect.isawaitable(returned):
                     returned = await returned
                 if os.getpid() != self._owner:
                     _end_forked_child()
-                # Again, if what it has returned was invalidated meanwhile.
+                # Repeated if the returned extent was invalidated meanwhile.
                 ended = request._finish(returned)
         except asyncio.CancelledError:
             if not request.done:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Syncs of files that remember failures."""
+"""File syncs that remember failures."""
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -60,14 +59,14 @@ class FileSync:
     def sync(self) -> None:
         """Make everything durable that was written before this call.
 
-        Raises the `OSError` of ``fdatasync``, which is never repeated; and from then on, on all threads, one with
-        ``EIO``: nothing says which writes were lost. Signals are blocked on this thread meanwhile. One sync runs at a
-        time. Threads that wait for it share the next one.
+        Raises the `OSError` of ``fdatasync``, which is never repeated. After a failure all calls, on all threads, raise
+        one with ``EIO``, because it is unknown which writes were lost. Signals are blocked on this thread meanwhile.
+        One sync runs at a time, and the threads that wait for it share the next one.
         """
         began = synced = False
         try:
             with self._changed:
-                # What was written before is in one that begins from now on.
+                # Earlier writes are covered by any sync that begins from now on.
                 wanted = self._begun + 1
                 self._waiting += 1
                 try:
@@ -80,7 +79,7 @@ class FileSync:
                 began = True
                 self._begun += 1
             for file in self._files:
-                # Not `os.fdatasync`: it repeats a sync that failed with EINTR, which then succeeds.
+                # Not `os.fdatasync`: it repeats a sync that failed with EINTR, and the repetition succeeds.
                 _ublk.fdatasync(file)
             synced = True
         except OSError as error:
@@ -89,15 +88,15 @@ class FileSync:
                 log(logging.ERROR, text, ", ".join(map(repr, self._files)), error)
             raise
         finally:
-            # Without a call, at which a signal's handler could raise: what has begun is seen to end. What such a
-            # handler has interrupted counts as failed, since nothing says what has become of the rest.
+            # No calls here, in which a signal handler could raise: a sync that has begun always ends. One that a signal
+            # handler interrupted counts as failed, because the fate of its writes is unknown.
             if began:
                 self._failed |= not synced and self._ended != self._begun
                 self._ended = self._begun
                 self._wake()
 
     def _wake(self) -> None:
-        """Wake the threads that wait for a sync, whatever signals' handlers raise meanwhile."""
+        """Wake the threads that wait for a sync, whatever signal handlers raise meanwhile."""
         raised: BaseException | None = None
         while True:
             try:
@@ -120,12 +119,9 @@ class FileSync:
 _all: weakref.WeakSet[FileSync] = weakref.WeakSet()
 
 
-def _in_forked_child() -> None:
-    """Replace locks that a thread of the parent may have held, and forget its syncs."""
+def in_forked_child() -> None:
+    """Replace locks that a thread of the parent may have held, and forget the parent's syncs."""
     for one in list(_all):
         one._changed = threading.Condition()
         one._ended = one._begun
         one._waiting = 0
-
-
-os.register_at_fork(after_in_child=_in_forked_child)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""How long a thread that computes may keep the interpreter from those that serve requests.
+"""The interpreter's switch interval, which is lowered while Python serves requests.
 
-CPython lets it go on for `sys.getswitchinterval()`, 5 ms by default, each time another thread wants to enter: that is
-what a request then takes at least. While devices run it is a tenth of that.
+A thread that computes keeps the GIL for `sys.getswitchinterval()`, 5 ms by default, after another thread has requested
+it. That is the minimum latency of a request then. While devices are running, the interval is 0.5 ms.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 
@@ -20,7 +19,7 @@ _before: float | None = None
 
 
 def shorten(device: object) -> None:
-    """A device runs that needs the interpreter. What the program has made shorter stays so."""
+    """Lower the interval for a device that needs the interpreter, unless the program has set a shorter one."""
     global _before
     with _lock:
         if not _devices and sys.getswitchinterval() > SECONDS:
@@ -30,7 +29,7 @@ def shorten(device: object) -> None:
 
 
 def restore(device: object) -> None:
-    """A device has stopped, perhaps the last one. What the program has set meanwhile stays so."""
+    """Restore the interval after the last device, unless the program has changed it."""
     with _lock:
         _devices.discard(device)
         if not _devices:
@@ -44,12 +43,9 @@ def _restore() -> None:
     _before = None
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Forget the parent's devices, and the lock that one of its threads may have held."""
     global _lock
     _lock = threading.Lock()
     _devices.clear()
     _restore()
-
-
-os.register_at_fork(after_in_child=_in_forked_child)

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 # Questions that end the device.
 ENDS = ("stop", "leave")
-# The number of what is no answer, but comes before the first one.
+# Number of a message before the first answer, with the number of a device that was created.
 MADE = -1
-# How often a wait checks whether it was expedited.
+# Interval at which a wait checks whether it was expedited, in seconds.
 _LOOK_SECONDS = 0.1
-# The wait for an answer, from then on.
+# Limit of a wait for an answer after that.
 EXPEDITED_SECONDS = 5.0
 # What surely fits into a pipe that has room.
 _CHUNK = 32 << 10
@@ -47,9 +47,9 @@ class _Question:
 
 
 class Questions:
-    """Sends questions and receives answers on a thread of its own.
+    """Sends questions and receives answers, on its own thread.
 
-    Any number of threads may wait for answers at the same time, and so may a signal's handler that interrupts a wait.
+    Any number of threads may wait for answers at the same time, and so may a signal handler that interrupts a wait.
     """
 
     def __init__(self, control: Connection, pid: int, payload: list[bytes]) -> None:
@@ -58,17 +58,17 @@ class Questions:
         # Whether the process may have everything that it needs for a device.
         self.is_given = False
         self._numbers = itertools.count(1)
-        # Its `put` may be interrupted by another one.
+        # `SimpleQueue.put` is reentrant, for signal handlers.
         self._queue: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
         self._first = _Question(0, "", ())
         self._waiting = {0: self._first}
         self._is_over = False
         self.is_expedited = False
-        # The number of the device that the process has made, before it is live.
+        # Number of the device that the process has created, before it is live.
         self.made: int | None = None
-        # What the process has reported of the device when that had ended; by the time that the process's end is seen.
+        # The final report about the device; complete when the end of the process is noticed.
         self.last: dict[str, Any] = {}
-        # The pipe alone does not show the end of the process: whatever it has forked has it open, too.
+        # The pipe does not close with the process if a child of it still has the other end open.
         self.running = os.pidfd_open(pid)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for descriptor in (self.running, self._wake):
@@ -77,9 +77,9 @@ class Questions:
         self._thread.start()
 
     def ask(self, text: str, *arguments: object, seconds: float, begin: float | None = None) -> Answer:
-        """Return the answer. Raises `EOFError` if the process ends before that, `TimeoutError` if the time is over.
+        """Return the answer. Raises `EOFError` if the process ends first, `TimeoutError` after so many seconds.
 
-        What the process does not get to within ``begin`` seconds (otherwise ``seconds``) is not carried out.
+        The process refuses to begin after ``begin`` seconds, by default ``seconds``.
         """
         begin_by = time.monotonic() + (seconds if begin is None else begin)
         question = _Question(next(self._numbers), text, arguments, begin_by)
@@ -87,19 +87,19 @@ class Questions:
         return self._wait(question, seconds)
 
     def wait_for_start(self, seconds: float) -> Answer:
-        """Return the answer that comes without a question, once the process serves the device. Raises as `ask`."""
+        """Return the first answer, which the process sends once it serves the device. Raises like `ask`."""
         return self._wait(self._first, seconds)
 
     def post(self, text: str) -> None:
-        """Send what needs no answer. May be called by a signal's handler."""
+        """Send a message without an answer. May be called by a signal handler."""
         self._put(_Question(-1, text, ()))
 
     def close(self) -> None:
-        """Ask nothing more; answers still come. The process sees it, and ends."""
+        """Close the sending side, upon which the process ends. Answers are still received."""
         self._put(None)
 
     def join(self, seconds: float) -> None:
-        """Wait until everything is received that a process has sent that has ended."""
+        """Wait until everything is received that a process sent before it ended."""
         self._thread.join(seconds)
 
     def _put(self, question: _Question | None) -> None:
@@ -124,7 +124,7 @@ class Questions:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPIPE])
         try:
             self._send_payload()
-            # What is left of a process that has ended comes first.
+            # Messages that a process sent before it ended are still received.
             while (ready := wait([self._control, self._wake, self.running])) != [self.running]:
                 if self._control in ready:
                     self._receive(self._control.recv())
@@ -169,7 +169,7 @@ class Questions:
     def _receive(self, answer: Answer) -> None:
         if answer.number == MADE:
             self.made = answer.value
-        # Of one that timed out or was interrupted, too.
+        # Also for a question whose wait timed out or was interrupted.
         question = self._waiting.pop(answer.number, None)
         if question is not None:
             if question.text in ENDS and answer.value is not None:
@@ -190,7 +190,7 @@ class Questions:
                     continue
                 if question.number > 0:
                     self._waiting[question.number] = question
-                # A process that ends may have sent something that is still to be received.
+                # If the process has ended, its last messages are still to be received.
                 with contextlib.suppress(OSError):
                     if self._has_room():
                         self._control.send((question.number, question.text, question.arguments, question.begin_by))

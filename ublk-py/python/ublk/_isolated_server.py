@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Devices that a process of their own serves: that process's side."""
+"""Isolated devices: the side of the process that serves the device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ublk import _ublk
-from ublk._device import Device, leave_removal
+from ublk import _driver, _start, _ublk
+from ublk._device import Device
 from ublk._errors import UblkError
 from ublk._isolated_questions import ENDS, MADE, receive_part
+from ublk._lifecycle import leave_removal
 from ublk._log import log
 
 if TYPE_CHECKING:
@@ -33,24 +34,25 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ublk._block_device import BlockDevice
+    from ublk._options import Options
 
-# So many log records wait for the program to take them; then they are lost. It must never hold up the disk.
+# Maximum number of log records that wait for the program; further ones are dropped, so that the disk never waits.
 _RECORDS = 10_000
-# A start that is given up: for the stop of its device, and for the rest. The program waits a little longer.
+# Limits for an aborted start: for stopping its device, and for the rest. The program waits a little longer.
 _UNDO_SECONDS = 5.0
 _END_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception on its way between processes, of which one may not know its class."""
+    """Exception that is passed between processes. The receiver may be unable to import its class."""
 
     pickled: bytes
     text: str
 
     @classmethod
     def of(cls, error: BaseException) -> Self:
-        """Pack an exception; what is not the user's mistake, with its traceback."""
+        """Pack an exception, with its traceback unless it is an expected one."""
         if not isinstance(error, (UblkError, ValueError, TypeError)):
             error.add_note("".join(["in the process that serves the device:\n", *traceback.format_exception(error)]))
         with contextlib.suppress(Exception):
@@ -58,7 +60,7 @@ class Failure:
         return cls(b"", _text(error))
 
     def restored(self) -> BaseException:
-        """Give the exception itself, or one that says which it was."""
+        """Return the exception, or an `UblkError` with its text if it cannot be unpickled."""
         with contextlib.suppress(Exception):
             error = pickle.loads(self.pickled)
             if isinstance(error, BaseException):
@@ -80,33 +82,33 @@ class Answer:
 
 
 class _ToProgram(logging.handlers.QueueHandler):
-    """Puts aside log records for a thread that sends them."""
+    """Queues log records for the thread that sends them."""
 
-    queue: queue.SimpleQueue[logging.LogRecord | Failure | _Word]
+    queue: queue.SimpleQueue[logging.LogRecord | Failure | _Notice]
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Lose what is too much."""
+        """Queue a record, or drop it if there are too many."""
         if self.queue.qsize() < _RECORDS:
             self.queue.put(record)
 
 
-class _Word(enum.Enum):
-    """What there is to say besides."""
+class _Notice(enum.Enum):
+    """Event without data."""
 
     ENDED = enum.auto()
-    """The device begins to end, and no handler is to blame."""
+    """The device begins to end, and not because of an exception of a handler."""
     OVER = enum.auto()
-    """Nothing more will come."""
+    """There are no more events."""
 
 
 class _Events:
-    """Message to the program that is not an answer."""
+    """Sends messages to the program that are not answers."""
 
     def __init__(self, pipe: Connection, levels: Mapping[str, int]) -> None:
         self._pipe = pipe
-        # A thread that logs never waits for the program to read.
-        self._queue: queue.SimpleQueue[logging.LogRecord | Failure | _Word] = queue.SimpleQueue()
-        # If the module that was imported for the class has seen to it by itself, its log goes where it says.
+        # A thread that logs never waits for the program.
+        self._queue: queue.SimpleQueue[logging.LogRecord | Failure | _Notice] = queue.SimpleQueue()
+        # Unless the module of the class has configured logging.
         if not logging.getLogger().handlers:
             logging.getLogger().addHandler(_ToProgram(self._queue))
             for name, level in levels.items():
@@ -115,10 +117,10 @@ class _Events:
         self._thread.start()
 
     def _forward(self) -> None:
-        while (event := self._queue.get()) is not _Word.OVER:
+        while (event := self._queue.get()) is not _Notice.OVER:
             message: object = event if isinstance(event, Failure) else None
             if isinstance(event, logging.LogRecord):
-                # Whatever else a program hangs on its records may have classes that are not known there.
+                # Other attributes of a record may have classes that the program cannot import.
                 message = {name: value for name, value in vars(event).items() if isinstance(value, (str, int, float))}
             # The program may have exited.
             with contextlib.suppress(OSError):
@@ -126,52 +128,52 @@ class _Events:
 
     def ending(self, error: BaseException | None) -> None:
         """Report that the device begins to end, with the exception of the handler that caused it."""
-        self._queue.put(_Word.ENDED if error is None else Failure.of(error))
+        self._queue.put(_Notice.ENDED if error is None else Failure.of(error))
 
     def close(self, seconds: float = 2.0) -> None:
-        """Send what is there, if it is taken."""
-        self._queue.put(_Word.OVER)
+        """Send the queued events, within so many seconds."""
+        self._queue.put(_Notice.OVER)
         self._thread.join(seconds)
 
 
 def serve(
     control: Connection,
     pipe: Connection,
-    id: int | None,
+    recovers: bool,
     levels: Mapping[str, int],
     fake: bool,
 ) -> None:
-    """Serve a block device until the program says otherwise or is gone; the body of the process."""
-    # What the terminal sends is for the program, which stops this in order.
+    """Serve a block device until the program ends it or exits; the body of the process."""
+    # Signals of the terminal go to the program only, which stops this process in order.
     os.setpgid(0, 0)
     events = _Events(pipe, levels)
     parent = multiprocessing.parent_process()
     assert parent is not None
     assert parent.pid is not None
     try:
-        # The pipe alone does not show the program's end: whatever the program has forked has it open, too.
+        # The pipe does not close with the program if a child of it still has the other end open.
         program = os.pidfd_open(parent.pid)
     except ProcessLookupError:
         return
     try:
-        device = _Start(control, program, id).run(fake)
+        device = _Start(control, program, recovers).run(fake)
     except BaseException as error:
         with contextlib.suppress(OSError):
             control.send(Answer(0, error=Failure.of(error)))
     else:
         with device:
-            # One that is recovered was there before.
-            _attend(device, control, program, events, announced=id is not None)
+            # The program knows the number of a device that it recovers.
+            _attend(device, control, program, events, announced=recovers)
     events.close()
 
 
 class _Start:
-    """Starts the device, or serves one that there is; undoes that if the program gives it up or is gone."""
+    """Starts or recovers the device, and undoes that if the program aborts the start or exits."""
 
-    def __init__(self, control: Connection, program: int, id: int | None) -> None:
+    def __init__(self, control: Connection, program: int, recovers: bool) -> None:
         self._control = control
         self._program = program
-        self._id = id
+        self._recovers = recovers
         self._device: Device | None = None
         self._over = threading.Event()
         self._over_descriptor = os.eventfd(0, os.EFD_CLOEXEC)
@@ -182,39 +184,38 @@ class _Start:
         try:
             parts = [receive_part(self._control) for _ in range(2)]
             try:
-                options: Mapping[str, Any] = pickle.loads(parts[0])
+                options: Options = pickle.loads(parts[0])
                 target: BlockDevice = pickle.loads(parts[1])
             except (AttributeError, ImportError) as error:
-                # Of an interactive program, say.
+                # A class of an interactive session, for example.
                 raise TypeError(f"isolated=True needs a class that can be imported from a file: {error}") from None
             parts.clear()
-            driver = _ublk.FakeDriver() if fake else None
-            if self._id is None:
-                device = Device._make(target, **options)
-                device._made = lambda: self._made(device)
-                device._start(driver)
-            else:
+            if self._recovers:
                 target._check_recovery()
-                device = Device._make(target, 1, 1, None, **options)
-                device._made = lambda: self._made(device)
-                device._recover(self._id, driver)
+            device = Device._make(target, options)
+            device._made = lambda: self._made(device)
+            with _driver.using(_ublk.FakeDriver()) if fake else contextlib.nullcontext():
+                if self._recovers:
+                    _start.take_over(device)
+                else:
+                    _start.start(device)
             return device
         finally:
             self._over.set()
             os.eventfd_write(self._over_descriptor, 1)
 
     def _made(self, device: Device) -> None:
-        """Let the program know what it has to remove if this process does not. Raises if it has given the start up."""
+        """Report the device, which the program removes if this process does not. Raises if the start was aborted."""
         self._device = device
         with contextlib.suppress(OSError):
-            if self._id is None:
+            if not self._recovers:
                 self._control.send(Answer(MADE, device.id))
-            if not self._is_given_up(0):
+            if not self._is_aborted(0):
                 return
-        raise UblkError(errno.ECANCELED, f"{device.path}: the program that starts it has given that up")
+        raise UblkError(errno.ECANCELED, f"{device.path}: the program has aborted the start")
 
-    def _is_given_up(self, milliseconds: int | None) -> bool:
-        """Wait until the program gives the start up or is gone, or until the start is over."""
+    def _is_aborted(self, milliseconds: int | None) -> bool:
+        """Wait until the start is aborted, the program exits, or the start is over; return True unless it is over."""
         poller = select.poll()
         poller.register(self._control.fileno(), select.POLLRDHUP)
         poller.register(self._program, select.POLLIN)
@@ -223,29 +224,29 @@ class _Start:
         return bool(ready) and self._over_descriptor not in ready
 
     def _watch(self) -> None:
-        if not self._is_given_up(None):
+        if not self._is_aborted(None):
             return
         device = self._device
         if device is not None:
             try:
-                if self._id is None:
-                    device._native.stop(_UNDO_SECONDS)
-                else:
+                if self._recovers:
                     device._native.abandon()
+                else:
+                    device._native.stop(_UNDO_SECONDS)
             except UblkError as error:
                 log(logging.ERROR, "stopping %s: %s", device.path, error)
         if not self._over.wait(_END_SECONDS):
-            # Something is stuck. Its end is that of the process.
-            if self._device is not None and self._id is None:
+            # Something is stuck, and ends only with the process.
+            if self._device is not None and not self._recovers:
                 leave_removal([self._device], recoverable=True)
             os._exit(1)
 
 
-_SHAPE = ("id", "path", "queues", "depth", "max_io_bytes", "recovery", "can_be_left", "data")
+_SHAPE = ("id", "path", "queues", "depth", "max_io_bytes", "recovery", "can_quiesce", "data_movement")
 
 
 class _Ends:
-    """Ends the device on threads of their own: meanwhile the program may ask for an end in less time, or be gone."""
+    """Ends the device on threads, because the program may ask for an end in less time meanwhile, or exit."""
 
     def __init__(self, device: Device, answer: Callable[[Answer], None]) -> None:
         self._device = device
@@ -253,13 +254,13 @@ class _Ends:
         self._threads: list[threading.Thread] = []
         # Whether the device is being deleted.
         self.deletes = False
-        # Readable once that is over, or the device was left to another server.
+        # Readable once the device was deleted or left to another server.
         self.over = os.eventfd(0, os.EFD_CLOEXEC)
 
     def begin(self, number: int, question: str, arguments: tuple[Any, ...]) -> None:
-        """End the device as the question has it, and answer after that."""
+        """End the device as the question says, and then answer."""
         end: Callable[[], None] = self._device.quiesce
-        if question == "leave" and self._device.can_be_left:
+        if question == "leave" and self._device.can_quiesce:
             # Here, so that no stop that is read after this deletes the device, whichever thread comes first.
             self._device._native.hand_over()
         if question == "stop":
@@ -279,21 +280,21 @@ class _Ends:
             error = Failure.of(raised)
         value: dict[str, Any] | None = None
         if error is None or native.stopped:
-            # The device may have ended, and with a failure.
+            # The device may have ended even though the stop failed.
             value = {"stats": native.stats(), "entries": native.entries, "revoked": native.revoked}
         self._answer(Answer(number, value, error))
         if value is not None:
             os.eventfd_write(self.over, 1)
 
     def join(self, seconds: float = 5.0) -> None:
-        """Have all answers sent, once the device has ended."""
+        """Wait until all answers are sent, after the device has ended."""
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _attend(device: Device, control: Connection, program: int, events: _Events, announced: bool) -> None:
-    """Answer questions, until one of them ends the device. ``announced`` is whether the program knows of it."""
+    """Answer questions until one of them ends the device. ``announced``: whether the program knows its number."""
     native = device._native
     sending = threading.Lock()
 
@@ -311,7 +312,7 @@ def _attend(device: Device, control: Connection, program: int, events: _Events, 
             ready = {descriptor for descriptor, _ in poller.poll()}
             if native.fileno() in ready:
                 poller.unregister(native.fileno())
-                # Whatever has ended it: the exception is there first.
+                # The exception is set before the device begins to end.
                 events.ending(device._exception)
             if ends.over in ready:
                 ends.join()
@@ -332,21 +333,21 @@ def _attend(device: Device, control: Connection, program: int, events: _Events, 
             elif program in ready:
                 raise EOFError
     except (EOFError, OSError):
-        # One that is being deleted cannot be left to another server any more.
+        # A device that is being deleted cannot be left to another server any more.
         _orphaned(device, announced and not ends.deletes)
 
 
 def _orphaned(device: Device, announced: bool) -> None:
-    """Do what the end of a program does to the devices that it serves. One that it never heard of goes."""
+    """End the device like the end of a program ends its devices; delete it if the program does not know its number."""
     if device.recovery is None or not announced:
         return
     try:
-        if device.can_be_left:
+        if device.can_quiesce:
             device.quiesce()
             return
     except UblkError as error:
         log(logging.ERROR, "leaving %s: %s", device.path, error)
-    # As if killed: the driver then keeps the device for another server.
+    # Exit as if killed: the driver then keeps the device for another server.
     os._exit(1)
 
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""The library's log, which nothing that the program's log handlers do can turn into a failure of the library."""
+"""The library's log, protected from exceptions of the program's log handlers."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
-import os
 import threading
 import time
 import traceback
@@ -19,23 +18,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ublk")
 
-# Of messages with the same key, so many are logged in so many seconds; the others are counted.
+# Number of messages with the same key that are logged per interval, in seconds; the others are counted.
 BURST = 3
 INTERVAL = 10.0
-# Keys that are remembered.
+# Maximum number of keys that are remembered.
 _KEYS = 256
-# For a message of a program that ends, whose stderr may be a full pipe that nothing reads.
+# Limit for a message of a program that ends, whose stderr may be a full pipe that nothing reads.
 _PATIENCE = 1.0
 _ending = False
-# The last thread that took longer.
+# The last thread that wrote a message, which may have taken longer.
 _late: threading.Thread | None = None
 
 
 def log(level: int, message: str, *arguments: object, error: BaseException | None = None) -> None:
     """Log a message, with an exception's traceback.
 
-    What a handler raises is printed to stderr, and goes no further; except that in the main thread Ctrl-C and what
-    other signals' handlers raise do. After `end_soon` the main thread waits a second at most.
+    Exceptions of log handlers are printed to stderr and not propagated, except `KeyboardInterrupt` and the like in the
+    main thread, which signal handlers raise. After `end_soon` the main thread waits a second at most.
     """
     if _ending and threading.current_thread() is threading.main_thread():
         in_time(functools.partial(_log, level, message, *arguments, error=error))
@@ -49,15 +48,15 @@ def log_in_time(level: int, message: str, *arguments: object) -> None:
 
 
 def end_soon() -> None:
-    """Let no handler of the log keep the main thread from its end."""
+    """Limit how long log handlers may delay the main thread, which is about to end."""
     global _ending
     _ending = True
 
 
 def in_time(write: Callable[[], object], *, always: bool = False) -> None:
-    """Write something, and wait for that for a second at most.
+    """Call a function that writes on another thread, and wait for that for a second at most.
 
-    Nothing is written while an earlier one still waits, unless ``always``.
+    It is not called while an earlier one still writes, unless ``always``.
     """
     global _late
     if not always and _late is not None and _late.is_alive():
@@ -66,7 +65,7 @@ def in_time(write: Callable[[], object], *, always: bool = False) -> None:
     try:
         thread.start()
     except RuntimeError:
-        # There are no threads any more, or no memory for one.
+        # No thread can be created any more.
         write()
         return
     _late = thread
@@ -91,17 +90,17 @@ def _print() -> None:
 
 
 class Limiter:
-    """Counts messages of a kind that comes too often to log all of them. Usable from any thread."""
+    """Rate limiter for log messages, by key. May be used from any thread."""
 
     def __init__(self) -> None:
-        # While it is held, a finalizer may have something to report, too.
+        # Reentrant: a finalizer may report something while the lock is held.
         self._lock = threading.RLock()
-        # By key: when the present interval began, how many were logged in it, and how many were left out since.
+        # By key: the start of the interval, the number of messages logged in it, and the number left out since.
         self._seen: dict[object, list[float]] = {}
         _limiters.add(self)
 
     def admit(self, key: object) -> int | None:
-        """Return how many messages of this kind were left out before this one, or None to leave it out, too."""
+        """Return the number of messages left out before this one, or None if this one is to be left out."""
         now = time.monotonic()
         with self._lock:
             if key not in self._seen and len(self._seen) >= _KEYS:
@@ -117,7 +116,7 @@ class Limiter:
             return left_out
 
     def rest(self) -> dict[object, int]:
-        """Return how many messages were left out and not counted in a later one, by key; and forget them."""
+        """Return the number of messages left out since the last logged one, by key, and reset the limiter."""
         with self._lock:
             rest = {key: int(seen[2]) for key, seen in self._seen.items() if seen[2]}
             self._seen.clear()
@@ -127,7 +126,7 @@ class Limiter:
 _limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Replace locks that a thread of the parent may have held."""
     global _ending, _late
     _ending, _late = False, None
@@ -135,9 +134,6 @@ def _in_forked_child() -> None:
         limiter._lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_in_forked_child)
-
-
 def also(left_out: int) -> str:
-    """Return what a message says of those that were left out before it."""
+    """Return the part of a message that counts those left out before it."""
     return f" ({left_out} more since the last report)" if left_out else ""

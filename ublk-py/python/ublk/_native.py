@@ -6,21 +6,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ublk import _start
+from ublk._device import Device
+from ublk._options import Options
 from ublk._serving import NativeServing
 from ublk._ublk import NativeTarget
 
 if TYPE_CHECKING:
     import os
 
-    from ublk._device import Device
-    from ublk._serving import Report, Serving
-    from ublk._ublk import FakeDriver
+    from ublk._serving import Hooks, Serving
 
 
 class NativeDisk:
     """Base class of `Null`, `Mem`, `File` and `Zoned`."""
 
-    # Whether the disk's data ends with this process.
+    # Whether the disk's data is in this process's memory.
     _in_memory = False
 
     def __init__(self, target: NativeTarget) -> None:
@@ -47,34 +48,31 @@ class NativeDisk:
         recoverable: bool | str = False,
         shared_memory: bool = False,
         coalesce_usecs: int = 0,
-        _driver: FakeDriver | None = None,
     ) -> Device:
         """Create the device, serve it, and return when its node is ready; see `BlockDevice.start`.
 
         Raises `ValueError` for a ``recoverable`` disk in memory, whose data is lost with this process.
         """
-        from ublk._device import Device
-
         if recoverable:
             self._check_recovery()
-        device = Device._make(
-            self,
-            queues,
-            depth,
-            id,
+        options = Options(
+            queues=queues,
+            depth=depth,
+            id=id,
             recoverable=recoverable,
-            hang_after=None,
+            hang_timeout=None,
             shared_memory=shared_memory,
             coalesce_usecs=coalesce_usecs,
         )
-        device._start(_driver)
+        device = Device._make(self, options)
+        _start.start(device)
         return device
 
-    def _serve(self, report: Report, *, workers: object, pull: bool, loop_factory: object) -> Serving:
-        if workers is not None or pull or loop_factory is not None:
-            name = type(self).__name__
+    def _serve(self, hooks: Hooks, options: Options) -> Serving:
+        name = type(self).__name__
+        if options.workers is not None or options.pull or options.loop_factory is not None:
             raise ValueError(f"{name} is a native disk: it cannot be combined with workers, an event loop or pull=True")
-        return NativeServing(self._native, self._native.operations, report)
+        return NativeServing(name, self._native, self._native.operations, hooks)
 
     def _check_size(self, size: int) -> None:
         room = self._room()
@@ -156,16 +154,16 @@ class File(NativeDisk):
         super().__init__(NativeTarget.file(path, read_only, block_size, direct))
 
     def _room(self) -> int | None:
-        # Of the open file: another one may have its name.
+        # The open file's size: the path may name another file by now.
         return self._native.backing_size
 
 
 class Zoned(NativeDisk):
     """Zoned disk, in memory or with one file per zone in ``directory``. Linux 6.6.
 
-    Sizes are in bytes; ``zone_size`` is a power of two. The first ``conventional`` zones can be written anywhere.
-    ``max_open`` and ``max_active`` limit the number of open and active zones; 0 means no limit. Only a disk in a
-    directory can be ``recoverable``.
+    Sizes are in bytes; ``zone_size`` is a power of two. The first ``conventional_zones`` zones can be written anywhere.
+    ``max_open_zones`` and ``max_active_zones`` limit the number of open and active zones; 0 means no limit. Only a disk
+    in a directory can be ``recoverable``.
     """
 
     def __init__(
@@ -173,12 +171,12 @@ class Zoned(NativeDisk):
         size: int,
         *,
         zone_size: int = 64 << 20,
-        conventional: int = 0,
-        max_open: int = 0,
-        max_active: int = 0,
+        conventional_zones: int = 0,
+        max_open_zones: int = 0,
+        max_active_zones: int = 0,
         block_size: int = 4096,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        target = NativeTarget.zoned(size, zone_size, conventional, max_open, max_active, block_size, directory)
-        super().__init__(target)
+        limits = (conventional_zones, max_open_zones, max_active_zones)
+        super().__init__(NativeTarget.zoned(size, zone_size, *limits, block_size, directory))
         self._in_memory = directory is None

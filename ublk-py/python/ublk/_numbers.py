@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Integers before they become Rust's."""
+"""Conversion of integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import SupportsIndex
 
 
 def number(name: str, value: SupportsIndex, bits: int) -> int:
-    """Return a value as an `int`, if it is an integer of so many bits: an `int`, or what has ``__index__``."""
+    """Return an `int`, or an object with ``__index__``, as an unsigned integer of at most so many bits.
+
+    Raises `TypeError` for other types and `bool`, `ValueError` for other values.
+    """
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an int, not bool")
     try:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Programs that use the disk that they serve.
+"""Detection of programs that use the disk that they serve.
 
-That is legitimate, as long as the threads that use the disk are not needed to serve it. But a thread that waits for a
-disk cannot be killed: if it waits for its own process, and that dies or does not answer, neither ends.
+That works as long as the threads that use the disk are not needed to serve it. But a thread that waits for a disk
+cannot be killed: if it waits for its own process, and that process dies or does not answer, neither of them ends.
 
-Nothing here asks a file system, which may be the one that does not answer.
+The functions read only ``/proc`` and ``/sys``, since another file system may be the one that does not answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PROCESS = Path("/proc/self")
 
 
 def own_descriptors(path: str) -> dict[int, str]:
-    """Find what this process has open of a disk: its node, those of its partitions, and files on it."""
+    """Return this process's descriptors of a disk: its node, those of its partitions, and files on it."""
     node = re.compile(rf"{re.escape(path)}(p[0-9]+)?( \(deleted\))?")
     mounts = _mounts_of(os.path.basename(path))
     found = {}
@@ -35,7 +35,7 @@ def own_descriptors(path: str) -> dict[int, str]:
 
 
 def _mounts_of(disk: str) -> set[str]:
-    """Find the numbers of the mounts that are of a disk or of a partition of it."""
+    """Return the IDs of the mounts of a disk and its partitions."""
     found: set[str] = set()
     try:
         lines = (_PROCESS / "mountinfo").read_text(errors="replace").splitlines()
@@ -49,14 +49,14 @@ def _mounts_of(disk: str) -> set[str]:
 
 
 def _mount_of(descriptor: str) -> str:
-    """Return the number of the mount that an open file is on."""
+    """Return the ID of the mount that an open file is on."""
     text = (_PROCESS / "fdinfo" / descriptor).read_text()
     numbers = [line.split()[1] for line in text.splitlines() if line.startswith("mnt_id:")]
     return numbers[0] if numbers else ""
 
 
 def _disk_of(number: str) -> str:
-    """Return the name of the disk that a block device MAJOR:MINOR is, or is a partition of; empty if it is none."""
+    """Return the name of the disk that MAJOR:MINOR is, or is a partition of; empty if it is not a block device."""
     try:
         parts = os.readlink(f"/sys/dev/block/{number}").split("/")
     except OSError:
@@ -66,12 +66,12 @@ def _disk_of(number: str) -> str:
 
 
 def blocked_threads() -> dict[int, str]:
-    """Find the threads of this process that wait for a device and cannot be killed until it answers: their names."""
+    """Return the names of this process's threads in uninterruptible sleep, which usually wait for a disk, by ID."""
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
     found = {}
     for entry in _entries(_PROCESS / "task"):
         try:
-            # The name may have anything in it, parentheses too.
+            # The name may contain any characters, including parentheses.
             state = (_PROCESS / "task" / entry / "stat").read_text().rpartition(")")[2].split()[0]
         except (OSError, IndexError):
             continue
@@ -81,13 +81,13 @@ def blocked_threads() -> dict[int, str]:
 
 
 def descriptor_in_use(thread: int) -> int | None:
-    """Return the descriptor that a blocked thread's system call is about, if that is known.
+    """Return the descriptor that a blocked thread's system call uses, or None if it is unknown.
 
-    Those that read, write and sync have it as the first argument, where no other call that waits for a device has so
-    small a number. A thread that waits because of a page fault, or for a path, has none.
+    Calls that read, write and sync have it as their first argument; other calls that wait for a device have larger
+    numbers there. A thread that waits in a page fault, or for a path, has none.
     """
     try:
-        # The call's number and its arguments; -1 without a call; "running" if it goes on after all.
+        # The number of the call and its arguments; -1 outside of a call; "running" if it is not blocked any more.
         words = (_PROCESS / "task" / str(thread) / "syscall").read_text().split()
         return int(words[1], 16) if len(words) > 3 else None
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""New code for a running disk: `ublk run --reload`."""
+"""Replacement of the code of a running disk: `ublk run --reload`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ublk import _signals
-from ublk._device import recover
 from ublk._errors import UblkError
 from ublk._log import log
+from ublk._start import recover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
     from ublk._block_device import BlockDevice
     from ublk._device import Device
-    from ublk._ublk import FakeDriver
 
-    # What distinguishes one state of a file from another.
+    # Modification time, size and inode of a file.
     Stamp = tuple[int, int, int]
 
 
@@ -35,17 +34,17 @@ POLL_SECONDS = 0.3
 
 
 class Source:
-    """The files that a class comes from: its module and all modules in the same directory or below."""
+    """Source files of a class: its module and all imported modules in the same directory or below."""
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self._root = Path(file).resolve().parent
-        # Compiled code is compared with its source by a time in seconds, and edits may be quicker.
+        # Cached bytecode is checked by a time in seconds, and would hide edits within a second.
         sys.dont_write_bytecode = True
         self._seen = self._stamps()
         self._changing = self._seen
 
     def modules(self) -> dict[str, ModuleType]:
-        """Those that are imported, by name."""
+        """Return the imported modules, by name."""
         found = {}
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None)
@@ -67,12 +66,12 @@ class Source:
                 stat = os.stat(file)
                 stamps[file] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
             except OSError:
-                # An editor is about to put another in its place.
+                # An editor is about to replace it.
                 stamps[file] = None
         return stamps
 
     def has_changed(self) -> bool:
-        """Return whether something has changed since the last time, and not since the last look."""
+        """Return whether a file has changed since this last returned True, and none since the last call."""
         stamps = self._stamps()
         settled = stamps == self._changing and None not in stamps.values()
         self._changing = stamps
@@ -83,7 +82,7 @@ class Source:
 
     @contextlib.contextmanager
     def forgotten(self) -> Iterator[None]:
-        """Have the modules imported anew; as it was, if that fails."""
+        """Forget the modules in the block, so that they are imported again. Restores them if the block raises."""
         modules = self.modules()
         for name in modules:
             del sys.modules[name]
@@ -96,12 +95,12 @@ class Source:
             sys.modules.update(modules)
             raise
         finally:
-            # What the new code imports is to be watched as well.
+            # The new code may import other modules, which are watched as well.
             self._seen = self._changing = self._stamps()
 
 
 def pass_on(old: BlockDevice, new: BlockDevice) -> None:
-    """Give the state of one object to the next: by ``take_over`` if its class has it, else as pickling does."""
+    """Transfer the state of one object to the next: with ``take_over`` if its class has it, else like pickling."""
     take_over = getattr(new, "take_over", None)
     if take_over is not None:
         take_over(old)
@@ -112,7 +111,7 @@ def pass_on(old: BlockDevice, new: BlockDevice) -> None:
         set_state(state)
         return
     attributes, slots = state if isinstance(state, tuple) else (state, None)
-    # Attributes that only the new class knows stay as its constructor has made them.
+    # Attributes that only the new class has keep the values that its constructor has set.
     for part in (attributes, slots):
         for name, value in (part or {}).items():
             if name != "_kept_extents":
@@ -120,7 +119,7 @@ def pass_on(old: BlockDevice, new: BlockDevice) -> None:
 
 
 class Reloader:
-    """A device, and the object that serves it until its source changes."""
+    """Device whose block device is replaced when its source changes."""
 
     def __init__(
         self,
@@ -130,13 +129,12 @@ class Reloader:
         *,
         workers: int | None = None,
         coalesce_usecs: int = 0,
-        driver: FakeDriver | None = None,
     ) -> None:
         self._target = target
         self._make = make
         self._source = source
-        self._how: dict[str, Any] = {"workers": workers, "coalesce_usecs": coalesce_usecs, "_driver": driver}
-        # What is to serve the disk as soon as the old code lets go.
+        self._how: dict[str, Any] = {"workers": workers, "coalesce_usecs": coalesce_usecs}
+        # The next block device, while a handler of the old one is still running.
         self._next: BlockDevice | None = None
         self._counted = False
         self.device: Device
@@ -144,11 +142,11 @@ class Reloader:
     def start(self, *, queues: int = 1, depth: int = 128, id: int | None = None) -> Device:
         """Serve the disk with the first object."""
         self.device = self._target.start(queues=queues, depth=depth, id=id, recoverable=True, **self._how)
-        if not self.device.can_be_left:
+        if not self.device.can_quiesce:
             self.device.stop()
             text = "--reload needs UBLK_F_QUIESCE: Linux 6.16 or newer, or the driver of this project"
             raise UblkError(errno.EOPNOTSUPP, text)
-        # Between two servers the device exists, too, and SIGTERM must remove it.
+        # The device also exists between two servers, and SIGTERM must remove it then.
         _signals.device_started(self)
         self._counted = True
         return self.device
@@ -163,17 +161,17 @@ class Reloader:
                 _signals.device_stopped(self)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the device to end; return whether it did within so many seconds."""
+        """Wait up to so many seconds for the device to end; return whether it did."""
         if self._next is None:
             return self.device.wait(seconds)
-        # It has begun to end, for the next one to take it over.
+        # It has ended already, and waits for the next block device.
         time.sleep(seconds)
         return False
 
     def look(self) -> bool:
-        """Serve the disk with new code, if there is some that works; return whether there was.
+        """Serve the disk with the new code if the source has changed and works; return whether it does.
 
-        Raises `UblkError` if the disk is left without a server.
+        Raises the error if the disk has no server after that.
         """
         if self._next is None:
             if not self.device.running or not self._source.has_changed():
@@ -188,13 +186,15 @@ class Reloader:
         except (Exception, SystemExit) as error:
             cause = error.__cause__ or error
             if self._next is not None:
-                log(logging.ERROR, "a handler of the old code hangs; the new one serves once it returns: %s", error)
+                log(logging.ERROR, "a handler of the old code hangs; the new code serves once it returns: %s", error)
             elif self.device.running:
-                log(logging.ERROR, "the new code does not work, the old goes on: %s", error, error=cause)
+                log(
+                    logging.ERROR, "the new code does not work; the old code continues to serve: %s", error, error=cause
+                )
             else:
                 raise
             return False
-        log(logging.WARNING, "%s is served by new code", self.device.path)
+        log(logging.WARNING, "%s is now served by the new code", self.device.path)
         return True
 
     def _replace(self, new: BlockDevice) -> None:
@@ -202,7 +202,7 @@ class Reloader:
         self._next = None
         is_left = False
         try:
-            # Signals wait for each step of the hand-over, but not for code of the class.
+            # Signals are deferred during each step of the hand-over, but not while code of the class runs.
             with _signals.deferred():
                 self._quiesce(new)
                 is_left = True
@@ -222,12 +222,12 @@ class Reloader:
         try:
             self.device.quiesce()
         except UblkError:
-            # The driver takes no requests to the old code any more, but a thread may still be in there.
+            # The driver passes no more requests to the old code, but a handler may still be running.
             if self.device._native.queues_left and not self.device.running:
                 self._next = new
             raise
         except BaseException:
-            # The second signal: there is no time for new code.
+            # The second signal: no new code is started.
             log(logging.WARNING, "%s waits for another server: ublk.recover(%d, ...)", self.device.path, self.device.id)
             raise
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _dropped = Limiter()
 
-# For requests that an iteration was left with.
+# How long a stop waits for requests that an iteration had when it was left.
 _GRACE_SECONDS = 1.0
 
 
@@ -48,7 +48,7 @@ class Op(enum.StrEnum):
 
 
 def dropped(what: str) -> None:
-    """Log that a request was dropped without an answer; called where its last reference goes."""
+    """Log that a request was dropped without an answer; called where its last reference is released."""
     frame = sys._getframe().f_back
     if frame is None or frame.f_code.co_filename == threading.__file__:
         place = "when its handler had returned"
@@ -68,16 +68,16 @@ class Requests:
     """Iterator over the requests of a device, for ``for`` and ``async for``.
 
     Several threads and tasks may iterate concurrently: each request goes to one of them. The iteration ends with the
-    device. When the last iteration is left early, the device has no server any more: further requests fail with
+    device. When the last iteration is left early, nothing serves the device any more, and further requests fail with
     ``EIO``.
     """
 
     def __init__(self, queues: Sequence[PullQueue], error: Callable[[], BaseException | None]) -> None:
         self._queues = tuple(queues)
         self._error = error
-        # The threads that iterate, one entry for each iteration.
+        # The thread of each iteration in progress.
         self._consumers: dict[object, int] = {}
-        # What each iteration has in hand, also after it was left with that.
+        # Requests that each iteration has taken from a queue and not ended, also after it was left.
         self._hands: dict[object, list[weakref.ref[Request]]] = {}
 
     def __iter__(self) -> Iterator[Request]:
@@ -112,7 +112,7 @@ class Requests:
                     yield request
                 if batch or ended:
                     continue
-                # Only for so long: while the body of the iteration waits for something, there may be more to take.
+                # The readers are removed after each wait: the loop would call them all the time while the body waits.
                 ready.clear()
                 for queue in waiting:
                     loop.add_reader(descriptors[queue], ready.set)
@@ -126,12 +126,12 @@ class Requests:
     def _take(
         self, waiting: list[PullQueue], hand: list[weakref.ref[Request]]
     ) -> tuple[list[Request], list[PullQueue]]:
-        """Take a request from the first queue that has one, which is the last one next time.
+        """Take a request from the first queue that has one, and move that queue to the end of the list.
 
-        Take queues that have ended out of the list, and return which they were.
+        Remove queues that have ended from the list, and return them, too.
         """
         ended = []
-        # The body is done with the one before, or has handed it on.
+        # The body has ended the previous request, or passed it on.
         hand.clear()
         for queue in list(waiting):
             batch = queue.take(1, hand)
@@ -146,12 +146,12 @@ class Requests:
 
     @contextlib.contextmanager
     def _consumer(self) -> Iterator[tuple[dict[PullQueue, int], list[weakref.ref[Request]]]]:
-        """Have descriptors of one's own for the queues: they stay valid, and a loop knows one reader for each.
+        """Register an iteration, with its own descriptors of the queues and a list for the requests that it takes.
 
-        And a place for what one has in hand.
+        The descriptors stay valid after the queues end, and a loop has one reader for each descriptor.
         """
         for over in self._hands.keys() - self._consumers.keys():
-            # Of an iteration that was left with a request that has ended since.
+            # An iteration that was left with a request, which has ended since.
             if not _unfinished(self._hands.get(over, [])):
                 self._hands.pop(over, None)
         token = object()
@@ -179,10 +179,10 @@ class Requests:
         for queue in self._queues:
             queue.close()
 
-    def abandon(self) -> None:
-        """Close the queues unless a thread other than this one takes requests."""
-        # What iterations were left with: an exception's traceback keeps it, so that it is not dropped. Another thread
-        # may have been given it.
+    def _abandon(self) -> None:
+        """Fail the requests that iterations were left with, and close the queues unless another thread iterates."""
+        # The traceback of an exception may keep a request of an iteration that was left, so that it is not dropped. Or
+        # the body may have passed it to another thread.
         left = [hand for token, hand in list(self._hands.items()) if token not in self._consumers]
         deadline = time.monotonic() + _GRACE_SECONDS
         for request in itertools.chain(*map(_unfinished, left)):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Signals that would kill the program without a chance to remove its devices."""
+"""Signals that would kill the program before it can remove its devices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
-# Signal handlers and finalizers may come in between.
+# Reentrant: signal handlers and finalizers may run while it is held.
 _lock = threading.RLock()
 _devices: set[object] = set()
 _replaced: dict[int, Any] = {}
@@ -47,10 +47,10 @@ def _is_second(number: int, first: float) -> bool:
 def _terminate(number: int, _frame: FrameType | None) -> None:
     global _first
     if not _devices:
-        # The last device was stopped by another thread, and this one has not put the signals back yet.
+        # Another thread has stopped the last device, and this one has not restored the signals yet.
         _put_back()
         if signal.getsignal(number) is _terminate:
-            # Put in place again by a program that had found it there.
+            # The program has saved this handler, and set it again later.
             signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         return
@@ -61,7 +61,7 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
     raise Terminated(128 + number)
 
 
-# The pipe that every signal writes to while threads wait, how many do, and the descriptor that it replaces.
+# The pipe that signals write to while threads wait, the number of waits, and the descriptor that it replaces.
 _pipe: tuple[int, int] | None = None
 _waiting = 0
 _before = -1
@@ -69,19 +69,18 @@ _before = -1
 
 @contextlib.contextmanager
 def wakeup_fd() -> Iterator[int | None]:
-    """Give the main thread a descriptor that becomes readable with every signal.
+    """Yield a descriptor that becomes readable with each signal, in the main thread; None in other threads.
 
-    The kernel may deliver a signal to any thread, and only the one that gets it is interrupted. Other
-    threads get ``None``: signals are none of their business.
+    The kernel may deliver a signal to any thread, and interrupts only that one.
     """
     global _pipe, _waiting, _before
     if threading.current_thread() is not threading.main_thread():
         yield None
         return
     with _lock:
-        # Kept for ever: those who wait end in any order, some when they are collected, on any thread.
+        # Never closed: waits end in any order, and some on any thread, when generators are collected.
         pipe = _pipe = _pipe or os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        # Also while others wait: an event loop may have put its own in place, and taken it away.
+        # Set for each wait: an event loop may have set its own descriptor and removed it meanwhile.
         before = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
         if before != pipe[1]:
             _before = before
@@ -90,18 +89,18 @@ def wakeup_fd() -> Iterator[int | None]:
         yield pipe[0]
     finally:
         with _lock:
-            # In a forked child that was the parent's.
+            # In a forked child, the pipe of the parent is replaced.
             ours = pipe == _pipe
             _waiting -= ours
             if ours and _waiting == 0 and threading.current_thread() is threading.main_thread():
                 present = signal.set_wakeup_fd(_before)
                 if present != pipe[1]:
-                    # The program has set its own meanwhile.
+                    # The program has set its own descriptor meanwhile.
                     signal.set_wakeup_fd(present)
 
 
 def drain(descriptor: int) -> None:
-    """Empty the descriptor of `wakeup_fd`; the signals' handlers have run by then."""
+    """Empty the descriptor of `wakeup_fd`; the signal handlers have run by then."""
     with contextlib.suppress(BlockingIOError):
         while os.read(descriptor, 64):
             pass
@@ -114,7 +113,7 @@ def _give_back() -> bool:
             return False
         signal.set_wakeup_fd(_before)
         if _pipe is not None:
-            # What came meanwhile.
+            # Signals that have arrived meanwhile.
             with contextlib.suppress(OSError):
                 os.write(_before, os.read(_pipe[0], 64))
         return True
@@ -122,15 +121,15 @@ def _give_back() -> bool:
 
 @contextlib.contextmanager
 def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """Have signals wake the event loop of this thread, which otherwise may sleep while their handlers wait for it.
+    """Make signals wake the event loop of this thread, so that their handlers run without delay.
 
-    Not if the program has a wakeup descriptor: then it is the loop's own, which does the same.
+    If the program has a wake-up descriptor, it is the loop's own and does the same: nothing is changed then.
     """
     with wakeup_fd() as signalled:
         if signalled is None or _give_back():
             yield
             return
-        # A loop knows one reader for each descriptor.
+        # A loop has one reader for each descriptor.
         descriptor = os.dup(signalled)
         try:
             loop.add_reader(descriptor, drain, descriptor)
@@ -142,7 +141,7 @@ def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
 
 
 def device_started(device: object) -> None:
-    """Take over the signals whose default action is to kill, if the main thread starts the device."""
+    """Handle the signals whose default action is to kill, if the main thread starts the device."""
     global _first
     with _lock:
         if not _devices:
@@ -156,7 +155,7 @@ def device_started(device: object) -> None:
 
 
 def device_stopped(device: object) -> None:
-    """Put the signals back with the last device: at once in the main thread, else when that gets to it."""
+    """Restore the signals after the last device: at once in the main thread, else when it runs Python code again."""
     with _lock:
         _devices.discard(device)
         if _devices or not _replaced:
@@ -164,13 +163,13 @@ def device_stopped(device: object) -> None:
     if threading.current_thread() is threading.main_thread():
         _put_back()
         return
-    # If there is no place for the call, the first signal does it.
+    # If the queue of calls is full, the first signal restores them.
     with contextlib.suppress(RuntimeError):
         _ublk.call_in_main_thread(_put_back)
 
 
 def _put_back() -> None:
-    """Put the signals back as they were before the first device, unless one has started meanwhile."""
+    """Restore the signal handlers from before the first device, unless one has started meanwhile."""
     with _lock:
         while _replaced and not _devices:
             number, previous = _replaced.popitem()
@@ -178,34 +177,31 @@ def _put_back() -> None:
                 signal.signal(number, previous)
 
 
-def _in_forked_child() -> None:
-    """Forget the parent's devices and its signals, and the lock that one of its threads may have held."""
+def in_forked_child() -> None:
+    """Forget the parent's devices and signals, and the lock that one of its threads may have held."""
     global _lock, _pipe, _waiting
     _lock = threading.RLock()
     _devices.clear()
     _waiting = 0
     _put_back()
     if _pipe is not None:
-        # Its signals are none of the parent's.
+        # Signals of the child must not wake the parent.
         present = signal.set_wakeup_fd(-1)
         if present != _pipe[1]:
             signal.set_wakeup_fd(present)
         _pipe = None
 
 
-os.register_at_fork(after_in_child=_in_forked_child)
-
-
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP wait until the block is over, in the main thread. The second one does not wait."""
+    """Defer SIGINT, SIGTERM and SIGHUP until the end of the block, in the main thread; not the second one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
     first = 0.0
     found = {number: signal.getsignal(number) for number in (signal.SIGINT, *_SIGNALS)}
-    # A program that is started meanwhile inherits what is ignored.
+    # Ignored signals stay ignored, since child processes inherit that.
     before = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
 
     def put_back() -> None:
@@ -223,7 +219,7 @@ def deferred() -> Iterator[None]:
             first = time.monotonic()
             came.append(number)
         elif _is_second(number, first):
-            # Something in the block does not end.
+            # The block takes too long.
             came.clear()
             put_back()
             signal.raise_signal(number)
@@ -240,11 +236,10 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hurrying(hurry: Callable[[], None], *, again: bool = False) -> Iterator[None]:
-    """Have SIGINT, SIGTERM and SIGHUP call a function in place of their handlers, and end the process the second time.
+    """Make SIGINT, SIGTERM and SIGHUP call a function instead of their handlers, and exit at the second one.
 
-    With ``again``, end it the first time.
-
-    For the main thread, while the program ends. Signals that are ignored or kill the process still do so.
+    With ``again``, exit at the first one. For the main thread, while the program ends. Signals that are ignored or kill
+    the process still do so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -21,7 +21,7 @@ class OpStats:
     mean: float
     """Mean latency in seconds, from the wake-up that brought a request to its completion.
 
-    The other latencies have the same unit, and an error of at most 1/16.
+    The other latencies are in seconds, too, with an error of at most 1/16.
     """
     p50: float
     p99: float

@@ -30,7 +30,10 @@ class DeviceInfo:
 
 
 class SystemDevice:
-    """Device of the system, whichever process serves it; returned by `open`. It need not be closed."""
+    """Device ``/dev/ublkbN`` of the system, whichever process serves it.
+
+    ``SystemDevice(N)`` raises `UblkError` with ``ENODEV`` if there is none. It need not be closed.
+    """
 
     def __init__(self, id: int) -> None:
         self.id = id
@@ -66,11 +69,6 @@ class SystemDevice:
 
     def __repr__(self) -> str:
         return f"<ublk.SystemDevice {self.path}>"
-
-
-def open(id: int) -> SystemDevice:
-    """Return the device with a number. Raises `UblkError` with ``ENODEV`` if there is none."""
-    return SystemDevice(id)
 
 
 def devices() -> list[DeviceInfo]:

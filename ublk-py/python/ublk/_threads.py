@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""The threads that serve requests."""
+"""Threads that serve requests."""
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# None of them may wait for requests: they may be its own.
+# None of them may wait for requests, which might be its own.
 threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
@@ -20,25 +19,22 @@ _lock = threading.Lock()
 
 
 def running() -> list[threading.Thread]:
-    """List those that there are."""
+    """Return the threads that have not ended."""
     with _lock:
         return list(threads)
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Forget the parent's threads, and the lock that one of them may have held."""
     global _lock
     _lock = threading.Lock()
     threads.clear()
 
 
-os.register_at_fork(after_in_child=_in_forked_child)
-
-
 def spawn(name: str, body: Callable[[], None]) -> None:
     """Start a thread that serves requests."""
-    # A daemon, because the interpreter joins the others before it runs exit handlers, and it is one of those that
-    # stops forgotten devices and joins these.
+    # A daemon: the interpreter joins other threads before it runs exit handlers, one of which stops the devices that
+    # are still running and joins these threads.
     thread = threading.Thread(target=body, name=name, daemon=True)
     with _lock:
         threads.add(thread)

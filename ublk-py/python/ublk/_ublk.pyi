@@ -11,7 +11,9 @@ from weakref import ref
 
 from _typeshed import FileDescriptorLike
 
+from ublk._options import Options
 from ublk._requests import Op
+from ublk._serving import Serving
 
 __all__ = [
     "Buffer",
@@ -176,9 +178,9 @@ class NativeTarget:
     def zoned(
         size: int,
         zone_size: int,
-        conventional: int,
-        max_open: int,
-        max_active: int,
+        conventional_zones: int,
+        max_open_zones: int,
+        max_active_zones: int,
         block_size: int,
         directory: str | PathLike[str] | None,
     ) -> NativeTarget: ...
@@ -234,11 +236,11 @@ class NativeDevice:
     @property
     def recovery(self) -> str | None: ...
     @property
-    def can_be_left(self) -> bool: ...
+    def can_quiesce(self) -> bool: ...
     @property
     def queues_left(self) -> int: ...
     @property
-    def data(self) -> str: ...
+    def data_movement(self) -> str: ...
     @property
     def entries(self) -> int: ...
     def busy(self) -> list[tuple[int, int, float]]: ...
@@ -278,24 +280,24 @@ class FakeDriver:
     def violations(self) -> list[str]: ...
 
 def add(
-    description: Mapping[str, Any],
-    handlers: Mapping[str, Any] | NativeTarget,
-    options: Mapping[str, Any],
+    shape: Mapping[str, Any],
+    serving: Serving,
+    options: Options,
     spawn: Callable[[str, Callable[[], None]], None],
     driver: FakeDriver | None,
     made: list[Any],
 ) -> None: ...
 def recover(
-    description: Mapping[str, Any],
-    handlers: Mapping[str, Any] | NativeTarget,
-    id: int,
+    shape: Mapping[str, Any],
+    serving: Serving,
+    options: Options,
     spawn: Callable[[str, Callable[[], None]], None],
     driver: FakeDriver | None,
     made: list[Any],
 ) -> None: ...
 def after_fork() -> None: ...
 def call_in_main_thread(function: Callable[[], object]) -> None: ...
-def check(description: Mapping[str, Any]) -> None: ...
+def check(shape: Mapping[str, Any]) -> None: ...
 def close_gate(seconds: float) -> None: ...
 def fdatasync(file: FileDescriptorLike) -> None: ...
 def features() -> dict[str, bool]: ...

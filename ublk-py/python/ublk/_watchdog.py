@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Handlers that hang are reported, with what they are at."""
+"""Reports of handlers that hang, with their stacks."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import traceback
@@ -15,16 +14,15 @@ from ublk._log import log
 from ublk._own_disk import blocked_threads, descriptor_in_use, own_descriptors
 
 if TYPE_CHECKING:
-    from ublk._serving import Serving
-    from ublk._ublk import NativeDevice
+    from ublk._serving import Native, Serving
 
 _wake = threading.Condition()
-_watched: dict[NativeDevice, _Watched] = {}
+_watched: dict[Native, _Watched] = {}
 _thread: threading.Thread | None = None
 
 
 class _Watched:
-    """A device that is looked at now and then."""
+    """A watched device."""
 
     def __init__(self, path: str, seconds: float, serving: Serving) -> None:
         self.path = path
@@ -33,14 +31,14 @@ class _Watched:
         self.fail = serving.fail_late
         self.reported_threads: set[tuple[int, int]] = set()
         self.reported_tasks: set[int] = set()
-        # That the process uses its own disk.
+        # Whether the log has a warning that the process uses its own disk.
         self.warned = False
-        # The threads that waited for the disk when they were last looked at, with their descriptors.
+        # Threads that waited for the disk at the last check, with the descriptors that they used.
         self.blocked: set[tuple[int, int]] = set()
 
 
-def watch(native: NativeDevice, path: str, seconds: float, serving: Serving) -> None:
-    """Report handlers of a device that take so many seconds, once each."""
+def watch(native: Native, path: str, seconds: float, serving: Serving) -> None:
+    """Report each handler of a device that runs for longer than so many seconds, once."""
     global _thread
     with _wake:
         _watched[native] = _Watched(path, seconds, serving)
@@ -50,22 +48,19 @@ def watch(native: NativeDevice, path: str, seconds: float, serving: Serving) -> 
         _wake.notify()
 
 
-def forget(native: NativeDevice) -> None:
-    """Look at a device no more."""
+def forget(native: Native) -> None:
+    """Stop watching a device."""
     with _wake:
         _watched.pop(native, None)
         _wake.notify()
 
 
-def _in_forked_child() -> None:
+def in_forked_child() -> None:
     """Forget the parent's devices, and the lock that one of its threads may have held."""
     global _wake, _thread
     _wake = threading.Condition()
     _watched.clear()
     _thread = None
-
-
-os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _run() -> None:
@@ -75,42 +70,42 @@ def _run() -> None:
                 _wake.wait()
                 continue
             shortest = min(watched.seconds for watched in _watched.values())
-            # Some cannot be waited for, infinity say.
+            # A condition cannot wait for longer.
             _wake.wait(min(shortest / 2, threading.TIMEOUT_MAX))
             devices = list(_watched.items())
         for native, watched in devices:
             try:
                 _look(native, watched)
             except Exception as error:
-                # Of the program's objects, which a stack is made of. The other devices are still looked at.
-                log(logging.ERROR, "%s: looking at its handlers failed", watched.path, error=error)
+                # An exception of the program's objects in a stack. The other devices are still checked.
+                log(logging.ERROR, "%s: checking its handlers failed", watched.path, error=error)
 
 
-def _look(native: NativeDevice, watched: _Watched) -> None:
+def _look(native: Native, watched: _Watched) -> None:
     descriptors = own_descriptors(watched.path)
     if descriptors and not watched.warned:
         watched.warned = True
         log(
             logging.WARNING,
-            "%s: this process serves the disk and has it open itself, as descriptor %s: a thread that waits for the"
-            " disk when the process is killed may keep it from ending; use the disk from another process",
+            "%s: this process serves the disk and has it open as descriptor %s: if it is killed while a thread waits"
+            " for the disk, it may never end; use the disk from another process",
             watched.path,
             ", ".join(f"{number} ({target})" for number, target in descriptors.items()),
         )
     late = _report_threads(native, watched) | _report_tasks(watched)
     names = blocked_threads() if late and descriptors else {}
-    # A thread that waits for another disk is no reason to fail requests of this one.
+    # Threads that wait for another disk do not count.
     used = ((thread, descriptor_in_use(thread)) for thread in names)
     blocked = {(thread, number) for thread, number in used if number in descriptors}
-    # Twice in a row: a disk that answers has its threads wait now and then, too.
+    # In two checks in a row: threads also wait for a disk that answers, but not for long.
     cycle = sorted(names[thread] for thread, _number in blocked & watched.blocked)
     watched.blocked = blocked
     if cycle:
         failed = watched.fail(watched.seconds)
         log(
             logging.ERROR,
-            "%s: its process waits for its own disk: %s of this process cannot go on, and its handlers have not"
-            " answered for %g s; %d of their requests fail",
+            "%s: the process waits for its own disk: %s cannot continue, and handlers have not answered for %g s;"
+            " failing %d of their requests",
             watched.path,
             ", ".join(cycle),
             watched.seconds,
@@ -118,7 +113,7 @@ def _look(native: NativeDevice, watched: _Watched) -> None:
         )
 
 
-def _report_threads(native: NativeDevice, watched: _Watched) -> bool:
+def _report_threads(native: Native, watched: _Watched) -> bool:
     """Report threads that have been in a handler for too long, once each; return whether there are any."""
     frames = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ublk._block_device import BlockDevice
 
 # `struct blk_zone` of linux/blkzoned.h: start, length, write pointer, type, condition, two flags, reserved, capacity,
-# reserved; places and lengths in sectors.
+# reserved; offsets and lengths in sectors.
 _LAYOUT = struct.Struct("=QQQBBBB4xQ24x")
 _SECTOR = 512
 
@@ -38,7 +38,7 @@ class ZoneCondition(enum.IntEnum):
     OFFLINE = 15
 
 
-# Those in which a zone has a write pointer.
+# Conditions in which a zone has a write pointer.
 _WRITABLE = (
     ZoneCondition.EMPTY,
     ZoneCondition.IMPLICITLY_OPEN,
@@ -59,7 +59,7 @@ class Zone:
     """Offset on the disk of the next write; meaningless for conventional and full zones."""
     condition: ZoneCondition
     capacity: int | None = None
-    """How many bytes can be written; by default all."""
+    """Number of bytes that can be written; by default all."""
 
     def _pack(self) -> bytes:
         conventional = self.condition == ZoneCondition.CONVENTIONAL
@@ -76,7 +76,7 @@ class Zone:
 
 
 def _check(zone: Zone, start: int, size: int, zone_size: int) -> None:
-    """Raise ValueError for a zone that cannot be. The kernel refuses most of these, and does not say which or why."""
+    """Raise `ValueError` for an invalid zone. The kernel rejects most of them, without a reason."""
     length = min(zone_size, size - start)
     capacity = length if zone.capacity is None else zone.capacity
     if zone.start != start:
@@ -92,7 +92,7 @@ def _check(zone: Zone, start: int, size: int, zone_size: int) -> None:
 def reporter(
     target: BlockDevice, report_zones: Callable[[int, int], Iterable[Zone]]
 ) -> Callable[[int, memoryview], None]:
-    """Make a function that fills a report's memory from a zoned disk's method."""
+    """Return a function that fills the memory of a zone report from a zoned disk's method."""
 
     def report(offset: int, buf: memoryview) -> None:
         size, zone_size = target.size, target.zone_size
@@ -102,7 +102,7 @@ def reporter(
         zones = list(itertools.islice(report_zones(first, len(starts)), len(starts)))
         if len(zones) < len(starts):
             raise ValueError(f"report_zones({first}, {len(starts)}) returned {len(zones)} zones")
-        # The kernel takes zeros for the end of the zones.
+        # The kernel takes zeros as the end of the zones.
         buf[:] = bytes(len(buf))
         for number, (start, zone) in enumerate(zip(starts, zones, strict=True)):
             _check(zone, start, size, zone_size)

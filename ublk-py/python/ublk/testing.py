@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 
-"""Test block devices in this process: on any machine, without the kernel's driver, without privileges.
+"""Tests of block devices in one process, without the kernel's driver and without privileges.
 
 `ublk.testing.open` serves a `ublk.BlockDevice` on a stand-in for the driver, with the real engine, buffers, checks and
 errors, and returns a binary file::
@@ -20,12 +20,12 @@ import errno
 import io
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from ublk import _ublk
+from ublk import _driver, _ublk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from typing_extensions import Buffer
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ublk._block_device import BlockDevice
     from ublk._device import Device
     from ublk._native import NativeDisk
+    from ublk._options import StartOptions
 
 __all__ = ["POISON", "File", "open"]
 
@@ -44,10 +45,9 @@ _MAX_SECTORS = (1 << 32) - 1
 
 
 class _Ranges:
-    """Ranges that writes are at work on: whole blocks together, but parts of blocks alone.
+    """Locked ranges of writes in progress. Writes of whole blocks may overlap, but not with writes of parts of blocks.
 
-    A part of a block is written by reading, changing and writing the block, which would undo what others write to it
-    meanwhile.
+    A part of a block is written by reading, changing and writing the block, which would undo concurrent writes to it.
     """
 
     def __init__(self) -> None:
@@ -83,17 +83,20 @@ class File(io.RawIOBase):
     `abort`. If stopping fails, the file stays open, and closing it again retries.
     """
 
-    # Whether its device was stopped in order.
+    # Whether the device was stopped.
     _stopped = False
 
-    def __init__(self, disk: BlockDevice | NativeDisk, **options: Any) -> None:
+    def __init__(self, disk: BlockDevice | NativeDisk, **options: Unpack[StartOptions]) -> None:
         super().__init__()
         if options.get("isolated"):
             raise ValueError("isolated=True is not supported without a kernel")
         self._driver = _ublk.FakeDriver()
         self._position = 0
         self._ranges = _Ranges()
-        self.device: Device = disk.start(**options, _driver=self._driver)
+        # Native disks take some of the options only.
+        start: Callable[..., Device] = disk.start
+        with _driver.using(self._driver):
+            self.device: Device = start(**options)
         """The running device."""
         self.device.wait_ready()
 
@@ -115,15 +118,15 @@ class File(io.RawIOBase):
         return self.device.size
 
     def readable(self) -> bool:
-        """Every disk is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Every disk is."""
+        """Return True."""
         return True
 
     def writable(self) -> bool:
-        """Whether the disk can be written."""
+        """Return whether the disk can be written."""
         return not self.device.read_only
 
     def tell(self) -> int:
@@ -186,7 +189,7 @@ class File(io.RawIOBase):
 
     def flush(self) -> None:
         """Flush the disk's write cache, if it has one. Raises `OSError` (``ENODEV``) if the device has ended."""
-        # The base class's `close` calls this too, when a file is collected also for a device that could not be started.
+        # The base class's `close` calls this too; when a file is collected, also without a device.
         if not self.closed and not self._stopped and hasattr(self, "device") and "flush" in self.device.operations:
             self._driver.flush(self.device.id)
 
@@ -218,7 +221,7 @@ class File(io.RawIOBase):
             # A handler would wait for itself, and so would the flush.
             self.device._check_end()
         try:
-            # One that has ended has nothing to flush any more.
+            # A device that has ended cannot be flushed.
             if hasattr(self, "device") and self.device.running:
                 self.flush()
         finally:
@@ -237,7 +240,7 @@ class File(io.RawIOBase):
             self.device.stop(**how)
         self._stopped = True
         super().close()
-        # Collecting one that could not be made closes it too.
+        # A file that was not constructed completely is closed, too, when it is collected.
         if hasattr(self, "_driver"):
             broken = self._driver.violations()
             assert not broken, broken
@@ -270,6 +273,6 @@ class File(io.RawIOBase):
             raise OSError(errno.EINVAL, f"{offset}+{length} is not a multiple of the block size ({block})")
 
 
-def open(disk: BlockDevice | NativeDisk, **options: Any) -> File:
+def open(disk: BlockDevice | NativeDisk, **options: Unpack[StartOptions]) -> File:
     """Serve a block device and return a file on it. The options are those of `ublk.BlockDevice.start`."""
     return File(disk, **options)
