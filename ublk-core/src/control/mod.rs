@@ -6,7 +6,9 @@
 //! what it waits for.
 //!
 //! The commands, with their numbers, time limits and the meaning of their failures, are in `commands.rs`.
+//! `call.rs` sends them.
 
+mod call;
 mod commands;
 
 use std::sync::Arc;
@@ -14,9 +16,10 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+use self::call::Call;
 use self::commands::Command;
 use crate::data::shared::SharedMemory;
-use crate::driver::{CharDevice, ControlCommand, ControlFailure, Driver, deadline};
+use crate::driver::{CharDevice, Driver, deadline};
 use crate::error::{Error, Result};
 use crate::options::Recovery;
 use crate::params::Params;
@@ -36,9 +39,6 @@ pub(crate) const STATE_POLL: Duration = Duration::from_millis(10);
 
 /// Time that [`Control::remove`] waits for a deleted device's id to become free.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// Time for which a device may outlive its node.
-const NODE_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Arguments of [`Control::add`].
 #[derive(Clone, Copy, Debug)]
@@ -461,147 +461,8 @@ impl Control {
 
     /// Prepares a command.
     fn call(&self, command: &'static Command, id: Option<DeviceId>) -> Call<'_> {
-        Call {
-            control: self,
-            command,
-            id,
-            data: 0,
-            payload: Vec::new(),
-            by_path: false,
-            timeout: command.timeout,
-            give_up: &|| false,
-        }
+        Call::new(self, command, id)
     }
-
-    /// Returns whether a device that a command did not find by its path is deleted: its node disappears a moment before the
-    /// device, but may also be missing for another reason.
-    fn is_gone(&self, id: DeviceId) -> bool {
-        let deadline = Instant::now() + NODE_TIMEOUT;
-        loop {
-            match self.driver.device_ids() {
-                Ok(ids) if !ids.contains(&id) => return true,
-                Ok(_) if Instant::now() < deadline => std::thread::sleep(STATE_POLL),
-                _ => return false,
-            }
-        }
-    }
-}
-
-/// A command with its arguments.
-struct Call<'c> {
-    control: &'c Control,
-    command: &'static Command,
-    id: Option<DeviceId>,
-    data: u64,
-    payload: Vec<u8>,
-    /// The device is identified by the path of its char device, too.
-    by_path: bool,
-    timeout: Duration,
-    give_up: &'c dyn Fn() -> bool,
-}
-
-impl<'c> Call<'c> {
-    /// Sets the inline argument.
-    fn data(self, data: u64) -> Self {
-        Call { data, ..self }
-    }
-
-    /// Sets the bytes that the driver reads and may write.
-    fn payload(self, payload: Vec<u8>) -> Self {
-        Call { payload, ..self }
-    }
-
-    /// Adds the path of the char device.
-    fn path(self) -> Self {
-        Call { by_path: true, ..self }
-    }
-
-    /// Sets the time limit.
-    fn within(self, timeout: Duration) -> Self {
-        Call { timeout, ..self }
-    }
-
-    /// Ends the wait once `give_up` returns true.
-    fn unless(self, give_up: &'c dyn Fn() -> bool) -> Self {
-        Call { give_up, ..self }
-    }
-
-    /// Runs a command without a reply.
-    fn run(self) -> Result<()> {
-        self.result().map(drop)
-    }
-
-    /// Runs a command and returns its reply.
-    fn reply(self) -> Result<Vec<u8>> {
-        self.result().map(|(_, reply)| reply)
-    }
-
-    /// Runs a command and returns its result and reply. It is repeated with the char device's path if the device requires
-    /// that.
-    ///
-    /// An unprivileged device admits any process that may open its char device, but only to commands that name it by path,
-    /// even for root. A privileged device takes the path for the command's argument. A number may belong to another kind of
-    /// device than before, so that every command is tried without a path first: an unprivileged device refuses that before
-    /// it does anything else.
-    fn result(self) -> Result<(i32, Vec<u8>)> {
-        let Some(id) = self.id.filter(|_| !self.by_path && self.command.op != commands::ADD_DEV.op) else {
-            return self.send();
-        };
-        let with_path = Call { payload: self.payload.clone(), by_path: true, ..self };
-        match self.send() {
-            Err(Error::Control { errno: Errno::EINVAL, .. })
-                if with_path.control.info(id)?.features.contains(Features::UNPRIVILEGED_DEV) =>
-            {
-                with_path.send()
-            }
-            other => other,
-        }
-    }
-
-    fn send(self) -> Result<(i32, Vec<u8>)> {
-        let Call { control, command, id, data, mut payload, by_path, timeout, give_up } = self;
-        let name = command.name;
-        log::debug!("{name} {id:?} data {data}");
-        let path = id.filter(|_| by_path).map(char_path).unwrap_or_default();
-        payload.splice(..0, path.bytes());
-        let message = ControlCommand {
-            name,
-            op: command.op,
-            dev_id: id.map_or(u32::MAX, |id| id.0),
-            data,
-            payload,
-            path_len: path.len() as u16,
-            may_block: command.may_block,
-        };
-        let refused =
-            |errno: Errno, hint: &str| Error::Control { command: name, device: id, errno, hint: hint.to_owned() };
-        // SAFETY: the only command with an address in its payload is REG_BUF, of a `SharedMemory`, whose bytes are only
-        // clients' data.
-        match unsafe { control.driver.control(message, timeout, give_up) } {
-            Ok((result, mut reply)) => {
-                reply.drain(..path.len());
-                Ok((result, reply))
-            }
-            Err(ControlFailure::Refused(Errno::ENOENT)) if by_path && id.is_some_and(|id| control.is_gone(id)) => {
-                Err(refused(Errno::ENODEV, command.hint(Errno::ENODEV)))
-            }
-            Err(ControlFailure::Refused(errno)) => Err(refused(errno, command.hint(errno))),
-            Err(ControlFailure::GaveUp) => {
-                Err(refused(Errno::ECANCELED, "a queue of the device failed, or another process stopped it"))
-            }
-            Err(ControlFailure::Io(e)) => Err(refused(crate::error::errno_of(&e), "the command could not be sent")),
-            Err(ControlFailure::Timeout) => Err(Error::Timeout {
-                waiting_for: id.map_or(name.to_owned(), |id| format!("{name} on device {id}")),
-                waited: timeout,
-                hint: command.slow.to_owned(),
-            }),
-        }
-    }
-}
-
-/// The path by which a command names a device, with a terminating zero.
-fn char_path(id: DeviceId) -> String {
-    format!("/dev/ublkc{id}\0")
 }
 
 /// What happens after a server has not left in time. The driver has taken the server's tags away by then and cannot return

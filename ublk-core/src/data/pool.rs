@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_that_somebody_holds_is_not_used_again() {
+    fn a_buffer_that_is_still_held_is_not_used_again() {
         let mut pool = BufferPool::default();
         let buffer = pool.take(1).unwrap();
         let held = buffer.clone();
