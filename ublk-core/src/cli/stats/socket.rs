@@ -295,7 +295,8 @@ mod tests {
         let _ = verbose.write_all(&[b'x'; 4 * MAX_REQUEST]);
         let mut slow = UnixStream::connect(&server.path).unwrap();
         for byte in *b"sta" {
-            slow.write_all(&[byte]).unwrap();
+            // On a machine under load, it may be disconnected by now.
+            let _ = slow.write_all(&[byte]);
             assert_eq!(server.query(3).unwrap().queues.len(), 3);
         }
         // The others are disconnected in the end.
