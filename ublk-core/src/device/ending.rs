@@ -239,8 +239,8 @@ impl Device {
             // Cancels tags that were fetched again after the command that cancelled the others.
             match self.control.info(id).map(|info| info.state) {
                 Ok(DeviceState::Live) if self.info.features.contains(Features::QUIESCE) => {
-                    // What has closed its queues is not asked, but followed by another server. Somebody may be stopping
-                    // it, which forbids this and does the same.
+                    // With its queues closed, another server has followed, which is not asked to leave. If another process
+                    // is stopping the device, the driver refuses this; the stop has the same effect.
                     if let Some(_open) = self.opened() {
                         let _ = self.control.quiesce_unless(id, Duration::from_millis(100), &|| patience.is_over());
                     }
