@@ -3,6 +3,7 @@
 //! The traits that targets implement.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use crate::data::Access;
 use crate::error::Result;
@@ -12,7 +13,8 @@ use crate::units::{DeviceId, QueueId};
 
 /// A kind of disk.
 ///
-/// The engine opens one [`QueueHandler`] per hardware queue and calls it on the thread that serves the queue.
+/// The engine opens one [`QueueHandler`] per hardware queue and calls it on the thread that serves the queue. For a disk of
+/// plain methods, implement [`BlockDevice`](crate::BlockDevice) instead.
 pub trait Target: Send + Sync + Debug + 'static {
     /// Returns a short name for lists and messages.
     fn kind(&self) -> &str;
@@ -30,7 +32,7 @@ pub trait Target: Send + Sync + Debug + 'static {
     /// # Errors
     ///
     /// With any error, the device does not start.
-    fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>>;
+    fn open_queue(self: Arc<Self>, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>>;
 }
 
 /// Properties of a queue, for its handler.

@@ -37,7 +37,7 @@ impl Target for Curious {
         params()
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(Box::new(CuriousQueue(self.0.clone())))
     }
 }

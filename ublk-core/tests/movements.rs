@@ -98,7 +98,7 @@ impl Target for Inverting {
     fn access(&self) -> Access {
         Access::Forwards { memory_alignment: 1 }
     }
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(Box::new(Inverting(self.0.clone())))
     }
 }
@@ -147,7 +147,7 @@ impl Target for Sharing {
     fn access(&self) -> Access {
         Access::Forwards { memory_alignment: 1 }
     }
-    fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(Box::new(SharingQueue(self.file.clone(), self.senders.open(queue.queue)?)))
     }
 }

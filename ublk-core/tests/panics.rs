@@ -67,7 +67,7 @@ impl Target for Panics {
         Access::Bytes
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         self.at(Place::OpenQueue);
         let drop = (self.place == Place::HandlersDrop).then(|| Bomb);
         Ok(Box::new(PanicsQueue { place: self.place, _drop: drop }))

@@ -428,7 +428,7 @@ impl Target for Shaped {
         self.0
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(Box::new(Completes))
     }
 }

@@ -175,7 +175,7 @@ fn requests_that_a_handler_leaves_behind_fail_with_eio() {
         fn params(&self) -> Params {
             Params::new(SIZE, 512)
         }
-        fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
             Ok(Box::new(Lazy))
         }
     }
@@ -219,8 +219,8 @@ impl Target for Rounds {
         Params::new(SIZE, 512)
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(self.clone()))
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(Arc::unwrap_or_clone(self)))
     }
 }
 
@@ -403,7 +403,7 @@ fn a_target_that_cannot_open_its_queue_leaves_no_device() {
         fn params(&self) -> Params {
             Params::new(SIZE, 512)
         }
-        fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        fn open_queue(self: Arc<Self>, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
             assert!(!self.0, "no queue today");
             Err(Error::Target {
                 context: format!("opening queue {}", queue.queue),

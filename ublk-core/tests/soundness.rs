@@ -99,8 +99,8 @@ impl Target for Copying {
         Access::Copies
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        Ok(Box::new(self.clone()))
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        Ok(Box::new(Arc::unwrap_or_clone(self)))
     }
 }
 

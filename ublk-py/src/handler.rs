@@ -64,7 +64,7 @@ impl Target for PythonTarget {
         }
     }
 
-    fn open_queue(&self, info: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, info: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         let failed = |source| ublk_core::Error::Target { context: "opening a queue".into(), source };
         interpreter::attach(|py| self.open(py, info))
             .ok_or_else(|| failed(std::io::Error::other("the interpreter is shutting down")))?

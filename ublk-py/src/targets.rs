@@ -61,8 +61,8 @@ impl Target for Resized {
         self.target.access()
     }
 
-    fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
-        self.target.open_queue(queue)
+    fn open_queue(self: Arc<Self>, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+        self.target.clone().open_queue(queue)
     }
 }
 

@@ -78,7 +78,7 @@ impl Queue {
             reason: format!("{what}: {e}"),
         };
         let not_fetched = |error| OpenFailure { error, fetched: false };
-        let opened = guarded(|| target.open_queue(&info));
+        let opened = guarded(|| target.clone().open_queue(&info));
         // This may be the last reference, if the device was abandoned meanwhile.
         drop_guarded(target, || format!("the target of ublkb{}", info.device));
         let opened = opened.unwrap_or_else(|panic| Err(refused("the target panicked", &panic)));

@@ -341,7 +341,7 @@ impl Target for File {
         Access::Forwards { memory_alignment: if self.direct { memory_alignment(&self.file) } else { 1 } }
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(match &self.metadata {
             Some(metadata) => {
                 metadata.locks().start()?;

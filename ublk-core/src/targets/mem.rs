@@ -107,11 +107,11 @@ impl Target for Mem {
         self.params
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         if let Some(metadata) = &self.metadata {
             metadata.locks().start()?;
         }
-        Ok(Box::new(MemQueue(Arc::new(self.clone()))))
+        Ok(Box::new(MemQueue(self)))
     }
 }
 

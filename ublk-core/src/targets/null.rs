@@ -2,6 +2,8 @@
 
 //! `null`: accepts all requests and stores nothing. Reads return what the buffer contains.
 
+use std::sync::Arc;
+
 use crate::error::Result;
 use crate::params::{Operations, Params};
 use crate::request::Requests;
@@ -45,7 +47,7 @@ impl Target for Null {
         self.params
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(Box::new(NullQueue))
     }
 }

@@ -42,7 +42,7 @@ impl<F: Fn(Request<'_>) + Clone + Send + Sync + 'static> Target for Custom<F> {
         params
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(Box::new(CustomQueue(self.0.clone())))
     }
 }

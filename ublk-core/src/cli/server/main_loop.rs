@@ -184,7 +184,7 @@ mod tests {
             crate::Params::new(1 << 20, 512)
         }
 
-        fn open_queue(&self, _: &crate::QueueInfo) -> crate::Result<Box<dyn crate::QueueHandler>> {
+        fn open_queue(self: Arc<Self>, _: &crate::QueueInfo) -> crate::Result<Box<dyn crate::QueueHandler>> {
             Ok(Box::new(KeepingQueue(self.0.clone())))
         }
     }

@@ -319,7 +319,7 @@ impl Target for Zoned {
         self.0.params
     }
 
-    fn open_queue(&self, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(Box::new(ZonedQueue(self.0.clone())))
     }
 }
