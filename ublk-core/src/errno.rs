@@ -77,10 +77,16 @@ impl From<Errno> for RawErrno {
     }
 }
 
-/// `EIO` if the error has no number.
+/// The error's number; without one, that of its kind for those that the block layer distinguishes, and `EIO` for others.
 impl From<&io::Error> for RawErrno {
     fn from(error: &io::Error) -> Self {
-        error.raw_os_error().and_then(Self::new).unwrap_or(Self::EIO)
+        error.raw_os_error().and_then(Self::new).unwrap_or_else(|| match error.kind() {
+            io::ErrorKind::OutOfMemory => Errno::ENOMEM.into(),
+            io::ErrorKind::StorageFull => Errno::ENOSPC.into(),
+            io::ErrorKind::TimedOut => Errno::ETIMEDOUT.into(),
+            io::ErrorKind::Unsupported => Errno::EOPNOTSUPP.into(),
+            _ => Self::EIO,
+        })
     }
 }
 
@@ -135,6 +141,13 @@ mod tests {
         assert_eq!(RawErrno::from(Errno::from_raw(503)), RawErrno::EIO);
         assert_eq!(RawErrno::from(&io::Error::from_raw_os_error(0)), RawErrno::EIO);
         assert_eq!(RawErrno::from(&io::Error::other("no number")), RawErrno::EIO);
+        assert_eq!(RawErrno::from(&io::ErrorKind::InvalidData.into()), RawErrno::EIO);
+    }
+
+    #[test]
+    fn a_kind_of_error_has_an_errno() {
+        assert_eq!(RawErrno::from(&io::ErrorKind::StorageFull.into()), Errno::ENOSPC);
+        assert_eq!(RawErrno::from(&io::ErrorKind::Unsupported.into()), Errno::EOPNOTSUPP);
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 //! Block devices in user space, on Linux's ublk.
 //!
-//! A [`Target`] describes its disk and creates a [`QueueHandler`] per queue; a [`Server`] creates the device and serves it on
-//! a few threads, each with one io_uring.
+//! A [`BlockDevice`] is a disk of plain methods; a [`Target`] describes its disk and creates a [`QueueHandler`] per queue; a
+//! [`Server`] creates the device and serves it on a few threads, each with one io_uring.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -24,6 +24,7 @@
 //! The command ([`cli`]) uses the built-in [`targets`]. They implement [`Target`] and are served by a [`Server`], which uses
 //! the engine, and through it the [`driver`].
 
+mod block_device;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod control;
@@ -56,6 +57,7 @@ pub mod targets;
 mod uapi;
 mod units;
 
+pub use block_device::BlockDevice;
 pub use data::shared::SharedMemory;
 pub use data::{Access, DataMovement};
 pub use device::{Device, Ending, MAX_COALESCING, Server};
