@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A disk whose every request takes 10 ms, as one across a network would, served by tasks of tokio: a
-//! hundred of them wait at the same time on one thread.
+//! A disk on which each request takes 10 ms, as over a network, served by tasks of tokio: a hundred of them wait at the
+//! same time on one thread.
 //!
 //!     cargo run --release --package ublk-examples --bin pull_tokio
 
+#![forbid(unsafe_code)]
+
 use std::time::Duration;
 
-use tokio::io::unix::AsyncFd;
-use ublk_core::pull::PullQueue;
+use ublk_core::pull::AsyncPullQueue;
 use ublk_core::{DetachedRequest, DeviceOptions, Op, Params, Server, pull};
 
 async fn serve(mut request: DetachedRequest) {
@@ -20,29 +21,25 @@ async fn serve(mut request: DetachedRequest) {
     request.finish(result);
 }
 
-async fn take(queue: PullQueue) -> std::io::Result<()> {
-    // SAFETY: the descriptor is the queue's own, and open for as long as the queue lives.
-    let queue = unsafe { AsyncFd::register(queue)? };
-    loop {
-        let mut ready = queue.readable().await?;
-        match queue.get_ref().next_batch_timeout(usize::MAX, Duration::ZERO) {
-            None => return Ok(()),
-            Some(batch) if batch.is_empty() => ready.clear_ready(),
-            Some(batch) => batch.into_iter().for_each(|request| drop(tokio::spawn(serve(request)))),
+async fn serve_all(queue: AsyncPullQueue) -> std::io::Result<()> {
+    while let Some(batch) = queue.next_batch(usize::MAX).await? {
+        for request in batch {
+            tokio::spawn(serve(request));
         }
     }
+    Ok(())
 }
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (target, mut queues) = pull(Params::new(1 << 30, 512), 1)?;
-    let taking = tokio::spawn(take(queues.remove(0)));
+    let serving = tokio::spawn(serve_all(AsyncPullQueue::new(queues.remove(0))?));
     // Starting waits for the driver, which is no work for this thread.
     let start = move || Server::new()?.start(target, &DeviceOptions::default());
     let device = tokio::task::spawn_blocking(start).await??;
     println!("{}", device.path().display());
-    // Until somebody deletes the device.
-    taking.await??;
+    // Until the device is deleted.
+    serving.await??;
     tokio::task::spawn_blocking(move || device.stop()).await??;
     Ok(())
 }

@@ -4,7 +4,7 @@
 //!
 //! [`pull`](crate::pull()) creates a target and a [`PullQueue`] per hardware queue. Any thread may take requests out of a
 //! queue, read or fill their data and end them, in any order. No knowledge of io_uring is needed; the data is copied in
-//! parallel if the driver has `USER_COPY` (6.5).
+//! parallel if the driver has `USER_COPY` (6.5). With the feature `tokio`, tasks await requests (`AsyncPullQueue`).
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -31,6 +31,9 @@
 //! # }
 //! ```
 
+#[cfg(feature = "tokio")]
+mod tokio;
+
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -38,6 +41,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+#[cfg(feature = "tokio")]
+pub use self::tokio::AsyncPullQueue;
 use crate::data::Access;
 use crate::error::{Error, Result};
 use crate::params::Params;
@@ -323,7 +328,7 @@ impl Target for PullTarget {
         self.access
     }
 
-    fn open_queue(&self, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
+    fn open_queue(self: Arc<Self>, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
         Ok(Box::new(PullHandler(self.senders.open(queue.queue)?)))
     }
 }
