@@ -63,7 +63,7 @@ pub use data::{Access, DataMovement};
 pub use device::{Device, Ending, MAX_COALESCING, Server};
 pub use engine::{Spawn, StdSpawn};
 pub use errno::RawErrno;
-pub use error::{Error, Result};
+pub use error::{Error, Parameter, Result};
 pub use memory::IoBuffer;
 pub use nix::errno::Errno;
 pub use options::{DeviceOptions, Recovery};

@@ -5,7 +5,7 @@
 use std::str::FromStr;
 
 use crate::data::DataMovement;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::uapi::{Features, UBLK_MAX_NR_QUEUES, UBLK_MAX_QUEUE_DEPTH};
 use crate::units::DeviceId;
 
@@ -97,7 +97,7 @@ impl FromStr for Recovery {
     fn from_str(name: &str) -> Result<Self> {
         let names = || Self::ALL.map(Self::name).join(", ");
         let found = Self::ALL.into_iter().find(|recovery| recovery.name() == name);
-        found.ok_or_else(|| Error::invalid("recovery", name, format!("must be one of {}", names())))
+        found.ok_or_else(|| Error::invalid(Parameter::Recovery, name, format!("must be one of {}", names())))
     }
 }
 
@@ -179,20 +179,20 @@ impl DeviceOptions {
 
     /// Checks the limits, and returns queues and depth in the driver's type.
     pub(crate) fn checked(&self) -> Result<(u16, u16)> {
-        let limited = |name, value: u32, limit: u16| match u16::try_from(value) {
+        let limited = |parameter, value: u32, limit: u16| match u16::try_from(value) {
             Ok(fits) if (1..=limit).contains(&fits) => Ok(fits),
-            _ => Err(Error::invalid(name, value, format!("must be from 1 to {limit}"))),
+            _ => Err(Error::invalid(parameter, value, format!("must be from 1 to {limit}"))),
         };
         if let Some(id) = self.id.filter(|id| *id > DeviceId::MAX) {
-            return Err(Error::invalid("device id", id, format!("must be from 0 to {}", DeviceId::MAX)));
+            return Err(Error::invalid(Parameter::DeviceId, id, format!("must be from 0 to {}", DeviceId::MAX)));
         }
         if self.shared_memory && self.recovery.is_some() {
             let rule = "cannot be combined with recovery: a new server cannot learn which memory was registered";
-            return Err(Error::invalid("shared memory", true, rule));
+            return Err(Error::conflict(Parameter::SharedMemory, true, rule));
         }
         Ok((
-            limited("queues", self.queues, UBLK_MAX_NR_QUEUES)?,
-            limited("queue depth", self.depth, UBLK_MAX_QUEUE_DEPTH)?,
+            limited(Parameter::Queues, self.queues, UBLK_MAX_NR_QUEUES)?,
+            limited(Parameter::Depth, self.depth, UBLK_MAX_QUEUE_DEPTH)?,
         ))
     }
 }

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sched::{sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 
 const WORDS: usize = CpuSet::LIMIT / 64;
 
@@ -90,7 +90,7 @@ impl FromStr for CpuSet {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let wrong = |why: String| Error::invalid("CPUs", text, why);
+        let wrong = |why: String| Error::invalid(Parameter::Cpus, text, why);
         let number = |word: &str| match word.trim().parse::<usize>() {
             Ok(cpu) if cpu < Self::LIMIT => Ok(cpu),
             Ok(cpu) => Err(wrong(format!("{cpu} is beyond {}", Self::LIMIT - 1))),
@@ -135,7 +135,7 @@ impl Cpus {
             hint: String::new(),
         })?;
         if wish.is_empty() || !wish.iter().all(|cpu| allowed.contains(cpu)) {
-            return Err(Error::invalid("CPUs", wish, format!("this process may use {allowed}")));
+            return Err(Error::invalid(Parameter::Cpus, wish, format!("this process may use {allowed}")));
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! What a device will use of what the driver offers: the one place where features are negotiated.
 
 use crate::data::{Access, DataMovement};
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::options::DeviceOptions;
 use crate::uapi::Features;
 
@@ -35,27 +35,30 @@ pub(crate) struct Demands {
 
 /// Ways in which data moves that an unprivileged device cannot have.
 const PRIVILEGED: Features = Features::SUPPORT_ZERO_COPY.union(Features::USER_COPY).union(Features::AUTO_BUF_REG);
-const NEEDS_PRIVILEGE: &str = "needs root (CAP_SYS_ADMIN)";
 
 impl Plan {
     /// Chooses among what the driver offers.
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] if something was asked for that the driver lacks, [`Error::InvalidValue`] if
-    /// the wishes contradict each other.
+    /// [`Error::Unsupported`] if something was asked for that the driver lacks, [`Error::Conflict`] if
+    /// the options contradict each other.
     pub(crate) fn choose(offered: Features, demands: &Demands, options: &DeviceOptions) -> Result<Self> {
         let (data, reason) = match options.data {
             Some(data) => (data, "as asked for"),
             None => Self::movement(offered, demands),
         };
         if demands.excludes_copy && data.is_copied_by_driver() {
-            return Err(Error::invalid("data movement", data, "zones and integrity metadata require user-copy"));
+            return Err(Error::conflict(
+                Parameter::DataMovement,
+                data,
+                "zones and integrity metadata require user-copy",
+            ));
         }
         let threads_per_queue = u16::try_from(options.threads_per_queue).unwrap_or(u16::MAX);
         if threads_per_queue == 0 || u32::from(threads_per_queue) > options.depth {
             return Err(Error::invalid(
-                "threads per queue",
+                Parameter::ThreadsPerQueue,
                 options.threads_per_queue,
                 format!("must be from 1 to {}, the queue depth", options.depth),
             ));
@@ -63,8 +66,8 @@ impl Plan {
         // A batch belongs to no thread, and there is none of tags whose writes come in two steps.
         let batch_is_possible = threads_per_queue == 1 && data != DataMovement::GetData;
         if options.batch == Some(true) && !batch_is_possible {
-            return Err(Error::invalid(
-                "batch",
+            return Err(Error::conflict(
+                Parameter::Batch,
                 true,
                 "cannot be combined with get-data or with several threads per queue",
             ));
@@ -85,17 +88,18 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] if something was asked for that takes CAP_SYS_ADMIN.
+    /// [`Error::NeedsPrivilege`] if something was asked for that requires CAP_SYS_ADMIN.
     pub(crate) fn choose_unprivileged(offered: Features, demands: &Demands, options: &DeviceOptions) -> Result<Self> {
-        let refuse = |what, value: &dyn std::fmt::Display| Err(Error::invalid(what, value, NEEDS_PRIVILEGE));
+        let refuse =
+            |parameter, value: &dyn ToString| Err(Error::NeedsPrivilege { parameter, value: value.to_string() });
         if let Some(recovery) = options.recovery {
-            return refuse("recovery", &recovery.name());
+            return refuse(Parameter::Recovery, &recovery.name());
         }
         if let Some(data) = options.data.filter(|data| data.features().intersects(PRIVILEGED)) {
-            return refuse("data movement", &data);
+            return refuse(Parameter::DataMovement, &data);
         }
         if demands.excludes_copy {
-            return refuse("disk", &"with zones or integrity metadata");
+            return refuse(Parameter::DataMovement, &"user-copy, for zones or integrity metadata");
         }
         let mut plan = Self::choose(offered.difference(PRIVILEGED), demands, options)?;
         if options.data.is_none() {

@@ -17,7 +17,7 @@ pub(crate) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
     {
         return exception.clone_ref(py);
     }
-    if matches!(error, Error::InvalidValue { .. }) {
+    if error.is_invalid_input() {
         return PyValueError::new_err(error.to_string());
     }
     let class = CLASS.get_or_try_init(py, || py.import("ublk._errors")?.getattr("UblkError").map(Bound::unbind));

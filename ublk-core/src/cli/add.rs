@@ -20,7 +20,7 @@ use super::target::{self, Kind, Switch};
 use crate::control::{Control, DeviceInfo};
 use crate::data::DataMovement;
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::options::{DeviceOptions, Recovery};
 use crate::placement::Cpus;
 use crate::uapi::DeviceState;
@@ -190,18 +190,26 @@ impl Args {
     /// Refuses options that cannot be combined.
     fn check(&self) -> Result<()> {
         if self.threads == Some(0) {
-            return Err(Error::invalid("threads", 0, "must be at least 1"));
+            return Err(Error::invalid(Parameter::CommandLine("threads"), 0, "must be at least 1"));
         }
         self.check_recovery()?;
         if self.count > 1 && (self.target.file().is_some() || self.id.is_some()) {
-            return Err(Error::invalid("count", self.count, "cannot be combined with --file or --number"));
+            return Err(Error::conflict(
+                Parameter::CommandLine("count"),
+                self.count,
+                "cannot be combined with --file or --number",
+            ));
         }
         if self.count > 1 && self.recovery.is_some() {
-            return Err(Error::invalid("count", self.count, "cannot be combined with --recovery"));
+            return Err(Error::conflict(
+                Parameter::CommandLine("count"),
+                self.count,
+                "cannot be combined with --recovery",
+            ));
         }
         if self.shared_memory.is_some() && (self.recovery.is_some() || self.count > 1) {
             let rule = "cannot be combined with --recovery or --count";
-            return Err(Error::invalid("shared memory", true, rule));
+            return Err(Error::conflict(Parameter::SharedMemory, true, rule));
         }
         Ok(())
     }
@@ -210,8 +218,8 @@ impl Args {
     /// mounted file system.
     pub(super) fn check_recovery(&self) -> Result<()> {
         match self.recovery {
-            Some(recovery) if self.target.is_volatile() => Err(Error::invalid(
-                "recovery",
+            Some(recovery) if self.target.is_volatile() => Err(Error::conflict(
+                Parameter::Recovery,
                 recovery.name(),
                 "the disk's data is in the server's memory and is lost with it; use -t file, or -t zoned with --file",
             )),

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 
 /// A file or directory, and what distinguishes it from a later one with its name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,7 +74,7 @@ fn replaced(path: &Path) -> Error {
     let reason = "not the file that the disk is stored in: another one has taken its name, or its file system was mounted \
                   again. Move the disk's file back to this name. If this is the same file, or if it is to replace the \
                   disk's data (unmount the disk first), serve it with `ublk recover --accept-replaced`";
-    Error::invalid("file", path.display(), reason)
+    Error::mismatch(Parameter::CommandLine("file"), path.display(), reason)
 }
 
 /// Whether a process has the file open that has a name now. `None` if that is unknown.

@@ -20,7 +20,7 @@ use self::call::Call;
 use self::commands::Command;
 use crate::data::shared::SharedMemory;
 use crate::driver::{CharDevice, Driver, deadline};
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::options::Recovery;
 use crate::params::Params;
 use crate::process;
@@ -421,7 +421,7 @@ impl Control {
         };
         let (index, _) = self.call(&commands::REG_BUF, Some(id)).payload(wire::encode_shared(&buffer)).result()?;
         u16::try_from(index)
-            .map_err(|_| Error::invalid("shared memory index", index, "the driver returned an invalid index"))
+            .map_err(|_| Error::invalid(Parameter::SharedMemory, index, "the driver returned an invalid index"))
     }
 
     /// UNREG_BUF: ends a registration. Waits for requests whose data is in the memory. Since Linux 7.1.
@@ -438,7 +438,7 @@ impl Control {
         let block = self.params(id)?.params.logical_block_size;
         if bytes == 0 || !bytes.is_multiple_of(u64::from(block)) {
             let rule = format!("must be a multiple of the logical block size ({block})");
-            return Err(Error::invalid("size", bytes, rule));
+            return Err(Error::invalid(Parameter::Size, bytes, rule));
         }
         self.call(&commands::UPDATE_SIZE, Some(id)).data(Sectors::from_bytes(bytes).0).run()
     }

@@ -10,7 +10,7 @@ pub(crate) mod shared;
 
 use std::str::FromStr;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::uapi::Features;
 
 /// How a device's data moves.
@@ -107,7 +107,11 @@ impl FromStr for DataMovement {
     fn from_str(name: &str) -> Result<Self> {
         let found = Self::ALL.into_iter().find(|movement| movement.name() == name);
         found.ok_or_else(|| {
-            Error::invalid("data movement", name, format!("must be one of {}", Self::ALL.map(Self::name).join(", ")))
+            Error::invalid(
+                Parameter::DataMovement,
+                name,
+                format!("must be one of {}", Self::ALL.map(Self::name).join(", ")),
+            )
         })
     }
 }

@@ -17,7 +17,7 @@
 
 use crate::data::{Access, DataMovement};
 use crate::device::DEFAULT_DMA_ALIGNMENT;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::params::{Integrity, Operations, Params};
 
 /// The DMA alignment that a target needs: its own, or that of the files which get the clients' memory.
@@ -34,26 +34,26 @@ pub(super) fn dma_alignment(target: &Params, access: Access, data: DataMovement)
 ///
 /// # Errors
 ///
-/// [`Error::InvalidValue`] with the first value that does not fit, and what the disk has.
+/// [`Error::Mismatch`] with the first value that does not fit, and what the disk has.
 pub(super) fn check(target: &Params, access: Access, disk: &Params, data: DataMovement) -> Result<()> {
     check_kind(target, disk)?;
     if target.size < disk.size {
-        return Err(refusal("size", target.size, format!("has {} bytes", disk.size)));
+        return Err(refusal(Parameter::Size, target.size, format!("has {} bytes", disk.size)));
     }
     // Both are powers of two.
-    at_most("logical block size", target.logical_block_size, disk.logical_block_size)?;
+    at_most(Parameter::LogicalBlockSize, target.logical_block_size, disk.logical_block_size)?;
     check_operations(target, disk)?;
-    at_least("maximum request size", target.max_io_bytes, disk.max_io_bytes)?;
+    at_least(Parameter::MaxIoBytes, target.max_io_bytes, disk.max_io_bytes)?;
     // A request that crosses no boundary of the disk's crosses none of the target's if those are among the disk's.
     let chunk = target.chunk_size;
     if chunk != 0 && (disk.chunk_size == 0 || !chunk.is_multiple_of(disk.chunk_size)) {
-        return Err(refusal("chunk size", chunk, format!("has {} (0 is no limit)", disk.chunk_size)));
+        return Err(refusal(Parameter::ChunkSize, chunk, format!("has {} (0 is no limit)", disk.chunk_size)));
     }
     // Masks are powers of two minus one, and 0 is no limit: the greater one is the stricter.
-    at_most("virt boundary mask", target.virt_boundary_mask, disk.virt_boundary_mask)?;
+    at_most(Parameter::VirtBoundaryMask, target.virt_boundary_mask, disk.virt_boundary_mask)?;
     // A target that says nothing takes memory from anywhere.
     let needed = dma_alignment(target, access, data).unwrap_or(1);
-    at_most("DMA alignment", needed, disk.dma_alignment.unwrap_or(DEFAULT_DMA_ALIGNMENT))?;
+    at_most(Parameter::DmaAlignment, needed, disk.dma_alignment.unwrap_or(DEFAULT_DMA_ALIGNMENT))?;
     check_segments(target, disk)?;
     if disk.operations.contains(Operations::WRITE) {
         check_discards(target, disk)?;
@@ -65,36 +65,44 @@ pub(super) fn check(target: &Params, access: Access, disk: &Params, data: DataMo
     }
 }
 
-fn refusal(name: &'static str, value: impl ToString, disk: impl std::fmt::Display) -> Error {
-    Error::invalid(name, value, format!("the target does not match the disk, which {disk}"))
+fn refusal(parameter: Parameter, value: impl ToString, disk: impl std::fmt::Display) -> Error {
+    Error::mismatch(parameter, value, format!("the target does not match the disk, which {disk}"))
 }
 
 /// Refuses a need of the target's that is greater than the disk's.
-fn at_most<T: Copy + PartialOrd + ToString + std::fmt::Display>(name: &'static str, target: T, disk: T) -> Result<()> {
-    if target > disk { Err(refusal(name, target, format!("has {disk}"))) } else { Ok(()) }
+fn at_most<T: Copy + PartialOrd + ToString + std::fmt::Display>(
+    parameter: Parameter,
+    target: T,
+    disk: T,
+) -> Result<()> {
+    if target > disk { Err(refusal(parameter, target, format!("has {disk}"))) } else { Ok(()) }
 }
 
 /// Refuses a limit of the target's that is lower than the disk's.
-fn at_least<T: Copy + PartialOrd + ToString + std::fmt::Display>(name: &'static str, target: T, disk: T) -> Result<()> {
-    if target < disk { Err(refusal(name, target, format!("has {disk}"))) } else { Ok(()) }
+fn at_least<T: Copy + PartialOrd + ToString + std::fmt::Display>(
+    parameter: Parameter,
+    target: T,
+    disk: T,
+) -> Result<()> {
+    if target < disk { Err(refusal(parameter, target, format!("has {disk}"))) } else { Ok(()) }
 }
 
 /// As [`at_least`] where 0 is no limit.
-fn at_least_or_none(name: &'static str, target: u64, disk: u64) -> Result<()> {
+fn at_least_or_none(parameter: Parameter, target: u64, disk: u64) -> Result<()> {
     if target != 0 && (disk == 0 || target < disk) {
-        return Err(refusal(name, target, format!("has {disk} (0 is no limit)")));
+        return Err(refusal(parameter, target, format!("has {disk} (0 is no limit)")));
     }
     Ok(())
 }
 
 /// Zones and integrity metadata are there in both or in neither.
 fn check_kind(target: &Params, disk: &Params) -> Result<()> {
-    for (name, served, had) in [
-        ("zones", target.zoned.is_some(), disk.zoned.is_some()),
-        ("integrity metadata", target.integrity.is_some(), disk.integrity.is_some()),
+    for (parameter, served, had) in [
+        (Parameter::Zones, target.zoned.is_some(), disk.zoned.is_some()),
+        (Parameter::Integrity, target.integrity.is_some(), disk.integrity.is_some()),
     ] {
         if served != had {
-            return Err(refusal(name, served, format!("has {}", if had { "them" } else { "none" })));
+            return Err(refusal(parameter, served, format!("has {}", if had { "them" } else { "none" })));
         }
     }
     Ok(())
@@ -109,12 +117,12 @@ fn check_operations(target: &Params, disk: &Params) -> Result<()> {
     }
     let missing = all.difference(served);
     if !missing.is_empty() {
-        return Err(refusal("operations", format!("{served:?}"), format!("has {missing:?} too")));
+        return Err(refusal(Parameter::Operations, format!("{served:?}"), format!("has {missing:?} too")));
     }
     // Clients of a disk without a write cache take each acknowledged write for durable, and no flush is ever sent.
     if served.contains(Operations::FLUSH) && !all.contains(Operations::FLUSH) && all.contains(Operations::WRITE) {
         return Err(refusal(
-            "operations",
+            Parameter::Operations,
             format!("{served:?}"),
             "has no write cache: no FLUSH would reach the target",
         ));
@@ -125,23 +133,23 @@ fn check_operations(target: &Params, disk: &Params) -> Result<()> {
 /// Lengths of discards and of writes of zeros; the units of discards.
 fn check_discards(target: &Params, disk: &Params) -> Result<()> {
     if disk.operations.contains(Operations::DISCARD) {
-        at_least("longest discard", target.discard.max_discard_sectors, disk.discard.max_discard_sectors)?;
+        at_least(Parameter::MaxDiscard, target.discard.max_discard_sectors, disk.discard.max_discard_sectors)?;
         // The block layer splits discards at these units. Each of the disk's has to begin and end with a unit of the
         // target's.
         let (unit, start) = (target.discard.granularity, target.discard.alignment);
         if unit != 0 {
             if disk.discard.granularity == 0 || !disk.discard.granularity.is_multiple_of(unit) {
                 let had = format!("has {}, which is no multiple", disk.discard.granularity);
-                return Err(refusal("discard granularity", unit, had));
+                return Err(refusal(Parameter::DiscardGranularity, unit, had));
             }
             if disk.discard.alignment % unit != start % unit {
-                return Err(refusal("discard alignment", start, format!("has {}", disk.discard.alignment)));
+                return Err(refusal(Parameter::DiscardAlignment, start, format!("has {}", disk.discard.alignment)));
             }
         }
     }
     if disk.operations.contains(Operations::WRITE_ZEROES) {
         let longest = disk.discard.max_write_zeroes_sectors;
-        at_least("longest write of zeros", target.discard.max_write_zeroes_sectors, longest)?;
+        at_least(Parameter::MaxWriteZeroes, target.discard.max_write_zeroes_sectors, longest)?;
     }
     Ok(())
 }
@@ -149,28 +157,28 @@ fn check_discards(target: &Params, disk: &Params) -> Result<()> {
 /// Without limits of segments in the disk, the block layer's own are in force, which differ among kernels.
 fn check_segments(target: &Params, disk: &Params) -> Result<()> {
     let (target, disk) = (target.segments.unwrap_or_default(), disk.segments.unwrap_or_default());
-    at_least_or_none("most segments", target.max_count.into(), disk.max_count.into())?;
-    at_least_or_none("maximum segment size", target.max_size.into(), disk.max_size.into())?;
-    at_least_or_none("segment boundary mask", target.boundary_mask, disk.boundary_mask)
+    at_least_or_none(Parameter::MaxSegments, target.max_count.into(), disk.max_count.into())?;
+    at_least_or_none(Parameter::MaxSegmentSize, target.max_size.into(), disk.max_size.into())?;
+    at_least_or_none(Parameter::SegmentBoundaryMask, target.boundary_mask, disk.boundary_mask)
 }
 
 fn check_zones(target: &Params, disk: &Params) -> Result<()> {
     let (Some(served), Some(had)) = (target.zoned, disk.zoned) else { return Ok(()) };
     if target.chunk_size != disk.chunk_size {
-        return Err(refusal("zone size", target.chunk_size, format!("has zones of {} bytes", disk.chunk_size)));
+        return Err(refusal(Parameter::ZoneSize, target.chunk_size, format!("has zones of {} bytes", disk.chunk_size)));
     }
-    at_least_or_none("maximum open zones", served.max_open.into(), had.max_open.into())?;
-    at_least_or_none("maximum active zones", served.max_active.into(), had.max_active.into())?;
-    at_least("maximum zone append size", served.max_append_bytes, had.max_append_bytes)
+    at_least_or_none(Parameter::MaxOpenZones, served.max_open.into(), had.max_open.into())?;
+    at_least_or_none(Parameter::MaxActiveZones, served.max_active.into(), had.max_active.into())?;
+    at_least(Parameter::MaxZoneAppend, served.max_append_bytes, had.max_append_bytes)
 }
 
 /// The form of metadata is what clients compute and check, so that it has to be the same.
 fn check_integrity(target: &Integrity, disk: &Integrity) -> Result<()> {
     let form = |integrity: &Integrity| Integrity { max_segments: 0, ..*integrity };
     if form(target) != form(disk) {
-        return Err(refusal("integrity metadata", format!("{:?}", form(target)), format!("has {:?}", form(disk))));
+        return Err(refusal(Parameter::Integrity, format!("{:?}", form(target)), format!("has {:?}", form(disk))));
     }
-    at_least_or_none("most segments of metadata", target.max_segments.into(), disk.max_segments.into())
+    at_least_or_none(Parameter::MaxIntegritySegments, target.max_segments.into(), disk.max_segments.into())
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ use crate::data::{Access, DataMovement};
 use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
 use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
-use crate::error::{Error, Result, errno_of};
+use crate::error::{Error, Parameter, Result, errno_of};
 use crate::options::DeviceOptions;
 use crate::params::{Operations, Params};
 use crate::placement::Cpus;
@@ -108,7 +108,7 @@ impl Server {
     pub fn with_coalescing(mut self, window: Duration) -> Result<Self> {
         if window > MAX_COALESCING {
             let most = format!("{} µs at most", MAX_COALESCING.as_micros());
-            return Err(Error::invalid("coalescing", format!("{} µs", window.as_micros()), most));
+            return Err(Error::invalid(Parameter::Coalescing, format!("{} µs", window.as_micros()), most));
         }
         self.coalescing = window;
         Ok(self)

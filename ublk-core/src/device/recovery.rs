@@ -73,7 +73,7 @@ impl Server {
     /// # Errors
     ///
     /// `EBUSY` if a living process serves the device, [`Error::Control`] if it was not made to be recovered,
-    /// [`Error::InvalidValue`] if the target does not fit. The device still waits for a server then. If the error came
+    /// [`Error::Mismatch`] if the target does not fit. The device still waits for a server then. If the error came
     /// late, queues had been opened: the driver takes the next server once the threads that had them have ended, which
     /// is at once unless they serve other devices too.
     pub fn recover(&self, id: DeviceId, target: Arc<dyn Target>) -> Result<Device> {
@@ -119,7 +119,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] if the target does not fit the disk, [`Error::Control`] with `EINVAL` if the device was not
+    /// [`Error::Mismatch`] if the target does not fit the disk, [`Error::Control`] with `EINVAL` if the device was not
     /// made to be recovered, `ENODEV` if there is none.
     pub fn check_recovery(&self, id: DeviceId, target: &dyn Target) -> Result<()> {
         let info = self.control.info(id)?;

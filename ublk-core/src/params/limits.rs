@@ -3,7 +3,7 @@
 //! Limits that only some disks have.
 
 use super::{PAGE_SIZE, Params};
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::uapi::{ublk_param_integrity, ublk_param_segment};
 
 /// How many pieces a request's memory may have, and how large they may be. 0 is no limit.
@@ -48,10 +48,14 @@ impl SegmentLimits {
         let mask = self.boundary_mask;
         if mask != 0 && !is_mask(mask, 4095) {
             let rule = "must be a power of two minus one, from 4095 to 2^63 - 1";
-            return Err(Error::invalid("segment boundary mask", mask, rule));
+            return Err(Error::invalid(Parameter::SegmentBoundaryMask, mask, rule));
         }
         if self.max_size != 0 && self.max_size < PAGE_SIZE {
-            return Err(Error::invalid("maximum segment size", self.max_size, format!("at least {PAGE_SIZE} bytes")));
+            return Err(Error::invalid(
+                Parameter::MaxSegmentSize,
+                self.max_size,
+                format!("at least {PAGE_SIZE} bytes"),
+            ));
         }
         Ok(())
     }
@@ -190,12 +194,12 @@ impl Integrity {
 
     fn validate(&self, block: u32) -> Result<()> {
         if self.metadata_size == 0 {
-            return Err(Error::invalid("metadata size", 0, "must be at least one byte"));
+            return Err(Error::invalid(Parameter::MetadataSize, 0, "must be at least one byte"));
         }
         let end = u16::from(self.pi_offset) + u16::from(self.checksum.tuple_size());
         if end > u16::from(self.metadata_size) {
             return Err(Error::invalid(
-                "offset of the protection information",
+                Parameter::PiOffset,
                 self.pi_offset,
                 format!(
                     "with {} bytes it ends behind the metadata's {}",
@@ -206,11 +210,11 @@ impl Integrity {
         }
         if !self.interval.is_power_of_two() || !(512..=block).contains(&self.interval) {
             let rule = format!("must be a power of two from 512 to the logical block size ({block})");
-            return Err(Error::invalid("integrity interval", self.interval, rule));
+            return Err(Error::invalid(Parameter::IntegrityInterval, self.interval, rule));
         }
         if self.reference_tag && self.checksum == Checksum::None {
             return Err(Error::invalid(
-                "reference tag",
+                Parameter::ReferenceTag,
                 true,
                 "needs a checksum: it is part of the protection information",
             ));
@@ -225,39 +229,41 @@ impl Params {
         let chunk = self.chunk_size;
         if !chunk.is_multiple_of(block) {
             let rule = format!("must be a multiple of the logical block size ({block})");
-            return Err(Error::invalid("chunk size", chunk, rule));
+            return Err(Error::invalid(Parameter::ChunkSize, chunk, rule));
         }
         let mask = self.virt_boundary_mask;
         if mask != 0 && !is_mask(mask, 511) {
             let rule = "must be a power of two minus one, from 511 to 2^63 - 1";
-            return Err(Error::invalid("virt boundary mask", mask, rule));
+            return Err(Error::invalid(Parameter::VirtBoundaryMask, mask, rule));
         }
         // The block layer takes a mask of 0 for its own default, 511.
         if let Some(alignment) = self.dma_alignment
             && (!alignment.is_power_of_two() || !(2..=PAGE_SIZE).contains(&alignment))
         {
             let rule = format!("must be a power of two from 2 to {PAGE_SIZE} bytes");
-            return Err(Error::invalid("DMA alignment", alignment, rule));
+            return Err(Error::invalid(Parameter::DmaAlignment, alignment, rule));
         }
         self.segments.map_or(Ok(()), |segments| segments.validate())?;
         if let Some(zoned) = self.zoned {
             if !chunk.is_power_of_two() {
-                return Err(Error::invalid("zone size", chunk, "must be a power of two"));
+                return Err(Error::invalid(Parameter::ZoneSize, chunk, "must be a power of two"));
             }
             let zones = self.size / u64::from(chunk);
-            for (name, value) in [("maximum open zones", zoned.max_open), ("maximum active zones", zoned.max_active)] {
+            for (parameter, value) in
+                [(Parameter::MaxOpenZones, zoned.max_open), (Parameter::MaxActiveZones, zoned.max_active)]
+            {
                 if u64::from(value) > zones {
-                    return Err(Error::invalid(name, value, format!("the disk has {zones} zones")));
+                    return Err(Error::invalid(parameter, value, format!("the disk has {zones} zones")));
                 }
             }
             if zoned.max_active != 0 && zoned.max_open > zoned.max_active {
                 let rule = format!("open zones are active, of which there may be {}", zoned.max_active);
-                return Err(Error::invalid("maximum open zones", zoned.max_open, rule));
+                return Err(Error::invalid(Parameter::MaxOpenZones, zoned.max_open, rule));
             }
             let append = zoned.max_append_bytes;
             if append == 0 || !append.is_multiple_of(block) {
                 let rule = format!("must be a multiple of the logical block size ({block})");
-                return Err(Error::invalid("maximum zone append size", append, rule));
+                return Err(Error::invalid(Parameter::MaxZoneAppend, append, rule));
             }
         }
         self.integrity.map_or(Ok(()), |integrity| integrity.validate(block))

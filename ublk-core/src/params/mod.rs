@@ -14,7 +14,7 @@ mod limits;
 use bitflags::bitflags;
 
 pub use self::limits::{Checksum, Integrity, SegmentLimits, ZonedLimits};
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 
 bitflags! {
     /// What a target can do besides reading. What is missing here is not advertised, and the kernel
@@ -175,39 +175,45 @@ impl Params {
         let block = self.logical_block_size;
         if !block.is_power_of_two() || !(512..=PAGE_SIZE).contains(&block) {
             return Err(Error::invalid(
-                "logical block size",
+                Parameter::LogicalBlockSize,
                 block,
                 format!("must be a power of two from 512 to {PAGE_SIZE} bytes"),
             ));
         }
         if self.size == 0 {
-            return Err(Error::invalid("size", 0, "must be at least one block"));
+            return Err(Error::invalid(Parameter::Size, 0, "must be at least one block"));
         }
         if !self.size.is_multiple_of(u64::from(block)) {
             return Err(Error::invalid(
-                "size",
+                Parameter::Size,
                 self.size,
                 format!("not a multiple of the logical block size of {block} bytes"),
             ));
         }
         if self.size > i64::MAX as u64 {
-            return Err(Error::invalid("size", self.size, format!("the kernel's limit is {} bytes", i64::MAX)));
+            return Err(Error::invalid(
+                Parameter::Size,
+                self.size,
+                format!("the kernel's limit is {} bytes", i64::MAX),
+            ));
         }
         let physical = self.physical_block_size;
         if !physical.is_power_of_two() || physical < block || physical.ilog2() > MAX_SHIFT {
             return Err(Error::invalid(
-                "physical block size",
+                Parameter::PhysicalBlockSize,
                 physical,
                 format!("must be a power of two from the logical block size ({block}) to 2^{MAX_SHIFT} bytes"),
             ));
         }
-        for (name, value, optional) in [("io_min", self.io_min, false), ("io_opt", self.io_opt, true)] {
+        for (parameter, value, optional) in
+            [(Parameter::IoMin, self.io_min, false), (Parameter::IoOpt, self.io_opt, true)]
+        {
             if optional && value == 0 {
                 continue;
             }
             if !value.is_power_of_two() || value < block || value.ilog2() > MAX_SHIFT {
                 return Err(Error::invalid(
-                    name,
+                    parameter,
                     value,
                     format!("must be a power of two from the logical block size ({block}) to 2^{MAX_SHIFT} bytes"),
                 ));
@@ -218,14 +224,14 @@ impl Params {
             || !self.max_io_bytes.is_multiple_of(PAGE_SIZE)
         {
             return Err(Error::invalid(
-                "maximum request size",
+                Parameter::MaxIoBytes,
                 self.max_io_bytes,
                 format!("must be a multiple of {PAGE_SIZE} of at most {} bytes", MAX_IO_BYTES),
             ));
         }
         if self.operations.contains(Operations::FUA) && !self.operations.contains(Operations::FLUSH) {
             return Err(Error::invalid(
-                "operations",
+                Parameter::Operations,
                 format!("{:?}", self.operations),
                 "FUA without FLUSH has no effect in the block layer",
             ));
@@ -233,7 +239,7 @@ impl Params {
         if self.operations.intersects(Operations::DISCARD | Operations::WRITE_ZEROES) {
             if !self.operations.contains(Operations::WRITE) {
                 return Err(Error::invalid(
-                    "operations",
+                    Parameter::Operations,
                     format!("{:?}", self.operations),
                     "DISCARD and WRITE_ZEROES change data, so they need WRITE",
                 ));
@@ -241,7 +247,7 @@ impl Params {
             let granularity = self.discard.granularity;
             if granularity == 0 || !granularity.is_multiple_of(block) {
                 return Err(Error::invalid(
-                    "discard granularity",
+                    Parameter::DiscardGranularity,
                     granularity,
                     format!("must be a multiple of the logical block size ({block})"),
                 ));
@@ -249,18 +255,18 @@ impl Params {
             let alignment = self.discard.alignment;
             if alignment >= granularity || !alignment.is_multiple_of(block) {
                 return Err(Error::invalid(
-                    "discard alignment",
+                    Parameter::DiscardAlignment,
                     alignment,
                     format!("must be a multiple of the logical block size ({block}) and less than the granularity"),
                 ));
             }
-            for (name, operation, sectors) in [
-                ("longest discard", Operations::DISCARD, self.discard.max_discard_sectors),
-                ("longest write of zeros", Operations::WRITE_ZEROES, self.discard.max_write_zeroes_sectors),
+            for (parameter, operation, sectors) in [
+                (Parameter::MaxDiscard, Operations::DISCARD, self.discard.max_discard_sectors),
+                (Parameter::MaxWriteZeroes, Operations::WRITE_ZEROES, self.discard.max_write_zeroes_sectors),
             ] {
                 if self.operations.contains(operation) && sectors < block >> 9 {
                     let bytes = u64::from(sectors) << 9;
-                    return Err(Error::invalid(name, bytes, format!("must be at least a block ({block} bytes)")));
+                    return Err(Error::invalid(parameter, bytes, format!("must be at least a block ({block} bytes)")));
                 }
             }
         }

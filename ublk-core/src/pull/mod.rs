@@ -44,7 +44,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 #[cfg(feature = "tokio")]
 pub use self::tokio::AsyncPullQueue;
 use crate::data::Access;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::params::Params;
 use crate::request::{DetachedRequest, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
@@ -87,7 +87,7 @@ pub fn pull_with(
 /// [`Error::InvalidValue`] for an impossible number of queues.
 pub fn channels(queues: u32) -> Result<(PullSenders, Vec<PullQueue>)> {
     if !(1..=u32::from(MAX_QUEUES)).contains(&queues) {
-        return Err(Error::invalid("queues", queues, format!("must be from 1 to {MAX_QUEUES}")));
+        return Err(Error::invalid(Parameter::Queues, queues, format!("must be from 1 to {MAX_QUEUES}")));
     }
     let shared = (0..queues).map(|_| Shared::new().map(Arc::new)).collect::<Result<Vec<_>>>()?;
     let queues = shared.iter().map(|shared| PullQueue(shared.clone())).collect();
@@ -105,10 +105,10 @@ impl PullSenders {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] if there are fewer queues.
+    /// [`Error::Mismatch`] if there are fewer queues.
     pub fn open(&self, queue: QueueId) -> Result<PullSender> {
         let shared = self.0.get(usize::from(queue.0)).ok_or_else(|| {
-            Error::invalid("queues", queue.0 + 1, format!("the target was created for {}", self.0.len()))
+            Error::mismatch(Parameter::Queues, queue.0 + 1, format!("the target was created for {}", self.0.len()))
         })?;
         shared.open();
         Ok(PullSender(shared.clone()))

@@ -19,7 +19,7 @@ use super::protected_file::{ProtectedFile, ProtectedQueue};
 use super::protection::Metadata;
 use crate::data::Access;
 use crate::engine::SyncOrder;
-use crate::error::{Error, Result, errno_of};
+use crate::error::{Error, Parameter, Result, errno_of};
 use crate::memory::PAGE_SIZE;
 use crate::params::{Integrity, Operations, Params};
 use crate::request::{Durability, FileRange, FileSync, Requests, WriteBack};
@@ -148,7 +148,7 @@ impl File {
         let block = options.logical_block_size.unwrap_or(smallest);
         if block < smallest {
             return Err(Error::invalid(
-                "logical block size",
+                Parameter::LogicalBlockSize,
                 block,
                 format!("must be at least {smallest} bytes for direct I/O on {} (or use buffered I/O)", path.display()),
             ));
@@ -168,8 +168,8 @@ impl File {
         params.discard.max_discard_sectors = 1 << (30 - 9);
         params.discard.max_write_zeroes_sectors = 1 << (27 - 9);
         params.validate().map_err(|error| match error {
-            Error::InvalidValue { name, value, reason } => {
-                Error::InvalidValue { name, value, reason: format!("{reason} ({})", path.display()) }
+            Error::InvalidValue { parameter, value, reason } => {
+                Error::InvalidValue { parameter, value, reason: format!("{reason} ({})", path.display()) }
             }
             other => other,
         })?;
@@ -192,22 +192,30 @@ impl File {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] if the parameters are invalid or exceed the file.
+    /// [`Error::InvalidValue`] if the parameters are invalid, [`Error::Mismatch`] if they exceed the file.
     pub fn with_params(mut self, params: Params) -> Result<Self> {
         params.validate()?;
         if params.integrity != self.params.integrity {
-            return Err(Error::invalid("integrity", "metadata", "use `with_integrity` to set where it is stored"));
+            return Err(Error::conflict(
+                Parameter::Integrity,
+                "metadata",
+                "use `with_integrity` to set where it is stored",
+            ));
         }
         if params.size > self.params.size {
-            return Err(Error::invalid(
-                "size",
+            return Err(Error::mismatch(
+                Parameter::Size,
                 params.size,
                 format!("{} has {} bytes", self.path.display(), self.params.size),
             ));
         }
         if params.logical_block_size < self.params.logical_block_size {
             let least = self.params.logical_block_size;
-            return Err(Error::invalid("logical block size", params.logical_block_size, format!("at least {least}")));
+            return Err(Error::mismatch(
+                Parameter::LogicalBlockSize,
+                params.logical_block_size,
+                format!("at least {least}"),
+            ));
         }
         self.params = params;
         Ok(self)

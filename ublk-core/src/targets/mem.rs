@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use super::protection::Metadata;
 use super::range_locks::Locked;
 use super::sparse::Sparse;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::params::{Operations, Params};
 use crate::request::{Op, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
@@ -43,7 +43,7 @@ impl Mem {
     /// As [`Mem::new`].
     pub fn with_params(params: Params) -> Result<Self> {
         params.validate()?;
-        let too_large = || Error::invalid("size", params.size, "too large for a RAM disk");
+        let too_large = || Error::invalid(Parameter::Size, params.size, "too large for a RAM disk");
         let bytes = Sparse::new(params.size).ok_or_else(too_large)?;
         let metadata = params
             .integrity

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::kind::{self, DEFAULT_MEMORY_SIZE, DiskArgs, Kind, Sizes};
 use crate::data::Access;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::params::Params;
 use crate::target::Target;
 use crate::targets::Mem;
@@ -31,7 +31,7 @@ impl kind::Options for Options {
     }
 
     fn inspect(&self, _: &DiskArgs, _: &Params) -> Result<Option<(Params, Access)>> {
-        Err(Error::invalid("type", "mem", "a disk in memory cannot be recovered"))
+        Err(Error::conflict(Parameter::CommandLine("type"), "mem", "a disk in memory cannot be recovered"))
     }
 
     fn is_volatile(&self, _: &DiskArgs) -> bool {

@@ -25,7 +25,7 @@ pub(super) use self::shape::Switch;
 use crate::Errno;
 use crate::control::{Control, DeviceInfo};
 use crate::device::check_fit;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::params::Params;
 use crate::target::Target;
 
@@ -154,10 +154,12 @@ impl Args {
         let Sizes { max, default } = self.options.sizes(&self.disk, backing, current)?;
         match wish.or(default) {
             Some(bytes) if bytes > max => {
-                Err(Error::invalid("size", bytes, format!("exceeds the backing store ({max} bytes)")))
+                Err(Error::invalid(Parameter::Size, bytes, format!("exceeds the backing store ({max} bytes)")))
             }
             Some(bytes) => Ok(bytes),
-            None => Err(Error::invalid("size", current, "--size is required unless the disk is stored in a file")),
+            None => {
+                Err(Error::invalid(Parameter::Size, current, "--size is required unless the disk is stored in a file"))
+            }
         }
     }
 
@@ -169,11 +171,11 @@ impl Args {
         };
         if let (Some(file), Backing::None) = (&self.disk.file, self.kind.backing) {
             let kinds = list(|kind| kind.backing != Backing::None);
-            return Err(Error::invalid("file", file.display(), format!("only for {kinds}")));
+            return Err(Error::conflict(Parameter::CommandLine("file"), file.display(), format!("only for {kinds}")));
         }
         if self.disk.shape.has_integrity() && !self.kind.has_integrity {
             let kinds = list(|kind| kind.has_integrity);
-            return Err(Error::invalid("integrity", "metadata", format!("only supported by {kinds}")));
+            return Err(Error::conflict(Parameter::Integrity, true, format!("only supported by {kinds}")));
         }
         Ok(())
     }
@@ -213,7 +215,7 @@ mod tests {
     fn options_of_another_kind_are_refused() {
         for (words, message) in [
             (&["-t", "mem", "-f", "disk.img"][..], "file = disk.img: only for -t file and -t zoned"),
-            (&["-t", "null", "--integrity", "ip"], "integrity = metadata: only supported by -t mem and -t file"),
+            (&["-t", "null", "--integrity", "ip"], "integrity metadata = true: only supported by -t mem and -t file"),
         ] {
             assert_eq!(parse(words).unwrap().create().unwrap_err().to_string(), message);
         }

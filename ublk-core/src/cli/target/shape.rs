@@ -5,7 +5,7 @@
 use clap::ValueEnum;
 
 use crate::cli::size;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::params::{Checksum, Integrity, Operations, Params};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -108,12 +108,12 @@ impl Args {
         params.io_opt = self.io_opt.unwrap_or(params.io_opt);
         params.max_io_bytes = self.max_io.unwrap_or(params.max_io_bytes);
         params.chunk_size =
-            whole_sectors("chunk size", self.chunk_size.map(u64::from))?.map_or(params.chunk_size, |s| s << 9);
+            whole_sectors(Parameter::ChunkSize, self.chunk_size.map(u64::from))?.map_or(params.chunk_size, |s| s << 9);
         params.dma_alignment = self.dma_alignment.or(params.dma_alignment);
         match self.virt_boundary {
             None => {}
             Some(0) => params.virt_boundary_mask = 0,
-            Some(bytes) => params.virt_boundary_mask = mask("virt boundary", bytes, 512)?,
+            Some(bytes) => params.virt_boundary_mask = mask(Parameter::CommandLine("virt boundary"), bytes, 512)?,
         }
         self.segments(&mut params)?;
         self.discards(&mut params)?;
@@ -167,12 +167,12 @@ impl Args {
         segments.max_count = self.max_segments.unwrap_or(segments.max_count);
         if let Some(bytes) = self.max_segment_size {
             if bytes == 0 {
-                return Err(Error::invalid("maximum segment size", bytes, "at least 4096 bytes"));
+                return Err(Error::invalid(Parameter::MaxSegmentSize, bytes, "at least 4096 bytes"));
             }
             segments.max_size = bytes;
         }
         if let Some(bytes) = self.segment_boundary {
-            segments.boundary_mask = mask("segment boundary", bytes, 4096)?;
+            segments.boundary_mask = mask(Parameter::CommandLine("segment boundary"), bytes, 4096)?;
         }
         params.segments = Some(segments);
         Ok(())
@@ -183,22 +183,22 @@ impl Args {
         discard.granularity = self.discard_granularity.unwrap_or(discard.granularity);
         discard.alignment = self.discard_alignment.unwrap_or(discard.alignment);
         let limits = [
-            ("longest discard", Operations::DISCARD, self.max_discard, &mut discard.max_discard_sectors),
+            (Parameter::MaxDiscard, Operations::DISCARD, self.max_discard, &mut discard.max_discard_sectors),
             (
-                "longest write of zeros",
+                Parameter::MaxWriteZeroes,
                 Operations::WRITE_ZEROES,
                 self.max_write_zeroes,
                 &mut discard.max_write_zeroes_sectors,
             ),
         ];
-        for (name, operation, wish, limit) in limits {
-            let Some(sectors) = whole_sectors(name, wish)? else { continue };
+        for (parameter, operation, wish, limit) in limits {
+            let Some(sectors) = whole_sectors(parameter, wish)? else { continue };
             if sectors == 0 {
                 params.operations -= operation;
             } else if params.operations.contains(operation) {
                 *limit = sectors;
             } else {
-                return Err(Error::invalid(name, u64::from(sectors) << 9, "not supported by the target"));
+                return Err(Error::invalid(parameter, u64::from(sectors) << 9, "not supported by the target"));
             }
         }
         Ok(())
@@ -206,22 +206,22 @@ impl Args {
 }
 
 /// Returns the mask of a boundary in bytes.
-fn mask(name: &'static str, bytes: u64, least: u64) -> Result<u64> {
+fn mask(parameter: Parameter, bytes: u64, least: u64) -> Result<u64> {
     if bytes.is_power_of_two() && bytes >= least {
         Ok(bytes - 1)
     } else {
-        Err(Error::invalid(name, bytes, format!("must be a power of two of at least {least} bytes")))
+        Err(Error::invalid(parameter, bytes, format!("must be a power of two of at least {least} bytes")))
     }
 }
 
 /// Converts bytes to sectors, which the driver counts in 32 bits.
-fn whole_sectors(name: &'static str, bytes: Option<u64>) -> Result<Option<u32>> {
+fn whole_sectors(parameter: Parameter, bytes: Option<u64>) -> Result<Option<u32>> {
     let Some(bytes) = bytes else { return Ok(None) };
     if !bytes.is_multiple_of(512) {
-        return Err(Error::invalid(name, bytes, "must be a multiple of 512 bytes"));
+        return Err(Error::invalid(parameter, bytes, "must be a multiple of 512 bytes"));
     }
     let sectors = u32::try_from(bytes >> 9).ok();
-    let sectors = sectors.ok_or_else(|| Error::invalid(name, bytes, "the kernel's limit is 2^32 - 1 sectors"))?;
+    let sectors = sectors.ok_or_else(|| Error::invalid(parameter, bytes, "the kernel's limit is 2^32 - 1 sectors"))?;
     Ok(Some(sectors))
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::kind::{self, Backing, DEFAULT_MEMORY_SIZE, DiskArgs, Kind, Sizes};
 use crate::cli::size;
 use crate::data::Access;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::params::Params;
 use crate::target::Target;
 use crate::targets::{Zoned, ZonedOptions};
@@ -73,6 +73,6 @@ impl kind::Options for Options {
     }
 
     fn sizes(&self, _: &DiskArgs, _: Option<&Path>, current: u64) -> Result<Sizes> {
-        Err(Error::invalid("size", current, "a zoned disk cannot be resized"))
+        Err(Error::invalid(Parameter::Size, current, "a zoned disk cannot be resized"))
     }
 }

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use self::store::{Files, Store};
 use self::zones::{Start, Zones};
 use super::sparse::Sparse;
-use crate::error::{Error, Result, errno_of};
+use crate::error::{Error, Parameter, Result, errno_of};
 use crate::params::{Operations, Params, ZonedLimits};
 use crate::request::{Op, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
@@ -115,7 +115,7 @@ impl Zoned {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] if the options are invalid or do not match the directory, [`Error::File`] if the directory
+    /// [`Error::InvalidValue`] if the options are invalid, [`Error::Mismatch`] if they do not match the directory, [`Error::File`] if the directory
     /// cannot be used or another server uses it.
     pub fn open(options: &ZonedOptions) -> Result<Self> {
         Self::with_params(options, Self::shape(options))
@@ -148,7 +148,7 @@ impl Zoned {
         let zone_size = u64::from(options.zone_size);
         if !options.size.is_multiple_of(zone_size) {
             return Err(Error::invalid(
-                "size",
+                Parameter::Size,
                 options.size,
                 format!("not a multiple of the zone size of {zone_size} bytes"),
             ));
@@ -157,7 +157,7 @@ impl Zoned {
         let conventional = options.conventional as usize;
         if conventional >= count {
             let rule = format!("of {count} zones at least one has to be sequential");
-            return Err(Error::invalid("conventional zones", conventional, rule));
+            return Err(Error::invalid(Parameter::ConventionalZones, conventional, rule));
         }
         let (store, written) = match &options.directory {
             Some(directory) => {
@@ -167,7 +167,8 @@ impl Zoned {
             }
             None => {
                 let sparse = Sparse::new(options.size);
-                let sparse = sparse.ok_or_else(|| Error::invalid("size", options.size, "too large for a RAM disk"))?;
+                let sparse =
+                    sparse.ok_or_else(|| Error::invalid(Parameter::Size, options.size, "too large for a RAM disk"))?;
                 (Store::Memory(sparse), (0..count).map(|index| (index >= conventional).then_some(0)).collect())
             }
         };

@@ -17,7 +17,7 @@ use nix::fcntl::FlockArg;
 
 use super::super::files::{sync_directory, sync_name};
 use super::super::sparse::Sparse;
-use crate::error::{Error, Result};
+use crate::error::{Error, Parameter, Result};
 use crate::request::WriteBack;
 
 /// The bytes of all zones.
@@ -74,15 +74,19 @@ impl Files {
             let other = directory.join(name(index, !is_conventional));
             if other.exists() {
                 let kind = if is_conventional { "sequential" } else { "conventional" };
-                return Err(Error::invalid(
-                    "conventional zones",
+                return Err(Error::mismatch(
+                    Parameter::ConventionalZones,
                     conventional,
                     format!("zone {index} in {} is {kind}", directory.display()),
                 ));
             }
             let (file, len) = open(&path).map_err(|e| Error::file("open", &path, &e))?;
             if len > zone_size {
-                return Err(Error::invalid("zone size", zone_size, format!("{} has {len} bytes", path.display())));
+                return Err(Error::mismatch(
+                    Parameter::ZoneSize,
+                    zone_size,
+                    format!("{} has {len} bytes", path.display()),
+                ));
             }
             if is_conventional {
                 file.set_len(zone_size).map_err(|e| Error::file("enlarge", &path, &e))?;

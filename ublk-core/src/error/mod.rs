@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What can go wrong, with the values and the likely cause in the message.
+//! Errors of this crate, with the values and the likely cause in the message.
+
+mod parameter;
 
 use std::io;
 use std::path::PathBuf;
@@ -8,6 +10,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+pub use self::parameter::Parameter;
 use crate::errno::RawErrno;
 use crate::units::{DeviceId, QueueId};
 
@@ -19,15 +22,46 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A value was refused before the driver was asked.
-    #[error("{name} = {value}: {reason}")]
+    /// A value is outside its limits. The driver was not asked.
+    #[error("{parameter} = {value}: {reason}")]
     InvalidValue {
-        /// What was set, in the field's own words.
-        name: &'static str,
-        /// The value that was given.
+        /// What the value is for.
+        parameter: Parameter,
+        /// The value.
         value: String,
         /// Which rule it breaks, with the limits.
         reason: String,
+    },
+
+    /// A value cannot be combined with another one. The driver was not asked.
+    #[error("{parameter} = {value}: {reason}")]
+    Conflict {
+        /// What the value is for.
+        parameter: Parameter,
+        /// The value.
+        value: String,
+        /// What it cannot be combined with.
+        reason: String,
+    },
+
+    /// A target does not fit what exists: a disk that it should serve, or files that it should use.
+    #[error("{parameter} = {value}: {reason}")]
+    Mismatch {
+        /// In what they differ.
+        parameter: Parameter,
+        /// The target's value.
+        value: String,
+        /// What exists.
+        reason: String,
+    },
+
+    /// Something was asked for that requires CAP_SYS_ADMIN. The driver was not asked.
+    #[error("{parameter} = {value}: needs root (CAP_SYS_ADMIN)")]
+    NeedsPrivilege {
+        /// What the value is for.
+        parameter: Parameter,
+        /// The value.
+        value: String,
     },
 
     /// `/dev/ublk-control` does not exist.
@@ -132,7 +166,8 @@ impl Error {
     /// The errno that says the same: what a C program or a Python `OSError` would report.
     pub fn errno(&self) -> Errno {
         match self {
-            Error::InvalidValue { .. } => Errno::EINVAL,
+            Error::InvalidValue { .. } | Error::Conflict { .. } | Error::Mismatch { .. } => Errno::EINVAL,
+            Error::NeedsPrivilege { .. } => Errno::EPERM,
             Error::DriverMissing { .. } => Errno::ENOENT,
             Error::File { errno, .. }
             | Error::Ring { errno, .. }
@@ -156,8 +191,24 @@ impl Error {
         }
     }
 
-    pub(crate) fn invalid(name: &'static str, value: impl ToString, reason: impl Into<String>) -> Self {
-        Error::InvalidValue { name, value: value.to_string(), reason: reason.into() }
+    /// Whether the caller's values are wrong: nothing has begun, and the same call will fail again.
+    pub fn is_invalid_input(&self) -> bool {
+        matches!(
+            self,
+            Error::InvalidValue { .. } | Error::Conflict { .. } | Error::Mismatch { .. } | Error::NeedsPrivilege { .. }
+        )
+    }
+
+    pub(crate) fn invalid(parameter: Parameter, value: impl ToString, reason: impl Into<String>) -> Self {
+        Error::InvalidValue { parameter, value: value.to_string(), reason: reason.into() }
+    }
+
+    pub(crate) fn conflict(parameter: Parameter, value: impl ToString, reason: impl Into<String>) -> Self {
+        Error::Conflict { parameter, value: value.to_string(), reason: reason.into() }
+    }
+
+    pub(crate) fn mismatch(parameter: Parameter, value: impl ToString, reason: impl Into<String>) -> Self {
+        Error::Mismatch { parameter, value: value.to_string(), reason: reason.into() }
     }
 
     pub(crate) fn file(operation: &'static str, path: impl Into<PathBuf>, source: &io::Error) -> Self {
@@ -200,8 +251,26 @@ mod tests {
     }
 
     #[test]
+    fn wrong_input_is_no_refusal_of_the_driver() {
+        let size = Parameter::Size;
+        let missing = Error::NeedsPrivilege { parameter: Parameter::Recovery, value: "queue".into() };
+        assert_eq!(missing.errno(), Errno::EPERM);
+        assert_eq!(missing.to_string(), "recovery = queue: needs root (CAP_SYS_ADMIN)");
+        for error in [
+            Error::invalid(size, 0, "must be at least one block"),
+            Error::conflict(size, 1, "cannot be combined"),
+            Error::mismatch(size, 1, "has 2 bytes"),
+            missing,
+        ] {
+            assert!(error.is_invalid_input() && !error.is_refusal(), "{error:?}");
+        }
+        let refused = Error::Control { command: "ADD_DEV", device: None, errno: Errno::EINVAL, hint: String::new() };
+        assert!(!refused.is_invalid_input() && refused.is_refusal());
+    }
+
+    #[test]
     fn an_invalid_value_is_einval_and_names_the_value() {
-        let error = Error::invalid("queue depth", 0, "must be from 1 to 4096");
+        let error = Error::invalid(Parameter::Depth, 0, "must be from 1 to 4096");
         assert_eq!(error.errno(), Errno::EINVAL);
         assert_eq!(error.to_string(), "queue depth = 0: must be from 1 to 4096");
     }
