@@ -10,11 +10,9 @@ mod agent;
 mod compare;
 mod machine;
 mod pattern;
-mod random;
 mod ring;
 mod sequence;
 mod trace;
-mod uapi;
 mod userdata;
 
 use std::path::PathBuf;

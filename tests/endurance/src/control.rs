@@ -10,8 +10,8 @@ use std::time::Instant;
 use io_uring::{opcode, types};
 
 use crate::ring::ControlRing;
-use crate::uapi::*;
 use crate::waiting::PATIENCE;
+use ublk_test_common::uapi::*;
 
 /// `queue_id` of commands that are not about a queue.
 const NO_QUEUE: u16 = u16::MAX;
@@ -68,7 +68,9 @@ impl Control {
         let address: *const T = &raw const *payload;
         let header =
             ublksrv_ctrl_cmd { queue_id: NO_QUEUE, addr: address as u64, len: size_of::<T>() as u16, ..header };
-        let entry = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), op).cmd(control_payload(header)).build();
+        let entry = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), op)
+            .cmd(ublk_test_common::uapi::payload(&header))
+            .build();
         // SAFETY: the payload stays where it is until the command is complete, or for ever.
         unsafe { self.ring.submission().push(&entry) }.map_err(|_| io::Error::other("the control ring is full"))?;
         match self.completion() {

@@ -11,9 +11,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::process::Process;
-use crate::random::Random;
 use crate::report::Tally;
 use crate::store::LOAD_BYTES;
+use ublk_test_common::random::Random;
 
 /// What is to be expected of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

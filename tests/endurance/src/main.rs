@@ -11,13 +11,11 @@ mod load;
 mod machine;
 mod mode;
 mod process;
-mod random;
 mod report;
 mod ring;
 mod round;
 mod server;
 mod store;
-mod uapi;
 mod waiting;
 mod witness;
 
@@ -30,10 +28,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::control::Control;
 use crate::mode::{Recovery, Setup, schedule};
-use crate::random::Random;
 use crate::report::{Report, Tally};
 use crate::round::Rounds;
 use crate::server::{Begin, End, Serve};
+use ublk_test_common::random::Random;
 
 /// Kills ublk servers under load. For a machine that can be thrown away.
 #[derive(Debug, Parser)]

@@ -5,8 +5,8 @@
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::random::Random;
-use crate::uapi::*;
+use ublk_test_common::random::Random;
+use ublk_test_common::uapi::*;
 
 /// Tags of a queue.
 pub(crate) const DEPTH: u16 = 32;

@@ -12,13 +12,13 @@ use crate::control::Control;
 use crate::load::{Errors, Load};
 use crate::mode::{DEPTH, MAX_IO, Recovery, Setup};
 use crate::process::Talker;
-use crate::random::Random;
 use crate::report::Tally;
 use crate::server::{Begin, End};
 use crate::store::{DISK_BYTES, Store};
-use crate::uapi::*;
 use crate::waiting::{PATIENCE, until};
 use crate::witness::Witnesses;
+use ublk_test_common::random::Random;
+use ublk_test_common::uapi::*;
 
 /// When a server's end comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::random::Random;
 use crate::report::Tally;
 use crate::store::{LOAD_BYTES, Store, WITNESS_BYTES};
 use crate::waiting::{PATIENCE, until};
+use ublk_test_common::random::Random;
 
 const THREADS: usize = 3;
 const BLOCK: usize = 4096;

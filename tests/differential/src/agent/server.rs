@@ -19,11 +19,11 @@ use super::worker::{last_errno, negative, outcome};
 use super::{Address, Answer, Autopilot, IoOrder, Order, wait_readable};
 use crate::pattern::{checksum, fill};
 use crate::ring::{Cqe, MORE, READ_FIXED, Ring, Sqe, URING_CMD, WRITE_FIXED};
-use crate::uapi::{
+use crate::userdata::{Kind, UserData};
+use ublk_test_common::uapi::{
     Plain, UBLK_IO_OP_FLUSH, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_U_IO_COMMIT_AND_FETCH_REQ,
     UBLK_U_IO_NEED_GET_DATA, ublksrv_io_cmd, ublksrv_io_desc,
 };
-use crate::userdata::{Kind, UserData};
 
 /// Entries of a thread's submission queue.
 const ENTRIES: u32 = 256;
@@ -502,7 +502,7 @@ impl Server {
         let mut command =
             ublksrv_io_cmd { q_id: queue, tag, result: if data { length as i32 } else { 0 }, ..Default::default() };
         command.anon_1.addr = addr;
-        let op = if result == crate::uapi::UBLK_IO_RES_NEED_GET_DATA {
+        let op = if result == ublk_test_common::uapi::UBLK_IO_RES_NEED_GET_DATA {
             UBLK_U_IO_NEED_GET_DATA
         } else {
             UBLK_U_IO_COMMIT_AND_FETCH_REQ

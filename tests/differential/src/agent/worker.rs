@@ -13,7 +13,7 @@ use super::memory::Memory;
 use super::server::{Server, Shared};
 use super::{Answer, ControlOrder, Identity, Order, SHARED, USER, stay_on};
 use crate::ring::{ASYNC_CANCEL, Ring, Sqe, URING_CMD};
-use crate::uapi::{Plain, ublksrv_ctrl_cmd};
+use ublk_test_common::uapi::{Plain, ublksrv_ctrl_cmd};
 
 /// Room for the payload of a control command; more than `len` can say.
 const ROOM: usize = 1 << 17;

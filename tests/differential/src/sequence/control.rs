@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use super::{Device, PATIENCE, Sequence, State, Waiting, number};
 use crate::agent::{Answer, ControlOrder, Order, Place, SHARED};
-use crate::uapi::*;
+use ublk_test_common::uapi::*;
 
 /// Milliseconds after which a command that should wait is taken to be waiting.
 const GLANCE: u64 = 250;

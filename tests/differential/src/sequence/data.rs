@@ -8,8 +8,8 @@ use super::io::TagCommand;
 use super::params::ZONE;
 use super::{Request, Sequence, Tag, number};
 use crate::agent::{Address, Elements, IoOrder, Order, Place};
-use crate::uapi::*;
 use crate::userdata::{Kind, UserData};
+use ublk_test_common::uapi::*;
 
 /// How a request ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

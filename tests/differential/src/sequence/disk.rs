@@ -9,7 +9,7 @@ use anyhow::Result;
 use super::params::ZONE;
 use super::{CLIENTS, Job, PATIENCE, Sequence, State, number};
 use crate::agent::{Answer, BlockOrder, Order};
-use crate::uapi::*;
+use ublk_test_common::uapi::*;
 
 /// Attributes in `/sys/block/ublkbN`.
 const ATTRIBUTES: &[&str] = &[

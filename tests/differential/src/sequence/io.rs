@@ -9,8 +9,8 @@ use anyhow::{Result, bail};
 use super::{PATIENCE, Sequence, Server, State, Tag, number};
 use crate::agent::{Address, Agent, Answer, Autopilot, Elements, Identity, IoOrder, Order, Place};
 use crate::ring::{BUFFER_SELECT, Cqe, MULTISHOT};
-use crate::uapi::*;
 use crate::userdata::{Kind, UserData};
+use ublk_test_common::uapi::*;
 
 /// Places in a ring's table of registered buffers.
 const TABLE: u32 = 64;

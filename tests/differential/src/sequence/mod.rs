@@ -21,11 +21,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::agent::{Agent, Answer, Identity, Order, wait_readable};
-use crate::random::Random;
 use crate::ring::{Cqe, MORE};
 use crate::trace::{Line, Writer};
-use crate::uapi::*;
 use crate::userdata::{Kind, UserData};
+use ublk_test_common::random::Random;
+use ublk_test_common::uapi::*;
 
 /// How long to wait for what has to happen.
 const PATIENCE: Duration = Duration::from_secs(15);

@@ -7,8 +7,8 @@ use anyhow::{Result, bail};
 use super::control::Command;
 use super::{Device, Sequence};
 use crate::agent::Place;
-use crate::random::Random;
-use crate::uapi::*;
+use ublk_test_common::random::Random;
+use ublk_test_common::uapi::*;
 
 /// Zone size of zoned devices, in sectors.
 pub(super) const ZONE: u32 = 256;

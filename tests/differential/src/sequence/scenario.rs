@@ -9,8 +9,8 @@ use anyhow::Result;
 use super::control::{Command, DevicePath, Want};
 use super::{PATIENCE, Sequence, State, Waiting, number};
 use crate::agent::{Agent, Answer, Identity, Order};
-use crate::random::Random;
-use crate::uapi::*;
+use ublk_test_common::random::Random;
+use ublk_test_common::uapi::*;
 
 /// Ends of a device's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use super::Shared;
 use super::single::{buffers, copy, transfer};
 use crate::mode::{Data, MAX_IO};
 use crate::ring::{BUFFER_SELECT, Command, IoRing, MULTISHOT, enter, push};
-use crate::uapi::*;
+use ublk_test_common::uapi::*;
 
 /// Tags of one PREP_IO_CMDS. Less than all of a queue, so that servers can die in between.
 const PREPARED_AT_ONCE: u16 = 8;
@@ -176,7 +176,7 @@ impl<'a> Worker<'a> {
             op,
             addr: elements.bytes.as_ptr() as u64,
             user_data,
-            payload: batch_payload(batch),
+            payload: payload(&batch),
             ..Command::default()
         };
         push(&mut self.ring, &entry.entry())?;
@@ -211,7 +211,7 @@ impl<'a> Worker<'a> {
             command_flags: MULTISHOT,
             user_data: FETCH | u64::from(queue),
             buf_group: queue,
-            payload: batch_payload(ublk_batch_io { q_id: queue, elem_bytes: 2, ..Default::default() }),
+            payload: payload(&ublk_batch_io { q_id: queue, elem_bytes: 2, ..Default::default() }),
             ..Command::default()
         };
         push(&mut self.ring, &entry.entry())?;

@@ -7,8 +7,8 @@ use clap::ValueEnum;
 
 use super::say;
 use crate::control::Control;
-use crate::uapi::*;
 use crate::waiting::until;
+use ublk_test_common::uapi::*;
 
 /// The command that makes a device LIVE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

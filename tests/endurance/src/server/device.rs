@@ -8,8 +8,8 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use anyhow::{Context, Result};
 
-use crate::uapi::*;
 use crate::waiting::until;
+use ublk_test_common::uapi::*;
 
 /// What a request wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

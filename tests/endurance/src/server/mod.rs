@@ -21,10 +21,10 @@ use clap::Args;
 use crate::control::Control;
 use crate::mode::{Data, MAX_IO};
 use crate::store::Store;
-use crate::uapi::UBLK_IO_OP_WRITE;
 use crate::waiting::PATIENCE;
 pub(crate) use commands::{Begin, End, begin, end};
 use device::{CharDevice, Wish};
+use ublk_test_common::uapi::UBLK_IO_OP_WRITE;
 
 /// A server.
 #[derive(Debug, Args)]

@@ -9,7 +9,7 @@ use super::Shared;
 use super::device::Wish;
 use crate::mode::{Data, MAX_IO};
 use crate::ring::{Command, IoRing, enter, push};
-use crate::uapi::*;
+use ublk_test_common::uapi::*;
 
 /// What a completion is about; the slot is in the lower half of `user_data`.
 const COMMAND: u64 = 0;
@@ -256,4 +256,9 @@ pub(super) fn transfer(wish: Wish, store: i32, index: u16) -> io_uring::squeue::
     } else {
         opcode::WriteFixed::new(file, std::ptr::null(), length, index).offset(wish.offset).build()
     }
+}
+
+/// Returns the payload of a command on one tag.
+fn io_payload(q_id: u16, tag: u16, result: i32, addr: u64) -> [u8; 16] {
+    payload(&ublksrv_io_cmd { q_id, tag, result, anon_1: ublksrv_io_cmd_addr { addr } })
 }

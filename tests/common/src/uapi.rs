@@ -1,16 +1,31 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The driver's numbers and layouts: the same generated bindings that `ublk-core` uses.
+//! The driver's numbers and layouts: the generated bindings of `ublk-core`, and their bytes.
 
 #[rustfmt::skip]
 #[path = "../../../ublk-core/src/uapi/bindings.rs"]
 mod bindings;
 
-pub(crate) use bindings::*;
+pub use bindings::*;
 
-/// The bytes of a plain structure of the user API.
-pub(crate) trait Plain: Copy {
-    /// The structure as it lies in memory.
+/// Bytes of a sector, the unit of block requests.
+pub const SECTOR: u64 = 512;
+
+/// Returns a structure as the payload of a command, filled up with zeros.
+///
+/// # Panics
+///
+/// If the structure is longer.
+pub fn payload<const N: usize>(structure: &impl Plain) -> [u8; N] {
+    let bytes = structure.bytes();
+    let mut payload = [0; N];
+    payload[..bytes.len()].copy_from_slice(&bytes);
+    payload
+}
+
+/// A structure of the user API as bytes.
+pub trait Plain: Copy {
+    /// Returns the bytes of the structure.
     fn bytes(&self) -> Vec<u8> {
         let at: *const Self = self;
         // SAFETY: the structures of the user API have no padding bytes (each has explicit ones), so all
@@ -18,7 +33,7 @@ pub(crate) trait Plain: Copy {
         unsafe { std::slice::from_raw_parts(at.cast::<u8>(), size_of::<Self>()) }.to_vec()
     }
 
-    /// The structure from the bytes at its start; missing ones are zero.
+    /// Returns the structure that begins with these bytes. Missing ones are zero.
     fn from_bytes(bytes: &[u8]) -> Self
     where
         Self: Default,
