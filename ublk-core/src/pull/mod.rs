@@ -36,6 +36,7 @@ mod tokio;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -163,6 +164,7 @@ impl PullQueue {
 
 impl AsFd for PullQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.watch();
         self.0.event.as_fd()
     }
 }
@@ -192,8 +194,10 @@ impl Drop for PullQueue {
 struct Shared {
     state: Mutex<PullState>,
     changed: Condvar,
-    /// Readable while there is something to take, or nothing will come any more.
+    /// Readable while there is something to take, or nothing will come any more, if it is watched.
     event: EventFd,
+    /// The descriptor was asked for. Until then the event is left alone, which saves two system calls per wake-up.
+    watched: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -205,6 +209,8 @@ struct PullState {
     opened: bool,
     /// The queue was dropped.
     unwanted: bool,
+    /// Threads that wait for requests, or were woken and do not run yet.
+    waiting: usize,
 }
 
 impl PullState {
@@ -217,7 +223,7 @@ impl Shared {
     fn new() -> Result<Self> {
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| Error::Ring { errno, hint: "cannot create an eventfd".into() })?;
-        Ok(Shared { state: Mutex::default(), changed: Condvar::new(), event })
+        Ok(Shared { state: Mutex::default(), changed: Condvar::new(), event, watched: AtomicBool::new(false) })
     }
 
     fn state(&self) -> MutexGuard<'_, PullState> {
@@ -233,7 +239,7 @@ impl Shared {
             let count = state.requests.len().min(max);
             if count != 0 {
                 let batch = state.requests.drain(..count).collect();
-                if state.requests.is_empty() && !state.ended() {
+                if state.requests.is_empty() && !state.ended() && self.watched.load(Ordering::Relaxed) {
                     // Under the lock, so that it agrees with the queue.
                     let _ = self.event.read();
                 }
@@ -246,23 +252,51 @@ impl Shared {
                 return Some(None);
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Some(None);
+            }
+            state.waiting += 1;
             state = match left {
-                Some(left) if left.is_zero() => return Some(None),
                 Some(left) => self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
+            state.waiting -= 1;
         }
     }
 
-    /// Wakes consumers, with the lock held. The result is to be checked without it: a logger may wait for a consumer.
+    /// Wakes all consumers, with the lock held. The result is to be checked without it: a logger may wait for a consumer.
     fn signal(&self) -> nix::Result<usize> {
         self.changed.notify_all();
-        self.event.write(1)
+        self.signal_event()
+    }
+
+    /// Makes the event readable if it is watched, with the lock held.
+    fn signal_event(&self) -> nix::Result<usize> {
+        if self.watched.load(Ordering::Relaxed) { self.event.write(1) } else { Ok(0) }
+    }
+
+    /// Keeps the event up to date from now on.
+    fn watch(&self) {
+        if self.watched.load(Ordering::Relaxed) {
+            return;
+        }
+        // `watched` changes under the lock, so that no change of the queue is missed.
+        let state = self.state();
+        let signalled = if self.watched.swap(true, Ordering::Relaxed) {
+            Ok(0)
+        } else if !state.requests.is_empty() || state.ended() || state.unwanted {
+            self.signal_event()
+        } else {
+            Ok(0)
+        };
+        drop(state);
+        complain(signalled);
     }
 
     fn send(&self, requests: impl Iterator<Item = DetachedRequest>) {
         // Not under the lock: loading their data takes a while, and may log errors.
         let requests: Vec<_> = requests.collect();
+        let count = requests.len();
         let mut state = self.state();
         if state.unwanted {
             drop(state);
@@ -270,8 +304,15 @@ impl Shared {
         }
         state.requests.extend(requests);
         // All may have failed.
-        let signalled = if state.requests.is_empty() { Ok(0) } else { self.signal() };
+        let signalled = if count == 0 { Ok(0) } else { self.signal_event() };
+        let waiting = state.waiting;
         drop(state);
+        // No more of them than there are requests: the others would find nothing.
+        if count >= waiting {
+            self.changed.notify_all();
+        } else {
+            (0..count).for_each(|_| self.changed.notify_one());
+        }
         complain(signalled);
     }
 
@@ -338,5 +379,92 @@ struct PullHandler(PullSender);
 impl QueueHandler for PullHandler {
     fn handle(&mut self, requests: Requests<'_>) {
         self.0.send(requests.map(Request::detach));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    use super::*;
+    use crate::driver::fake::FakeDriver;
+    use crate::{Device, DeviceOptions, Server, StdSpawn};
+
+    fn start(driver: &FakeDriver, depth: u32) -> (Device, PullQueue) {
+        let (target, mut queues) = pull(Params::new(1 << 20, 512), 1).unwrap();
+        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
+        let device = server.start(target, &DeviceOptions::new().queues(1).depth(depth)).unwrap();
+        (device, queues.remove(0))
+    }
+
+    fn is_readable(queue: &PullQueue, timeout: PollTimeout) -> bool {
+        poll(&mut [PollFd::new(queue.as_fd(), PollFlags::POLLIN)], timeout).unwrap() == 1
+    }
+
+    #[test]
+    fn a_descriptor_that_is_asked_for_late_shows_what_is_there() {
+        let driver = FakeDriver::new();
+        let (device, queue) = start(&driver, 4);
+        let disk = driver.disk(device.id());
+        let clients: Vec<_> = (0..2)
+            .map(|n| {
+                let disk = disk.clone();
+                std::thread::spawn(move || disk.write(n * 512, &[1; 512]))
+            })
+            .collect();
+        while queue.0.state().requests.len() != 2 {
+            std::thread::yield_now();
+        }
+        assert!(is_readable(&queue, PollTimeout::ZERO));
+        let first = queue.next_batch(1).unwrap();
+        assert!(is_readable(&queue, PollTimeout::ZERO));
+        let second = queue.next_batch(1).unwrap();
+        assert!(!is_readable(&queue, PollTimeout::ZERO));
+        first.into_iter().chain(second).for_each(DetachedRequest::complete);
+        clients.into_iter().for_each(|client| client.join().unwrap().unwrap());
+        // And what comes later, up to the end.
+        let client = std::thread::spawn(move || disk.read(0, 512).map(drop));
+        assert!(is_readable(&queue, PollTimeout::from(60_000u16)));
+        queue.next_batch(1).unwrap().into_iter().for_each(DetachedRequest::complete);
+        client.join().unwrap().unwrap();
+        device.stop().unwrap();
+        assert!(is_readable(&queue, PollTimeout::ZERO));
+        assert!(queue.next_batch(1).is_none());
+    }
+
+    #[test]
+    fn consumers_that_wait_serve_every_request_once() {
+        const CLIENTS: u64 = 4;
+        const EACH: u64 = 500;
+        let driver = FakeDriver::new();
+        let (device, queue) = start(&driver, 8);
+        let disk = driver.disk(device.id());
+        let (queue, served) = (Arc::new(queue), Arc::new(Mutex::new(BTreeSet::new())));
+        // More than there are requests at a time, so that some always wait.
+        let consumers: Vec<_> = (0..8)
+            .map(|_| {
+                let (queue, served) = (queue.clone(), served.clone());
+                std::thread::spawn(move || {
+                    while let Some(batch) = queue.next_batch(1) {
+                        for request in batch {
+                            assert!(served.lock().unwrap().insert(request.offset()));
+                            request.complete();
+                        }
+                    }
+                })
+            })
+            .collect();
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|client| {
+                let disk = disk.clone();
+                std::thread::spawn(move || (0..EACH).try_for_each(|n| disk.write((client * EACH + n) * 512, &[1; 512])))
+            })
+            .collect();
+        clients.into_iter().for_each(|client| client.join().unwrap().unwrap());
+        device.stop().unwrap();
+        consumers.into_iter().for_each(|consumer| consumer.join().unwrap());
+        assert_eq!(served.lock().unwrap().len() as u64, CLIENTS * EACH);
     }
 }
