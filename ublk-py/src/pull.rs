@@ -86,6 +86,19 @@ impl PyPullQueue {
         batch.into_iter().map(wrap).collect::<PyResult<_>>().map(Some)
     }
 
+    /// Take at most `max` requests, without waiting, and append them to `requests`, the last one first. Return whether more
+    /// requests may arrive.
+    fn take_into(&self, py: Python<'_>, max: usize, requests: &Bound<'_, PyList>) -> PyResult<bool> {
+        let Some(batch) = self.queue().and_then(|queue| queue.next_batch_timeout(max, Duration::ZERO)) else {
+            return Ok(false);
+        };
+        self.watch.entered();
+        for request in batch.into_iter().rev() {
+            requests.append(Bound::new(py, PyRequest::new(request, &self.extents, self.watch.holders()))?)?;
+        }
+        Ok(true)
+    }
+
     /// Descriptor that is readable while there are requests, and once no more will arrive. -1 after `close`.
     fn fileno(&self) -> RawFd {
         self.queue().map_or(-1, |queue| queue.as_raw_fd())

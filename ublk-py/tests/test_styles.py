@@ -4,6 +4,7 @@
 
 import asyncio
 import concurrent.futures
+import contextvars
 import errno
 import select
 import signal
@@ -86,6 +87,12 @@ class Interrupting:
         if batch:
             signal.raise_signal(signal.SIGTERM)
         return batch
+
+    def take_into(self, count, requests):
+        more = self.queue.take_into(count, requests)
+        if requests:
+            signal.raise_signal(signal.SIGTERM)
+        return more
 
     def __getattr__(self, name):
         return getattr(self.queue, name)
@@ -191,6 +198,54 @@ class TestCoroutines:
             driver.flush(dev.id)
         assert disk.flushes == 1
 
+    def test_requests_after_one_that_waits_are_served(self, driver):
+        class Mixed(ublk.BlockDevice):
+            """Every other request waits until all have begun."""
+
+            def __init__(self):
+                super().__init__(size=SIZE)
+                self.begun = 0
+                self.all = asyncio.Event()
+
+            async def read(self, offset, buf):
+                self.begun += 1
+                if self.begun == 16:
+                    self.all.set()
+                if offset // 512 % 2:
+                    await self.all.wait()
+                buf[:] = (offset // 512).to_bytes(2, "little") * (len(buf) // 2)
+
+        with Mixed().start(depth=16) as dev:
+            read_together(driver, dev, 16)
+
+    def test_a_handler_that_cancels_its_task_cancels_no_other_request(self, driver):
+        class Cancelling(ublk.BlockDevice):
+            async def read(self, offset, buf):
+                if offset == 0:
+                    asyncio.current_task().cancel()
+                else:
+                    await asyncio.sleep(0)
+
+        with Cancelling(size=SIZE).start(depth=16) as dev:
+            for _ in range(20):
+                driver.load(dev.id, 1, 16)
+
+    def test_a_context_variable_of_one_request_is_unknown_to_the_next(self, driver):
+        variable = contextvars.ContextVar("variable")
+        found = []
+
+        class Setting(ublk.BlockDevice):
+            async def read(self, offset, buf):
+                found.append(variable.get(None))
+                # Cannot be compared: the truth of an array of two is ambiguous.
+                variable.set(numpy.array([offset, offset]))
+
+        with Setting(size=SIZE).start(depth=16) as dev:
+            for _ in range(20):
+                driver.load(dev.id, 1, 16)
+        assert len(found) == 20 * 17
+        assert all(value is None for value in found)
+
     def test_each_queue_has_a_loop_of_its_own(self, driver):
         disk = Tasks(1)
         with disk.start(queues=2) as dev:
@@ -271,6 +326,32 @@ class TestCoroutines:
             assert not devices[0].running
             with pytest.raises(OSError):
                 lost[0].result(10)
+
+    def test_requests_taken_when_a_signal_handler_raised_are_served(self, driver):
+        class Alarmed(Interrupting):
+            def take_into(self, count, requests):
+                more = self.queue.take_into(count, requests)
+                if requests and not alarms:
+                    alarms.append(1)
+                    signal.raise_signal(signal.SIGALRM)
+                return more
+
+        def alarm(*_):
+            raise ZeroDivisionError("the loop logs this and goes on")
+
+        async def main():
+            async with await Tasks(1).start_async() as dev:
+                server = dev._serving._servers[0]
+                server._queue = Alarmed(server._queue)
+                await asyncio.wait_for(asyncio.to_thread(driver.read, dev.id, 0, 512), 30)
+
+        alarms = []
+        before = signal.signal(signal.SIGALRM, alarm)
+        try:
+            asyncio.run(main())
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert alarms
 
     def test_ctrl_c_interrupts_an_asynchronous_wait(self, driver):
         with Tasks(1).start() as dev:

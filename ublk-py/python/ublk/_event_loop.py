@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import errno
 import functools
 import inspect
@@ -14,20 +15,26 @@ import sys
 import threading
 import time
 import traceback
-import weakref
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
+from ublk import _lifecycle
 from ublk._requests import Op
 from ublk._signals import Terminated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from ublk._ublk import PullQueue, Request
 
 # Maximum number of requests that are taken at once, so that other callbacks of the loop can run in between.
 _AT_ONCE = 64
+
+# Looked up once.
+_READ, _WRITE, _FLUSH = Op.READ, Op.WRITE, Op.FLUSH
+
+# How often this process was forked off by another one that had imported this module.
+_forks = 0
 
 
 def _stack(coroutine: Any, thread: int) -> str:
@@ -47,6 +54,15 @@ def _stack(coroutine: Any, thread: int) -> str:
     return "".join(lines)
 
 
+def _in_forked_child() -> None:
+    """Let a handler that returns notice that it is in a child process."""
+    global _forks
+    _forks += 1
+
+
+_lifecycle.register_fork_hook(_in_forked_child)
+
+
 def _end_forked_child() -> None:
     """End a forked child that has returned from a handler: the request and the loop belong to its parent."""
     text = "ublk: a child process returned from the handler that forked it; exiting with status 1"
@@ -63,6 +79,15 @@ def _starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
     return known and loop.get_task_factory() is None
 
 
+def _is_as_new(task: asyncio.Task[None], context: contextvars.Context) -> bool:
+    """Return whether handlers have left a task as it was, so that it can serve another request."""
+    try:
+        return not task.cancelling() and contextvars.copy_context() == context
+    except Exception:
+        # Values of context variables are compared, which may be objects of any kind.
+        return False
+
+
 def _is_of_a_signal(exception: BaseException) -> bool:
     """Whether a signal has raised this, which came while the main thread's event loop ran a handler."""
     if not isinstance(exception, Terminated | KeyboardInterrupt):
@@ -73,6 +98,40 @@ def _is_of_a_signal(exception: BaseException) -> bool:
 def _raise(exception: BaseException) -> None:
     """End the event loop with an exception."""
     raise exception
+
+
+def _fail_all(requests: Sequence[Request]) -> int:
+    """Fail the requests that have not ended; return how many. May be called from any thread."""
+    failed = 0
+    for request in list(requests):
+        if not request.done:
+            with contextlib.suppress(ValueError):
+                request.fail(errno.EIO)
+                failed += 1
+    return failed
+
+
+class _Run:
+    """A coroutine that serves requests, one after the other."""
+
+    __slots__ = ("began", "coroutine", "left", "request", "task")
+
+    coroutine: Coroutine[Any, Any, None]
+
+    def __init__(self, began: float, left: list[Request]) -> None:
+        # When the requests were taken.
+        self.began = began
+        # Requests that it has not begun, the first one last. It may share them with other runs.
+        self.left = left
+        # The request that it serves.
+        self.request: Request | None = None
+        # Unset before it has waited for the first time.
+        self.task: asyncio.Task[None] | None = None
+
+    def current(self) -> list[Request]:
+        """Return the request that it serves, if there is one."""
+        request = self.request
+        return [] if request is None else [request]
 
 
 class LoopServer:
@@ -89,15 +148,16 @@ class LoopServer:
         self._methods = methods
         self._report = report
         self._die = die
-        # Requests in progress, by a number: when it was taken, the request, and the coroutine that serves it.
-        self._serving: dict[int, tuple[float, Request, Coroutine[Any, Any, None]]] = {}
-        # The tasks of those coroutines, once they have begun to wait.
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        # The coroutines that serve requests, by a number.
+        self._runs: dict[int, _Run] = {}
         self._count = 0
-        # Requests that were taken and are not in `_serving` yet: a signal handler may raise at any place.
-        self._hand: list[weakref.ref[Request]] = []
+        # The number of the last coroutine that was begun.
+        self._begun = 0
+        # Requests that were taken and not begun, the first one last, and when they were taken.
+        self._taken: list[Request] = []
+        self._taken_at = 0.0
         self._thread = 0
-        self._owner = os.getpid()
+        self._forks = _forks
         self._descriptor = -1
         self._ended: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -161,10 +221,10 @@ class LoopServer:
             self._descriptor = -1
 
     def waiting(self) -> list[tuple[int, float, str]]:
-        """Return the tasks that serve requests: a number, the age of the request in seconds, and the stack."""
+        """Return the requests that tasks serve: a number, the age of the request in seconds, and the stack."""
         found = []
-        for number, (began, _request, coroutine) in list(self._serving.items()):
-            found.append((number, time.monotonic() - began, _stack(coroutine, self._thread)))
+        for number, run in list(self._runs.items()):
+            found.append((number, time.monotonic() - run.began, _stack(run.coroutine, self._thread)))
         return found
 
     def is_current(self) -> bool:
@@ -177,21 +237,23 @@ class LoopServer:
     def is_current_task(self) -> bool:
         """Whether this is a task that serves a request."""
         task = asyncio.current_task(self._loop) if self.is_current() else None
-        return task is not None and any(task.get_coro() is served[2] for served in self._serving.values())
+        return task is not None and any(task.get_coro() is run.coroutine for run in list(self._runs.values()))
 
     def fail_late(self, seconds: float) -> int:
         """Fail the requests that are older than so many seconds, and cancel their tasks; return how many."""
-        failed = 0
-        for number, (began, request, _coroutine) in list(self._serving.items()):
-            if time.monotonic() - began < seconds or request.done:
+        failed, now = 0, time.monotonic()
+        taken = self._taken
+        if now - self._taken_at >= seconds:
+            failed += _fail_all(taken)
+        for run in list(self._runs.values()):
+            if now - run.began < seconds:
                 continue
-            with contextlib.suppress(ValueError):
-                request.fail(errno.EIO)
-                failed += 1
-            task = self._tasks.get(number)
-            if task is not None and self._loop is not None:
+            # Requests of `taken` may be younger.
+            late = _fail_all([*([] if run.left is taken else run.left), *run.current()])
+            failed += late
+            if late and run.task is not None and self._loop is not None:
                 with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(task.cancel)
+                    self._loop.call_soon_threadsafe(run.task.cancel)
         return failed
 
     def cancel(self) -> None:
@@ -202,8 +264,9 @@ class LoopServer:
                 self._loop.call_soon_threadsafe(self._cancel_tasks)
 
     def _cancel_tasks(self) -> None:
-        for task in list(self._tasks.values()):
-            task.cancel()
+        for run in list(self._runs.values()):
+            if run.task is not None:
+                run.task.cancel()
 
     def abandon(self) -> None:
         """Fail the requests of the queue if the loop is not running any more."""
@@ -211,57 +274,92 @@ class LoopServer:
             return
         self._queue.close()
         self._fail_unbegun()
-        for _began, request, _coroutine in list(self._serving.values()):
-            with contextlib.suppress(ValueError):
-                request.fail()
+        for run in list(self._runs.values()):
+            _fail_all([*run.left, *run.current()])
 
     def _fail_unbegun(self) -> None:
         """Fail the requests that an exception prevented from being served."""
-        taken = [request for reference in self._hand if (request := reference()) is not None]
-        for number, (_began, request, coroutine) in list(self._serving.items()):
-            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
-                taken.append(request)
-                if (task := self._tasks.get(number)) is not None:
-                    # Else it would call the handler for a request that is over.
-                    task.cancel()
-        for request in taken:
-            with contextlib.suppress(ValueError):
-                request.fail()
+        _fail_all(self._taken)
+        for run in list(self._runs.values()):
+            _fail_all(run.left)
+            if run.task is not None and inspect.getcoroutinestate(run.coroutine) == inspect.CORO_CREATED:
+                # Else it would call the handler for a request that is over.
+                run.task.cancel()
 
     def _ready(self) -> None:
         assert self._loop is not None
-        batch = self._queue.take(_AT_ONCE, self._hand)
-        if batch is None:
+        try:
+            self._serve_new()
+        except Exception:
+            # A signal handler has raised, which the loop logs. Nothing else might call this for what is left.
+            self._loop.call_soon(self._ready)
+            raise
+
+    def _serve_new(self) -> None:
+        """Take requests and begin to serve them."""
+        assert self._loop is not None
+        if not self._taken:
+            # Runs that wait refer to the old list.
+            self._taken = []
+        # A signal handler may raise at any place: from here on, requests are in this list or in a run.
+        if not self._queue.take_into(_AT_ONCE, self._taken):
             self._forget_descriptor()
             assert self._ended is not None
             self._ended.set()
-            return
-        began, first = time.monotonic(), self._count + 1
-        # Register all of them before the first one runs, which may delay the others.
-        for request in batch:
-            self._count += 1
-            self._serving[self._count] = (began, request, self._serve(request))
-        self._hand.clear()
         self._thread = threading.get_ident()
+        self._taken_at = began = time.monotonic()
         eager = _starts_eagerly(self._loop)
-        for number in range(first, self._count + 1):
-            _began, request, coroutine = self._serving[number]
-            try:
-                task = self._task(coroutine, eager)
-            except BaseException as exception:
-                # The loop's task factory failed.
-                del self._serving[number]
-                coroutine.close()
-                self._fail(request, exception)
-                continue
-            if task.done():
-                del self._serving[number]
-            else:
-                self._tasks[number] = task
-                task.add_done_callback(functools.partial(self._done, number))
+        self._begin_registered(eager)
+        if eager:
+            # Creating a task takes most of the time of a request that does not wait. So one task serves requests in
+            # turn until one of them waits, and another task serves those after it.
+            while self._taken:
+                self._register(began, self._taken)
+                self._begin_registered(eager)
+            return
+        # Register all of them before the first one runs, which may delay the others.
+        while self._taken:
+            self._register(began, self._taken[-1:])
+            self._taken.pop()
+        self._begin_registered(eager)
+
+    def _register(self, began: float, left: list[Request]) -> None:
+        """Make a coroutine that serves the requests of a list."""
+        run = _Run(began, left)
+        run.coroutine = self._serve(run)
+        self._runs[self._count + 1] = run
+        self._count += 1
+
+    def _begin_registered(self, eager: bool) -> None:
+        """Run the coroutines that were not begun yet."""
+        while self._begun < self._count:
+            # Again, if a signal handler raises before the count is up to date.
+            self._begin(self._begun + 1, eager)
+            self._begun += 1
+
+    def _begin(self, number: int, eager: bool) -> None:
+        """Run a coroutine in a task."""
+        run = self._runs.get(number)
+        if run is None:
+            return
+        try:
+            if run.task is None:
+                run.task = self._task(run.coroutine, eager)
+        except BaseException as exception:
+            # The loop's task factory failed, or a signal handler raised.
+            del self._runs[number]
+            run.coroutine.close()
+            if run.request is None and run.left:
+                run.request = run.left.pop()
+            self._fail(run.request, exception)
+            return
+        if run.task.done():
+            del self._runs[number]
+        else:
+            run.task.add_done_callback(functools.partial(self._done, number))
 
     def _done(self, number: int, _task: asyncio.Task[None]) -> None:
-        del self._serving[number], self._tasks[number]
+        self._runs.pop(number, None)
 
     def _task(self, coroutine: Coroutine[Any, Any, None], eager: bool) -> asyncio.Task[None]:
         assert self._loop is not None
@@ -270,42 +368,57 @@ class LoopServer:
             return asyncio.Task(coroutine, loop=self._loop, eager_start=True)
         return self._loop.create_task(coroutine)
 
-    async def _serve(self, request: Request) -> None:
-        method = self._methods[request.op]
-        try:
-            if method is None:
-                # An operation that the class declares, because `map` is meant to handle all of its requests.
-                raise NotImplementedError
-            ended = False
-            while not ended:
-                if request.op is Op.READ or request.op is Op.WRITE:
-                    returned = method(request.offset, request.buffer)
-                elif request.op is Op.FLUSH:
-                    returned = method()
-                else:
-                    returned = method(request.offset, request.length)
-                # A class may have plain methods, too.
-                if isinstance(returned, CoroutineType) or inspect.isawaitable(returned):
-                    returned = await returned
-                if os.getpid() != self._owner:
-                    _end_forked_child()
-                # Repeated if the returned extent was invalidated meanwhile.
-                ended = request._finish(returned)
-        except asyncio.CancelledError:
-            if not request.done:
-                request.fail(errno.ECANCELED)
-            raise
-        except BaseException as exception:
-            if not request._raise(exception):
-                self._fail(request, exception)
+    async def _serve(self, run: _Run) -> None:
+        """Serve the requests of a list until it is empty, or a handler has changed the task."""
+        methods, forks = self._methods, self._forks
+        task, context = asyncio.current_task(), contextvars.copy_context()
+        assert task is not None
+        while True:
+            request = None
+            # Everything is inside: a signal handler may raise at any place.
+            try:
+                run.request = None
+                if not run.left or not _is_as_new(task, context):
+                    return
+                run.request = request = run.left.pop()
+                if request.done:
+                    # It failed because it waited for its turn for too long.
+                    continue
+                op = request.op
+                method = methods[op]
+                if method is None:
+                    # An operation that the class declares, because `map` is meant to handle all of its requests.
+                    raise NotImplementedError
+                ended = False
+                while not ended:
+                    if op is _READ or op is _WRITE:
+                        returned = method(request.offset, request.buffer)
+                    elif op is _FLUSH:
+                        returned = method()
+                    else:
+                        returned = method(request.offset, request.length)
+                    # A class may have plain methods, too.
+                    if type(returned) is CoroutineType or inspect.isawaitable(returned):
+                        returned = await returned
+                    if forks != _forks:
+                        _end_forked_child()
+                    # Repeated if the returned extent was invalidated meanwhile.
+                    ended = request._finish(returned)
+            except asyncio.CancelledError:
+                if request is not None and not request.done:
+                    request.fail(errno.ECANCELED)
+                raise
+            except BaseException as exception:
+                if request is None or not request._raise(exception):
+                    self._fail(request, exception)
 
-    def _fail(self, request: Request, exception: BaseException) -> None:
+    def _fail(self, request: Request | None, exception: BaseException) -> None:
         """Fail a request for an exception that is no errno, and pass that on."""
-        if _is_of_a_signal(exception):
+        if request is None or _is_of_a_signal(exception):
             # It is the program's. Raised by the task, it would be logged as one that nothing has retrieved, too.
             assert self._loop is not None
             self._loop.call_soon(_raise, exception)
         else:
             self._report(request.op, exception)
-        if not request.done:
+        if request is not None and not request.done:
             request.fail()
