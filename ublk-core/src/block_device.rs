@@ -18,7 +18,8 @@ use crate::target::{QueueHandler, QueueInfo, Target};
 /// later, take several at a time) implements [`Target`] itself.
 ///
 /// An error of a method fails the request with its [`raw_os_error`](io::Error::raw_os_error), or with the errno that
-/// [`RawErrno`](crate::RawErrno) has for its kind. The first one of each queue is logged. A method that panics fails its request with `EIO`.
+/// [`Errno`](crate::Errno) has for its kind. The first one of each queue is logged. A method that panics fails its request
+/// with `EIO`.
 ///
 /// A RAM disk:
 ///

@@ -62,10 +62,9 @@ pub use data::shared::SharedMemory;
 pub use data::{Access, DataMovement};
 pub use device::{Device, Ending, MAX_COALESCING, Server};
 pub use engine::{Spawn, StdSpawn};
-pub use errno::RawErrno;
+pub use errno::Errno;
 pub use error::{Error, Parameter, Result};
 pub use memory::IoBuffer;
-pub use nix::errno::Errno;
 pub use options::{DeviceOptions, Recovery};
 pub use params::{
     Checksum, DEFAULT_MAX_IO_BYTES, DiscardLimits, Integrity, MAX_IO_BYTES, Operations, Params, SegmentLimits,

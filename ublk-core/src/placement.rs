@@ -8,10 +8,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-use nix::errno::Errno;
 use nix::sched::{sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
+use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result};
 
 const WORDS: usize = CpuSet::LIMIT / 64;
@@ -25,15 +25,15 @@ impl CpuSet {
     pub const LIMIT: usize = 1024;
 
     /// The CPUs that the calling thread may use.
-    fn of_this_thread() -> nix::Result<Self> {
+    fn of_this_thread() -> Result<Self, Errno> {
         let raw = sched_getaffinity(Pid::from_raw(0))?;
         Ok((0..Self::LIMIT).filter(|cpu| raw.is_set(*cpu) == Ok(true)).collect())
     }
 
-    fn pin_this_thread(&self) -> nix::Result<()> {
+    fn pin_this_thread(&self) -> Result<(), Errno> {
         let mut raw = nix::sched::CpuSet::new();
         self.iter().try_for_each(|cpu| raw.set(cpu))?;
-        sched_setaffinity(Pid::from_raw(0), &raw)
+        Ok(sched_setaffinity(Pid::from_raw(0), &raw)?)
     }
 
     /// Whether there is no CPU in it.

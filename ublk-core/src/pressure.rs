@@ -8,9 +8,9 @@
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::errno::Errno;
 use nix::sys::mman::{MlockAllFlags, mlockall};
 
+use crate::errno::Errno;
 use crate::error::{Error, Result, errno_of};
 
 static LOCKED: AtomicBool = AtomicBool::new(false);
@@ -24,7 +24,8 @@ static LOCKED: AtomicBool = AtomicBool::new(false);
 ///
 /// [`Error::Process`] with `EPERM` or `ENOMEM` without `CAP_IPC_LOCK`, unless `RLIMIT_MEMLOCK` allows it.
 pub fn lock_memory() -> Result<()> {
-    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE).map_err(|errno| Error::Process {
+    let locked = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE).map_err(Errno::from);
+    locked.map_err(|errno| Error::Process {
         operation: "locking its memory",
         errno,
         hint: match errno {

@@ -3,7 +3,8 @@
 //! Filters with which system calls of a test's thread fail.
 
 use libc::{BPF_ABS, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, sock_filter};
-use nix::errno::Errno;
+
+use crate::errno::Errno;
 
 /// One of a filter's statements.
 pub(crate) fn statement(code: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
@@ -33,7 +34,7 @@ pub(crate) fn has(bits: u32, yes: u8, no: u8) -> sock_filter {
 
 /// Has the system call fail.
 pub(crate) fn refuse(errno: Errno) -> sock_filter {
-    statement(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | errno as u32, 0, 0)
+    statement(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | errno.get() as u32, 0, 0)
 }
 
 pub(crate) fn allow() -> sock_filter {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use ublk_core::driver::fake::{FakeDisk, FakeDriver};
 use ublk_core::targets::{File, FileOptions, Io};
-use ublk_core::{DataMovement, Errno, Op, RawErrno};
+use ublk_core::{DataMovement, Errno, Op};
 
 mod support;
 
@@ -29,12 +29,12 @@ fn a_handlers_errno_is_never_success() {
     let driver = FakeDriver::new();
     let number = Arc::new(AtomicI32::new(0));
     let theirs = number.clone();
-    let target = custom(move |request| request.fail(RawErrno::new(theirs.load(Ordering::SeqCst)).unwrap()));
+    let target = custom(move |request| request.fail(Errno::new(theirs.load(Ordering::SeqCst)).unwrap()));
     let device = server(&driver, 1).start(target, &options(1, 1)).unwrap();
     let disk = driver.disk(device.id());
     for errno in (1..=4095).step_by(7).chain([41, 58, 133, 134, 511, 512, 524, 4095]) {
         number.store(errno, Ordering::SeqCst);
-        let expected = RawErrno::new(errno).unwrap().known();
+        let expected = Errno::new(errno).unwrap().known();
         assert_eq!(outcomes(&disk), [Err(expected); 5], "errno {errno}");
     }
     finish(&driver, device);
@@ -43,7 +43,8 @@ fn a_handlers_errno_is_never_success() {
 #[test]
 fn an_errno_that_nix_has_lost_fails_the_request() {
     let driver = FakeDriver::new();
-    let device = server(&driver, 1).start(custom(|r| r.fail(Errno::from_raw(503))), &options(1, 1)).unwrap();
+    let lost = nix::errno::Errno::from_raw(503);
+    let device = server(&driver, 1).start(custom(move |request| request.fail(lost)), &options(1, 1)).unwrap();
     assert_eq!(outcomes(&driver.disk(device.id())), [Err(Errno::EIO); 5]);
     finish(&driver, device);
 }
@@ -67,7 +68,7 @@ fn a_file_may_refuse_data_with_any_errno() {
         for (number, expected) in
             [(41, Errno::EIO), (511, Errno::EIO), (528, Errno::EIO), (524, Errno::EOPNOTSUPP), (28, Errno::ENOSPC)]
         {
-            driver.refuse_files(RawErrno::new(number));
+            driver.refuse_files(Errno::new(number));
             assert_eq!(disk.write(0, &[1; 512]), Err(expected), "{data:?}, errno {number}");
             assert_eq!(disk.read(0, 512), Err(expected), "{data:?}, errno {number}");
         }

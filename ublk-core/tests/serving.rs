@@ -405,10 +405,7 @@ fn a_target_that_cannot_open_its_queue_leaves_no_device() {
         }
         fn open_queue(self: Arc<Self>, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
             assert!(!self.0, "no queue today");
-            Err(Error::Target {
-                context: format!("opening queue {}", queue.queue),
-                source: std::io::Error::from_raw_os_error(Errno::ENOMEM as i32),
-            })
+            Err(Error::Target { context: format!("opening queue {}", queue.queue), source: Errno::ENOMEM.into() })
         }
     }
     for (panics, words) in [(false, "opening queue 0"), (true, "no queue today")] {
@@ -542,7 +539,7 @@ fn a_thread_that_cannot_be_made_leaves_no_device() {
     struct Refuse;
     impl Spawn for Refuse {
         fn spawn(&self, _: String, _: Box<dyn FnOnce() + Send>) -> std::io::Result<()> {
-            Err(std::io::Error::from_raw_os_error(Errno::EAGAIN as i32))
+            Err(Errno::EAGAIN.into())
         }
     }
     let driver = FakeDriver::new();

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyTuple, PyType};
 use ublk_core::extents::files::{self, SharedFile};
 use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, Moment};
-use ublk_core::{Op, Pieces, RawErrno, Request};
+use ublk_core::{Op, Pieces, Request};
 
 use crate::descriptor::with_descriptor;
 use crate::error::os_error;
@@ -45,7 +45,6 @@ impl PyExtent {
             files::shared(file).map_err(|errno| {
                 let text =
                     "the file of an extent must be a regular file or a block device, and not opened with O_APPEND";
-                let errno = RawErrno::from(errno);
                 PyOSError::new_err((errno.get(), format!("{}: {text}", errno.known().desc())))
             })
         })?;

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use pyo3::prelude::*;
-use ublk_core::{DetachedRequest, Errno, Op, RawErrno};
+use ublk_core::{DetachedRequest, Errno, Op};
 
 use crate::held::{Holders, Revoke};
 
@@ -102,7 +102,7 @@ impl Flushes {
     }
 
     /// Records the outcome of a flush, and ends the requests whose outcome is known now.
-    fn end(&self, number: u64, ended: Option<(DetachedRequest, Result<(), RawErrno>)>) {
+    fn end(&self, number: u64, ended: Option<(DetachedRequest, Result<(), Errno>)>) {
         let (mut failing, mut done, mut report) = (Vec::new(), Vec::new(), None);
         {
             let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -124,7 +124,7 @@ impl Flushes {
             let has_failed = written && state.failed;
             for (before, request) in std::mem::take(&mut state.succeeded) {
                 if has_failed {
-                    failing.push((request, Errno::EIO.into()));
+                    failing.push((request, Errno::EIO));
                 } else if before <= oldest || !written {
                     done.push(request);
                 } else {
@@ -168,7 +168,7 @@ pub(crate) struct Flush {
 
 impl Flush {
     /// Ends the request, at once or when the outcome of concurrent flushes is known.
-    pub(crate) fn end(self, request: DetachedRequest, result: Result<(), RawErrno>) {
+    pub(crate) fn end(self, request: DetachedRequest, result: Result<(), Errno>) {
         self.flushes.end(self.number, Some((request, result)));
     }
 }

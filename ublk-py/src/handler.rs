@@ -8,7 +8,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 use ublk_core::pull::{PullSender, PullSenders};
-use ublk_core::{Access, Op, Params, QueueHandler, QueueInfo, RawErrno, Request, Requests, Result, Target};
+use ublk_core::{Access, Errno, Op, Params, QueueHandler, QueueInfo, Request, Requests, Result, Target};
 
 use crate::buffer::Slot;
 use crate::error::to_python;
@@ -243,7 +243,7 @@ impl Serve for BatchQueue {
             if errno.is_none() {
                 report(py, &self.batch.report, "handle", &error);
             }
-            endings.iter().for_each(|ending| ending.fail_if_left(py, errno.unwrap_or(RawErrno::EIO)));
+            endings.iter().for_each(|ending| ending.fail_if_left(py, errno.unwrap_or(Errno::EIO)));
         }
     }
 }

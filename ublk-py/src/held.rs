@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use pyo3::prelude::*;
-use ublk_core::{DetachedRequest, Errno, RawErrno};
+use ublk_core::{DetachedRequest, Errno};
 
 use crate::flushes::Flush;
 
@@ -102,7 +102,7 @@ impl Revoke for Held<DetachedRequest> {
         }
         match flush {
             // The flush ends here, for those that wait for it: its method may never return.
-            Some(flush) => flush.end(request, Err(RawErrno::EIO)),
+            Some(flush) => flush.end(request, Err(Errno::EIO)),
             None => request.fail(Errno::EIO),
         }
         true

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use ublk_core::{DetachedRequest, Errno, Op, Operations, RawErrno, Request};
+use ublk_core::{DetachedRequest, Errno, Op, Operations, Request};
 
 use crate::buffer::Slot;
 use crate::error::to_errno;
@@ -131,7 +131,7 @@ impl Methods {
             }
         }
         log::error!("{request:?}: what its handler returned was invalidated {ATTEMPTS} times in a row");
-        request.into().fail(RawErrno::EIO);
+        request.into().fail(Errno::EIO);
     }
 
     /// Calls the method for a flush, and ends it according to that and to concurrent flushes.
@@ -142,7 +142,7 @@ impl Methods {
         let left = held.take_flush();
         let outcome = returned.and_then(|returned| match returned {
             Some(value) => check_return(&value, None).map(Ok),
-            None => Ok(Err(Errno::EOPNOTSUPP.into())),
+            None => Ok(Err(Errno::EOPNOTSUPP)),
         });
         let result = outcome.unwrap_or_else(|error| Err(self.errno_of(py, op_name(Op::Flush), &error)));
         // Otherwise it was revoked, and counts as failed.
@@ -244,10 +244,10 @@ impl Methods {
     }
 
     /// Returns the errno for an exception: `EIO`, with a report, if the exception has none.
-    pub(crate) fn errno_of(&self, py: Python<'_>, operation: &str, error: &PyErr) -> RawErrno {
+    pub(crate) fn errno_of(&self, py: Python<'_>, operation: &str, error: &PyErr) -> Errno {
         to_handlers_errno(py, error).unwrap_or_else(|| {
             report(py, &self.report, operation, error);
-            RawErrno::EIO
+            Errno::EIO
         })
     }
 }
@@ -298,7 +298,7 @@ pub(crate) fn report(py: Python<'_>, report: &Py<PyAny>, operation: &str, error:
 }
 
 /// Returns the errno of a handler's exception. `None` for programming errors and for exceptions like `SystemExit`.
-pub(crate) fn to_handlers_errno(py: Python<'_>, error: &PyErr) -> Option<RawErrno> {
+pub(crate) fn to_handlers_errno(py: Python<'_>, error: &PyErr) -> Option<Errno> {
     to_errno(py, error).filter(|_| error.is_instance_of::<PyException>(py))
 }
 

@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
 use ublk_core::extents::Moment;
-use ublk_core::{DetachedRequest, Op, RawErrno};
+use ublk_core::{DetachedRequest, Errno, Op};
 
 use crate::buffer::Lease;
 use crate::extents::{ATTEMPTS, DiskExtents, Returned, forward_returned, is_extent};
@@ -82,7 +82,7 @@ impl Ending {
     }
 
     /// Ends a request that was taken.
-    fn finish(&self, request: DetachedRequest, result: Result<(), RawErrno>) {
+    fn finish(&self, request: DetachedRequest, result: Result<(), Errno>) {
         let flush = self.state().flush.take();
         match flush {
             Some(flush) => flush.end(request, result),
@@ -91,7 +91,7 @@ impl Ending {
     }
 
     /// Fails the request unless it has ended.
-    pub(crate) fn fail_if_left(&self, py: Python<'_>, errno: RawErrno) {
+    pub(crate) fn fail_if_left(&self, py: Python<'_>, errno: Errno) {
         if let Some(request) = self.take(py) {
             self.finish(request, Err(errno));
         }
@@ -101,7 +101,7 @@ impl Ending {
 impl Revoke for Ending {
     fn revoke(&self, py: Python<'_>) -> bool {
         let is_left = self.state().request.is_some();
-        self.fail_if_left(py, RawErrno::EIO);
+        self.fail_if_left(py, Errno::EIO);
         is_left
     }
 }
@@ -126,7 +126,7 @@ impl PyRequest {
         self.ending.clone()
     }
 
-    fn end(&self, py: Python<'_>, result: Result<(), RawErrno>) -> PyResult<()> {
+    fn end(&self, py: Python<'_>, result: Result<(), Errno>) -> PyResult<()> {
         let taken = if result.is_ok() { self.ending.take_done(py) } else { self.ending.take(py) };
         self.ending.finish(taken.ok_or_else(over)?, result);
         Ok(())
@@ -224,7 +224,7 @@ impl PyRequest {
     /// Fail the request with an errno.
     #[pyo3(signature = (errno = 5))]
     fn fail(&self, py: Python<'_>, errno: i32) -> PyResult<()> {
-        let errno = RawErrno::new(errno)
+        let errno = Errno::new(errno)
             .ok_or_else(|| PyValueError::new_err(format!("errno = {errno}: must be from 1 to 4095")))?;
         self.end(py, Err(errno))
     }
@@ -250,7 +250,7 @@ impl PyRequest {
         }
         let Some(request) = self.ending.take(py) else { return Ok(false) };
         let errno = to_handlers_errno(py, &PyErr::from_value(value.clone()));
-        self.ending.finish(request, Err(errno.unwrap_or(RawErrno::EIO)));
+        self.ending.finish(request, Err(errno.unwrap_or(Errno::EIO)));
         Ok(errno.is_some())
     }
 
@@ -322,6 +322,6 @@ impl Drop for PyRequest {
             }
         });
         // The thread is attached, as for each drop of a Python object; this runs no Python code.
-        Python::try_attach(|py| self.ending.fail_if_left(py, RawErrno::EIO));
+        Python::try_attach(|py| self.ending.fail_if_left(py, Errno::EIO));
     }
 }

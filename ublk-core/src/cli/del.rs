@@ -224,8 +224,8 @@ fn is_open(control: &Control, id: DeviceId) -> bool {
 }
 
 fn is_gone_or_foreign(error: &Error) -> bool {
-    use crate::Errno::{EACCES, ENODEV, ENOENT, EPERM};
-    matches!(error.errno(), ENODEV | ENOENT | EACCES | EPERM)
+    use crate::Errno;
+    matches!(error.errno(), Errno::ENODEV | Errno::ENOENT | Errno::EACCES | Errno::EPERM)
 }
 
 /// Age of a device: devtmpfs creates its node with it.

@@ -4,7 +4,6 @@
 
 use std::fmt::Write;
 
-use nix::errno::Errno;
 use serde::Serialize;
 
 use super::driver::{control, device_ids};
@@ -14,6 +13,7 @@ use super::output::print;
 use super::state_file::StateFile;
 use crate::control::{Control, DeviceInfo};
 use crate::data::DataMovement;
+use crate::errno::Errno;
 use crate::error::Result;
 use crate::options::Recovery;
 use crate::params::{Operations, Params};

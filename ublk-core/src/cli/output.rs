@@ -6,7 +6,6 @@ use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
@@ -44,7 +43,7 @@ pub(super) fn write_interruptibly(
     let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
     loop {
         match poll(&mut fds, PollTimeout::NONE) {
-            Err(Errno::EINTR) => {}
+            Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
             Ok(_) if fds[0].any() == Some(true) => {
                 return receiver.recv().unwrap_or_else(|_| Err(io::Error::other("the thread that writes failed")));

@@ -13,7 +13,6 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
@@ -54,7 +53,7 @@ impl RunDir {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let parent = open(parent, flags, Mode::empty())?;
         match mkdirat(&parent, name, Mode::from_bits_truncate(mode)) {
-            Ok(()) | Err(Errno::EEXIST) => Self::open(&path),
+            Ok(()) | Err(nix::errno::Errno::EEXIST) => Self::open(&path),
             Err(errno) => Err(errno.into()),
         }
     }
@@ -121,7 +120,7 @@ impl RunDir {
     /// Removes a file, a link or a socket, if it exists.
     pub(super) fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.directory, name, UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Ok(()) | Err(nix::errno::Errno::ENOENT) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
     }

@@ -4,11 +4,10 @@
 
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use super::commands::{self, Command};
 use super::{Control, STATE_POLL};
 use crate::driver::{ControlCommand, ControlFailure};
+use crate::errno::Errno;
 use crate::error::{Error, Result};
 use crate::uapi::Features;
 use crate::units::DeviceId;

@@ -4,9 +4,8 @@
 
 use std::time::Duration;
 
-use nix::errno::Errno;
-
 use super::{COMMAND_TIMEOUT, DRAIN_TIMEOUT};
+use crate::errno::Errno;
 use crate::uapi;
 
 /// A control command.

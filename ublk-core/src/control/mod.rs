@@ -14,12 +14,11 @@ mod commands;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use self::call::Call;
 use self::commands::Command;
 use crate::data::shared::SharedMemory;
 use crate::driver::{CharDevice, Driver, deadline};
+use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result};
 use crate::options::Recovery;
 use crate::params::Params;

@@ -13,12 +13,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use super::Device;
 use crate::control::{DRAIN_TIMEOUT, DeviceInfo, Removal, STATE_POLL};
 use crate::driver::CharDevice;
 use crate::engine::Successor;
+use crate::errno::Errno;
 use crate::error::{Error, Result};
 use crate::uapi::{DeviceState, Features};
 

@@ -19,8 +19,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 pub use self::ending::Ending;
 #[cfg(feature = "cli")]
 pub(crate) use self::recovery::check_fit;
@@ -31,6 +29,7 @@ use crate::data::{Access, DataMovement};
 use crate::driver::kernel::KernelDriver;
 use crate::driver::{CharDevice, Driver};
 use crate::engine::{QueueEvents, QueueSetup, Spawn, StdSpawn, ThreadPool};
+use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result, errno_of};
 use crate::options::DeviceOptions;
 use crate::params::{Operations, Params};

@@ -6,12 +6,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use super::{Device, Server, fitting};
 use crate::control::{DeviceInfo, STATE_POLL};
 use crate::data::{Access, DataMovement};
 use crate::engine::{QueueEvents, Successor};
+use crate::errno::Errno;
 use crate::error::{Error, Result};
 use crate::options::Recovery;
 use crate::params::Params;

@@ -25,13 +25,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use self::char_device::FakeChar;
 pub use self::disk::{FakeDisk, Sent};
 use self::ring::{Completions, FakeRing, RingFiles};
 use super::{CharDevice, ControlCommand, ControlFailure, Driver, Operation, Ring};
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::memory::{Descriptor, Region};
 use crate::uapi::{self, Features, ublk_params, ublksrv_ctrl_dev_info};
 use crate::units::DeviceId;
@@ -93,7 +91,7 @@ struct Files {
     /// How long they take for an operation.
     delay: Duration,
     /// What they refuse reads and writes with.
-    refusal: Option<RawErrno>,
+    refusal: Option<Errno>,
     /// They take operations, and carry them out later.
     holding: bool,
     held: Vec<HeldOperation>,
@@ -251,7 +249,7 @@ impl FakeDriver {
     }
 
     /// Has files refuse all reads and writes, as a FUSE server may with any errno.
-    pub fn refuse_files(&self, errno: Option<RawErrno>) {
+    pub fn refuse_files(&self, errno: Option<Errno>) {
         self.shared.state().files.refusal = errno;
     }
 
@@ -274,7 +272,7 @@ impl FakeDriver {
     fn carry_out(&self, held: Vec<HeldOperation>) {
         for HeldOperation { ring, user_data, operation, files } in held {
             let refusal = self.shared.state().refusal_of(operation);
-            ring.push(user_data, refusal.map_or_else(|| ring::file_operation(operation), |errno| -(errno as i32)));
+            ring.push(user_data, refusal.map_or_else(|| ring::file_operation(operation), |errno| -errno.get()));
             drop(files);
         }
     }

@@ -24,12 +24,12 @@ use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
-use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{AccessFlags, faccessat};
 
 use self::ring::KernelRing;
 use super::{CharDevice, ControlCommand, ControlFailure, Driver, MappedDescriptors, RequestPlace, Ring};
+use crate::errno::Errno;
 use crate::error::{Error, Result, errno_of};
 use crate::memory::DescriptorMap;
 use crate::uapi::{self, ublksrv_ctrl_cmd};
@@ -144,7 +144,7 @@ impl KernelDriver {
 
     fn take_ring(&self) -> io::Result<ControlRing> {
         let idle = self.rings().take();
-        idle.map_or_else(|| control_ring().map_err(|e| io::Error::from_raw_os_error(e.errno() as i32)), Ok)
+        idle.map_or_else(|| control_ring().map_err(|e| io::Error::from(e.errno())), Ok)
     }
 
     /// Whether a command must not be this process's own, which could not die while it waits for requests of its own.

@@ -57,9 +57,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::memory::DescriptorMap;
 use crate::units::{DeviceId, QueueId, Tag};
 
@@ -106,7 +104,7 @@ pub enum ControlFailure {
 impl ControlFailure {
     /// Splits a command's result.
     pub(crate) fn check(result: i32) -> Result<i32, Self> {
-        RawErrno::check(result).map(|_| result).map_err(|errno| ControlFailure::Refused(errno.known()))
+        Errno::check(result).map(|_| result).map_err(|errno| ControlFailure::Refused(errno.known()))
     }
 }
 

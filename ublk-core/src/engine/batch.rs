@@ -7,7 +7,7 @@
 //! the first element.
 
 use crate::driver::Elements;
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::uapi;
 use crate::units::Tag;
 
@@ -130,12 +130,12 @@ impl CommitBatch {
     }
 
     /// Takes the result of an array's command. The tag is the one that was refused, if one was.
-    pub(super) fn completed(&mut self, number: u16, result: i32) -> (After, Option<(Tag, RawErrno)>) {
+    pub(super) fn completed(&mut self, number: u16, result: i32) -> (After, Option<(Tag, Errno)>) {
         let stride = self.tail.stride();
         let array = &mut self.arrays[usize::from(number)];
         assert!(array.busy, "an array that was not sent has completed");
         let left = array.bytes.len() - array.done;
-        let refused = match RawErrno::check(result) {
+        let refused = match Errno::check(result) {
             Err(errno) => {
                 let first = array.done;
                 array.done += stride;
@@ -177,8 +177,6 @@ impl CommitBatch {
 
 #[cfg(test)]
 mod tests {
-    use nix::errno::Errno;
-
     use super::*;
 
     fn element(tag: u16) -> Element {
@@ -219,10 +217,10 @@ mod tests {
     fn a_refused_element_is_named_and_passed_over() {
         let (mut batch, number, all) = batch(3);
         assert!(matches!(batch.completed(number, 16), (After::Resend(_), None)));
-        let (After::Resend(rest), refused) = batch.completed(number, -(Errno::EINVAL as i32)) else { panic!() };
-        assert_eq!(refused, Some((Tag(1), Errno::EINVAL.into())));
+        let (After::Resend(rest), refused) = batch.completed(number, -Errno::EINVAL.get()) else { panic!() };
+        assert_eq!(refused, Some((Tag(1), Errno::EINVAL)));
         assert_eq!((rest.address, rest.count), (all.address + 32, 1));
-        assert_eq!(batch.completed(number, -(Errno::EBUSY as i32)), (After::Done, Some((Tag(2), Errno::EBUSY.into()))));
+        assert_eq!(batch.completed(number, -Errno::EBUSY.get()), (After::Done, Some((Tag(2), Errno::EBUSY))));
     }
 
     #[test]

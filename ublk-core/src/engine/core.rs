@@ -20,7 +20,7 @@ use super::tags::TagTable;
 use super::transfer::Transfer;
 use crate::data::DataMovement;
 use crate::driver::{Completion, Elements, Operation};
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::memory::{Descriptor, DescriptorMap, IoBuffer};
 use crate::request::{Answer, FileRequest, Op, RequestContext};
 use crate::stats::QueueStats;
@@ -275,16 +275,16 @@ impl QueueCore {
     }
 
     /// Takes the result of the first fetch of all tags.
-    pub(super) fn prepared(&self, number: Tag, result: i32) -> Result<(), RawErrno> {
+    pub(super) fn prepared(&self, number: Tag, result: i32) -> Result<(), Errno> {
         let Some(batch) = &self.batch else { return Ok(()) };
         batch.borrow_mut().forget(number.0);
-        RawErrno::check(result).inspect_err(|_| self.tags.borrow_mut().deliveries_ended())?;
+        Errno::check(result).inspect_err(|_| self.tags.borrow_mut().deliveries_ended())?;
         self.fetch_batch();
         Ok(())
     }
 
     /// Takes the result of an array of commits. Returns the one that the driver has refused.
-    pub(super) fn batch_completed(&self, number: Tag, result: i32) -> Option<(Tag, RawErrno)> {
+    pub(super) fn batch_completed(&self, number: Tag, result: i32) -> Option<(Tag, Errno)> {
         let batch = self.batch.as_ref()?;
         let (after, refused) = batch.borrow_mut().completed(number.0, result);
         if let After::Resend(elements) = after {

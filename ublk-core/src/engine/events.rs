@@ -35,7 +35,7 @@ struct EventState {
 impl QueueEvents {
     pub(crate) fn new() -> Result<Self> {
         let ending = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| Error::Ring { errno, hint: "cannot create an eventfd".into() })?;
+            .map_err(|errno| Error::Ring { errno: errno.into(), hint: "cannot create an eventfd".into() })?;
         Ok(QueueEvents { state: Mutex::default(), changed: Condvar::new(), ending })
     }
 

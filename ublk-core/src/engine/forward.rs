@@ -9,8 +9,6 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
 use super::cookie::Kind;
 use super::inbox::Inbox;
 use super::io::QueueIo;
@@ -19,7 +17,7 @@ use super::transfer::{Next, Step, Transfer};
 use crate::data::DataMovement;
 use crate::data::shared::SharedRange;
 use crate::driver::{Memory, Operation};
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::memory::{Descriptor, IoBuffer};
 use crate::request::{Answer, FileRequest, Op};
 use crate::uapi;
@@ -146,7 +144,7 @@ impl Forwarding {
         let forwarded = slot.as_mut().expect("a completed transfer was started");
         let running = forwarded.transfer.take_running();
         let next = match forwarded.pages {
-            Pages::ToRegister(index) => match RawErrno::check(result) {
+            Pages::ToRegister(index) => match Errno::check(result) {
                 Err(errno) => Next::Finished(Err(errno)),
                 Ok(_) => {
                     forwarded.pages = Pages::Registered(index);
@@ -192,7 +190,7 @@ impl Forwarding {
     /// Ends a request whose sync counts: none of those that could have taken its error is in flight any more.
     pub(super) fn sync_counts(&self, io: &QueueIo, tag: Tag) -> Option<End> {
         let forwarded = self.requests.borrow_mut()[tag.index()].take_if(|forwarded| forwarded.is_synced)?;
-        let outcome = forwarded.transfer.syncing().map_or(Ok(()), |files| files.check().map_err(RawErrno::from));
+        let outcome = forwarded.transfer.syncing().map_or(Ok(()), |files| files.check());
         Some(finish(io, tag, forwarded, outcome))
     }
 
@@ -229,11 +227,11 @@ impl Forwarding {
 }
 
 /// Allocates memory for a request that is forwarded without any, and copies a write's data there.
-fn load(io: &QueueIo, tag: Tag, op: Op, descriptor: &Descriptor) -> Result<Arc<IoBuffer>, RawErrno> {
+fn load(io: &QueueIo, tag: Tag, op: Op, descriptor: &Descriptor) -> Result<Arc<IoBuffer>, Errno> {
     let len = op.len(descriptor) as usize;
     let failed = |e: io::Error| {
         log::error!("{}: reading its data into memory: {e}", io.name(tag));
-        RawErrno::from(&e)
+        Errno::from(&e)
     };
     let memory = io.buffers.take_pooled(len).map_err(failed)?;
     if !op.fills() {
@@ -245,7 +243,7 @@ fn load(io: &QueueIo, tag: Tag, op: Op, descriptor: &Descriptor) -> Result<Arc<I
 }
 
 /// What a request is to be committed with after its last step.
-fn finish(io: &QueueIo, tag: Tag, forwarded: Forwarded, outcome: Result<(), RawErrno>) -> End {
+fn finish(io: &QueueIo, tag: Tag, forwarded: Forwarded, outcome: Result<(), Errno>) -> End {
     let Forwarded { transfer, op, pages, shared, copy, .. } = forwarded;
     if matches!(pages, Pages::Registered(_)) {
         io.unregister(tag);
@@ -260,7 +258,7 @@ fn finish(io: &QueueIo, tag: Tag, forwarded: Forwarded, outcome: Result<(), RawE
             // SAFETY: memory.rs (3): the server owns the request, and the file's data is in place.
             let bytes = unsafe { buffer.bytes(transfer.data_len() as usize) };
             let copied = io.context.file.copy_to_request(io.request_place(tag), bytes);
-            copied.map_err(|e| RawErrno::from(&e))
+            copied.map_err(|e| Errno::from(&e))
         }
         _ => Ok(()),
     });
@@ -274,13 +272,13 @@ fn finish_shared(
     transfer: &Transfer,
     op: Op,
     (shared, copy): (&SharedRange, Option<Arc<IoBuffer>>),
-    outcome: Result<(), RawErrno>,
+    outcome: Result<(), Errno>,
 ) -> Answer {
     let outcome = outcome.and_then(|()| match &copy {
         Some(copy) if op.fills() => {
             // SAFETY: memory.rs (3): the server owns the request, and the file's data is in place.
             let bytes = unsafe { copy.bytes(transfer.data_len() as usize) };
-            shared.write(0, bytes).map_err(|e| RawErrno::from(&e))
+            shared.write(0, bytes).map_err(|e| Errno::from(&e))
         }
         _ => Ok(()),
     });
@@ -288,7 +286,7 @@ fn finish_shared(
     answer(io, tag, transfer, outcome)
 }
 
-fn answer(io: &QueueIo, tag: Tag, transfer: &Transfer, outcome: Result<(), RawErrno>) -> Answer {
+fn answer(io: &QueueIo, tag: Tag, transfer: &Transfer, outcome: Result<(), Errno>) -> Answer {
     match outcome {
         Ok(()) => Answer::new(transfer.data_len()),
         Err(errno) => {

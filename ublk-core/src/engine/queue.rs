@@ -7,8 +7,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::errno::Errno;
-
 use super::cookie::{Cookie, Kind};
 use super::core::{Deliveries, QueueCore, ThreadParts};
 use super::events::OpenQueue;
@@ -17,7 +15,7 @@ use super::inbox::{QueueSetup, Return, Successor};
 use super::tags::Event;
 use super::transfer::{Transfer, ZEROS_LEN};
 use crate::driver::Completion;
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::placement::CpuSet;
@@ -159,7 +157,7 @@ impl Queue {
             }
             Kind::Transfer => self.core.transfer_completed(tag, result),
             Kind::Unregister => {
-                if let Err(errno) = RawErrno::check(result) {
+                if let Err(errno) = Errno::check(result) {
                     self.fail(format!("the pages of tag {tag} were not removed from the ring's table: {errno}"));
                 }
             }
@@ -205,10 +203,10 @@ impl Queue {
         if completion.more {
             return;
         }
-        match RawErrno::check(completion.result) {
+        match Errno::check(completion.result) {
             Ok(_) => self.core.fetch_batch(),
             // The buffers were all in use for a moment.
-            Err(errno) if errno == Errno::ENOBUFS => self.core.fetch_batch(),
+            Err(Errno::ENOBUFS) => self.core.fetch_batch(),
             Err(errno) => {
                 self.core.deliveries.set(Deliveries::Ended);
                 self.core.end_deliveries_if_idle();

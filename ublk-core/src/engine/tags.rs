@@ -16,9 +16,7 @@
 //! `Armed` tags are the driver's, `Owned` ones the server's. A queue is drained once every tag is
 //! `Gone` (or was never fetched): only then may its memory go.
 
-use nix::errno::Errno;
-
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::units::Tag;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,9 +41,9 @@ pub(crate) enum Event {
     Gone,
     /// A commit was refused and the request is still the server's: it must be committed again, as a
     /// failure.
-    CommitRefused(RawErrno),
+    CommitRefused(Errno),
     /// The tag is lost: its FETCH was refused, or its commit was refused twice.
-    Lost(RawErrno),
+    Lost(Errno),
 }
 
 /// All tags of one queue.
@@ -83,7 +81,7 @@ impl TagTable {
         let state = &mut self.states[tag.index()];
         let TagState::Armed { rejections } = *state else { panic!("tag {tag} completed in state {state:?}") };
         self.armed -= 1;
-        match RawErrno::check(result) {
+        match Errno::check(result) {
             Ok(_) => {
                 *state = TagState::Owned { rejections: 0 };
                 self.owned += 1;
@@ -94,7 +92,7 @@ impl TagTable {
     }
 
     /// The driver has refused a fetch of the tag; `rejections` are those of the request that it would have finished.
-    fn refused(&mut self, tag: Tag, errno: RawErrno, rejections: Option<u8>) -> Event {
+    fn refused(&mut self, tag: Tag, errno: Errno, rejections: Option<u8>) -> Event {
         let state = &mut self.states[tag.index()];
         if errno == Errno::ENODEV {
             *state = TagState::Gone;
@@ -119,7 +117,7 @@ impl TagTable {
     }
 
     /// The commit of the tag, one of a batch, was refused.
-    pub(crate) fn commit_refused(&mut self, tag: Tag, errno: RawErrno) -> Event {
+    pub(crate) fn commit_refused(&mut self, tag: Tag, errno: Errno) -> Event {
         self.completed(tag, -errno.get(), true)
     }
 
@@ -162,7 +160,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const ABORT: i32 = -(Errno::ENODEV as i32);
+    const ABORT: i32 = -Errno::ENODEV.get();
 
     fn fetched(depth: u16) -> TagTable {
         let mut table = TagTable::new(depth);
@@ -204,31 +202,31 @@ mod tests {
 
     #[test]
     fn a_refused_commit_is_tried_once_more_and_then_given_up() {
-        let einval = -(Errno::EINVAL as i32);
+        let einval = -Errno::EINVAL.get();
         let mut table = fetched(1);
         table.completed(Tag(0), 0, false);
         table.commit(Tag(0));
-        assert_eq!(table.completed(Tag(0), einval, true), Event::CommitRefused(Errno::EINVAL.into()));
+        assert_eq!(table.completed(Tag(0), einval, true), Event::CommitRefused(Errno::EINVAL));
         table.commit(Tag(0));
-        assert_eq!(table.completed(Tag(0), einval, true), Event::Lost(Errno::EINVAL.into()));
+        assert_eq!(table.completed(Tag(0), einval, true), Event::Lost(Errno::EINVAL));
         assert!(table.drained());
     }
 
     #[test]
     fn a_refusal_with_an_unknown_errno_is_no_request() {
-        let unknown = RawErrno::new(503).unwrap();
+        let unknown = Errno::new(503).unwrap();
         let mut table = fetched(1);
         table.completed(Tag(0), 0, false);
         table.commit(Tag(0));
         assert_eq!(table.commit_refused(Tag(0), unknown), Event::CommitRefused(unknown));
         table.commit(Tag(0));
-        assert_eq!(table.completed(Tag(0), i32::MIN, true), Event::Lost(RawErrno::EIO));
+        assert_eq!(table.completed(Tag(0), i32::MIN, true), Event::Lost(Errno::EIO));
     }
 
     #[test]
     fn a_refused_fetch_loses_the_tag_without_a_request() {
         let mut table = fetched(1);
-        assert_eq!(table.completed(Tag(0), -(Errno::EBUSY as i32), false), Event::Lost(Errno::EBUSY.into()));
+        assert_eq!(table.completed(Tag(0), -Errno::EBUSY.get(), false), Event::Lost(Errno::EBUSY));
         assert!(table.drained());
     }
 

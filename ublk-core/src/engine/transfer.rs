@@ -5,11 +5,9 @@
 
 use std::os::fd::RawFd;
 
-use nix::errno::Errno;
-
 use super::syncs::Running;
 use crate::driver::{Memory, Operation};
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::memory::Descriptor;
 use crate::request::{Durability, FileSync, KeepAlive, Op, Pieces, WriteBack};
 use crate::uapi;
@@ -71,7 +69,7 @@ pub(crate) enum Next {
     /// Submit [`Transfer::operation`] again.
     Continue,
     /// The request is finished.
-    Finished(Result<(), RawErrno>),
+    Finished(Result<(), Errno>),
 }
 
 impl Step {
@@ -161,7 +159,7 @@ impl Transfer {
     /// Notes the result of the operation at work after the queue was given up. The kernel does not report the error of
     /// a sync again, not even to the flush that the next server gets in place of this one.
     pub(crate) fn ended_late(self, result: i32) {
-        if let (Some(write_back), Err(errno)) = (self.syncing(), RawErrno::check(result)) {
+        if let (Some(write_back), Err(errno)) = (self.syncing(), Errno::check(result)) {
             write_back.fail(errno.known());
         }
     }
@@ -206,7 +204,7 @@ impl Transfer {
 
     /// Takes the result of the last operation.
     pub(crate) fn completed(&mut self, result: i32) -> Next {
-        let count = match RawErrno::check(result) {
+        let count = match Errno::check(result) {
             Ok(count) => count,
             Err(errno) => return self.failed(errno),
         };
@@ -224,7 +222,7 @@ impl Transfer {
                     self.next_part()
                 } else if count == 0 {
                     // The file is shorter than the disk that it backs, or the file system is confused.
-                    Next::Finished(Err(RawErrno::EIO))
+                    Next::Finished(Err(Errno::EIO))
                 } else {
                     Next::Continue
                 }
@@ -262,7 +260,7 @@ impl Transfer {
         Next::Continue
     }
 
-    fn failed(&mut self, errno: RawErrno) -> Next {
+    fn failed(&mut self, errno: Errno) -> Next {
         match (errno.known(), self.step) {
             // A sync is never repeated, see `fdatasync`; those of io_uring are not interrupted by signals. A durable
             // write includes one.
@@ -354,7 +352,7 @@ mod tests {
     fn the_end_of_the_file_inside_a_request_is_an_error() {
         let mut read = transfer(Op::Read, 0, 8);
         assert_eq!(read.completed(512), Next::Continue);
-        assert_eq!(read.completed(0), Next::Finished(Err(RawErrno::EIO)));
+        assert_eq!(read.completed(0), Next::Finished(Err(Errno::EIO)));
     }
 
     #[test]
@@ -438,7 +436,7 @@ mod tests {
 
     #[test]
     fn zeroing_falls_back_from_hole_to_range_to_writes() {
-        let refused = -(Errno::EOPNOTSUPP as i32);
+        let refused = -Errno::EOPNOTSUPP.get();
         let mut zero = transfer(Op::WriteZeroes, 0, 256);
         let mode = |t: &Transfer| match t.operation(Memory::At(0), 0) {
             Operation::Allocate { mode, .. } => mode,
@@ -481,7 +479,7 @@ mod tests {
     #[test]
     fn what_syncs_is_not_repeated() {
         for errno in [libc::EINTR, libc::EAGAIN, 512] {
-            let failed = Next::Finished(Err(RawErrno::new(errno).unwrap()));
+            let failed = Next::Finished(Err(Errno::new(errno).unwrap()));
             assert_eq!(transfer(Op::Flush, 0, 0).completed(-errno), failed);
             assert_eq!(transfer(Op::Write, uapi::UBLK_IO_F_FUA, 8).completed(-errno), failed);
             let mut discard = transfer(Op::Discard, uapi::UBLK_IO_F_FUA, 8);
@@ -495,14 +493,14 @@ mod tests {
     fn an_unknown_errno_fails_every_step() {
         for op in [Op::Read, Op::Write, Op::Flush, Op::Discard, Op::WriteZeroes] {
             let next = transfer(op, 0, 8).completed(-503);
-            assert_eq!(next, Next::Finished(Err(RawErrno::new(503).unwrap())), "{op:?}");
+            assert_eq!(next, Next::Finished(Err(Errno::new(503).unwrap())), "{op:?}");
         }
     }
 
     #[test]
     fn a_refused_discard_fails_as_such() {
         let mut discard = transfer(Op::Discard, 0, 8);
-        let refused = -(Errno::EOPNOTSUPP as i32);
-        assert_eq!(discard.completed(refused), Next::Finished(Err(Errno::EOPNOTSUPP.into())));
+        let refused = -Errno::EOPNOTSUPP.get();
+        assert_eq!(discard.completed(refused), Next::Finished(Err(Errno::EOPNOTSUPP)));
     }
 }

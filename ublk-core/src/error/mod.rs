@@ -8,10 +8,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nix::errno::Errno;
-
 pub use self::parameter::Parameter;
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::units::{DeviceId, QueueId};
 
 /// Shorthand for results of this crate.
@@ -183,10 +181,11 @@ impl Error {
     /// Whether the device cannot do what it was asked to, or there is none: nothing has begun. After any other failure of a
     /// command it may yet be carried out.
     pub fn is_refusal(&self) -> bool {
-        use Errno::{EACCES, EINVAL, ENODEV, EOPNOTSUPP, EPERM};
         match self {
             Error::Unsupported { .. } => true,
-            Error::Control { errno, .. } => matches!(errno, EACCES | EINVAL | ENODEV | EOPNOTSUPP | EPERM),
+            Error::Control { errno, .. } => {
+                matches!(*errno, Errno::EACCES | Errno::EINVAL | Errno::ENODEV | Errno::EOPNOTSUPP | Errno::EPERM)
+            }
             _ => false,
         }
     }
@@ -216,9 +215,9 @@ impl Error {
     }
 }
 
-/// The errno inside an [`io::Error`], as one that is [known](RawErrno::known). `EIO` if it has none.
+/// The errno inside an [`io::Error`], as one that is [known](Errno::known). `EIO` if it has none.
 pub(crate) fn errno_of(error: &io::Error) -> Errno {
-    RawErrno::from(error).known()
+    Errno::from(error).known()
 }
 
 /// An errno with its name: `Invalid argument (EINVAL)`.

@@ -45,6 +45,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 #[cfg(feature = "tokio")]
 pub use self::tokio::AsyncPullQueue;
 use crate::data::Access;
+use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result};
 use crate::params::Params;
 use crate::request::{DetachedRequest, Request, Requests};
@@ -222,7 +223,7 @@ impl PullState {
 impl Shared {
     fn new() -> Result<Self> {
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| Error::Ring { errno, hint: "cannot create an eventfd".into() })?;
+            .map_err(|errno| Error::Ring { errno: errno.into(), hint: "cannot create an eventfd".into() })?;
         Ok(Shared { state: Mutex::default(), changed: Condvar::new(), event, watched: AtomicBool::new(false) })
     }
 
@@ -265,14 +266,17 @@ impl Shared {
     }
 
     /// Wakes all consumers, with the lock held. The result is to be checked without it: a logger may wait for a consumer.
-    fn signal(&self) -> nix::Result<usize> {
+    fn signal(&self) -> Result<(), Errno> {
         self.changed.notify_all();
         self.signal_event()
     }
 
     /// Makes the event readable if it is watched, with the lock held.
-    fn signal_event(&self) -> nix::Result<usize> {
-        if self.watched.load(Ordering::Relaxed) { self.event.write(1) } else { Ok(0) }
+    fn signal_event(&self) -> Result<(), Errno> {
+        if self.watched.load(Ordering::Relaxed) {
+            self.event.write(1)?;
+        }
+        Ok(())
     }
 
     /// Keeps the event up to date from now on.
@@ -283,11 +287,11 @@ impl Shared {
         // `watched` changes under the lock, so that no change of the queue is missed.
         let state = self.state();
         let signalled = if self.watched.swap(true, Ordering::Relaxed) {
-            Ok(0)
+            Ok(())
         } else if !state.requests.is_empty() || state.ended() || state.unwanted {
             self.signal_event()
         } else {
-            Ok(0)
+            Ok(())
         };
         drop(state);
         complain(signalled);
@@ -300,11 +304,11 @@ impl Shared {
         let mut state = self.state();
         if state.unwanted {
             drop(state);
-            return requests.into_iter().for_each(|request| request.fail(crate::Errno::EIO));
+            return requests.into_iter().for_each(|request| request.fail(Errno::EIO));
         }
         state.requests.extend(requests);
         // All may have failed.
-        let signalled = if count == 0 { Ok(0) } else { self.signal_event() };
+        let signalled = if count == 0 { Ok(()) } else { self.signal_event() };
         let waiting = state.waiting;
         drop(state);
         // No more of them than there are requests: the others would find nothing.
@@ -325,7 +329,7 @@ impl Shared {
     fn close(&self) {
         let mut state = self.state();
         state.senders -= 1;
-        let signalled = if state.senders == 0 { self.signal() } else { Ok(0) };
+        let signalled = if state.senders == 0 { self.signal() } else { Ok(()) };
         drop(state);
         complain(signalled);
     }
@@ -342,7 +346,7 @@ impl Shared {
     }
 }
 
-fn complain(signalled: nix::Result<usize>) {
+fn complain(signalled: Result<(), Errno>) {
     if let Err(errno) = signalled {
         log::error!("signalling requests: {errno}");
     }

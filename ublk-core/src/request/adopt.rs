@@ -2,11 +2,10 @@
 
 //! From a tag that the server owns to a request.
 
-use nix::errno::Errno;
-
 use super::{Answer, Op, Request, Route};
 use crate::data::{Access, DataMovement};
 use crate::engine::QueueCore;
+use crate::errno::Errno;
 use crate::memory::Descriptor;
 use crate::uapi;
 use crate::units::Tag;

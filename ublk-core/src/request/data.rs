@@ -7,10 +7,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use super::Request;
 use crate::driver::RequestPlace;
+use crate::errno::Errno;
 use crate::error::errno_of;
 use crate::memory::IoBuffer;
 

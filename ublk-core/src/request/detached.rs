@@ -10,11 +10,9 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
 use super::{Answer, FileRange, FileRequest, KeepAlive, Pieces, Request, RequestContext, Route};
 use crate::engine::{Inbox, Return};
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::memory::IoBuffer;
 use crate::units::Tag;
 
@@ -139,12 +137,12 @@ impl DetachedRequest {
     }
 
     /// See [`Request::fail`].
-    pub fn fail(self, errno: impl Into<RawErrno>) {
+    pub fn fail(self, errno: impl Into<Errno>) {
         self.0.fail(errno);
     }
 
     /// See [`Request::finish`].
-    pub fn finish(self, result: Result<(), impl Into<RawErrno>>) {
+    pub fn finish(self, result: Result<(), impl Into<Errno>>) {
         self.0.finish(result);
     }
 }

@@ -8,13 +8,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::OpenFile;
 use crate::engine::SyncOrder;
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 
 /// Makes a file's data durable by one `fdatasync`, which is not repeated whatever its errno.
 ///
@@ -25,11 +24,11 @@ use crate::errno::RawErrno;
 /// # Errors
 ///
 /// That of `fdatasync`. Writes may be lost, and later syncs do not report that again.
-pub fn fdatasync(file: impl AsFd) -> Result<(), RawErrno> {
+pub fn fdatasync(file: impl AsFd) -> Result<(), Errno> {
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
     // SAFETY: the descriptor is open for as long as `file` is borrowed.
     let result = unsafe { libc::fdatasync(file.as_fd().as_raw_fd()) };
-    let outcome = if result == 0 { Ok(()) } else { Err(RawErrno::from(&io::Error::last_os_error())) };
+    let outcome = if result == 0 { Ok(()) } else { Err(Errno::from(&io::Error::last_os_error())) };
     if let Ok(before) = before {
         // It cannot fail: the mask is one that the thread had.
         let _ = before.thread_set_mask();
@@ -164,7 +163,7 @@ mod tests {
         let before = SigSet::thread_get_mask().unwrap();
         fdatasync(tempfile::tempfile().unwrap()).unwrap();
         let (pipe, _other) = nix::unistd::pipe().unwrap();
-        assert_eq!(fdatasync(pipe), Err(Errno::EINVAL.into()));
+        assert_eq!(fdatasync(pipe), Err(Errno::EINVAL));
         assert_eq!(SigSet::thread_get_mask().unwrap(), before);
     }
 

@@ -2,10 +2,8 @@
 
 //! The ways to end a request.
 
-use nix::errno::Errno;
-
 use super::{Answer, Op, Request};
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::units::Sectors;
 
 impl Request<'_> {
@@ -55,13 +53,13 @@ impl Request<'_> {
         }
     }
 
-    /// Fails the request. With an errno that the block layer does not know, its client gets `EIO`.
-    pub fn fail(mut self, errno: impl Into<RawErrno>) {
+    /// Fails the request. Its client gets the errno if the block layer has a status for it, and `EIO` otherwise; see [`Errno`].
+    pub fn fail(mut self, errno: impl Into<Errno>) {
         self.commit(Answer::error(errno));
     }
 
     /// Completes or fails the request.
-    pub fn finish(self, result: Result<(), impl Into<RawErrno>>) {
+    pub fn finish(self, result: Result<(), impl Into<Errno>>) {
         match result {
             Ok(()) => self.complete(),
             Err(errno) => self.fail(errno),

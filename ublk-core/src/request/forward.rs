@@ -2,9 +2,8 @@
 
 //! Requests that the engine carries out on files.
 
-use nix::errno::Errno;
-
 use super::{Durability, FilePiece, FileRange, FileRequest, KeepAlive, Op, Pieces, Request, is_uncached};
+use crate::errno::Errno;
 
 impl Request<'_> {
     /// Lets the engine carry out the request on a file, on the queue's own ring. Reads and writes move data between the request

@@ -30,8 +30,6 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
 pub(crate) use self::data::memory_or_abort;
 pub use self::detached::DetachedRequest;
 use self::detached::Mailbox;
@@ -44,7 +42,7 @@ use crate::data::shared::{SharedRange, SharedTable};
 use crate::data::{Access, DataMovement};
 use crate::driver::CharDevice;
 use crate::engine::QueueCore;
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::memory::{Descriptor, IoBuffer};
 use crate::params::Integrity;
 use crate::uapi;
@@ -80,8 +78,8 @@ impl Answer {
 
     /// A failure. The block layer takes an errno that it does not know for `EIO`, and so does this, since later kernels may
     /// give it a meaning.
-    pub(crate) fn error(errno: impl Into<RawErrno>) -> Self {
-        Answer::new(-(errno.into().known() as i32))
+    pub(crate) fn error(errno: impl Into<Errno>) -> Self {
+        Answer::new(-errno.into().known().get())
     }
 }
 

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::fcntl::FlockArg;
 
 use super::file_properties::{can_discard, direct_alignment, memory_alignment, size_of, syncs_cover_the_file};
@@ -19,6 +18,7 @@ use super::protected_file::{ProtectedFile, ProtectedQueue};
 use super::protection::Metadata;
 use crate::data::Access;
 use crate::engine::SyncOrder;
+use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result, errno_of};
 use crate::memory::PAGE_SIZE;
 use crate::params::{Integrity, Operations, Params};
@@ -313,7 +313,7 @@ fn lock(file: &fs::File, path: &Path, options: &FileOptions, timeout: Duration) 
     let how = if options.read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
     loop {
         #[allow(deprecated, reason = "the replacement insists on owning the file")]
-        match nix::fcntl::flock(file.as_raw_fd(), how) {
+        match nix::fcntl::flock(file.as_raw_fd(), how).map_err(Errno::from) {
             Ok(()) => return Ok(()),
             Err(Errno::EWOULDBLOCK) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
             Err(errno @ Errno::EWOULDBLOCK) => {

@@ -8,10 +8,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use nix::errno::Errno;
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, fstatfs};
 
 use super::files::punch_hole;
+use crate::errno::Errno;
 use crate::error::{Error, Result, errno_of};
 use crate::memory::{IoBuffer, PAGE_SIZE};
 

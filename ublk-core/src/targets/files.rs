@@ -5,15 +5,16 @@
 use std::fs::File;
 use std::path::Path;
 
-use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::errno::Errno;
 
 /// Punches a hole in a file without changing its length.
 pub(super) fn punch_hole(file: &File, offset: u64, len: u64) -> Result<(), Errno> {
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let range = i64::try_from(offset).and_then(|offset| Ok((offset, i64::try_from(len)?)));
     let (offset, len) = range.map_err(|_| Errno::EFBIG)?;
-    uninterrupted(|| fallocate(file, flags, offset, len))
+    uninterrupted(|| fallocate(file, flags, offset, len).map_err(Errno::from))
 }
 
 /// Repeats a system call while it fails with `EINTR`. `fallocate` is not restarted by the kernel, and is also interrupted by

@@ -4,11 +4,10 @@
 
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
 use super::protection::Metadata;
 use super::range_locks::Locked;
 use super::sparse::Sparse;
+use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result};
 use crate::params::{Operations, Params};
 use crate::request::{Op, Request, Requests};

@@ -12,11 +12,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
 use super::files::punch_hole;
 use super::protection::Metadata;
 use super::range_locks::Locked;
+use crate::errno::Errno;
 use crate::error::errno_of;
 use crate::request::{Op, Request, Requests, WriteBack};
 use crate::target::QueueHandler;

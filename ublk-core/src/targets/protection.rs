@@ -11,11 +11,10 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 
-use nix::errno::Errno;
-
 use super::files::punch_hole;
 use super::range_locks::RangeLocks;
 use super::sparse::Sparse;
+use crate::errno::Errno;
 use crate::error::errno_of;
 use crate::params::{Checksum, Integrity};
 use crate::request::{Request, WriteBack};

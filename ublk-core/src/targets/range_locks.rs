@@ -11,8 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use nix::errno::Errno;
-
+use crate::errno::Errno;
 use crate::error::{Error, Result};
 use crate::request::{Op, Request};
 

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
@@ -45,7 +44,7 @@ fn serve(signals: &SignalSource<'_>, mut stats: Option<StatsSocket>, devices: Ve
         fds.extend(stats.as_ref().map(|stats| PollFd::new(stats.as_fd(), PollFlags::POLLIN)));
         let timeout = stats.as_ref().map_or(PollTimeout::NONE, StatsSocket::timeout);
         match poll(&mut fds, sooner(timeout, shutdown.remaining())) {
-            Ok(_) | Err(Errno::EINTR) => {}
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => {
                 drop(fds);
                 serving.extend(ending);

@@ -8,13 +8,13 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt};
 use nix::unistd::geteuid;
 
 use super::protocol::{Report, socket_name};
 use crate::cli::failure::Failure;
 use crate::cli::run_dir::RunDir;
+use crate::errno::Errno;
 use crate::units::DeviceId;
 
 /// How long a server may take to answer. While it ends devices, it may be slower than usual.
@@ -97,11 +97,11 @@ pub(super) fn query_socket(
 fn open(directory: &RunDir, name: &str, deadline: Instant) -> Result<UnixStream, QueryError> {
     let path = directory.path_of(name);
     let failed = |errno: Errno| QueryError::Failed(format!("connecting to {}: {}", path.display(), errno.desc()));
-    let address = UnixAddr::new(&directory.through(name)).map_err(failed)?;
+    let address = UnixAddr::new(&directory.through(name)).map_err(Errno::from).map_err(failed)?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(failed)?;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(Errno::from).map_err(failed)?;
     loop {
-        match connect(socket.as_raw_fd(), &address) {
+        match connect(socket.as_raw_fd(), &address).map_err(Errno::from) {
             Ok(()) => break,
             Err(Errno::EAGAIN | Errno::EINTR) if Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(20));
@@ -111,7 +111,7 @@ fn open(directory: &RunDir, name: &str, deadline: Instant) -> Result<UnixStream,
             Err(errno) => return Err(failed(errno)),
         }
     }
-    let peer = getsockopt(&socket, sockopt::PeerCredentials).map_err(failed)?;
+    let peer = getsockopt(&socket, sockopt::PeerCredentials).map_err(Errno::from).map_err(failed)?;
     if peer.uid() != geteuid().as_raw() {
         let reason = format!("process {} of user {} listens at {}", peer.pid(), peer.uid(), path.display());
         return Err(QueryError::Failed(reason));

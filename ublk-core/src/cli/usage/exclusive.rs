@@ -13,7 +13,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -45,7 +44,7 @@ pub(super) fn is_claimed(disk: &Path, timeout: Duration) -> io::Result<bool> {
             libc::dup2(report, 0);
             libc::syscall(libc::SYS_close_range, 1, u32::MAX, 0);
             let fd = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_EXCL | libc::O_CLOEXEC);
-            let answer = if fd < 0 { Errno::last_raw() } else { 0 }.to_ne_bytes();
+            let answer = if fd < 0 { nix::errno::Errno::last_raw() } else { 0 }.to_ne_bytes();
             if fd >= 0 {
                 // Before the answer: an open disk is in use.
                 libc::close(fd);
@@ -65,9 +64,9 @@ fn answer(mut pipe: File, deadline: Instant) -> io::Result<bool> {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
-            Err(Errno::EINTR) => {}
+            Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
-            Ok(0) => return Err(Errno::ETIMEDOUT.into()),
+            Ok(0) => return Err(crate::Errno::ETIMEDOUT.into()),
             Ok(_) => {
                 let mut errno = [0; 4];
                 pipe.read_exact(&mut errno)?;
@@ -87,8 +86,10 @@ fn reap(child: Pid, kill_first: bool) {
         let _ = kill(child, Signal::SIGKILL);
     }
     let deadline = Instant::now() + EXIT_TIMEOUT;
-    while matches!(waitpid(child, Some(WaitPidFlag::WNOHANG)), Ok(WaitStatus::StillAlive) | Err(Errno::EINTR))
-        && Instant::now() < deadline
+    while matches!(
+        waitpid(child, Some(WaitPidFlag::WNOHANG)),
+        Ok(WaitStatus::StillAlive) | Err(nix::errno::Errno::EINTR)
+    ) && Instant::now() < deadline
     {
         std::thread::sleep(Duration::from_millis(1));
     }

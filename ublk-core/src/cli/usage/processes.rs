@@ -268,11 +268,11 @@ mod tests {
             load_argument(2),
             has(not_asked, 0, 1),
             allow(),
-            refuse(nix::errno::Errno::EPERM),
+            refuse(crate::Errno::EPERM),
             equals(libc::SYS_newfstatat as u32, 0, 3),
             load_argument(3),
             has(asked, 1, 0),
-            refuse(nix::errno::Errno::EPERM),
+            refuse(crate::Errno::EPERM),
             allow(),
         ];
         let null = Some(number("/dev/null"));

@@ -7,10 +7,9 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nix::errno::Errno;
-
 use super::{FakeTag, Shared};
 use crate::driver::{CharDevice, MappedDescriptors, RequestPlace};
+use crate::errno::Errno;
 use crate::memory::DescriptorMap;
 use crate::uapi::{self, Features};
 use crate::units::{QueueId, Tag};

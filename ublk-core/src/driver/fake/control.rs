@@ -7,10 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use nix::errno::Errno;
-
 use super::{ALWAYS_ON, FakeDevice, FakeDriver, FakeQueue, FakeState, FakeTag, INSTANCES, NOT_COPIED};
 use crate::driver::{ControlCommand, ControlFailure};
+use crate::errno::Errno;
 use crate::memory::{DescriptorMap, Region};
 use crate::uapi::{self, Features, wire};
 

@@ -5,9 +5,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nix::errno::Errno;
-
 use super::{CLIENT_TIMEOUT, FakeRequest, FakeState, Shared};
+use crate::errno::Errno;
 use crate::memory::Descriptor;
 use crate::uapi;
 use crate::units::Sectors;

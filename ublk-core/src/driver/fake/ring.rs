@@ -8,10 +8,9 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use super::{CLIENT_TIMEOUT, Command, FakeTag, HeldOperation, Shared};
 use crate::driver::{CharDevice, Completion, Elements, FileSlot, Memory, Operation, Ring, Submission, Waker};
+use crate::errno::Errno;
 use crate::memory::IoBuffer;
 use crate::units::{QueueId, Tag};
 
@@ -248,7 +247,7 @@ impl FakeRing {
             let result = match self.carry_out(user_data, operation) {
                 Ok(None) => continue,
                 Ok(Some(result)) => result,
-                Err(errno) => -(errno as i32),
+                Err(errno) => -errno.get(),
             };
             self.prompt += usize::from(prompt);
             news |= !prompt;
@@ -376,5 +375,5 @@ pub(super) fn file_operation(operation: Operation) -> i32 {
             _ => unreachable!("handled by the ring"),
         }
     };
-    if result < 0 { -(Errno::last_raw()) } else { result as i32 }
+    if result < 0 { -nix::errno::Errno::last_raw() } else { result as i32 }
 }

@@ -4,10 +4,8 @@
 
 use std::collections::VecDeque;
 
-use nix::errno::Errno;
-
 use super::{Command, FakeDevice, FakeQueue, FakeRequest, FakeState, FakeTag, NOT_COPIED};
-use crate::errno::RawErrno;
+use crate::errno::Errno;
 use crate::memory::Descriptor;
 use crate::uapi::{self, Features};
 use crate::units::{QueueId, Tag};
@@ -69,7 +67,7 @@ impl FakeState {
             }
             (FakeTag::Served(request), Some(result)) => {
                 let canceling = device.canceling;
-                let answer = RawErrno::check(result).map_err(RawErrno::known).map(|read| {
+                let answer = Errno::check(result).map_err(Errno::known).map(|read| {
                     let read = (read as usize).min(request.len);
                     if request.shared {
                         return Vec::new();

@@ -29,7 +29,6 @@ use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -108,7 +107,7 @@ impl Helpers {
         let deadline = Instant::now() + if is_over { EXIT } else { Duration::ZERO };
         loop {
             match waitpid(helper, Some(WaitPidFlag::WNOHANG)) {
-                Err(Errno::EINTR) => {}
+                Err(nix::errno::Errno::EINTR) => {}
                 Ok(WaitStatus::StillAlive) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
                 Ok(WaitStatus::StillAlive) => return left.push(helper),
                 // Another process collects it, nearly always.
@@ -137,7 +136,7 @@ pub(super) fn control(
         Err(errno) => {
             drop((reader, writer));
             helpers.reserve();
-            Err(to_io(errno))
+            Err(ControlFailure::Io(errno.into()))
         }
         Ok(ForkResult::Child) => {
             // A second fork, so that the helper need not be collected, however long it takes.
@@ -152,7 +151,7 @@ pub(super) fn control(
         Ok(ForkResult::Parent { child }) => {
             drop(writer);
             // The program may have collected it by another `wait`; it has exited either way.
-            while waitpid(child, None) == Err(Errno::EINTR) {}
+            while waitpid(child, None) == Err(nix::errno::Errno::EINTR) {}
             let mut reports = Reports { pipe: reader.into(), gate, helper: None, pidfd: None, over: false };
             let result = reports.receive(timeout, give_up);
             let (helper, is_over) = (reports.helper, reports.over || reports.has_ended());
@@ -162,10 +161,6 @@ pub(super) fn control(
             Ok((result?, payload.bytes().to_vec()))
         }
     }
-}
-
-fn to_io(errno: Errno) -> ControlFailure {
-    ControlFailure::Io(errno.into())
 }
 
 /// Decides once between the helper, which begins the command, and its parent, which gives it up. On a loaded machine a
@@ -281,7 +276,7 @@ impl Reports {
     fn next(&mut self, timeout: Duration) -> io::Result<Option<Report>> {
         let mut fds = [PollFd::new(self.pipe.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO)) {
-            Ok(0) | Err(Errno::EINTR) => return Ok(None),
+            Ok(0) | Err(nix::errno::Errno::EINTR) => return Ok(None),
             Ok(_) => {}
             Err(errno) => return Err(errno.into()),
         }
@@ -377,7 +372,7 @@ unsafe fn helper(control: i32, report: i32, gate: &Gate, op: u32, header: [u8; 8
             }
         }
     } else {
-        tell(FAILED, Errno::last_raw());
+        tell(FAILED, nix::errno::Errno::last_raw());
     }
     // SAFETY: (1).
     unsafe { libc::_exit(0) }
@@ -416,7 +411,7 @@ mod tests {
     #[test]
     fn a_result_and_a_refusal_come_through() {
         use std::io::Write;
-        for (value, expected) in [(7, Ok(7)), (-19, Err(Errno::ENODEV))] {
+        for (value, expected) in [(7, Ok(7)), (-19, Err(crate::Errno::ENODEV))] {
             let (mut reports, mut writer) = pipe();
             writer.write_all(&encode(ENDED, value)).unwrap();
             let got = reports.receive(Duration::from_secs(5), &|| false);
@@ -531,7 +526,7 @@ mod tests {
                 let helpers = Helpers::default();
                 let sent = control(null.as_fd(), &helpers, &nothing(), Duration::from_secs(60), &|| false);
                 let left = waitpid(None, Some(WaitPidFlag::WNOHANG));
-                let clean = !matches!(sent, Err(ControlFailure::Timeout)) && left == Err(Errno::ECHILD);
+                let clean = !matches!(sent, Err(ControlFailure::Timeout)) && left == Err(nix::errno::Errno::ECHILD);
                 // SAFETY: as above.
                 unsafe { libc::_exit(i32::from(!clean)) }
             }

@@ -19,13 +19,13 @@ use std::time::Duration;
 
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, cqueue, opcode, types};
-use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::super::{CharDevice, Completion, Elements, FileSlot, Memory, Operation, Ring, Submission, Waker};
 use super::tag_buffers::TagBuffers;
 use super::{fixed_files_are_released, ring_error};
+use crate::errno::Errno;
 use crate::error::errno_of;
 use crate::uapi::{self, ublk_batch_io, ublksrv_io_cmd};
 use crate::units::{QueueId, Tag};
@@ -227,7 +227,7 @@ fn make_file_table(uring: &IoUring<Entry, cqueue::Entry>) -> io::Result<u32> {
 
 fn describe_ring_error(source: &io::Error) -> io::Error {
     log::error!("{}", ring_error(source));
-    io::Error::from_raw_os_error(errno_of(source) as i32)
+    errno_of(source).into()
 }
 
 // SAFETY: (1) to (3).

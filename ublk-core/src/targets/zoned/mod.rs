@@ -12,11 +12,10 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
-
 use self::store::{Files, Store};
 use self::zones::{Start, Zones};
 use super::sparse::Sparse;
+use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result, errno_of};
 use crate::params::{Operations, Params, ZonedLimits};
 use crate::request::{Op, Request, Requests};

@@ -62,7 +62,7 @@ impl Files {
             |errno| Error::File {
                 operation: "lock",
                 path: directory.to_owned(),
-                errno,
+                errno: errno.into(),
                 hint: "another server uses this directory".into(),
             },
         )?;
@@ -310,7 +310,7 @@ mod tests {
         let file = std::mem::replace(&mut files.files[1], pipe.into());
         assert_eq!(Store::Files(files).flush().unwrap_err().raw_os_error(), Some(libc::EINVAL));
         let (mut files, _) = Files::open(directory.path(), ZONE, 4096, 1, 3).unwrap();
-        files.write_back.fail(nix::errno::Errno::ENOSPC);
+        files.write_back.fail(crate::Errno::ENOSPC);
         files.files[1] = file;
         files.dirty().fill(false);
         let store = Store::Files(files);

@@ -3,7 +3,7 @@
 //! The states of the zones of a disk, without their data: write pointers, conditions, and the limits of open and active zones.
 //! The rules are those of the zoned command sets (ZBC, ZAC, ZNS) as Linux expects them.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 /// Zone types of `linux/blkzoned.h`.
 const TYPE_CONVENTIONAL: u8 = 1;
