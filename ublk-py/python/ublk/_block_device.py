@@ -86,11 +86,12 @@ class BlockDevice:
     Override `read`, and those of `write`, `flush`, `discard` and `write_zeroes` that the disk supports. Only methods
     that a subclass overrides are advertised to the kernel.
 
-    A disk whose bytes are stored in files can leave the data to the engine: see `map`. There are four ways to handle
+    A disk whose bytes are stored in files can leave the data to the engine: see `map`. There are five ways to handle
     requests:
 
     * Plain methods run on the queue threads: with ``queues=1`` one at a time, with more queues on several threads
-      concurrently. `start` with ``workers=N`` runs them on a pool of threads, for methods that block.
+      concurrently.
+    * `start` with ``workers=N`` runs plain methods on a pool of threads, for methods that block.
     * ``async def`` methods run as tasks of an event loop: one per queue, in a thread of its own, or the caller's loop
       with `start_async`. A class may mix both kinds of methods; the plain ones must not block.
     * `handle`, which replaces the others, gets all requests of a wake-up.
