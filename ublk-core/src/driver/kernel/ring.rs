@@ -10,7 +10,9 @@
 //! 2. A ring is used by the thread that made it, as `IORING_SETUP_SINGLE_ISSUER` demands: [`Ring`] is
 //!    not `Send`.
 //! 3. An [`Entry`] is the kernel's submission queue entry: 64 bytes of plain numbers.
+//! 4. The memory of [`WAKE_UPS`] is never freed and never read: only kernels write to it, for all rings of the process.
 
+use std::cell::UnsafeCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -43,11 +45,20 @@ const FILE_SLOTS: u32 = 8192;
 /// Places in a ring's table of buffers: the most that io_uring allows.
 const BUFFER_SLOTS: u16 = 16384;
 
-/// `user_data` of the poll for wake-ups and of the timer; no other submission may use them.
+/// `user_data` of the read of wake-ups and of the timer; no other submission may use them.
 const WAKE: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 /// Marks a [`FileSlot`] that is a descriptor's number.
 const PLAIN: u32 = 1 << 31;
+
+/// Where reads of the wakers' events put how often there was a wake-up, which is of no interest. The kernel may write to it
+/// until a ring is gone, which is some time after it was closed.
+struct WakeUps(UnsafeCell<u64>);
+
+// SAFETY: (4): there is no access by this program.
+unsafe impl Sync for WakeUps {}
+
+static WAKE_UPS: WakeUps = WakeUps(UnsafeCell::new(0));
 
 /// `IORING_URING_CMD_MULTISHOT` (Linux 6.18) and `IOSQE_BUFFER_SELECT`, and where the entry has them and the group
 /// of buffers, from `linux/io_uring.h`.
@@ -72,7 +83,7 @@ impl Waker for EventWaker {
 pub(super) struct KernelRing {
     uring: IoUring<Entry, cqueue::Entry>,
     waker: Arc<EventWaker>,
-    /// Whether the ring watches the waker's event.
+    /// Whether the ring reads the waker's event.
     wake_armed: bool,
     /// The driver touches buffers only inside this thread's own calls.
     defers_task_work: bool,
@@ -114,7 +125,7 @@ impl KernelRing {
             other => (other.map_err(|e| describe_ring_error(&e))?, true),
         };
         let slots = make_file_table(&uring)?;
-        let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
         Ok(KernelRing {
             uring,
             waker: Arc::new(EventWaker(event)),
@@ -294,7 +305,8 @@ unsafe impl Ring for KernelRing {
     fn wait(&mut self) -> io::Result<()> {
         if !self.wake_armed {
             let fd = types::Fd(self.waker.0.as_fd().as_raw_fd());
-            let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).build().user_data(WAKE);
+            // Not a poll: the event would have to be read afterwards by another system call.
+            let entry = opcode::Read::new(fd, WAKE_UPS.0.get().cast(), 8).build().user_data(WAKE);
             self.push_entry(entry)?;
             self.wake_armed = true;
         }
@@ -377,8 +389,10 @@ unsafe impl Ring for KernelRing {
             match entry.user_data() {
                 WAKE => {
                     self.wake_armed = false;
-                    // Empty already if two polls saw the same event.
-                    let _ = self.waker.0.read();
+                    // Without this, a read that fails at once would be repeated for ever.
+                    if entry.result() < 0 {
+                        return Err(io::Error::from_raw_os_error(-entry.result()));
+                    }
                 }
                 TIMER => self.timer_ended = true,
                 user_data => into.push(Completion {
