@@ -4,9 +4,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyMemoryView};
+use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
 use ublk_core::extents::Moment;
 use ublk_core::{DetachedRequest, Errno, Op};
 
@@ -252,6 +252,34 @@ impl PyRequest {
         let errno = to_handlers_errno(py, &PyErr::from_value(value.clone()));
         self.ending.finish(request, Err(errno.unwrap_or(Errno::EIO)));
         Ok(errno.is_some())
+    }
+
+    /// Call the handler of the operation, of five: for read, write, flush, discard and write_zeroes. Returns what it returns;
+    /// `None`, without a call, if the request has ended.
+    fn _call<'py>(slf: &Bound<'py, Self>, methods: &Bound<'py, PyTuple>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let (py, this) = (slf.py(), slf.get());
+        let number = match this.op {
+            Op::Read => 0,
+            Op::Write => 1,
+            Op::Flush => 2,
+            Op::Discard => 3,
+            Op::WriteZeroes => 4,
+            _ => return Err(PyNotImplementedError::new_err(())),
+        };
+        if this.done() {
+            return Ok(None);
+        }
+        let method = methods.get_borrowed_item(number)?;
+        if method.is_none() {
+            // An operation that the class declares, because `map` is meant to handle all of its requests.
+            return Err(PyNotImplementedError::new_err(()));
+        }
+        let returned = match this.op {
+            Op::Read | Op::Write => method.call1((this.offset, this.buffer(py)?)),
+            Op::Flush => method.call0(),
+            _ => method.call1((this.offset, this.length)),
+        };
+        returned.map(Some)
     }
 
     /// End the request according to a handler's return value. False if the handler is to be called again.

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 # Maximum number of requests that are taken at once, so that other callbacks of the loop can run in between.
 _AT_ONCE = 64
 
-# Looked up once.
-_READ, _WRITE, _FLUSH = Op.READ, Op.WRITE, Op.FLUSH
+# In the order of `Request._call`.
+_OPERATIONS = (Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD, Op.WRITE_ZEROES)
 
 # How often this process was forked off by another one that had imported this module.
 _forks = 0
@@ -70,19 +70,18 @@ def _end_forked_child() -> None:
     os._exit(1)
 
 
-def _starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
-    """Return whether tasks may start eagerly: from Python 3.12 on, if the loop has no task factory."""
+def _may_start_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
+    """Return whether tasks of a loop may start eagerly, unless it has a task factory: from Python 3.12 on."""
     if sys.version_info < (3, 12):
         return False
     kind = type(loop)
-    known = getattr(kind, "create_task", None) is asyncio.BaseEventLoop.create_task or kind.__module__ == "uvloop"
-    return known and loop.get_task_factory() is None
+    return getattr(kind, "create_task", None) is asyncio.BaseEventLoop.create_task or kind.__module__ == "uvloop"
 
 
-def _is_as_new(task: asyncio.Task[None], context: contextvars.Context) -> bool:
+def _is_as_new(task: asyncio.Task[None] | None, context: contextvars.Context | None) -> bool:
     """Return whether handlers have left a task as it was, so that it can serve another request."""
     try:
-        return not task.cancelling() and contextvars.copy_context() == context
+        return task is not None and not task.cancelling() and contextvars.copy_context() == context
     except Exception:
         # Values of context variables are compared, which may be objects of any kind.
         return False
@@ -145,7 +144,7 @@ class LoopServer:
         die: Callable[[BaseException], None],
     ) -> None:
         self._queue = queue
-        self._methods = methods
+        self._methods = tuple(methods.get(op) for op in _OPERATIONS)
         self._report = report
         self._die = die
         # The coroutines that serve requests, by a number.
@@ -161,6 +160,7 @@ class LoopServer:
         self._descriptor = -1
         self._ended: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._may_start_eagerly = False
         self._guard: asyncio.Task[None] | None = None
         self._attached = threading.Event()
         self._error: BaseException | None = None
@@ -168,6 +168,7 @@ class LoopServer:
     def attach(self) -> None:
         """Begin to serve on the running loop."""
         self._loop = asyncio.get_running_loop()
+        self._may_start_eagerly = _may_start_eagerly(self._loop)
         self._ended = asyncio.Event()
         # A loop has one reader for each descriptor.
         self._descriptor = os.dup(self._queue.fileno())
@@ -308,20 +309,24 @@ class LoopServer:
             self._ended.set()
         self._thread = threading.get_ident()
         self._taken_at = began = time.monotonic()
-        eager = _starts_eagerly(self._loop)
-        self._begin_registered(eager)
+        eager = self._may_start_eagerly and self._loop.get_task_factory() is None
         if eager:
             # Creating a task takes most of the time of a request that does not wait. So one task serves requests in
             # turn until one of them waits, and another task serves those after it.
-            while self._taken:
-                self._register(began, self._taken)
-                self._begin_registered(eager)
+            while self._taken or self._begun < self._count:
+                if self._begun == self._count:
+                    self._register(began, self._taken)
+                self._begin(self._begun + 1, eager)
+                self._begun += 1
             return
         # Register all of them before the first one runs, which may delay the others.
         while self._taken:
             self._register(began, self._taken[-1:])
             self._taken.pop()
-        self._begin_registered(eager)
+        while self._begun < self._count:
+            # Again, if a signal handler raises before the count is up to date.
+            self._begin(self._begun + 1, eager)
+            self._begun += 1
 
     def _register(self, began: float, left: list[Request]) -> None:
         """Make a coroutine that serves the requests of a list."""
@@ -329,13 +334,6 @@ class LoopServer:
         run.coroutine = self._serve(run)
         self._runs[self._count + 1] = run
         self._count += 1
-
-    def _begin_registered(self, eager: bool) -> None:
-        """Run the coroutines that were not begun yet."""
-        while self._begun < self._count:
-            # Again, if a signal handler raises before the count is up to date.
-            self._begin(self._begun + 1, eager)
-            self._begun += 1
 
     def _begin(self, number: int, eager: bool) -> None:
         """Run a coroutine in a task."""
@@ -370,35 +368,26 @@ class LoopServer:
 
     async def _serve(self, run: _Run) -> None:
         """Serve the requests of a list until it is empty, or a handler has changed the task."""
-        methods, forks = self._methods, self._forks
-        task, context = asyncio.current_task(), contextvars.copy_context()
-        assert task is not None
+        methods, forks, left = self._methods, self._forks, run.left
+        task = context = None
+        if len(left) > 1:
+            task, context = asyncio.current_task(), contextvars.copy_context()
+        first = True
         while True:
             request = None
             # Everything is inside: a signal handler may raise at any place.
             try:
                 run.request = None
-                if not run.left or not _is_as_new(task, context):
+                if not left or not (first or _is_as_new(task, context)):
                     return
-                run.request = request = run.left.pop()
-                if request.done:
-                    # It failed because it waited for its turn for too long.
-                    continue
-                op = request.op
-                method = methods[op]
-                if method is None:
-                    # An operation that the class declares, because `map` is meant to handle all of its requests.
-                    raise NotImplementedError
+                first = False
+                run.request = request = left.pop()
                 ended = False
                 while not ended:
-                    if op is _READ or op is _WRITE:
-                        returned = method(request.offset, request.buffer)
-                    elif op is _FLUSH:
-                        returned = method()
-                    else:
-                        returned = method(request.offset, request.length)
+                    # Unless the request has failed because it waited for its turn for too long.
+                    returned = request._call(methods)
                     # A class may have plain methods, too.
-                    if type(returned) is CoroutineType or inspect.isawaitable(returned):
+                    if returned is not None and (type(returned) is CoroutineType or inspect.isawaitable(returned)):
                         returned = await returned
                     if forks != _forks:
                         _end_forked_child()
