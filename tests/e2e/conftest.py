@@ -39,7 +39,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     udev.look_only_at_new_disks()
     # What was lost before is not the tests' doing.
     kmemleak.forget()
-    # Whoever starts this in the background may have SIGINT ignored, which servers would inherit.
+    # A shell that starts this in the background may ignore SIGINT, which servers would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -170,7 +170,7 @@ class PullRam(HandlingRam):
 
 
 class Meeting(ublk.BlockDevice):
-    """Reads that wait for each other, once they are told to: so many of them at once."""
+    """Reads that wait for each other once they are switched on: so many of them at once."""
 
     def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
         super().__init__(size=size, **shape)
@@ -354,7 +354,7 @@ class NotReadable(ublk.BlockDevice):
 
 
 class Failing(ReadWrite):
-    """Fails as it is told, in one operation at a time."""
+    """Fails as ordered, in one operation at a time."""
 
     def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
         super().__init__(size, **shape)
@@ -388,7 +388,7 @@ class Failing(ReadWrite):
 
 
 class Answering(ReadWrite):
-    """Returns from `read` and `write` what it is told to."""
+    """Returns a given value from `read` and `write`."""
 
     def __init__(self, size: int = 1 << 20, **shape: Any) -> None:
         super().__init__(size, **shape)
@@ -423,7 +423,7 @@ class Blocking(ReadWrite):
         if offset // SECTOR == self.gate_sector:
             self.waiting.set()
             if not self.gate.wait(30):
-                raise TimeoutError("nobody opened the gate")
+                raise TimeoutError("the gate was not opened")
         elif offset // SECTOR == self.slow_sector:
             time.sleep(self.SECONDS)
 
@@ -632,7 +632,7 @@ class ForRun(ReadWrite):
 
 
 class FailsAt(ReadWrite):
-    """Raises what it is told to when its sector 1000 is read."""
+    """Raises a given exception when its sector 1000 is read."""
 
     def __init__(self, how: str) -> None:
         super().__init__(1 << 20)

@@ -224,7 +224,7 @@ def test_standard_output_that_is_full(face: Face) -> None:
         ended = subprocess.run(
             [*face.argv, "add", "-t", "null"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30
         )
-    # Who cannot be told the path has no use for the device.
+    # A caller that cannot get the path has no use for the device.
     assert ended.returncode == FAILURE, ended
     assert ended.stderr.startswith("ublk: "), ended
     until(lambda: face.list() == [], "the device's end")

@@ -110,7 +110,7 @@ def test_a_write_without_metadata_is_not_held_against_what_was_there(native_disk
 @needs_integrity
 @pytest.mark.io_errors("protection error", "guard tag error", "ref tag error")
 def test_metadata_really_comes_back(native_disk, native: Face) -> None:
-    # With more metadata than the protection information there always is some. Told to make none, the kernel sends
+    # With more metadata than the protection information there always is some. If it is to make none, the kernel sends
     # zeros ...
     path = native_disk("-t", "mem", "--size", "1M", "--integrity", "crc16-t10dif", "--pi-offset", "8")
     with Disk(path, direct=True) as disk:
@@ -156,7 +156,7 @@ def test_metadata_of_a_clients_own_is_carried_and_checked(kind: str, native_disk
         data, offset = os.urandom(8 * KIB), 16 * KIB
         mine = protection(data, offset // 512, 0x1234)
         ring.write(disk.fd, offset, data, mine, seed=offset // 512)
-        # The application tag is nobody's but the client's.
+        # The application tag belongs to the client alone.
         assert ring.read(disk.fd, offset, len(data), len(mine), seed=offset // 512) == (data, mine)
         assert disk.read(offset, len(data)) == data
         wrong = bytearray(mine)

@@ -50,7 +50,7 @@ EVERYWHERE = {
         {"queue/virt_boundary_mask": 4095},
         {"virt_boundary_mask": 4095},
     ),
-    # The disk's discard_alignment in sysfs stays 0, whatever the driver is told (seen on 7.3).
+    # The disk's discard_alignment in sysfs stays 0, whatever the driver is given (seen on 7.3).
     "discard": (
         [
             "--discard-granularity",

@@ -20,7 +20,7 @@ HUGE = 2 * MIB
 SWAPPED = 4 * MIB
 
 # Fills memory with a pattern of each page, and reads it back, with more of it in every round, until so much was
-# swapped: what others do not need goes first, and how much that is nobody tells.
+# swapped: what others do not need goes first, and how much that is is unknown.
 HOG = """
 import mmap, sys
 pages, wanted = int(sys.argv[1]), int(sys.argv[2])
@@ -69,7 +69,7 @@ def status(pid: int, name: str) -> str:
 
 @contextlib.contextmanager
 def little_memory(left: int) -> Iterator[None]:
-    """Takes memory away, as huge pages that nobody uses, until about so much is available."""
+    """Takes memory away, as huge pages that are not used, until about so much is available."""
     setting = Path("/proc/sys/vm/nr_hugepages")
     run(["sync"])
     Path("/proc/sys/vm/drop_caches").write_text("3")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A handler's buffer is lent for one request. What Python makes of it and keeps is its own memory."""
+"""A handler's buffer is valid for one request. What Python makes of it and keeps is its own memory."""
 
 import random
 

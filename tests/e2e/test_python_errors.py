@@ -155,7 +155,7 @@ def test_an_exception_that_is_no_error_ends_the_device_in_good_order(raised: str
             server.ask(f"disk.fail('read', {raised!r})")
             assert error_of(lambda: disk.read(0, 4096)) == errno.EIO
         assert server.ask("wait_for(lambda: not dev.running)") is True
-        # Whoever waits for the device gets the exception.
+        # The thread that waits for the device gets the exception.
         assert server.ask("caught(dev.wait)") == raised.partition("(")[0]
 
 

@@ -66,7 +66,7 @@ def test_a_mounted_busy_disk_goes_from_program_to_program(native: Face, scratch:
                     if turn % 2:
                         server.ask("dev.quiesce()")
                     else:
-                        # By somebody else; the program then leaves the disk by itself.
+                        # By another process; the program then leaves the disk by itself.
                         server.ask(f"ublk.SystemDevice({number}).quiesce()")
                     server.stop()
                     server.close()

@@ -95,7 +95,7 @@ def test_requests_of_a_wake_up_come_at_once() -> None:
 
 
 @pytest.mark.short
-# Whoever reads the disk while its program ends gets an error.
+# A client that reads the disk while its program ends gets an error.
 @pytest.mark.io_errors
 @pytest.mark.parametrize("example", ["pull.py", "tasks.py"])
 def test_an_example_program_serves_until_ctrl_c(example: str) -> None:

@@ -121,7 +121,7 @@ def test_requests_wait_while_a_disk_has_no_server(native, scratch: Path) -> None
     native.run("quiesce", "-n", number)
     assert native.info(path)["state"] == "QUIESCED"
     reader = run_in_background(["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct"])
-    # Nobody can see a request that is held, only that its sender does not end. It has to end before this does.
+    # A request that is held cannot be seen, only that its sender does not end. It has to end before this does.
     time.sleep(1)
     waited = reader.poll() is None
     native.run("recover", "-n", number)

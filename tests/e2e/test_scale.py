@@ -59,7 +59,7 @@ def test_one_process_serves_many_devices(native: Face) -> None:
         time.sleep(3)
         return processor_time(pid) - before <= 1
 
-    # On a busy machine somebody may still look at the disks.
+    # On a busy machine udev may still look at the disks.
     until(at_rest, "three seconds without work", 60)
     native.run("del", "-a", timeout=60 + COUNT)
     until(lambda: not is_running(pid), "the server's end")

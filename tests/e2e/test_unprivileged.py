@@ -95,7 +95,7 @@ def test_a_users_disk_from_beginning_to_end(disk: str, native: Face) -> None:
     # The server's own end comes a moment after its device's.
     kept = Path("/tmp/ublk-1000")
     # A log would stay if there were something in it.
-    until(lambda: not list(kept.iterdir()), "the end of the server, with nothing to tell")
+    until(lambda: not list(kept.iterdir()), "the end of the server, without a report")
 
 
 def test_a_file_of_the_users_is_a_disk(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_machine_that_dies_costs_one_script(stage):
     assert "BUG: x" in stage.ended[1].machine
     assert stage.arguments(2)[-1] == "c"
     assert "--no-build" in stage.arguments(2)
-    # The script that it died in tells of it.
+    # The script during which it died reports it.
     assert not tally.unexplained
 
 

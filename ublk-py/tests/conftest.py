@@ -11,7 +11,7 @@ from ublk._ublk import FakeDriver
 
 
 def pytest_sessionstart():
-    # Whoever starts this in the background may have SIGINT ignored.
+    # A shell that starts this in the background may ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -199,7 +199,7 @@ class Moving(ublk.BlockDevice):
         """Move a block, and give its old place to others."""
         with self.lock:
             self.moving.add(number)
-        # The handlers have the block now, but somebody may still be on the way to its place. Not under the lock: who
+        # The handlers have the block now, but a thread may still be on the way to its place. Not under the lock: who
         # is waited for may have to wait for map.
         self.invalidate(number * self.BLOCK, self.BLOCK, wait=True)
         with self.lock:
@@ -305,7 +305,7 @@ def test_a_disk_that_only_maps_needs_no_other_method(file):
 
 
 class Shared(ublk.BlockDevice):
-    """Its first half lies in a file, its second half is handled, by threads that are noted."""
+    """A disk whose first half is stored in a file and whose second half is handled, by threads that are noted."""
 
     def __init__(self, file):
         super().__init__(size=SIZE)

@@ -24,7 +24,7 @@ SIZE = 1 << 20
 
 
 class Disk(ublk.BlockDevice):
-    """Tells of its arrival in another process, in the way it is told to."""
+    """Reports its arrival in another process, in the given way."""
 
     def __init__(self, arrival="", **options):
         super().__init__(size=SIZE, **options)

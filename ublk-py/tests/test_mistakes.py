@@ -68,7 +68,7 @@ def test_a_shape_that_cannot_be_is_refused_when_it_is_given(shape):
     ],
 )
 def test_options_are_checked_before_the_driver_is_looked_for(options):
-    # There is none here, or nobody knows.
+    # There is none here, or it is unknown.
     with pytest.raises(ValueError, match=r"must be|at most|recover|workers|shared memory"):
         Disk(size=SIZE).start(**options)
 

@@ -22,7 +22,7 @@ ROOM = 16 * BLOCK
 CLIENTS = 6
 SIZE = CLIENTS * ROOM
 QUEUES = 3
-# Nobody waits so long unless something hangs.
+# Nothing takes so long unless something hangs.
 SECONDS = 60
 
 
@@ -254,7 +254,7 @@ class Shared:
 
 
 def ended(end):
-    """Tell whether this was the end of a request."""
+    """Return whether this was the end of a request."""
     try:
         end()
     except ValueError:
@@ -298,7 +298,7 @@ def test_a_request_may_be_looked_at_while_it_ends(driver):
 
 
 def content(number):
-    """Tell the bytes of the write with a number, such that no two in a row are alike."""
+    """Return the bytes of the write with a number; no two in a row are alike."""
     return bytes([number % 251]) * ROOM
 
 
@@ -386,7 +386,7 @@ def test_a_view_that_another_thread_keeps_reaches_no_other_request(driver, scrib
         with Disk(size=2 * length).start(depth=1, workers=workers) as dev:
             for number in range(400):
                 block = number % (length // BLOCK) + 1
-                # What this one reads may be anything, and the next one has the same memory unless somebody holds it.
+                # What this one reads may be anything, and the next one has the same memory unless something holds it.
                 driver.read(dev.id, 0, length)
                 assert driver.read(dev.id, block * BLOCK, length) == bytes([block % 251]) * length
     finally:

@@ -54,7 +54,7 @@ class Live:
                 return True
             if self.reloader._source._seen != before:
                 return False
-        raise AssertionError("nobody noticed")
+        raise AssertionError("the exception had no effect")
 
     def read(self, offset=0):
         return self.driver.read(self.device.id, offset, 512)

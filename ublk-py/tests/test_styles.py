@@ -814,7 +814,7 @@ def test_a_class_with_two_kinds_of_handlers_is_refused(driver):
 
 
 class TestEnds:
-    """Whoever serves a device may end before it does."""
+    """What serves a device may end before it does."""
 
     def test_a_loop_that_cannot_be_made_fails_the_start(self, driver):
         def factory():

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Data that tells where it belongs, and checksums of data.
+//! Data that shows where it belongs, and checksums of data.
 
 /// Fills a buffer that stands for the bytes from `position` on.
 pub(crate) fn fill(buffer: &mut [u8], position: u64, salt: u64) {

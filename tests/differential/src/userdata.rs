@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What is written into `user_data`: the only thing by which a completion tells what it is for.
+//! What is written into `user_data`: the only part of a completion that says what it is for.
 
 /// What a command is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub(crate) enum Kind {
     Multishot,
 }
 
-/// Kind, queue, tag and a number that tells commands apart.
+/// Kind, queue, tag and a number that distinguishes commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct UserData(pub(crate) u64);
 

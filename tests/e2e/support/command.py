@@ -58,7 +58,7 @@ def run(
             state = "has ended but left its output open" if process.poll() is not None else "still runs"
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            # Whoever else holds the pipes must not hold up this.
+            # Another holder of the pipes must not hold up this.
             process.stdout.close()
             process.stderr.close()
             raise AssertionError(f"{shlex.join(words)}: {state} after {timeout:g} s") from None

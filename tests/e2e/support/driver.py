@@ -11,7 +11,7 @@ from .waiting import until
 MODULE = Path("/sys/module/ublk_drv")
 CONTROL = Path("/dev/ublk-control")
 
-# The one of this repository, where the testbed was told to take it.
+# The driver of this repository, if the testbed uses it.
 _BUNDLED = Path("/opt/ublk/driver/ublk_drv.ko")
 
 

@@ -32,7 +32,7 @@ def measure(path: str, **options: Any) -> dict[str, Any]:
 
 
 class Running:
-    """fio in the background, until it is told to end or has nothing left to work on."""
+    """fio in the background, until it is stopped or has nothing left to work on."""
 
     def __init__(self, path: str, argv: list[str]) -> None:
         self.path = path

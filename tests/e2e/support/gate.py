@@ -22,6 +22,6 @@ def wait_behind(server: Server, disk: Disk, work: Iterable[Callable[[int], objec
         # Not side by side: a scheduler may merge neighbours, and there would be fewer requests.
         tasks.start(piece, 2 * index * SECTOR)
         count += 1
-    # Somebody else, udev for one, may read as well.
+    # Other processes, such as udev, may read as well.
     until(lambda: sysfs.in_flight(server.path) >= count, f"{count} requests in flight")
     return tasks

@@ -34,7 +34,7 @@ class Model:
 
 
 def compare(found: bytes, expected: bytes, offset: int = 0) -> None:
-    """Fails with the first place that differs. (A diff of megabytes helps nobody.)"""
+    """Fails with the first place that differs. (A diff of megabytes is useless.)"""
     if found == expected:
         return
     assert len(found) == len(expected), f"{len(found)} bytes at {offset} instead of {len(expected)}"

@@ -12,7 +12,7 @@ KTHREADD = 2
 
 @dataclass(frozen=True)
 class Process:
-    """A user process. The start time tells it from a later one with the same id."""
+    """A user process. The start time distinguishes it from a later one with the same id."""
 
     pid: int
     start: int

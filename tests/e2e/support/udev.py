@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""udev looks at every new disk, and at every disk that somebody has written to. Its reads must not get
+"""udev looks at every new disk, and at every disk that was written to. Its reads must not get
 between a test and its disk."""
 
 import os

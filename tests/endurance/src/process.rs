@@ -30,7 +30,7 @@ impl Process {
         if end < 0 {
             return Err(std::io::Error::last_os_error()).context("pidfd_open");
         }
-        // SAFETY: the descriptor is new and nobody else's.
+        // SAFETY: the descriptor is new and has no other owner.
         let end = unsafe { OwnedFd::from_raw_fd(end as i32) };
         Ok(Process { what: what.to_owned(), child, end })
     }
@@ -70,7 +70,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.signal(libc::SIGKILL);
-        // One that cannot die stays a zombie or worse: whoever waited for it has said so.
+        // One that cannot die stays a zombie or worse: the caller that waited for it has reported that.
         let _ = self.child.try_wait();
     }
 }

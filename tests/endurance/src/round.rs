@@ -59,7 +59,7 @@ impl Moment {
 /// Longest time that a server serves, or is given while a command is on its way.
 const SERVES: Duration = Duration::from_millis(300);
 const MEANWHILE: Duration = Duration::from_millis(8);
-/// `QUIESCE_DEV` is repeated: drivers differ in when they tell whom.
+/// `QUIESCE_DEV` is repeated: drivers differ in when they notify which server.
 const QUIESCE_MS: u64 = 1000;
 
 /// A device on which rounds are run.
@@ -299,7 +299,7 @@ impl<'a> Rounds<'a> {
             self.sender = Some(Talker::start("sender", &mut command)?);
         }
         let started = Instant::now();
-        let speaker = self.sender.as_mut().or(self.server.as_mut()).context("nobody starts the device")?;
+        let speaker = self.sender.as_mut().or(self.server.as_mut()).context("no server starts the device")?;
         speaker.expect("command")?;
         if moment == Moment::Command {
             std::thread::sleep(self.random.time(MEANWHILE));
@@ -362,7 +362,7 @@ impl<'a> Rounds<'a> {
     fn quiesce(&mut self, device: u32) -> Result<()> {
         match self.control.simple(UBLK_U_CMD_QUIESCE_DEV, device, QUIESCE_MS) {
             Ok(()) => Ok(()),
-            // A server that dawdles is told later.
+            // A slow server is notified later.
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
             Err(error) => Err(error).context("QUIESCE_DEV"),
         }

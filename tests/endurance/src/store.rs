@@ -51,7 +51,7 @@ impl Store {
         self.file.as_raw_fd()
     }
 
-    /// Where a part of the disk lies in memory, if the disk has it.
+    /// Where a part of the disk is in memory, if the disk has it.
     pub(crate) fn place(&self, offset: u64, length: usize) -> Option<*mut u8> {
         let end = offset.checked_add(length as u64)?;
         // SAFETY: the offset is within the mapping.
@@ -72,7 +72,7 @@ impl Store {
         unsafe { AtomicU64::from_ptr(self.map.add(DISK_BYTES as usize).cast()) }
     }
 
-    /// A server counts a write to fio's part: nobody but fio writes there.
+    /// A server counts a write to fio's part: only fio writes there.
     pub(crate) fn count(&self, offset: u64) {
         if offset < LOAD_BYTES {
             self.counter().fetch_add(1, Ordering::Relaxed);

@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 /// How long anything may take. An emulated machine on a busy host is slow; what hangs, hangs for longer.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Between two looks at something that nobody tells of.
+/// Time between two looks at a condition without a notification.
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// Looks until there is an answer; how long it took goes with it.

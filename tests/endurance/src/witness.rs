@@ -42,7 +42,7 @@ struct Counters {
     failed: AtomicU64,
 }
 
-/// What one thread knows and tells.
+/// What one thread knows and reports.
 #[derive(Debug)]
 struct Knowledge {
     number: usize,
@@ -130,7 +130,7 @@ impl Witnesses {
             std::thread::spawn(move || {
                 let result = watch(&knowledge, &file, &stop, random);
                 drop(file);
-                // Nobody listens if the test has failed already.
+                // The receiver is gone if the test has failed already.
                 let _ = tell.send(result);
             });
         }
@@ -228,7 +228,7 @@ fn watch(knowledge: &Knowledge, file: &File, stop: &AtomicBool, mut random: Rand
         } else {
             let outcome = file.read_at(&mut page.0, offset);
             if matches!(outcome, Ok(BLOCK)) {
-                // Nobody else writes this block.
+                // No other thread writes this block.
                 let expected = knowledge.blocks()[at];
                 knowledge.check(at, expected, &page.0)?;
             }

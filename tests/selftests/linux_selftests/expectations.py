@@ -33,7 +33,7 @@ KNOWN = (
     Expectation(
         "recover_03",
         "fail",
-        "the driver's QUIESCE_DEV leaves a device LIVE whose tags are all busy: nobody tells its server",
+        "the driver's QUIESCE_DEV leaves a device LIVE whose tags are all busy: its server is not notified",
         drivers=("intree",),
         kinds=("output",),
     ),

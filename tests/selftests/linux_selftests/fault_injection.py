@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Whether kublk's fault_inject target really delays requests.
 
-As it comes, it does not (kublk_timeout.h tells why); then generic_06 fails and part_02 passes, and neither says
+As it comes, it does not (kublk_timeout.h says why); then generic_06 fails and part_02 passes, and neither says
 anything about the driver.
 """
 

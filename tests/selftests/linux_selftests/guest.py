@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Runs the scripts in the guest, one after the other, and tells the host what it saw of each.
+"""Runs the scripts in the guest, one after the other, and reports each one's result to the host.
 
 Standard output carries one line of JSON per event, so that all that was seen before a machine dies is known.
 """

@@ -99,7 +99,7 @@ class Machine:
                 sys.stderr.write(line)
 
     def converse(self, on_begin: Callable[[str], None], on_end: Callable[[Observation], None]) -> str:
-        """Passes the guest's events on until it ends; what was begun and not ended is told with the machine's end.
+        """Passes the guest's events on until it ends; what was begun and not ended is reported with the machine's end.
         Returns why the machine stopped before its last script, if it says so."""
         running, unfit, late = "", "", ""
         wait = _START

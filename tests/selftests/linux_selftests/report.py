@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What is told of the results: a line per script while they come, a table, and JSON."""
+"""Reports of the results: a line per script while they come, a table, and JSON."""
 
 import json
 from collections import Counter

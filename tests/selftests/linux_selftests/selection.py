@@ -27,7 +27,7 @@ def choose(available: list[str], wanted: list[str], part: tuple[int, int]) -> li
         names = {word.removeprefix("test_").removesuffix(".sh") for word in wanted}
         groups = {name.rpartition("_")[0] for name in available}
         if unknown := names - set(available) - groups:
-            raise SelectionError(f"there is no script {', '.join(sorted(unknown))}; --list tells what there is")
+            raise SelectionError(f"there is no script {', '.join(sorted(unknown))}; see --list")
         chosen = [name for name in available if name in names or name.rpartition("_")[0] in names]
     number, parts = part
     if not (mine := chosen[number - 1 :: parts]):

@@ -15,7 +15,7 @@ from .observation import Observation
 
 SKIPPED = 4
 
-# Said by the scripts, by kublk, or by a shell that was told to run nonsense. The misspelling is theirs.
+# Said by the scripts, by kublk, or by a shell that was given nonsense to run. The misspelling is theirs.
 _COMPLAINT = re.compile(
     r"\bfail(s|ed|ure|e)?\b|isn't|\bunexpected|\bassert\b|\bcan't\b|\bcannot\b|couldn't|\btime(d )?-?out\b"
     r"|\berrors?\b|\binvalid\b|no such|not found|not supported?\b|permission denied|run out|reordering|out_of_order"

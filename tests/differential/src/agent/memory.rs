@@ -44,7 +44,7 @@ impl Memory {
         (address as usize).checked_sub(self.start).filter(|offset| *offset < self.len)
     }
 
-    /// A part, which nobody else may be looking at.
+    /// A part, which no other thread may read meanwhile.
     #[allow(clippy::mut_from_ref)]
     pub(crate) fn part(&self, offset: usize, len: usize) -> &mut [u8] {
         let offset = offset.min(self.len);

@@ -3,9 +3,9 @@
 //! The processes that do what a sequence says.
 //!
 //! The conductor (the process that generates sequences) touches neither the driver nor its disks. It
-//! forks agents and tells their threads what to do, one order and one answer at a time over a socket.
+//! forks agents and sends orders to their threads, one order and one answer at a time over a socket.
 //! So an agent can be killed in the middle of anything, and a thread that hangs in a system call
-//! hangs nobody else: the conductor stops waiting for its answer when the patience for it is over.
+//! hangs nothing else: the conductor stops waiting for its answer when the patience for it is over.
 
 mod block;
 mod memory;
@@ -33,14 +33,14 @@ pub(crate) enum Identity {
 /// Number of the ordinary user and of its group.
 pub(crate) const USER: u32 = 1000;
 
-/// Where the payload of a control command lies.
+/// Where the payload of a control command is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Place {
     /// `addr` is 0.
     Nowhere,
     /// Memory that reaches far behind the payload.
     Roomy,
-    /// Memory that ends with the payload: what lies behind it faults.
+    /// Memory that ends with the payload: what is after it faults.
     Tight,
     /// An address where there is no memory.
     Fault,
@@ -131,7 +131,7 @@ pub(crate) enum BlockOrder {
     Metadata,
 }
 
-/// What a thread of an agent is told to do.
+/// An order to a thread of an agent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Order {
     /// A control command.

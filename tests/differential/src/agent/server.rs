@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A thread that serves a device: exactly as it is told, right or wrong.
+//! A thread that serves a device exactly as ordered, right or wrong.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -133,7 +133,7 @@ pub(super) struct Server {
     ring: Option<Ring>,
     provided: HashMap<u16, Provided>,
     autopilot: Option<Autopilot>,
-    /// Completions that nobody has asked for yet.
+    /// Completions that were not asked for yet.
     stash: Vec<(Cqe, Vec<u16>)>,
     elements: Option<Memory>,
 }

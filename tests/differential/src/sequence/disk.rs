@@ -362,7 +362,7 @@ impl Sequence<'_> {
         self.record("disk-large", "ok", &context, &format!("client{thread} {text}"), result, events)
     }
 
-    /// Answers requests until nobody waits.
+    /// Answers requests until no client waits.
     fn serve(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {

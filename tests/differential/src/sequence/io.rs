@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Servers: their start, the commands that lend tags to the driver, and their end.
+//! Servers: their start, the commands that fetch, and their end.
 
 use std::time::Duration;
 

@@ -6,7 +6,7 @@
 //! makes the same sequence as long as the driver answers alike. For that, nothing that depends on
 //! timing may be seen: a step ends when everything that it sets off has happened ([`Sequence::settle`]),
 //! and what happened is written down in sorted order. Which tag the block layer takes for a request
-//! is chance, so tags are told apart only by what they are used for.
+//! is chance, so tags are distinguished only by what they are used for.
 
 mod control;
 mod data;
@@ -138,7 +138,7 @@ impl Device {
 enum Tag {
     /// Never fetched.
     Idle,
-    /// Lent to the driver.
+    /// Fetched: the driver has it.
     Armed,
     /// There is a request.
     Held,

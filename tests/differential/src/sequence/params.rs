@@ -108,7 +108,7 @@ pub(super) fn valid(random: &mut Random, device: &Device) -> ublk_params {
         params.seg = ublk_param_segment {
             seg_boundary_mask: random.pick(&[4095, 0xffff, u64::from(u32::MAX)]),
             max_segment_size: random.pick(&[4096, 65536, u32::MAX]),
-            // Enough for all that is sent as one request, whatever pages it lies in.
+            // Enough for all that is sent as one request, whatever pages it is in.
             max_segments: random.pick(&[256, 1024, 65535]),
             ..Default::default()
         };

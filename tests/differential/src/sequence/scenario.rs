@@ -819,7 +819,7 @@ impl Sequence<'_> {
         self.record("clean-up", "ok", &context, "", result, String::new())
     }
 
-    /// All clients have done what they were told and have closed the disk.
+    /// All clients have carried out their orders and have closed the disk.
     fn release_clients(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         for thread in 0..self.crew.client.threads() {

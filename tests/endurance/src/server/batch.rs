@@ -287,14 +287,14 @@ impl<'a> Worker<'a> {
             let entry = transfer(wish, self.shared.store.fd(), self.position(queue, tag)).user_data(user_data);
             push(&mut self.ring, &entry)?;
         } else {
-            // What is written lies where the tag's last commit said, of whatever thread. What is read is taken from where
+            // The data of a write is where the tag's last commit said, of any thread. What is read is taken from where
             // this thread's commit will say.
             let buffer = match wish.op {
                 UBLK_IO_OP_READ => self.buffer(queue, tag),
                 _ => self.shared.char_device.buffer(queue, tag),
             };
             // SAFETY: both are buffers that a thread of this server keeps for this tag, with room for the largest
-            // request, and nobody else uses them until the commit.
+            // request, and nothing else uses them until the commit.
             let result = unsafe { copy(wish, place, buffer as *mut u8) };
             self.finish(queue, tag, result);
         }

@@ -34,7 +34,7 @@ pub(crate) fn begin(command: Begin, device: u32, pid: u32) -> Result<()> {
     let mut control = Control::open()?;
     say("command")?;
     match command {
-        // Whoever still has the previous disk open (udev, looking at it) stands in the way of the next one.
+        // A process that still has the previous disk open (udev, which inspects it) blocks the next one.
         Begin::Start => drop(until("START_DEV", || match control.simple(UBLK_U_CMD_START_DEV, device, pid.into()) {
             Ok(()) => Ok(Some(())),
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(None),

@@ -90,16 +90,16 @@ impl Shared {
     }
 }
 
-/// What a thread tells.
+/// What a thread reports.
 enum Event {
     Ready,
     Ended(Result<()>),
 }
 
-/// Tells the driver of the test how far things are. It may be gone already.
+/// Reports progress to the test's main program, which may be gone already.
 fn say(word: &str) -> Result<()> {
     use std::io::Write;
-    writeln!(std::io::stdout(), "{word}").context("nobody listens")
+    writeln!(std::io::stdout(), "{word}").context("the test is gone")
 }
 
 pub(crate) fn serve(options: &Serve) -> Result<()> {

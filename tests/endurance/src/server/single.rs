@@ -153,7 +153,7 @@ impl<'a> Worker<'a> {
         self.slots[slot].result = match self.shared.data {
             _ if self.shared.loses(wish, self.dice) => wish.length as i32,
             Data::Copy | Data::GetData => {
-                // SAFETY: the buffer has room for the largest request, and nobody else uses it now. The block
+                // SAFETY: the buffer has room for the largest request, and nothing else uses it now. The block
                 // layer may write to the same place through another tag: that is as it is with disks.
                 unsafe { copy(wish, place, buffer as *mut u8) }
             }
