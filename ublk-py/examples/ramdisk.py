@@ -9,11 +9,12 @@ import ublk
 
 
 class RamDisk(ublk.BlockDevice):
-    """Disk in a bytearray."""
+    """Disk in memory."""
 
     def __init__(self, size):
         super().__init__(size=size, block_size=512)
-        self.data = bytearray(size)
+        # Slices of a memoryview are not copies.
+        self.data = memoryview(bytearray(size))
 
     def read(self, offset, buf):
         buf[:] = self.data[offset : offset + len(buf)]
