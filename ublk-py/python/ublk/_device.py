@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import functools
@@ -286,6 +285,8 @@ class Device:
     async def wait_async(self) -> None:
         """Wait until the device begins to end, without blocking the event loop. Raises like `wait`."""
         loop = event_loop("wait_async")
+        import asyncio
+
         ending = asyncio.Event()
         # A loop has one reader for each descriptor.
         descriptor = os.dup(self._native.fileno())

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -91,6 +90,8 @@ def _check_methods(target: BlockDevice) -> None:
             call = f"{method}({', '.join(arguments)})"
             raise TypeError(f"{name}.{method}{signature} cannot be called as {call}: {error}") from None
     for found in _unknown_methods(type(target)):
+        import difflib
+
         near = difflib.get_close_matches(found, _CALLS, n=1, cutoff=0.85)
         meant = _OTHER_NAMES.get(found) or (near[0] if near else None)
         if meant is not None and target._overridden(meant) is None:

@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias, TypedDict
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 from ublk._numbers import number
 
-LoopFactory: TypeAlias = Callable[[], asyncio.AbstractEventLoop]
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+LoopFactory: TypeAlias = "Callable[[], asyncio.AbstractEventLoop]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

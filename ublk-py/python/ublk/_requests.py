@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import enum
 import itertools
@@ -103,6 +102,8 @@ class Requests:
     async def __aiter__(self) -> AsyncIterator[Request]:
         """Wait for requests on the running event loop."""
         loop = event_loop("async for")
+        import asyncio
+
         ready = asyncio.Event()
         with self._consumer() as (descriptors, hand), _signals.waking(loop):
             waiting = list(descriptors)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 import sys
@@ -12,11 +11,15 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
 
 def event_loop(caller: str) -> asyncio.AbstractEventLoop:
     """Return the running event loop of asyncio. Raises `RuntimeError` if there is none."""
+    # Not with the module: this takes most of the time of an import, and most programs do not need it.
+    import asyncio
+
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -32,6 +35,8 @@ def in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Futu
 
     The threads of the loop's executor may all be in calls of handlers that the function waits for.
     """
+    import asyncio
+
     loop = asyncio.get_running_loop()
     over = loop.create_future()
 
@@ -62,6 +67,8 @@ def in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Futu
 
 async def to_the_end(function: Callable[..., None], *arguments: object) -> None:
     """Call a function in a new thread, and wait until it returns even when cancelled."""
+    import asyncio
+
     call = in_thread(function, *arguments)
     cancelled: asyncio.CancelledError | None = None
     while not call.done():

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ublk import _ublk
-from ublk._event_loop import LoopServer
 from ublk._requests import Requests
 from ublk._threads import spawn
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import TypeAlias
 
+    from ublk._event_loop import LoopServer
     from ublk._isolated import RemoteDevice
     from ublk._options import LoopFactory, Options
 
@@ -177,6 +177,9 @@ class LoopServing(Serving):
 
     def begin(self, native: _ublk.NativeDevice) -> None:
         """Attach to the running loop, or start threads with their own."""
+        # Not with the module: it imports asyncio.
+        from ublk._event_loop import LoopServer
+
         for number, queue in enumerate(native.pull_queues[: native.queues]):
             server = LoopServer(queue, self._methods, self._hooks.report, self._hooks.die)
             self._servers.append(server)
