@@ -6,6 +6,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use ublk_core::control::Removal;
 use ublk_core::driver::Driver;
 use ublk_core::driver::fake::FakeDriver;
 use ublk_core::{DetachedRequest, Device, DeviceId, DeviceOptions, Ending, Errno, Error, Recovery, Target};
@@ -246,17 +247,62 @@ fn a_device_that_is_gone_changes_no_other_one() {
 fn a_number_is_free_when_a_stop_returns_and_not_before_it_is_deleted() {
     let driver = FakeDriver::new();
     let device = server(&driver, 1).start(custom(|request| request.complete()), &options(1, 2)).unwrap();
+    let id = options(1, 2).id(DeviceId(7));
+    let start = || server(&driver, 1).start(custom(|request| request.complete()), &id);
     // Before Linux 6.9, and of a user's device.
     for refusal in [None, Some(Errno::EOPNOTSUPP), Some(Errno::EINVAL)] {
-        if let Some(errno) = refusal {
-            driver.refuse_next("DEL_DEV_ASYNC", errno);
+        for delay in [0, 100].map(Duration::from_millis) {
+            if let Some(errno) = refusal {
+                driver.refuse_next("DEL_DEV_ASYNC", errno);
+            }
+            driver.delay_closes(delay);
+            start().unwrap().stop().unwrap();
+            assert_eq!(driver.device_ids().unwrap(), [device.id()], "{refusal:?} {delay:?}");
+            let next = start().unwrap_or_else(|error| panic!("{refusal:?} {delay:?}: {error}"));
+            driver.delay_closes(Duration::ZERO);
+            next.stop().unwrap();
         }
-        let id = options(1, 2).id(DeviceId(7));
-        let other = server(&driver, 1).start(custom(|request| request.complete()), &id).unwrap();
-        other.stop().unwrap();
-        assert_eq!(driver.device_ids().unwrap(), [device.id()], "{refusal:?}");
     }
     finish(&driver, device);
+}
+
+#[test]
+fn a_number_is_free_when_a_removal_is_complete() {
+    // Its server, which notices the stop, is quicker; or another process has begun the end before.
+    for command in ["STOP_DEV", "DEL_DEV_ASYNC"] {
+        let driver = FakeDriver::new();
+        let id = options(1, 2).id(DeviceId(7));
+        let start = || server(&driver, 1).start(custom(|request| request.complete()), &id).unwrap();
+        driver.delay_closes(Duration::from_millis(100));
+        let device = start();
+        let control = server(&driver, 1).control().clone();
+        let instance = control.instance(id.id.unwrap());
+        if command == "STOP_DEV" {
+            driver.after_next(command, move || device.conclude().map(drop).unwrap());
+        } else {
+            control.delete_async(device.id()).unwrap();
+            drop(device);
+        }
+        match control.remove_instance(DeviceId(7), instance) {
+            Ok(removal) => assert_eq!(removal, Removal::Complete, "{command}"),
+            Err(error) => assert_eq!(error.errno(), Errno::ENODEV, "{command}"),
+        }
+        driver.delay_closes(Duration::ZERO);
+        finish(&driver, start());
+    }
+}
+
+#[test]
+fn a_deleted_device_that_stays_open_keeps_its_number() {
+    let driver = FakeDriver::new();
+    let device = server(&driver, 1).start(custom(|request| request.complete()), &options(1, 2)).unwrap();
+    let (id, control) = (device.id(), server(&driver, 1).control().clone());
+    let instance = control.instance(id);
+    driver.delay_closes(Duration::from_secs(3600));
+    control.delete_async(id).unwrap();
+    drop(device);
+    assert_eq!(control.info(id).unwrap_err().errno(), Errno::ENODEV, "it has no node any more");
+    assert_eq!(control.remove_instance(id, instance).unwrap(), Removal::HeldOpen);
 }
 
 #[test]

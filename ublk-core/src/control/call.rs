@@ -100,7 +100,8 @@ impl<'c> Call<'c> {
         }
     }
 
-    fn send(self) -> Result<(i32, Vec<u8>)> {
+    /// Sends the command once: as it is, without a path unless it has [one](Call::path).
+    pub(super) fn send(self) -> Result<(i32, Vec<u8>)> {
         let Call { control, command, id, data, mut payload, by_path, timeout, give_up } = self;
         let name = command.name;
         log::debug!("{name} {id:?} data {data}");

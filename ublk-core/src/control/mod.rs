@@ -38,6 +38,11 @@ pub(crate) const STATE_POLL: Duration = Duration::from_millis(10);
 
 /// Time that [`Control::remove`] waits for a deleted device's id to become free.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Time between the moments in which the driver forgets a device and gives its id away: it frees memory meanwhile.
+const RELEASE_DELAY: Duration = Duration::from_millis(5);
+
+/// Length of a mask of CPUs: room for 8192, the most that Linux is built for.
+const AFFINITY_BYTES: usize = 1024;
 
 /// Arguments of [`Control::add`].
 #[derive(Clone, Copy, Debug)]
@@ -232,12 +237,15 @@ impl Control {
     }
 
     /// As [`remove`](Control::remove), for the device of which [`instance`](Control::instance) has returned `instance`: a
-    /// later one with its id is left alone.
+    /// later one with its id is left alone. If the device is deleted already, this waits for its id.
     ///
     /// # Errors
     ///
     /// As [`remove`](Control::remove); `ENODEV` also if the id is another device's.
     pub fn remove_instance(&self, id: DeviceId, instance: Option<u64>) -> Result<Removal> {
+        if self.is_deleted(id, instance) && self.is_taken(id) {
+            return Ok(self.wait_for_release(id, instance));
+        }
         self.require_instance("STOP_DEV", id, instance)?;
         self.stop(id)?;
         // Its server, which sees the stop, may have been quicker.
@@ -262,25 +270,37 @@ impl Control {
         }
     }
 
-    /// Deletes a stopped device, unless its id is another one's by now.
+    /// Deletes a stopped device, unless its id is another one's by now, and waits until the id is free.
     pub(crate) fn delete_closed(&self, id: DeviceId, instance: Option<u64>) -> Result<Removal> {
-        if !self.is_instance(id, instance) {
+        if self.has_followed(id, instance) {
             return Ok(Removal::Complete);
         }
-        match self.delete(id, RELEASE_TIMEOUT) {
+        // DEL_DEV could reach the next device of the id.
+        if self.is_deleted(id, instance) {
+            return Ok(self.wait_for_release(id, instance));
+        }
+        let give_up = || self.has_followed(id, instance);
+        match self.call(&commands::DEL_DEV, Some(id)).within(RELEASE_TIMEOUT).unless(&give_up).run() {
             // Its server may have been faster, since it notices the stop.
-            Err(Error::Control { errno: Errno::ENODEV, .. }) | Ok(()) => Ok(Removal::Complete),
+            Err(Error::Control { errno: Errno::ENODEV, .. }) => Ok(self.wait_for_release(id, instance)),
+            Ok(()) => Ok(Removal::Complete),
+            Err(Error::Control { errno: Errno::ECANCELED, .. }) if give_up() => Ok(Removal::Complete),
             Err(Error::Timeout { .. }) => Ok(Removal::HeldOpen),
             Err(error) => Err(error),
         }
     }
 
     /// Waits until the id of a deleted device is free, or another one's.
+    ///
+    /// Linux's and this project's driver keep the id until all processes have closed the nodes, and for a moment after that.
     fn wait_for_release(&self, id: DeviceId, instance: Option<u64>) -> Removal {
         let deadline = Instant::now() + RELEASE_TIMEOUT;
         loop {
-            let is_gone = self.info(id).is_err_and(|error| error.errno() == Errno::ENODEV);
-            if is_gone || self.instance(id).is_some_and(|now| Some(now) != instance) {
+            if self.has_followed(id, instance) {
+                return Removal::Complete;
+            }
+            if !self.is_taken(id) {
+                std::thread::sleep(RELEASE_DELAY);
                 return Removal::Complete;
             }
             if Instant::now() >= deadline {
@@ -288,6 +308,24 @@ impl Control {
             }
             std::thread::sleep(STATE_POLL);
         }
+    }
+
+    /// Whether the id is another device's by now.
+    fn has_followed(&self, id: DeviceId, instance: Option<u64>) -> bool {
+        instance.is_some() && self.instance(id).is_some_and(|now| Some(now) != instance)
+    }
+
+    /// Whether a device is deleted. Its id may still be taken.
+    fn is_deleted(&self, id: DeviceId, instance: Option<u64>) -> bool {
+        instance.is_some() && matches!(self.driver.instance(id), Ok(None))
+    }
+
+    /// Whether the driver has a device with this id, which may be deleted already. GET_DEV_INFO2 does not find such a device,
+    /// because its node is gone. So this sends a command without a path, which changes nothing: the driver looks for the
+    /// device before it checks anything else.
+    fn is_taken(&self, id: DeviceId) -> bool {
+        let call = self.call(&commands::GET_QUEUE_AFFINITY, Some(id)).payload(vec![0; AFFINITY_BYTES]);
+        !call.send().is_err_and(|error| error.errno() == Errno::ENODEV)
     }
 
     /// Checks that an id is still that of a device; see [`is_instance`](Control::is_instance).
@@ -451,9 +489,8 @@ impl Control {
 
     /// GET_QUEUE_AFFINITY: returns the CPUs whose requests use a queue.
     pub fn queue_affinity(&self, id: DeviceId, queue: QueueId) -> Result<Vec<usize>> {
-        // Room for 8192 CPUs, the most that Linux is built for.
         let call = self.call(&commands::GET_QUEUE_AFFINITY, Some(id)).data(queue.0.into());
-        let mask = call.payload(vec![0; 1024]).reply()?;
+        let mask = call.payload(vec![0; AFFINITY_BYTES]).reply()?;
         let set = |cpu: &usize| mask[cpu / 8] & (1 << (cpu % 8)) != 0;
         Ok((0..mask.len() * 8).filter(set).collect())
     }

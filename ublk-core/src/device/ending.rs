@@ -86,8 +86,8 @@ impl Device {
         self.give_up_queues(&patience, Successor::None, &hold)?;
         let removal = match hold.take() {
             Some(file) => self.control.delete_open(id, self.serving.instance, file)?,
-            None if self.is_own() => self.control.delete_closed(id, self.serving.instance)?,
-            None => Removal::Complete,
+            None if self.has_next_server() => Removal::Complete,
+            None => self.control.delete_closed(id, self.serving.instance)?,
         };
         if removal == Removal::HeldOpen {
             log::warn!(
@@ -123,14 +123,14 @@ impl Device {
     /// Whether commands with the number reach this device, and no other server's. The answer may be wrong a moment later,
     /// unless this process has the char device open.
     pub(crate) fn is_own(&self) -> bool {
-        let instance = self.serving.instance;
-        // That of a device without recovery does not change.
-        if (self.recovery().is_some() || instance.is_none())
+        !self.has_next_server() && self.control.is_instance(self.id(), self.serving.instance)
+    }
+
+    /// Whether the driver shows another server for a device of this number.
+    fn has_next_server(&self) -> bool {
+        // The server of a device without recovery does not change.
+        (self.recovery().is_some() || self.serving.instance.is_none())
             && self.control.info(self.id()).is_ok_and(|info| self.is_followed(&info))
-        {
-            return false;
-        }
-        self.control.is_instance(self.id(), instance)
     }
 
     /// Whether a device of this number has another server by now.

@@ -69,6 +69,8 @@ struct FakeState {
     /// Whether callers lack CAP_SYS_ADMIN.
     unprivileged: bool,
     char_openings: usize,
+    /// How long the last close of a char device takes.
+    close_delay: Duration,
     /// Errnos to answer the next commands of a name with.
     refusals: HashMap<&'static str, VecDeque<Errno>>,
     /// Commands that are not answered.
@@ -181,11 +183,11 @@ impl Shared {
         mut check: impl FnMut(&mut FakeState) -> Option<T>,
     ) -> Result<T, ControlFailure> {
         let deadline = super::deadline(timeout);
-        let mut state = self.state();
         loop {
-            if let Some(value) = check(&mut state) {
+            if let Some(value) = check(&mut self.state()) {
                 return Ok(value);
             }
+            // Without the lock: it may ask the driver, or close a device.
             if give_up() {
                 return Err(ControlFailure::GaveUp);
             }
@@ -193,8 +195,12 @@ impl Shared {
             if left.is_zero() {
                 return Err(ControlFailure::Timeout);
             }
+            let mut state = self.state();
+            if let Some(value) = check(&mut state) {
+                return Ok(value);
+            }
             let slice = left.min(Duration::from_millis(10));
-            state = self.changed.wait_timeout(state, slice).unwrap_or_else(PoisonError::into_inner).0;
+            drop(self.changed.wait_timeout(state, slice).unwrap_or_else(PoisonError::into_inner));
         }
     }
 }
@@ -231,6 +237,11 @@ impl FakeDriver {
     /// How often a char device was to be opened.
     pub fn char_openings(&self) -> usize {
         self.shared.state().char_openings
+    }
+
+    /// Has the driver notice only after this time that a char device was closed: drivers release devices in the background.
+    pub fn delay_closes(&self, delay: Duration) {
+        self.shared.state().close_delay = delay;
     }
 
     /// Makes the driver an older one, which has only these features.

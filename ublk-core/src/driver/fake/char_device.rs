@@ -60,11 +60,25 @@ unsafe impl CharDevice for FakeChar {
     }
 }
 
-/// The server is gone: without recovery, the disk goes too, and what it had fails.
 impl Drop for FakeChar {
     fn drop(&mut self) {
-        let mut state = self.shared.state();
-        if let Some(device) = state.devices.get_mut(&self.id) {
+        let (shared, id) = (self.shared.clone(), self.id);
+        let delay = shared.state().close_delay;
+        if delay.is_zero() {
+            return shared.closed(id);
+        }
+        std::thread::spawn(move || {
+            std::thread::sleep(delay);
+            shared.closed(id);
+        });
+    }
+}
+
+impl Shared {
+    /// The server is gone: without recovery, the disk goes too, and what it had fails.
+    fn closed(&self, id: u32) {
+        let mut state = self.state();
+        if let Some(device) = state.devices.get_mut(&id) {
             let flags = Features::from_bits_retain(device.info.flags);
             device.char_open = false;
             device.canceling = false;
@@ -96,11 +110,11 @@ impl Drop for FakeChar {
                 }
             }
             if device.deleted {
-                state.devices.remove(&self.id);
+                state.devices.remove(&id);
             }
             state.answers.extend(ended.into_iter().map(|ticket| (ticket, Err(Errno::EIO))));
         }
         drop(state);
-        self.shared.changed.notify_all();
+        self.changed.notify_all();
     }
 }

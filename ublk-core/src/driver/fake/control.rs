@@ -92,7 +92,12 @@ impl FakeDriver {
             }
             uapi::UBLK_U_CMD_GET_DEV_INFO2 => {
                 let state = self.shared.state();
-                let info = state.devices.get(&id).ok_or(gone)?.info;
+                let device = state.devices.get(&id).ok_or(gone)?;
+                if device.deleted {
+                    // Its node is gone, which the path names.
+                    return refuse(Errno::ENOENT);
+                }
+                let info = device.info;
                 command.payload.truncate(usize::from(command.path_len));
                 command.payload.extend(wire::encode_info(&info));
                 Ok(0)
