@@ -10,8 +10,8 @@ use ublk_core::driver::Driver;
 use ublk_core::driver::fake::{FakeDriver, Sent};
 use ublk_core::targets::{File, FileOptions, Io, Mem};
 use ublk_core::{
-    DataMovement, Device, DeviceOptions, DeviceState, Ending, Errno, Features, Operations, Params, QueueHandler,
-    QueueInfo, Recovery, Requests, Result, SegmentLimits, Target,
+    DataMovement, Device, DeviceId, DeviceOptions, DeviceState, Ending, Errno, Features, Operations, Params,
+    QueueHandler, QueueInfo, Recovery, Requests, Result, SegmentLimits, Server, Target,
 };
 
 mod support;
@@ -540,4 +540,89 @@ fn a_leave_that_may_have_begun_is_no_reason_to_delete() {
         drop(device);
         assert_eq!(!driver.device_ids().unwrap().is_empty(), kept, "{errno}");
     }
+}
+
+/// A recovery of a device that was left, between whose first command and the next ones `act` happens.
+fn recover_late(
+    driver: &FakeDriver,
+    act: impl FnOnce(&Server, DeviceId) -> Device + Send + 'static,
+) -> (Result<Device>, Device) {
+    let server = server(driver, 2);
+    let first = server.start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+    let id = first.id();
+    first.leave().unwrap();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let theirs = server.clone();
+    driver.after_next("START_USER_RECOVERY", move || sender.send(act(&theirs, id)).unwrap());
+    let late = server.recover(id, ram_disk());
+    (late, receiver.recv().unwrap())
+}
+
+#[test]
+fn a_recovery_that_comes_second_leaves_the_first_alone() {
+    let driver = FakeDriver::new();
+    let begin = Instant::now();
+    let (late, winner) = recover_late(&driver, |server, id| server.recover(id, ram_disk()).unwrap());
+    let error = late.unwrap_err();
+    assert_eq!(error.errno(), Errno::EBUSY, "{error}");
+    assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    // Whatever was asked of its threads is done by the last one.
+    (0..3).for_each(|_| drop(driver.disk(winner.id()).read(0, 512).unwrap()));
+    assert!(!winner.is_ending());
+    finish(&driver, winner);
+}
+
+#[test]
+fn a_recovery_uses_what_the_driver_says_at_its_start() {
+    let driver = FakeDriver::new();
+    let (late, between) = recover_late(&driver, |server, id| {
+        let device = server.recover(id, ram_disk()).unwrap();
+        device.resize(SIZE / 2).unwrap();
+        device.leave().unwrap();
+        device
+    });
+    drop(between);
+    let late = late.unwrap();
+    assert_eq!(late.params().size, SIZE / 2);
+    finish(&driver, late);
+}
+
+#[test]
+fn a_recovery_is_not_for_the_next_device_of_the_number() {
+    let driver = FakeDriver::new();
+    let (late, next) = recover_late(&driver, |server, id| {
+        server.control().remove(id).unwrap();
+        let next = server.start(ram_disk(), &recoverable(Recovery::Reissue, false).id(id)).unwrap();
+        next.leave().unwrap();
+        next
+    });
+    let error = late.unwrap_err();
+    assert_eq!(error.errno(), Errno::ENODEV, "{error}");
+    finish(&driver, server(&driver, 2).recover(next.id(), ram_disk()).unwrap());
+}
+
+#[test]
+fn a_server_that_has_left_abandons_no_queue_of_the_next() {
+    let driver = FakeDriver::new();
+    let server = server(&driver, 1);
+    let first = server.start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+    first.leave().unwrap();
+    let second = server.recover(first.id(), ram_disk()).unwrap();
+    first.abandon();
+    (0..3).for_each(|_| drop(driver.disk(second.id()).read(0, 512).unwrap()));
+    assert!(!second.is_ending());
+    finish(&driver, second);
+}
+
+#[test]
+fn a_failed_recovery_follows_no_server() {
+    let driver = FakeDriver::new();
+    let (late, winner) = recover_late(&driver, |server, id| server.recover(id, ram_disk()).unwrap());
+    late.unwrap_err();
+    // It has left when the driver has noticed.
+    driver.delay_closes(Duration::from_millis(200));
+    winner.leave().unwrap();
+    assert_eq!(state_of(&driver, &winner), DeviceState::Quiesced);
+    driver.delay_closes(Duration::ZERO);
+    finish(&driver, server(&driver, 1).recover(winner.id(), ram_disk()).unwrap());
 }

@@ -173,7 +173,7 @@ impl Device {
         if self.events.open_queues() != 0 {
             // The driver fails their requests, or gives them to the next server, when the char device is closed.
             hold.take();
-            self.pool.abandon(self.id(), successor);
+            self.pool.abandon(&self.events, successor);
             if !self.events.wait_all_closed(ABANDON_TIMEOUT) {
                 return Err(Error::Timeout {
                     waiting_for: format!("closing {} queues of device {}", self.events.open_queues(), self.id()),
@@ -297,7 +297,7 @@ impl Device {
     pub fn abandon(&self) {
         self.leaving.store(true, Ordering::Relaxed);
         *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.pool.abandon(self.id(), Successor::Server);
+        self.pool.abandon(&self.events, Successor::Server);
     }
 
     /// Finishes the requests in flight and leaves the device to another server: it stays, and requests that

@@ -170,14 +170,21 @@ impl Server {
             }
             added => added?,
         };
-        let device = self.device(info, params, plan, events);
+        let device = self.device(info, params, plan, events, Serving::begin(self.control.instance(info.id)));
         let made = device.plan.check(device.info.features).and_then(|()| device.hold_char());
         made.map_err(|error| device.undo(error))?;
         Ok(device)
     }
 
     /// A device that is not served yet, and that its end deletes.
-    fn device(&self, info: DeviceInfo, params: Params, plan: Plan, events: Arc<QueueEvents>) -> Device {
+    fn device(
+        &self,
+        info: DeviceInfo,
+        params: Params,
+        plan: Plan,
+        events: Arc<QueueEvents>,
+        serving: Serving,
+    ) -> Device {
         Device {
             control: self.control.clone(),
             pool: self.pool.clone(),
@@ -195,7 +202,7 @@ impl Server {
             coalescing: self.coalescing,
             held: Mutex::default(),
             file: Mutex::default(),
-            serving: Serving::begin(self.control.instance(info.id)),
+            serving,
             deleted: Mutex::new(false),
             owner: std::process::id(),
         }
@@ -394,9 +401,14 @@ impl Device {
 
     fn hold_open_char(&self) -> Result<()> {
         let file = self.open_char()?;
+        self.hold(file);
+        Ok(())
+    }
+
+    /// Keeps the char device open until the queues are opened.
+    fn hold(&self, file: Arc<dyn CharDevice>) {
         self.remember(&file);
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
-        Ok(())
     }
 
     fn remember(&self, file: &Arc<dyn CharDevice>) {
@@ -439,19 +451,10 @@ impl Device {
         loop {
             match self.control.driver().open_char(self.id()) {
                 Ok(file) => return Ok(file),
-                Err(e) if matches!(errno_of(&e), Errno::ENOENT | Errno::EBUSY | Errno::EACCES | Errno::ENXIO) => {
-                    if Instant::now() >= deadline {
-                        let path = format!("/dev/ublkc{}", self.id());
-                        return Err(Error::File {
-                            operation: "open",
-                            path: path.into(),
-                            errno: errno_of(&e),
-                            hint: format!("still so after {} s (is /dev a devtmpfs?)", NODE_TIMEOUT.as_secs()),
-                        });
-                    }
+                Err(e) if may_open_later(&e) && Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(5));
                 }
-                Err(e) => return Err(Error::file("open", format!("/dev/ublkc{}", self.id()), &e)),
+                Err(e) => return Err(open_error(self.id(), &e)),
             }
         }
     }
@@ -565,6 +568,21 @@ impl Drop for Device {
             log::error!("stopping device {}: {error}", self.id());
         }
     }
+}
+
+/// Whether a char device that cannot be opened now may be opened later.
+fn may_open_later(error: &std::io::Error) -> bool {
+    matches!(errno_of(error), Errno::ENOENT | Errno::EBUSY | Errno::EACCES | Errno::ENXIO)
+}
+
+/// Why a char device was not opened, after [`NODE_TIMEOUT`] if it [might have been](may_open_later).
+fn open_error(id: DeviceId, error: &std::io::Error) -> Error {
+    let hint = if may_open_later(error) {
+        format!("still so after {} s (is /dev a devtmpfs?)", NODE_TIMEOUT.as_secs())
+    } else {
+        String::new()
+    };
+    Error::File { operation: "open", path: format!("/dev/ublkc{id}").into(), errno: errno_of(error), hint }
 }
 
 /// A queue's tags, divided among its threads as evenly as can be.

@@ -6,9 +6,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::{Device, Server, fitting};
+use super::serving::Serving;
+use super::{Device, NODE_TIMEOUT, Server, fitting, may_open_later, open_error};
 use crate::control::{DeviceInfo, STATE_POLL};
 use crate::data::{Access, DataMovement};
+use crate::driver::CharDevice;
 use crate::engine::{QueueEvents, Successor};
 use crate::errno::Errno;
 use crate::error::{Error, Result};
@@ -61,6 +63,15 @@ impl Device {
     }
 }
 
+/// A device that waits for a server, and that no other process can serve while its char device is open.
+struct Unserved {
+    info: DeviceInfo,
+    params: Params,
+    /// See [`Control::instance`](crate::control::Control::instance).
+    instance: Option<u64>,
+    file: Arc<dyn CharDevice>,
+}
+
 impl Server {
     /// Serves a device whose last server is gone, and returns when its disk works again. Requests that
     /// waited are served then.
@@ -71,18 +82,15 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// `EBUSY` if a living process serves the device, [`Error::Control`] if it was not made to be recovered,
-    /// [`Error::Mismatch`] if the target does not fit. The device still waits for a server then. If the error came
-    /// late, queues had been opened: the driver takes the next server once the threads that had them have ended, which
-    /// is at once unless they serve other devices too.
+    /// `EBUSY` if a living process serves the device, also one that has recovered it meanwhile, [`Error::Control`] if it
+    /// was not made to be recovered, [`Error::Mismatch`] if the target does not fit. Otherwise the device still waits for a
+    /// server then. If the error came late, queues had been opened: the driver takes the next server once the threads that
+    /// had them have ended, which is at once unless they serve other devices too.
     pub fn recover(&self, id: DeviceId, target: Arc<dyn Target>) -> Result<Device> {
         self.check_driver()?;
-        let info = self.wait_until_unserved(id)?;
-        let params = self.control.params(id)?.params;
-        let data = DataMovement::from(info.features);
-        check_fit(&target.params(), target.access(), &params, info.features)?;
-        self.begin_recovery(&info)?;
         let events = Arc::new(QueueEvents::new()?);
+        let Unserved { info, params, instance, file } = self.open_unserved(id, &*target)?;
+        let data = DataMovement::from(info.features);
         let plan = Plan {
             data,
             batch: info.features.contains(Features::BATCH_IO),
@@ -90,7 +98,9 @@ impl Server {
             features: info.features,
             reason: "as the device was created",
         };
-        let mut device = self.device(info, params, plan, events);
+        // Not earlier: this process may have the server that was quicker.
+        let mut device = self.device(info, params, plan, events, Serving::begin(instance));
+        device.hold(file);
         // Whatever happens here, the device is not to be deleted by it.
         device.deleted = Mutex::new(true);
         device.started = AtomicBool::new(true);
@@ -99,13 +109,13 @@ impl Server {
             .and_then(|()| self.control.end_recovery(id, std::process::id(), &|| device.events.is_ending()));
         if let Err(error) = recovered {
             let error = device.events.take_failure().unwrap_or(error);
-            self.pool.abandon(id, Successor::Server);
+            self.pool.abandon(&device.events, Successor::Server);
             return Err(error);
         }
         if let Err(error) = device.wait_for_node() {
             if let Err(second) = device.leave() {
                 log::error!("leaving device {id} again: {second}");
-                self.pool.abandon(id, Successor::Server);
+                self.pool.abandon(&device.events, Successor::Server);
             }
             return Err(error);
         }
@@ -165,6 +175,33 @@ impl Server {
                 });
             }
             std::thread::sleep(STATE_POLL);
+        }
+    }
+
+    /// Opens the char device of a device that waits for a server. Of several processes that recover it at the same time, one
+    /// can do so; the device may have been served, resized or deleted since it was first looked at.
+    fn open_unserved(&self, id: DeviceId, target: &dyn Target) -> Result<Unserved> {
+        let check =
+            |disk: &Params, info: &DeviceInfo| check_fit(&target.params(), target.access(), disk, info.features);
+        let deadline = Instant::now() + NODE_TIMEOUT;
+        loop {
+            let instance = self.control.instance(id);
+            let info = self.wait_until_unserved(id)?;
+            check(&self.control.params(id)?.params, &info)?;
+            self.begin_recovery(&info)?;
+            let file = match self.control.driver().open_char(id) {
+                Ok(file) => file,
+                // The next server may have it open, which ends this, or udev.
+                Err(e) if may_open_later(&e) && Instant::now() < deadline => {
+                    std::thread::sleep(STATE_POLL);
+                    continue;
+                }
+                Err(e) => return Err(open_error(id, &e)),
+            };
+            self.control.require_instance("START_USER_RECOVERY", id, instance)?;
+            let params = self.control.params(id)?.params;
+            check(&params, &info)?;
+            return Ok(Unserved { info, params, instance, file });
         }
     }
 

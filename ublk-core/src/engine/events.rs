@@ -169,6 +169,13 @@ impl QueueEvents {
 #[derive(Debug)]
 pub(crate) struct OpenQueue(Arc<QueueEvents>);
 
+impl OpenQueue {
+    /// Whether it counts as open there.
+    pub(super) fn is_of(&self, events: &Arc<QueueEvents>) -> bool {
+        Arc::ptr_eq(&self.0, events)
+    }
+}
+
 impl Deref for OpenQueue {
     type Target = QueueEvents;
 

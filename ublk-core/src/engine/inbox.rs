@@ -8,7 +8,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use super::events::OpenQueue;
+use super::events::{OpenQueue, QueueEvents};
 use super::guard::drop_guarded;
 use crate::data::shared::SharedTable;
 use crate::data::{Access, DataMovement};
@@ -58,8 +58,8 @@ pub(crate) enum Successor {
 pub(super) enum Message {
     /// Open a queue and serve it.
     Open { setup: Box<QueueSetup>, reply: Sender<Result<()>> },
-    /// Abandon the queues of a device whose commands do not end.
-    Abandon { device: DeviceId, successor: Successor },
+    /// Abandon the queues that report to `events`, whose commands do not end.
+    Abandon { events: Arc<QueueEvents>, successor: Successor },
 }
 
 /// A request that comes back to the thread of its queue.

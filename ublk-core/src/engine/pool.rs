@@ -11,11 +11,11 @@ use std::io;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::events::QueueEvents;
 use super::inbox::{Inbox, Message, QueueSetup, Successor};
 use super::ring_thread;
 use crate::driver::Driver;
 use crate::error::{Error, Result};
-use crate::units::DeviceId;
 
 /// Starts the threads that serve queues. A language binding implements this so that its runtime knows the threads.
 pub trait Spawn: Send + Sync + Debug {
@@ -90,11 +90,11 @@ impl ThreadPool {
         spawned.map(|()| opened)
     }
 
-    /// Makes all threads abandon the queues of a device.
-    pub(crate) fn abandon(&self, device: DeviceId, successor: Successor) {
+    /// Makes all threads abandon the queues that report to `events`: those of one server of a device, and not of the next one.
+    pub(crate) fn abandon(&self, events: &Arc<QueueEvents>, successor: Successor) {
         for inbox in self.threads.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             // A thread that has ended has no queues.
-            let _ = inbox.post(Message::Abandon { device, successor });
+            let _ = inbox.post(Message::Abandon { events: events.clone(), successor });
         }
     }
 }

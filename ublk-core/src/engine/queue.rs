@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::cookie::{Cookie, Kind};
 use super::core::{Deliveries, QueueCore, ThreadParts};
-use super::events::OpenQueue;
+use super::events::{OpenQueue, QueueEvents};
 use super::guard::{drop_guarded, guarded};
 use super::inbox::{QueueSetup, Return, Successor};
 use super::tags::Event;
@@ -22,7 +22,7 @@ use crate::placement::CpuSet;
 use crate::request::{Answer, RequestContext, Requests};
 use crate::target::{QueueHandler, QueueInfo};
 use crate::uapi;
-use crate::units::{DeviceId, Tag};
+use crate::units::Tag;
 
 /// One queue and its handler.
 pub(crate) struct Queue {
@@ -314,9 +314,9 @@ impl Queue {
         self.cpus
     }
 
-    /// The device that the queue belongs to.
-    pub(crate) fn device(&self) -> DeviceId {
-        self.core.info.device
+    /// Whether the queue belongs to the server whose queues report to `events`.
+    pub(super) fn reports_to(&self, events: &Arc<QueueEvents>) -> bool {
+        self.events.is_of(events)
     }
 
     /// Abandons the queue: nothing of it reaches the driver or a file any more except what is queued, and it can be closed

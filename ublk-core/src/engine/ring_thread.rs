@@ -214,10 +214,10 @@ impl RingThread {
                     // The caller may no longer wait; the outcome then shows in the device's events.
                     let _ = reply.send(result);
                 }
-                Message::Abandon { device, successor } => {
+                Message::Abandon { events, successor } => {
                     self.has_abandoned = true;
                     let queues = self.queues.iter_mut().flatten();
-                    queues.filter(|queue| queue.device() == device).for_each(|queue| queue.abandon(successor));
+                    queues.filter(|queue| queue.reports_to(&events)).for_each(|queue| queue.abandon(successor));
                 }
             }
         }
