@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use ublk_core::control::Removal;
 use ublk_core::driver::Driver;
 use ublk_core::driver::fake::FakeDriver;
-use ublk_core::{DetachedRequest, Device, DeviceId, DeviceOptions, Ending, Errno, Error, Recovery, Target};
+use ublk_core::{
+    DetachedRequest, Device, DeviceId, DeviceOptions, Ending, Errno, Error, FileRange, Recovery, SharedMemory, Target,
+};
 
 mod support;
 
@@ -303,6 +305,60 @@ fn a_deleted_device_that_stays_open_keeps_its_number() {
     drop(device);
     assert_eq!(control.info(id).unwrap_err().errno(), Errno::ENODEV, "it has no node any more");
     assert_eq!(control.remove_instance(id, instance).unwrap(), Removal::HeldOpen);
+}
+
+#[test]
+fn a_command_under_way_does_not_keep_a_stop_from_giving_up() {
+    type Command = fn(&Device, u16) -> Result<(), Error>;
+    let commands: [(&str, Command); 4] = [
+        ("REG_BUF", |device, _| device.share_memory(shared_memory()).map(drop)),
+        ("UNREG_BUF", Device::unshare_memory),
+        ("UPDATE_SIZE", |device, _| device.resize(4096)),
+        ("TRY_STOP_DEV", |device, _| device.try_stop()),
+    ];
+    for (name, command) in commands {
+        let driver = FakeDriver::new();
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(support::SIZE).unwrap();
+        let target = custom(move |request| request.forward(FileRange::new(&file, 0)));
+        let device = server(&driver, 1).start(target, &options(1, 2).shared_memory(true)).unwrap();
+        let index = device.share_memory(shared_memory()).unwrap();
+        // A request that does not end, for which the command waits.
+        driver.hold_files(true);
+        let _ = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
+        while driver.held_files() == 0 {
+            std::thread::yield_now();
+        }
+        driver.ignore_next(name);
+        std::thread::scope(|scope| {
+            let sent = scope.spawn(|| command(&device, index));
+            // The command is under way.
+            std::thread::sleep(Duration::from_millis(200));
+            let _ = device.stop_within(Duration::from_millis(200));
+            assert!(device.is_stopped(), "{name}");
+            let outcome = sent.join().unwrap();
+            assert!(name == "TRY_STOP_DEV" || outcome.unwrap_err().errno() == Errno::ECANCELED, "{name}");
+        });
+        driver.hold_files(false);
+        assert_eq!(driver.device_ids().unwrap(), [], "{name}");
+    }
+}
+
+fn shared_memory() -> SharedMemory {
+    let memory = tempfile::tempfile_in("/dev/shm").unwrap();
+    memory.set_len(4096).unwrap();
+    SharedMemory::map(&memory, 4096, false).unwrap()
+}
+
+#[test]
+fn memory_may_be_shared_before_a_device_has_queues() {
+    let driver = FakeDriver::new();
+    let target = custom(|request| request.complete());
+    let device = server(&driver, 1).add(&target, &options(1, 2).shared_memory(true)).unwrap();
+    let index = device.share_memory(shared_memory()).unwrap();
+    device.go_live(target).unwrap();
+    device.unshare_memory(index).unwrap();
+    finish(&driver, device);
 }
 
 #[test]

@@ -91,7 +91,7 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
         force_stop(control, id, &|other| args.all || args.ids.contains(&other.0))?;
         true
     } else {
-        stop_unless_in_use(control, id, args.unused || is_interactive())?
+        stop_unless_in_use(control, (id, instance), args.unused || is_interactive())?
     };
     let removed = if args.no_wait {
         let stop = || control.require_instance("STOP_DEV", id, instance).and_then(|()| control.stop(id));
@@ -127,8 +127,12 @@ fn is_interactive() -> bool {
 }
 
 /// Refuses a device in use, and names its users. If the driver can, this stops an unused device atomically and returns true.
-fn stop_unless_in_use(control: &Control, id: DeviceId, refuse_open: bool) -> Result<bool, Failure> {
-    match stop_unused(control, id, Observer::Other)? {
+fn stop_unless_in_use(
+    control: &Control,
+    (id, instance): (DeviceId, Option<u64>),
+    refuse_open: bool,
+) -> Result<bool, Failure> {
+    match stop_unused(control, (id, instance), Observer::Other, &|| false)? {
         StopOutcome::Stopped => Ok(true),
         StopOutcome::NotUsed => Ok(false),
         StopOutcome::InUse(Usage::Open(users)) if !refuse_open => {

@@ -130,7 +130,7 @@ impl<'c> Call<'c> {
             }
             Err(ControlFailure::Refused(errno)) => Err(refused(errno, command.hint(errno))),
             Err(ControlFailure::GaveUp) => {
-                Err(refused(Errno::ECANCELED, "a queue of the device failed, or another process stopped it"))
+                Err(refused(Errno::ECANCELED, "a queue of the device failed, or the device was stopped"))
             }
             Err(ControlFailure::Io(e)) => Err(refused(crate::error::errno_of(&e), "the command could not be sent")),
             Err(ControlFailure::Timeout) => Err(Error::Timeout {

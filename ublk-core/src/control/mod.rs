@@ -167,18 +167,19 @@ impl Control {
     /// [`Error::Unsupported`] for a kind of parameters that the driver is too old for.
     pub(crate) fn set_params_checked(&self, id: DeviceId, params: &Params) -> Result<()> {
         self.set_params(id, params)?;
-        params.check_stored(&self.raw_params(id)?)
+        params.check_stored(&self.raw_params(id, &|| false)?)
     }
 
     /// GET_PARAMS: returns the disk's parameters and device number.
     pub fn params(&self, id: DeviceId) -> Result<StoredParams> {
-        let raw = self.raw_params(id)?;
+        let raw = self.raw_params(id, &|| false)?;
         Ok(StoredParams { params: Params::decode(&raw), disk_number: (raw.devt.disk_major, raw.devt.disk_minor) })
     }
 
-    fn raw_params(&self, id: DeviceId) -> Result<ublk_params> {
+    fn raw_params(&self, id: DeviceId, give_up: &dyn Fn() -> bool) -> Result<ublk_params> {
         let empty = ublk_params { len: size_of::<ublk_params>() as u32, ..Default::default() };
-        let reply = self.call(&commands::GET_PARAMS, Some(id)).payload(wire::encode_params(&empty)).reply()?;
+        let call = self.call(&commands::GET_PARAMS, Some(id)).payload(wire::encode_params(&empty));
+        let reply = call.unless(give_up).reply()?;
         Ok(wire::decode_params(&reply))
     }
 
@@ -349,7 +350,12 @@ impl Control {
     /// TRY_STOP_DEV: as [`stop`](Control::stop), but fails with `EBUSY` if the disk or a partition of it is open. Since
     /// Linux 7.0.
     pub fn try_stop(&self, id: DeviceId) -> Result<()> {
-        self.call(&commands::TRY_STOP_DEV, Some(id)).run()
+        self.try_stop_unless(id, &|| false)
+    }
+
+    /// As [`try_stop`](Control::try_stop), until `give_up`, which is polled meanwhile, returns true.
+    pub(crate) fn try_stop_unless(&self, id: DeviceId, give_up: &dyn Fn() -> bool) -> Result<()> {
+        self.call(&commands::TRY_STOP_DEV, Some(id)).unless(give_up).run()
     }
 
     /// QUIESCE_DEV: asks the server of a device with [`Features::QUIESCE`] to leave; the device stays, and its requests wait
@@ -450,20 +456,36 @@ impl Control {
     ///
     /// [`unregister_memory`]: Control::unregister_memory
     pub fn register_memory(&self, id: DeviceId, memory: &SharedMemory) -> Result<u16> {
+        self.register_memory_unless(id, memory, &|| false)
+    }
+
+    /// As [`register_memory`](Control::register_memory), until `give_up`, which is polled meanwhile, returns true.
+    pub(crate) fn register_memory_unless(
+        &self,
+        id: DeviceId,
+        memory: &SharedMemory,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<u16> {
         let buffer = uapi::ublk_shmem_buf_reg {
             addr: memory.address(),
             len: memory.len(),
             flags: memory.flags(),
             ..Default::default()
         };
-        let (index, _) = self.call(&commands::REG_BUF, Some(id)).payload(wire::encode_shared(&buffer)).result()?;
+        let call = self.call(&commands::REG_BUF, Some(id)).payload(wire::encode_shared(&buffer));
+        let (index, _) = call.unless(give_up).result()?;
         u16::try_from(index)
             .map_err(|_| Error::invalid(Parameter::SharedMemory, index, "the driver returned an invalid index"))
     }
 
     /// UNREG_BUF: ends a registration. Waits for requests whose data is in the memory. Since Linux 7.1.
     pub fn unregister_memory(&self, id: DeviceId, index: u16) -> Result<()> {
-        self.call(&commands::UNREG_BUF, Some(id)).data(index.into()).run()
+        self.unregister_memory_unless(id, index, &|| false)
+    }
+
+    /// As [`unregister_memory`](Control::unregister_memory), until `give_up`, which is polled meanwhile, returns true.
+    pub(crate) fn unregister_memory_unless(&self, id: DeviceId, index: u16, give_up: &dyn Fn() -> bool) -> Result<()> {
+        self.call(&commands::UNREG_BUF, Some(id)).data(index.into()).unless(give_up).run()
     }
 
     /// UPDATE_SIZE: changes a started disk's capacity, in bytes. Since Linux 6.16.
@@ -472,12 +494,17 @@ impl Control {
     ///
     /// [`Error::InvalidValue`] unless it is a multiple of the logical block size, which Linux's driver does not check.
     pub fn update_size(&self, id: DeviceId, bytes: u64) -> Result<()> {
-        let block = self.params(id)?.params.logical_block_size;
+        self.update_size_unless(id, bytes, &|| false)
+    }
+
+    /// As [`update_size`](Control::update_size), until `give_up`, which is polled meanwhile, returns true.
+    pub(crate) fn update_size_unless(&self, id: DeviceId, bytes: u64, give_up: &dyn Fn() -> bool) -> Result<()> {
+        let block = Params::decode(&self.raw_params(id, give_up)?).logical_block_size;
         if bytes == 0 || !bytes.is_multiple_of(u64::from(block)) {
             let rule = format!("must be a multiple of the logical block size ({block})");
             return Err(Error::invalid(Parameter::Size, bytes, rule));
         }
-        self.call(&commands::UPDATE_SIZE, Some(id)).data(Sectors::from_bytes(bytes).0).run()
+        self.call(&commands::UPDATE_SIZE, Some(id)).data(Sectors::from_bytes(bytes).0).unless(give_up).run()
     }
 
     /// GET_DEV_INFO2: returns what the driver knows about a device. Since Linux 6.3.

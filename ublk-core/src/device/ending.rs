@@ -315,9 +315,8 @@ impl Device {
         let was_leaving = self.leaving.swap(true, Ordering::Relaxed);
         let open = self.opened();
         if open.is_some() || self.is_own() {
-            match self.control.quiesce_unless(id, ASK_AGAIN, &|| self.events.is_expedited()) {
-                Ok(()) | Err(Error::Control { errno: Errno::EBUSY, .. }) => {}
-                Err(Error::Control { errno: Errno::ECANCELED, .. }) if self.events.is_expedited() => {}
+            match self.control.quiesce_unless(id, ASK_AGAIN, &|| self.is_given_up()) {
+                Ok(()) | Err(Error::Control { errno: Errno::EBUSY | Errno::ECANCELED, .. }) => {}
                 Err(error) => {
                     if error.is_refusal() {
                         self.leaving.store(was_leaving, Ordering::Relaxed);

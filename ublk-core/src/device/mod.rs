@@ -260,6 +260,12 @@ impl Device {
         &self.control
     }
 
+    /// See [`Control::instance`].
+    #[cfg(feature = "cli")]
+    pub(crate) fn instance(&self) -> Option<u64> {
+        self.serving.instance
+    }
+
     /// Its id.
     pub fn id(&self) -> DeviceId {
         self.info.id
@@ -293,20 +299,23 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// `EOPNOTSUPP` if the device was not made for it, `EEXIST` if some of the pages are shared already.
+    /// `EOPNOTSUPP` if the device was not made for it, `EEXIST` if some of the pages are shared already, `ECANCELED` if the
+    /// device ends meanwhile.
     pub fn share_memory(&self, memory: SharedMemory) -> Result<u16> {
         let _open = self.require_opened("REG_BUF")?;
-        self.shared.add(memory, |memory| self.control.register_memory(self.id(), memory))
+        let give_up = || self.is_given_up();
+        self.shared.add(memory, |memory| self.control.register_memory_unless(self.id(), memory, &give_up))
     }
 
     /// Ends the sharing of memory. Waits for requests that are in it.
     ///
     /// # Errors
     ///
-    /// `ENOENT` if no shared memory is registered with this index.
+    /// `ENOENT` if no shared memory is registered with this index, `ECANCELED` if the device ends meanwhile.
     pub fn unshare_memory(&self, index: u16) -> Result<()> {
         let _open = self.require_opened("UNREG_BUF")?;
-        self.shared.remove(index, || self.control.unregister_memory(self.id(), index))
+        let give_up = || self.is_given_up();
+        self.shared.remove(index, || self.control.unregister_memory_unless(self.id(), index, &give_up))
     }
 
     /// What it has done since this server took it over.
@@ -423,12 +432,32 @@ impl Device {
 
     /// As [`opened`](Device::opened), for a command that is of no use otherwise.
     fn require_opened(&self, command: &'static str) -> Result<Arc<dyn CharDevice>> {
-        self.opened().ok_or_else(|| Error::Control {
-            command,
-            device: Some(self.id()),
-            errno: Errno::ENODEV,
-            hint: "the device is no longer served by this process".into(),
-        })
+        self.require_owner(command)?;
+        self.opened().ok_or_else(|| self.not_served(command, "the device is no longer served by this process"))
+    }
+
+    /// Whether this is a forked child's copy of its parent's device. Other threads of the parent may have had its locks at the
+    /// fork, and nothing unlocks these.
+    fn is_copy(&self) -> bool {
+        self.owner != std::process::id()
+    }
+
+    /// Refuses what a forked child must not do to its parent's device.
+    fn require_owner(&self, command: &'static str) -> Result<()> {
+        if self.is_copy() {
+            return Err(self.not_served(command, "a forked child does not serve the device, its parent does"));
+        }
+        Ok(())
+    }
+
+    fn not_served(&self, command: &'static str, hint: &str) -> Error {
+        Error::Control { command, device: Some(self.id()), errno: Errno::ENODEV, hint: hint.to_owned() }
+    }
+
+    /// Whether a command for which the char device is kept open is to end: the device is stopped in a hurry, or its queues are
+    /// closed, and the driver fails what they had when the char device is closed, for which other commands wait.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.events.is_expedited() || self.events.is_ending() && self.events.open_queues() == 0
     }
 
     fn open_queues(&self, target: &Arc<dyn Target>) -> Result<()> {

@@ -39,10 +39,10 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidValue`] unless it is a multiple of the logical block size.
+    /// [`Error::InvalidValue`] unless it is a multiple of the logical block size; `ECANCELED` if the device ends meanwhile.
     pub fn resize(&self, bytes: u64) -> Result<()> {
         let _open = self.require_opened("UPDATE_SIZE")?;
-        self.control.update_size(self.id(), bytes)
+        self.control.update_size_unless(self.id(), bytes, &|| self.is_given_up())
     }
 
     /// Stops and deletes the device unless its disk is open. Since Linux 7.0.
@@ -56,7 +56,11 @@ impl Device {
         }
         let open = self.opened();
         if open.is_some() || self.is_own() {
-            self.control.try_stop(self.id())?;
+            match self.control.try_stop_unless(self.id(), &|| self.is_given_up()) {
+                // It is served no more, in use or not.
+                Err(Error::Control { errno: Errno::ECANCELED, .. }) if self.events.open_queues() == 0 => {}
+                other => other?,
+            }
         }
         drop(open);
         self.stop()

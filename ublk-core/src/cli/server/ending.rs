@@ -80,7 +80,8 @@ fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
     if open.is_none() {
         return device.conclude();
     }
-    let usage = usage::stop_unused(device.control(), id, Observer::Server);
+    let instance = device.instance();
+    let usage = usage::stop_unused(device.control(), (id, instance), Observer::Server, &|| device.is_given_up());
     drop(open);
     let reason = match usage {
         Ok(StopOutcome::Stopped | StopOutcome::NotUsed) => return device.stop().map(|()| Ending::Deleted),

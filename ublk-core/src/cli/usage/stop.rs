@@ -36,13 +36,18 @@ pub(in crate::cli) enum Observer {
     Other,
 }
 
-/// Stops a device that is not in use, atomically if the driver can (Linux 7.0).
+/// Stops a device that is not in use, atomically if the driver can (Linux 7.0), until `give_up`, which is polled meanwhile,
+/// returns true. Leaves a later device alone that is not this `instance`.
 ///
 /// # Errors
 ///
 /// If the use cannot be determined. If a command got no answer, the device may have been stopped.
-pub(in crate::cli) fn stop_unused(control: &Control, id: DeviceId, observer: Observer) -> Result<StopOutcome> {
-    let instance = control.instance(id);
+pub(in crate::cli) fn stop_unused(
+    control: &Control,
+    (id, instance): (DeviceId, Option<u64>),
+    observer: Observer,
+    give_up: &dyn Fn() -> bool,
+) -> Result<StopOutcome> {
     let info = control.info(id)?;
     if info.state == DeviceState::Dead {
         return Ok(StopOutcome::NotUsed);
@@ -56,7 +61,7 @@ pub(in crate::cli) fn stop_unused(control: &Control, id: DeviceId, observer: Obs
         if !control.is_instance(id, instance) {
             return Ok(StopOutcome::Stopped);
         }
-        match control.try_stop(id) {
+        match control.try_stop_unless(id, give_up) {
             // ENODEV: another process has stopped it.
             Err(Error::Control { errno: crate::Errno::ENODEV, .. }) | Ok(()) => return Ok(StopOutcome::Stopped),
             Err(Error::Control { errno: crate::Errno::EBUSY, .. }) => {}
@@ -66,7 +71,7 @@ pub(in crate::cli) fn stop_unused(control: &Control, id: DeviceId, observer: Obs
         match usage_of(&path, observer) {
             Ok(Some(usage)) => return Ok(StopOutcome::InUse(usage)),
             Err(error) if observer == Observer::Other => return Err(error),
-            _ if Instant::now() >= deadline => return Ok(StopOutcome::InUse(Usage::Open("open".into()))),
+            _ if Instant::now() >= deadline || give_up() => return Ok(StopOutcome::InUse(Usage::Open("open".into()))),
             _ => std::thread::sleep(UDEV_RETRY),
         }
     }
