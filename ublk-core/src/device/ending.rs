@@ -146,25 +146,29 @@ impl Device {
             return Ok(());
         }
         let began = Instant::now();
-        let give_up = || {
-            // Queues that have failed may have had requests: the driver fails them when the char device is closed. It has
-            // the command by now.
-            if self.events.open_queues() == 0 && began.elapsed() >= ASK_AGAIN {
-                hold.take();
-            }
-            patience.is_over()
-        };
-        match gone_is_fine(self.control.stop_unless(self.id(), patience.left(), &give_up)) {
-            Err(error) if patience.is_over() && matches!(error.errno(), Errno::ETIMEDOUT | Errno::ECANCELED) => {
-                log::error!("device {}: requests did not finish in time; abandoning its queues", self.id());
-                hold.take();
-                self.give_up_queues(patience, Successor::None, hold)?;
-                if !self.is_own() {
-                    return Ok(());
+        // Queues that have failed may have had requests, which the driver fails when the char device is closed.
+        let has_failed = || hold.is_open() && self.events.open_queues() == 0 && began.elapsed() >= ASK_AGAIN;
+        loop {
+            let give_up = || patience.is_over() || has_failed();
+            match gone_is_fine(self.control.stop_unless(self.id(), patience.left(), &give_up)) {
+                Err(error) if patience.is_over() && matches!(error.errno(), Errno::ETIMEDOUT | Errno::ECANCELED) => {
+                    log::error!("device {}: requests did not finish in time; abandoning its queues", self.id());
+                    hold.take();
+                    self.give_up_queues(patience, Successor::None, hold)?;
+                    if !self.is_own() {
+                        return Ok(());
+                    }
+                    return gone_is_fine(self.control.stop_unless(self.id(), REMOVE_TIMEOUT, &|| false));
                 }
-                gone_is_fine(self.control.stop_unless(self.id(), REMOVE_TIMEOUT, &|| false))
+                // The driver has the command, or never gets it: only now may the number become another device's.
+                Err(error) if has_failed() && error.errno() == Errno::ECANCELED => {
+                    hold.take();
+                    if !self.is_own() {
+                        return Ok(());
+                    }
+                }
+                other => return other,
             }
-            other => other,
         }
     }
 
