@@ -64,7 +64,7 @@ impl Device {
     ///
     /// As [`stop`](Device::stop).
     pub fn stop_within(&self, timeout: Duration) -> Result<()> {
-        if self.owner != std::process::id() {
+        if self.is_copy() {
             return Ok(());
         }
         let mut deleted = self.lock_deleted(timeout);
@@ -117,7 +117,9 @@ impl Device {
     /// Ends the waits of a [stop](Device::stop) that is under way, and those of later ones: the queues are given up
     /// at once. For a program that is in a hurry, from any thread.
     pub fn expedite(&self) {
-        self.events.expedite();
+        if !self.is_copy() {
+            self.events.expedite();
+        }
     }
 
     /// Whether commands with the number reach this device, and no other server's. The answer may be wrong a moment later,
@@ -220,6 +222,9 @@ impl Device {
     ///
     /// As [`conclude`](Device::conclude).
     pub fn conclude_within(&self, timeout: Duration) -> Result<Ending> {
+        if self.is_copy() {
+            return Ok(Ending::Deleted);
+        }
         if self.recovery().is_none() {
             return self.stop_within(timeout).map(|()| Ending::Deleted);
         }
@@ -232,9 +237,6 @@ impl Device {
     }
 
     fn conclude_recoverable(&self, timeout: Duration) -> Result<Ending> {
-        if self.owner != std::process::id() {
-            return Ok(Ending::Deleted);
-        }
         let id = self.id();
         self.leaving.store(true, Ordering::Relaxed);
         let patience = Patience::new(self, timeout);
@@ -299,6 +301,9 @@ impl Device {
     /// have finished what they were given: an old write could land over a newer one. Dropping it does not delete
     /// it after that. For devices that can be recovered, and whose recovery has gone wrong.
     pub fn abandon(&self) {
+        if self.is_copy() {
+            return;
+        }
         self.leaving.store(true, Ordering::Relaxed);
         *self.deleted.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.pool.abandon(&self.events, Successor::Server);
@@ -313,6 +318,7 @@ impl Device {
     /// `EINVAL` if the device was not made for it, [`Error::Unsupported`] if the driver is too old; else as
     /// [`stop`](Device::stop).
     pub fn leave(&self) -> Result<()> {
+        self.require_owner("QUIESCE_DEV")?;
         self.control.require_quiesce(&self.info)?;
         let id = self.id();
         // Whatever becomes of the command: it may be carried out.

@@ -340,6 +340,7 @@ impl Device {
     /// Whatever goes wrong, the device is stopped and deleted. A second time is refused with `EEXIST`, and the device goes
     /// on.
     pub fn go_live(&self, target: Arc<dyn Target>) -> Result<()> {
+        self.require_owner("START_DEV")?;
         if self.started.swap(true, Ordering::Relaxed) {
             return Err(Error::Control {
                 command: "START_DEV",
@@ -587,7 +588,8 @@ impl AsFd for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.leaving.load(Ordering::Relaxed) {
+        // First, because nothing else may be looked at in a forked child.
+        if self.is_copy() || self.leaving.load(Ordering::Relaxed) {
             return;
         }
         // Another process may have asked that it wait for another server, or be that.

@@ -51,6 +51,7 @@ impl Device {
     ///
     /// `EBUSY` if it is in use: it continues to be served. Otherwise as [`stop`](Device::stop).
     pub fn try_stop(&self) -> Result<()> {
+        self.require_owner("TRY_STOP_DEV")?;
         if self.is_stopped() {
             return Ok(());
         }
