@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 
+use crate::engine::guarded;
 use crate::error::Result;
 use crate::params::Params;
 use crate::request::{Op, Request, Requests};
@@ -18,8 +19,8 @@ use crate::target::{QueueHandler, QueueInfo, Target};
 /// later, take several at a time) implements [`Target`] itself.
 ///
 /// An error of a method fails the request with its [`raw_os_error`](io::Error::raw_os_error), or with the errno that
-/// [`Errno`](crate::Errno) has for its kind. The first one of each queue is logged. A method that panics fails its request
-/// with `EIO`.
+/// [`Errno`](crate::Errno) has for its kind. A method that panics fails its request, and no
+/// other one, with `EIO`. The first error or panic of each queue is logged.
 ///
 /// A RAM disk:
 ///
@@ -110,7 +111,10 @@ struct BlockDeviceQueue<D> {
 impl<D: BlockDevice> QueueHandler for BlockDeviceQueue<D> {
     fn handle(&mut self, requests: Requests<'_>) {
         for mut request in requests {
-            match carry_out(&*self.disk, &mut request) {
+            // A panic is this request's: those that came with it are carried out.
+            let outcome = guarded(|| carry_out(&*self.disk, &mut request))
+                .unwrap_or_else(|panic| Err(io::Error::other(format!("the method panicked: {panic}"))));
+            match outcome {
                 Ok(()) => request.complete(),
                 Err(error) => {
                     if !std::mem::replace(&mut self.has_failed, true) {

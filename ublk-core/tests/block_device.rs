@@ -8,6 +8,7 @@
 mod support;
 
 use std::io;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use ublk_core::driver::fake::FakeDriver;
@@ -164,5 +165,48 @@ fn bytes_that_a_read_leaves_are_zeros() {
     let disk = driver.disk(device.id());
     disk.write(0, &[7; 4096]).unwrap();
     assert_eq!(disk.read(0, 4096).unwrap(), [0; 4096]);
+    finish(&driver, device);
+}
+
+/// A disk whose first read says that it has begun, and waits; other reads panic.
+#[derive(Debug)]
+struct Panicking {
+    entered: Sender<()>,
+    go: Mutex<Receiver<()>>,
+}
+
+impl BlockDevice for Panicking {
+    fn params(&self) -> Params {
+        Params::new(SIZE, 512).operations(Operations::all())
+    }
+
+    fn read_at(&self, _: &mut [u8], offset: u64) -> io::Result<()> {
+        assert_eq!(offset, 0, "planted");
+        self.entered.send(()).unwrap();
+        self.go.lock().unwrap().recv().unwrap();
+        Ok(())
+    }
+
+    fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_method_that_panics_fails_its_request_only() {
+    let driver = FakeDriver::new();
+    let ((entered, wait), (start, go)) = (channel(), channel());
+    let disk = Arc::new(Panicking { entered, go: Mutex::new(go) });
+    let device = server(&driver, 1).start(disk, &options(1, 8)).unwrap();
+    let client = driver.disk(device.id());
+    let first = client.send(0, 0, 512, &[]).unwrap();
+    wait.recv().unwrap();
+    // These are handled in one round.
+    let panicking = client.send(0, 512, 512, &[]).unwrap();
+    let write = client.send(1, 4096, 512, &[1; 512]).unwrap();
+    start.send(()).unwrap();
+    client.wait(first).unwrap();
+    assert_eq!(client.wait(panicking), Err(Errno::EIO));
+    client.wait(write).unwrap();
     finish(&driver, device);
 }

@@ -42,7 +42,7 @@ mod transfer;
 
 pub(crate) use self::core::QueueCore;
 pub(crate) use events::QueueEvents;
-pub(crate) use guard::drop_guarded;
+pub(crate) use guard::{drop_guarded, guarded};
 pub(crate) use inbox::{Inbox, QueueSetup, Return, Successor};
 pub(crate) use pool::ThreadPool;
 pub use pool::{Spawn, StdSpawn};

@@ -254,7 +254,7 @@ impl Queue {
         let Some(handler) = &mut handler.inner else { return };
         if let Err(panic) = guarded(|| handler.handle(Requests::new(core, ready))) {
             log::error!(
-                "ublkb{} queue {}: the handler panicked: {}; its request fails with EIO, the device keeps running",
+                "ublkb{} queue {}: the handler panicked: {}; what it has not ended fails with EIO, the device keeps running",
                 self.core.info.device,
                 self.core.info.queue,
                 panic
