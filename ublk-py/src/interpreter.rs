@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 use pyo3::exceptions::{PyImportError, PyRuntimeError};
 use pyo3::prelude::*;
 
+use crate::stdio;
+
 static CLOSED: AtomicBool = AtomicBool::new(false);
 /// Set some time after `CLOSED`.
 static SEALED: AtomicBool = AtomicBool::new(false);
@@ -212,7 +214,7 @@ pub(crate) fn close_gate(py: Python<'_>, seconds: f64) -> PyResult<()> {
         wait(patience, &|| !inside())
     });
     if !empty {
-        eprintln!("ublk: a handler is stuck; exiting immediately");
+        stdio::complain("a handler is stuck; exiting immediately");
         py.import("os")?.getattr("_exit")?.call1((1,))?;
     }
     Ok(())
@@ -229,7 +231,7 @@ pub(crate) fn end_forked_child(generation: usize) {
     if generation == self::generation() {
         return;
     }
-    eprintln!("ublk: a child process returned from the handler that forked it; exiting with status 1");
+    stdio::complain("a child process returned from the handler that forked it; exiting with status 1");
     // SAFETY: ends the process without accessing memory. Exit handlers are the parent's.
     unsafe { nix::libc::_exit(1) };
 }

@@ -21,6 +21,7 @@ mod pull;
 mod request;
 mod start;
 mod stats;
+mod stdio;
 mod system;
 mod targets;
 mod threads;
@@ -63,6 +64,7 @@ mod module {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         interpreter::check_first()?;
+        stdio::secure(module.py())?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 
 use crate::interpreter;
 use crate::pending::unraisable;
+use crate::stdio;
 
 struct ToPython(Py<PyAny>);
 
@@ -72,7 +73,7 @@ impl Log for ToPython {
         });
         if logged.is_none() {
             // Without an interpreter, messages go to stderr.
-            eprintln!("ublk: {text}");
+            stdio::complain(&text);
         }
     }
 
