@@ -5,8 +5,12 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from programs import Program
+
+from ublk import _lifecycle, _log
 
 # A handler that is stuck when the program ends, which the library reports.
 STUCK = """
@@ -85,5 +89,73 @@ def test_no_message_is_written_into_a_disk(tmp_path, before):
 
 
 def test_the_command_works_without_stderr():
+    ended = run(["-m", "ublk", "run", "nothing"], (2,), stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout) == (1, b"")
     ended = run(["-m", "ublk", "stat", "-n", "1000000"], (2,), stdout=subprocess.PIPE)
     assert (ended.returncode, ended.stdout) == (1, b"")
+
+
+@pytest.mark.parametrize("missing", ["stdout", "stderr"])
+def test_a_stuck_handler_ends_a_program_without_standard_files(missing):
+    program = Program(f"""
+removals = []
+_lifecycle.leave_removal = lambda devices: removals.append(devices) or os.write(1, b"removal\\n") and ""
+_lifecycle.STOP_SECONDS = 0.1
+device = serve(Stuck)
+entered.wait()
+sys.{missing} = None
+""")
+    status, out, err = program.end()
+    assert (status, out.count("removal")) == (1, 1), err
+
+
+class Left:
+    """A device whose handler is stuck when the program ends."""
+
+    def __init__(self, id, recovery=None):
+        self._native = SimpleNamespace(id=id, on_kernel=True, stopped=False, recovery=recovery)
+
+
+def test_one_process_removes_a_device(monkeypatch):
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command[6:]))
+    monkeypatch.setattr(_lifecycle, "_left", set())
+    one, other, recoverable = Left(1), Left(2), Left(3, "queue")
+    texts = [_lifecycle.leave_removal([one, recoverable]) for _ in range(2)]
+    assert started == [["1"]]
+    assert texts[0] == texts[1]
+    assert "ublk.recover(3, ...); its devices are removed" in texts[0]
+    _lifecycle.leave_removal([one, other])
+    assert started == [["1"], ["2"]]
+
+
+def test_a_removal_that_did_not_start_is_started_again(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no process")
+
+    monkeypatch.setattr(_lifecycle, "_left", set())
+    one, started = Left(1), []
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    assert "no process" in _lifecycle.leave_removal([one])
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
+    _lifecycle.leave_removal([one])
+    assert len(started) == 1
+
+
+def test_a_removal_without_stderr_looks_at_all_devices():
+    code = f"import sys\nsys.stderr = None\n{_lifecycle._REMOVER}\nprint('over')"
+    package = os.path.dirname(os.path.dirname(_lifecycle.__file__))
+    ended = run(["-c", code, package, "1", "1048570", "1048571"], (), stdin=subprocess.DEVNULL, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (0, b"over\n"), ended.stderr
+
+
+def test_without_stderr_nothing_is_printed_to_stdout(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    _log.print_error("a message")
+    try:
+        raise ValueError("a mistake")
+    except ValueError:
+        _log._print()
+    monkeypatch.delattr(sys, "stderr")
+    _log.print_error("a message")
+    assert capsys.readouterr().out == ""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ublk import _signals, _ublk
 from ublk._block_device import BlockDevice
 from ublk._errors import UblkError
+from ublk._log import print_error
 from ublk._reload import POLL_SECONDS, Reloader, Source
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _run(arguments: Sequence[str]) -> int:
                 return 0
             return _run_command(command, running, reloader)
     except (_UsageError, UblkError, ValueError, TypeError) as error:
-        print(f"ublk: {_describe(error)}", file=sys.stderr)
+        print_error(f"ublk: {_describe(error)}")
         return 1
     except KeyboardInterrupt:
         return 130 if command else 0
@@ -265,7 +266,7 @@ def _run_command(command: Sequence[str], running: Callable[[], Device], reloader
             with _signals.deferred():
                 child = subprocess.Popen(words, env=environment)
         except OSError as error:
-            print(f"ublk: {words[0]}: {error.strerror}", file=sys.stderr)
+            print_error(f"ublk: {words[0]}: {error.strerror}")
             return 127 if isinstance(error, FileNotFoundError) else 126
         status = _wait(child, reloader)
     except BaseException:
@@ -277,7 +278,7 @@ def _run_command(command: Sequence[str], running: Callable[[], Device], reloader
                 raise
         raise
     if not running().running:
-        print(f"ublk: {path} ended before the command did", file=sys.stderr)
+        print_error(f"ublk: {path} ended before the command did")
         return status or 1
     return status if status >= 0 else 128 - status
 

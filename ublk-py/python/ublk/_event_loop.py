@@ -19,6 +19,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from ublk import _lifecycle
+from ublk._log import print_error
 from ublk._requests import Op
 from ublk._signals import Terminated
 
@@ -65,8 +66,7 @@ _lifecycle.register_fork_hook(_in_forked_child)
 
 def _end_forked_child() -> None:
     """End a forked child that has returned from a handler: the request and the loop belong to its parent."""
-    text = "ublk: a child process returned from the handler that forked it; exiting with status 1"
-    print(text, file=sys.stderr, flush=True)
+    print_error("ublk: a child process returned from the handler that forked it; exiting with status 1")
     os._exit(1)
 
 

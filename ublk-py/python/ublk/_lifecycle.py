@@ -120,8 +120,8 @@ def _stop_running() -> None:
         # written, which a signal may end.
         removal = leave_removal(list(running))
         _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", removal)
-        _try(in_time, functools.partial(_try, sys.stderr.flush))
-        _try(functools.partial(in_time, always=True), functools.partial(_try, sys.stdout.flush))
+        _try(in_time, functools.partial(_try, _flush, "stderr"))
+        _try(functools.partial(in_time, always=True), functools.partial(_try, _flush, "stdout"))
         os._exit(1)
     deadline = time.monotonic() + _JOIN_SECONDS
     for thread in _threads.running():
@@ -134,41 +134,61 @@ def _try(function: Callable[..., object], *arguments: object) -> None:
         function(*arguments)
 
 
+def _flush(name: str) -> None:
+    """Flush one of the standard files. A program that was started without it has None instead."""
+    getattr(sys, name).flush()
+
+
 # Run with this package's directory, the ID of the serving process, and the numbers of its devices.
 _REMOVER = """
 import sys
 sys.stdin.read()
 sys.path.append(sys.argv[1])
 from ublk import _ublk
+from ublk._log import print_error
 for id in map(int, sys.argv[3:]):
     try:
         if _ublk.device(id)["pid"] in (None, int(sys.argv[2])):
             _ublk.delete(id, True)
     except OSError as error:
-        sys.stderr.write(f"ublk: removing /dev/ublkb{id}: {error}; `ublk del --dead` tries again\\n")
+        print_error(f"ublk: removing /dev/ublkb{id}: {error}; `ublk del --dead` tries again")
 """
+
+
+# Devices that such a process will remove.
+_left: set[Device] = set()
 
 
 def leave_removal(devices: Iterable[Device], *, recoverable: bool = False) -> str:
     """Start a process that removes devices of this process once it has ended; return a text for the log about that.
 
-    Recoverable devices are left to another server, unless ``recoverable``.
+    Recoverable devices are left to another server, unless ``recoverable``. Calling it again for a device only returns
+    the text.
     """
-    ids: list[int] = []
+    removed: list[Device] = []
     kept: list[int] = []
     for device in devices:
         native = device._native
-        if native.on_kernel and not native.stopped:
-            (ids if recoverable or native.recovery is None else kept).append(native.id)
+        if not native.on_kernel or native.stopped:
+            continue
+        if recoverable or native.recovery is None:
+            removed.append(device)
+        else:
+            kept.append(native.id)
     text = "".join(f"; /dev/ublkb{id} waits for another server: ublk.recover({id}, ...)" for id in kept)
-    if not ids:
+    if not removed:
         return text
+    new = [device for device in removed if device not in _left]
+    if not new:
+        return f"{text}; its devices are removed after that"
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     # Isolated mode (-I), so that neither the working directory nor the environment adds code.
-    command = [sys.executable, "-I", "-c", _REMOVER, package, str(os.getpid()), *map(str, ids)]
+    ids = [str(device._native.id) for device in new]
+    command = [sys.executable, "-I", "-c", _REMOVER, package, str(os.getpid()), *ids]
     try:
         # It begins when the pipe closes, with this process. Signals to this process's group must not end it.
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd="/", start_new_session=True)
+        _left.update(new)
     except Exception as error:
         return f"{text}; `ublk del --dead` removes its devices ({error})"
     return f"{text}; its devices are removed after that"
@@ -181,6 +201,7 @@ def _in_forked_child() -> None:
     _lock = threading.Lock()
     _starting = 0
     running.clear()
+    _left.clear()
 
 
 atexit.register(_ublk.close_gate, _LEAVE_SECONDS)

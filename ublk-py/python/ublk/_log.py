@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import threading
 import time
 import traceback
@@ -84,9 +85,16 @@ def _log(level: int, message: str, *arguments: object, error: BaseException | No
 
 
 def _print() -> None:
-    # There may be no stderr.
     with contextlib.suppress(Exception):
-        traceback.print_exc()
+        print_error(traceback.format_exc().rstrip("\n"))
+
+
+def print_error(text: str) -> None:
+    """Print a text to stderr, if there is one: `print` would take stdout instead."""
+    with contextlib.suppress(Exception):
+        # The program may also have deleted it.
+        if (stderr := getattr(sys, "stderr", None)) is not None:
+            print(text, file=stderr, flush=True)
 
 
 class Limiter:
