@@ -43,9 +43,10 @@ _ATTEMPTS = 100
 
 # Devices that are to be stopped when the program ends.
 running: set[Device] = set()
-_lock = threading.Lock()
-# Number of starts in progress, whose devices may not be in `running` yet. None begins once the program ends.
-_starting = 0
+# Reentrant: signal handlers and finalizers, which may start and stop devices, may run while it is held.
+_lock = threading.RLock()
+# Starts in progress, whose devices may not be in `running` yet. None begins once the program ends.
+_starting: set[object] = set()
 _exiting = False
 
 
@@ -64,16 +65,16 @@ def discard(device: Device) -> None:
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
     """Make the end of the program wait for the start in this block. Raises `RuntimeError` if it has begun."""
-    global _starting
-    with _lock:
-        if _exiting:
-            raise RuntimeError("the interpreter is shutting down")
-        _starting += 1
+    start = object()
     try:
+        with _lock:
+            if _exiting:
+                raise RuntimeError("the interpreter is shutting down")
+            _starting.add(start)
         yield
     finally:
         with _lock:
-            _starting -= 1
+            _starting.discard(start)
 
 
 def stop_all() -> None:
@@ -196,10 +197,10 @@ def leave_removal(devices: Iterable[Device], *, recoverable: bool = False) -> st
 
 def _in_forked_child() -> None:
     """Forget the parent's devices, and the lock that one of its threads may have held."""
-    global _lock, _starting
+    global _lock
     _ublk.after_fork()
-    _lock = threading.Lock()
-    _starting = 0
+    _lock = threading.RLock()
+    _starting.clear()
     running.clear()
     _left.clear()
 

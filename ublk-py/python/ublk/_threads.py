@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -14,20 +15,23 @@ if TYPE_CHECKING:
 # None of them may wait for requests, which might be its own.
 threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
-
-_lock = threading.Lock()
+# Reentrant: signal handlers and finalizers, which may start threads, may run while it is held.
+_lock = threading.RLock()
 
 
 def running() -> list[threading.Thread]:
     """Return the threads that have not ended."""
     with _lock:
-        return list(threads)
+        while True:
+            # Fails if a signal handler starts a thread meanwhile.
+            with contextlib.suppress(RuntimeError):
+                return list(threads)
 
 
 def in_forked_child() -> None:
     """Forget the parent's threads, and the lock that one of them may have held."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     threads.clear()
 
 
