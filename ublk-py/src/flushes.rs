@@ -6,14 +6,14 @@
 //! of all queues sync the same descriptor, so that one flush gets the error, and concurrent and later ones succeed although
 //! data is lost. Therefore, for a disk that has been written to through extents:
 //!
-//! 1. A flush succeeds only after all flushes that were in progress when its handler returned have ended. If one of them
-//!    has failed, all fail.
+//! 1. A flush succeeds only after all flushes that were in progress when its handler returned have ended. When a flush
+//!    fails, all that are in progress fail.
 //! 2. Once a flush has failed, all later ones fail, because it is unknown which writes were lost.
 //!
 //! Writes of the server that a device was recovered from count as well: they may still be dirty, and the error of their
 //! write-back goes to the first flush here. A recovered disk with `map` counts as written to through extents. One whose
-//! handlers may return extents is assumed to have been until `write` returns without one; it is known to have been as soon
-//! as a handler returns an extent, even for a read.
+//! handlers may return extents is known to have been as soon as a handler returns an extent, even for a read. Before that,
+//! rule 1 applies, and rule 2 until `write` returns without an extent: a class that writes by itself may retry a flush.
 //!
 //! Handlers that write to files themselves decide what a failure means and what can be retried.
 
@@ -35,7 +35,7 @@ struct Shared {
     written: AtomicBool,
     /// Another server may have written to extents before.
     recovered: AtomicBool,
-    /// It is assumed to have done so: `write` has not returned without an extent since.
+    /// It is assumed to have done so, for rule 2: `write` has not returned without an extent since.
     assumed: AtomicBool,
     state: Mutex<State>,
 }
@@ -50,6 +50,8 @@ struct State {
     next: u64,
     /// Numbers of the flushes in progress.
     running: Vec<u64>,
+    /// Flushes with smaller numbers were in progress when one failed for which rule 1 applies.
+    failing_before: u64,
     /// Flushes that have succeeded and wait for all with smaller numbers.
     succeeded: Vec<(u64, DetachedRequest)>,
 }
@@ -106,26 +108,34 @@ impl Flushes {
         let (mut failing, mut done, mut report) = (Vec::new(), Vec::new(), None);
         {
             let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-            let written = self.0.written.load(Ordering::Acquire) || self.0.assumed.load(Ordering::Acquire);
+            let written = self.0.written.load(Ordering::Acquire);
+            let together = written || self.0.recovered.load(Ordering::Relaxed);
+            let for_ever = written || self.0.assumed.load(Ordering::Acquire);
             state.running.retain(|running| *running != number);
             match ended {
+                Some((request, Ok(()))) if number < state.failing_before => failing.push((request, Errno::EIO)),
                 Some((request, Ok(()))) => {
                     let before = state.next;
                     state.succeeded.push((before, request));
                 }
                 Some((request, Err(errno))) => {
-                    state.failed |= written || self.0.recovered.load(Ordering::Relaxed);
                     failing.push((request, errno));
+                    if together {
+                        state.failed = true;
+                        state.failing_before = state.next;
+                        let waiting = std::mem::take(&mut state.succeeded);
+                        failing.extend(waiting.into_iter().map(|(_, request)| (request, Errno::EIO)));
+                    }
                 }
                 // It was not served, or has ended before.
                 None => {}
             }
             let oldest = state.running.iter().min().copied().unwrap_or(u64::MAX);
-            let has_failed = written && state.failed;
+            let has_failed = for_ever && state.failed;
             for (before, request) in std::mem::take(&mut state.succeeded) {
                 if has_failed {
                     failing.push((request, Errno::EIO));
-                } else if before <= oldest || !written {
+                } else if before <= oldest || !together {
                     done.push(request);
                 } else {
                     state.succeeded.push((before, request));

@@ -248,6 +248,63 @@ def test_a_flush_that_fails_before_an_extent_is_seen_counts(driver, file):
         all_flushes_fail(driver, device)
 
 
+class Mixed(Returning):
+    """Keeps small writes itself."""
+
+    def write(self, offset, buf):
+        return ublk.Extent(self.file, offset, len(buf)) if len(buf) > 4096 else None
+
+
+@pytest.mark.parametrize("failure_first", [False, True])
+def test_concurrent_flushes_fail_together_after_a_write_by_the_class(driver, file, failure_first):
+    old = Mixed(file, lambda file: None).start(recoverable=True)
+    driver.write(old.id, 0, b"x" * 65536)
+    old.quiesce()
+    fails, entered, leave = threading.Lock(), threading.Semaphore(0), [threading.Event(), threading.Event()]
+
+    def sync(file):
+        # The first one takes the error of writes that both cover.
+        failing = fails.acquire(blocking=False)
+        entered.release()
+        leave[not failing].wait(20)
+        if failing:
+            raise OSError(errno.EIO, "write-back failed")
+
+    errors = []
+
+    def flush():
+        try:
+            driver.flush(old.id)
+            errors.append(0)
+        except OSError as error:
+            errors.append(error.errno)
+
+    with ublk.recover(old.id, Mixed(file, sync), workers=2) as device:
+        driver.write(device.id, 0, b"x" * 4096)
+        threads = [threading.Thread(target=flush) for _ in range(2)]
+        try:
+            for thread in threads:
+                thread.start()
+                assert entered.acquire(timeout=20)
+            if failure_first:
+                leave[0].set()
+                threads[0].join(20)
+            else:
+                leave[1].set()
+                threads[1].join(0.3)
+                assert errors == []
+        finally:
+            for event in leave:
+                event.set()
+        for thread in threads:
+            thread.join(20)
+        assert errors == [errno.EIO] * 2
+        # The class may retry as long as it returns no extent.
+        driver.flush(device.id)
+        driver.read(device.id, 0, 4096)
+        all_flushes_fail(driver, device)
+
+
 @pytest.mark.parametrize("workers", [None, 2])
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("returned", [None, 4096])
