@@ -55,11 +55,14 @@ MODULE_PARM_DESC(ublks_max_per_user,
 #ifdef UBLK_DEBUG
 unsigned long ublk_widen;
 unsigned int ublk_widen_us = 500;
+unsigned int ublk_reap_ms = 1000;
 
 module_param_named(widen, ublk_widen, ulong, 0644);
 MODULE_PARM_DESC(widen, "races to widen (bit mask of enum ublk_race)");
 module_param_named(widen_us, ublk_widen_us, uint, 0644);
 MODULE_PARM_DESC(widen_us, "delay in widened races, in microseconds (maximum 2000)");
+module_param_named(reap_ms, ublk_reap_ms, uint, 0644);
+MODULE_PARM_DESC(reap_ms, "interval of reap.c, in milliseconds (default 1000)");
 #endif
 
 static void ublk_destroy_workqueues(void)

@@ -13,72 +13,125 @@
  *
  * Therefore the driver has work items that release the files that were queued
  * after such a wait began. They run while the release of a char device may be
- * queued, or while an unprivileged device may cause the wait. Each of them
- * waits for the work item of the system in turn, because flush_delayed_fput()
- * does so, and so the interval between them grows with the number of those that
- * are waiting.
+ * queued, while requests are held for the next server, or while an unprivileged
+ * device may cause the wait.
+ *
+ * Each of them waits for the work item of the system in turn, because
+ * flush_delayed_fput() does so, and their number is limited. A user decides how
+ * long that takes, and must not be able to use them all up. The interval between
+ * two of them is therefore a second or, if that is longer, a fraction of the
+ * time that the oldest one has been waiting. They last for more than two years,
+ * and a file is released after this fraction of the wait at the latest.
  *
  * They do not help a file that a work item has taken from the list together
  * with one whose release waits, if it handles that one first. The list holds
- * the files of about one second at most.
+ * the files of one such interval at most.
  */
 #include <linux/file.h>
+#include <linux/jiffies.h>
+#include <linux/list.h>
 #include <linux/slab.h>
+#include <linux/spinlock.h>
 #include <linux/workqueue.h>
 
 #include "internal.h"
 
-/* Interval between two work items while none is waiting. */
-#define UBLK_REAP_DELAY		HZ
-/* The interval grows by one second for this many work items that are waiting. */
-#define UBLK_REAP_SLOPE		8
+/*
+ * The interval is 1/32 of the age of the oldest work item, in whole seconds. The
+ * last of the UBLK_REAP_MAX work items starts after 811 days.
+ */
+#define UBLK_REAP_FRACTION	32
 /* Fewer than the work queue allows, as it also runs the timer. */
 #define UBLK_REAP_MAX		480
+
+/* A work item. */
+struct ublk_reap_item {
+	struct work_struct	work;
+	struct list_head	node;		/* in ublk_reap_items */
+	u64			start;		/* in jiffies, as all times here */
+};
 
 static struct workqueue_struct *ublk_reap_wq;
 static struct delayed_work ublk_reap_timer;
 static atomic_t ublk_nr_watched;
-static atomic_t ublk_nr_reaping;
+
+/* Protects the work items that have not finished, and their number. */
+static DEFINE_SPINLOCK(ublk_reap_lock);
+static LIST_HEAD(ublk_reap_items);		/* oldest first */
+static unsigned int ublk_nr_reaping;
+/* When the last one was started; only used by ublk_reap_tick(). */
+static u64 ublk_reap_last;
 
 /* Releases files, and waits for the work item of the system. */
 static void ublk_reap(struct work_struct *work)
 {
+	struct ublk_reap_item *item =
+		container_of(work, struct ublk_reap_item, work);
+
 	flush_delayed_fput();
-	kfree(work);
-	atomic_dec(&ublk_nr_reaping);
+	spin_lock(&ublk_reap_lock);
+	list_del(&item->node);
+	ublk_nr_reaping--;
+	spin_unlock(&ublk_reap_lock);
+	kfree(item);
+}
+
+/* Whether the interval since the last work item is over. */
+static bool ublk_reap_due(u64 now)
+{
+	struct ublk_reap_item *oldest;
+	bool due = true;
+
+	spin_lock(&ublk_reap_lock);
+	oldest = list_first_entry_or_null(&ublk_reap_items,
+					  struct ublk_reap_item, node);
+	if (oldest)
+		due = ublk_nr_reaping < UBLK_REAP_MAX &&
+		      (now - ublk_reap_last) * UBLK_REAP_FRACTION >=
+		      now - oldest->start;
+	spin_unlock(&ublk_reap_lock);
+	return due;
 }
 
 /* Starts a work item. */
-static void ublk_reap_start(void)
+static void ublk_reap_start(u64 now)
 {
-	struct work_struct *work;
+	struct ublk_reap_item *item;
 
-	if (atomic_read(&ublk_nr_reaping) >= UBLK_REAP_MAX)
-		return;
-	work = kmalloc(sizeof(*work), GFP_KERNEL | __GFP_NOWARN);
+	item = kmalloc(sizeof(*item), GFP_KERNEL | __GFP_NOWARN);
 	/* If memory is short, the next tick tries again. */
-	if (!work)
+	if (!item)
 		return;
-	INIT_WORK(work, ublk_reap);
-	atomic_inc(&ublk_nr_reaping);
-	queue_work(ublk_reap_wq, work);
+	INIT_WORK(&item->work, ublk_reap);
+	item->start = now;
+	ublk_reap_last = now;
+	spin_lock(&ublk_reap_lock);
+	list_add_tail(&item->node, &ublk_reap_items);
+	ublk_nr_reaping++;
+	spin_unlock(&ublk_reap_lock);
+	queue_work(ublk_reap_wq, &item->work);
 }
 
-/* Schedules the next work item. Has no effect if one is scheduled already. */
+/* Schedules the next tick. Has no effect if one is scheduled already. */
 static void ublk_reap_schedule(void)
 {
-	unsigned int waiting = atomic_read(&ublk_nr_reaping);
-
 	queue_delayed_work(ublk_reap_wq, &ublk_reap_timer,
-			   UBLK_REAP_DELAY + waiting * HZ / UBLK_REAP_SLOPE);
+			   ublk_reap_interval());
 }
 
-/* Starts a work item, and schedules the next one, while a device is watched. */
+/*
+ * While a device is watched, runs once per second and starts a work item if one
+ * is due. The interval is checked here, rather than used as the delay of the
+ * timer, so that it is short again as soon as a long wait has ended.
+ */
 static void ublk_reap_tick(struct work_struct *work)
 {
+	u64 now = get_jiffies_64();
+
 	if (!atomic_read(&ublk_nr_watched))
 		return;
-	ublk_reap_start();
+	if (ublk_reap_due(now))
+		ublk_reap_start(now);
 	ublk_reap_schedule();
 }
 
@@ -88,8 +141,9 @@ static void ublk_reap_tick(struct work_struct *work)
  * @ub: the device
  *
  * Called when the char device is opened and when its server is leaving: its
- * release may be queued after the close of a disk. No effect if the device is
- * watched already.
+ * release may be queued after the close of a disk. The device stays watched
+ * while its requests are held for the next server, as the close of its disk may
+ * wait for these. No effect if the device is watched already.
  *
  * Context: Any context. Caller holds ub->lock.
  */
@@ -104,7 +158,8 @@ void ublk_watch(struct ublk_device *ub)
 }
 
 /**
- * ublk_unwatch() - Undo ublk_watch(), as the char device has been released.
+ * ublk_unwatch() - Undo ublk_watch(), as the char device has been released and
+ *   no request is held.
  * @ub: the device
  *
  * Has no effect if the device is not watched.

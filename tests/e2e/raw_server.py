@@ -45,7 +45,7 @@ class Options:
     depth: int = 8
     sectors: int = 1 << 16
     hold: int = 8 * 55
-    # Writes are kept, too, and never answered.
+    # Writes are kept, too, and not answered before `server.release_writes()`.
     hold_writes: bool = False
     uid: int = 0
     # The process that has opened the device leaves it to a child, which serves.
@@ -199,6 +199,15 @@ class Server:
         for tag in self.held:
             self.commit(tag)
         self.held.clear()
+        self.ring.enter()
+        return count
+
+    def release_writes(self) -> int:
+        """Answer the writes that are held; how many those were."""
+        count = len(self.stuck)
+        for tag in self.stuck:
+            self.commit(tag)
+        self.stuck.clear()
         self.ring.enter()
         return count
 

@@ -11,6 +11,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support import driver, raw, udev
@@ -25,6 +27,8 @@ from support.waiting import until
 BLKRRPART = 0x125F
 # A server of this long ago would have been killed for a request that it does not answer.
 LONGER = TIME_OUT * 1.3
+# The interval at which the driver looks after closes that wait, in debug builds.
+REAP_MS = Path("/sys/module/ublk_drv/parameters/reap_ms")
 
 pytestmark = pytest.mark.skipif(not driver.is_bundled(), reason="about the driver of kmod/")
 
@@ -112,17 +116,61 @@ def test_a_users_disk_delays_no_other_close(for_users: None) -> None:
             users.say("server.release()")
             assert aio.result() == 4096
         # The last close of the user's disk waits for a write, until its server is killed.
-        with Aio() as aio, raw.Control() as control:
-            direct = os.open(other.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            aio.read(direct, GATE, 4096)
-            assert other.ask("disk.waiting.wait(10)") is True
+        waited = seconds_until_closed(other)
+        assert is_running(users.server), f"the close took {waited:.0f} s, and the user's server has been killed"
+
+
+def seconds_until_closed(other: Server) -> float:
+    """Have a completion close a disk of `Blocking` last, and stop it; how long after the completion it was closed."""
+    with Aio() as aio, raw.Control() as control:
+        direct = os.open(other.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        aio.read(direct, GATE, 4096)
+        assert other.ask("disk.waiting.wait(10)") is True
+        os.close(direct)
+        other.ask("disk.gate.set()")
+        assert aio.result() == 4096
+        before = time.monotonic()
+        until(lambda: try_stop(control, other.id), "the other disk's close", 60)
+        return time.monotonic() - before
+
+
+@pytest.fixture
+def short_reap_interval() -> Iterator[None]:
+    """The driver looks after closes that wait at each tick of the timer, so that a minute is like hours."""
+    before = REAP_MS.read_text()
+    REAP_MS.write_text("1")
+    yield
+    REAP_MS.write_text(before)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not REAP_MS.exists(), reason="a parameter of the driver's debug builds")
+@pytest.mark.io_errors
+@pytest.mark.time_limit(240)
+def test_a_users_slow_close_never_exhausts_the_driver(for_users: None, short_reap_interval: None) -> None:
+    """The close waits for many writes, each of which the user's server answers just in time."""
+    flags = raw.UNPRIVILEGED_DEV | raw.NO_AUTO_PART_SCAN
+    with RawServer(flags=flags, uid=ALICE, hold_writes=True) as users, Server("Blocking") as other:
+        udev.settle()
+        with Aio() as aio:
+            buffered = os.open(users.node, os.O_RDWR | os.O_CLOEXEC)
+            direct = os.open(users.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            aio.read(direct, HELD, 4096)
+            users.until_held()
+            # Never two of them in one request.
+            for page in range(0, 4000, 2):
+                os.pwrite(buffered, b"dirty page", page * 4096)
+            os.close(buffered)
             os.close(direct)
-            other.ask("disk.gate.set()")
+            assert users.ask("server.release()") == 1
             assert aio.result() == 4096
-            before = time.monotonic()
-            until(lambda: try_stop(control, other.id), "the other disk's close", 60)
-            waited = time.monotonic() - before
-            assert is_running(users.server), f"the close took {waited:.0f} s, and the user's server has been killed"
+        # 80 s are 20,000 ticks: as much as 5.5 hours at the ordinary interval.
+        for _ in range(8):
+            time.sleep(10)
+            assert users.ask("server.release_writes()") > 0
+        seconds_until_closed(other)
+        assert is_running(users.server)
+        until(lambda: users.ask("server.release_writes()"), "a write that the close still waits for")
 
 
 def try_stop(control: raw.Control, number: int, *, by_path: bool = False) -> bool:
