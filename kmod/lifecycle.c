@@ -203,6 +203,12 @@ static void ublk_remove_disk(struct ublk_device *ub)
 	spin_lock(&ub->lock);
 	ub->disk = NULL;
 	ub->recoverable = false;
+	/*
+	 * No request is held any more. If the char device is open,
+	 * ublk_reset_slots() does this once it has been released.
+	 */
+	if (!test_bit(UBLK_DEV_OPEN, &ub->bits))
+		ublk_unwatch(ub);
 	ub->stopping = false;
 	spin_unlock(&ub->lock);
 	ublk_set_state(ub, UBLK_S_DEV_DEAD, NULL);

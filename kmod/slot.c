@@ -360,7 +360,9 @@ void ublk_reset_slots(struct ublk_device *ub)
 	ub->untrusted = false;
 	WRITE_ONCE(ub->closing, false);
 	WRITE_ONCE(ub->canceling, false);
-	ublk_unwatch(ub);
 	ublk_gates_close(ub);
+	/* While requests are held, the close of the disk may wait for them. */
+	if (ub->queues[0]->gate != UBLK_GATE_HOLD)
+		ublk_unwatch(ub);
 	spin_unlock(&ub->lock);
 }

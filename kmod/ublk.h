@@ -180,7 +180,7 @@ struct ublk_device {
 	bool			closing;	/* stopped; waiting for the last close */
 	bool			recoverable;	/* was LIVE; outlives its server */
 	bool			untrusted;	/* an unprivileged thread fetched */
-	bool			watched;	/* see reap.c */
+	bool			watched;	/* counted in ublk_nr_watched, see reap.c */
 	unsigned int		nr_ready;	/* queues with all tags fetched */
 	unsigned int		nr_servers;	/* servers that have left */
 

@@ -245,3 +245,26 @@ def test_a_server_that_fetched_nothing_delays_no_recovery() -> None:
             "a disk that can be recovered",
             60,
         )
+
+
+@pytest.mark.io_errors
+@pytest.mark.time_limit(180)
+def test_a_disk_without_a_server_delays_no_other_close() -> None:
+    """A close of a recoverable disk waits for its next server, in the system's work item."""
+    flags = raw.USER_RECOVERY | raw.USER_RECOVERY_REISSUE | raw.NO_AUTO_PART_SCAN
+    with RawServer(flags=flags, hold_writes=True) as quiesced, Server("Blocking") as other, raw.Control() as control:
+        udev.settle()
+        with Aio() as aio:
+            close_with_io_in_flight(quiesced, aio)
+            assert quiesced.ask("server.release()") == 1
+            assert aio.result() == 4096
+        until(lambda: quiesced.ask("len(server.stuck)"), "the write that the close waits for")
+        kill(quiesced.server)
+        # The driver has cleaned up after the server.
+        until(
+            lambda: error_of(lambda: control.command(raw.START_USER_RECOVERY, quiesced.id)) == 0,
+            "a disk that can be recovered",
+            60,
+        )
+        seconds_until_closed(other)
+        assert control.info(quiesced.id)["state"] == raw.QUIESCED
