@@ -456,17 +456,15 @@ int ublk_remove_dev(struct ublk_device *ub)
  *   published.
  * @ub: the device
  *
- * The device was visible, so it may already have a server and a disk. If the
- * sender is killed, the job continues without it.
+ * The device was visible, so it may already have a server and a disk, and the
+ * sender may be that server. If the sender is killed, the device is removed
+ * without it.
  *
  * Context: Process context of the sender; waits killably.
  */
 void ublk_revoke_dev(struct ublk_device *ub)
 {
-	int ret = ublk_run_job(ub, ublk_do_remove, NULL);
-
-	if (ret == -ENOMEM || ret == -ECANCELED)
-		ublk_do_remove(ub, NULL);
+	ublk_run_job_always(ub, ublk_do_remove);
 }
 
 static bool ublk_is_freed(u32 dev_id, u64 serial)

@@ -55,6 +55,7 @@ void ublk_release_work(struct work_struct *work);
 /* job.c: control commands that wait for requests */
 typedef int (ublk_job_fn)(struct ublk_device *ub, struct pid *pid);
 int ublk_run_job(struct ublk_device *ub, ublk_job_fn *fn, struct pid *pid);
+void ublk_run_job_always(struct ublk_device *ub, ublk_job_fn *fn);
 void ublk_job_work(struct work_struct *work);
 
 /* reap.c: delayed release of files */

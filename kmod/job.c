@@ -69,6 +69,40 @@ void ublk_job_work(struct work_struct *work)
 	put_device(&ub->dev);
 }
 
+/*
+ * Allocates a job for the sender and the worker. @pid is the argument for @fn,
+ * or NULL; on success the job has its reference.
+ */
+static struct ublk_job *ublk_job_alloc(struct ublk_device *ub, ublk_job_fn *fn,
+				       struct pid *pid, gfp_t gfp)
+{
+	struct ublk_job *job = kzalloc(sizeof(*job), gfp);
+
+	if (!job)
+		return NULL;
+	init_completion(&job->done);
+	refcount_set(&job->users, 2);
+	get_device(&ub->dev);
+	job->ub = ub;
+	job->fn = fn;
+	job->pid = pid;
+	return job;
+}
+
+/* Queues a job, after those that are queued already. */
+static void ublk_job_queue(struct ublk_job *job)
+{
+	struct ublk_device *ub = job->ub;
+
+	spin_lock(&ub->lock);
+	list_add_tail(&job->node, &ub->jobs);
+	spin_unlock(&ub->lock);
+	get_device(&ub->dev);
+	if (!queue_work(ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV ?
+			ublk_user_job_wq : ublk_job_wq, &ub->job_work))
+		put_device(&ub->dev);
+}
+
 /* Withdraws a job that has not started. Returns false if it has. */
 static bool ublk_job_withdraw(struct ublk_job *job)
 {
@@ -100,28 +134,39 @@ int ublk_run_job(struct ublk_device *ub, ublk_job_fn *fn, struct pid *pid)
 	struct ublk_job *job;
 	int ret;
 
-	job = kzalloc(sizeof(*job), GFP_KERNEL_ACCOUNT);
+	job = ublk_job_alloc(ub, fn, pid, GFP_KERNEL_ACCOUNT);
 	if (!job) {
 		put_pid(pid);
 		return -ENOMEM;
 	}
-	init_completion(&job->done);
-	refcount_set(&job->users, 2);
-	get_device(&ub->dev);
-	job->ub = ub;
-	job->fn = fn;
-	job->pid = pid;
-	spin_lock(&ub->lock);
-	list_add_tail(&job->node, &ub->jobs);
-	spin_unlock(&ub->lock);
-	get_device(&ub->dev);
-	if (!queue_work(ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV ?
-			ublk_user_job_wq : ublk_job_wq, &ub->job_work))
-		put_device(&ub->dev);
+	ublk_job_queue(job);
 	if (!wait_for_completion_killable(&job->done))
 		ret = job->ret;
 	else
 		ret = ublk_job_withdraw(job) ? -ECANCELED : -EINTR;
 	ublk_job_put(job);
 	return ret;
+}
+
+/**
+ * ublk_run_job_always() - Run a function in a kernel thread, even if the sender
+ *   is killed.
+ * @ub: the device
+ * @fn: the function
+ *
+ * Like ublk_run_job(), but if the sender is killed, the job stays queued and
+ * runs later. The job is allocated without fail, as there is no other way to
+ * run @fn: a caller that waited for requests itself could not be killed.
+ *
+ * Context: Process context of the sender; waits killably.
+ */
+void ublk_run_job_always(struct ublk_device *ub, ublk_job_fn *fn)
+{
+	struct ublk_job *job;
+
+	job = ublk_job_alloc(ub, fn, NULL, GFP_KERNEL_ACCOUNT | __GFP_NOFAIL);
+	ublk_job_queue(job);
+	/* If the sender is killed, the worker has the last reference. */
+	wait_for_completion_killable(&job->done);
+	ublk_job_put(job);
 }

@@ -56,6 +56,8 @@ class Options:
     prepare_only: bool = False
     # The number of a device of which the char device is opened and registered in a ring, and no more.
     only_opens: int | None = None
+    # The number of a device that another process has added, with the same flags and depth.
+    serves: int | None = None
 
 
 @dataclass
@@ -220,7 +222,7 @@ def main() -> None:
     if options.only_opens is not None:
         open_only(options.only_opens)
     control = Control()
-    number = control.add(options.flags, options.depth)
+    number = control.add(options.flags, options.depth) if options.serves is None else options.serves
     print(number, flush=True)
     wait_for_node(CHAR_DEVICE.format(number))
     control.set_parameters(number, options.sectors)

@@ -20,7 +20,7 @@ from support import driver, raw, udev
 from support.blockio import Disk, Tasks, error_of
 from support.features import has
 from support.processes import is_running, kernel_stacks, kill
-from support.raw_device import ALICE, TIME_OUT, HangingFile, RawServer, read_held
+from support.raw_device import ALICE, TIME_OUT, FailingAdd, HangingFile, RawServer, read_held
 from support.server import Server
 from support.waiting import until
 
@@ -305,6 +305,33 @@ def test_commands_of_one_device_occupy_one_worker() -> None:
 def stop_device(number: int) -> None:
     with raw.Control() as control:
         control.command(raw.STOP_DEV, number)
+
+
+@pytest.mark.io_errors
+@pytest.mark.time_limit(120)
+def test_a_killed_add_waits_for_no_server() -> None:
+    """ADD_DEV cannot return its result and removes the device, which has a server that does not answer by then."""
+    number, flags = 1000, raw.NO_AUTO_PART_SCAN
+    tasks = Tasks()
+    with FailingAdd(number, flags) as adding:
+        # The device exists, and the driver waits for the memory that the result goes to.
+        until(lambda: "handle_userfault" in kernel_stacks(adding.pid), "ADD_DEV's result")
+        with RawServer(serves=number, flags=flags) as server:
+            udev.settle()
+            result = read_held(tasks, server.node)
+            server.until_held()
+            stopping = tasks.start(stop_device, number)
+            until(lambda: busy_workers() >= 1, "the job of STOP_DEV")
+            adding.fail()
+            until(lambda: "handle_userfault" not in kernel_stacks(adding.pid), "the failure of ADD_DEV")
+            kill(adding.pid)
+            until(lambda: not is_running(adding.pid), "the end of ADD_DEV's sender")
+            assert stopping.is_alive()
+            assert server.ask("server.release()") == 1
+            assert until(lambda: result, "the read's end") == [0]
+            # Without its sender the device is removed all the same.
+            until(lambda: not os.path.exists(f"/sys/class/ublk-char/ublkc{number}"), "the device's end", 30)
+    tasks.join()
 
 
 def busy_workers() -> int:

@@ -8,6 +8,7 @@ import ctypes
 import mmap
 import os
 import struct
+from collections.abc import Callable
 
 CONTROL = "/dev/ublk-control"
 CHAR_DEVICE = "/dev/ublkc{}"
@@ -214,11 +215,16 @@ class Control:
         self._payload = ctypes.create_string_buffer(content, max(len(content), 1))
         self._path_bytes = len(path)
         address = ctypes.addressof(self._payload) if content else 0
+        self._send_at(command, device, address, len(content), data, len(path))
+        return len(content)
+
+    def _send_at(
+        self, command: int, device: int, address: int, length: int, data: int = 0, path_bytes: int = 0
+    ) -> None:
         entry = _SUBMISSION.pack(_URING_CMD, 0, 0, self._fd, command, 0, 0, 0, 0, 0, 0, 0, 0)
-        header = _HEADER.pack(device & 0xFFFFFFFF, 0xFFFF, len(content), address, data, len(path), 0, 0)
+        header = _HEADER.pack(device & 0xFFFFFFFF, 0xFFFF, length, address, data, path_bytes, 0, 0)
         self._ring.queue(entry + header)
         self._ring.enter()
-        return len(content)
 
     def command(
         self, command: int, device: int, payload: bytes = b"", data: int = 0, *, by_path: bool = False
@@ -235,6 +241,15 @@ class Control:
         """ADD_DEV; the device's number."""
         info = _INFO.pack(queues, depth, 0, 0, BUFFER_BYTES, 0xFFFFFFFF, 0, 0, flags, 0, 0, 0, b"")
         return _INFO.unpack(self.command(ADD_DEV, -1, info))[5]
+
+    def send_add(self, flags: int, depth: int, number: int, memory: mmap.mmap, prepare: Callable[[], None]) -> None:
+        """Queue an ADD_DEV of this number, which gets its arguments from a mapping and returns the result in it.
+
+        `prepare` is called when the arguments are there.
+        """
+        memory[: _INFO.size] = _INFO.pack(1, depth, 0, 0, BUFFER_BYTES, number, 0, 0, flags, 0, 0, 0, b"")
+        prepare()
+        self._send_at(ADD_DEV, number, address_of(memory), _INFO.size)
 
     def info(self, device: int, *, by_path: bool = False) -> dict[str, int]:
         """GET_DEV_INFO."""

@@ -2,8 +2,13 @@
 """Devices whose servers speak the driver's protocol themselves (`raw_server.py`), for ordinary users, too."""
 
 import contextlib
+import ctypes
+import fcntl
 import json
+import mmap
 import os
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +27,10 @@ ALICE, BOB = 1000, 1001
 TIME_OUT = 30.0
 # Where a read is kept by the server.
 HELD = 8 * 55 * SECTOR
+
+_USERFAULTFD = 323
+_UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_WRITEPROTECT = 0xC018AA3F, 0xC020AA00, 0xC018AA06
+_UFFD_FEATURE_PAGEFAULT_FLAG_WP, _UFFDIO_REGISTER_MODE_WP, _UFFDIO_WRITEPROTECT_MODE_WP = 1 << 0, 1 << 1, 1 << 0
 
 
 class RawServer(Child):
@@ -89,6 +98,60 @@ class HangingFile(Child):
         subprocess.run(["umount", "--lazy", self._directory], check=True)
         os.rmdir(self._directory)
         self._mounted = False
+
+
+class FailingAdd:
+    """A process that adds a device of this number, and gets no result: ADD_DEV waits to write it until `fail()`.
+
+    It ends with the `with` block, if it was not killed before.
+    """
+
+    def __init__(self, number: int, flags: int, depth: int = 8) -> None:
+        take_away, self._take_away = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _add_without_result(number, flags, depth, take_away)
+            finally:
+                os._exit(1)
+        os.close(take_away)
+
+    def fail(self) -> None:
+        """Take the memory for the result away."""
+        os.write(self._take_away, b"x")
+
+    def __enter__(self) -> "FailingAdd":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._take_away)
+        kill(self.pid)
+        os.waitpid(self.pid, 0)
+
+
+def _add_without_result(number: int, flags: int, depth: int, take_away: int) -> None:
+    # Private: such memory can be protected against writing on all kernels.
+    memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = raw.address_of(memory)
+    faults = raw.system_call(_USERFAULTFD, ctypes.c_int(os.O_CLOEXEC))
+
+    def protect() -> None:
+        # The arguments can be read; a write waits for a handler, which there is not.
+        for request, argument in (
+            (_UFFDIO_API, struct.pack("=3Q", 0xAA, _UFFD_FEATURE_PAGEFAULT_FLAG_WP, 0)),
+            (_UFFDIO_REGISTER, struct.pack("=4Q", address, len(memory), _UFFDIO_REGISTER_MODE_WP, 0)),
+            (_UFFDIO_WRITEPROTECT, struct.pack("=3Q", address, len(memory), _UFFDIO_WRITEPROTECT_MODE_WP)),
+        ):
+            fcntl.ioctl(faults, request, bytearray(argument))
+
+    control = raw.Control()
+    control.send_add(flags, depth, number, memory, protect)
+    os.read(take_away, 1)
+    assert ctypes.CDLL(None).munmap(ctypes.c_void_p(address), ctypes.c_size_t(len(memory))) == 0
+    # The write is tried again, and fails.
+    os.close(faults)
+    while True:
+        signal.pause()
 
 
 def read_held(tasks: Tasks, path: str) -> list[int]:
