@@ -256,6 +256,8 @@ static void ublk_free_dev(struct ublk_device *ub)
 	ublk_uncharge_pages(ub->payer, ub->nr_pages);
 	/*
 	 * Waiters for the id find everything else freed. See ublk_remove_all().
+	ublk_assert(!ub->watched);
+	ublk_assert(!atomic_read(&ub->nr_try_stops));
 	 */
 	rcu_read_lock();
 	ublk_release_id(ub);

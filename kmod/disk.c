@@ -33,7 +33,7 @@ static int ublk_open(struct gendisk *disk, blk_mode_t mode)
 	if (!ublk_may_open(ub))
 		return -EPERM;
 	/* TRY_STOP_DEV has found that the disk is not open. Keep it so. */
-	if (test_bit(UBLK_DEV_NO_OPEN, &ub->bits))
+	if (atomic_read(&ub->nr_try_stops))
 		return -ENXIO;
 	return 0;
 }

@@ -106,7 +106,6 @@ static int ublk_do_start(struct ublk_device *ub, struct pid *pid)
 		ret = PTR_ERR(disk);
 		goto out;
 	}
-	clear_bit(UBLK_DEV_NO_OPEN, &ub->bits);
 	spin_lock(&ub->lock);
 	ub->disk = disk;
 	ublk_gates_open(ub);
@@ -203,13 +202,13 @@ static void ublk_remove_disk(struct ublk_device *ub)
 	spin_lock(&ub->lock);
 	ub->disk = NULL;
 	ub->recoverable = false;
+	ub->stopping = false;
 	/*
 	 * No request is held any more. If the char device is open,
 	 * ublk_reset_slots() does this once it has been released.
 	 */
 	if (!test_bit(UBLK_DEV_OPEN, &ub->bits))
 		ublk_unwatch(ub);
-	ub->stopping = false;
 	spin_unlock(&ub->lock);
 	ublk_set_state(ub, UBLK_S_DEV_DEAD, NULL);
 	put_disk(disk);
@@ -260,9 +259,20 @@ int ublk_stop_dev(struct ublk_device *ub)
 	return ublk_run_job(ub, ublk_do_stop, NULL);
 }
 
+/* The job of TRY_STOP_DEV. Afterwards there is no disk that could be opened. */
+static int ublk_do_try_stop(struct ublk_device *ub, struct pid *unused)
+{
+	ublk_do_stop(ub, NULL);
+	atomic_dec(&ub->nr_try_stops);
+	return 0;
+}
+
 /**
  * ublk_try_stop_dev() - Stop a device unless its disk is open (TRY_STOP_DEV).
  * @ub: the device
+ *
+ * The disk cannot be opened until it has been removed, or until each such
+ * command whose sender was killed before its job has started is withdrawn.
  *
  * Context: Process context of the sender; waits killably.
  *
@@ -272,7 +282,6 @@ int ublk_stop_dev(struct ublk_device *ub)
 int ublk_try_stop_dev(struct ublk_device *ub)
 {
 	struct gendisk *disk = ublk_get_disk(ub);
-	bool first = false;
 	int ret = 0;
 
 	if (!disk)
@@ -287,14 +296,14 @@ int ublk_try_stop_dev(struct ublk_device *ub)
 	if (disk_openers(disk) > 0)
 		ret = -EBUSY;
 	else
-		first = !test_and_set_bit(UBLK_DEV_NO_OPEN, &ub->bits);
+		atomic_inc(&ub->nr_try_stops);
 	mutex_unlock(&disk->open_mutex);
 	/* With this reference to the disk there cannot be another one. */
 	if (!ret) {
-		ret = ublk_stop_dev(ub);
-		/* The job has not started, so the disk can be opened again. */
-		if (first && ret && ret != -EINTR)
-			clear_bit(UBLK_DEV_NO_OPEN, &ub->bits);
+		ret = ublk_run_job(ub, ublk_do_try_stop, NULL);
+		/* The job will not run. */
+		if (ret == -ECANCELED || ret == -ENOMEM)
+			atomic_dec(&ub->nr_try_stops);
 	}
 	put_disk(disk);
 	return ret;

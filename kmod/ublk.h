@@ -150,7 +150,6 @@ enum {
 	UBLK_DEV_OPEN,		/* char device open, or cleanup not finished */
 	UBLK_DEV_USED,		/* a disk exists, even if only referenced */
 	UBLK_DEV_DELETED,	/* removed; the id is still in use */
-	UBLK_DEV_NO_OPEN,	/* TRY_STOP_DEV: the disk cannot be opened */
 };
 
 /* A device: its char device, its queues and, once started, its disk. */
@@ -168,6 +167,8 @@ struct ublk_device {
 	struct blk_mq_tag_set	tag_set;
 	struct ublk_queue	**queues;
 	unsigned long		bits;
+	/* TRY_STOP_DEVs under way; the disk cannot be opened meanwhile. */
+	atomic_t		nr_try_stops;
 
 	struct mutex		mutex;		/* life cycle; see above */
 	bool			added;		/* char device exists; under mutex */
