@@ -138,21 +138,29 @@ static unsigned long ublk_nr_pages(const struct ublk_device *ub)
 }
 
 /*
- * The user that a device of the current task counts for. For subordinate users
- * in a user namespace, this is the user who created the namespace, unless that
- * is root.
+ * The user that a device of the current task counts for. All users in a user
+ * namespace, and in those below it, count as one, as a process may become any of
+ * them. The outermost namespace decides: this is the user who created it or, if
+ * that is root, the user who is root in it.
+ *
+ * The latter stands for the namespace itself, whose devices may outlive it. A
+ * container that is started again has another namespace but the same users, and
+ * so gets no further devices. Root's namespaces whose root is the same user
+ * share a quota. So do those without a root, which count for root.
  */
 static kuid_t ublk_quota_user(void)
 {
-	const struct user_namespace *ns = current_user_ns();
-	kuid_t user = current_uid();
+	struct user_namespace *ns = current_user_ns();
+	kuid_t root;
 
-	while (ns != &init_user_ns) {
-		if (ns->parent == &init_user_ns && !uid_eq(ns->owner, GLOBAL_ROOT_UID))
-			user = ns->owner;
+	if (ns == &init_user_ns)
+		return current_uid();
+	while (ns->parent != &init_user_ns)
 		ns = ns->parent;
-	}
-	return user;
+	if (!uid_eq(ns->owner, GLOBAL_ROOT_UID))
+		return ns->owner;
+	root = make_kuid(ns, 0);
+	return uid_valid(root) ? root : ns->owner;
 }
 
 /*
@@ -248,6 +256,8 @@ static void ublk_release_id(struct ublk_device *ub)
  */
 static void ublk_free_dev(struct ublk_device *ub)
 {
+	ublk_assert(!ub->watched);
+	ublk_assert(!atomic_read(&ub->nr_try_stops));
 	if (ub->tag_set.tags)
 		blk_mq_free_tag_set(&ub->tag_set);
 	ublk_free_queues(ub);
@@ -256,8 +266,6 @@ static void ublk_free_dev(struct ublk_device *ub)
 	ublk_uncharge_pages(ub->payer, ub->nr_pages);
 	/*
 	 * Waiters for the id find everything else freed. See ublk_remove_all().
-	ublk_assert(!ub->watched);
-	ublk_assert(!atomic_read(&ub->nr_try_stops));
 	 */
 	rcu_read_lock();
 	ublk_release_id(ub);

@@ -57,8 +57,12 @@ def test_one_user_cannot_have_all_devices(for_users: None) -> None:
         delete_users_devices()
 
 
-def as_subordinate(user: int, number: int, action: Callable[[], int]) -> int:
-    """Runs an action as the number-th user of a user namespace that a user has made, as `newuidmap` allows it."""
+def as_subordinate(user: int, number: int, action: Callable[[], int], users: str | None = None) -> int:
+    """Runs an action as the number-th user of a user namespace that a user has made.
+
+    Its users are the user and some subordinate ones, as `newuidmap` allows it, or those of the lines `users`.
+    """
+    users = users or f"0 {user} 1\n1 100000 65536\n"
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
@@ -78,7 +82,7 @@ def as_subordinate(user: int, number: int, action: Callable[[], int]) -> int:
     os.close(ready[1])
     assert os.read(ready[0], 1), "no user namespace"
     for name in ("uid_map", "gid_map"):
-        Path(f"/proc/{child}/{name}").write_text(f"0 {user} 1\n1 100000 65536\n")
+        Path(f"/proc/{child}/{name}").write_text(users)
     os.write(go[1], b"x")
     for fd in (ready[0], *go):
         os.close(fd)
@@ -90,6 +94,20 @@ def test_subordinate_users_share_their_users_quota(for_users: None) -> None:
     try:
         counts = [as_subordinate(ALICE, number, add_until_refused(1, errno.EACCES)) for number in (1, 2)]
         assert counts == [limit, 0]
+        assert as_user(BOB, add_until_refused(1, errno.EACCES)) == limit
+    finally:
+        delete_users_devices()
+
+
+def test_users_of_a_container_of_root_share_a_quota(for_users: None) -> None:
+    """Also if it is started again, when its user namespace is another one with the same users."""
+    limit = int(Path("/sys/module/ublk_drv/parameters/ublks_max_per_user").read_text())
+    try:
+        counts = [
+            as_subordinate(0, number, add_until_refused(1, errno.EACCES), f"0 {first} 65536\n")
+            for first, number in ((200000, 1), (200000, 2), (300000, 1))
+        ]
+        assert counts == [limit, 0, limit]
         assert as_user(BOB, add_until_refused(1, errno.EACCES)) == limit
     finally:
         delete_users_devices()
