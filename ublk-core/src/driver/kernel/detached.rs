@@ -238,14 +238,17 @@ impl Reports {
         self.kill();
         // It may have been done before: a device would be left that nothing knows of.
         let deadline = Instant::now() + GRACE;
-        while let Ok(Some(report)) = self.next(deadline.saturating_duration_since(Instant::now())) {
-            match self.note(report) {
-                Some(outcome) => return super::after_cancelling(outcome?, failure),
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.next(left).map(|report| report.map(|report| self.note(report))) {
+                Ok(Some(Some(outcome))) => return super::after_cancelling(outcome?, failure),
                 // Its first report was not read yet.
-                None => self.kill(),
+                Ok(Some(None)) => self.kill(),
+                // A signal.
+                Ok(None) if !left.is_zero() => {}
+                Ok(None) | Err(_) => return Err(failure),
             }
         }
-        Err(failure)
     }
 
     /// Kills the helper, if it is known. A command that waits interruptibly ends with its process; any other ends by itself
@@ -400,6 +403,8 @@ fn command(op: u32, header: [u8; 80]) -> io::Result<i32> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
     use super::*;
 
     fn pipe() -> (Reports, std::fs::File) {
@@ -448,6 +453,36 @@ mod tests {
         late.join().unwrap();
         // On a machine that is busier than that the time-out stands.
         assert!(matches!(got, Ok(7) | Err(ControlFailure::Timeout)), "{got:?}");
+    }
+
+    #[test]
+    fn a_signal_does_not_hide_an_answer_that_comes_with_the_time_out() {
+        use std::io::Write;
+        extern "C" fn nothing(_: i32) {}
+        let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
+        // SAFETY: the handler does nothing, and this signal is no other test's.
+        unsafe { sigaction(Signal::SIGUSR2, &action) }.unwrap();
+        let (mut reports, mut writer) = pipe();
+        assert!(reports.gate.enter());
+        // SAFETY: always possible.
+        let waiting = unsafe { libc::pthread_self() };
+        let late = std::thread::spawn(move || {
+            for _ in 0..10 {
+                std::thread::sleep(Duration::from_millis(10));
+                // SAFETY: that thread waits for this one.
+                unsafe { libc::pthread_kill(waiting, libc::SIGUSR2) };
+            }
+            writer.write_all(&encode(ENDED, 7)).unwrap();
+            // Open until the answer was read.
+            writer
+        });
+        let began = Instant::now();
+        let got = reports.receive(Duration::from_millis(1), &|| false);
+        let waited = began.elapsed();
+        drop(late.join().unwrap());
+        // On a machine that is busier than that the time-out stands.
+        let is_late = matches!(got, Err(ControlFailure::Timeout)) && waited >= GRACE;
+        assert!(is_late || matches!(got, Ok(7)), "{got:?} after {waited:?}");
     }
 
     /// `/dev/null` takes any command, or none on old kernels; without io_uring the helper fails earlier.
