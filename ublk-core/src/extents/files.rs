@@ -113,10 +113,26 @@ fn is_same_description(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> Option<boo
     (order >= 0).then_some(order == 0)
 }
 
-/// Whether this process has a POSIX lock on a file. False if that is unknown, without /proc.
-fn has_posix_lock(file: &OwnedFd) -> bool {
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).unwrap_or_default();
-    info.lines().any(|line| line.starts_with("lock:") && line.split_whitespace().any(|word| word == "POSIX"))
+/// Whether this process has a POSIX lock on a file, by whichever open of it. False if that is unknown, without /proc.
+fn has_posix_lock(file: impl AsFd) -> bool {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_fd().as_raw_fd())).unwrap_or_default();
+    if info.lines().any(|line| line.strip_prefix("lock:").is_some_and(|lock| is_posix_lock(lock, None))) {
+        return true;
+    }
+    // Those by another open of the file are in the list of all locks. Its processes have the numbers of that /proc.
+    let (Ok(process), Ok(stat)) = (std::fs::read_link("/proc/self"), fstat(&file)) else { return false };
+    let owner = (process.to_string_lossy(), stat.st_ino.to_string());
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    locks.lines().any(|lock| is_posix_lock(lock, Some((&owner.0, &owner.1))))
+}
+
+/// Whether a line like `1: POSIX  ADVISORY  WRITE 1234 08:02:5678 0 EOF` is of a POSIX lock, of this process and inode.
+fn is_posix_lock(line: &str, owner: Option<(&str, &str)>) -> bool {
+    let mut words = line.split_whitespace().skip(1);
+    words.next() == Some("POSIX")
+        && owner.is_none_or(|(process, inode)| {
+            words.nth(2) == Some(process) && words.next().and_then(|file| file.rsplit(':').next()) == Some(inode)
+        })
 }
 
 /// A file that is all zeros, for ranges of a disk that lie nowhere.
@@ -197,6 +213,37 @@ mod tests {
         assert!(has_posix_lock(&own), "the extent has come and gone");
         fcntl(file.as_file(), FcntlArg::F_SETLK(&request(libc::F_UNLCK))).unwrap();
         assert!(!has_posix_lock(&own));
+    }
+
+    #[test]
+    fn a_lock_by_another_open_of_a_file_outlives_an_extent() {
+        let locked = tempfile::NamedTempFile::new().unwrap();
+        let other = locked.reopen().unwrap();
+        // SAFETY: plain numbers, for which zeros are valid.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        (lock.l_type, lock.l_whence) = (libc::F_WRLCK as _, libc::SEEK_SET as _);
+        fcntl(locked.as_file(), FcntlArg::F_SETLK(&lock)).unwrap();
+        drop(shared(&other).unwrap());
+        assert!(has_posix_lock(locked.as_file()));
+        lock.l_type = libc::F_UNLCK as _;
+        fcntl(locked.as_file(), FcntlArg::F_SETLK(&lock)).unwrap();
+        assert!(!has_posix_lock(locked.as_file()));
+    }
+
+    #[test]
+    fn locks_are_known_by_kind_process_and_inode() {
+        let own = Some(("1234", "5678"));
+        assert!(is_posix_lock("1: POSIX  ADVISORY  WRITE 1234 08:02:5678 0 EOF", own));
+        for other in [
+            "1: OFDLCK ADVISORY  WRITE -1 08:02:5678 0 EOF",
+            "1: FLOCK  ADVISORY  WRITE 1234 08:02:5678 0 EOF",
+            "1: POSIX  ADVISORY  READ  1235 08:02:5678 0 EOF",
+            "1: POSIX  ADVISORY  WRITE 1234 08:02:56789 0 EOF",
+            "1: -> POSIX  ADVISORY  WRITE 1234 08:02:5678 0 EOF",
+            "",
+        ] {
+            assert!(!is_posix_lock(other, own), "{other}");
+        }
     }
 
     #[test]
