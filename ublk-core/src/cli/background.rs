@@ -102,9 +102,13 @@ pub(super) fn start(arguments: &[OsString], host: &Host, kind: Devices) -> Outco
 /// Removes a device whose path could not be printed.
 fn remove(id: &str) {
     let removed = id.parse().map_err(|_| format!("no device id: {id:?}")).and_then(|id| {
-        let instance = Instance::of(DeviceId(id));
-        let removed = control().and_then(|control| control.remove(DeviceId(id)));
-        StateFile::remove(DeviceId(id), instance);
+        let id = DeviceId(id);
+        let removed = control().and_then(|control| {
+            let instance = control.instance(id);
+            let removed = control.remove_instance(id, instance);
+            StateFile::remove(id, instance.map(Instance::from));
+            removed
+        });
         removed.map_err(|error| error.to_string())
     });
     if let Err(message) = removed {

@@ -65,10 +65,10 @@ pub(super) fn run(args: &Args) -> Outcome {
     let mut outcome = Ok(());
     for (id, instance) in chosen {
         // Its number is now that of another device.
-        if args.dead && Instance::of(id) != instance {
+        if !control.is_instance(id, instance) {
             continue;
         }
-        match remove(&control, id, args) {
+        match remove(&control, (id, instance.or_else(|| control.instance(id))), args) {
             Ok(()) => {}
             // It was deleted meanwhile.
             Err(Failure::Error(error)) if args.ids.is_empty() && error.errno() == crate::Errno::ENODEV => {}
@@ -83,12 +83,11 @@ pub(super) fn run(args: &Args) -> Outcome {
     outcome
 }
 
-fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
-    // Its server, which notices the stop, deletes the device too, and its number may be another device's at once.
-    let instance = control.instance(id);
-    let recorded = Instance::of(id);
+/// Removes a device that is this `instance`. Its server, which notices the stop, deletes the device too, and its number may be
+/// another device's at once.
+fn remove(control: &Control, (id, instance): (DeviceId, Option<u64>), args: &Args) -> Outcome {
     let stopped = if args.force {
-        force_stop(control, id, &|other| args.all || args.ids.contains(&other.0))?;
+        force_stop(control, (id, instance), &|other| args.all || args.ids.contains(&other.0))?;
         true
     } else {
         stop_unless_in_use(control, (id, instance), args.unused || is_interactive())?
@@ -116,7 +115,7 @@ fn remove(control: &Control, id: DeviceId, args: &Args) -> Outcome {
             );
         }
     }
-    StateFile::remove(id, recorded);
+    StateFile::remove(id, instance.map(Instance::from));
     Ok(())
 }
 
@@ -147,11 +146,11 @@ fn stop_unless_in_use(
 }
 
 /// Returns all devices, or all dead ones, each with its instance.
-fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<Instance>)>> {
+fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>> {
     let mut chosen = Vec::new();
     for id in device_ids(control)? {
         // Before the check, to distinguish this device from a later one with the same number.
-        let instance = Instance::of(id);
+        let instance = control.instance(id);
         // A device with a state file has been served: it is not under construction.
         let was_served = matches!(StateFile::find(id), Ok(Some(_)));
         let timeout = if was_served { Duration::ZERO } else { CREATION_TIMEOUT };
@@ -270,7 +269,8 @@ mod tests {
                 driver.refuse_next(command, Errno::ENODEV);
             }
             let args = Args { ids: vec![0], no_wait, ..Args::default() };
-            remove(server.control(), device.id(), &args).unwrap();
+            let control = server.control();
+            remove(control, (device.id(), control.instance(device.id())), &args).unwrap();
             // Use up the remaining refusals.
             while device.stop().is_err() {}
         }
@@ -289,7 +289,8 @@ mod tests {
                 sender.send(server(&theirs).start(null(), &DeviceOptions::default()).unwrap()).unwrap();
             });
             let args = Args { ids: vec![0], force, no_wait, ..Args::default() };
-            remove(server(&driver).control(), DeviceId(0), &args).unwrap();
+            let control = server(&driver).control().clone();
+            remove(&control, (DeviceId(0), control.instance(DeviceId(0))), &args).unwrap();
             let second = receiver.recv().unwrap();
             assert!(second.id() == DeviceId(0) && !second.is_ending(), "force {force}, async {no_wait}");
             assert_eq!(driver.device_ids().unwrap(), [second.id()], "force {force}, async {no_wait}");
@@ -301,7 +302,7 @@ mod tests {
         let server = server(&FakeDriver::new());
         for force in [false, true] {
             let args = Args { ids: vec![7], force, ..Args::default() };
-            assert!(remove(server.control(), DeviceId(7), &args).is_err());
+            assert!(remove(server.control(), (DeviceId(7), None), &args).is_err());
         }
     }
 

@@ -31,9 +31,13 @@ const COMPLETION_TIMEOUT: Duration = Duration::from_secs(20);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// Stops a device. Kills its server if it does not complete its requests in time, unless the server also serves other disks
-/// in use. Disks for which `removed_too` returns true do not count.
-pub(super) fn force_stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(DeviceId) -> bool) -> Outcome {
-    let instance = control.instance(id);
+/// in use. Disks for which `removed_too` returns true do not count. Leaves a later device alone that is not this `instance`.
+pub(super) fn force_stop(
+    control: &Control,
+    (id, instance): (DeviceId, Option<u64>),
+    removed_too: &dyn Fn(DeviceId) -> bool,
+) -> Outcome {
+    control.require_instance("STOP_DEV", id, instance)?;
     let pid = control.info(id)?.pid;
     // Before any wait, after which the number may be another process's.
     let server = Server::find(id, pid);
@@ -52,6 +56,10 @@ pub(super) fn force_stop(control: &Control, id: DeviceId, removed_too: &dyn Fn(D
     }
     for other in others.iter().filter(|other| !removed_too(**other)) {
         eprintln!("ublk: device {other}, which is not in use, also loses its server, process {pid}");
+    }
+    // It has deleted the device at last, and serves others.
+    if !control.is_instance(id, instance) {
+        return Ok(());
     }
     let cycle = server.cycle(id);
     eprintln!(

@@ -14,6 +14,13 @@ use crate::units::DeviceId;
 #[serde(transparent)]
 pub(super) struct Instance(u64);
 
+impl From<u64> for Instance {
+    /// The instance with the number that [`Driver::instance`](crate::driver::Driver::instance) returns.
+    fn from(number: u64) -> Self {
+        Instance(number)
+    }
+}
+
 impl Instance {
     /// The instance of the device that has this id now.
     pub(super) fn of(id: DeviceId) -> Option<Self> {

@@ -52,7 +52,7 @@ impl StateFile {
         backing_files::check_open(&files, std::process::id() as i32)?;
         Ok(StateFile {
             version: VERSION,
-            instance: Instance::of(device.id()).unwrap_or_default(),
+            instance: device.instance().map(Instance::from).unwrap_or_default(),
             directory: line.directory.clone(),
             arguments,
             files: recorded,
@@ -107,6 +107,11 @@ impl StateFile {
         }
     }
 
+    /// Whether this is the file of a device. An instance that cannot be determined is not recorded either.
+    fn is_of(&self, instance: Option<Instance>) -> bool {
+        self.instance == instance.unwrap_or_default()
+    }
+
     /// Removes the file of a device that was deleted. `instance` is that of the deleted device, whose number may be another
     /// device's by now.
     pub(super) fn remove(id: DeviceId, instance: Option<Instance>) {
@@ -118,7 +123,7 @@ impl StateFile {
         let Some(directory) = RunDir::find() else { return };
         let text = directory.read(&name(id)).ok().flatten();
         let found = text.and_then(|text| serde_json::from_slice::<StateFile>(&text).ok());
-        if found.is_some_and(|state| instance.is_some_and(|instance| instance != state.instance)) {
+        if found.is_some_and(|state| !state.is_of(instance)) {
             return;
         }
         if let Err(e) = directory.remove(&name(id)) {
@@ -184,6 +189,7 @@ mod tests {
             reason: String::new(),
         };
         let mut json = serde_json::to_value(&state).unwrap();
+        assert!(state.is_of(None) && !state.is_of(Some(7.into())), "nothing is recorded");
         let read = |json: &serde_json::Value| serde_json::from_value::<StateFile>(json.clone()).unwrap().command_line();
         assert_eq!(read(&json).files(), state.files);
         assert!(read(&json).accept_replaced().files().is_empty());

@@ -10,37 +10,36 @@ use crate::device::{Device, Ending};
 use crate::error::Error;
 use crate::uapi::{DeviceState, Features};
 
-/// A device, and what distinguishes it from a later one with its number.
+/// A device of this server.
 #[derive(Debug)]
 pub(super) struct Served {
-    instance: Option<Instance>,
     pub(super) device: Device,
 }
 
 impl Served {
-    /// Notes the device's instance. Its number may be another device's as soon as it begins to end.
     pub(super) fn new(device: Device) -> Self {
-        Served { instance: Instance::of(device.id()), device }
+        Served { device }
     }
 
     /// Ends the device: because of a signal if `by_signal`, or else as another process has begun to. On failure the device
     /// must not be dropped, which would stop it again: the end of this process leaves a recoverable one to its next server.
     pub(super) fn end(&self, by_signal: bool) -> Outcome {
-        let Served { instance, device } = self;
-        let id = device.id();
+        let device = &self.device;
+        // Its number may be another device's as soon as it begins to end.
+        let (id, instance) = (device.id(), device.instance());
         let mut ending = if by_signal { stop_or_leave(device) } else { device.conclude() };
         if matches!(ending, Err(Error::Timeout { .. })) && device.recovery().is_none() {
             // Its requests may have been completed by now.
             ending = device.stop().map(|()| Ending::Deleted).or(ending);
         }
-        if instance.is_some() && Instance::of(id) == *instance {
+        if instance.is_some() && device.control().is_instance(id, instance) {
             // The device still exists, and its next server needs the state file.
             match &ending {
                 Ok(_) => log::info!("another server has taken over device {id}"),
                 Err(_) => log::error!("device {id} {}", self.remedy()),
             }
         } else {
-            StateFile::remove(id, *instance);
+            StateFile::remove(id, instance.map(Instance::from));
         }
         ending.map(drop).map_err(|error| {
             log::error!("{error}");

@@ -160,7 +160,7 @@ fn save_state(devices: &[Device], line: &CommandLine, files: &[PathBuf], recover
 /// Ends devices whose server could not report them: deletes new ones, and leaves existing ones without a server again.
 fn give_up(devices: Vec<Device>, existing: bool) {
     for device in devices {
-        let (id, instance) = (device.id(), Instance::of(device.id()));
+        let (id, instance) = (device.id(), device.instance().map(Instance::from));
         if existing {
             if let Err(error) = device.leave() {
                 log::debug!("leaving device {id}: {error}");
