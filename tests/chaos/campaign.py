@@ -11,7 +11,9 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +55,7 @@ def main() -> int:
     kind = importlib.import_module(f"kinds.{options.kind}")
     log = KernelLog()
     before = Snapshot()
+    over = follow(log)
     try:
         kind.campaign(findings, options.rounds or KINDS[options.kind], options.only, options.plant)
     except Stuck as stuck:
@@ -60,6 +63,8 @@ def main() -> int:
         return finish(findings)
     except Exception:
         findings.add("the campaign cannot go on", traceback.format_exc())
+    finally:
+        over()
     if residue := before.settled_residue():
         findings.add("something is left behind", residue)
         if left := before.clean():
@@ -67,6 +72,24 @@ def main() -> int:
     for line in log.trouble(IO_ERRORS):
         findings.add("the kernel complains", line)
     return findings.conclude()
+
+
+def follow(log: KernelLog) -> Callable[[], None]:
+    """Reads the kernel's log from now on, before it overwrites itself; call the result to end that."""
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.wait(1):
+            log.read()
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+
+    def end() -> None:
+        over.set()
+        thread.join()
+
+    return end
 
 
 def finish(findings: Findings) -> int:
