@@ -4,6 +4,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from support import driver, fio, sysfs
 from support.backends import image
 from support.blockio import Disk
-from support.command import run
+from support.command import Result, run
 from support.face import Face, device_id
 from support.features import has
 from support.pace import patience
@@ -141,6 +142,47 @@ def test_a_relative_path_is_found_again(native, scratch: Path) -> None:
     for _ in range(2):
         native.run("upgrade", "-n", str(device_id(path)), cwd="/")
     native.run("del", "-n", str(device_id(path)))
+
+
+def recover_in_python(number: str, file: Path, **options) -> Result:
+    call = f"ublk.recover({number}, ublk.File({str(file)!r}), **{options}).quiesce()"
+    return run([sys.executable, "-c", f"import ublk\n{call}"], check=False)
+
+
+@needs_quiesce
+def test_a_file_that_took_the_name_of_the_disks_file_is_refused(native, scratch: Path) -> None:
+    file = image(scratch, SIZE)
+    path = native.add("-t", "file", "-f", file, "--recovery")
+    number = str(device_id(path))
+    with Disk(path, direct=True) as disk:
+        disk.write(0, b"\x5a" * 4096)
+    native.run("quiesce", "-n", number)
+    # A restore ends with a rename. Without the state file, only the driver knows which file it was.
+    old = scratch / "old.img"
+    file.rename(old)
+    image(scratch, SIZE)
+    state_file(path).unlink()
+    words = ["recover", "-n", number, "-t", "file", "-f", file]
+    refused = native.run(*words, check=False, timeout=NOTICE + 15)
+    assert refused.status == 1, str(refused)
+    assert "another one has taken its name" in refused.err, str(refused)
+    assert "--accept-replaced" in refused.err, str(refused)
+    refused = recover_in_python(number, file)
+    assert refused.status == 1, str(refused)
+    assert "accept_replaced=True" in refused.err, str(refused)
+    assert native.info(path)["state"] == "QUIESCED"
+    # The disk's own file, under any name.
+    recovered = recover_in_python(number, old)
+    assert recovered.status == 0, str(recovered)
+    recovered = recover_in_python(number, file, accept_replaced=True)
+    assert recovered.status == 0, str(recovered)
+    # From then on, the state file counts, which records the accepted file.
+    native.run(*words, "--accept-replaced", timeout=NOTICE + 15)
+    native.run("quiesce", "-n", number)
+    native.run("recover", "-n", number, timeout=NOTICE + 15)
+    with Disk(path, direct=True) as disk:
+        assert disk.read(0, 4096) == bytes(4096)
+    native.run("del", "-n", number)
 
 
 @needs_quiesce

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::engine::guarded;
 use crate::error::Result;
+use crate::identity::BackingIdentity;
 use crate::params::Params;
 use crate::request::{Op, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
@@ -53,6 +54,11 @@ pub trait BlockDevice: Send + Sync + Debug + 'static {
         short(std::any::type_name::<Self>())
     }
 
+    /// Returns the identity of what the disk is stored in, see [`Target::backing`].
+    fn backing(&self) -> Option<BackingIdentity> {
+        None
+    }
+
     /// Reads `buffer.len()` bytes at `offset`. The buffer is zeroed before.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 
@@ -94,6 +100,10 @@ impl<D: BlockDevice> Target for D {
 
     fn params(&self) -> Params {
         BlockDevice::params(self)
+    }
+
+    fn backing(&self) -> Option<BackingIdentity> {
+        BlockDevice::backing(self)
     }
 
     fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {

@@ -38,6 +38,7 @@ pub mod extents;
 #[cfg(any(feature = "fake", all(doc, not(doctest))))]
 #[doc = include_str!("guide.md")]
 pub mod guide {}
+mod identity;
 mod memory;
 mod options;
 #[cfg(doctest)]
@@ -64,6 +65,7 @@ pub use device::{Device, Ending, MAX_COALESCING, Server};
 pub use engine::{Spawn, StdSpawn};
 pub use errno::Errno;
 pub use error::{Error, Parameter, Result};
+pub use identity::BackingIdentity;
 pub use memory::IoBuffer;
 pub use options::{DeviceOptions, Recovery};
 pub use params::{

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::data::Access;
 use crate::error::Result;
+use crate::identity::BackingIdentity;
 use crate::params::{Integrity, Params};
 use crate::request::Requests;
 use crate::units::{DeviceId, QueueId};
@@ -25,6 +26,13 @@ pub trait Target: Send + Sync + Debug + 'static {
     /// Returns what the target does with the bytes of requests, which determines how they move.
     fn access(&self) -> Access {
         Access::Bytes
+    }
+
+    /// Returns the identity of what the disk is stored in, taken from the open file. The driver keeps that of the target that
+    /// the device was created for, so that a [recovery](crate::Server::recover) does not serve another file that has taken
+    /// the name meanwhile. By default `None`, which is not compared.
+    fn backing(&self) -> Option<BackingIdentity> {
+        None
     }
 
     /// Creates the handler of one queue, on the thread that will serve it.

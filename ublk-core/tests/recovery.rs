@@ -2,16 +2,17 @@
 
 //! Devices that lose their server and get another one, on the stand-in driver.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ublk_core::driver::Driver;
 use ublk_core::driver::fake::{FakeDriver, Sent};
-use ublk_core::targets::{File, FileOptions, Io, Mem};
+use ublk_core::targets::{File, FileOptions, Io, Mem, Zoned, ZonedOptions};
 use ublk_core::{
-    DataMovement, Device, DeviceId, DeviceOptions, DeviceState, Ending, Errno, Features, Operations, Params,
-    QueueHandler, QueueInfo, Recovery, Requests, Result, SegmentLimits, Server, Target,
+    DataMovement, Device, DeviceId, DeviceOptions, DeviceState, Ending, Errno, Error, Features, Operations, Parameter,
+    Params, QueueHandler, QueueInfo, Recovery, Requests, Result, SegmentLimits, Server, Target,
 };
 
 mod support;
@@ -463,6 +464,76 @@ fn a_target_that_needs_another_shape_leaves_the_device_waiting() {
         assert_eq!(state_of(&driver, &device), DeviceState::Quiesced, "{name}");
     }
     finish(&driver, server(&driver, 1).recover(device.id(), Arc::new(Shaped(disk))).unwrap());
+}
+
+/// A device whose disk is stored in a file, or a directory of zones.
+fn stored(driver: &FakeDriver, target: Arc<dyn Target>) -> Device {
+    server(driver, 1).start(target, &recoverable(Recovery::Reissue, false)).unwrap()
+}
+
+fn file(path: &Path) -> Arc<dyn Target> {
+    Arc::new(File::open(path, &FileOptions::new().io(Io::Buffered)).unwrap())
+}
+
+fn zones(path: &Path) -> Arc<dyn Target> {
+    Arc::new(Zoned::open(&ZonedOptions::new(SIZE).zone_size(1 << 19).directory(path)).unwrap())
+}
+
+/// A restore or a copy ends with a rename.
+#[test]
+fn a_file_that_took_the_name_of_the_disks_file_is_refused() {
+    let create_file = |path: &Path| std::fs::File::create(path).unwrap().set_len(SIZE).unwrap();
+    let create_directory = |path: &Path| std::fs::create_dir(path).unwrap();
+    type Kind = (fn(&Path) -> Arc<dyn Target>, fn(&Path));
+    let kinds: [Kind; 2] = [(file, create_file), (zones, create_directory)];
+    for (open, create) in kinds {
+        let directory = tempfile::tempdir().unwrap();
+        let [path, old, new] = ["disk", "old", "new"].map(|name| directory.path().join(name));
+        create(&path);
+        let driver = FakeDriver::new();
+        let device = stored(&driver, open(&path));
+        let id = device.id();
+        device.leave().unwrap();
+        drop(device);
+        // Under another name it is the same file.
+        std::fs::rename(&path, &old).unwrap();
+        std::os::unix::fs::symlink(&old, &path).unwrap();
+        server(&driver, 1).check_recovery(id, &*open(&path)).unwrap();
+        server(&driver, 1).recover(id, open(&path)).unwrap().leave().unwrap();
+        create(&new);
+        // A directory cannot replace a link.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        let check = || server(&driver, 1).check_recovery(id, &*open(&path));
+        let recover = || server(&driver, 1).recover(id, open(&path)).map(drop);
+        for refused in [check().unwrap_err(), recover().unwrap_err()] {
+            assert!(matches!(refused, Error::Mismatch { parameter: Parameter::BackingFile, .. }), "{refused:?}");
+            assert!(refused.to_string().contains("recover_replaced"), "{refused}");
+        }
+        assert_eq!(server(&driver, 1).control().info(id).unwrap().state, DeviceState::Quiesced);
+        server(&driver, 1).recover_replaced(id, open(&path)).unwrap().leave().unwrap();
+        finish(&driver, server(&driver, 1).recover(id, open(&old)).unwrap());
+    }
+}
+
+#[test]
+fn a_target_that_is_stored_nowhere_is_not_compared() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+    let driver = FakeDriver::new();
+    let params = file(&path).params();
+    let shaped = || Arc::new(Shaped(params)) as Arc<dyn Target>;
+    let open = || file(&path);
+    let orders: [[&dyn Fn() -> Arc<dyn Target>; 2]; 2] = [[&open, &shaped], [&shaped, &open]];
+    for [first, second] in orders {
+        let first = first();
+        let known = first.backing();
+        let device = stored(&driver, first);
+        assert_eq!(server(&driver, 1).control().info(device.id()).unwrap().backing, known);
+        device.leave().unwrap();
+        finish(&driver, server(&driver, 1).recover(device.id(), second()).unwrap());
+    }
 }
 
 #[test]

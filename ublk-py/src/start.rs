@@ -12,7 +12,8 @@ use ublk_core::driver::fake;
 use ublk_core::driver::kernel::KernelDriver;
 use ublk_core::pull::{channels, pull_with};
 use ublk_core::{
-    Access, DeviceId, DeviceOptions, MAX_COALESCING, Operations, Params, Recovery, Server, Target, ZonedLimits,
+    Access, DeviceId, DeviceOptions, Error, MAX_COALESCING, Operations, Parameter, Params, Recovery, Server, Target,
+    ZonedLimits,
 };
 
 use crate::device::NativeDevice;
@@ -169,6 +170,7 @@ pub(crate) struct Options {
     recovery: Option<String>,
     shared_memory: bool,
     coalesce_usecs: u32,
+    accept_replaced: bool,
 }
 
 impl Options {
@@ -252,7 +254,11 @@ pub(crate) fn recover(
     let (target, queues) = serving.target(&shape, info.queues.into(), &watch)?;
     let on_kernel = driver.is_none();
     let serve = || {
-        let device = server.recover(info.id, target)?;
+        let device = if options.accept_replaced {
+            server.recover_replaced(info.id, target)?
+        } else {
+            server.recover(info.id, target)?
+        };
         if on_kernel {
             stats::publish(&device);
         }
@@ -260,6 +266,13 @@ pub(crate) fn recover(
     };
     drop(permit);
     let (device, _permit) = interpreter::detached(py, serve);
-    let device = device.map_err(|e| to_python(py, &e))?;
+    let device = device.map_err(|error| match error {
+        Error::Mismatch { parameter: Parameter::BackingFile, .. } => PyValueError::new_err(
+            "the file is not the one that the disk is stored in: another file has taken its name, or its file system was \
+             mounted again. Move the disk's file back to this name. If this is the same file, or if it is to replace the \
+             disk's data, pass accept_replaced=True",
+        ),
+        error => to_python(py, &error),
+    })?;
     made.append(NativeDevice::new(py, device, None, queues, watch, on_kernel)?)
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use ublk_core::targets::{File, FileOptions, Io, Mem, Null, Zoned, ZonedOptions};
-use ublk_core::{Access, Params, QueueHandler, QueueInfo, Result, Target};
+use ublk_core::{Access, BackingIdentity, Params, QueueHandler, QueueInfo, Result, Target};
 
 use crate::error::to_python;
 use crate::interpreter;
@@ -59,6 +59,10 @@ impl Target for Resized {
 
     fn access(&self) -> Access {
         self.target.access()
+    }
+
+    fn backing(&self) -> Option<BackingIdentity> {
+        self.target.backing()
     }
 
     fn open_queue(self: Arc<Self>, queue: &QueueInfo) -> Result<Box<dyn QueueHandler>> {

@@ -165,3 +165,52 @@ def test_a_file_that_was_resized_is_served_with_that_size_again(driver, tmp_path
         use_the_end(device)
     with disk.start() as device:
         use_the_end(device)
+
+
+def replace(path):
+    """Replace a file or directory by an empty one of its kind, as a restore that ends with a rename."""
+    new = path.with_name("restored")
+    new.mkdir() if path.is_dir() else new.write_bytes(bytes(SIZE))
+    path.rename(path.with_name("old"))
+    new.rename(path)
+
+
+STORED = {
+    "file": lambda path: ublk.File(path, direct=False),
+    "zoned": lambda path: ublk.Zoned(SIZE, zone_size=1 << 18, directory=path),
+}
+
+
+@pytest.mark.parametrize(("kind", "resized"), [("file", False), ("file", True), ("zoned", False)])
+def test_a_file_that_replaced_the_disks_file_is_not_recovered(driver, tmp_path, kind, resized):
+    path = tmp_path / "disk"
+    path.mkdir() if kind == "zoned" else path.write_bytes(bytes(SIZE))
+    old = STORED[kind](path)
+    device = old.start(recoverable=True)
+    driver.write(device.id, 0, b"acknowledged".ljust(4096, b"\0"))
+    if resized:
+        device.resize(SIZE // 2)
+    device.quiesce()
+    replace(path)
+    new = STORED[kind](path)
+    new.size = old.size
+    with pytest.raises(ValueError, match=r"another file has taken its name.*accept_replaced=True"):
+        ublk.recover(device.id, new)
+    # The disk's own file has another name by now.
+    device = ublk.recover(device.id, old)
+    assert driver.read(device.id, 0, 4096).startswith(b"acknowledged")
+    device.quiesce()
+    with ublk.recover(device.id, new, accept_replaced=True):
+        assert driver.read(device.id, 0, 4096) == bytes(4096)
+
+
+def test_a_disk_of_python_is_recovered_as_a_file(driver, tmp_path):
+    class Ram(ublk.BlockDevice):
+        def read(self, offset, buf):
+            buf[:] = bytes(len(buf))
+
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    device = Ram(size=SIZE, read_only=True).start(recoverable=True)
+    device.quiesce()
+    ublk.recover(device.id, ublk.File(path, read_only=True)).stop()

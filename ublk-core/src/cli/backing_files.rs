@@ -1,55 +1,29 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Identity of the files that a disk is stored in. A name can become another file's while the disk is in use, by a restore
-//! or a copy that ends with a rename, and the disk's next server must not serve that file.
+//! The files that a disk is stored in, as the state file records them.
 
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Parameter, Result};
+use crate::identity::FileIdentity;
 
 /// A file or directory, and what distinguishes it from a later one with its name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct BackingFile {
     path: PathBuf,
-    /// Number of a block device. Its node's own numbers do not matter.
-    block_device: Option<u64>,
-    /// Number of the file system's device. It may change when the file system is mounted again.
-    file_system: u64,
-    inode: u64,
-    /// When the file was created, since 1970, if the file system records it: numbers of inodes are used again.
-    created: Option<Duration>,
+    #[serde(flatten)]
+    identity: FileIdentity,
 }
 
 impl BackingFile {
     /// Identifies the file that has a name now.
     pub(super) fn find(path: &Path) -> io::Result<Self> {
-        let found = fs::metadata(path)?;
-        let is_block = found.file_type().is_block_device();
-        Ok(BackingFile {
-            path: path.to_owned(),
-            block_device: is_block.then(|| found.rdev()),
-            file_system: found.dev(),
-            inode: found.ino(),
-            created: found.created().ok().and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok()),
-        })
-    }
-
-    /// Whether both are the same file.
-    fn is(&self, other: &Self) -> bool {
-        match (self.block_device, other.block_device) {
-            (Some(one), Some(other)) => one == other,
-            (None, None) => {
-                let same_age = self.created.is_none() || other.created.is_none() || self.created == other.created;
-                (self.file_system, self.inode) == (other.file_system, other.inode) && same_age
-            }
-            _ => false,
-        }
+        Ok(BackingFile { path: path.to_owned(), identity: FileIdentity::of(&fs::metadata(path)?) })
     }
 }
 
@@ -59,7 +33,7 @@ pub(super) fn check(files: &[PathBuf], recorded: &[BackingFile]) -> Result<()> {
     let check = |path: &PathBuf| {
         let Some(recorded) = recorded.iter().find(|file| file.path == *path) else { return Ok(()) };
         let found = BackingFile::find(path).map_err(|e| Error::file("open", path, &e))?;
-        if found.is(recorded) { Ok(()) } else { Err(replaced(path)) }
+        if found.identity.is(&recorded.identity) { Ok(()) } else { Err(replaced(path)) }
     };
     files.iter().try_for_each(check)
 }
@@ -68,6 +42,14 @@ pub(super) fn check(files: &[PathBuf], recorded: &[BackingFile]) -> Result<()> {
 pub(super) fn check_open(files: &[PathBuf], pid: i32) -> Result<()> {
     let replaced_file = files.iter().find(|path| is_open_in(pid, path) == Some(false));
     replaced_file.map_or(Ok(()), |path| Err(replaced(path)))
+}
+
+/// Names the file in an error of a recovery that refuses it.
+pub(super) fn explain(error: Error, files: &[PathBuf]) -> Error {
+    match (&error, files) {
+        (Error::Mismatch { parameter: Parameter::BackingFile, .. }, [path, ..]) => replaced(path),
+        _ => error,
+    }
 }
 
 fn replaced(path: &Path) -> Error {
@@ -131,24 +113,20 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_is_used_again_is_another_file() {
-        let file = BackingFile::find(Path::new("/proc/self/exe")).unwrap();
-        let other = |created| BackingFile { created, ..file.clone() };
-        let (old, new) = (other(Some(Duration::from_secs(1))), other(Some(Duration::from_nanos(1_000_000_001))));
-        assert!(!new.is(&old) && new.is(&new) && new.is(&other(None)));
-        assert!(!file.is(&BackingFile { file_system: file.file_system + 1, ..file.clone() }));
+    fn a_refused_recovery_names_the_file() {
+        let files = ["/disks/a.img".into(), "/disks/a.img.integrity".into()];
+        let refusal = || Error::mismatch(Parameter::BackingFile, "another one", "not the same");
+        let message = explain(refusal(), &files).to_string();
+        assert!(message.contains("/disks/a.img:") && message.contains("--accept-replaced"), "{message}");
+        let other = || Error::mismatch(Parameter::Size, 1, "has 2 bytes");
+        assert_eq!(explain(other(), &files).to_string(), other().to_string());
     }
 
     #[test]
-    fn a_block_device_is_known_by_its_number() {
-        let node = |inode, number| BackingFile {
-            path: "/dev/sdb".into(),
-            block_device: Some(number),
-            file_system: 5,
-            inode,
-            created: None,
-        };
-        assert!(node(1, 7).is(&node(2, 7)) && !node(1, 7).is(&node(1, 8)));
-        assert!(!node(1, 7).is(&BackingFile { block_device: None, ..node(1, 7) }));
+    fn the_state_file_of_an_earlier_version_is_read() {
+        let json =
+            r#"{"path": "/d", "block_device": null, "file_system": 5, "inode": 7, "created": {"secs": 1, "nanos": 2}}"#;
+        let file: BackingFile = serde_json::from_str(json).unwrap();
+        assert_eq!(serde_json::to_value(&file).unwrap(), serde_json::from_str::<serde_json::Value>(json).unwrap());
     }
 }

@@ -331,6 +331,7 @@ mod tests {
             depth: 1,
             max_io_bytes: 4096,
             features: crate::Features::empty(),
+            backing: None,
         };
         let id = control.add(&request).unwrap().id;
         let patience = Duration::from_millis(50);

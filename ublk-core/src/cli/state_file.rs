@@ -104,6 +104,7 @@ impl StateFile {
             arguments: self.arguments.iter().map(OsString::from).collect(),
             directory: self.directory.clone(),
             files: self.files.clone(),
+            accepts_replaced: false,
         }
     }
 
@@ -138,13 +139,15 @@ pub(super) struct CommandLine {
     arguments: Vec<OsString>,
     directory: PathBuf,
     files: Vec<BackingFile>,
+    /// Whether other files may have taken the names of those that the disk was stored in.
+    accepts_replaced: bool,
 }
 
 impl CommandLine {
     /// A command line in the current directory.
     pub(super) fn new(arguments: &[OsString]) -> Result<Self, Failure> {
         let directory = std::env::current_dir().map_err(|e| Failure::Text(format!("the current directory: {e}")))?;
-        Ok(CommandLine { arguments: arguments.to_vec(), directory, files: Vec::new() })
+        Ok(CommandLine { arguments: arguments.to_vec(), directory, files: Vec::new(), accepts_replaced: false })
     }
 
     /// The words, with `add` as the first one.
@@ -160,7 +163,13 @@ impl CommandLine {
     /// Forgets the files that the disk was stored in, so that others may have taken their names.
     pub(super) fn accept_replaced(mut self) -> Self {
         self.files.clear();
+        self.accepts_replaced = true;
         self
+    }
+
+    /// Whether files are recorded or any are accepted. Otherwise, only the driver may know which file the disk was stored in.
+    pub(super) fn decides_about_files(&self) -> bool {
+        self.accepts_replaced || !self.files.is_empty()
     }
 
     /// The directory that relative paths refer to.
@@ -192,8 +201,10 @@ mod tests {
         assert!(state.is_of(None) && !state.is_of(Some(7.into())), "nothing is recorded");
         let read = |json: &serde_json::Value| serde_json::from_value::<StateFile>(json.clone()).unwrap().command_line();
         assert_eq!(read(&json).files(), state.files);
-        assert!(read(&json).accept_replaced().files().is_empty());
+        assert!(read(&json).decides_about_files());
+        let accepting = read(&json).accept_replaced();
+        assert!(accepting.files().is_empty() && accepting.decides_about_files());
         json.as_object_mut().unwrap().remove("files").unwrap();
-        assert!(read(&json).files().is_empty());
+        assert!(read(&json).files().is_empty() && !read(&json).decides_about_files());
     }
 }

@@ -20,6 +20,7 @@ use crate::data::shared::SharedMemory;
 use crate::driver::{CharDevice, Driver, deadline};
 use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result};
+use crate::identity::BackingIdentity;
 use crate::options::Recovery;
 use crate::params::Params;
 use crate::process;
@@ -58,12 +59,14 @@ pub struct AddRequest {
     pub max_io_bytes: u32,
     /// Features to request.
     pub features: Features,
+    /// Identity of what the disk is stored in, which the driver keeps for the device's next server.
+    pub backing: Option<BackingIdentity>,
 }
 
 impl AddRequest {
     /// A device with one queue and no special features.
     pub fn new(depth: u16, max_io_bytes: u32) -> Self {
-        AddRequest { id: None, queues: 1, depth, max_io_bytes, features: Features::empty() }
+        AddRequest { id: None, queues: 1, depth, max_io_bytes, features: Features::empty(), backing: None }
     }
 }
 
@@ -89,6 +92,8 @@ pub struct DeviceInfo {
     pub owner_uid: u32,
     /// Group of that user.
     pub owner_gid: u32,
+    /// Identity of what the disk is stored in, if the server that created the device stored it.
+    pub backing: Option<BackingIdentity>,
 }
 
 /// Outcome of [`Control::remove`].
@@ -149,6 +154,7 @@ impl Control {
             max_io_buf_bytes: request.max_io_bytes,
             dev_id: id,
             flags: request.features.bits(),
+            ublksrv_flags: request.backing.map_or(0, BackingIdentity::encode),
             ..Default::default()
         };
         let reply = self.call(&commands::ADD_DEV, request.id).payload(wire::encode_info(&info)).reply()?;
@@ -553,5 +559,6 @@ fn decode_info(raw: &ublksrv_ctrl_dev_info) -> DeviceInfo {
         features: Features::from_bits_retain(raw.flags),
         owner_uid: raw.owner_uid,
         owner_gid: raw.owner_gid,
+        backing: BackingIdentity::decode(raw.ublksrv_flags),
     }
 }

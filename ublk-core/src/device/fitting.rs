@@ -18,6 +18,7 @@
 use crate::data::{Access, DataMovement};
 use crate::device::DEFAULT_DMA_ALIGNMENT;
 use crate::error::{Error, Parameter, Result};
+use crate::identity::BackingIdentity;
 use crate::params::{Integrity, Operations, Params};
 
 /// The DMA alignment that a target needs: its own, or that of the files which get the clients' memory.
@@ -61,6 +62,23 @@ pub(super) fn check(target: &Params, access: Access, disk: &Params, data: DataMo
     check_zones(target, disk)?;
     match (target.integrity, disk.integrity) {
         (Some(target), Some(disk)) => check_integrity(&target, &disk),
+        _ => Ok(()),
+    }
+}
+
+/// Checks that a target is stored in what the disk is stored in, where both are known.
+///
+/// # Errors
+///
+/// [`Error::Mismatch`] of [`Parameter::BackingFile`].
+pub(super) fn check_backing(target: Option<BackingIdentity>, disk: Option<BackingIdentity>) -> Result<()> {
+    match (target, disk) {
+        (Some(target), Some(disk)) if !target.is(disk) => Err(Error::mismatch(
+            Parameter::BackingFile,
+            "another one",
+            "not what the disk is stored in: another file has taken its name, or its file system was mounted again \
+             (`Server::recover_replaced` accepts it)",
+        )),
         _ => Ok(()),
     }
 }

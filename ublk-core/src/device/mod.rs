@@ -156,11 +156,12 @@ impl Server {
         let plan = Plan::choose(offered, &demands, options)?;
         log::debug!("data moves by {}: {}", plan.data, plan.reason);
         let events = Arc::new(QueueEvents::new()?);
+        let backing = target.backing();
         let add = |plan: Plan| {
             let features = plan.features;
             let max_io_bytes = params.max_io_bytes;
             self.control
-                .add(&AddRequest { id: options.id, queues, depth, max_io_bytes, features })
+                .add(&AddRequest { id: options.id, queues, depth, max_io_bytes, features, backing })
                 .map(|info| (info, plan))
         };
         let (info, plan) = match add(plan) {

@@ -88,13 +88,29 @@ impl Server {
     /// # Errors
     ///
     /// `EBUSY` if a living process serves the device, also one that has recovered it meanwhile, [`Error::Control`] if it
-    /// was not made to be recovered, [`Error::Mismatch`] if the target does not fit. Otherwise the device still waits for a
-    /// server then. If the error came late, queues had been opened: the driver takes the next server once the threads that
-    /// had them have ended, which is at once unless they serve other devices too.
+    /// was not made to be recovered, [`Error::Mismatch`] if the target does not fit, or if the disk is known to be stored in
+    /// [another file](Target::backing) ([`Parameter::BackingFile`](crate::Parameter::BackingFile)). Otherwise the device
+    /// still waits for a server then. If the error came late, queues had been opened: the driver takes the next server once
+    /// the threads that had them have ended, which is at once unless they serve other devices too.
     pub fn recover(&self, id: DeviceId, target: Arc<dyn Target>) -> Result<Device> {
+        self.recover_from(id, target, false)
+    }
+
+    /// As [`recover`](Server::recover), but also serves a file that has replaced the one that the disk was stored in, or
+    /// that is not recognized because its file system was mounted again. The driver keeps the identity of the file that the
+    /// device was created for: later recoveries compare with that.
+    ///
+    /// # Errors
+    ///
+    /// As [`recover`](Server::recover).
+    pub fn recover_replaced(&self, id: DeviceId, target: Arc<dyn Target>) -> Result<Device> {
+        self.recover_from(id, target, true)
+    }
+
+    fn recover_from(&self, id: DeviceId, target: Arc<dyn Target>, accept_replaced: bool) -> Result<Device> {
         self.check_driver()?;
         let events = Arc::new(QueueEvents::new()?);
-        let Unserved { info, params, instance, file } = self.open_unserved(id, &*target)?;
+        let Unserved { info, params, instance, file } = self.open_unserved(id, &*target, accept_replaced)?;
         let data = DataMovement::from(info.features);
         let plan = Plan {
             data,
@@ -133,13 +149,14 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`Error::Mismatch`] if the target does not fit the disk, [`Error::Control`] with `EINVAL` if the device was not
-    /// made to be recovered, `ENODEV` if there is none.
+    /// [`Error::Mismatch`] if the target does not fit the disk or is stored in another file, [`Error::Control`] with
+    /// `EINVAL` if the device was not made to be recovered, `ENODEV` if there is none.
     pub fn check_recovery(&self, id: DeviceId, target: &dyn Target) -> Result<()> {
         let info = self.control.info(id)?;
         require_recovery(&info)?;
         let disk = self.control.params(id)?.params;
-        check_fit(&target.params(), target.access(), &disk, info.features)
+        check_fit(&target.params(), target.access(), &disk, info.features)?;
+        fitting::check_backing(target.backing(), info.backing)
     }
 
     /// Waits until the last server of a device that can be [recovered](Server::recover) has exited, so that its exclusive
@@ -185,9 +202,11 @@ impl Server {
 
     /// Opens the char device of a device that waits for a server. Of several processes that recover it at the same time, one
     /// can do so; the device may have been served, resized or deleted since it was first looked at.
-    fn open_unserved(&self, id: DeviceId, target: &dyn Target) -> Result<Unserved> {
-        let check =
-            |disk: &Params, info: &DeviceInfo| check_fit(&target.params(), target.access(), disk, info.features);
+    fn open_unserved(&self, id: DeviceId, target: &dyn Target, accept_replaced: bool) -> Result<Unserved> {
+        let check = |disk: &Params, info: &DeviceInfo| {
+            check_fit(&target.params(), target.access(), disk, info.features)?;
+            if accept_replaced { Ok(()) } else { fitting::check_backing(target.backing(), info.backing) }
+        };
         let deadline = Instant::now() + NODE_TIMEOUT;
         loop {
             let instance = self.control.instance(id);

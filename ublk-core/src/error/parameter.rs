@@ -86,6 +86,8 @@ pub enum Parameter {
     Coalescing,
     /// CPUs of the server's threads.
     Cpus,
+    /// Identity of what the disk is stored in.
+    BackingFile,
     /// An option of the `ublk` command.
     CommandLine(&'static str),
 }
@@ -132,6 +134,7 @@ impl fmt::Display for Parameter {
             Parameter::SharedMemory => "shared memory",
             Parameter::Coalescing => "coalescing",
             Parameter::Cpus => "CPUs",
+            Parameter::BackingFile => "backing file",
             Parameter::CommandLine(option) => option,
         })
     }

@@ -20,6 +20,7 @@ use crate::data::Access;
 use crate::engine::SyncOrder;
 use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result, errno_of};
+use crate::identity::BackingIdentity;
 use crate::memory::PAGE_SIZE;
 use crate::params::{Integrity, Operations, Params};
 use crate::request::{Durability, FileRange, FileSync, Requests, WriteBack};
@@ -347,6 +348,10 @@ impl Target for File {
         }
         // I/O through the page cache needs no alignment.
         Access::Forwards { memory_alignment: if self.direct { memory_alignment(&self.file) } else { 1 } }
+    }
+
+    fn backing(&self) -> Option<BackingIdentity> {
+        self.file.metadata().ok().as_ref().map(BackingIdentity::of)
     }
 
     fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {

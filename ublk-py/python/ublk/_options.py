@@ -36,6 +36,7 @@ class Options:
     isolated: bool = False
     shared_memory: bool = False
     coalesce_usecs: int = 0
+    accept_replaced: bool = False
 
     def __post_init__(self) -> None:
         if self.workers is not None:
@@ -55,6 +56,7 @@ class Options:
         if self.id is not None:
             self._set("id", number("id", self.id, 20))
         self._set("shared_memory", bool(self.shared_memory))
+        self._set("accept_replaced", bool(self.accept_replaced))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

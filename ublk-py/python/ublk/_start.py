@@ -188,15 +188,20 @@ def recover(
     loop_factory: LoopFactory | None = None,
     isolated: bool = False,
     coalesce_usecs: int = 0,
+    accept_replaced: bool = False,
 ) -> Device:
     """Serve a recoverable device that has lost its server, and return when its disk works again.
 
     The device was started with ``recoverable``, by any program. It keeps its shape and queues, and the block device has
     to fit them. If its server has just died, this waits until the driver notices. Requests that have waited are served
-    then. The parameters are those of `BlockDevice.start`.
+    then. The other parameters are those of `BlockDevice.start`.
+
+    If the device was created for a `File`, or a `Zoned` in a directory, then that file or directory has to be the same,
+    also if another one has taken its name meanwhile. With ``accept_replaced``, another one may replace the disk's data:
+    unmount the disk before. It is also needed if the file system was mounted again and the file is not recognized.
 
     Raises `UblkError` with ``EBUSY`` if the device still has a server, and with ``EINVAL`` if it is not recoverable;
-    `ValueError` if the block device does not fit or is a disk in memory.
+    `ValueError` if the block device does not fit, is a disk in memory, or is stored in another file.
     """
     target._check_recovery()
     options = Options(
@@ -207,6 +212,7 @@ def recover(
         loop_factory=loop_factory,
         isolated=isolated,
         coalesce_usecs=coalesce_usecs,
+        accept_replaced=accept_replaced,
     )
     device = Device._make(target, options)
     take_over(device)

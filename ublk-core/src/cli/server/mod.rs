@@ -127,7 +127,13 @@ fn start(options: &Options<'_>, line: &CommandLine, existing: Option<DeviceId>) 
             let target = options.target.reopen(&disk)?;
             // After the files were opened, because they may be replaced until then.
             backing_files::check(&options.target.files(), line.files())?;
-            devices.push(server.recover(id, target)?);
+            // The state file says more, and it is about the files that were accepted last.
+            let recovered = if line.decides_about_files() {
+                server.recover_replaced(id, target)
+            } else {
+                server.recover(id, target)
+            };
+            devices.push(recovered.map_err(|error| backing_files::explain(error, &options.target.files()))?);
         }
     }
     if let Some(path) = options.shared_memory {

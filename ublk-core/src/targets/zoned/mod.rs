@@ -17,6 +17,7 @@ use self::zones::{Start, Zones};
 use super::sparse::Sparse;
 use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result, errno_of};
+use crate::identity::BackingIdentity;
 use crate::params::{Operations, Params, ZonedLimits};
 use crate::request::{Op, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
@@ -317,6 +318,10 @@ impl Target for Zoned {
 
     fn params(&self) -> Params {
         self.0.params
+    }
+
+    fn backing(&self) -> Option<BackingIdentity> {
+        self.0.store.backing()
     }
 
     fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {

@@ -18,6 +18,7 @@ use nix::fcntl::FlockArg;
 use super::super::files::{sync_directory, sync_name};
 use super::super::sparse::Sparse;
 use crate::error::{Error, Parameter, Result};
+use crate::identity::BackingIdentity;
 use crate::request::WriteBack;
 
 /// The bytes of all zones.
@@ -41,7 +42,17 @@ pub(super) struct Files {
     flushing: Mutex<()>,
     write_back: WriteBack,
     /// The directory, locked against a second server.
-    _lock: File,
+    directory: File,
+}
+
+impl Store {
+    /// Returns the identity of the directory.
+    pub(super) fn backing(&self) -> Option<BackingIdentity> {
+        match self {
+            Store::Memory(_) => None,
+            Store::Files(files) => files.directory.metadata().ok().as_ref().map(BackingIdentity::of),
+        }
+    }
 }
 
 impl Files {
@@ -111,7 +122,7 @@ impl Files {
         let dirty = Mutex::new(vec![true; count]);
         let write_back = WriteBack::new(directory.display().to_string());
         let flushing = Mutex::default();
-        Ok((Files { zone_size, files, dirty, longer, flushing, write_back, _lock: lock }, written))
+        Ok((Files { zone_size, files, dirty, longer, flushing, write_back, directory: lock }, written))
     }
 
     fn at(&self, offset: u64) -> (usize, u64) {
