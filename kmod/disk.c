@@ -159,6 +159,12 @@ void ublk_scan_work(struct work_struct *work)
 	ublk_allow_scan(disk);
 	mutex_lock(&disk->open_mutex);
 	bdev_disk_changed(disk, false);
+	/*
+	 * Only an open sets the block size of the page cache. What was read in
+	 * blocks of another size must not be found after it.
+	 */
+	if (!disk_openers(disk))
+		invalidate_bdev(disk->part0);
 	mutex_unlock(&disk->open_mutex);
 	put_disk(disk);
 }
@@ -181,7 +187,7 @@ int ublk_update_size(struct ublk_device *ub, u64 sectors)
 		return -EINTR;
 	if (!ub->disk)
 		ret = -ENODEV;
-	else if (sectors > UBLK_MAX_SECTORS ||
+	else if (!ublk_size_valid(ub, sectors) ||
 		 sectors & ((1U << (basic->logical_bs_shift - SECTOR_SHIFT)) - 1))
 		ret = -EINVAL;
 	else if (ub->dev_info.flags & UBLK_F_ZONED)

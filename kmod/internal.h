@@ -78,6 +78,7 @@ int ublk_set_params(struct ublk_device *ub, const struct ublk_params __user *arg
 		    u16 len);
 int ublk_get_params(struct ublk_device *ub, struct ublk_params __user *arg,
 		    u16 len);
+bool ublk_size_valid(const struct ublk_device *ub, u64 sectors);
 void ublk_params_to_limits(const struct ublk_device *ub,
 			   struct queue_limits *lim);
 

@@ -7,6 +7,7 @@
 #include <linux/fs.h>
 #include <linux/kdev_t.h>
 #include <linux/log2.h>
+#include <linux/sizes.h>
 #include <linux/t10-pi.h>
 #include <linux/uaccess.h>
 
@@ -19,6 +20,20 @@
 				 UBLK_PARAM_TYPE_DMA_ALIGN | \
 				 UBLK_PARAM_TYPE_SEGMENT | \
 				 UBLK_PARAM_TYPE_INTEGRITY)
+
+/*
+ * Largest granularity of discards. Block layers before 6.12 compute the length
+ * of a bio from it, and loop if that is zero.
+ */
+#define UBLK_MAX_DISCARD_GRANULARITY	((u32)SZ_2G)
+
+/*
+ * Largest disk of an ordinary user, in sectors and in its longest requests, and
+ * the shortest limits of its discards and write zeroes, in sectors.
+ */
+#define UBLK_MAX_USER_SECTORS	(16ULL * SZ_1K * SZ_1G >> SECTOR_SHIFT)
+#define UBLK_MAX_USER_REQUESTS	(32ULL * SZ_1M)
+#define UBLK_MIN_USER_RANGE	(SZ_1M >> SECTOR_SHIFT)
 
 /* Largest block size and I/O hint, safely within the range of the limits. */
 #define UBLK_MAX_SHIFT		28
@@ -40,6 +55,49 @@ static bool ublk_mask_valid(u64 mask, u64 min)
 	return mask + 1 >= min && !(mask & (mask + 1));
 }
 
+/*
+ * Whether loops that use ranges of this length are short enough for a disk of
+ * an ordinary user.
+ */
+static bool ublk_user_range_valid(u32 range, u64 disk)
+{
+	return !range || range >= min_t(u64, UBLK_MIN_USER_RANGE, disk);
+}
+
+static bool ublk_user_size_valid(const struct ublk_params *p, u64 sectors)
+{
+	u64 request = p->basic.max_sectors;
+
+	if (ublk_has_param(p, UBLK_PARAM_TYPE_SEGMENT))
+		request = min(request, (u64)p->seg.max_segments * PAGE_SECTORS);
+	if (sectors > min(UBLK_MAX_USER_SECTORS,
+			  request * UBLK_MAX_USER_REQUESTS))
+		return false;
+	return !ublk_has_param(p, UBLK_PARAM_TYPE_DISCARD) ||
+	       (ublk_user_range_valid(p->discard.max_discard_sectors,
+				      sectors) &&
+		ublk_user_range_valid(p->discard.max_write_zeroes_sectors,
+				      sectors));
+}
+
+/**
+ * ublk_size_valid() - Whether a device may have a disk of a size.
+ * @ub: the device, with its other parameters
+ * @sectors: the size
+ *
+ * Loops of the block layer over a whole disk, such as fallocate() with
+ * FALLOC_FL_ZERO_RANGE, do not look for signals. They must be over within
+ * seconds when an ordinary user's disk is gone and each request fails at once.
+ *
+ * Context: Any context.
+ */
+bool ublk_size_valid(const struct ublk_device *ub, u64 sectors)
+{
+	if (ub->dev_info.flags & UBLK_F_UNPRIVILEGED_DEV)
+		return ublk_user_size_valid(&ub->params, sectors);
+	return sectors <= UBLK_MAX_SECTORS;
+}
+
 static int ublk_check_basic(const struct ublk_device *ub,
 			    const struct ublk_param_basic *p)
 {
@@ -56,7 +114,7 @@ static int ublk_check_basic(const struct ublk_device *ub,
 		return -EINVAL;
 	if (p->max_sectors > max_sectors || p->max_sectors < PAGE_SECTORS)
 		return -EINVAL;
-	if (p->dev_sectors > UBLK_MAX_SECTORS)
+	if (!ublk_size_valid(ub, p->dev_sectors))
 		return -EINVAL;
 	/* A chunk must consist of whole logical blocks. */
 	if (p->chunk_sectors &
@@ -70,7 +128,9 @@ static int ublk_check_basic(const struct ublk_device *ub,
 
 static int ublk_check_discard(const struct ublk_param_discard *p)
 {
-	if (!p->discard_granularity)
+	/* The longest bio must be able to hold one unit. */
+	if (!p->discard_granularity ||
+	    p->discard_granularity > UBLK_MAX_DISCARD_GRANULARITY)
 		return -EINVAL;
 	/* A descriptor can hold one range only. */
 	if (p->max_discard_sectors && p->max_discard_segments != 1)
@@ -385,8 +445,10 @@ void ublk_params_to_limits(const struct ublk_device *ub,
 		lim->discard_alignment = discard->discard_alignment;
 		lim->discard_granularity = discard->discard_granularity;
 		lim->max_hw_discard_sectors = discard->max_discard_sectors;
+		/* The block layer does not round it. */
 		lim->max_write_zeroes_sectors =
-			discard->max_write_zeroes_sectors;
+			round_down(discard->max_write_zeroes_sectors,
+				   lim->logical_block_size >> SECTOR_SHIFT);
 		lim->max_discard_segments = discard->max_discard_segments;
 	}
 	if (ublk_has_param(p, UBLK_PARAM_TYPE_ZONED)) {
@@ -405,4 +467,13 @@ void ublk_params_to_limits(const struct ublk_device *ub,
 	}
 	if (ublk_has_param(p, UBLK_PARAM_TYPE_INTEGRITY))
 		ublk_integrity_limits(&p->integrity, lim);
+	/*
+	 * A block that crosses a page would need two segments, or have a gap. So
+	 * it must not cross one.
+	 */
+	if (UBLK_SPLITS_TO_NOTHING &&
+	    (lim->max_segments == 1 ||
+	     lim->virt_boundary_mask & ~(PAGE_SIZE - 1)))
+		lim->dma_alignment = max(lim->dma_alignment,
+					 lim->logical_block_size - 1);
 }

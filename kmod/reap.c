@@ -16,8 +16,8 @@
  * queued, while requests are held for the next server, or while an unprivileged
  * device may cause the wait.
  *
- * Each of them waits for the work item of the system in turn, because
- * flush_delayed_fput() does so, and their number is limited. A user decides how
+ * Each of them may wait for the work item of the system in turn, because
+ * flush_delayed_fput() does so on recent kernels, and their number is limited. A user decides how
  * long that takes, and must not be able to use them all up. The interval between
  * two of them is therefore a second or, if that is longer, a fraction of the
  * time that the oldest one has been waiting. They last for more than two years,
@@ -98,7 +98,7 @@ static void ublk_reap_start(u64 now)
 {
 	struct ublk_reap_item *item;
 
-	item = kmalloc(sizeof(*item), GFP_KERNEL | __GFP_NOWARN);
+	item = kmalloc(sizeof(*item), GFP_NOIO | __GFP_NOWARN);
 	/* If memory is short, the next tick tries again. */
 	if (!item)
 		return;

@@ -73,7 +73,9 @@ static u32 ublk_desc_flags(const struct request *req)
  *
  * Context: queue_rq(), under RCU.
  *
- * Return: BLK_STS_OK, or BLK_STS_NOTSUPP if ublk has no such operation.
+ * Return: BLK_STS_OK, BLK_STS_NOTSUPP if ublk has no such operation, or
+ *	BLK_STS_IOERR for more data than the server's buffers hold, should the
+ *	block layer fail to split a request.
  */
 blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req)
 {
@@ -83,6 +85,12 @@ blk_status_t ublk_fill_desc(struct ublk_queue *q, struct request *req)
 
 	if (op < 0)
 		return BLK_STS_NOTSUPP;
+	if (ublk_rq_has_data(req) &&
+	    blk_rq_bytes(req) > q->ub->dev_info.max_io_buf_bytes) {
+		pr_warn_ratelimited("ublkb%u: a request of %u bytes is longer than the limit\n",
+				    q->ub->dev_info.dev_id, blk_rq_bytes(req));
+		return BLK_STS_IOERR;
+	}
 	desc->op_flags = op | ublk_desc_flags(req);
 	if (op == UBLK_IO_OP_REPORT_ZONES) {
 		const struct ublk_rq *rq = blk_mq_rq_to_pdu(req);

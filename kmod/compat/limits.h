@@ -12,6 +12,15 @@
 #ifndef UBLK_COMPAT_LIMITS_H
 #define UBLK_COMPAT_LIMITS_H
 
+#include <linux/version.h>
+
+/*
+ * A bio of which not one logical block fits into a request has to be refused.
+ * Linux 6.1 splits it into nothing, and crashes; later kernels send it as one
+ * request, whatever its length. Since 7.0 at the latest it fails.
+ */
+#define UBLK_SPLITS_TO_NOTHING	(KERNEL_VERSION(7, 0, 0) > LINUX_VERSION_CODE)
+
 #if !defined(UBLK_HAVE_LIMITS_FEATURES) || !defined(UBLK_HAVE_HW_ZONE_APPEND) || \
 	!defined(UBLK_HAVE_PI_TUPLE_SIZE)
 

@@ -55,12 +55,22 @@ static void ublk_set_segments(struct request_queue *q,
 	blk_queue_dma_alignment(q, lim->dma_alignment ?: SECTOR_SIZE - 1);
 }
 
+/* The largest multiple of the logical block size that fits into a bio. */
+static unsigned int ublk_max_bio_sectors(const struct ublk_queue_limits *lim)
+{
+	return round_down(UINT_MAX, lim->logical_block_size) >> SECTOR_SHIFT;
+}
+
 static void ublk_set_discard(struct request_queue *q,
 			     const struct ublk_queue_limits *lim)
 {
+	unsigned int most;
+
 	blk_queue_max_discard_sectors(q, lim->max_hw_discard_sectors);
 	blk_queue_max_discard_segments(q, lim->max_discard_segments ?: 1);
-	blk_queue_max_write_zeroes_sectors(q, lim->max_write_zeroes_sectors);
+	/* Its length in bytes must fit into a bio, which the block layer does not check. */
+	most = min(lim->max_write_zeroes_sectors, ublk_max_bio_sectors(lim));
+	blk_queue_max_write_zeroes_sectors(q, most);
 	q->limits.discard_alignment = lim->discard_alignment;
 	if (lim->max_hw_discard_sectors)
 		q->limits.discard_granularity =

@@ -44,6 +44,9 @@ class Options:
     flags: int = 0
     depth: int = 8
     sectors: int = 1 << 16
+    # As for `Control.set_parameters`.
+    discard: tuple[int, int, int] | None = None
+    can_discard: bool = True
     hold: int = 8 * 55
     # Writes are kept, too, and not answered before `server.release_writes()`.
     hold_writes: bool = False
@@ -92,6 +95,14 @@ class Server:
             for tag in range(depth):
                 self._command(FETCH, tag, 0)
         self.ring.enter()
+
+    def resize(self, sectors: int) -> int:
+        """Change the size of the disk; the errno, or 0."""
+        try:
+            self.control.update_size(self.id, sectors)
+        except OSError as error:
+            return error.errno or -1
+        return 0
 
     def make_unreachable(self) -> None:
         """Have faults on the memory for data wait for a handler, which there is not."""
@@ -225,7 +236,7 @@ def main() -> None:
     number = control.add(options.flags, options.depth) if options.serves is None else options.serves
     print(number, flush=True)
     wait_for_node(CHAR_DEVICE.format(number))
-    control.set_parameters(number, options.sectors)
+    control.set_parameters(number, options.sectors, options.discard, can_discard=options.can_discard)
     server = Server(options, control, number)
     opener = os.getpid()
     if options.keeper and (child := os.fork()) == 0:

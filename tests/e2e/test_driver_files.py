@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,17 +33,36 @@ REAP_MS = Path("/sys/module/ublk_drv/parameters/reap_ms")
 pytestmark = pytest.mark.skipif(not driver.is_bundled(), reason="about the driver of kmod/")
 
 
+def hold_read(server: Server, aio: Aio) -> int:
+    """Have a disk of `Blocking` keep a read until `disk.gate` is set; return the descriptor that it came by."""
+    direct = os.open(server.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    aio.read(direct, GATE, 4096)
+    assert server.ask("disk.waiting.wait(10)") is True
+    return direct
+
+
+def hold_raw_read(server: RawServer, aio: Aio) -> int:
+    """Have a server keep a read until `server.release()`; return the descriptor that it came by."""
+    direct = os.open(server.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    aio.read(direct, HELD, 4096)
+    server.until_held()
+    return direct
+
+
+def close_with_dirty_page(path: str, hold: Callable[[], int]) -> None:
+    """Close a disk with a dirty page. The read that `hold` starts has the last reference to it."""
+    buffered = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    direct = hold()
+    os.pwrite(buffered, b"dirty page", 0)
+    os.close(buffered)
+    os.close(direct)
+
+
 @pytest.mark.short
 def test_a_completion_may_close_the_disk_last() -> None:
     """The last reference to a file goes with a completion, and writing back then needs the server."""
     with Server("Blocking", workers=2) as server, Aio() as aio:
-        buffered = os.open(server.path, os.O_RDWR | os.O_CLOEXEC)
-        direct = os.open(server.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        aio.read(direct, GATE, 4096)
-        assert server.ask("disk.waiting.wait(10)") is True
-        os.pwrite(buffered, b"dirty page", 0)
-        os.close(buffered)
-        os.close(direct)
+        close_with_dirty_page(server.path, lambda: hold_read(server, aio))
         server.ask("disk.gate.set()")
         assert aio.result() == 4096
         until(lambda: server.ask("bytes(disk.data[:10]).decode()") == "dirty page", "the page at the server")
@@ -56,10 +75,7 @@ def test_a_completion_may_close_beside_a_partition_scan() -> None:
         for _ in range(20):
             server.ask("disk.gate.clear()")
             server.ask("disk.waiting.clear()")
-            direct = os.open(server.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            aio.read(direct, GATE, 4096)
-            assert server.ask("disk.waiting.wait(10)") is True
-            os.close(direct)
+            os.close(hold_read(server, aio))
             tasks.start(read_partitions, server.path)
             server.ask("disk.gate.set()")
             assert aio.result() == 4096
@@ -74,13 +90,7 @@ def test_a_close_that_hangs_delays_no_other_server() -> None:
         Server("StuckWrites", workers=4, recoverable=True) as stuck,
         Aio() as aio,
     ):
-        buffered = os.open(stuck.path, os.O_RDWR | os.O_CLOEXEC)
-        direct = os.open(stuck.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        aio.read(direct, GATE, 4096)
-        assert stuck.ask("disk.waiting.wait(10)") is True
-        os.pwrite(buffered, b"dirty page", 0)
-        os.close(buffered)
-        os.close(direct)
+        close_with_dirty_page(stuck.path, lambda: hold_read(stuck, aio))
         stuck.ask("disk.gate.set()")
         assert aio.result() == 4096
         # The close waits for this write.
@@ -95,13 +105,7 @@ def test_a_close_that_hangs_delays_no_other_server() -> None:
 
 def close_with_io_in_flight(server: RawServer, aio: Aio) -> None:
     """Close a disk with a dirty page. A read that the server keeps has the last reference to it."""
-    buffered = os.open(server.node, os.O_RDWR | os.O_CLOEXEC)
-    direct = os.open(server.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-    aio.read(direct, HELD, 4096)
-    server.until_held()
-    os.pwrite(buffered, b"dirty page", 0)
-    os.close(buffered)
-    os.close(direct)
+    close_with_dirty_page(server.node, lambda: hold_raw_read(server, aio))
 
 
 @pytest.mark.io_errors
@@ -123,10 +127,7 @@ def test_a_users_disk_delays_no_other_close(for_users: None) -> None:
 def seconds_until_closed(other: Server) -> float:
     """Have a completion close a disk of `Blocking` last, and stop it; how long after the completion it was closed."""
     with Aio() as aio, raw.Control() as control:
-        direct = os.open(other.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        aio.read(direct, GATE, 4096)
-        assert other.ask("disk.waiting.wait(10)") is True
-        os.close(direct)
+        os.close(hold_read(other, aio))
         other.ask("disk.gate.set()")
         assert aio.result() == 4096
         before = time.monotonic()
@@ -154,9 +155,7 @@ def test_a_users_slow_close_never_exhausts_the_driver(for_users: None, short_rea
         udev.settle()
         with Aio() as aio:
             buffered = os.open(users.node, os.O_RDWR | os.O_CLOEXEC)
-            direct = os.open(users.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            aio.read(direct, HELD, 4096)
-            users.until_held()
+            direct = hold_raw_read(users, aio)
             # Never two of them in one request.
             for page in range(0, 4000, 2):
                 os.pwrite(buffered, b"dirty page", page * 4096)
@@ -207,10 +206,7 @@ def test_a_users_server_cannot_keep_a_clients_file_open(for_users: None) -> None
     flags = raw.UNPRIVILEGED_DEV | raw.NO_AUTO_PART_SCAN
     with HangingFile() as file, RawServer(flags=flags, uid=ALICE) as server, Aio() as aio, raw.Control() as control:
         udev.settle()
-        direct = os.open(server.node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        aio.read(direct, HELD, 4096)
-        server.until_held()
-        os.close(direct)
+        os.close(hold_raw_read(server, aio))
         server.say(f"server.release_and_hang({file.path!r})")
         assert aio.result() == 4096
         assert file.line(60) == "read"

@@ -42,6 +42,8 @@ _HEADER = struct.Struct("=IHHQQHHI")
 _INFO = struct.Struct("=HHHHIIiIQQII16s")
 # len, types, attrs, four shifts, max_sectors, chunk_sectors, dev_sectors, virt_boundary
 _PARAMS = struct.Struct("=III4BIIQQ")
+# alignment, granularity, most sectors of a discard, of write zeroes, segments, 0
+_DISCARD = struct.Struct("=IIIIHH")
 _PARAMS_BYTES = 152
 _DESCRIPTOR = struct.Struct("=IIQQ")
 
@@ -57,6 +59,7 @@ GET_DEV_INFO, GET_DEV_INFO2 = _command(0x02, 32, 2), _command(0x12, 32, 2)
 ADD_DEV, DEL_DEV, START_DEV, STOP_DEV, SET_PARAMS = (_command(number, 32) for number in range(0x04, 0x09))
 DEL_DEV_ASYNC = _command(0x14, 32, 2)
 START_USER_RECOVERY, QUIESCE_DEV, TRY_STOP_DEV = (_command(number, 32) for number in (0x10, 0x16, 0x17))
+UPDATE_SIZE = _command(0x15, 32)
 FETCH, COMMIT = _command(0x20, 16), _command(0x21, 16)
 PREPARE_BATCH, COMMIT_BATCH, FETCH_BATCH = (_command(number, 16) for number in range(0x25, 0x28))
 
@@ -257,14 +260,34 @@ class Control:
         fields = _INFO.unpack(self.command(command, device, bytes(_INFO.size), by_path=by_path))
         return {"state": fields[2], "pid": fields[6], "flags": fields[8]}
 
-    def set_parameters(self, device: int, sectors: int) -> None:
-        """SET_PARAMS of a plain disk."""
-        packed = _PARAMS.pack(_PARAMS_BYTES, 1, 0, *(9, 12, 12, 9), BUFFER_BYTES // 512, 0, sectors, 0)
+    def set_parameters(
+        self,
+        device: int,
+        sectors: int,
+        discard: tuple[int, int, int] | None = None,
+        *,
+        can_discard: bool = True,
+        longest: int = BUFFER_BYTES // 512,
+    ) -> None:
+        """SET_PARAMS of a plain disk; `discard` is the granularity and the most sectors to discard and to zero.
+
+        Without `can_discard` these are there, but not among the types of parameters. `longest` is the most sectors of a
+        request.
+        """
+        types = 1 if discard is None or not can_discard else 3
+        packed = _PARAMS.pack(_PARAMS_BYTES, types, 0, *(9, 12, 12, 9), longest, 0, sectors, 0)
+        if discard is not None:
+            granularity, most, most_zeroes = discard
+            packed += _DISCARD.pack(0, granularity, most, most_zeroes, 1, 0)
         self.command(SET_PARAMS, device, packed.ljust(_PARAMS_BYTES, b"\0"), by_path=self._of_user)
 
     def start(self, device: int, pid: int) -> None:
         """START_DEV."""
         self.command(START_DEV, device, data=pid, by_path=self._of_user)
+
+    def update_size(self, device: int, sectors: int) -> None:
+        """UPDATE_SIZE."""
+        self.command(UPDATE_SIZE, device, data=sectors, by_path=self._of_user)
 
     def delete(self, device: int, *, by_path: bool = False) -> None:
         """DEL_DEV."""
