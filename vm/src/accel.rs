@@ -15,7 +15,7 @@ use crate::cache::Cache;
 use crate::initramfs;
 use crate::kernel::Kernel;
 use crate::process::kill_group;
-use crate::qemu::{Accelerator, Machine};
+use crate::qemu::{Accelerator, Clock, Machine};
 use crate::report::note;
 
 /// A kernel under a working KVM needs one or two seconds to its first user space.
@@ -60,7 +60,7 @@ pub(crate) fn boots(cache: &Cache, kernel: &Kernel, accelerator: Accelerator, li
     let scratch = cache.temporary("probe")?;
     let initrd = scratch.path().join("initrd");
     initramfs::write(&initrd, kernel, &[("probe", TOKEN.into())])?;
-    let mut machine = Machine::new(accelerator, 1, 512, scratch.path());
+    let mut machine = Machine::new(accelerator, Clock::Host, 1, 512, scratch.path());
     machine.hush();
     machine.boot(&kernel.vmlinuz(), &initrd);
     let mut console = machine.console()?;

@@ -117,7 +117,11 @@ pub(crate) struct Run {
     /// forces emulation, at half speed.
     #[arg(long, value_name = "FILE")]
     pub(crate) count: Option<PathBuf>,
-    /// Host file for a profile of the guest's programs between marks 1 and 2: the address of each block of
+    /// Let the guest's clock advance by 8 ns per instruction, and run its CPUs in turns: a busy host then changes neither
+    /// times nor counts. With --count.
+    #[arg(long, requires = "count")]
+    pub(crate) icount: bool,
+    /// Host file for a profile of the guest's programs between two marks: the address of each block of
     /// instructions and how many were executed there. With --count.
     #[arg(long, value_name = "FILE", requires = "count")]
     pub(crate) profile: Option<PathBuf>,

@@ -32,6 +32,16 @@ impl Accelerator {
     }
 }
 
+/// What the guest's time depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Clock {
+    /// The host's time.
+    Host,
+    /// The number of instructions executed so far, on all CPUs in turns: a busy host changes nothing in the guest. Only
+    /// with emulation.
+    Instructions,
+}
+
 /// A machine before it is started.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -43,19 +53,27 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// A machine without any device.
-    pub(crate) fn new(accelerator: Accelerator, cpus: u32, memory_mib: u64, scratch: &Path) -> Self {
+    pub(crate) fn new(accelerator: Accelerator, clock: Clock, cpus: u32, memory_mib: u64, scratch: &Path) -> Self {
         // setpriv: QEMU dies with this program, even if that is killed without a chance to act.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
         command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
         command.args(["-display", "none", "-name", "ublk-vm", "-machine", "q35"]);
-        match accelerator {
-            Accelerator::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
+        match (accelerator, clock) {
+            (Accelerator::Kvm, _) => command.args(["-accel", "kvm"]),
+            (Accelerator::Tcg, Clock::Host) => command.args(["-accel", "tcg,thread=multi"]),
+            // 8 ns per instruction; a machine that is idle skips to its next timer.
+            (Accelerator::Tcg, Clock::Instructions) => {
+                command.args(["-accel", "tcg,thread=single", "-icount", "shift=3,sleep=off"])
+            }
+        };
+        command.arg("-cpu").arg(match accelerator {
+            Accelerator::Kvm => "host",
             // Without ERMS: the kernel would copy with an instruction that the translator
             // executes byte by byte. Without five-level page tables: fewer levels to walk, and KASAN
             // has been seen to take all memory for wild while the kernel patches itself.
-            Accelerator::Tcg => command.args(["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-la57"]),
-        };
+            Accelerator::Tcg => "max,-erms,-la57",
+        });
         command
             .args(["-smp", &cpus.to_string()])
             .args(["-m", &format!("{memory_mib}M")])

@@ -20,7 +20,7 @@ use crate::cli::Run;
 use crate::counter::Counter;
 use crate::kernel::Kernel;
 use crate::process::{kill_group, run_quietly};
-use crate::qemu::{Accelerator, Machine};
+use crate::qemu::{Accelerator, Clock, Machine};
 use crate::report::note;
 use crate::{accel, console, host, initramfs, payload, repository, rootfs, terminal};
 
@@ -92,6 +92,7 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
         Some(accelerator) => accelerator,
         None => accel::choose(cache, &kernel)?,
     };
+    let clock = if options.icount { Clock::Instructions } else { Clock::Host };
     let memory = options.memory.unwrap_or(if kernel.debug { DEBUG_MEMORY } else { MEMORY });
     check_host_memory(memory);
     let scratch = cache.temporary("run")?;
@@ -107,7 +108,7 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     ));
     let mut tries = if accelerator == Accelerator::Tcg && !options.shell { BOOT_TRIES } else { 1 };
     loop {
-        let mut machine = Machine::new(accelerator, options.cpus, memory, scratch.path());
+        let mut machine = Machine::new(accelerator, clock, options.cpus, memory, scratch.path());
         if options.nodes > 1 {
             machine.nodes(options.nodes, options.cpus, memory);
         }

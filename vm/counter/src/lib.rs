@@ -3,12 +3,12 @@
 //! A plugin for QEMU's translator (its plugin interface version 1: QEMU 4.2 to 8.2): counts the instructions that a guest
 //! executes, kernel and user apart, over all CPUs.
 //!
-//! A guest makes a mark by a no-operation that nobody else executes: `nop DWORD PTR [rax + 0x75626c00 + N]`, the bytes `0f 1f
+//! A guest makes a mark by a no-operation that no other program executes: `nop DWORD PTR [rax + 0x75626c00 + N]`, the bytes `0f 1f
 //! 80`, N, `6c 62 75`. For each one a line goes to the file that the option `out` names: N, and the instructions of kernel and
 //! user so far.
 //!
-//! With the option `profile` each block is counted apart, between a mark with the number 1 and one with the number 2, and the
-//! file that it names gets a line for each at the end: its address, the instructions of its runs, and how many runs they were.
+//! With the option `profile` each block is counted apart, between each mark with the number 0 and the next, and the file that it
+//! names gets a line for each at the end: its address, the instructions of its runs, and how many runs they were.
 //!
 //! Instructions are counted by blocks when they begin; one that is left by an exception counts whole. Whether a block is the
 //! kernel's is told by its address: x86-64 kernels have the upper half.
@@ -85,9 +85,8 @@ struct Profiled {
 /// Where the profile goes, if one is wanted, and every block so far; they are never freed.
 static PROFILE: Mutex<Option<(File, Vec<&'static Profiled>)>> = Mutex::new(None);
 static PROFILING: AtomicBool = AtomicBool::new(false);
-/// Marks that begin and end the profile.
-const BEGIN: usize = 1;
-const END: usize = 2;
+/// The mark that begins and ends a window of the profile.
+const WINDOW: usize = 0;
 
 /// Where the upper half of the address space begins.
 const KERNEL: u64 = 1 << 63;
@@ -206,10 +205,8 @@ extern "C" fn finished(_id: PluginId, _data: *mut c_void) {
 
 extern "C" fn marked(_cpu: c_uint, number: *mut c_void) {
     let sum = |which: usize| COUNTERS.iter().map(|counters| counters.0[which].load(Ordering::Relaxed)).sum::<u64>();
-    match number.addr() {
-        BEGIN => PROFILING.store(true, Ordering::Relaxed),
-        END => PROFILING.store(false, Ordering::Relaxed),
-        _ => {}
+    if number.addr() == WINDOW {
+        PROFILING.fetch_not(Ordering::Relaxed);
     }
     let line = format!("{} {} {}\n", number.addr(), sum(0), sum(1));
     if let Some(out) = &mut *OUT.lock().unwrap_or_else(PoisonError::into_inner)
