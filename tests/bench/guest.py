@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Measures all peers in the guest, one after the other and job by job, once per round.
 
-Each measurement is a window of some seconds in the middle of a run of fio. With `--count` its ends are marked for the
-plugin that counts instructions (vm/counter); without it, fio's rates and latencies are measured.
+With `--count`, instructions are counted in windows of a fixed number of requests (counting.py). Without it, rates and
+latencies are measured in a window of some seconds in the middle of a run of fio.
 """
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import json
 import mmap
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import many
+from counting import Failed, Marks, count
 
 HERE = Path(__file__).resolve().parent
 SIZE = 256 << 20
@@ -36,6 +36,7 @@ JOBS = {
     "read-128k-qd32": {"rw": "read", "bs": "128k", "iodepth": 32},
     "write-128k-qd32": {"rw": "write", "bs": "128k", "iodepth": 32},
 }
+USE_UBLK = ("ublk-", "python-", "kublk-", "rublk-")
 QUICK = ["randread-4k-qd1", "randread-4k-qd32", "randwrite-4k-qd32", "read-128k-qd32"]
 # For handlers that sleep, only the number that overlap is measured.
 SLEEPING = {"randread-4k-qd64": {"rw": "randread", "bs": "4k", "iodepth": 64}}
@@ -53,38 +54,6 @@ def prepare():
         for _ in range(SIZE >> 20):
             file.write(bytes(1 << 20))
         os.fsync(file.fileno())
-
-
-class Marks:
-    """Marks for the plugin: instructions without an effect.
-
-    `window` is the number of the last window between two marks. Results have the number of theirs, because not every
-    window has a result.
-    """
-
-    def __init__(self, number=0):
-        self.window = -1
-        self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        # nop [rax + 0x75626c00 + number], ret
-        self._page[:8] = bytes.fromhex(f"0f1f80{number:02x}6c6275c3")
-        self._function = ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(self._page)))
-
-    def make(self):
-        self._function()
-
-    @contextlib.contextmanager
-    def around(self):
-        """One window. The second mark is always made, so that the next window is not taken for the end of this one."""
-        self.window += 1
-        self.make()
-        try:
-            yield
-        finally:
-            self.make()
-
-
-class Failed(Exception):
-    """A window without a result; the text is the reason."""
 
 
 class Absent(Exception):
@@ -135,11 +104,6 @@ def fill(path):
         os.close(disk)
 
 
-def counts_idleness(options, queues, marks):
-    """Whether instructions of idle CPUs would be counted; then the job runs on one CPU, which is never idle."""
-    return marks is not None and queues == 1 and options["iodepth"] == 1
-
-
 def requests_of(process, size):
     """The number of requests of a size that a process has sent to disks. Not every disk counts its requests."""
     fields = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
@@ -180,19 +144,6 @@ class Work:
         then, before = self._before
         own, kernel = (sum(now[side] - before.get(pid, (0, 0))[side] for pid, now in others.items()) for side in (0, 1))
         return client - then, own + kernel, own
-
-
-@contextlib.contextmanager
-def one_cpu():
-    """Take all CPUs but the first offline."""
-    others = [path / "online" for path in sorted(Path("/sys/devices/system/cpu").glob("cpu[1-9]*"))]
-    try:
-        for other in others:
-            other.write_text("0")
-        yield
-    finally:
-        for other in others:
-            other.write_text("1")
 
 
 def measure(clients, options, seconds, marks):
@@ -248,7 +199,7 @@ def measure(clients, options, seconds, marks):
     }
     client, server, own = (seconds / requests * 1e6 for seconds in work)
     rates = {"iops": requests / lasted, "client_us": client, "server_us": server, "server_user_us": own}
-    window = {} if marks is None else {"window": marks.window}
+    window = {} if marks is None else {"attempt": marks.attempt}
     return {"requests": requests, "seconds": lasted, **window, **rates, **latencies, "fio": job}
 
 
@@ -286,6 +237,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--peers", nargs="*")
     parser.add_argument("--jobs", nargs="*", choices=JOBS)
+    parser.add_argument("--ublk-only", action="store_true", help="measure only peers that use ublk")
     parser.add_argument("--many", action="store_true", help="measure many devices at a time and nothing else")
     options = parser.parse_args()
     os.environ["PATH"] += f":{HERE.parent.parent / 'extra'}"
@@ -295,6 +247,8 @@ def main():
     # For handlers that sleep, only rates are measured.
     known = (path.name for path in (HERE / "peers").iterdir() if not (options.count and "sleeping" in path.name))
     peers = options.peers or sorted(known)
+    if options.ublk_only:
+        peers = [peer for peer in peers if peer.startswith(USE_UBLK)]
     peers = [] if options.many else peers
     results = Results(Path("/results/bench.json"))
     for turn in range(options.rounds):
@@ -302,7 +256,7 @@ def main():
             for peer in peers:
                 if peer not in results.absent:
                     measure_peer(peer, queues, turn, jobs, options.seconds, marks, results)
-    if not options.peers:
+    if not options.peers and not options.ublk_only:
         counts = many.QUICK if options.quick else many.COUNTS
         work = functools.partial(measure, seconds=options.seconds, marks=marks)
         many.measure(counts, work, marks is None, results)
@@ -314,17 +268,18 @@ def measure_peer(peer, queues, turn, jobs, seconds, marks, results):
     name = f"{peer} q{queues} round {turn}"
     try:
         with served(peer, queues) as path:
-            # Jobs on one CPU come last: a thread that was pinned to another CPU does not return to it.
-            todo = (SLEEPING if "sleeping" in peer else jobs).items()
-            for job, how in sorted(todo, key=lambda item: counts_idleness(item[1], queues, marks)):
+            for job, how in (SLEEPING if "sleeping" in peer else jobs).items():
                 try:
-                    with one_cpu() if counts_idleness(how, queues, marks) else contextlib.nullcontext():
-                        result = measure([path] * queues, how, seconds, marks)
+                    if marks is not None:
+                        result = count(path, job, how, marks)
+                    else:
+                        result = measure([path] * queues, how, seconds, None)
                 except (Failed, OSError, ValueError, KeyError, subprocess.SubprocessError) as why:
                     results.fail(f"{name} {job}", why)
                     continue
                 results.add("results", {"round": turn, "peer": peer, "queues": queues, "job": job, **result})
-                print(f"{peer} {job} q{queues}: {result['iops']:.0f}/s", file=sys.stderr, flush=True)
+                done = f"{result['iops']:.0f}/s" if "iops" in result else "counted"
+                print(f"{peer} {job} q{queues}: {done}", file=sys.stderr, flush=True)
     except Absent as why:
         results.leave_out(peer, why)
     except (OSError, subprocess.SubprocessError) as why:

@@ -59,14 +59,14 @@ ublk() {
 	command ublk del -n "${path#/dev/ublkb}"
 }
 
-# nbd PLUGIN ARGUMENT...
+# nbd PLUGIN ARGUMENT..., with $THREADS threads
 nbd() {
 	need nbdkit
 	need nbd-client
 	need_module nbd nbds_max=1
 	socket=/tmp/nbdkit.socket
 	rm -f $socket
-	nbdkit --exit-with-parent --foreground --unix $socket --threads 16 "$@" &
+	nbdkit --exit-with-parent --foreground --unix $socket --threads "${THREADS:-16}" "$@" &
 	server=$!
 	tries=0
 	until [ -S $socket ] || [ $tries = 100 ]; do

@@ -6,7 +6,6 @@ tests/bench/profile.py show DIR [LINES]           on the host: DIR as tests/benc
 """
 
 import bisect
-import contextlib
 import json
 import os
 import re
@@ -18,34 +17,37 @@ from pathlib import Path
 
 
 def guest(peer, job, queues):
-    """Serve a peer and keep its disk busy between two marks."""
+    """Serve a peer, and profile one window of a job."""
+    import counting
     import guest as bench
 
     os.environ["PATH"] += f":{bench.HERE.parent.parent / 'extra'}"
     bench.prepare()
-    begin, end = bench.Marks(1), bench.Marks(2)
     how = (bench.JOBS | bench.SLEEPING)[job]
-    alone = bench.counts_idleness(how, int(queues), begin)
-    with bench.served(peer, int(queues)) as path, bench.one_cpu() if alone else contextlib.nullcontext():
-        argv = ["fio", "--name=job", f"--filename={path}", "--ioengine=io_uring", "--direct=1", "--allow_file_create=0"]
-        argv += ["--time_based=1", "--runtime=60", "--gtod_reduce=1", "--thread=1", f"--numjobs={queues}"]
-        fio = subprocess.Popen(
-            [*argv, *(f"--{name}={value}" for name, value in how.items())], stdout=subprocess.DEVNULL
-        )
-        time.sleep(6)
-        size = int(how["bs"][:-1]) << 10
-        requests = bench.requests_of(fio, size)
-        begin.make()
-        time.sleep(3)
-        end.make()
-        requests = bench.requests_of(fio, size) - requests
+    with bench.served(peer, int(queues)) as path:
+        requests = counting.requests_of_window(how)
+        argv = [
+            "ublk",
+            "bench",
+            "--marks",
+            "--job",
+            job,
+            "--requests",
+            str(requests),
+            "--windows",
+            "1",
+            "--write",
+        ]
+        client = subprocess.Popen([*argv, path], stdout=subprocess.DEVNULL)
+        # It has begun with its requests, or will have mapped its program at least.
+        time.sleep(0.2)
         maps = {}
         for process in Path("/proc").iterdir():
             if process.name.isdigit() and process.name != str(os.getpid()):
                 lines = (process / "maps").read_text().splitlines()
                 maps[(process / "comm").read_text().strip() + " " + process.name] = [x for x in lines if " r-xp " in x]
-        fio.kill()
-        fio.wait()
+        if client.wait():
+            sys.exit(f"the client ended with status {client.returncode}")
     lines = [line.split() for line in Path("/proc/kallsyms").read_text().splitlines()]
     kernel = sorted((address, name) for address, kind, name, *_ in lines if kind in "tTwW")
     Path("/results/profile.json").write_text(json.dumps({"requests": requests, "maps": maps, "kernel": kernel}))

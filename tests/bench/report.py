@@ -3,8 +3,9 @@
 
     tests/bench/report.py DIR [--compare OLD.json]
 
-DIR contains what tests/bench/run left: `rate/bench.json`, `count/bench.json` with the counter's `marks`, or one of
-them.
+DIR contains what tests/bench/run left: some of `rate/bench.json`, `count/bench.json` and `count-bundled/bench.json`,
+and for the latter two the counter's `count.marks` and `count-bundled.marks`. Peers that were counted on the bundled
+driver are called `PEER@bundled`.
 """
 
 import argparse
@@ -14,22 +15,16 @@ import statistics
 from pathlib import Path
 
 import goals
+from counting import windows
 
 # The peer that others are compared with.
 REFERENCE = "kublk-null"
 
 
-def windows(marks):
-    """Instructions between each mark and the next, of kernel and user."""
-    lines = [[int(word) for word in line.split()[1:]] for line in marks.read_text().splitlines()]
-    # The last window of a machine that was stopped may have no end.
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(lines[::2], lines[1::2], strict=False)]
-
-
 def collect(directory):
     """Median figures of each peer, number of queues and job, over the rounds."""
     conditions, absent, failed, together, found = {}, {}, {}, {}, {}
-    for kind in ("count", "rate"):
+    for kind in ("count", "count-bundled", "rate"):
         path = directory / kind / "bench.json"
         if not path.exists():
             continue
@@ -37,20 +32,21 @@ def collect(directory):
         conditions[kind] = document["conditions"]
         absent |= document["absent"]
         failed |= {f"{kind}: {name}": why for name, why in document["failed"].items()}
-        counted = windows(directory / "marks") if kind == "count" else []
+        counted = [] if kind == "rate" else windows(directory / f"{kind}.marks")
+        driver = "@bundled" if kind == "count-bundled" else ""
         for result in document["results"]:
-            figures = found.setdefault((result["peer"], result["queues"], result["job"]), {})
-            if kind == "count":
-                kernel, user = counted[result["window"]]
-                figures.setdefault("kernel", []).append(kernel / result["requests"])
-                figures.setdefault("user", []).append(user / result["requests"])
+            figures = found.setdefault((result["peer"] + driver, result["queues"], result["job"]), {})
+            if kind != "rate":
+                for kernel, user in counted[result["attempt"]]:
+                    figures.setdefault("kernel", []).append(kernel / result["requests"])
+                    figures.setdefault("user", []).append(user / result["requests"])
             else:
                 for name in ("iops", "p50_us", "p99_us", "client_us", "server_us", "server_user_us"):
                     if name in result:
                         figures.setdefault(name, []).append(result[name])
         for row in document["many"]:
-            if kind == "count":
-                of_window = zip(("kernel", "user"), counted[row["window"]], strict=True)
+            if kind != "rate":
+                of_window = zip(("kernel", "user"), counted[row["attempt"]][0], strict=True)
                 row |= {name: count / row["requests"] for name, count in of_window}
                 # The other figures of a counted window are distorted by the counting.
                 row = {name: row[name] for name in ("peer", "count", "kernel", "user")}
@@ -60,7 +56,7 @@ def collect(directory):
     results = [
         {"peer": peer, "queues": queues, "job": job}
         | {name: statistics.median(values) for name, values in figures.items()}
-        | {"rounds": max(map(len, figures.values()))}
+        | _spread(figures)
         for (peer, queues, job), figures in found.items()
     ]
     return {
@@ -70,6 +66,15 @@ def collect(directory):
         "failed": failed,
         "many": list(together.values()),
     }
+
+
+def _spread(figures):
+    """The number of measurements, and by how much their instruction counts differ, as a share of the median."""
+    found = {"rounds": max(map(len, figures.values()))}
+    if "kernel" in figures:
+        totals = [kernel + user for kernel, user in zip(figures["kernel"], figures["user"], strict=True)]
+        found["spread"] = (max(totals) - min(totals)) / statistics.median(totals)
+    return found
 
 
 def _rounded(value):
