@@ -9,6 +9,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent / "e2e"))
 
 from support.blockio import Disk
+from support.waiting import until
 from tools.history import Extent, History
 from tools.load import Client
 
@@ -63,3 +64,21 @@ def test_an_error_leaves_it_open_whether_writes_before_were_carried_out(disk, mo
     client.run()
     client._synced(began=1)
     assert extent.acked() == 0
+
+
+def test_a_client_that_has_rested_begins_with_a_sync(disk, monkeypatch):
+    extent = Extent(8, 4)
+    client = client_of(extent)
+    client._path = disk.path
+    # Without the rest it writes.
+    monkeypatch.setattr(client._dice, "random", lambda: 0.6)
+    client.rest()
+    client.start()
+    until(lambda: client.resting, "the client rests")
+    assert client.counts.all() == 0
+    client.resume()
+    until(lambda: client.counts.writes, "a write")
+    client.stop()
+    client.join()
+    assert client.counts.flushes == 1
+    assert extent.writes[0].began >= client._history.moments()[0]

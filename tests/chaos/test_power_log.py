@@ -6,7 +6,7 @@ import random
 import pytest
 from tools import content
 from tools.history import EARLY, FOREIGN, LOST, Extent, History, Write
-from tools.power_log import MODES, Entry, PowerLog
+from tools.power_log import MODES, NOTHING, Entry, PowerLog
 
 RUN = 7
 
@@ -111,3 +111,22 @@ def test_a_failed_write_may_or_may_not_be_there():
     extent = record.extents[0]
     assert not record.check_live(extent, content.sector(RUN, 8, 1))
     assert not record.check_live(extent, content.sector(RUN, 8, 2))
+
+
+def test_cuts_at_every_acknowledgement_see_what_a_later_flush_hides():
+    # The first flush does not reach the disk; after the second all is there.
+    record = history(Write(1, 10, 20))
+    record.flushed(30, 40)
+    record.flushed(50, 60)
+    log = PowerLog(bytes(1 << 16), [entry(12, 18, 1), Entry(52, 58)])
+    found = [record.check_new(cut, log.cut(cut, random.Random(1), NOTHING).read) for cut in record.moments()]
+    assert [{wrong.kind for wrong in wrongs} for wrongs in found] == [{LOST}, set()]
+
+
+def test_cuts_at_every_acknowledgement_accept_what_each_made_durable():
+    record = history(Write(1, 10, 20), Write(2, 42, 46, durable=True))
+    record.flushed(30, 40)
+    log = PowerLog(bytes(1 << 16), [entry(12, 18, 1), Entry(32, 38), entry(43, 44, 2), Entry(44, 45)])
+    found = [record.check_new(cut, log.cut(cut, random.Random(1), NOTHING).read) for cut in record.moments()]
+    assert found == [[], []]
+    assert record.extents[0].checked == 2

@@ -103,13 +103,13 @@ class ForgetsAtRecovery(Straight):
 
 
 class WritesLate(Straight):
-    """Planted fault: every eighth write is acknowledged at once and carried out a moment later."""
+    """Planted fault: every fourth write is acknowledged at once and carried out a moment later."""
 
     count = 0
 
     def write(self, offset, buf):
         self.count += 1
-        if self.count % 8:
+        if self.count % 4:
             return super().write(offset, buf)
         data = bytes(buf)
         threading.Thread(target=lambda: (time.sleep(0.02), os.pwrite(self.file, data, offset))).start()

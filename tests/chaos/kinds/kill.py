@@ -29,6 +29,8 @@ from tools.store import Store
 SIZE = 16 << 20
 CLIENTS = 4
 DEATHS = 5
+# Seconds to wait for a write, however slow the store is.
+LONGEST = 10.0
 NUISANCE = Path(__file__).resolve().parent.parent / "tools/nuisance.py"
 DISKS = ("file-direct", "file-buffered", "python", "python-mapped", "python-coroutines")
 
@@ -121,7 +123,7 @@ class Session:
         return rig.add(self._kind, store.path, self._dice, queues=self._queues, recovery=recovery)
 
     def _die(self, store: Store, upper: rig.Upper, clients: list[Client]) -> rig.Upper:
-        time.sleep(self._dice.random() * self._dice.choice((0.05, 0.5, 2)))
+        self._let_work(clients)
         began = time.monotonic_ns()
         upper.kill()
         if self._mode == "none":
@@ -140,6 +142,15 @@ class Session:
                 raise Stuck(f"{self}: a client does not get on after a death", rig.blocked_stacks()) from None
         self._findings.count(deaths=1)
         return upper
+
+    def _let_work(self, clients: list[Client]) -> None:
+        """Waits until the server is to die: some time, or until a write has just been acknowledged."""
+        time.sleep(self._dice.random() * self._dice.choice((0.05, 0.5, 2)))
+        if self._dice.random() < 0.5:
+            before = sum(client.counts.writes for client in clients)
+            deadline = time.monotonic() + LONGEST
+            while sum(client.counts.writes for client in clients) == before and time.monotonic() < deadline:
+                time.sleep(0.0005)
 
     def _replace(self, store: Store, upper: rig.Upper) -> rig.Upper:
         """Makes another disk in place of one that ended with its server."""

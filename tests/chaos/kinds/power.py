@@ -2,10 +2,11 @@
 """Power cuts: what a flush or a durable write acknowledged must be on the store, whatever else is lost.
 
 A disk of ours stands on a store with a volatile cache that keeps a log (`lower.py`). Clients on every queue write,
-flush and write with FUA; in some recordings servers are killed and replaced meanwhile. Then the power is cut at many
-places of the log, mostly at the moment of an acknowledgement: each is a round. Where the disk is the store, sector by
-sector, its content after the cut is looked at directly; where there is a file system between, it is mounted and the
-disk is served again.
+flush and write with FUA; in some recordings servers are killed and replaced meanwhile, under load or while there is
+nothing to do. Then the power is cut at many places of the log, mostly at the moment of an acknowledgement: each is a
+round. Where the disk is the store, sector by sector, its content after the cut is looked at directly, and also after
+each acknowledgement, for what that made durable, with all lost that was in the store's cache. Where there is a file
+system between, it is mounted and the disk is served again.
 """
 
 import random
@@ -16,11 +17,12 @@ from pathlib import Path
 from support.blockio import Disk
 from support.command import run
 from support.features import has
+from support.waiting import until
 from tools import rig
 from tools.findings import Findings, Stuck
 from tools.history import Extent, History, Wrong
 from tools.load import Client, ZoneClient, lay_out, lay_out_zones
-from tools.power_log import MODES, PowerLog
+from tools.power_log import MODES, NOTHING, PowerLog
 from tools.store import Store
 
 SIZE = 24 << 20
@@ -105,11 +107,8 @@ class Recording:
                 client.start()
             for _ in range(1 if self.change == "none" else 3):
                 self._let_work(clients, self._dice.randrange(50, 200))
-                if self.change == "kill":
-                    upper.kill()
-                    upper.recover()
-                elif self.change == "upgrade":
-                    upper.upgrade()
+                if self.change != "none":
+                    self._change_server(upper, clients)
             self._stop(clients)
             # What follows is not of the recording: regular ends flush.
             log = store.take_log()
@@ -125,6 +124,21 @@ class Recording:
         parts = lay_out(self._dice, size, CLIENTS, self._block(upper.path))
         self.history = History(self._number + 1, [extent for part in parts for extent in part])
         return [self._client(upper, part, index, recovery) for index, part in enumerate(parts)]
+
+    def _change_server(self, upper: rig.Upper, clients: list[Client]) -> None:
+        # The next server's first request is then a flush of what its predecessor wrote.
+        resting = clients if self._dice.random() < 0.5 else []
+        for client in resting:
+            client.rest()
+        for client in resting:
+            until(lambda client=client: client.resting, "a client rests", rig.NOTICE)
+        if self.change == "kill":
+            upper.kill()
+            upper.recover()
+        else:
+            upper.upgrade()
+        for client in resting:
+            client.resume()
 
     def _zone_clients(self, upper: rig.Upper) -> list[Client]:
         parts = lay_out_zones(rig.ZONED_SIZE, rig.ZONE, 32768, CLIENTS)
@@ -199,16 +213,22 @@ class Recording:
             self._dice.choice(moments) if self._dice.random() < 0.75 else self._dice.randint(first, last)
             for _ in range(self._cuts)
         ]
-        for index, cut in enumerate(sorted(times)):
-            self._findings.round = self._first + index
-            mode = self._dice.choice(MODES)
-            image = log.cut(cut, self._dice, mode)
+        acknowledgements = [] if self._kind.mounted else moments
+        cuts = sorted([(time, "") for time in acknowledgements] + [(time, self._dice.choice(MODES)) for time in times])
+        made = 0
+        for cut, mode in cuts:
+            image = log.cut(cut, self._dice, mode or NOTHING)
+            if not mode:
+                self._report(self.history.check_new(cut, image.read), "after a power cut")
+                continue
+            self._findings.round = self._first + made
+            made += 1
             if self._kind.mounted:
                 image.write_to("/tmp/cut.img")
                 self._look_through_disk(cut)
             else:
                 self._report(self.history.check_all(cut, image.read), "after a power cut")
-            self._findings.count(cuts=1)
+        self._findings.count(cuts=made, acknowledgements=len(acknowledgements))
         self._findings.say(f"{self}: {self._cuts} cuts, findings so far: {sum(self._findings.counts.values())}")
 
     def _look_through_disk(self, cut: int) -> None:

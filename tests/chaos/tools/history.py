@@ -38,6 +38,8 @@ class Extent:
     first: int
     count: int
     writes: list[Write] = field(default_factory=list)
+    # The durable version that `History.check_new` has looked at last.
+    checked: int = 0
 
     @property
     def offset(self) -> int:
@@ -157,3 +159,13 @@ class History:
         return [
             wrong for extent in self.extents for wrong in self.check(extent, cut, read(extent.offset, extent.length))
         ]
+
+    def check_new(self, cut: int, read: Callable[[int, int], bytes]) -> list[Wrong]:
+        """What is wrong after a cut with extents of which newer versions are durable than at the cut before."""
+        wrong = []
+        for extent in self.extents:
+            least, possible = self.possible(extent, cut)
+            if least > extent.checked:
+                extent.checked = least
+                wrong += self._compare(extent, read(extent.offset, extent.length), least, possible)
+        return wrong

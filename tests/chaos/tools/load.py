@@ -92,6 +92,10 @@ class Client(threading.Thread):
         # Writes to the page cache of which a failure is reported by this client's next sync, to this client only.
         self._unsure: list[Write] | None = [] if pages_may_be_lost and not direct else None
         self._over = threading.Event()
+        self._may_work = threading.Event()
+        self._may_work.set()
+        self._sync_next = False
+        self.resting = False
         self._memory = mmap.mmap(-1, 1 << 20)
         self.counts = Counts()
         self.wrong: list[Wrong] = []
@@ -100,6 +104,22 @@ class Client(threading.Thread):
 
     def stop(self) -> None:
         self._over.set()
+        self._may_work.set()
+
+    def rest(self) -> None:
+        """Have no request under way from some moment on (`resting`), until `resume`."""
+        self._may_work.clear()
+
+    def resume(self) -> None:
+        """Go on with a sync: what was acknowledged before the rest may not be durable yet."""
+        self._sync_next = True
+        self._may_work.set()
+
+    def _wait_for_work(self) -> None:
+        if not self._may_work.is_set():
+            self.resting = True
+            self._may_work.wait()
+            self.resting = False
 
     def run(self) -> None:
         os.sched_setaffinity(threading.get_native_id(), {self._cpu % (os.cpu_count() or 1)})
@@ -107,6 +127,7 @@ class Client(threading.Thread):
             try:
                 with Disk(self._path, direct=self._direct) as disk:
                     while not self._over.is_set():
+                        self._wait_for_work()
                         self._step(disk)
                         self.last = time.monotonic()
             except OSError as error:
@@ -120,7 +141,8 @@ class Client(threading.Thread):
     def _step(self, disk: Disk) -> None:
         what = self._dice.random()
         extent = self._dice.choice(self._part)
-        if what < 0.2:
+        if what < 0.2 or self._sync_next:
+            self._sync_next = False
             began = time.monotonic_ns()
             disk.sync()
             self._synced(began)

@@ -13,7 +13,8 @@ SECTOR = 512
 
 # What becomes of writes that are in the cache: all of them vanish, all survive, whole ones by chance, single sectors by
 # chance, or the newest survive while older ones vanish.
-MODES = ("nothing", "everything", "some", "torn", "newest")
+NOTHING = "nothing"
+MODES = (NOTHING, "everything", "some", "torn", "newest")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class PowerLog:
         changed: dict[int, bytes] = {}
         first = dice.randrange(len(cached) + 1) if mode == "newest" else 0
         for index, entry in enumerate(cached):
-            if mode == "nothing" or (mode == "newest" and index < first) or (mode == "some" and dice.random() < 0.5):
+            if mode == NOTHING or (mode == "newest" and index < first) or (mode == "some" and dice.random() < 0.5):
                 continue
             for start in range(0, len(entry.data), SECTOR):
                 if mode != "torn" or dice.random() < 0.5:
