@@ -22,7 +22,8 @@
 //! The [guide] continues from here, with examples.
 //!
 //! The command ([`cli`]) uses the built-in [`targets`]. They implement [`Target`] and are served by a [`Server`], which uses
-//! the engine, and through it the [`driver`].
+//! the engine. With the feature `fake`, [`fake`] has a stand-in for the kernel's driver, for tests in milliseconds and without
+//! privileges.
 
 mod block_device;
 #[cfg(feature = "cli")]
@@ -30,11 +31,12 @@ pub mod cli;
 pub mod control;
 mod data;
 mod device;
-pub mod driver;
+mod driver;
 mod engine;
 mod errno;
 mod error;
 pub mod extents;
+mod file_system;
 #[cfg(any(feature = "fake", all(doc, not(doctest))))]
 #[doc = include_str!("guide.md")]
 pub mod guide {}
@@ -55,6 +57,8 @@ mod seccomp;
 mod stats;
 mod target;
 pub mod targets;
+#[cfg(test)]
+mod test_support;
 mod uapi;
 mod units;
 
@@ -62,6 +66,8 @@ pub use block_device::BlockDevice;
 pub use data::shared::SharedMemory;
 pub use data::{Access, DataMovement};
 pub use device::{Device, Ending, MAX_COALESCING, Server};
+#[cfg(feature = "fake")]
+pub use driver::fake;
 pub use engine::{Spawn, StdSpawn};
 pub use errno::Errno;
 pub use error::{Error, Parameter, Result};

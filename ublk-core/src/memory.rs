@@ -128,8 +128,8 @@ impl SharedBytes {
         Some(unsafe { AtomicU32::from_ptr(region.address().cast()) })
     }
 
-    /// The bytes. Whoever shares them must not write them while the slice is used: the caller looks
-    /// before the child runs, and after it said that it is done.
+    /// Returns the bytes. No process may write them while the slice is used: the caller reads them before the child runs, and
+    /// after the child has reported that it has finished.
     pub(crate) fn bytes(&self) -> &[u8] {
         match &self.region {
             None => &[],
@@ -178,7 +178,7 @@ impl IoBuffer {
         self.len
     }
 
-    /// Whether the capacity is zero.
+    /// Returns whether the capacity is zero.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -189,7 +189,7 @@ impl IoBuffer {
         self.region.advise(self.offset, self.len.next_multiple_of(PAGE_SIZE), MmapAdvise::MADV_DONTNEED);
     }
 
-    /// The same for many buffers: those that lie side by side take one system call, of which each interrupts all
+    /// Gives back many buffers: adjacent ones take one system call, each of which interrupts all
     /// CPUs that run this process.
     pub(crate) fn give_back_all<'b>(buffers: impl Iterator<Item = &'b IoBuffer>) {
         let mut run: Option<(&Region, usize, usize)> = None;
@@ -242,7 +242,7 @@ impl IoBuffer {
     /// # Safety
     ///
     /// Invariant 3 for this buffer. `from` may have other readers or writers (it was handed out): its
-    /// bytes are then whatever they were at some moment of the copy.
+    /// bytes are then those of some moment during the copy.
     pub(crate) unsafe fn copy_from(&self, from: &IoBuffer, len: usize) {
         assert!(len <= self.len && len <= from.len);
         // SAFETY: (2) both ranges are mapped and disjoint; the assertion bounds them.
@@ -267,7 +267,7 @@ impl Drop for IoBuffer {
     }
 }
 
-/// What the driver says about one request; an owned copy.
+/// Descriptor of one request by the driver; an owned copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Descriptor {
     /// Operation in bits 0 to 7, `UBLK_IO_F_*` flags above.
@@ -291,7 +291,7 @@ impl DescriptorMap {
     /// Bytes of one descriptor.
     pub(crate) const STRIDE: usize = size_of::<ublksrv_io_desc>();
     /// Distance between the queues' arrays in the char device's offsets: always that of the largest
-    /// depth, whatever the device's depth is (uapi 3.7).
+    /// depth, independently of the device's depth (uapi 3.7).
     const QUEUE_STRIDE: u64 = (4096 * Self::STRIDE as u64).next_multiple_of(PAGE_SIZE as u64);
 
     /// Bytes that the array of a queue takes; the driver wants exactly this length.

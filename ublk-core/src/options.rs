@@ -9,7 +9,7 @@ use crate::error::{Error, Parameter, Result};
 use crate::uapi::{Features, UBLK_MAX_NR_QUEUES, UBLK_MAX_QUEUE_DEPTH};
 use crate::units::DeviceId;
 
-/// How a device is created.
+/// Options for the creation of a device.
 ///
 /// ```
 /// use ublk_core::{DeviceOptions, Recovery};
@@ -32,8 +32,8 @@ pub struct DeviceOptions {
     /// was asked to leave, instead of holding them, and refuses a depth of 1 (`EINVAL`). The driver of this project does
     /// neither.
     pub batch: Option<bool>,
-    /// Threads that share each queue, each with tags of its own (`PER_IO_DAEMON`, 6.16), from 1 to the queue depth. With more
-    /// than one there are no batches.
+    /// Threads that share each queue (`PER_IO_DAEMON`, 6.16), from 1 to the queue depth. They get the queue's tags in turn, so
+    /// that they also share a load that does not fill the queue. With more than one there are no batches.
     pub threads_per_queue: u32,
     /// What happens to the device when its server exits; without it, the device is removed.
     pub recovery: Option<Recovery>,
@@ -57,7 +57,7 @@ pub enum Recovery {
 }
 
 impl Recovery {
-    /// All of them.
+    /// All modes.
     pub const ALL: [Recovery; 3] = [Recovery::Queue, Recovery::Reissue, Recovery::FailIo];
 
     /// Returns its name on command lines and in lists.

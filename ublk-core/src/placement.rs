@@ -2,7 +2,7 @@
 
 //! On which CPUs queues are served.
 //!
-//! A pinned thread allocates and first touches its queues' buffers itself, after it was pinned, so they lie on
+//! A pinned thread allocates and first touches its queues' buffers itself, after it was pinned, so they are on
 //! its own NUMA node.
 
 use std::fmt;
@@ -25,23 +25,23 @@ impl CpuSet {
     pub const LIMIT: usize = 1024;
 
     /// The CPUs that the calling thread may use.
-    fn of_this_thread() -> Result<Self, Errno> {
+    pub(crate) fn of_this_thread() -> Result<Self, Errno> {
         let raw = sched_getaffinity(Pid::from_raw(0))?;
         Ok((0..Self::LIMIT).filter(|cpu| raw.is_set(*cpu) == Ok(true)).collect())
     }
 
-    fn pin_this_thread(&self) -> Result<(), Errno> {
+    pub(crate) fn pin_this_thread(&self) -> Result<(), Errno> {
         let mut raw = nix::sched::CpuSet::new();
         self.iter().try_for_each(|cpu| raw.set(cpu))?;
         Ok(sched_setaffinity(Pid::from_raw(0), &raw)?)
     }
 
-    /// Whether there is no CPU in it.
+    /// Returns whether there is no CPU in it.
     pub fn is_empty(&self) -> bool {
         self.0 == [0; WORDS]
     }
 
-    /// Whether a CPU is in it.
+    /// Returns whether a CPU is in it.
     pub fn contains(&self, cpu: usize) -> bool {
         cpu < Self::LIMIT && self.0[cpu / 64] & (1 << (cpu % 64)) != 0
     }
@@ -140,7 +140,7 @@ impl Cpus {
         Ok(())
     }
 
-    /// What is left of the wish when CPUs that this thread may not use, because they are offline say, are left out:
+    /// Removes CPUs that this thread may not use, for example because they are offline. Returns what remains:
     /// any CPU if that is none. With a sentence for the log if that is less than the wish.
     ///
     /// For servers of disks that exist and are in use: that they run elsewhere costs time, that they do not run holds

@@ -7,7 +7,7 @@ use crate::error::{Error, Parameter, Result};
 use crate::options::DeviceOptions;
 use crate::uapi::Features;
 
-/// How a device will be served, and why so.
+/// Way in which a device will be served, and the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
     /// How bytes move.
@@ -22,7 +22,7 @@ pub(crate) struct Plan {
     pub(crate) reason: &'static str,
 }
 
-/// What the device itself demands.
+/// Demands of the device itself.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Demands {
     /// What the target does with bytes.

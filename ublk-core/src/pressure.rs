@@ -39,7 +39,7 @@ pub fn lock_memory() -> Result<()> {
     Ok(())
 }
 
-/// Whether [`lock_memory`] was called.
+/// Returns whether [`lock_memory`] was called.
 pub(crate) fn memory_is_locked() -> bool {
     LOCKED.load(Ordering::Relaxed)
 }

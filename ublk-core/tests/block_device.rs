@@ -11,7 +11,7 @@ use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
-use ublk_core::driver::fake::FakeDriver;
+use ublk_core::fake::FakeDriver;
 use ublk_core::{BlockDevice, Errno, Operations, Params, Target};
 
 use support::{SIZE, finish, options, server};

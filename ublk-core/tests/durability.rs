@@ -4,16 +4,15 @@
 
 use std::sync::Arc;
 
-use ublk_core::driver::fake::FakeDriver;
+use ublk_core::fake::FakeDriver;
 use ublk_core::targets::{File, FileOptions, Io};
 use ublk_core::{Device, Errno, FileRange, Op, Operations, Target};
 
 mod support;
-use support::{SIZE, custom, finish, options, server};
+use support::{SIZE, custom, disk_file, file_disk, finish, options, server, unnamed_file, until_held};
 
 fn start(driver: &FakeDriver, write_cache: bool, queues: u32) -> (Device, tempfile::NamedTempFile) {
-    let backing = tempfile::NamedTempFile::new().unwrap();
-    backing.as_file().set_len(SIZE).unwrap();
+    let backing = disk_file();
     let file = File::open(backing.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
     let mut params = file.params();
     params.operations |= Operations::DISCARD;
@@ -59,8 +58,7 @@ fn no_flush_of_any_queue_succeeds_after_a_failed_sync() {
     assert_eq!(disk.read(0, 1024).unwrap(), [[7; 512], [8; 512]].concat());
     finish(&driver, device);
     // A new server starts afresh.
-    let file = File::open(backing.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
-    let device = server(&driver, 1).start(Arc::new(file), &options(1, 4)).unwrap();
+    let device = server(&driver, 1).start(file_disk(backing.path()), &options(1, 4)).unwrap();
     driver.disk(device.id()).flush().unwrap();
     finish(&driver, device);
 }
@@ -85,9 +83,7 @@ fn flushes_beside_one_that_fails_fail_too() {
 
 /// A target that forwards all requests to one open file, as programs do that use this crate.
 fn forwarding() -> Arc<dyn Target> {
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(SIZE).unwrap();
-    let file = Arc::new(file);
+    let file = Arc::new(unnamed_file(SIZE));
     custom(move |request| {
         let at = request.offset();
         request.forward(FileRange::new(&file, at));
@@ -149,8 +145,7 @@ fn a_failed_sync_of_a_forwarded_fua_write_fails_later_flushes() {
 #[test]
 fn a_failed_sync_fails_flushes_that_handlers_do_themselves() {
     let driver = FakeDriver::new();
-    let file = Arc::new(tempfile::tempfile().unwrap());
-    file.set_len(SIZE).unwrap();
+    let file = Arc::new(unnamed_file(SIZE));
     let target = custom(move |request| match request.op() {
         Op::Write => {
             let len = request.len();
@@ -178,13 +173,9 @@ fn a_flush_counts_when_those_of_other_queues_have_ended() {
     disk.write(0, &[7; 512]).unwrap();
     driver.hold_files(true);
     let first = disk.send(FLUSH, 0, 0, &[]).unwrap();
-    while driver.held_files() < 1 {
-        std::thread::yield_now();
-    }
+    until_held(&driver, 1);
     let second = disk.send(FLUSH, 4096, 0, &[]).unwrap();
-    while driver.held_files() < 2 {
-        std::thread::yield_now();
-    }
+    until_held(&driver, 2);
     // The first one has taken the error, and its queue does not know it yet.
     driver.release_last_file();
     std::thread::sleep(std::time::Duration::from_millis(50));

@@ -5,13 +5,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use ublk_core::driver::fake::{FakeDisk, FakeDriver};
-use ublk_core::targets::{File, FileOptions, Io};
+use ublk_core::fake::{FakeDisk, FakeDriver};
 use ublk_core::{DataMovement, Errno, Op};
 
 mod support;
 
-use support::{SIZE, custom, finish, options, server};
+use support::{custom, disk_file, file_disk, finish, options, server};
 
 /// The outcomes of one request of each kind.
 fn outcomes(disk: &FakeDisk) -> [Result<(), Errno>; 5] {
@@ -51,8 +50,7 @@ fn an_errno_that_nix_has_lost_fails_the_request() {
 
 #[test]
 fn a_file_may_refuse_data_with_any_errno() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(SIZE).unwrap();
+    let file = disk_file();
     for (data, batch) in [
         (DataMovement::Copy, false),
         (DataMovement::Copy, true),
@@ -60,9 +58,9 @@ fn a_file_may_refuse_data_with_any_errno() {
         (DataMovement::GetData, false),
     ] {
         let driver = FakeDriver::new();
-        let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
+        let target = file_disk(file.path());
         let way = options(1, 2).data(data).batch(batch);
-        let device = server(&driver, 1).start(Arc::new(target), &way).unwrap();
+        let device = server(&driver, 1).start(target, &way).unwrap();
         let disk = driver.disk(device.id());
         // The last two are EJUKEBOX, of NFS, and ENOTSUPP.
         for (number, expected) in

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
-use ublk_core::driver::fake::FakeDriver;
+use ublk_core::fake::FakeDriver;
 use ublk_core::{Device, DeviceOptions, Ending, Errno, Recovery};
 
-use support::{custom, finish, options, server};
+use support::{completing, finish, options, server};
 
 /// More than a child takes that waits for nothing.
 const SOON: Duration = Duration::from_secs(20);
@@ -48,7 +48,7 @@ fn in_child(body: impl FnOnce() -> bool) -> bool {
 }
 
 fn start(driver: &FakeDriver, options: &DeviceOptions) -> Device {
-    server(driver, 1).start(custom(|request| request.complete()), options).unwrap()
+    server(driver, 1).start(completing(), options).unwrap()
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn a_forked_child_refuses_commands_on_its_parents_device() {
         ("try_stop", |device| is_refused(device.try_stop())),
         ("resize", |device| is_refused(device.resize(4096))),
         ("unshare_memory", |device| is_refused(device.unshare_memory(0))),
-        ("go_live", |device| is_refused(device.go_live(custom(|request| request.complete())))),
+        ("go_live", |device| is_refused(device.go_live(completing()))),
         ("abandon", |device| {
             device.abandon();
             !device.is_stopped()
@@ -115,4 +115,40 @@ fn a_forked_child_drops_its_copy_of_a_device() {
         assert!(passed, "{recovery:?}");
         finish(&driver, Arc::into_inner(device).unwrap());
     }
+}
+
+/// The child has none of the threads that its parent has started.
+#[test]
+fn a_forked_child_can_use_its_parents_server() {
+    let driver = FakeDriver::new();
+    let server = server(&driver, 1);
+    let device = server.start(completing(), &options(1, 2)).unwrap();
+    assert!(in_child(|| {
+        let own = server.start(completing(), &options(1, 2)).unwrap();
+        driver.disk(own.id()).read(0, 512).unwrap();
+        own.stop().is_ok()
+    }));
+    driver.disk(device.id()).read(0, 512).unwrap();
+    finish(&driver, device);
+}
+
+#[test]
+fn a_forked_child_waits_for_no_lock_of_its_parent() {
+    let driver = FakeDriver::new();
+    let device = start(&driver, &options(1, 2));
+    let is_over = || device.is_ending() && device.wait(None) && device.queues_left() == 0 && !device.is_served_here();
+    assert!(in_child(is_over));
+    // So that the lock is held at some of the forks.
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                std::hint::black_box(device.queues_left());
+            }
+        });
+        let passed = (0..200).all(|_| in_child(is_over));
+        ended.store(true, Ordering::Relaxed);
+        assert!(passed);
+    });
+    finish(&driver, device);
 }

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use ublk_core::driver::fake::FakeDriver;
+use ublk_core::fake::FakeDriver;
 use ublk_core::targets::Mem;
 use ublk_core::{Errno, Integrity, Params, QueueHandler, QueueInfo, Requests, Result, Target};
 

@@ -3,12 +3,13 @@
 //! Every way in which data and tags move between driver and server, on the stand-in driver.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::thread::ThreadId;
+use std::time::Duration;
 
-use ublk_core::driver::fake::FakeDriver;
+use ublk_core::fake::FakeDriver;
 use ublk_core::pull::{PullSender, PullSenders, channels};
-use ublk_core::targets::{File, FileOptions, Io, Mem};
 use ublk_core::{
     Access, DataMovement, DetachedRequest, DeviceOptions, Errno, Features, FilePiece, FileRange, Op, Params,
     QueueHandler, QueueInfo, Requests, Result, Target, pull,
@@ -16,7 +17,7 @@ use ublk_core::{
 
 mod support;
 
-use support::{SIZE, custom, finish, options, server};
+use support::{SIZE, completing, custom, disk_file, file_disk, finish, options, ram_disk, server, unnamed_file, until};
 
 /// All combinations of data movement, batches and threads that there are.
 fn every_way() -> Vec<DeviceOptions> {
@@ -36,7 +37,7 @@ fn every_way() -> Vec<DeviceOptions> {
 fn a_ram_disk_works_whichever_way_its_data_moves() {
     for way in every_way() {
         let driver = FakeDriver::new();
-        let device = server(&driver, 6).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &way).unwrap();
+        let device = server(&driver, 6).start(ram_disk(), &way).unwrap();
         let disk = driver.disk(device.id());
         for round in 1..8u8 {
             let at = u64::from(round) * 8192;
@@ -55,7 +56,7 @@ fn a_long_request_may_follow_a_short_one_on_the_same_tag() {
     for way in every_way() {
         let driver = FakeDriver::new();
         let way = way.queues(1).depth(1).threads_per_queue(1);
-        let device = server(&driver, 1).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &way).unwrap();
+        let device = server(&driver, 1).start(ram_disk(), &way).unwrap();
         let disk = driver.disk(device.id());
         for (value, len) in [(1, 512), (2, 65536), (3, 4096), (4, 131_072)] {
             assert_eq!(disk.read(0, len).unwrap().len(), len, "{way:?}");
@@ -68,12 +69,11 @@ fn a_long_request_may_follow_a_short_one_on_the_same_tag() {
 
 #[test]
 fn a_file_disk_works_whichever_way_its_data_moves() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(SIZE).unwrap();
+    let file = disk_file();
     for (round, way) in every_way().into_iter().enumerate() {
         let driver = FakeDriver::new();
-        let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
-        let device = server(&driver, 6).start(Arc::new(target), &way).unwrap();
+        let target = file_disk(file.path());
+        let device = server(&driver, 6).start(target, &way).unwrap();
         let disk = driver.disk(device.id());
         let value = round as u8 + 1;
         disk.write(4096, &[value; 8192]).unwrap();
@@ -119,8 +119,7 @@ impl QueueHandler for Inverting {
 #[test]
 fn a_request_that_was_loaded_is_forwarded_with_what_its_handler_made_of_it() {
     for way in every_way() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(SIZE).unwrap();
+        let file = unnamed_file(SIZE);
         let driver = FakeDriver::new();
         let device = server(&driver, 6).start(Arc::new(Inverting(Arc::new(file))), &way).unwrap();
         let disk = driver.disk(device.id());
@@ -171,8 +170,7 @@ impl QueueHandler for SharingQueue {
 #[test]
 fn a_target_may_hand_over_some_requests_and_they_may_be_forwarded_from_there() {
     for way in every_way() {
-        let file = Arc::new(tempfile::tempfile().unwrap());
-        file.set_len(SIZE).unwrap();
+        let file = Arc::new(unnamed_file(SIZE));
         let driver = FakeDriver::new();
         let (senders, queues) = channels(way.queues).unwrap();
         let kept = Arc::new(());
@@ -221,11 +219,7 @@ fn detached_requests_end_in_any_order_on_any_thread() {
         let device = server(&driver, 6).start(target, &way).unwrap();
         let disk = driver.disk(device.id());
         let sent: Vec<_> = (0..4).map(|i| disk.send(0, i * 4096, 512, &[]).unwrap()).collect();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while kept.lock().unwrap().len() < 4 {
-            assert!(Instant::now() < deadline, "{way:?}");
-            std::thread::yield_now();
-        }
+        until("all requests", || kept.lock().unwrap().len() == 4);
         // Backwards, each on a thread of its own.
         let requests = std::mem::take(&mut *kept.lock().unwrap());
         for mut request in requests.into_iter().rev() {
@@ -258,7 +252,7 @@ fn a_detached_request_that_is_dropped_fails_with_eio() {
 fn a_refused_commit_fails_its_request_and_no_other() {
     for way in every_way() {
         let driver = FakeDriver::new();
-        let device = server(&driver, 6).start(custom(|r| r.complete()), &way).unwrap();
+        let device = server(&driver, 6).start(completing(), &way).unwrap();
         let disk = driver.disk(device.id());
         driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EINVAL);
         assert_eq!(disk.write(0, &[0; 512]), Err(Errno::EIO), "{way:?}");
@@ -394,12 +388,11 @@ fn an_old_driver_gets_what_it_can_do() {
         (old | Features::USER_COPY | Features::SUPPORT_ZERO_COPY, DataMovement::Register, false),
         (Features::all(), DataMovement::AutoRegister, true),
     ] {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(SIZE).unwrap();
+        let file = disk_file();
         let driver = FakeDriver::new();
         driver.offer(offered);
-        let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
-        let device = server(&driver, 1).start(Arc::new(target), &options(1, 4)).unwrap();
+        let target = file_disk(file.path());
+        let device = server(&driver, 1).start(target, &options(1, 4)).unwrap();
         assert_eq!((device.data_movement().0, device.is_batched()), (data, batch));
         driver.disk(device.id()).write(0, &[3; 4096]).unwrap();
         assert_eq!(std::fs::read(file.path()).unwrap()[..4096], [3; 4096]);
@@ -414,13 +407,38 @@ fn memory_is_not_given_back_before_the_driver_has_taken_its_data() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), vec![0x5a; SIZE as usize]).unwrap();
     let driver = FakeDriver::new();
-    let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
+    let target = file_disk(file.path());
     let copy = options(1, 1).data(DataMovement::Copy).batch(false);
-    let device = server(&driver, 1).start(Arc::new(target), &copy).unwrap();
+    let device = server(&driver, 1).start(target, &copy).unwrap();
     let disk = driver.disk(device.id());
     driver.let_memory_go(true);
     driver.delay_files(Duration::from_millis(2300));
     assert_eq!(disk.read(0, 4096).unwrap(), vec![0x5a; 4096]);
     driver.delay_files(Duration::ZERO);
+    finish(&driver, device);
+}
+
+#[test]
+fn threads_of_a_queue_share_a_load_that_does_not_fill_it() {
+    let driver = FakeDriver::new();
+    let served: Arc<Mutex<HashMap<ThreadId, usize>>> = Arc::default();
+    let waiting: Arc<Mutex<Vec<DetachedRequest>>> = Arc::default();
+    let counts = served.clone();
+    let target = custom(move |request| {
+        *counts.lock().unwrap().entry(std::thread::current().id()).or_default() += 1;
+        let mut waiting = waiting.lock().unwrap();
+        waiting.push(request.detach());
+        // All of them are under way at the same time.
+        if waiting.len() == 4 {
+            waiting.drain(..).for_each(|request| request.complete());
+        }
+    });
+    let device = server(&driver, 2).start(target, &options(1, 32).batch(false).threads_per_queue(2)).unwrap();
+    let disk = driver.disk(device.id());
+    let sent: Vec<_> = (0..4).map(|i| disk.send(0, i * 4096, 4096, &[]).unwrap()).collect();
+    sent.into_iter().for_each(|sent| drop(disk.wait(sent).unwrap()));
+    let mut each: Vec<_> = served.lock().unwrap().values().copied().collect();
+    each.sort_unstable();
+    assert_eq!(each, [2, 2]);
     finish(&driver, device);
 }

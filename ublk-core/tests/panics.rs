@@ -7,16 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ublk_core::driver::Driver;
-use ublk_core::driver::fake::FakeDriver;
-use ublk_core::targets::Mem;
+use ublk_core::fake::FakeDriver;
 use ublk_core::{
     Access, Device, Errno, FilePiece, FileRange, Params, QueueHandler, QueueInfo, Requests, Result, Server, Target,
 };
 
 mod support;
 
-use support::{SIZE, custom, finish, options, server};
+use support::{SIZE, custom, finish, options, ram_disk, server, unnamed_file};
 
 /// Far below every time-out of a device's end.
 const SOON: Duration = Duration::from_secs(50);
@@ -99,7 +97,7 @@ impl QueueHandler for PanicsQueue {
 
 /// A device of the server's only thread, beside the one that misbehaves.
 fn neighbour(server: &Server) -> Device {
-    server.start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(1, 1)).unwrap()
+    server.start(ram_disk(), &options(1, 1)).unwrap()
 }
 
 #[test]
@@ -121,7 +119,7 @@ fn a_panic_on_a_queues_thread_is_the_devices_alone() {
                 assert!(place == Place::OpenQueue && error.to_string().contains("planted"), "{place:?}: {error}");
             }
         }
-        assert_eq!(driver.device_ids().unwrap(), [other.id()], "{place:?}");
+        assert_eq!(driver.devices(), [other.id()], "{place:?}");
         assert!(begin.elapsed() < SOON, "{place:?}: {:?}", begin.elapsed());
         driver.disk(other.id()).write(0, &[7; 512]).unwrap();
         finish(&driver, other);
@@ -142,7 +140,7 @@ fn a_target_is_not_asked_for_its_access_on_the_thread() {
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| device.go_live(target)));
     assert!(result.is_err());
     drop(device);
-    assert_eq!(driver.device_ids().unwrap(), [other.id()]);
+    assert_eq!(driver.devices(), [other.id()]);
     assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
     driver.disk(other.id()).write(0, &[7; 512]).unwrap();
     finish(&driver, other);
@@ -153,8 +151,7 @@ fn what_is_kept_for_a_forwarded_request_may_panic() {
     let driver = FakeDriver::new();
     let server = server(&driver, 1);
     let other = neighbour(&server);
-    let file = Arc::new(tempfile::tempfile().unwrap());
-    file.set_len(SIZE).unwrap();
+    let file = Arc::new(unnamed_file(SIZE));
     let target = custom(move |request| {
         // One that is refused at once, and one that a file carries out.
         let len = if request.offset() == 0 { 1 } else { request.len() };
@@ -183,14 +180,14 @@ fn a_target_may_panic_when_it_is_dropped() {
     drop(started);
     driver.disk(other.id()).write(0, &[7; 512]).unwrap();
     drop(other);
-    assert_eq!(driver.device_ids().unwrap(), []);
+    assert_eq!(driver.devices(), []);
 }
 
 #[test]
 fn a_second_start_of_a_device_is_refused_and_harmless() {
     let driver = FakeDriver::new();
     let server = server(&driver, 1);
-    let target: Arc<dyn Target> = Arc::new(Mem::new(SIZE, 512).unwrap());
+    let target = ram_disk();
     let device = server.start(target.clone(), &options(1, 1)).unwrap();
     let disk = driver.disk(device.id());
     disk.write(0, &[7; 512]).unwrap();
@@ -207,10 +204,10 @@ fn a_queue_that_opens_half_way_leaves_the_thread_to_others() {
     // Its tags are with the driver by then.
     driver.refuse_next("io_uring_enter", Errno::EBADF);
     let begin = Instant::now();
-    let error = server.start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(1, 4)).unwrap_err().to_string();
+    let error = server.start(ram_disk(), &options(1, 4)).unwrap_err().to_string();
     assert!(error.contains("Bad file descriptor"), "{error}");
     assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
-    assert_eq!(driver.device_ids().unwrap(), [other.id()]);
+    assert_eq!(driver.devices(), [other.id()]);
     let third = neighbour(&server);
     for device in [&other, &third] {
         driver.disk(device.id()).write(0, &[7; 512]).unwrap();

@@ -7,17 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ublk_core::driver::Driver;
-use ublk_core::driver::fake::{FakeDriver, Sent};
+use ublk_core::fake::{FakeDriver, Sent};
 use ublk_core::targets::{File, FileOptions, Io, Mem, Zoned, ZonedOptions};
 use ublk_core::{
-    DataMovement, Device, DeviceId, DeviceOptions, DeviceState, Ending, Errno, Error, Features, Operations, Parameter,
-    Params, QueueHandler, QueueInfo, Recovery, Requests, Result, SegmentLimits, Server, Target,
+    DataMovement, Device, DeviceId, DeviceOptions, DeviceState, Ending, Errno, Error, Features, Integrity, Operations,
+    Parameter, Params, QueueHandler, QueueInfo, Recovery, Requests, Result, SegmentLimits, Server, Target,
 };
 
 mod support;
 
-use support::{SIZE, custom, finish, options, server};
+use support::{SIZE, completing, custom, disk_file, file_disk, finish, options, ram_disk, server, until, until_held};
 
 fn recoverable(recovery: Recovery, batch: bool) -> DeviceOptions {
     options(2, 4).recovery(recovery).batch(batch)
@@ -25,10 +24,6 @@ fn recoverable(recovery: Recovery, batch: bool) -> DeviceOptions {
 
 fn every_way() -> impl Iterator<Item = DeviceOptions> {
     Recovery::ALL.into_iter().flat_map(|recovery| [false, true].map(|batch| recoverable(recovery, batch)))
-}
-
-fn ram_disk() -> Arc<dyn Target> {
-    Arc::new(Mem::new(SIZE, 512).unwrap())
 }
 
 fn state_of(driver: &FakeDriver, device: &Device) -> DeviceState {
@@ -48,7 +43,7 @@ fn a_server_that_leaves_is_followed_by_another_with_the_same_data() {
         let waiting = if way.recovery == Some(Recovery::FailIo) { DeviceState::FailIo } else { DeviceState::Quiesced };
         assert_eq!(state_of(&driver, &first), waiting, "{way:?}");
         drop(first);
-        assert_eq!(driver.device_ids().unwrap(), [id], "dropping it does not delete it: {way:?}");
+        assert_eq!(driver.devices(), [id], "dropping it does not delete it: {way:?}");
         let second = server(&driver, 2).recover(id, target).unwrap();
         assert_eq!(disk.read(4096, 4096).unwrap(), [7; 4096], "{way:?}");
         assert_eq!(second.recovery(), way.recovery);
@@ -67,12 +62,7 @@ fn requests_wait_while_there_is_no_server_or_fail_if_that_was_asked_for() {
         let theirs = disk.clone();
         let client = std::thread::spawn(move || theirs.write(0, &[1; 512]));
         if way.recovery == Some(Recovery::FailIo) {
-            // A loaded machine may take its time.
-            let deadline = std::time::Instant::now() + Duration::from_secs(10);
-            while !client.is_finished() && std::time::Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            assert!(client.is_finished(), "{way:?}");
+            until("the failure of the write", || client.is_finished());
         } else {
             std::thread::sleep(Duration::from_millis(50));
             assert!(!client.is_finished(), "{way:?}");
@@ -92,17 +82,13 @@ fn a_request_that_a_handler_has_is_finished_before_its_server_leaves() {
         let (e, r) = (entered.clone(), release.clone());
         let slow = custom(move |request| {
             e.store(true, Ordering::SeqCst);
-            while !r.load(Ordering::SeqCst) {
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            until("the release of the handler", || r.load(Ordering::SeqCst));
             request.complete();
         });
         let first = Arc::new(server(&driver, 2).start(slow, &way).unwrap());
         let disk = driver.disk(first.id());
         let sent = disk.send(1, 0, 512, &[0; 512]).unwrap();
-        while !entered.load(Ordering::SeqCst) {
-            std::thread::yield_now();
-        }
+        until("the handler", || entered.load(Ordering::SeqCst));
         let leaving = first.clone();
         let leaver = std::thread::spawn(move || leaving.leave());
         std::thread::sleep(Duration::from_millis(50));
@@ -110,7 +96,7 @@ fn a_request_that_a_handler_has_is_finished_before_its_server_leaves() {
         release.store(true, Ordering::SeqCst);
         disk.wait(sent).unwrap();
         leaver.join().unwrap().unwrap();
-        let second = server(&driver, 2).recover(first.id(), custom(|r| r.complete())).unwrap();
+        let second = server(&driver, 2).recover(first.id(), completing()).unwrap();
         finish(&driver, second);
     }
 }
@@ -126,9 +112,7 @@ fn a_server_leaves_as_soon_as_the_last_request_has_ended_elsewhere() {
         );
         let disk = driver.disk(first.id());
         let sent = disk.send(1, 0, 512, &[0; 512]).unwrap();
-        while held.lock().unwrap().is_none() {
-            std::thread::yield_now();
-        }
+        until("the request", || held.lock().unwrap().is_some());
         let leaving = first.clone();
         let leaver = std::thread::spawn(move || leaving.leave());
         // The driver's deliveries have ended by then.
@@ -138,7 +122,7 @@ fn a_server_leaves_as_soon_as_the_last_request_has_ended_elsewhere() {
         disk.wait(sent).unwrap();
         leaver.join().unwrap().unwrap();
         assert!(ended.elapsed() < Duration::from_millis(1500), "{way:?}: {:?}", ended.elapsed());
-        let second = server(&driver, 2).recover(first.id(), custom(|r| r.complete())).unwrap();
+        let second = server(&driver, 2).recover(first.id(), completing()).unwrap();
         finish(&driver, second);
     }
 }
@@ -157,7 +141,7 @@ fn somebody_elses_stop_deletes_and_somebody_elses_quiesce_leaves() {
         assert!(device.wait(Some(Duration::from_secs(5))));
         let ending = device.conclude().unwrap();
         assert_eq!(ending, if quiesce { Ending::Left } else { Ending::Deleted });
-        assert_eq!(driver.device_ids().unwrap().is_empty(), !quiesce);
+        assert_eq!(driver.devices().is_empty(), !quiesce);
     }
 }
 
@@ -234,8 +218,7 @@ fn a_target_with_zones_does_not_fit_a_disk_without() {
     let driver = FakeDriver::new();
     let device = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
     device.leave().unwrap();
-    let options = ublk_core::targets::ZonedOptions::new(SIZE).zone_size(1 << 18);
-    let zoned: Arc<dyn Target> = Arc::new(ublk_core::targets::Zoned::open(&options).unwrap());
+    let zoned = Arc::new(Zoned::open(&ZonedOptions::new(SIZE).zone_size(1 << 18)).unwrap());
     let error = server(&driver, 1).recover(device.id(), zoned).unwrap_err();
     assert!(error.to_string().contains("zones"), "{error}");
     finish(&driver, server(&driver, 1).recover(device.id(), ram_disk()).unwrap());
@@ -277,11 +260,7 @@ fn many_hand_overs_under_load_lose_no_write() {
         let before = *written.lock().unwrap();
         device.leave().unwrap();
         device = server(&driver, 2).recover(id, target.clone()).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while *written.lock().unwrap() == before {
-            assert!(Instant::now() < deadline, "the client does not get on");
-            std::thread::yield_now();
-        }
+        until("another write of the client", || *written.lock().unwrap() != before);
     }
     stop.store(true, Ordering::SeqCst);
     client.join().unwrap();
@@ -291,29 +270,18 @@ fn many_hand_overs_under_load_lose_no_write() {
 /// A file that does not finish a write: it may land at any time.
 fn with_a_write_under_way(way: &DeviceOptions) -> (FakeDriver, tempfile::NamedTempFile, Device, Sent) {
     let driver = FakeDriver::new();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(SIZE).unwrap();
-    let device = server(&driver, 1).start(file_disk(&file), way).unwrap();
+    let file = disk_file();
+    let device = server(&driver, 1).start(file_disk(file.path()), way).unwrap();
     let disk = driver.disk(device.id());
     disk.write(4096, &[1; 512]).unwrap();
     driver.hold_files(true);
     let sent = disk.send(1, 0, 512, &[2; 512]).unwrap();
-    while driver.held_files() == 0 {
-        std::thread::yield_now();
-    }
+    until_held(&driver, 1);
     (driver, file, device, sent)
 }
 
-fn file_disk(file: &tempfile::NamedTempFile) -> Arc<dyn Target> {
-    Arc::new(File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap())
-}
-
 fn wait_until_unserved(driver: &FakeDriver, device: &Device) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while state_of(driver, device) == DeviceState::Live {
-        assert!(Instant::now() < deadline, "the device is not let go");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    until("the release of the device", || state_of(driver, device) != DeviceState::Live);
 }
 
 #[test]
@@ -334,7 +302,7 @@ fn a_device_is_not_handed_over_while_a_file_writes() {
         assert_eq!(state_of(&driver, &device), DeviceState::Live, "the old write may land over a newer one: {way:?}");
         driver.hold_files(false);
         wait_until_unserved(&driver, &device);
-        let second = server(&driver, 1).recover(id, file_disk(&file)).unwrap();
+        let second = server(&driver, 1).recover(id, file_disk(file.path())).unwrap();
         disk.wait(sent).unwrap();
         disk.write(0, &[3; 512]).unwrap();
         assert_eq!(disk.read(0, 512).unwrap(), [3; 512], "{way:?}");
@@ -348,17 +316,14 @@ fn a_flush_that_fails_after_its_queue_was_given_up_is_known() {
     const FLUSH: u32 = 2;
     let way = recoverable(Recovery::Reissue, false).queues(1);
     let driver = FakeDriver::new();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(SIZE).unwrap();
-    let target = file_disk(&file);
+    let file = disk_file();
+    let target = file_disk(file.path());
     let device = server(&driver, 1).start(target.clone(), &way).unwrap();
     let disk = driver.disk(device.id());
     disk.write(0, &[1; 512]).unwrap();
     driver.hold_files(true);
     let sent = disk.send(FLUSH, 0, 0, &[]).unwrap();
-    while driver.held_files() == 0 {
-        std::thread::yield_now();
-    }
+    until_held(&driver, 1);
     device.abandon();
     assert!(device.wait(Some(Duration::from_secs(60))));
     driver.refuse_next("fdatasync", Errno::EIO);
@@ -384,7 +349,7 @@ fn a_device_is_not_handed_over_when_its_ring_fails() {
     assert_eq!(state_of(&driver, &device), DeviceState::Live);
     driver.hold_files(false);
     wait_until_unserved(&driver, &device);
-    let second = server(&driver, 1).recover(id, file_disk(&file)).unwrap();
+    let second = server(&driver, 1).recover(id, file_disk(file.path())).unwrap();
     driver.disk(id).wait(sent).unwrap();
     drop(device);
     finish(&driver, second);
@@ -396,7 +361,7 @@ fn a_device_is_deleted_although_a_file_does_not_answer() {
     let way = recoverable(Recovery::Reissue, false).data(DataMovement::Copy).queues(1);
     let (driver, _file, device, sent) = with_a_write_under_way(&way);
     device.stop().unwrap_err();
-    assert_eq!(driver.device_ids().unwrap(), [], "no other server will have it");
+    assert_eq!(driver.devices(), [], "no other server will have it");
     // Whatever the file does later, the client has its answer.
     assert!(driver.disk(device.id()).wait(sent).is_err());
     driver.hold_files(false);
@@ -471,10 +436,6 @@ fn stored(driver: &FakeDriver, target: Arc<dyn Target>) -> Device {
     server(driver, 1).start(target, &recoverable(Recovery::Reissue, false)).unwrap()
 }
 
-fn file(path: &Path) -> Arc<dyn Target> {
-    Arc::new(File::open(path, &FileOptions::new().io(Io::Buffered)).unwrap())
-}
-
 fn zones(path: &Path) -> Arc<dyn Target> {
     Arc::new(Zoned::open(&ZonedOptions::new(SIZE).zone_size(1 << 19).directory(path)).unwrap())
 }
@@ -485,7 +446,7 @@ fn a_file_that_took_the_name_of_the_disks_file_is_refused() {
     let create_file = |path: &Path| std::fs::File::create(path).unwrap().set_len(SIZE).unwrap();
     let create_directory = |path: &Path| std::fs::create_dir(path).unwrap();
     type Kind = (fn(&Path) -> Arc<dyn Target>, fn(&Path));
-    let kinds: [Kind; 2] = [(file, create_file), (zones, create_directory)];
+    let kinds: [Kind; 2] = [(|path| file_disk(path), create_file), (zones, create_directory)];
     for (open, create) in kinds {
         let directory = tempfile::tempdir().unwrap();
         let [path, old, new] = ["disk", "old", "new"].map(|name| directory.path().join(name));
@@ -517,14 +478,36 @@ fn a_file_that_took_the_name_of_the_disks_file_is_refused() {
 }
 
 #[test]
+fn a_file_that_replaced_the_integrity_file_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let [disk, metadata, new] = ["disk", "metadata", "new"].map(|name| directory.path().join(name));
+    std::fs::File::create(&disk).unwrap().set_len(SIZE).unwrap();
+    let open = || {
+        let file = File::open(&disk, &FileOptions::new().io(Io::Buffered)).unwrap();
+        Arc::new(file.with_integrity(Integrity::new(8, 512), &metadata).unwrap()) as Arc<dyn Target>
+    };
+    let driver = FakeDriver::new();
+    let device = stored(&driver, open());
+    let id = device.id();
+    device.leave().unwrap();
+    drop(device);
+    server(&driver, 1).recover(id, open()).unwrap().leave().unwrap();
+    std::fs::copy(&metadata, &new).unwrap();
+    std::fs::rename(&new, &metadata).unwrap();
+    let refused = server(&driver, 1).recover(id, open()).unwrap_err();
+    assert!(matches!(refused, Error::Mismatch { parameter: Parameter::BackingFile, .. }), "{refused:?}");
+    finish(&driver, server(&driver, 1).recover_replaced(id, open()).unwrap());
+}
+
+#[test]
 fn a_target_that_is_stored_nowhere_is_not_compared() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk");
     std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
     let driver = FakeDriver::new();
-    let params = file(&path).params();
+    let params = file_disk(&path).params();
     let shaped = || Arc::new(Shaped(params)) as Arc<dyn Target>;
-    let open = || file(&path);
+    let open = || file_disk(&path);
     let orders: [[&dyn Fn() -> Arc<dyn Target>; 2]; 2] = [[&open, &shaped], [&shaped, &open]];
     for [first, second] in orders {
         let first = first();
@@ -596,9 +579,29 @@ fn a_device_that_is_being_handed_over_is_not_deleted_by_a_drop() {
     let id = first.id();
     server(&driver, 1).control().quiesce_until(id, SOON).unwrap();
     drop(first);
-    assert_eq!(driver.device_ids().unwrap(), [id]);
+    assert_eq!(driver.devices(), [id]);
     let second = server(&driver, 1).recover(id, ram_disk()).unwrap();
     finish(&driver, second);
+}
+
+/// TRY_STOP_DEV waits for a lock that an opener of the disk has.
+#[test]
+fn a_try_stop_does_not_delete_a_device_that_is_handed_over() {
+    let driver = FakeDriver::new();
+    let first = server(&driver, 1).start(ram_disk(), &recoverable(Recovery::Queue, false)).unwrap();
+    let id = first.id();
+    driver.ignore_next("TRY_STOP_DEV");
+    let outcome = std::thread::scope(|scope| {
+        let stop = scope.spawn(|| first.try_stop());
+        // The command is under way.
+        std::thread::sleep(Duration::from_millis(200));
+        server(&driver, 1).control().quiesce_until(id, SOON).unwrap();
+        stop.join().unwrap()
+    });
+    assert_eq!(outcome.unwrap_err().errno(), Errno::EBUSY);
+    assert_eq!(state_of(&driver, &first), DeviceState::Quiesced);
+    drop(first);
+    finish(&driver, server(&driver, 1).recover(id, ram_disk()).unwrap());
 }
 
 #[test]
@@ -609,7 +612,7 @@ fn a_leave_that_may_have_begun_is_no_reason_to_delete() {
         driver.refuse_next("QUIESCE_DEV", errno);
         assert_eq!(device.leave().unwrap_err().errno(), errno);
         drop(device);
-        assert_eq!(!driver.device_ids().unwrap().is_empty(), kept, "{errno}");
+        assert_eq!(!driver.devices().is_empty(), kept, "{errno}");
     }
 }
 
@@ -640,6 +643,19 @@ fn a_recovery_that_comes_second_leaves_the_first_alone() {
     // Whatever was asked of its threads is done by the last one.
     (0..3).for_each(|_| drop(driver.disk(winner.id()).read(0, 512).unwrap()));
     assert!(!winner.is_ending());
+    finish(&driver, winner);
+}
+
+#[test]
+fn a_recovery_that_is_refused_looks_whether_it_comes_second() {
+    let driver = FakeDriver::new();
+    driver.refuse_next("START_USER_RECOVERY", Errno::EBUSY);
+    let begin = Instant::now();
+    let (late, winner) = recover_late(&driver, |server, id| server.recover(id, ram_disk()).unwrap());
+    let error = late.unwrap_err();
+    assert_eq!(error.errno(), Errno::EBUSY, "{error}");
+    assert!(error.to_string().contains("serves the device"), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
     finish(&driver, winner);
 }
 

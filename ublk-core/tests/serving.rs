@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use ublk_core::control::{AddRequest, Removal};
-use ublk_core::driver::fake::FakeDriver;
-use ublk_core::targets::{File, FileOptions, Io, Mem, Null};
+use ublk_core::fake::FakeDriver;
+use ublk_core::targets::{File, FileOptions, Io, Null};
 use ublk_core::{
     Device, DeviceId, Errno, Error, Op, Params, QueueHandler, QueueInfo, Requests, Result, Server, Spawn, StdSpawn,
     Target,
@@ -17,12 +17,12 @@ use ublk_core::{
 
 mod support;
 
-use support::{SIZE, custom, finish, options, server};
+use support::{SIZE, completing, custom, disk_file, file_disk, finish, options, ram_disk, server, until};
 
 #[test]
 fn a_ram_disk_returns_what_was_written() {
     let driver = FakeDriver::new();
-    let device = server(&driver, 2).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(2, 4)).unwrap();
+    let device = server(&driver, 2).start(ram_disk(), &options(2, 4)).unwrap();
     let disk = driver.disk(device.id());
     disk.write(4096, &[0xab; 8192]).unwrap();
     assert_eq!(disk.read(4096, 8192).unwrap(), vec![0xab; 8192]);
@@ -48,8 +48,7 @@ fn a_null_disk_completes_every_operation() {
 
 #[test]
 fn a_file_disk_reads_and_writes_its_file() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(SIZE).unwrap();
+    let file = disk_file();
     for io in [Io::Auto, Io::Buffered] {
         let driver = FakeDriver::new();
         let target = File::open(file.path(), &FileOptions::new().io(io)).unwrap();
@@ -67,11 +66,10 @@ fn a_file_disk_reads_and_writes_its_file() {
 
 #[test]
 fn a_file_that_shrinks_under_its_disk_is_an_error_and_not_zeros() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(SIZE).unwrap();
+    let file = disk_file();
     let driver = FakeDriver::new();
-    let target = File::open(file.path(), &FileOptions::new().io(Io::Buffered)).unwrap();
-    let device = server(&driver, 1).start(Arc::new(target), &options(1, 2)).unwrap();
+    let target = file_disk(file.path());
+    let device = server(&driver, 1).start(target, &options(1, 2)).unwrap();
     file.as_file().set_len(SIZE / 2).unwrap();
     assert_eq!(driver.disk(device.id()).read(SIZE - 4096, 4096), Err(Errno::EIO));
     finish(&driver, device);
@@ -94,7 +92,7 @@ fn a_flush_has_no_position_that_could_overflow() {
 fn a_device_that_somebody_else_removed_stops_well() {
     let driver = FakeDriver::new();
     let server = server(&driver, 1);
-    let device = server.start(custom(|r| r.complete()), &options(1, 4)).unwrap();
+    let device = server.start(completing(), &options(1, 4)).unwrap();
     assert_eq!(server.control().remove(device.id()).unwrap(), Removal::Complete);
     assert_eq!(server.control().remove(device.id()).unwrap_err().errno(), Errno::ENODEV);
     assert!(device.wait(Some(Duration::from_secs(5))));
@@ -103,18 +101,17 @@ fn a_device_that_somebody_else_removed_stops_well() {
 
 #[test]
 fn a_removal_does_not_wait_for_whoever_holds_the_device_open() {
-    use ublk_core::driver::Driver;
     let driver = FakeDriver::new();
     let server = server(&driver, 1);
-    let device = server.start(custom(|r| r.complete()), &options(1, 1)).unwrap();
+    let device = server.start(completing(), &options(1, 1)).unwrap();
     let id = device.id();
     device.stop().unwrap();
     let mut request = AddRequest::new(1, 4096);
     request.id = Some(id);
     let info = server.control().add(&request).unwrap();
-    let held = driver.open_char(info.id).unwrap();
+    let held = driver.open_char_device(info.id).unwrap();
     assert_eq!(server.control().remove(id).unwrap(), Removal::HeldOpen);
-    assert_eq!(driver.device_ids().unwrap(), [], "it is deleted all the same");
+    assert_eq!(driver.devices(), [], "it is deleted all the same");
     drop(held);
     assert_eq!(server.control().remove(id).unwrap_err().errno(), Errno::ENODEV);
 }
@@ -191,7 +188,7 @@ fn requests_that_a_handler_leaves_behind_fail_with_eio() {
 #[test]
 fn an_operation_that_nobody_knows_is_not_supported() {
     let driver = FakeDriver::new();
-    let device = server(&driver, 1).start(custom(|r| r.complete()), &options(1, 1)).unwrap();
+    let device = server(&driver, 1).start(completing(), &options(1, 1)).unwrap();
     let disk = driver.disk(device.id());
     let sent = disk.send(0x2a, 0, 0, &[]).unwrap();
     assert_eq!(disk.wait(sent), Err(Errno::EOPNOTSUPP));
@@ -309,10 +306,7 @@ fn a_slow_request_does_not_hold_up_what_another_queue_of_its_thread_has_done() {
     // It keeps the thread busy until the next two are there, and shows that writes, all in queue 1, are slow.
     let before = counts()[1];
     let first = disk.send(1, 0, 512, &[0; 512]).unwrap();
-    while counts()[1] == before {
-        assert!(begin.elapsed() < Duration::from_secs(10));
-        std::thread::yield_now();
-    }
+    until("the first write", || counts()[1] != before);
     let read = disk.send(0, 4096, 512, &[]).unwrap();
     let slow = disk.send(1, 0, 512, &[0; 512]).unwrap();
     disk.wait(first).unwrap();
@@ -356,7 +350,7 @@ fn a_kept_buffer_is_never_reused() {
 #[test]
 fn a_refused_commit_fails_the_request_once() {
     let driver = FakeDriver::new();
-    let device = server(&driver, 1).start(custom(|r| r.complete()), &options(1, 1)).unwrap();
+    let device = server(&driver, 1).start(completing(), &options(1, 1)).unwrap();
     driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EINVAL);
     let disk = driver.disk(device.id());
     assert_eq!(disk.read(0, 512), Err(Errno::EIO));
@@ -368,7 +362,7 @@ fn a_refused_commit_fails_the_request_once() {
 fn a_refused_commit_of_a_batch_fails_its_request_although_nothing_else_happens() {
     let driver = FakeDriver::new();
     let options = options(1, 4).batch(true);
-    let device = server(&driver, 1).start(custom(|r| r.complete()), &options).unwrap();
+    let device = server(&driver, 1).start(completing(), &options).unwrap();
     let disk = driver.disk(device.id());
     disk.read(0, 512).unwrap();
     driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EINVAL);
@@ -379,21 +373,19 @@ fn a_refused_commit_of_a_batch_fails_its_request_although_nothing_else_happens()
 
 #[test]
 fn a_start_that_fails_at_any_step_leaves_no_device() {
-    use ublk_core::driver::Driver;
     for step in ["ADD_DEV", "SET_PARAMS", "FETCH_REQ", "PREP_IO_CMDS", "START_DEV"] {
         let driver = FakeDriver::new();
         driver.refuse_next(step, Errno::EINVAL);
         let options = options(2, 4).batch(step != "FETCH_REQ");
-        let error = server(&driver, 2).start(custom(|r| r.complete()), &options).unwrap_err();
+        let error = server(&driver, 2).start(completing(), &options).unwrap_err();
         assert!(error.to_string().contains(step), "{step}: {error}");
-        assert_eq!(driver.device_ids().unwrap(), [], "{step}");
+        assert_eq!(driver.devices(), [], "{step}");
         assert_eq!(driver.violations(), Vec::<String>::new());
     }
 }
 
 #[test]
 fn a_target_that_cannot_open_its_queue_leaves_no_device() {
-    use ublk_core::driver::Driver;
     #[derive(Debug)]
     struct Broken(bool);
     impl Target for Broken {
@@ -412,7 +404,7 @@ fn a_target_that_cannot_open_its_queue_leaves_no_device() {
         let driver = FakeDriver::new();
         let error = server(&driver, 1).start(Arc::new(Broken(panics)), &options(2, 4)).unwrap_err();
         assert!(error.to_string().contains(words), "{error}");
-        assert_eq!(driver.device_ids().unwrap(), []);
+        assert_eq!(driver.devices(), []);
     }
 }
 
@@ -430,7 +422,7 @@ fn impossible_options_are_refused_before_the_driver_is_asked() {
     ] {
         // Would be seen if the driver were asked.
         driver.refuse_next("ADD_DEV", Errno::ENOTTY);
-        let error = server.start(custom(|r| r.complete()), &bad).unwrap_err();
+        let error = server.start(completing(), &bad).unwrap_err();
         assert!(error.to_string().contains(words), "{error}");
         assert_eq!(error.errno(), Errno::EINVAL);
     }
@@ -441,8 +433,8 @@ fn an_id_in_use_is_named_and_the_first_device_lives_on() {
     let driver = FakeDriver::new();
     let server = server(&driver, 2);
     let fixed = options(1, 1).id(DeviceId(5));
-    let first = server.start(custom(|r| r.complete()), &fixed).unwrap();
-    let error = server.start(custom(|r| r.complete()), &fixed).unwrap_err();
+    let first = server.start(completing(), &fixed).unwrap();
+    let error = server.start(completing(), &fixed).unwrap_err();
     assert!(error.to_string().contains("the id is in use"), "{error}");
     driver.disk(first.id()).read(0, 512).unwrap();
     finish(&driver, first);
@@ -452,7 +444,7 @@ fn an_id_in_use_is_named_and_the_first_device_lives_on() {
 fn a_device_stopped_from_outside_ends_its_wait() {
     let driver = FakeDriver::new();
     let server = server(&driver, 2);
-    let device = server.start(custom(|r| r.complete()), &options(2, 16)).unwrap();
+    let device = server.start(completing(), &options(2, 16)).unwrap();
     assert!(!device.wait(Some(Duration::from_millis(20))), "a live device does not end");
     server.control().stop(device.id()).unwrap();
     assert!(device.wait(Some(Duration::from_secs(5))));
@@ -481,7 +473,7 @@ fn stopping_waits_for_the_request_in_the_handler() {
 #[test]
 fn stopping_twice_and_from_many_threads_is_harmless() {
     let driver = FakeDriver::new();
-    let device = Arc::new(server(&driver, 2).start(custom(|r| r.complete()), &options(2, 8)).unwrap());
+    let device = Arc::new(server(&driver, 2).start(completing(), &options(2, 8)).unwrap());
     let stoppers: Vec<_> = (0..4)
         .map(|_| {
             let device = device.clone();
@@ -513,9 +505,8 @@ fn many_devices_share_few_threads_which_end_with_them() {
     }
     let driver = FakeDriver::new();
     let spawn = Arc::new(Counting::default());
-    let server = Server::with_driver(Arc::new(driver.clone()), spawn.clone(), 3);
-    let devices: Vec<Device> =
-        (0..50).map(|_| server.start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(2, 2)).unwrap()).collect();
+    let server = Server::with_fake(&driver).with_threads(3).with_spawn(spawn.clone());
+    let devices: Vec<Device> = (0..50).map(|_| server.start(ram_disk(), &options(2, 2)).unwrap()).collect();
     assert_eq!(spawn.made.load(Ordering::SeqCst), 3);
     for (i, device) in devices.iter().enumerate() {
         driver.disk(device.id()).write(0, &[i as u8; 512]).unwrap();
@@ -524,17 +515,12 @@ fn many_devices_share_few_threads_which_end_with_them() {
         assert_eq!(driver.disk(device.id()).read(0, 512).unwrap(), [i as u8; 512]);
     }
     drop(devices);
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while spawn.alive.load(Ordering::SeqCst) != 0 {
-        assert!(Instant::now() < deadline, "threads without queues live on");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    until("the end of threads without queues", || spawn.alive.load(Ordering::SeqCst) == 0);
     assert_eq!(driver.violations(), Vec::<String>::new());
 }
 
 #[test]
 fn a_thread_that_cannot_be_made_leaves_no_device() {
-    use ublk_core::driver::Driver;
     #[derive(Debug)]
     struct Refuse;
     impl Spawn for Refuse {
@@ -543,10 +529,10 @@ fn a_thread_that_cannot_be_made_leaves_no_device() {
         }
     }
     let driver = FakeDriver::new();
-    let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(Refuse), 1);
-    let error = server.start(custom(|r| r.complete()), &options(1, 1)).unwrap_err();
+    let server = Server::with_fake(&driver).with_threads(1).with_spawn(Arc::new(Refuse));
+    let error = server.start(completing(), &options(1, 1)).unwrap_err();
     assert_eq!(error.errno(), Errno::EAGAIN, "{error}");
-    assert_eq!(driver.device_ids().unwrap(), []);
+    assert_eq!(driver.devices(), []);
 }
 
 proptest! {
@@ -560,7 +546,7 @@ proptest! {
         steps in prop::collection::vec((0u64..2000, 1usize..40, 0u8..6, any::<u8>()), 1..60),
     ) {
         let driver = FakeDriver::new();
-        let device = server(&driver, 2).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(queues, depth)).unwrap();
+        let device = server(&driver, 2).start(ram_disk(), &options(queues, depth)).unwrap();
         let disk = driver.disk(device.id());
         let mut model = vec![0u8; SIZE as usize];
         for (block, blocks, op, value) in steps {
@@ -604,7 +590,7 @@ fn a_device_that_starts_behind_a_blocked_handler_waits_for_it() {
     let client = std::thread::spawn(move || disk.wait(sent));
     let other = {
         let server = server.clone();
-        std::thread::spawn(move || server.start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(1, 4)))
+        std::thread::spawn(move || server.start(ram_disk(), &options(1, 4)))
     };
     std::thread::sleep(Duration::from_millis(100));
     release.send(()).unwrap();
@@ -621,7 +607,7 @@ fn a_device_that_starts_behind_a_blocked_handler_waits_for_it() {
 fn whoever_waits_for_a_device_hears_of_a_start_that_failed() {
     for command in ["START_DEV", "FETCH_REQ"] {
         let driver = FakeDriver::new();
-        let target: Arc<dyn Target> = Arc::new(Mem::new(SIZE, 512).unwrap());
+        let target = ram_disk();
         let options = options(1, 4).batch(false);
         let device = server(&driver, 1).add(&target, &options).unwrap();
         assert!(!device.is_ending());
@@ -632,7 +618,7 @@ fn whoever_waits_for_a_device_hears_of_a_start_that_failed() {
     }
     // Stopped before it began.
     let driver = FakeDriver::new();
-    let target: Arc<dyn Target> = Arc::new(Mem::new(SIZE, 512).unwrap());
+    let target = ram_disk();
     let device = server(&driver, 1).add(&target, &options(1, 4)).unwrap();
     device.stop().unwrap();
     assert!(device.wait(Some(Duration::from_secs(10))));
@@ -642,7 +628,7 @@ fn whoever_waits_for_a_device_hears_of_a_start_that_failed() {
 #[test]
 fn a_ram_disk_whose_device_was_made_larger_fails_what_lies_beyond_and_nothing_else() {
     let driver = FakeDriver::new();
-    let device = server(&driver, 1).start(Arc::new(Mem::new(SIZE, 512).unwrap()), &options(1, 4)).unwrap();
+    let device = server(&driver, 1).start(ram_disk(), &options(1, 4)).unwrap();
     device.resize(2 * SIZE).unwrap();
     let disk = driver.disk(device.id());
     for at in [SIZE - 512, SIZE, 2 * SIZE - 512] {
@@ -659,7 +645,7 @@ fn a_ring_that_cannot_be_made_is_reported_with_its_errno() {
     for errno in [Errno::ENOMEM, Errno::EMFILE] {
         let driver = FakeDriver::new();
         driver.refuse_next("io_uring_setup", errno);
-        let error = server(&driver, 1).start(custom(|request| request.complete()), &options(1, 4)).unwrap_err();
+        let error = server(&driver, 1).start(completing(), &options(1, 4)).unwrap_err();
         assert_eq!(error.errno(), errno, "{error}");
         assert!(error.to_string().contains("ring"), "{error}");
     }

@@ -12,8 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, mpsc};
 
-use ublk_core::driver::fake::{FakeDisk, FakeDriver};
-use ublk_core::targets::{File as FileDisk, FileOptions, Io, Mem};
+use ublk_core::fake::{FakeDisk, FakeDriver};
 use ublk_core::{
     Access, DataMovement, DetachedRequest, Device, DeviceOptions, Errno, FilePiece, FileRange, Op, Params, Pieces,
     QueueHandler, QueueInfo, Request, Requests, Result, SharedMemory, Target,
@@ -21,22 +20,16 @@ use ublk_core::{
 
 mod support;
 
-use support::{SIZE, custom, finish, options, server};
+use support::{SIZE, custom, disk_file, file_disk, finish, options, ram_disk, server, unnamed_file, until_held};
 
 const READ: u32 = 0;
 const WRITE: u32 = 1;
-
-fn file_of(bytes: u64) -> File {
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(bytes).unwrap();
-    file
-}
 
 /// A device whose clients share memory, the file of that, and its disk.
 fn sharing(target: Arc<dyn Target>, way: DeviceOptions) -> (FakeDriver, Device, File, FakeDisk) {
     let driver = FakeDriver::new();
     let device = server(&driver, 1).start(target, &way.shared_memory(true)).unwrap();
-    let memory = file_of(8192);
+    let memory = unnamed_file(8192);
     device.share_memory(SharedMemory::map(&memory, 8192, false).unwrap()).unwrap();
     let disk = driver.disk(device.id());
     (driver, device, memory, disk)
@@ -120,15 +113,12 @@ impl QueueHandler for Copying {
 
 /// Every way in which a target moves shared data, and what it needs.
 fn targets() -> Vec<(&'static str, Arc<dyn Target>)> {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(SIZE).unwrap();
-    let options = FileOptions::new().io(Io::Buffered);
-    let changed = file_of(SIZE);
-    let changed = Arc::new(changed);
+    let file = disk_file();
+    let changed = Arc::new(unnamed_file(SIZE));
     vec![
-        ("bytes", Arc::new(Mem::new(SIZE, 512).unwrap())),
+        ("bytes", ram_disk()),
         ("copies", Arc::new(Copying(Arc::default()))),
-        ("forwards", Arc::new(FileDisk::open(file.path(), &options).unwrap())),
+        ("forwards", file_disk(file.path())),
         (
             "forwards a copy",
             custom(move |mut request| {
@@ -182,7 +172,7 @@ fn a_client_that_shrinks_the_shared_file_fails_its_requests() {
 #[test]
 fn a_forwarded_request_keeps_its_file_open() {
     let driver = FakeDriver::new();
-    let mut right = file_of(SIZE);
+    let mut right = unnamed_file(SIZE);
     let lent = Arc::new(Mutex::new(Some(Arc::new(right.try_clone().unwrap()))));
     let theirs = lent.clone();
     let target = custom(move |request| {
@@ -199,11 +189,9 @@ fn a_forwarded_request_keeps_its_file_open() {
     driver.hold_files(true);
     let disk = driver.disk(device.id());
     let sent = disk.send(WRITE, 0, 1024, &[7; 1024]).unwrap();
-    while driver.held_files() == 0 {
-        std::thread::yield_now();
-    }
+    until_held(&driver, 1);
     // Others that would get its number.
-    let wrong: Vec<File> = (0..8).map(|_| file_of(0)).collect();
+    let wrong: Vec<File> = (0..8).map(|_| unnamed_file(0)).collect();
     assert!(wrong.iter().all(|file| file.as_raw_fd() != number));
     driver.hold_files(false);
     disk.wait(sent).unwrap();
@@ -218,7 +206,7 @@ fn a_forwarded_request_keeps_its_file_open() {
 #[test]
 fn a_closed_file_cannot_be_named() {
     // What is forwarded to is owned: neither a number nor a borrowed descriptor is one.
-    let file = Arc::new(OwnedFd::from(file_of(512)));
+    let file = Arc::new(OwnedFd::from(unnamed_file(512)));
     let range = FileRange::new(file.clone(), 0);
     drop(file);
     let mut open = File::from(std::os::fd::AsFd::as_fd(&range.file).try_clone_to_owned().unwrap());

@@ -2,16 +2,14 @@
 
 //! Statistics of a device on the stand-in driver: every way in which requests move and end is counted once.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use ublk_core::driver::fake::FakeDriver;
-use ublk_core::targets::{File, FileOptions, Io, Mem};
+use ublk_core::fake::FakeDriver;
 use ublk_core::{DataMovement, DeviceStats, Errno, Op};
 
 mod support;
 
-use support::{SIZE, custom, finish, options, server};
+use support::{completing, custom, disk_file, file_disk, finish, options, ram_disk, server};
 
 /// Requests, bytes and failures of an operation.
 fn numbers(stats: &DeviceStats, op: Op) -> (u64, u64, u64) {
@@ -26,7 +24,7 @@ fn every_data_movement_counts_the_same() {
             continue;
         }
         let driver = FakeDriver::new();
-        let target = Arc::new(Mem::new(SIZE, 512).unwrap());
+        let target = ram_disk();
         let mut options = options(2, 4).batch(batch);
         options.data = data;
         let device = server(&driver, 2).start(target, &options).unwrap();
@@ -74,7 +72,7 @@ fn failures_are_counted_and_their_bytes_are_not() {
 fn a_commit_that_the_driver_refuses_is_a_failure() {
     let driver = FakeDriver::new();
     let options = options(1, 1).batch(false);
-    let device = server(&driver, 1).start(custom(|request| request.complete()), &options).unwrap();
+    let device = server(&driver, 1).start(completing(), &options).unwrap();
     driver.refuse_next("COMMIT_AND_FETCH_REQ", Errno::EINVAL);
     assert_eq!(driver.disk(device.id()).read(0, 512).map(drop), Err(Errno::EIO));
     assert_eq!(numbers(&device.stats(), Op::Read), (1, 512, 1));
@@ -102,12 +100,9 @@ fn requests_that_were_elsewhere_are_counted_with_their_whole_time() {
 
 #[test]
 fn forwarded_requests_are_counted() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(SIZE).unwrap();
-    let options_of_file = FileOptions::new().io(Io::Buffered);
-    let target = Arc::new(File::open(file.path(), &options_of_file).unwrap());
+    let file = disk_file();
     let driver = FakeDriver::new();
-    let device = server(&driver, 1).start(target, &options(1, 8)).unwrap();
+    let device = server(&driver, 1).start(file_disk(file.path()), &options(1, 8)).unwrap();
     let disk = driver.disk(device.id());
     disk.write(0, &[7; 65536]).unwrap();
     disk.read(0, 65536).unwrap();

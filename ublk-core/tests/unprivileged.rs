@@ -2,21 +2,14 @@
 
 //! Devices of a user without CAP_SYS_ADMIN, on the stand-in driver.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use ublk_core::driver::Driver;
-use ublk_core::driver::fake::FakeDriver;
-use ublk_core::targets::Mem;
-use ublk_core::{DataMovement, DeviceState, Errno, Features, Recovery, Target};
+use ublk_core::fake::FakeDriver;
+use ublk_core::{DataMovement, DeviceState, Errno, Features, Recovery};
 
 mod support;
 
-use support::{SIZE, finish, options, server};
-
-fn ram_disk() -> Arc<dyn Target> {
-    Arc::new(Mem::new(SIZE, 512).unwrap())
-}
+use support::{SIZE, finish, options, ram_disk, server};
 
 #[test]
 fn a_user_makes_uses_changes_and_deletes_a_device() {
@@ -45,7 +38,7 @@ fn somebody_else_with_access_deletes_it() {
     control.try_stop(device.id()).unwrap();
     assert!(device.wait(Some(Duration::from_secs(5))));
     device.stop().unwrap();
-    assert!(driver.device_ids().unwrap().is_empty());
+    assert!(driver.devices().is_empty());
 }
 
 #[test]
@@ -84,7 +77,7 @@ fn what_takes_privileges_is_refused_in_words() {
         let error = server(&driver, 1).start(ram_disk(), &wish).unwrap_err().to_string();
         assert!(error.contains("CAP_SYS_ADMIN"), "{error}");
     }
-    assert!(driver.device_ids().unwrap().is_empty());
+    assert!(driver.devices().is_empty());
 }
 
 #[test]

@@ -69,11 +69,11 @@ impl Buffer {
     }
 }
 
-/// Buffer object of a tag, created on first use.
+/// Buffer object of a tag, created on first use and kept for the tag's next request.
 #[derive(Debug, Default)]
-pub(crate) struct Slot(Option<Py<Buffer>>);
+pub(crate) struct CachedBuffer(Option<Py<Buffer>>);
 
-impl Slot {
+impl CachedBuffer {
     /// Returns a view of the first `len` bytes of `memory` that is valid for one request.
     pub(crate) fn lease(
         &mut self,
@@ -155,7 +155,7 @@ impl Lease {
     }
 }
 
-/// Whether there are references to an object besides the caller's.
+/// Returns whether there are references to an object besides the caller's.
 fn is_shared(object: *mut ffi::PyObject) -> bool {
     // SAFETY: the caller's reference keeps the object alive; reading its count needs no more than being attached.
     let count = || unsafe { ffi::Py_REFCNT(object) };

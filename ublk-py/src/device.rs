@@ -18,7 +18,7 @@ use ublk_core::{Features, Op, Recovery, SharedMemory, Target};
 use crate::descriptor::with_descriptor;
 use crate::error::to_python;
 use crate::interpreter;
-use crate::methods::op_name;
+use crate::operations::op_name;
 use crate::pull::{Pulled, PyPullQueue};
 use crate::stats;
 use crate::watch::Watch;
@@ -29,7 +29,7 @@ const SIGNAL_POLL: Duration = Duration::from_millis(50);
 const FOREVER: Duration = Duration::from_secs(1 << 31);
 /// Minimum time that requests have to end before they are revoked.
 const GRACE: Duration = Duration::from_millis(500);
-/// How long the engine has to commit revoked requests before it gives up the queues.
+/// Time that the engine gets to commit revoked requests before it gives up the queues.
 const COMMIT: Duration = Duration::from_secs(1);
 
 /// A device of this process.
@@ -47,7 +47,7 @@ pub(crate) struct NativeDevice {
     on_kernel: bool,
     /// Number of revoked requests.
     revoked: AtomicUsize,
-    /// Whether requests are to be revoked at once.
+    /// Whether to revoke requests at once.
     hurried: AtomicBool,
     /// Whether the device is being deleted, so that no other server can follow.
     deletes: AtomicBool,
@@ -125,7 +125,7 @@ impl NativeDevice {
     }
 }
 
-/// Whether an error is the reason why a device was not left, rather than why its queues do not end.
+/// Returns whether an error is the reason why a device was not left, rather than why its queues do not end.
 fn is_refusal(error: &ublk_core::Error) -> bool {
     use ublk_core::Error::{Control, Unsupported};
     error.is_refusal() && matches!(error, Unsupported { .. } | Control { command: "QUIESCE_DEV", .. })
@@ -182,7 +182,7 @@ fn run_once<T, F: FnOnce(&ublk_core::Device) -> T>(job: &Job<F, T>) {
     }
 }
 
-/// Python may drop the object anywhere: attached, where waiting would keep handlers from finishing, or on the thread that
+/// Python may drop the object on any thread: attached, where waiting would keep handlers from finishing, or on the thread that
 /// serves the device. So a device that is still running is stopped by another thread.
 impl Drop for NativeDevice {
     fn drop(&mut self) {

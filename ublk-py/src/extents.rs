@@ -13,11 +13,12 @@ use ublk_core::extents::files::{self, SharedFile};
 use ublk_core::extents::{Direction, Extent, ExtentMap, Flight, Moment};
 use ublk_core::{Op, Pieces, Request};
 
+use crate::any_request::AnyRequest;
 use crate::descriptor::with_descriptor;
 use crate::error::os_error;
 use crate::flushes::Flushes;
 use crate::interpreter;
-use crate::methods::{AnyRequest, op_object};
+use crate::operations::op_object;
 
 /// Location of a range of the disk in a file.
 #[pyclass(frozen, module = "ublk", name = "Extent")]
@@ -121,7 +122,7 @@ impl DiskExtents {
     }
 }
 
-/// How often an extent is asked for again after it was invalidated meanwhile.
+/// Number of attempts to get an extent that is not invalidated meanwhile.
 pub(crate) const ATTEMPTS: u32 = 16;
 
 fn direction(op: Op) -> Option<Direction> {
@@ -220,13 +221,13 @@ fn convert(answer: &Bound<'_, PyAny>, who: &str, at: u64, direction: Direction) 
 pub(crate) enum Returned<R> {
     /// The engine carries out the request.
     Forwarded,
-    /// The extent was invalidated meanwhile: the handler is to be called again.
+    /// The extent was invalidated meanwhile: the handler must be called again.
     Stale(R),
     /// The extent is invalid for the request.
     Refused(R, PyErr),
 }
 
-/// Whether a handler has returned an extent instead of transferring the data.
+/// Returns whether a handler has returned an extent instead of transferring the data.
 pub(crate) fn is_extent(op: Op, value: &Bound<'_, PyAny>) -> bool {
     direction(op).is_some() && (value.is_instance_of::<PyExtent>() || value.is_instance_of::<PyZeros>())
 }

@@ -5,7 +5,7 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use ublk_core::driver::fake::{FakeDisk, FakeDriver as Inner};
+use ublk_core::fake::{FakeDisk, FakeDriver as Inner};
 use ublk_core::{DeviceId, Errno};
 
 use crate::error::os_error;
@@ -95,8 +95,7 @@ impl FakeDriver {
 
     /// Returns the numbers of the devices.
     fn devices(&self) -> PyResult<Vec<u32>> {
-        use ublk_core::driver::Driver;
-        Ok(self.0.device_ids()?.into_iter().map(|id| id.0).collect())
+        Ok(self.0.devices().into_iter().map(|id| id.0).collect())
     }
 
     /// Returns the violations of the driver's protocol by the server.

@@ -14,6 +14,7 @@
 //! write-back goes to the first flush here. A recovered disk with `map` counts as written to through extents. One whose
 //! handlers may return extents is known to have been as soon as a handler returns an extent, even for a read. Before that,
 //! rule 1 applies, and rule 2 until `write` returns without an extent: a class that writes by itself may retry a flush.
+//! Its failures up to then do not count when the disk is recovered again.
 //!
 //! Handlers that write to files themselves decide what a failure means and what can be retried.
 
@@ -23,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use pyo3::prelude::*;
 use ublk_core::{DetachedRequest, Errno, Op};
 
-use crate::held::{Holders, Revoke};
+use crate::holders::{Holders, Revoke};
 
 /// Flushes of a block device, shared by all queues and by all devices that serve it.
 #[derive(Clone, Debug, Default)]
@@ -44,6 +45,8 @@ struct Shared {
 struct State {
     /// Whether a flush has failed. It counts if writes have gone to extents.
     failed: bool,
+    /// Whether a flush has failed while that was assumed, and still is.
+    failed_assumed: bool,
     /// Whether the failure was logged.
     reported: bool,
     /// Number of the next flush.
@@ -77,7 +80,12 @@ impl Flushes {
     /// Notes that a handler has done a request by itself.
     pub(crate) fn handled(&self, op: Op) {
         if op == Op::Write && self.0.assumed.load(Ordering::Relaxed) {
+            let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
             self.0.assumed.store(false, Ordering::Release);
+            // The class may retry the flush. It must not count when the disk is recovered again.
+            state.failed_assumed = false;
+            // The log reports the next failure again.
+            state.reported &= self.0.written.load(Ordering::Acquire);
         }
     }
 
@@ -110,7 +118,7 @@ impl Flushes {
             let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
             let written = self.0.written.load(Ordering::Acquire);
             let together = written || self.0.recovered.load(Ordering::Relaxed);
-            let for_ever = written || self.0.assumed.load(Ordering::Acquire);
+            let assumed = self.0.assumed.load(Ordering::Acquire);
             state.running.retain(|running| *running != number);
             match ended {
                 Some((request, Ok(()))) if number < state.failing_before => failing.push((request, Errno::EIO)),
@@ -122,6 +130,7 @@ impl Flushes {
                     failing.push((request, errno));
                     if together {
                         state.failed = true;
+                        state.failed_assumed |= assumed;
                         state.failing_before = state.next;
                         let waiting = std::mem::take(&mut state.succeeded);
                         failing.extend(waiting.into_iter().map(|(_, request)| (request, Errno::EIO)));
@@ -131,7 +140,7 @@ impl Flushes {
                 None => {}
             }
             let oldest = state.running.iter().min().copied().unwrap_or(u64::MAX);
-            let has_failed = for_ever && state.failed;
+            let has_failed = (written && state.failed) || (assumed && state.failed_assumed);
             for (before, request) in std::mem::take(&mut state.succeeded) {
                 if has_failed {
                     failing.push((request, Errno::EIO));

@@ -10,7 +10,7 @@ use pyo3::types::PyList;
 use ublk_core::pull::{PullSender, PullSenders};
 use ublk_core::{Access, Errno, Op, Params, QueueHandler, QueueInfo, Request, Requests, Result, Target};
 
-use crate::buffer::Slot;
+use crate::buffer::CachedBuffer;
 use crate::error::to_python;
 use crate::extents::{DiskExtents, Mapped, Mapper};
 use crate::held::Held;
@@ -19,7 +19,7 @@ use crate::methods::{Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
 use crate::watch::{HandlerThread, Watch};
 
-/// How requests reach Python on the thread of their queue.
+/// Way in which requests reach Python on the thread of their queue.
 #[derive(Debug)]
 pub(crate) enum Style {
     /// By a method for each operation.
@@ -27,13 +27,13 @@ pub(crate) enum Style {
     /// By `map`, which returns where bytes are stored. Other requests go to the methods, or to queues if there are senders.
     Mapped(Methods, Mapper, Option<PullSenders>),
     /// By one function for all requests of a wake-up.
-    Batch(Batch),
+    Batches(BatchHandler),
 }
 
-/// `handle`, and a function for its exceptions.
+/// The method `handle`, which gets requests in batches, and a function for its exceptions.
 #[derive(Debug, FromPyObject)]
 #[pyo3(from_item_all)]
-pub(crate) struct Batch {
+pub(crate) struct BatchHandler {
     handle: Py<PyAny>,
     report: Py<PyAny>,
 }
@@ -76,8 +76,8 @@ impl PythonTarget {
     fn open(&self, py: Python<'_>, info: &QueueInfo) -> PyResult<Box<dyn QueueHandler>> {
         let thread = self.watch.register_thread(py)?;
         let methods_queue = |methods: &Methods, depth| {
-            let slots = (0..depth).map(|_| Slot::default()).collect();
-            MethodsQueue { methods: methods.clone_ref(py), slots, thread: thread.clone() }
+            let buffers = (0..depth).map(|_| CachedBuffer::default()).collect();
+            MethodsQueue { methods: methods.clone_ref(py), buffers, thread: thread.clone() }
         };
         Ok(match &self.style {
             Style::Methods(methods) => Box::new(Attached::new(methods_queue(methods, info.depth), &self.watch)),
@@ -88,9 +88,9 @@ impl PythonTarget {
                 let inner = Some((methods, mapper.clone_ref(py)));
                 Box::new(MappedQueue { inner, sender, watch: self.watch.clone() })
             }
-            Style::Batch(Batch { handle, report }) => {
-                let batch = Batch { handle: handle.clone_ref(py), report: report.clone_ref(py) };
-                Box::new(Attached::new(BatchQueue { batch, thread, watch: self.watch.clone() }, &self.watch))
+            Style::Batches(BatchHandler { handle, report }) => {
+                let handler = BatchHandler { handle: handle.clone_ref(py), report: report.clone_ref(py) };
+                Box::new(Attached::new(BatchQueue { handler, thread, watch: self.watch.clone() }, &self.watch))
             }
         })
     }
@@ -134,7 +134,7 @@ impl<S: Serve> Drop for Attached<S> {
 struct MethodsQueue {
     methods: Methods,
     /// By tag.
-    slots: Vec<Slot>,
+    buffers: Vec<CachedBuffer>,
     thread: Arc<HandlerThread>,
 }
 
@@ -215,14 +215,14 @@ impl MethodsQueue {
             // It may have to wait for other flushes.
             return self.thread.during(|| self.methods.flush(py, &Held::default(), request.detach()));
         }
-        let slot = &mut self.slots[usize::from(request.tag().0)];
-        self.thread.during(|| self.methods.serve(py, slot, &Held::default(), request));
+        let buffer = &mut self.buffers[usize::from(request.tag().0)];
+        self.thread.during(|| self.methods.serve(py, buffer, &Held::default(), request));
     }
 }
 
 /// One queue of a device that gets requests in batches.
 struct BatchQueue {
-    batch: Batch,
+    handler: BatchHandler,
     thread: Arc<HandlerThread>,
     watch: Watch,
 }
@@ -237,18 +237,18 @@ impl Serve for BatchQueue {
         let outcome = list
             .as_ref()
             .map_err(|error| error.clone_ref(py))
-            .and_then(|list| self.thread.during(|| self.batch.call(list)));
+            .and_then(|list| self.thread.during(|| self.handler.call(list)));
         if let Err(error) = outcome {
             let errno = to_handlers_errno(py, &error);
             if errno.is_none() {
-                report(py, &self.batch.report, "handle", &error);
+                report(py, &self.handler.report, "handle", &error);
             }
             endings.iter().for_each(|ending| ending.fail_if_left(py, errno.unwrap_or(Errno::EIO)));
         }
     }
 }
 
-impl Batch {
+impl BatchHandler {
     fn call(&self, requests: &Bound<'_, PyList>) -> PyResult<()> {
         let returned = self.handle.bind(requests.py()).call1((requests,))?;
         if returned.is_none() {

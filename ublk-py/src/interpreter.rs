@@ -36,7 +36,7 @@ static CLOSED: AtomicBool = AtomicBool::new(false);
 static SEALED: AtomicBool = AtomicBool::new(false);
 /// Number of threads that are [outside](Outside), in a call.
 static OUTSIDE: AtomicUsize = AtomicUsize::new(0);
-/// How long threads have to return from calls.
+/// Time that threads get to return from calls.
 const RETURN_PATIENCE: Duration = Duration::from_secs(2);
 /// Number of threads with a permit.
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
@@ -44,7 +44,7 @@ static INSIDE: AtomicUsize = AtomicUsize::new(0);
 static GENERATION: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
-    /// How many permits this thread has; only the first one counts in `INSIDE`.
+    /// Number of permits that this thread has; only the first one counts in `INSIDE`.
     static PERMITS: Cell<usize> = const { Cell::new(0) };
     /// Whether this thread has closed the gate.
     static CLOSER: Cell<bool> = const { Cell::new(false) };
@@ -214,8 +214,10 @@ pub(crate) fn close_gate(py: Python<'_>, seconds: f64) -> PyResult<()> {
         wait(patience, &|| !inside())
     });
     if !empty {
-        stdio::complain("a handler is stuck; exiting immediately");
-        py.import("os")?.getattr("_exit")?.call1((1,))?;
+        // It does not return. If a signal handler interrupts it, the process ends all the same.
+        let _ = py.import("ublk._lifecycle").and_then(|module| module.getattr("exit_stuck")?.call0());
+        // SAFETY: ends the process without accessing memory.
+        unsafe { nix::libc::_exit(1) };
     }
     Ok(())
 }

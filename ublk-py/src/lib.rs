@@ -3,6 +3,7 @@
 //! `ublk._ublk`: `ublk-core` for the Python package. This crate only converts; policy is in the Python
 //! modules.
 
+mod any_request;
 mod buffer;
 mod cli;
 mod descriptor;
@@ -13,9 +14,11 @@ mod fake;
 mod flushes;
 mod handler;
 mod held;
+mod holders;
 mod interpreter;
 mod logging;
 mod methods;
+mod operations;
 mod pending;
 mod pull;
 mod request;

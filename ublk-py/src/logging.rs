@@ -40,7 +40,7 @@ fn number(level: Level) -> i32 {
     }
 }
 
-/// Whether the calling thread was made to end a device, which is not to wait for handlers of the log.
+/// Returns whether the calling thread exists to end a device, which must not wait for handlers of the log.
 fn ends_a_device() -> bool {
     std::thread::current().name().is_some_and(|name| matches!(name, "ublk-stop" | "ublk-drop"))
 }

@@ -2,43 +2,17 @@
 
 //! Methods of a block device: one call for each request, and the conversion of its outcome.
 
-use std::fmt::Debug;
-
 use pyo3::exceptions::{PyException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use ublk_core::{DetachedRequest, Errno, Op, Operations, Request};
+use ublk_core::{DetachedRequest, Errno, Op};
 
-use crate::buffer::Slot;
+use crate::any_request::AnyRequest;
+use crate::buffer::CachedBuffer;
 use crate::error::to_errno;
 use crate::extents::{ATTEMPTS, Extents, Returned, forward_returned, is_extent};
-use crate::held::{Held, Holders};
-
-/// Request of either kind: on the thread of its queue, or detached from it.
-pub(crate) trait AnyRequest<'q>: Into<Request<'q>> + Debug {
-    fn get(&self) -> &Request<'q>;
-    fn get_mut(&mut self) -> &mut Request<'q>;
-}
-
-impl<'q> AnyRequest<'q> for Request<'q> {
-    fn get(&self) -> &Request<'q> {
-        self
-    }
-
-    fn get_mut(&mut self) -> &mut Request<'q> {
-        self
-    }
-}
-
-impl AnyRequest<'static> for DetachedRequest {
-    fn get(&self) -> &Request<'static> {
-        self
-    }
-
-    fn get_mut(&mut self) -> &mut Request<'static> {
-        self
-    }
-}
+use crate::held::Held;
+use crate::holders::Holders;
+use crate::operations::op_name;
 
 /// Bound methods of a block device.
 #[derive(Debug, FromPyObject)]
@@ -121,11 +95,17 @@ impl Methods {
         self.extents.get().0.flushes.known(holders);
     }
 
-    /// Calls the method for a request and ends the request accordingly. `slot` has the buffer object of its memory. The
+    /// Calls the method for a request and ends the request accordingly. `buffer` is the buffer object of its memory. The
     /// request is in `held` while the method runs; if it is not there any more, it was revoked.
-    pub(crate) fn serve<'q, R: AnyRequest<'q>>(&self, py: Python<'_>, slot: &mut Slot, held: &Held<R>, mut request: R) {
+    pub(crate) fn serve<'q, R: AnyRequest<'q>>(
+        &self,
+        py: Python<'_>,
+        buffer: &mut CachedBuffer,
+        held: &Held<R>,
+        mut request: R,
+    ) {
         for _ in 0..ATTEMPTS {
-            match self.try_to_serve(py, slot, held, request) {
+            match self.try_to_serve(py, buffer, held, request) {
                 Some(stale) => request = stale,
                 None => return,
             }
@@ -155,7 +135,7 @@ impl Methods {
     fn try_to_serve<'q, R: AnyRequest<'q>>(
         &self,
         py: Python<'_>,
-        slot: &mut Slot,
+        buffer: &mut CachedBuffer,
         held: &Held<R>,
         request: R,
     ) -> Option<R> {
@@ -176,7 +156,7 @@ impl Methods {
         let (request, returned) = match (op, method) {
             (_, None) => (Some(request), Ok(None)),
             (Op::Read | Op::Write | Op::ZoneAppend | Op::ReportZones, Some(method)) => {
-                with_data(py, method, slot, held, request)
+                with_data(py, method, buffer, held, request)
             }
             (_, Some(method)) => {
                 held.put(request);
@@ -256,14 +236,14 @@ impl Methods {
 fn with_data<'py, 'q, R: AnyRequest<'q>>(
     py: Python<'py>,
     method: &Py<PyAny>,
-    slot: &mut Slot,
+    buffer: &mut CachedBuffer,
     held: &Held<R>,
     mut request: R,
 ) -> (Option<R>, PyResult<Option<Bound<'py, PyAny>>>) {
     // Bytes that a handler leaves unwritten must not be another request's data.
     request.get_mut().clear();
     let (offset, len) = (request.get().offset(), request.get().len() as usize);
-    let lease = match slot.lease(py, request.get().buffer(), len, !request.get().op().fills()) {
+    let lease = match buffer.lease(py, request.get().buffer(), len, !request.get().op().fills()) {
         Ok(lease) => lease,
         Err(error) => return (Some(request), Err(error)),
     };
@@ -271,7 +251,7 @@ fn with_data<'py, 'q, R: AnyRequest<'q>>(
     let returned = method.bind(py).call1((offset, lease.view(py)));
     // A traceback holds the handler's frame and so the view; that does not keep the memory from being
     // reused, because `end` releases the view.
-    let is_free = slot.end(py, lease);
+    let is_free = buffer.end(py, lease);
     let mut request = held.take();
     if !is_free && let Some(request) = &mut request {
         // A view is still in use: it keeps the memory, and the tag gets fresh memory.
@@ -320,59 +300,4 @@ pub(crate) fn check_return(value: &Bound<'_, PyAny>, len: Option<u64>) -> PyResu
             Err(PyTypeError::new_err(format!("the handler returned {}; it must return None", value.get_type().name()?)))
         }
     }
-}
-
-/// Returns the name of an operation in Python, which is the name of its method.
-pub(crate) fn op_name(op: Op) -> &'static str {
-    match op {
-        Op::Read => "read",
-        Op::Write => "write",
-        Op::Flush => "flush",
-        Op::Discard => "discard",
-        Op::WriteZeroes => "write_zeroes",
-        Op::ZoneAppend => "zone_append",
-        Op::ZoneOpen => "zone_open",
-        Op::ZoneClose => "zone_close",
-        Op::ZoneFinish => "zone_finish",
-        Op::ZoneReset => "zone_reset",
-        Op::ZoneResetAll => "zone_reset_all",
-        Op::ReportZones => "report_zones",
-    }
-}
-
-/// Operations that disks may support besides reads.
-const OPERATIONS: [(Op, Operations); 4] = [
-    (Op::Write, Operations::WRITE),
-    (Op::Flush, Operations::FLUSH),
-    (Op::Discard, Operations::DISCARD),
-    (Op::WriteZeroes, Operations::WRITE_ZEROES),
-];
-
-/// Returns the operations with the given names of methods.
-pub(crate) fn operations(names: &[String]) -> Operations {
-    let named = |op: &Op| names.iter().any(|name| name == op_name(*op));
-    OPERATIONS.iter().filter(|(op, _)| named(op)).map(|(_, operation)| *operation).collect()
-}
-
-/// Returns the names of operations.
-pub(crate) fn operation_names(operations: Operations) -> Vec<&'static str> {
-    OPERATIONS.iter().filter(|(_, one)| operations.contains(*one)).map(|(op, _)| op_name(*op)).collect()
-}
-
-/// Returns the member of `ublk.Op`.
-pub(crate) fn op_object(py: Python<'_>, op: Op) -> PyResult<Py<PyAny>> {
-    static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    static MEMBERS: [PyOnceLock<Py<PyAny>>; 5] = [const { PyOnceLock::new() }; 5];
-    let index = match op {
-        Op::Read => 0,
-        Op::Write => 1,
-        Op::Flush => 2,
-        Op::Discard => 3,
-        _ => 4,
-    };
-    let member = MEMBERS[index].get_or_try_init(py, || {
-        let class = CLASS.get_or_try_init(py, || py.import("ublk._requests")?.getattr("Op").map(Bound::unbind))?;
-        class.bind(py).call1((op_name(op),)).map(Bound::unbind)
-    });
-    member.map(|member| member.clone_ref(py))
 }

@@ -6,12 +6,13 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefReference};
-use ublk_core::pull::PullQueue;
+use ublk_core::pull::{self, PullQueue};
 use ublk_core::{Errno, Op};
 
-use crate::buffer::Slot;
+use crate::buffer::CachedBuffer;
 use crate::extents::DiskExtents;
 use crate::held::Held;
 use crate::interpreter;
@@ -35,11 +36,14 @@ pub(crate) struct PyPullQueue {
     watch: Watch,
     /// Extents of the block device.
     extents: DiskExtents,
+    /// Generation of the process that it belongs to.
+    generation: usize,
 }
 
 impl PyPullQueue {
     pub(crate) fn new(queue: PullQueue, watch: Watch, extents: DiskExtents) -> Self {
-        PyPullQueue { queue: Mutex::new(Some(Arc::new(queue))), watch, extents }
+        let queue = Mutex::new(Some(Arc::new(queue)));
+        PyPullQueue { queue, watch, extents, generation: interpreter::generation() }
     }
 
     fn queue(&self) -> Option<Arc<PullQueue>> {
@@ -48,6 +52,14 @@ impl PyPullQueue {
 }
 
 impl PyPullQueue {
+    /// Fails in a forked child, which would serve copies of its parent's requests.
+    fn check_process(&self) -> PyResult<()> {
+        if self.generation == interpreter::generation() {
+            return Ok(());
+        }
+        Err(PyRuntimeError::new_err("the requests belong to the process that this one was forked from"))
+    }
+
     /// Fails the requests that were not taken; returns how many.
     pub(crate) fn revoke(&self) -> usize {
         let mut revoked = 0;
@@ -74,6 +86,7 @@ impl PyPullQueue {
         max: usize,
         hand: &Bound<'py, PyList>,
     ) -> PyResult<Option<Vec<Bound<'py, PyRequest>>>> {
+        self.check_process()?;
         let Some(batch) = self.queue().and_then(|queue| queue.next_batch_timeout(max, Duration::ZERO)) else {
             return Ok(None);
         };
@@ -89,6 +102,7 @@ impl PyPullQueue {
     /// Take at most `max` requests, without waiting, and append them to `requests`, the last one first. Return whether more
     /// requests may arrive.
     fn take_into(&self, py: Python<'_>, max: usize, requests: &Bound<'_, PyList>) -> PyResult<bool> {
+        self.check_process()?;
         let Some(batch) = self.queue().and_then(|queue| queue.next_batch_timeout(max, Duration::ZERO)) else {
             return Ok(false);
         };
@@ -99,13 +113,24 @@ impl PyPullQueue {
         Ok(true)
     }
 
+    /// Call a function, and then send the ends of all requests that it has ended, with one wake-up of the queue's thread.
+    ///
+    /// A method, and not two calls, because a signal handler may raise an exception at any place of Python code.
+    #[pyo3(signature = (call, /))]
+    fn corked(&self, call: &Bound<'_, PyAny>) -> PyResult<()> {
+        pull::corked(|| call.call0()).map(drop)
+    }
+
     /// Descriptor that is readable while there are requests, and once no more will arrive. -1 after `close`.
     fn fileno(&self) -> RawFd {
         self.queue().map_or(-1, |queue| queue.as_raw_fd())
     }
 
-    /// Fail all requests in the queue, and later ones.
+    /// Fail all requests in the queue, and later ones. Does nothing in a forked child.
     fn close(&self, py: Python<'_>) {
+        if self.check_process().is_err() {
+            return;
+        }
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
         interpreter::detached(py, || drop(queue));
     }
@@ -130,7 +155,7 @@ impl Worker {
 
     /// Serve until the queue ends.
     fn run(&self, py: Python<'_>) -> PyResult<()> {
-        let mut slot = Slot::default();
+        let mut buffer = CachedBuffer::default();
         let thread = self.watch.register_thread(py)?;
         self.methods.know_flushes(self.watch.holders());
         let held = Held::known(self.watch.holders());
@@ -140,7 +165,7 @@ impl Worker {
             for request in batch {
                 thread.during(|| match request.op() {
                     Op::Flush => self.methods.flush(py, &held, request),
-                    _ => self.methods.serve(py, &mut slot, &held, request),
+                    _ => self.methods.serve(py, &mut buffer, &held, request),
                 });
             }
         }

@@ -8,14 +8,16 @@ use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
 use ublk_core::extents::Moment;
+use ublk_core::pull::uncork_if_slow;
 use ublk_core::{DetachedRequest, Errno, Op};
 
 use crate::buffer::Lease;
 use crate::extents::{ATTEMPTS, DiskExtents, Returned, forward_returned, is_extent};
 use crate::flushes::Flush;
-use crate::held::{Holders, Revoke};
+use crate::holders::{Holders, Revoke};
 use crate::interpreter;
-use crate::methods::{check_return, op_name, op_object, to_handlers_errno};
+use crate::methods::{check_return, to_handlers_errno};
+use crate::operations::{op_name, op_object};
 use crate::pending::unraisable;
 
 /// Request of the block layer.
@@ -274,6 +276,7 @@ impl PyRequest {
             // An operation that the class declares, because `map` is meant to handle all of its requests.
             return Err(PyNotImplementedError::new_err(()));
         }
+        uncork_if_slow();
         let returned = match this.op {
             Op::Read | Op::Write => method.call1((this.offset, this.buffer(py)?)),
             Op::Flush => method.call0(),
@@ -282,7 +285,7 @@ impl PyRequest {
         returned.map(Some)
     }
 
-    /// End the request according to a handler's return value. False if the handler is to be called again.
+    /// End the request according to a handler's return value. Return false if the handler must be called again.
     fn _finish(&self, py: Python<'_>, returned: &Bound<'_, PyAny>) -> PyResult<bool> {
         // A handler that has ended the request may return anything.
         if self.done() {

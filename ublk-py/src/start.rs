@@ -8,8 +8,7 @@ use std::time::Duration;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
-use ublk_core::driver::fake;
-use ublk_core::driver::kernel::KernelDriver;
+use ublk_core::fake;
 use ublk_core::pull::{channels, pull_with};
 use ublk_core::{
     Access, DeviceId, DeviceOptions, Error, MAX_COALESCING, Operations, Parameter, Params, Recovery, Server, Target,
@@ -23,7 +22,7 @@ use crate::fake::FakeDriver;
 use crate::handler::{PythonTarget, Style};
 use crate::interpreter;
 use crate::logging;
-use crate::methods::operations;
+use crate::operations::operations;
 use crate::pull::Pulled;
 use crate::stats;
 use crate::targets::NativeTarget;
@@ -45,7 +44,7 @@ fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
         None => {}
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let made = Server::with_driver(Arc::new(KernelDriver::open()?), Arc::new(spawn), threads);
+    let made = Server::new()?.with_threads(threads).with_spawn(Arc::new(spawn));
     *server = Some((pid, made.clone()));
     Ok(made)
 }
@@ -87,7 +86,7 @@ impl Shape {
     }
 }
 
-/// How Python serves a disk: the attributes of a `Serving` object.
+/// Way in which Python serves a disk: the attributes of a `Serving` object.
 #[derive(FromPyObject)]
 pub(crate) struct Serving<'py> {
     kind: String,
@@ -130,7 +129,7 @@ impl Serving<'_> {
         let params = shape.params(operations(&self.operations));
         let mut pulled = Pulled::default();
         let style = if self.has("handle")? {
-            Style::Batch(self.handlers.extract()?)
+            Style::Batches(self.handlers.extract()?)
         } else if self.has("map")? {
             let mapper = Mapper { map: self.handlers.get_item("map")?.unbind(), extents: self.extents()? };
             let mut given = None;
@@ -156,7 +155,7 @@ impl Serving<'_> {
 fn server(driver: Option<fake::FakeDriver>, spawn: Py<PyAny>, threads: u32) -> ublk_core::Result<Server> {
     let spawn = PythonSpawn(spawn);
     match driver {
-        Some(fake) => Ok(Server::with_driver(Arc::new(fake), Arc::new(spawn), threads as usize)),
+        Some(fake) => Ok(Server::with_fake(&fake).with_threads(threads as usize).with_spawn(Arc::new(spawn))),
         None => kernel_server(spawn),
     }
 }
@@ -268,8 +267,8 @@ pub(crate) fn recover(
     let (device, _permit) = interpreter::detached(py, serve);
     let device = device.map_err(|error| match error {
         Error::Mismatch { parameter: Parameter::BackingFile, .. } => PyValueError::new_err(
-            "the file is not the one that the disk is stored in: another file has taken its name, or its file system was \
-             mounted again. Move the disk's file back to this name. If this is the same file, or if it is to replace the \
+            "the file is not the one that the disk is stored in: another file has taken its name, its file system was \
+             mounted again, or the block device was deactivated or unplugged. Move the disk's file back to this name. If this is the same file, or if it is to replace the \
              disk's data, pass accept_replaced=True",
         ),
         error => to_python(py, &error),

@@ -3,13 +3,11 @@
 //! Features of the driver, and devices of the system.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use ublk_core::control::{Control, DRAIN_TIMEOUT, DeviceInfo};
-use ublk_core::driver::kernel::KernelDriver;
-use ublk_core::{DeviceId, DeviceState, Errno, Error, Features, Params, Recovery, Result};
+use ublk_core::{DeviceId, DeviceState, Errno, Features, Params, Recovery, Result};
 
 use crate::error::to_python;
 use crate::interpreter;
@@ -29,10 +27,7 @@ pub(crate) fn features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pyfunction]
 pub(crate) fn devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
     let found = on_system(py, |control| {
-        let ids = control
-            .driver()
-            .device_ids()
-            .map_err(|source| Error::Target { context: "listing the devices".into(), source })?;
+        let ids = control.device_ids()?;
         let mut found = Vec::new();
         for id in ids {
             match look(control, id) {
@@ -59,7 +54,8 @@ pub(crate) fn delete(py: Python<'_>, id: u32, force: bool) -> PyResult<()> {
     let id = DeviceId(id);
     on_system(py, |control| {
         let instance = control.instance(id);
-        if !force && control.info(id)?.state != DeviceState::Dead {
+        // By now, the number may be another device's.
+        if !force && control.info(id)?.state != DeviceState::Dead && control.is_instance(id, instance) {
             control.try_stop(id)?;
         }
         match control.remove_instance(id, instance) {
@@ -85,14 +81,14 @@ pub(crate) fn resize(py: Python<'_>, id: u32, size: u64) -> PyResult<()> {
 /// Calls the driver while other threads run Python.
 fn on_system<T: Send>(py: Python<'_>, call: impl FnOnce(&Control) -> Result<T> + Send) -> PyResult<T> {
     interpreter::check_return()?;
-    let (result, _permit) = interpreter::detached(py, || call(&Control::new(Arc::new(KernelDriver::open()?))));
+    let (result, _permit) = interpreter::detached(py, || call(&Control::open()?));
     result.map_err(|e| to_python(py, &e))
 }
 
 type Found = (PathBuf, DeviceInfo, Params);
 
 fn look(control: &Control, id: DeviceId) -> Result<Found> {
-    Ok((control.driver().block_path(id), control.info(id)?, control.params(id)?.params))
+    Ok((control.block_path(id), control.info(id)?, control.params(id)?.params))
 }
 
 fn to_dict(py: Python<'_>, (path, info, params): Found) -> PyResult<Bound<'_, PyDict>> {

@@ -12,7 +12,7 @@ use ublk_core::{Access, BackingIdentity, Params, QueueHandler, QueueInfo, Result
 
 use crate::error::to_python;
 use crate::interpreter;
-use crate::methods::operation_names;
+use crate::operations::operation_names;
 
 /// Target of `ublk-core`.
 #[pyclass(frozen, module = "ublk._ublk")]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use nix::time::{ClockId, clock_gettime};
 use pyo3::prelude::*;
 
-use crate::held::Holders;
+use crate::holders::Holders;
 use crate::interpreter;
 
 /// Observer of one device.
@@ -59,7 +59,7 @@ impl Watch {
         Ok(thread)
     }
 
-    /// Whether the calling thread is in a handler.
+    /// Returns whether the calling thread is in a handler.
     pub(crate) fn is_busy_here(&self, py: Python<'_>) -> PyResult<bool> {
         let here = thread_ident(py)?;
         Ok(self.busy().iter().any(|(thread, ..)| *thread == here))

@@ -2,6 +2,7 @@
 
 """Programs that serve devices on the stand-in driver, for tests of how they end."""
 
+import os
 import subprocess
 import sys
 
@@ -58,9 +59,12 @@ STYLES = ["", "queues=2", "workers=2"]
 class Program:
     """A program that goes on from the one above."""
 
-    def __init__(self, code):
+    def __init__(self, code, buffered=False):
+        """`buffered`: the program's output is, too."""
         command = [sys.executable, "-X", "faulthandler", "-c", SERVER + code]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
     def wait_for(self, text):
         for line in self.process.stdout:

@@ -48,10 +48,12 @@ def test_devices_that_nothing_stops_do_not_crash_the_end(options):
 
 
 def test_a_stuck_handler_that_nothing_waits_for_does_not_crash_the_end():
-    program = Program("device = serve(Stuck)\nentered.wait()\natexit.unregister(_lifecycle.stop_all)\n")
-    status, _out, err = program.end()
+    # What the program has printed is in a buffer.
+    text = "device = serve(Stuck)\nentered.wait()\natexit.unregister(_lifecycle.stop_all)\nprint('a result')\n"
+    status, out, err = Program(text, buffered=True).end()
     assert status == 1, err
     assert "a handler is stuck; exiting immediately" in err
+    assert "a result" in out
 
 
 def test_an_exit_handler_that_comes_too_late_starts_no_device():
@@ -94,7 +96,7 @@ def test_a_kept_request_does_not_keep_the_device_at_exit():
     assert "requests unfinished after" in err
 
 
-# Nothing reads this program's errors, and the first of its handler's mistakes blocks the thread that logs it.
+# Nothing reads this program's errors.
 FULL_STDERR = """
 import fcntl
 
@@ -106,7 +108,10 @@ try:
 except BlockingIOError:
     pass
 fcntl.fcntl(2, fcntl.F_SETFL, 0)
+"""
 
+# The first of its handler's mistakes blocks the thread that logs it.
+MISTAKEN = """
 class Mistaken(Disk):
     def read(self, offset, buf):
         entered.set()
@@ -122,7 +127,7 @@ print("serving", flush=True)
 @pytest.mark.parametrize("stops", [False, True], ids=["exits", "stops"])
 def test_a_full_stderr_does_not_keep_a_program_from_its_end(options, stops):
     wait = "try:\n    device.wait()\nfinally:\n    device.stop(timeout=1)\n" if stops else "device.wait()\n"
-    program = Program(FULL_STDERR.format(options=options) + wait)
+    program = Program(FULL_STDERR + MISTAKEN.format(options=options) + wait)
     try:
         program.wait_for("serving")
         # The thread that logs the mistake blocks by then.
@@ -132,3 +137,14 @@ def test_a_full_stderr_does_not_keep_a_program_from_its_end(options, stops):
     finally:
         program.process.kill()
         program.end()
+
+
+def test_a_full_stderr_does_not_keep_a_program_with_a_stuck_handler_from_its_end():
+    text = "device = serve(Stuck)\nentered.wait()\natexit.unregister(_lifecycle.stop_all)\nprint('a result')\n"
+    program = Program(FULL_STDERR + text, buffered=True)
+    try:
+        assert program.process.wait(60) == 1
+    finally:
+        program.process.kill()
+        out = program.end()[1]
+    assert "a result" in out

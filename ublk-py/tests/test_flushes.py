@@ -43,6 +43,19 @@ class Once:
             raise OSError(errno.EIO, "write-back failed")
 
 
+class OnceSlowly:
+    """An `fdatasync` whose first call, once it may return, reports that writes are lost; all others succeed."""
+
+    def __init__(self):
+        self.first, self.entered, self.leave = threading.Lock(), threading.Event(), threading.Event()
+
+    def __call__(self, file):
+        if self.first.acquire(blocking=False):
+            self.entered.set()
+            self.leave.wait(20)
+            raise OSError(errno.EIO, "write-back failed")
+
+
 class Mapped(ublk.BlockDevice):
     def __init__(self, file, sync):
         super().__init__(size=SIZE)
@@ -79,6 +92,33 @@ class Tasks(Returning):
         self.sync(self.file)
 
 
+def with_slow_sync(kind, file, sync):
+    """A disk whose sync may block, also where flushes are tasks."""
+    disk = kind(file, sync)
+    if kind is Tasks:
+
+        async def flush():
+            await asyncio.to_thread(sync, file)
+
+        disk.flush = flush
+    return disk
+
+
+def start_flush(driver, number, results):
+    """Flush a disk on a thread of its own; append its errno, or 0, to the results."""
+
+    def flush():
+        try:
+            driver.flush(number)
+            results.append(0)
+        except OSError as error:
+            results.append(error.errno)
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    return thread
+
+
 KINDS = pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -108,53 +148,24 @@ def test_no_flush_of_extents_succeeds_after_one_that_failed(file, caplog, kind, 
 @KINDS
 def test_no_flush_succeeds_beside_one_that_takes_the_error(driver, file, caplog, kind, options):
     # Both are under way when one of them takes the error that concerns both.
-    entered, leave = threading.Event(), threading.Event()
-
-    first = threading.Lock()
-
-    def sync(file):
-        if first.acquire(blocking=False):
-            entered.set()
-            leave.wait(20)
-            raise OSError(errno.EIO, "write-back failed")
-
-    disk = kind(file, sync)
-    if kind is Tasks:
-
-        async def flush():
-            if first.acquire(blocking=False):
-                entered.set()
-                await asyncio.to_thread(leave.wait, 20)
-                raise OSError(errno.EIO, "write-back failed")
-
-        disk.flush = flush
-    device = disk.start(**options)
+    sync = OnceSlowly()
+    device = with_slow_sync(kind, file, sync).start(**options)
     try:
         driver.write(device.id, 0, b"x" * 4096)
         results = []
-
-        def flush_disk():
-            try:
-                driver.flush(device.id)
-                results.append(0)
-            except OSError as error:
-                results.append(error.errno)
-
-        threads = [threading.Thread(target=flush_disk)]
-        threads[0].start()
-        assert entered.wait(10)
+        threads = [start_flush(driver, device.id, results)]
+        assert sync.entered.wait(10)
         # On whatever queue the others come: at least one is free.
         for _ in range(2 if kind is not Tasks and "workers" not in options else 1):
-            threads.append(threading.Thread(target=flush_disk))
-            threads[-1].start()
+            threads.append(start_flush(driver, device.id, results))
         threads[1].join(0.3)
         assert results == [], "a flush succeeded before the fate of the one beside it was known"
-        leave.set()
+        sync.leave.set()
         for thread in threads:
             thread.join(20)
         assert set(results) == {errno.EIO}
     finally:
-        leave.set()
+        sync.leave.set()
         device.stop(timeout=0)
 
 
@@ -198,40 +209,17 @@ def test_flushes_beside_a_failed_one_fail_after_a_recovery(driver, file, kind, o
     old = kind(file, lambda file: None).start(recoverable=True, queues=queues)
     driver.write(old.id, 0, b"x" * 4096)
     old.quiesce()
-    first, entered, leave = threading.Lock(), threading.Event(), threading.Event()
-
-    def sync(file):
-        if first.acquire(blocking=False):
-            entered.set()
-            leave.wait(20)
-            raise OSError(errno.EIO, "write-back failed")
-
-    disk = kind(file, sync)
+    sync, results = OnceSlowly(), []
     if kind is Tasks:
-
-        async def flush():
-            await asyncio.to_thread(sync, file)
-
-        disk.flush, workers = flush, None
-    results = []
-
-    def flush_disk():
+        workers = None
+    with ublk.recover(old.id, with_slow_sync(kind, file, sync), workers=workers) as device:
+        threads = [start_flush(driver, old.id, results) for _ in range(2)]
         try:
-            driver.flush(old.id)
-            results.append(0)
-        except OSError as error:
-            results.append(error.errno)
-
-    with ublk.recover(old.id, disk, workers=workers) as device:
-        threads = [threading.Thread(target=flush_disk) for _ in range(2)]
-        try:
-            for thread in threads:
-                thread.start()
-            assert entered.wait(20)
+            assert sync.entered.wait(20)
             threads[1].join(0.3)
             assert results == []
         finally:
-            leave.set()
+            sync.leave.set()
         for thread in threads:
             thread.join(20)
         assert results == [errno.EIO] * 2
@@ -270,21 +258,12 @@ def test_concurrent_flushes_fail_together_after_a_write_by_the_class(driver, fil
         if failing:
             raise OSError(errno.EIO, "write-back failed")
 
-    errors = []
-
-    def flush():
-        try:
-            driver.flush(old.id)
-            errors.append(0)
-        except OSError as error:
-            errors.append(error.errno)
-
+    errors, threads = [], []
     with ublk.recover(old.id, Mixed(file, sync), workers=2) as device:
         driver.write(device.id, 0, b"x" * 4096)
-        threads = [threading.Thread(target=flush) for _ in range(2)]
         try:
-            for thread in threads:
-                thread.start()
+            for _ in range(2):
+                threads.append(start_flush(driver, device.id, errors))
                 assert entered.acquire(timeout=20)
             if failure_first:
                 leave[0].set()
@@ -329,6 +308,47 @@ def test_a_recovered_disk_without_extents_may_flush_again(driver, file, workers,
         with pytest.raises(OSError):
             driver.flush(device.id)
         driver.flush(device.id)
+
+
+@pytest.mark.parametrize("write_first", [False, True])
+def test_a_failure_that_the_class_retried_does_not_count_after_a_recovery(driver, write_first):
+    class Plain(ublk.BlockDevice):
+        sync = Once()
+
+        def read(self, offset, buf):
+            buf[:] = bytes(len(buf))
+
+        def write(self, offset, buf):
+            pass
+
+        def flush(self):
+            self.sync(None)
+
+    disk = Plain(size=SIZE)
+    device = disk.start(recoverable=True)
+    device.quiesce()
+    device = ublk.recover(device.id, disk)
+    if write_first:
+        driver.write(device.id, 0, bytes(4096))
+    with pytest.raises(OSError):
+        driver.flush(device.id)
+    driver.write(device.id, 0, bytes(4096))
+    driver.flush(device.id)
+    device.quiesce()
+    with ublk.recover(device.id, disk) as device:
+        driver.flush(device.id)
+
+
+def test_a_failure_before_the_first_write_counts_after_another_recovery(driver, file):
+    disk = Returning(file, Once())
+    device = disk.start(recoverable=True)
+    device.quiesce()
+    device = ublk.recover(device.id, disk)
+    with pytest.raises(OSError):
+        driver.flush(device.id)
+    device.quiesce()
+    with ublk.recover(device.id, disk) as device:
+        all_flushes_fail(driver, device)
 
 
 def test_a_reload_remembers_a_failed_flush(driver, file, tmp_path):

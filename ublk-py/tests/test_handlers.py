@@ -2,10 +2,13 @@
 
 """What a handler does, and what its request's client sees."""
 
+import asyncio
 import errno
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -392,3 +395,156 @@ def test_a_forked_child_that_returns_from_a_handler_ends(driver, kind, options):
         # The parent's disk works as before.
         assert driver.read(device.id, 512, 512) == b"r" * 512
         os.waitpid(disk.child, 0)
+
+
+def end_of_child(child):
+    """The exit status of a child, which is killed if it does not end."""
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+async def wait_in_turns():
+    while True:
+        await asyncio.sleep(0)
+
+
+async def raise_(exception):
+    raise exception
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda: raise_(OSError(errno.ENOENT, "exec failed")),
+        lambda: raise_(SystemExit(0)),
+        lambda: raise_(asyncio.CancelledError()),
+        lambda: raise_(GeneratorExit()),
+        wait_in_turns,
+    ],
+    ids=["error", "exit", "cancelled", "closed", "waits"],
+)
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_serves_no_requests_of_its_parent(driver, tmp_path, leave):
+    entered, go = threading.Event(), threading.Event()
+
+    class ForksOnce(ublk.BlockDevice):
+        child = -1
+
+        async def read(self, offset, buf):
+            entered.set()
+            go.wait(20)
+
+        async def write(self, offset, buf):
+            # One that waits when the other one forks, and others that are taken with it.
+            await asyncio.sleep(0.1 if offset == 4096 else 0)
+            if offset == 0 and self.child < 0:
+                self.child = os.fork()
+                if self.child == 0:
+                    await leave()
+            with open(tmp_path / "servers", "a") as log:
+                print(os.getpid(), file=log)
+
+    disk = ForksOnce(size=SIZE)
+    with disk.start() as device:
+        threads = [threading.Thread(target=driver.read, args=[device.id, 0, 512])]
+        threads[0].start()
+        assert entered.wait(20)
+        for offset in (4096, 0, 8192, 12288):
+            threads.append(threading.Thread(target=driver.write, args=[device.id, offset, bytes(512)]))
+            threads[-1].start()
+            time.sleep(0.02)
+        go.set()
+        for thread in threads:
+            thread.join(20)
+        assert end_of_child(disk.child) == 1
+        # The reader of the loop still works.
+        driver.write(device.id, 0, bytes(512))
+    assert (tmp_path / "servers").read_text().split() == [str(os.getpid())] * 5
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_forked_child_cannot_continue_the_loop_of_a_device(driver, is_running):
+    async def main():
+        async with await ForksInTasks(size=SIZE).start_async() as device:
+            if not is_running:
+                await device.stop_async()
+            child = os.fork()
+            if child == 0:
+                await asyncio.sleep(0)
+                os._exit(7)
+            assert end_of_child(child) == (1 if is_running else 7)
+
+    asyncio.run(main())
+
+
+DROPS_THE_LOOP = """
+import asyncio, gc, multiprocessing, os
+import ublk
+from ublk._driver import using
+from ublk._ublk import FakeDriver
+
+class Disk(ublk.BlockDevice):
+    async def read(self, offset, buf):
+        pass
+
+class App:
+    # Runs its loop now and then.
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+        with using(FakeDriver()):
+            self.device = self.loop.run_until_complete(Disk(size=1 << 20).start_async())
+
+def work(apps):
+    apps.clear()
+    gc.collect()
+    print("done", flush=True)
+
+apps = [App()]
+worker = multiprocessing.get_context("fork").Process(target=work, args=[apps])
+worker.start()
+worker.join(60)
+print(worker.exitcode, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_forked_child_may_drop_the_loop_of_its_parents_device():
+    ended = subprocess.run([sys.executable, "-c", DROPS_THE_LOOP], capture_output=True, text=True, timeout=120)
+    assert ended.stdout.split() == ["done", "0"], ended.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_cannot_take_requests_of_its_parent(driver):
+    class Pulls(ublk.BlockDevice):
+        pass
+
+    def serve():
+        for request in device.requests():
+            with request:
+                if request.op == "write":
+                    children.append(os.fork())
+                    if children[-1] == 0:
+                        # The `with` statement suppresses it.
+                        raise OSError(errno.ENOENT, "exec failed")
+
+    def serve_in_process():
+        own = os.getpid()
+        try:
+            serve()
+        except RuntimeError:
+            os._exit(7 if os.getpid() != own else 1)
+
+    children = []
+    with Pulls(size=SIZE).start(pull=True) as device:
+        server = threading.Thread(target=serve_in_process)
+        server.start()
+        device.wait_ready()
+        driver.write(device.id, 0, bytes(512))
+        assert end_of_child(children[0]) == 7
+        driver.read(device.id, 0, 512)
+    server.join(20)

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from support import until
 
 import ublk
 from ublk import _own_disk, _watchdog
@@ -55,9 +56,7 @@ def test_a_handler_that_hangs_is_reported_once(driver, caplog, disk, options):
     with disk.start(hang_timeout=0.1, **options) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
-        deadline = time.monotonic() + 10
-        while "0.1 s" not in caplog.text and "0.2 s" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: caplog.records)
         time.sleep(0.3)
         disk.go.set()
         client.join(10)
@@ -82,9 +81,7 @@ def test_a_coroutine_that_blocks_its_loop_is_reported_with_what_it_is_at(driver,
     with Blocking(size=SIZE).start(hang_timeout=0.1) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
-        deadline = time.monotonic() + 10
-        while "block_the_loop" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: "block_the_loop" in caplog.text)
         go.set()
         client.join(10)
     assert "block_the_loop" in caplog.text
@@ -136,16 +133,9 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 20
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
-
-
 def test_a_program_that_has_its_own_disk_open_is_warned_once(driver, caplog, own):
     with Plain().start(hang_timeout=0.05):
-        wait_for(lambda: caplog.records)
+        until(lambda: caplog.records)
         time.sleep(0.2)
     (record,) = caplog.records
     assert "has it open as descriptor 3 (/nonexistent/ublkb0p1): if it" in record.getMessage()
@@ -173,7 +163,7 @@ def test_tasks_of_a_program_that_waits_for_its_own_disk_fail_their_requests(driv
         with pytest.raises(OSError, match="I/O error"):
             driver.read(device.id, 0, 512)
         assert cancelled.wait(10)
-        wait_for(lambda: "the process waits for its own disk" in caplog.text)
+        until(lambda: "the process waits for its own disk" in caplog.text)
     assert "thread (8) cannot continue" in caplog.text
     assert "failing 1 of their requests" in caplog.text
 
@@ -183,7 +173,7 @@ def test_a_handler_that_hangs_while_the_own_disk_is_used_is_named_with_the_cycle
     with disk.start(hang_timeout=0.1) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
-        wait_for(lambda: "the process waits for its own disk" in caplog.text)
+        until(lambda: "the process waits for its own disk" in caplog.text)
         disk.go.set()
         client.join(10)
     assert "failing 0 of their requests" in caplog.text
@@ -210,7 +200,7 @@ def test_a_thread_that_waits_for_another_disk_fails_no_request(driver, caplog, o
     with Waits(size=SIZE).start(hang_timeout=0.05) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
-        wait_for(lambda: "a task has had a request" in caplog.text)
+        until(lambda: "a task has had a request" in caplog.text)
         # The watchdog looks several times.
         time.sleep(0.3)
         go.set()
@@ -224,7 +214,7 @@ def test_the_descriptor_of_a_call_is_its_first_argument():
     thread = threading.Thread(target=os.read, args=[reader, 1])
     thread.start()
     try:
-        wait_for(lambda: _own_disk.descriptor_in_use(thread.native_id) == reader)
+        until(lambda: _own_disk.descriptor_in_use(thread.native_id) == reader)
     finally:
         os.write(writer, b"x")
         thread.join(10)
@@ -257,7 +247,7 @@ def test_an_object_that_cannot_be_looked_at_does_not_end_the_watchdog(driver, ca
     with Tasks(size=SIZE).start(hang_timeout=0.1) as device:
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
-        wait_for(lambda: "await Odd()" in caplog.text)
+        until(lambda: "await Odd()" in caplog.text)
         go.set()
         client.join(10)
     assert _watchdog._thread.is_alive()
@@ -267,10 +257,10 @@ def test_a_look_that_fails_is_not_the_last_one(driver, caplog, monkeypatch):
     disk = Plain()
     with disk.start(hang_timeout=0.05) as device:
         monkeypatch.setattr(_watchdog, "own_descriptors", lambda path: 1 / 0)
-        wait_for(lambda: "checking its handlers failed" in caplog.text)
+        until(lambda: "checking its handlers failed" in caplog.text)
         monkeypatch.setattr(_watchdog, "own_descriptors", lambda path: {})
         client = threading.Thread(target=driver.read, args=[device.id, 0, 512])
         client.start()
-        wait_for(lambda: "a handler has run" in caplog.text)
+        until(lambda: "a handler has run" in caplog.text)
         disk.go.set()
         client.join(10)

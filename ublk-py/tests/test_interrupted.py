@@ -3,14 +3,13 @@
 """Starts, stops and hand-overs that something interrupts."""
 
 import contextlib
-import errno
 import logging
 import os
 import signal
 import threading
-import time
 
 import pytest
+from support import recover_when_free
 
 import ublk
 from ublk import _signals
@@ -68,17 +67,6 @@ def interrupting(begun):
         signal.signal(signal.SIGALRM, before)
 
 
-def recover_when_free(id, driver, disk):
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return ublk.recover(id, disk)
-        except ublk.UblkError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-
-
 @pytest.mark.parametrize("depth", [1, 2], ids=["all-tags", "free-tags"])
 @pytest.mark.parametrize("again", [False, True], ids=["once", "stopped-after-that"])
 def test_a_hand_over_that_is_interrupted_leaves_the_disk(driver, monkeypatch, caplog, depth, again):
@@ -102,7 +90,7 @@ def test_a_hand_over_that_is_interrupted_leaves_the_disk(driver, monkeypatch, ca
     disk.leave.set()
     new = Slow()
     new.leave.set()
-    recover_when_free(device.id, driver, new).stop()
+    recover_when_free(device.id, new).stop()
     client.thread.join(10)
     assert client.error is None
 

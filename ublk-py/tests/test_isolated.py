@@ -14,6 +14,7 @@ import threading
 import time
 
 import pytest
+from support import start_isolated
 
 import ublk
 from ublk import _isolated, testing
@@ -69,14 +70,9 @@ class Mapped(Disk):
         return ublk.Zeros(length)
 
 
-def start(disk, **options):
-    with using(FakeDriver()):
-        return disk.start(isolated=True, **options)
-
-
 @pytest.mark.parametrize(("kind", "workers"), [(Disk, None), (Disk, 2), (Mapped, None)])
 def test_the_device_does_what_others_do(kind, workers):
-    with start(kind(), queues=2, depth=7, id=5, workers=workers, recoverable="queue") as dev:
+    with start_isolated(kind(), queues=2, depth=7, id=5, workers=workers, recoverable="queue") as dev:
         assert (dev.id, dev.queues, dev.depth, dev.size, dev.recovery) == (5, 2, 7, SIZE, "queue")
         assert dev.running
         assert dev.wait(0) is False
@@ -92,7 +88,7 @@ def test_the_device_does_what_others_do(kind, workers):
 
 
 def test_its_process_ends_with_it():
-    with start(Disk()) as dev:
+    with start_isolated(Disk()) as dev:
         process = dev._native._process
         assert process.is_alive()
     assert process.exitcode == 0
@@ -100,13 +96,13 @@ def test_its_process_ends_with_it():
 
 @pytest.mark.parametrize("timeout", [None, 1e7])
 def test_a_stop_may_take_as_long_as_it_likes(timeout):
-    dev = start(Disk())
+    dev = start_isolated(Disk())
     dev.stop(timeout=timeout)
     assert not dev.running
 
 
 def test_several_threads_may_ask_and_stop():
-    dev = start(Disk())
+    dev = start_isolated(Disk())
     threads = [threading.Thread(target=dev.stats) for _ in range(4)]
     threads += [threading.Thread(target=dev.stop) for _ in range(4)]
     for thread in threads:
@@ -117,7 +113,7 @@ def test_several_threads_may_ask_and_stop():
 
 
 def test_its_log_comes_here(caplog):
-    with start(Disk("logs")) as dev:
+    with start_isolated(Disk("logs")) as dev:
         pid = dev._native._process.pid
     (record,) = [record for record in caplog.records if record.name == "mydisk"]
     assert record.levelname == "WARNING"
@@ -129,37 +125,37 @@ def test_what_cannot_be_copied_is_said():
     disk = Disk()
     disk.lock = threading.Lock()
     with pytest.raises(TypeError, match="cannot pickle") as caught:
-        start(disk)
+        start_isolated(disk)
     assert "copy of the Disk" in caught.value.__notes__[0]
 
 
 def test_a_copy_that_does_not_work_says_why_with_its_traceback():
     with pytest.raises(RuntimeError, match="the copy does not work") as caught:
-        start(Disk("raises"))
+        start_isolated(Disk("raises"))
     assert "__setstate__" in caught.value.__notes__[0]
 
 
 def test_an_exception_that_cannot_be_copied_is_told_by_name():
     with pytest.raises(ublk.UblkError, match="Odd: odd"):
-        start(Disk("raises its own"))
+        start_isolated(Disk("raises its own"))
 
 
 def test_values_that_cannot_be_are_found_before_there_is_a_process():
     with pytest.raises(ValueError, match="size = 1000"):
-        start(Disk(block_size=1000))
+        start_isolated(Disk(block_size=1000))
     with pytest.raises(ValueError, match="workers = 0"):
-        start(Disk(), workers=0)
+        start_isolated(Disk(), workers=0)
     with pytest.raises(ValueError, match="not supported without a kernel"):
         testing.open(Disk(), isolated=True)
     with pytest.raises(ValueError, match="pull=True"):
-        start(ublk.BlockDevice(size=SIZE), pull=True)
+        start_isolated(ublk.BlockDevice(size=SIZE), pull=True)
     with pytest.raises(ValueError, match="native disk"), using(FakeDriver()):
         ublk.recover(3, ublk.Null(SIZE), isolated=True)
 
 
 def test_a_process_that_dies_at_once_is_told_with_its_signal():
     with pytest.raises(ublk.UblkError, match=r"was killed by SIGKILL before the disk was there.*__main__") as caught:
-        start(Disk("dies"))
+        start_isolated(Disk("dies"))
     assert caught.value.errno == errno.EOWNERDEAD
 
 
@@ -172,7 +168,7 @@ def ends_as_told(dev, seconds=20):
 
 @pytest.mark.parametrize("arrival", ["", "forks"])
 def test_a_process_that_is_killed_is_told_whoever_has_its_pipes(arrival):
-    with start(Disk(arrival)) as dev:
+    with start_isolated(Disk(arrival)) as dev:
         os.kill(dev._native._process.pid, signal.SIGKILL)
         ends_as_told(dev)
         with contextlib.suppress(ublk.UblkError):
@@ -187,7 +183,7 @@ def test_a_program_whose_logging_fails_is_told_of_the_end(capsys):
     logger = logging.getLogger("mydisk")
     logger.addFilter(refuse)
     try:
-        with start(Disk("logs")) as dev:
+        with start_isolated(Disk("logs")) as dev:
             said, deadline = "", time.monotonic() + 20
             while "ZeroDivisionError: in a filter" not in said:
                 assert time.monotonic() < deadline
@@ -206,7 +202,7 @@ def test_ctrl_c_while_the_process_starts_leaves_nothing():
     try:
         threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
-            start(Disk("sleeps"))
+            start_isolated(Disk("sleeps"))
     finally:
         _isolated._remotes.add = remember
     assert time.monotonic() - before < 30
@@ -214,7 +210,7 @@ def test_ctrl_c_while_the_process_starts_leaves_nothing():
 
 
 def test_a_stop_that_is_interrupted_may_be_repeated():
-    dev = start(Disk())
+    dev = start_isolated(Disk())
     join, calls = dev._native._process.join, []
 
     def interrupted(seconds=None):
@@ -232,7 +228,7 @@ def test_a_stop_that_is_interrupted_may_be_repeated():
 
 
 def test_a_forked_child_leaves_the_process_to_its_parent(capfd):
-    with start(Disk()) as dev:
+    with start_isolated(Disk()) as dev:
         child = os.fork()
         if child == 0:
             status = 1
@@ -253,7 +249,7 @@ def test_a_forked_child_leaves_the_process_to_its_parent(capfd):
 
 
 def serve_and_return():
-    start(Disk())
+    start_isolated(Disk())
 
 
 def test_a_worker_of_multiprocessing_ends_without_a_stop():
@@ -268,7 +264,7 @@ def process_of(device):
 
 
 def test_a_suspended_process_goes_on_to_stop_its_device():
-    device = start(Disk())
+    device = start_isolated(Disk())
     process = process_of(device)
     os.kill(process.pid, signal.SIGSTOP)
     begin = time.monotonic()
@@ -281,7 +277,7 @@ def test_a_suspended_process_goes_on_to_stop_its_device():
 def test_a_process_that_does_not_answer_a_stop_is_killed(monkeypatch):
     monkeypatch.setattr(_isolated, "_STOP_SECONDS", 0.5)
     monkeypatch.setattr(_isolated.RemoteDevice, "_resume", lambda self: None)
-    device = start(Disk())
+    device = start_isolated(Disk())
     process = process_of(device)
     os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(ublk.UblkError, match="was killed, and its requests failed") as caught:
@@ -301,14 +297,14 @@ def test_a_stop_that_cancels_does_so_in_the_other_process(monkeypatch):
         return ask(self, question, *arguments, **more)
 
     monkeypatch.setattr(_isolated.Questions, "ask", note)
-    device = start(Disk())
+    device = start_isolated(Disk())
     device.stop(cancel=True)
     assert asked == [("stop", (1.0, True))]
 
 
 def test_a_stop_that_is_expedited_waits_for_no_process(monkeypatch):
     monkeypatch.setattr(_isolated.RemoteDevice, "_resume", lambda self: None)
-    device = start(Disk())
+    device = start_isolated(Disk())
     process = process_of(device)
     os.kill(process.pid, signal.SIGSTOP)
     threading.Timer(0.5, device._native.expedite).start()

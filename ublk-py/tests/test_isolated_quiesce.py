@@ -7,16 +7,12 @@ import errno
 import os
 import signal
 import threading
-import time
 
 import pytest
+from support import SOON, start_isolated, until
 
 import ublk
 from ublk import _device, _isolated, _ublk
-from ublk._driver import using
-from ublk._ublk import FakeDriver
-
-SOON = 60
 
 
 class Disk(ublk.BlockDevice):
@@ -50,9 +46,7 @@ quiesce = _device.Device.quiesce
 
 def quiesce_after_a_stop(device):
     """Stand for a thread that begins later than that of a stop."""
-    deadline = time.monotonic() + SOON
-    while not device._native.stopped and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: device._native.stopped)
     quiesce(device)
 
 
@@ -62,8 +56,7 @@ def begin(tmp_path):
     devices = []
 
     def start(**options):
-        with using(FakeDriver()):
-            device = Disk(tmp_path, **options).start(isolated=True, recoverable=True)
+        device = start_isolated(Disk(tmp_path, **options), recoverable=True)
         devices.append(device)
         return device
 

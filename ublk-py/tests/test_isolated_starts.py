@@ -12,14 +12,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from support import SOON, start_isolated, until
 
 import ublk
 from ublk import _isolated, _lifecycle, _start
-from ublk._driver import using
-from ublk._ublk import FakeDriver
-
-# More than what takes no time needs on a slow machine, and less than the longest wait here.
-SOON = 60
 
 
 class Disk(ublk.BlockDevice):
@@ -49,13 +45,6 @@ class Disk(ublk.BlockDevice):
 
     def read(self, offset, buf):
         buf[:] = bytes(len(buf))
-
-
-def until(condition, seconds=SOON):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -88,8 +77,7 @@ class Large(Disk):
 
 
 def start(disk, **options):
-    with using(FakeDriver()):
-        return disk.start(isolated=True, id=7, **options)
+    return start_isolated(disk, id=7, **options)
 
 
 @pytest.mark.parametrize("recoverable", [False, True])
@@ -114,28 +102,18 @@ def test_a_start_that_takes_too_long_leaves_no_device(kernel, tmp_path, monkeypa
     assert kernel.processes[0].exitcode == -signal.SIGKILL
 
 
-def test_ctrl_c_while_a_device_starts_has_it_stopped_there(kernel, tmp_path):
+@pytest.mark.parametrize("suspended", [False, True], ids=["running", "suspended"])
+def test_ctrl_c_while_a_device_starts_has_it_stopped_there(kernel, tmp_path, suspended):
     def interrupt():
         until((tmp_path / "made").exists)
+        if suspended:
+            os.kill(kernel.processes[0].pid, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         start(Disk(tmp_path, "waits until it is stopped"))
     # By itself, and without a device.
-    assert kernel.processes[0].exitcode == 0
-    assert kernel.deleted == []
-
-
-def test_a_suspended_process_goes_on_to_undo_its_start(kernel, tmp_path):
-    def interrupt():
-        until((tmp_path / "made").exists)
-        os.kill(kernel.processes[0].pid, signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        start(Disk(tmp_path, "waits until it is stopped"))
     assert kernel.processes[0].exitcode == 0
     assert kernel.deleted == []
 

@@ -13,15 +13,13 @@ import threading
 import time
 
 import pytest
+from support import SOON, start_isolated, until
 
 import ublk
 from ublk import _device, _lifecycle, _ublk
-from ublk._driver import using
-from ublk._ublk import FakeDriver
 
 SIZE = 1 << 20
-# More than what takes no time needs on a slow machine, and less than the longest wait here.
-SOON = 60
+# Longer than `SOON`.
 LONG = 600
 
 
@@ -60,13 +58,6 @@ class Stuck(ublk.BlockDevice):
         threading.Event().wait()
 
 
-def until(condition, seconds=SOON):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def wait_for_stop(device):
     """Wait until another thread is about to stop a device, and most probably asks for it."""
     until(lambda: device._stopped)
@@ -79,8 +70,7 @@ def begin(tmp_path):
     devices = []
 
     def start(**options):
-        with using(FakeDriver()):
-            device = Stuck(str(tmp_path)).start(isolated=True, **options)
+        device = start_isolated(Stuck(str(tmp_path)), **options)
         devices.append(device)
         until((tmp_path / "entered").exists)
         return device
@@ -168,8 +158,7 @@ import test_isolated_stop as tests
 if __name__ == "__main__":
     disk = tests.Stuck(sys.argv[1], orphan_seconds=0.1)
     workers, recoverable = map(eval, sys.argv[2:])
-    with tests.using(tests.FakeDriver()):
-        device = disk.start(isolated=True, workers=workers, recoverable=recoverable)
+    device = tests.start_isolated(disk, workers=workers, recoverable=recoverable)
     print(device._native._process.pid, flush=True)
     tests.until(lambda: os.path.exists(os.path.join(sys.argv[1], "entered")))
 """

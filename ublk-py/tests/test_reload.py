@@ -2,14 +2,18 @@
 
 """New code for a running disk."""
 
+import builtins
 import errno
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from support import recover_when_free, until
 
 import ublk
 from ublk import _cli
@@ -165,14 +169,49 @@ def test_many_changes_under_load_fail_and_lose_nothing(live):
         for number in range(20):
             before = rounds[0]
             assert disk.change(FIRST + f"# {number}\n")
-            deadline = time.monotonic() + 10
-            while rounds[0] == before and not failures and time.monotonic() < deadline:
-                time.sleep(0.001)
-            assert rounds[0] > before
+            until(lambda before=before: rounds[0] > before or failures)
+            assert not failures
     finally:
         stop.set()
         thread.join(20)
     assert not failures
+
+
+def test_the_tutorials_log_keeps_writes_during_a_reload(live, tmp_path, monkeypatch):
+    tutorial = (Path(__file__).parents[2] / "docs/tutorial.md").read_text()
+    (code,) = (
+        block for block in re.findall(r"^```python\n(.*?)^```", tutorial, re.M | re.S) if "class LogDisk" in block
+    )
+    path = tmp_path / "log"
+    # The constructor of the new object reads the log while the old one appends to it.
+    log = f"""
+class Disk(LogDisk):
+    def __init__(self):
+        super().__init__({str(path)!r}, 64)
+
+    def is_whole(self, record, checksum):
+        append_meanwhile()
+        return super().is_whole(record, checksum)
+"""
+    versions = []
+
+    def write():
+        versions.append(len(versions) + 1)
+        disk.write(bytes([versions[-1]]) * 4096, versions[-1] * 4096)
+
+    def check():
+        for version in versions:
+            assert disk.driver.read(disk.device.id, version * 4096, 4096) == bytes([version]) * 4096
+
+    monkeypatch.setattr(builtins, "append_meanwhile", write, raising=False)
+    disk = live("import ublk\n" + code + log)
+    write()
+    for number in range(3):
+        assert disk.change("import ublk\n" + code + log + f"# {number}\n")
+        write()
+        check()
+    assert len(versions) > 6
+    assert os.path.getsize(path) == len(versions) * (24 + 4096)
 
 
 def test_sigterm_ends_the_program_also_while_new_code_is_made(live, tmp_path):
@@ -193,14 +232,21 @@ def test_sigterm_waits_while_the_disk_has_no_server(live, driver):
     assert disk.read() == b"x" * 512
 
 
-def test_new_code_takes_over_from_a_handler_that_hangs_once_it_returns(live, monkeypatch):
-    hanging = FIRST.replace("buf[:] =", "entered.set(); gate.wait(20); buf[:] =", 1)
-    events = "import threading\nimport ublk\ngate, entered = threading.Event(), threading.Event()"
+def hang(live):
+    """Serve a disk, and read from it; its handler hangs until `gate` of the module is set, and appends to `late`."""
+    hanging = FIRST.replace("buf[:] =", "entered.set(); late.append(gate.wait(30)); buf[:] =", 1)
+    events = "import threading\nimport ublk\ngate, entered, late = threading.Event(), threading.Event(), []"
     disk = live(hanging.replace("import ublk", events))
-    module, device = sys.modules["livedisk"], disk.device
+    module = sys.modules["livedisk"]
     client = threading.Thread(target=disk.read)
     client.start()
     assert module.entered.wait(10)
+    return disk, module, client
+
+
+def test_new_code_takes_over_from_a_handler_that_hangs_once_it_returns(live, monkeypatch):
+    disk, module, client = hang(live)
+    device = disk.device
     patient = threading.Thread(target=device.quiesce)
 
     def impatient():
@@ -217,9 +263,7 @@ def test_new_code_takes_over_from_a_handler_that_hangs_once_it_returns(live, mon
     module.gate.set()
     client.join(10)
     patient.join(10)
-    deadline = time.monotonic() + 10
-    while not disk.reloader.look():
-        assert time.monotonic() < deadline
+    until(disk.reloader.look)
     assert disk.read() == bytes(512)
 
 
@@ -248,13 +292,8 @@ def test_ctrl_c_ends_a_take_over_that_hangs(live):
 
 
 def test_a_second_signal_ends_a_reload_that_waits_for_a_handler(live, driver):
-    hanging = FIRST.replace("buf[:] =", "entered.set(); late.append(gate.wait(30)); buf[:] =", 1)
-    events = "import threading\nimport ublk\ngate, entered, late = threading.Event(), threading.Event(), []"
-    disk = live(hanging.replace("import ublk", events))
-    module, device = sys.modules["livedisk"], disk.device
-    client = threading.Thread(target=disk.read)
-    client.start()
-    assert module.entered.wait(10)
+    disk, module, client = hang(live)
+    device = disk.device
 
     def interrupt():
         device.wait(60)
@@ -275,12 +314,4 @@ def test_a_second_signal_ends_a_reload_that_waits_for_a_handler(live, driver):
     assert raised.value.code == 128 + signal.SIGTERM
     client.join(20)
     # It was on the way to another server.
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            ublk.recover(device.id, disk.make()).stop()
-            break
-        except ublk.UblkError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+    recover_when_free(device.id, disk.make()).stop()

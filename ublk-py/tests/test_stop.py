@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from support import recover_when_free, until
 
 import ublk
 from ublk import _lifecycle, _start, testing
@@ -217,19 +218,8 @@ def test_a_device_is_not_handed_over_while_a_method_may_still_write(driver):
     disk.leave.set()
     writer.join(30)
     # Then another one may come.
-    recover_when_free(device.id, driver, StuckWrite(data)).stop()
+    recover_when_free(device.id, StuckWrite(data)).stop()
     leaver.join(60)
-
-
-def recover_when_free(id, driver, disk):
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return ublk.recover(id, disk)
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
 
 
 def test_a_stop_fails_requests_that_are_not_taken(driver):
@@ -420,10 +410,7 @@ def test_a_task_that_a_coroutine_has_made_may_stop_the_device(driver):
     disk.device = disk.start()
     driver.read(0, 0, 512)
     assert disk.device.wait(10)
-    deadline = time.monotonic() + 10
-    while driver.devices() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert driver.devices() == []
+    until(lambda: driver.devices() == [])
 
 
 @pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=["methods", "workers"])

@@ -6,16 +6,21 @@ import asyncio
 import concurrent.futures
 import contextvars
 import errno
+import gc
+import inspect
 import select
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy
 import pytest
+from support import until
 
 import ublk
+from ublk import _event_loop
 
 SIZE = 1 << 20
 
@@ -51,6 +56,22 @@ def read_together(driver, dev, count):
         futures = [pool.submit(driver.read, dev.id, 512 * n, 512) for n in range(count)]
         for number, future in enumerate(futures):
             assert future.result() == number.to_bytes(2, "little") * 256
+
+
+def check_exceptions(driver, dev, caplog):
+    """Check that each write that raises fails with the right errno, and that SystemExit ends the device."""
+    with pytest.raises(OSError) as raised:
+        driver.write(dev.id, 0, bytes(512))
+    assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(OSError) as raised:
+        driver.write(dev.id, 512, bytes(512))
+    assert raised.value.errno == errno.EIO
+    assert "ZeroDivisionError" in caplog.text
+    with pytest.raises(OSError):
+        driver.write(dev.id, 1024, bytes(512))
+    with pytest.raises(SystemExit):
+        dev.wait(10)
+    dev.stop()
 
 
 def wakes_for_ctrl_c(waits):
@@ -98,6 +119,25 @@ class Interrupting:
         return getattr(self.queue, name)
 
 
+class Interfering(ublk.BlockDevice):
+    """A disk whose write to block 0 does something that would affect a later request of the same task."""
+
+    def __init__(self, interfere):
+        super().__init__(size=SIZE)
+        self.interfere = interfere
+        self.entered, self.go = threading.Event(), threading.Event()
+
+    async def read(self, offset, buf):
+        self.entered.set()
+        self.go.wait(20)
+
+    async def write(self, offset, buf):
+        if offset == 0:
+            self.interfere(asyncio.current_task())
+        else:
+            await asyncio.sleep(0.2)
+
+
 class TestWorkers:
     def test_methods_that_wait_overlap(self, driver):
         disk = Waiting(8)
@@ -112,19 +152,7 @@ class TestWorkers:
             assert 1 <= len(disk.threads) <= 3
 
     def test_exceptions_are_those_of_the_request(self, driver, caplog):
-        dev = Waiting(1).start(workers=2)
-        with pytest.raises(OSError) as raised:
-            driver.write(dev.id, 0, bytes(512))
-        assert raised.value.errno == errno.ENOSPC
-        with pytest.raises(OSError) as raised:
-            driver.write(dev.id, 512, bytes(512))
-        assert raised.value.errno == errno.EIO
-        assert "ZeroDivisionError" in caplog.text
-        with pytest.raises(OSError):
-            driver.write(dev.id, 1024, bytes(512))
-        with pytest.raises(SystemExit):
-            dev.wait(10)
-        dev.stop()
+        check_exceptions(driver, Waiting(1).start(workers=2), caplog)
 
     def test_memory_that_is_kept_never_sees_another_request(self, driver):
         kept = []
@@ -218,6 +246,38 @@ class TestCoroutines:
         with Mixed().start(depth=16) as dev:
             read_together(driver, dev, 16)
 
+    def test_requests_before_one_that_waits_end(self, driver):
+        class Last(ublk.BlockDevice):
+            """The first request keeps the loop busy, and the last one waits until its client says so."""
+
+            def __init__(self):
+                super().__init__(size=SIZE)
+                self.busy, self.free = threading.Event(), threading.Event()
+                self.go = asyncio.Event()
+
+            async def read(self, offset, buf):
+                if offset == 0:
+                    self.busy.set()
+                    assert self.free.wait(60)
+                if offset == 512 * 7:
+                    self.loop = asyncio.get_running_loop()
+                    await self.go.wait()
+
+        disk = Last()
+        with disk.start(depth=8) as dev, client_pool() as pool:
+            first = pool.submit(driver.read, dev.id, 0, 512)
+            assert disk.busy.wait(60)
+            others = [pool.submit(driver.read, dev.id, 512 * n, 512) for n in range(1, 8)]
+            # As many as come meanwhile are served together.
+            time.sleep(0.1)
+            disk.free.set()
+            for client in [first, *others[:-1]]:
+                client.result(60)
+            assert not others[-1].done()
+            until(lambda: hasattr(disk, "loop"))
+            disk.loop.call_soon_threadsafe(disk.go.set)
+            others[-1].result(60)
+
     def test_a_handler_that_cancels_its_task_cancels_no_other_request(self, driver):
         class Cancelling(ublk.BlockDevice):
             async def read(self, offset, buf):
@@ -229,6 +289,71 @@ class TestCoroutines:
         with Cancelling(size=SIZE).start(depth=16) as dev:
             for _ in range(20):
                 driver.load(dev.id, 1, 16)
+
+    @pytest.mark.parametrize(
+        "interfere",
+        [
+            lambda task: (task.cancel(), task.uncancel()),
+            lambda task: asyncio.get_running_loop().call_later(0.05, task.cancel),
+        ],
+        ids=["cancel and uncancel", "cancel later"],
+    )
+    def test_a_handler_that_has_its_task_cancels_no_later_request(self, driver, interfere):
+        disk = Interfering(interfere)
+        with disk.start() as dev, client_pool() as pool:
+            pool.submit(driver.read, dev.id, 0, 512)
+            assert disk.entered.wait(20)
+            writes = []
+            for n in range(3):
+                writes.append(pool.submit(driver.write, dev.id, 4096 * n, bytes(512)))
+                time.sleep(0.02)
+            disk.go.set()
+            # Those after the first one.
+            for write in writes[1:]:
+                write.result(20)
+
+    def test_callbacks_of_a_task_run_when_its_request_ends(self, driver):
+        class Locking(Interfering):
+            lock = asyncio.Lock()
+
+            async def write(self, offset, buf):
+                await self.lock.acquire()
+                asyncio.current_task().add_done_callback(lambda _: self.lock.release())
+
+        disk = Locking(None)
+        with disk.start() as dev, client_pool() as pool:
+            futures = [pool.submit(driver.read, dev.id, 0, 512)]
+            assert disk.entered.wait(20)
+            for n in range(3):
+                futures.append(pool.submit(driver.write, dev.id, 4096 * n, bytes(512)))
+                time.sleep(0.02)
+            disk.go.set()
+            for future in futures:
+                future.result(20)
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="each request has a task of its own")
+    def test_requests_that_change_nothing_share_a_task(self, driver):
+        class Sharing(Interfering):
+            tasks = 0
+
+            async def write(self, offset, buf):
+                async with asyncio.timeout(60):
+                    asyncio.current_task().get_name()
+
+        made = []
+        disk = Sharing(None)
+        with disk.start() as dev, client_pool() as pool:
+            server = dev._serving._servers[0]
+            make, server._task = server._task, lambda *arguments: made.append(1) or make(*arguments)
+            futures = [pool.submit(driver.read, dev.id, 0, 512)]
+            assert disk.entered.wait(20)
+            for n in range(8):
+                futures.append(pool.submit(driver.write, dev.id, 4096 * n, bytes(512)))
+            time.sleep(0.3)
+            disk.go.set()
+            for future in futures:
+                future.result(20)
+        assert len(made) < 9
 
     def test_a_context_variable_of_one_request_is_unknown_to_the_next(self, driver):
         variable = contextvars.ContextVar("variable")
@@ -252,10 +377,7 @@ class TestCoroutines:
             for number in range(8):
                 driver.read(dev.id, number * 4096, 512)
         assert len(disk.loops) == 2
-        deadline = time.monotonic() + 10
-        while not all(loop.is_closed() for loop in disk.loops):
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        until(lambda: all(loop.is_closed() for loop in disk.loops))
 
     def test_the_loop_is_made_as_asked_for(self, driver):
         made = []
@@ -283,18 +405,7 @@ class TestCoroutines:
         assert {type(loop) for loop in disk.loops} == {uvloop.Loop}
 
     def test_exceptions_are_those_of_the_request(self, driver, caplog):
-        dev = Tasks(1).start()
-        with pytest.raises(OSError) as raised:
-            driver.write(dev.id, 0, bytes(512))
-        assert raised.value.errno == errno.ENOSPC
-        with pytest.raises(OSError):
-            driver.write(dev.id, 512, bytes(512))
-        assert "ZeroDivisionError" in caplog.text
-        with pytest.raises(OSError):
-            driver.write(dev.id, 1024, bytes(512))
-        with pytest.raises(SystemExit):
-            dev.wait(10)
-        dev.stop()
+        check_exceptions(driver, Tasks(1).start(), caplog)
 
     def test_the_callers_loop_serves_a_device(self, driver):
         disk = Tasks(4)
@@ -324,8 +435,8 @@ class TestCoroutines:
             with pytest.raises(SystemExit):
                 asyncio.run(main())
             assert not devices[0].running
-            with pytest.raises(OSError):
-                lost[0].result(10)
+            # Served while the loop cancelled its tasks, or failed.
+            lost[0].exception(10)
 
     def test_requests_taken_when_a_signal_handler_raised_are_served(self, driver):
         class Alarmed(Interrupting):
@@ -352,6 +463,123 @@ class TestCoroutines:
         finally:
             signal.signal(signal.SIGALRM, before)
         assert alarms
+
+    def test_requests_taken_when_ctrl_c_came_are_served_when_the_loop_runs_again(self, driver):
+        class Once(Interrupting):
+            armed = True
+
+            def take_into(self, count, requests):
+                more = self.queue.take_into(count, requests)
+                if requests and self.armed:
+                    self.armed = False
+                    signal.raise_signal(signal.SIGINT)
+                return more
+
+        loop = asyncio.new_event_loop()
+        try:
+            dev = loop.run_until_complete(Tasks(1).start_async())
+            server = dev._serving._servers[0]
+            server._queue = Once(server._queue)
+            with client_pool() as pool:
+                read = pool.submit(driver.read, dev.id, 0, 512)
+                with pytest.raises(KeyboardInterrupt):
+                    loop.run_forever()
+                loop.run_until_complete(dev.stop_async(20))
+                assert read.result(20) == bytes(512)
+        finally:
+            loop.close()
+
+    def test_ctrl_c_between_two_requests_of_a_task_is_raised_once(self, driver):
+        lines, first = inspect.getsourcelines(_event_loop.LoopServer._serve)
+        place = first + next(n for n, line in enumerate(lines) if line.strip() == "request = None")
+        reached = []
+
+        def trace(frame, event, argument):
+            if frame.f_code is not _event_loop.LoopServer._serve.__code__:
+                return None
+            if event == "line" and frame.f_lineno == place:
+                reached.append(1)
+                if len(reached) == 2:
+                    raise KeyboardInterrupt
+            return trace
+
+        loop = asyncio.new_event_loop()
+        logged = []
+        loop.set_exception_handler(lambda loop, context: logged.append(context))
+        before = sys.gettrace()
+        try:
+            dev = loop.run_until_complete(Tasks(1).start_async())
+            with client_pool() as pool:
+                read = pool.submit(driver.read, dev.id, 0, 512)
+                sys.settrace(trace)
+                with pytest.raises(KeyboardInterrupt):
+                    loop.run_forever()
+                sys.settrace(before)
+                loop.run_until_complete(dev.stop_async(20))
+                assert read.result(20) == bytes(512)
+        finally:
+            sys.settrace(before)
+            loop.close()
+        gc.collect()
+        assert logged == []
+
+    @pytest.mark.parametrize("is_lazy", [False, True])
+    def test_an_exception_of_a_signal_handler_after_a_task_was_made_is_logged(self, driver, is_lazy):
+        async def main():
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda loop, context: logged.append(context["exception"]))
+            if is_lazy:
+                loop.set_task_factory(lambda loop, coroutine, **options: asyncio.Task(coroutine, loop=loop, **options))
+            async with await Slow(size=SIZE).start_async() as dev:
+                server = dev._serving._servers[0]
+                make = server._task
+
+                def interrupted(*arguments):
+                    server._task = make
+                    task = make(*arguments)
+                    kept.append(task) if is_lazy else None
+                    raise ZeroDivisionError
+
+                server._task = interrupted
+                await asyncio.wait_for(asyncio.to_thread(driver.read, dev.id, 0, 512), 30)
+                assert dev.running
+                assert server._runs == {}
+
+        class Slow(ublk.BlockDevice):
+            async def read(self, offset, buf):
+                await asyncio.sleep(0.05)
+
+        logged, kept = [], []
+        asyncio.run(main())
+        gc.collect()
+        assert [type(exception) for exception in logged] == [ZeroDivisionError]
+
+    def test_a_handler_that_is_closed_stops_no_device(self, driver, caplog):
+        class Closed(ublk.BlockDevice):
+            async def read(self, offset, buf):
+                if offset == 0:
+                    raise GeneratorExit
+
+        with Closed(size=SIZE).start() as dev:
+            with pytest.raises(OSError):
+                driver.read(dev.id, 0, 512)
+            driver.read(dev.id, 512, 512)
+            assert dev.running
+        gc.collect()
+        assert caplog.records == []
+
+    def test_the_watchdog_fails_no_request_that_was_just_taken(self, driver):
+        class Watched(Interrupting):
+            def take_into(self, count, requests):
+                more = self.queue.take_into(count, requests)
+                server.fail_late(30)
+                return more
+
+        with Tasks(1).start() as dev:
+            server = dev._serving._servers[0]
+            server._taken_at = -100.0
+            server._queue = Watched(server._queue)
+            driver.read(dev.id, 0, 512)
 
     def test_ctrl_c_interrupts_an_asynchronous_wait(self, driver):
         with Tasks(1).start() as dev:

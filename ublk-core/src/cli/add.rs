@@ -276,12 +276,9 @@ pub(super) fn words(kind: &Kind, file: Option<&Path>) -> Vec<OsString> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::device::Server;
     use crate::driver::fake::FakeDriver;
-    use crate::engine::StdSpawn;
+    use crate::test_support::server;
 
     fn parse(line: &[&str]) -> Result<Args, Failure> {
         Args::parse(&CommandLine::new(&line.iter().map(OsString::from).collect::<Vec<_>>())?)
@@ -319,8 +316,8 @@ mod tests {
         // A state file of an older version does not record the file.
         let line = CommandLine::new(&words).unwrap();
         let args = Args::parse(&line).unwrap();
-        let server = Server::with_driver(Arc::new(FakeDriver::new()), Arc::new(StdSpawn), 1);
-        let device = server.start(args.target.create().unwrap(), &DeviceOptions::default()).unwrap();
+        let device =
+            server(&FakeDriver::new()).start(args.target.create().unwrap(), &DeviceOptions::default()).unwrap();
         let check = || {
             let info = device.control().info(device.id()).unwrap();
             args.check_successor(&line, device.control(), &info)

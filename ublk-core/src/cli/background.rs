@@ -17,7 +17,6 @@ use std::process::{Command, ExitStatus, Stdio};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::unistd::{chdir, dup2_stderr, dup2_stdout, pipe2, setsid};
 
-use super::driver::control;
 use super::failure::{Failure, Outcome};
 use super::host::Host;
 use super::instance::Instance;
@@ -25,6 +24,7 @@ use super::output::{print, write_interruptibly};
 use super::run_dir::RunDir;
 use super::server::{Signals, interrupts};
 use super::state_file::StateFile;
+use crate::control::Control;
 use crate::device::Device;
 use crate::units::DeviceId;
 
@@ -103,7 +103,7 @@ pub(super) fn start(arguments: &[OsString], host: &Host, kind: Devices) -> Outco
 fn remove(id: &str) {
     let removed = id.parse().map_err(|_| format!("no device id: {id:?}")).and_then(|id| {
         let id = DeviceId(id);
-        let removed = control().and_then(|control| {
+        let removed = Control::open().and_then(|control| {
             let instance = control.instance(id);
             let removed = control.remove_instance(id, instance);
             StateFile::remove(id, instance.map(Instance::from));

@@ -2,6 +2,7 @@
 
 //! The files that a disk is stored in, as the state file records them.
 
+use std::fmt::Display;
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -21,19 +22,20 @@ pub(super) struct BackingFile {
 }
 
 impl BackingFile {
-    /// Identifies the file that has a name now.
-    pub(super) fn find(path: &Path) -> io::Result<Self> {
-        Ok(BackingFile { path: path.to_owned(), identity: FileIdentity::of(&fs::metadata(path)?) })
+    /// Identifies the file that has a name now. `None` if its file system does not keep the inode numbers of files.
+    pub(super) fn find(path: &Path) -> io::Result<Option<Self>> {
+        Ok(FileIdentity::find(path)?.map(|identity| BackingFile { path: path.to_owned(), identity }))
     }
 }
 
 /// Checks that the files have not been replaced since they were `recorded`. A file that was not recorded (by an older
-/// version) passes.
+/// version, or because it has no identity) passes.
 pub(super) fn check(files: &[PathBuf], recorded: &[BackingFile]) -> Result<()> {
     let check = |path: &PathBuf| {
         let Some(recorded) = recorded.iter().find(|file| file.path == *path) else { return Ok(()) };
         let found = BackingFile::find(path).map_err(|e| Error::file("open", path, &e))?;
-        if found.identity.is(&recorded.identity) { Ok(()) } else { Err(replaced(path)) }
+        let is_same = found.is_some_and(|found| found.identity.is(&recorded.identity));
+        if is_same { Ok(()) } else { Err(replaced(path.display())) }
     };
     files.iter().try_for_each(check)
 }
@@ -41,32 +43,37 @@ pub(super) fn check(files: &[PathBuf], recorded: &[BackingFile]) -> Result<()> {
 /// Checks that the process `pid` has the files open, as far as this process may look. Directories are not checked.
 pub(super) fn check_open(files: &[PathBuf], pid: i32) -> Result<()> {
     let replaced_file = files.iter().find(|path| is_open_in(pid, path) == Some(false));
-    replaced_file.map_or(Ok(()), |path| Err(replaced(path)))
+    replaced_file.map_or(Ok(()), |path| Err(replaced(path.display())))
 }
 
 /// Names the file in an error of a recovery that refuses it.
 pub(super) fn explain(error: Error, files: &[PathBuf]) -> Error {
     match (&error, files) {
-        (Error::Mismatch { parameter: Parameter::BackingFile, .. }, [path, ..]) => replaced(path),
+        (Error::Mismatch { parameter: Parameter::BackingFile, .. }, [_, ..]) => {
+            // The driver knows one identity of all files.
+            let names: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
+            replaced(names.join(" or "))
+        }
         _ => error,
     }
 }
 
-fn replaced(path: &Path) -> Error {
-    let reason = "not the file that the disk is stored in: another one has taken its name, or its file system was mounted \
-                  again. Move the disk's file back to this name. If this is the same file, or if it is to replace the \
-                  disk's data (unmount the disk first), serve it with `ublk recover --accept-replaced`";
-    Error::mismatch(Parameter::CommandLine("file"), path.display(), reason)
+fn replaced(path: impl Display) -> Error {
+    let reason = "not the file that the disk is stored in: another one has taken its name, its file system was mounted again, \
+                  or the block device was deactivated or unplugged. Move the disk's file back to this name. If this is the \
+                  same file, or if it is to replace the disk's data (unmount the disk first), serve it with \
+                  `ublk recover --accept-replaced`";
+    Error::mismatch(Parameter::CommandLine("file"), path, reason)
 }
 
-/// Whether a process has the file open that has a name now. `None` if that is unknown.
+/// Returns whether a process has the file open that has a name now. `None` if that is unknown.
 fn is_open_in(pid: i32, path: &Path) -> Option<bool> {
     let named = fs::metadata(path).ok().filter(|named| !named.is_dir())?;
     let open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
     Some(open.into_iter().any(|fd| fs::metadata(fd.path()).is_ok_and(|open| is_same(&open, &named))))
 }
 
-/// Whether both are the same file, which at least one process has open.
+/// Returns whether both are the same file, which at least one process has open.
 pub(super) fn is_same(one: &Metadata, other: &Metadata) -> bool {
     let is_block = |metadata: &Metadata| metadata.file_type().is_block_device();
     match (is_block(one), is_block(other)) {
@@ -92,7 +99,7 @@ mod tests {
         let path = directory.path().join("disk.img");
         let file = write(&path);
         let (files, own) = ([path.clone()], std::process::id() as i32);
-        let recorded = [BackingFile::find(&path).unwrap()];
+        let recorded = [BackingFile::find(&path).unwrap().unwrap()];
         // A restart, or another path to the same file.
         let recorded: [BackingFile; 1] = serde_json::from_str(&serde_json::to_string(&recorded).unwrap()).unwrap();
         let checks = || [check(&files, &recorded), check_open(&files, own)];
@@ -117,7 +124,10 @@ mod tests {
         let files = ["/disks/a.img".into(), "/disks/a.img.integrity".into()];
         let refusal = || Error::mismatch(Parameter::BackingFile, "another one", "not the same");
         let message = explain(refusal(), &files).to_string();
-        assert!(message.contains("/disks/a.img:") && message.contains("--accept-replaced"), "{message}");
+        assert!(
+            message.contains("/disks/a.img or /disks/a.img.integrity:") && message.contains("--accept-replaced"),
+            "{message}"
+        );
         let other = || Error::mismatch(Parameter::Size, 1, "has 2 bytes");
         assert_eq!(explain(other(), &files).to_string(), other().to_string());
     }

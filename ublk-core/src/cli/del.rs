@@ -13,7 +13,6 @@ use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::driver::{control, device_ids};
 use super::failure::{Failure, Outcome};
 use super::force_stop::force_stop;
 use super::instance::Instance;
@@ -56,7 +55,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let control = control()?;
+    let control = Control::open()?;
     let chosen = if args.ids.is_empty() {
         chosen(&control, args)?
     } else {
@@ -119,8 +118,8 @@ fn remove(control: &Control, (id, instance): (DeviceId, Option<u64>), args: &Arg
     Ok(())
 }
 
-/// Whether the command was typed at a terminal, and its messages are visible there. A script that is started at a terminal
-/// inherits it as standard input, but scripts of test suites (blktests) capture standard error.
+/// Returns whether the command was typed at a terminal, and its messages are visible there. A script that is started at a
+/// terminal inherits it as standard input, but scripts of test suites (blktests) capture standard error.
 fn is_interactive() -> bool {
     std::io::stdin().is_terminal() && std::io::stderr().is_terminal()
 }
@@ -148,7 +147,7 @@ fn stop_unless_in_use(
 /// Returns all devices, or all dead ones, each with its instance.
 fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>> {
     let mut chosen = Vec::new();
-    for id in device_ids(control)? {
+    for id in control.device_ids()? {
         // Before the check, to distinguish this device from a later one with the same number.
         let instance = control.instance(id);
         // A device with a state file has been served: it is not under construction.
@@ -161,8 +160,8 @@ fn chosen(control: &Control, args: &Args) -> Result<Vec<(DeviceId, Option<u64>)>
     Ok(chosen)
 }
 
-/// Whether a device has no server. A device that waits for another server holds requests of clients, and counts as dead only
-/// if `waiting_too`.
+/// Returns whether a device has no server. A device that waits for another server holds requests of clients, and counts as dead
+/// only if `waiting_too`.
 ///
 /// A device that its server is just creating is in the state DEAD, too, and has no pid. But servers open the char device
 /// immediately, so a device that no process has open counts as dead if it is older than `timeout`. `opener` searches for
@@ -221,7 +220,7 @@ impl Opener {
     }
 }
 
-/// Whether a char device is open, determined by opening it.
+/// Returns whether a char device is open, determined by opening it.
 fn is_open(control: &Control, id: DeviceId) -> bool {
     control.driver().open_char(id).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
 }
@@ -240,23 +239,10 @@ fn age(id: DeviceId) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::driver::Driver;
     use crate::driver::fake::FakeDriver;
-    use crate::engine::StdSpawn;
-    use crate::target::Target;
-    use crate::targets::Null;
-    use crate::{DeviceOptions, Errno, Server};
-
-    fn server(driver: &FakeDriver) -> Server {
-        Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1)
-    }
-
-    fn null() -> Arc<dyn Target> {
-        Arc::new(Null::new(1 << 20, 512).unwrap())
-    }
+    use crate::test_support::{null_disk, server};
+    use crate::{DeviceOptions, Errno};
 
     /// A device's server, which notices the stop, deletes it before the command does.
     #[test]
@@ -264,7 +250,7 @@ mod tests {
         for no_wait in [false, true] {
             let driver = FakeDriver::new();
             let server = server(&driver);
-            let device = server.start(null(), &DeviceOptions::default()).unwrap();
+            let device = server.start(null_disk(), &DeviceOptions::default()).unwrap();
             for command in ["STOP_DEV", "DEL_DEV", "DEL_DEV_ASYNC"] {
                 driver.refuse_next(command, Errno::ENODEV);
             }
@@ -281,20 +267,43 @@ mod tests {
     fn the_next_device_of_the_number_is_left_alone() {
         for (force, no_wait) in [(false, false), (false, true), (true, false), (true, true)] {
             let driver = FakeDriver::new();
-            let first = server(&driver).start(null(), &DeviceOptions::default()).unwrap();
+            let first = server(&driver).start(null_disk(), &DeviceOptions::default()).unwrap();
             let (sender, receiver) = std::sync::mpsc::channel();
             let theirs = driver.clone();
             driver.after_next(if force { "STOP_DEV" } else { "TRY_STOP_DEV" }, move || {
                 first.conclude().unwrap();
-                sender.send(server(&theirs).start(null(), &DeviceOptions::default()).unwrap()).unwrap();
+                sender.send(server(&theirs).start(null_disk(), &DeviceOptions::default()).unwrap()).unwrap();
             });
             let args = Args { ids: vec![0], force, no_wait, ..Args::default() };
             let control = server(&driver).control().clone();
             remove(&control, (DeviceId(0), control.instance(DeviceId(0))), &args).unwrap();
-            let second = receiver.recv().unwrap();
-            assert!(second.id() == DeviceId(0) && !second.is_ending(), "force {force}, async {no_wait}");
-            assert_eq!(driver.device_ids().unwrap(), [second.id()], "force {force}, async {no_wait}");
+            is_untouched(&control, &receiver.recv().unwrap(), &format!("force {force}, async {no_wait}"));
         }
+    }
+
+    /// Between the look at the device and STOP_DEV, its server is searched for.
+    #[test]
+    fn a_device_that_follows_while_the_server_is_searched_is_left_alone() {
+        let driver = FakeDriver::new();
+        let first = server(&driver).start(null_disk(), &DeviceOptions::default()).unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let theirs = driver.clone();
+        let control = server(&driver).control().clone();
+        let instance = control.instance(DeviceId(0));
+        driver.after_next("GET_DEV_INFO2", move || {
+            first.stop().unwrap();
+            sender.send(server(&theirs).start(null_disk(), &DeviceOptions::default()).unwrap()).unwrap();
+        });
+        let args = Args { ids: vec![0], force: true, ..Args::default() };
+        remove(&control, (DeviceId(0), instance), &args).unwrap();
+        is_untouched(&control, &receiver.recv().unwrap(), "");
+    }
+
+    /// Checks that a device has the number of an earlier one and was not stopped, which its server may not have noticed yet.
+    fn is_untouched(control: &Control, device: &crate::Device, context: &str) {
+        assert_eq!(device.id(), DeviceId(0), "{context}");
+        assert_eq!(control.info(device.id()).unwrap().state, DeviceState::Live, "{context}");
+        assert_eq!(control.device_ids().unwrap(), [device.id()], "{context}");
     }
 
     #[test]
@@ -310,11 +319,11 @@ mod tests {
     fn a_device_under_construction_is_not_dead() {
         let driver = FakeDriver::new();
         let server = server(&driver);
-        let device = server.add(&null(), &DeviceOptions::default()).unwrap();
+        let device = server.add(&null_disk(), &DeviceOptions::default()).unwrap();
         let is_dead =
             |patience| is_dead(server.control(), device.id(), (false, patience), &|_| Opener::Unknown).unwrap();
         assert!(!is_dead(Duration::ZERO), "its server has it open from the start");
-        device.go_live(null()).unwrap();
+        device.go_live(null_disk()).unwrap();
         assert!(!is_dead(Duration::ZERO));
         device.stop().unwrap();
         assert!(!is_dead(Duration::ZERO), "it is deleted, which is no failure");

@@ -4,9 +4,9 @@
 
 use std::fmt::Write;
 
-use super::driver::control;
 use super::failure::{Failure, Outcome};
 use super::output::print;
+use crate::control::Control;
 use crate::uapi::Features;
 
 #[derive(Debug, clap::Args)]
@@ -17,7 +17,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let features = control()?.features()?;
+    let features = Control::open()?.features()?;
     let text = if args.json { json(features)? } else { table(features) };
     print(&text)
 }

@@ -12,16 +12,14 @@
 //! device, which does not happen. Such a server and its device stay until the next reboot; this module only reports them.
 
 use std::fs;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use super::driver::device_ids;
 use super::failure::{Failure, Outcome};
 use super::usage::{has_open, is_surely_unused};
 use crate::control::Control;
 use crate::error::{Error, Result};
-use crate::process;
+use crate::process::{self, Pidfd};
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
 
@@ -41,6 +39,10 @@ pub(super) fn force_stop(
     let pid = control.info(id)?.pid;
     // Before any wait, after which the number may be another process's.
     let server = Server::find(id, pid);
+    // Finding it takes a while.
+    if !control.is_instance(id, instance) {
+        return Ok(());
+    }
     let waited = match control.stop_within(id, COMPLETION_TIMEOUT) {
         Err(error @ Error::Timeout { .. }) => error,
         // Its server may have deleted it already.
@@ -49,7 +51,7 @@ pub(super) fn force_stop(
     };
     let Some(server) = server else { return Err(waited.into()) };
     let others = others(control, id, pid)?;
-    let in_use = |other: &DeviceId| !removed_too(*other) && !is_surely_unused(&control.driver().block_path(*other));
+    let in_use = |other: &DeviceId| !removed_too(*other) && !is_surely_unused(&control.block_path(*other));
     let in_use: Vec<_> = others.iter().copied().filter(in_use).collect();
     if !in_use.is_empty() {
         return Err(Failure::Text(format!("{waited}; {}", refusal(id, pid, &in_use))));
@@ -57,11 +59,11 @@ pub(super) fn force_stop(
     for other in others.iter().filter(|other| !removed_too(**other)) {
         eprintln!("ublk: device {other}, which is not in use, also loses its server, process {pid}");
     }
+    let cycle = server.cycle(id);
     // It has deleted the device at last, and serves others.
     if !control.is_instance(id, instance) {
         return Ok(());
     }
-    let cycle = server.cycle(id);
     eprintln!(
         "ublk: {waited}; killing its server, process {pid}{}",
         if cycle.is_empty() { String::new() } else { format!(" ({cycle})") }
@@ -83,7 +85,7 @@ pub(super) fn force_stop(
 
 /// Returns the other devices of a server.
 fn others(control: &Control, id: DeviceId, pid: i32) -> Result<Vec<DeviceId>> {
-    let ids = device_ids(control)?;
+    let ids = control.device_ids()?;
     // Only root may kill servers of other users, and root can query all devices.
     let is_its = |other: &DeviceId| {
         *other != id && control.info(*other).is_ok_and(|info| info.pid == pid && info.state == DeviceState::Live)
@@ -106,7 +108,7 @@ fn refusal(id: DeviceId, pid: i32, others: &[DeviceId]) -> String {
 /// A process that has a device's char device open.
 struct Server {
     pid: i32,
-    process: OwnedFd,
+    process: Pidfd,
 }
 
 impl Server {
@@ -115,11 +117,7 @@ impl Server {
         if pid <= 0 || pid as u32 == std::process::id() {
             return None;
         }
-        // SAFETY: a system call without pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
-        // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
-        let process = unsafe { OwnedFd::from_raw_fd(fd) };
+        let process = Pidfd::open(pid)?;
         // After the descriptor was opened, which therefore belongs to the process that is checked.
         let number = fs::metadata(format!("/dev/ublkc{id}")).ok()?.rdev();
         has_open(pid, |file| file.char_device() == Some(number)).then_some(Server { pid, process })
@@ -133,33 +131,22 @@ impl Server {
     }
 
     fn kill(&self) -> Outcome {
-        let none = std::ptr::null::<libc::siginfo_t>();
-        // SAFETY: the descriptor is open as long as `self` lives, and no information comes with the signal.
-        let sent =
-            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.process.as_raw_fd(), libc::SIGKILL, none, 0) };
-        let error = std::io::Error::last_os_error();
-        if sent == 0 || error.raw_os_error() == Some(libc::ESRCH) {
-            return Ok(());
-        }
-        Err(Failure::Text(format!("killing process {}: {error}", self.pid)))
+        self.process.kill().map_err(|error| Failure::Text(format!("killing process {}: {error}", self.pid)))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
+    use crate::DeviceOptions;
     use crate::driver::fake::FakeDriver;
-    use crate::engine::StdSpawn;
-    use crate::targets::Null;
-    use crate::{DeviceOptions, Server as Devices};
+    use crate::test_support::{null_disk, server};
 
     #[test]
     fn other_devices_of_a_server_are_found() {
         let driver = FakeDriver::new();
-        let server = Devices::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
-        let start = || server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
+        let server = server(&driver);
+        let start = || server.start(null_disk(), &DeviceOptions::default()).unwrap();
         let devices = [start(), start(), start()];
         let pid = std::process::id() as i32;
         let others = |id| others(server.control(), id, pid).unwrap();

@@ -73,7 +73,7 @@ impl ExtraArgument {
 }
 
 impl Host {
-    /// Whether the program itself handles a command of this name.
+    /// Returns whether the program itself handles a command of this name.
     pub(super) fn handles(&self, name: &str) -> bool {
         self.extra.iter().any(|command| command.name == name)
     }

@@ -6,7 +6,6 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::driver::{control, device_ids};
 use super::failure::{Failure, Outcome};
 use super::limits::Limits;
 use super::output::print;
@@ -69,9 +68,9 @@ struct Entry {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let control = control()?;
+    let control = Control::open()?;
     let asked = !args.ids.is_empty();
-    let ids = if asked { args.ids.iter().copied().map(DeviceId).collect() } else { device_ids(&control)? };
+    let ids = if asked { args.ids.iter().copied().map(DeviceId).collect() } else { control.device_ids()? };
     let (mut entries, mut others) = (Vec::new(), 0);
     for id in ids {
         match entry(&control, id) {
@@ -105,7 +104,7 @@ fn entry(control: &Control, id: DeviceId) -> Result<Entry> {
     let has = |operation| params.operations.contains(operation);
     Ok(Entry {
         id: id.0,
-        path: control.driver().block_path(id).display().to_string(),
+        path: control.block_path(id).display().to_string(),
         state: info.state.name(),
         pid: Some(info.pid).filter(|pid| *pid > 0),
         queues: info.queues,

@@ -2,8 +2,8 @@
 
 //! The `ublk` command.
 //!
-//! It is a library function, so that the Python package contains the same command. `add`, `completions`, `del`, `features`,
-//! `list`, `man`, `owner`, `quiesce`, `recover`, `resize`, `stat` and `upgrade` are the commands. They use:
+//! It is a library function, so that the Python package contains the same command. `add`, `completions`, `del`,
+//! `features`, `list`, `man`, `owner`, `quiesce`, `recover`, `resize`, `stat` and `upgrade` are the commands. They use:
 //!
 //! * `target`: the kinds of disk of `ublk add`, with their options and constructors.
 //! * `server`: serves devices to their end; `background` starts it as a process of its own.
@@ -11,14 +11,13 @@
 //!   `run_dir`: the directory for state files.
 //! * `stats`: the socket through which servers answer `ublk stat`.
 //! * `usage`: how a disk is used; `force_stop`: stops a device whose server does not complete its requests.
-//! * `driver`, `failure`, `host`, `instance`, `output`, `size`: small things that several commands need.
+//! * `failure`, `host`, `instance`, `output`, `size`: small things that several commands need.
 
 mod add;
 mod background;
 mod backing_files;
 mod completions;
 mod del;
-mod driver;
 mod failure;
 mod features;
 mod force_stop;
@@ -81,14 +80,15 @@ enum Command {
     Recover(recover::Args),
     /// Hand a device over to a new server while it is in use
     ///
-    /// The new server takes over while the disk is mounted and busy, without a failed request. Linux 6.16.
+    /// The new server takes over while the disk is mounted and busy, without a failed request. Needs Linux 6.16 or
+    /// this project's driver.
     Upgrade(upgrade::Args),
     /// Stop the server and hold I/O until another one recovers the device
     ///
     /// If the server does not complete its requests within a minute, because it is stopped, for example, it leaves when it
-    /// can, and the command reports that this is pending. Linux 6.16.
+    /// can, and the command reports that this is pending. Needs Linux 6.16 or this project's driver.
     Quiesce(quiesce::Args),
-    /// Change the size of a disk while it is in use (Linux 6.16)
+    /// Change the size of a disk while it is in use (Linux 6.16, or this project's driver)
     Resize(resize::Args),
     /// List devices
     List(list::Args),
@@ -113,7 +113,7 @@ pub fn main() -> ExitCode {
     let mut logger = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
     logger.format(|out, record| writeln!(out, "ublk: {}: {}", record.level().as_str().to_lowercase(), record.args()));
     logger.init();
-    ExitCode::from(run(arguments.collect(), &Host { relaunch: vec![program], extra: vec![] }))
+    ExitCode::from(run(arguments.collect(), &Host { relaunch: vec![program], ..Host::default() }))
 }
 
 /// Runs the command with the given arguments (without a program name) and returns its exit status: 0,
@@ -187,7 +187,7 @@ mod tests {
             usage: "ublk run [options] WHAT [-- COMMAND]".into(),
             arguments: vec![size, what],
         };
-        command_line(&Host { relaunch: vec![], extra: vec![run] })
+        command_line(&Host { extra: vec![run], ..Host::default() })
     }
 
     #[test]

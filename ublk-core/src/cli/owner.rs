@@ -10,10 +10,10 @@ use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, fchownat};
 
-use super::driver::control;
 use super::failure::{Failure, Outcome};
 use super::instance::Instance;
 use super::output::print;
+use crate::control::Control;
 use crate::control::DeviceInfo;
 use crate::uapi::Features;
 use crate::units::DeviceId;
@@ -42,7 +42,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     } else {
         None
     };
-    let info = control()?.info(id)?;
+    let info = Control::open()?.info(id)?;
     if !info.features.contains(Features::UNPRIVILEGED_DEV) {
         return Err(Failure::Text(format!("device {id} is not an unprivileged device")));
     }

@@ -2,8 +2,8 @@
 
 //! `ublk quiesce`.
 
-use super::driver::control;
 use super::failure::{Failure, Outcome};
+use crate::control::Control;
 use crate::control::DRAIN_TIMEOUT;
 use crate::units::DeviceId;
 
@@ -15,5 +15,5 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    control()?.quiesce_until(DeviceId(args.id), DRAIN_TIMEOUT).map(drop).map_err(Failure::from)
+    Control::open()?.quiesce_until(DeviceId(args.id), DRAIN_TIMEOUT).map(drop).map_err(Failure::from)
 }

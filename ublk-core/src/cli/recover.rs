@@ -6,13 +6,13 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use super::driver::control;
 use super::failure::{Failure, Outcome};
 use super::host::Host;
 use super::server::{self, Signals};
 use super::state_file::{CommandLine, StateFile};
 use super::target::{Kind, kind_parser};
 use super::{add, background};
+use crate::control::Control;
 use crate::device::Device;
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
@@ -48,12 +48,12 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     let id = DeviceId(args.id);
     if args.check {
-        let control = control()?;
+        let control = Control::open()?;
         let (line, add_args) = add_args(args)?;
         return Ok(add_args.check_successor(&line, &control, &control.info(id)?)?);
     }
     if let Some(report) = args.report {
-        // By default, a device keeps its log. Without a state file, `recover` below fails and says why.
+        // By default, a device keeps its log. Without a state file, `recover` below fails and reports why.
         let stored = || add_args(args).ok()?.1.log().map(Path::to_owned);
         let log = args.log.clone().or_else(stored);
         return background::run(report, log.as_deref(), |ready| recover(args, ready));
@@ -70,9 +70,9 @@ pub(super) fn run(args: &Args, arguments: &[OsString], host: &Host) -> Outcome {
     recovered.map_err(|failure| if has_no_server(id) { with_remedy(failure, id, None) } else { failure })
 }
 
-/// Whether a device waits for a server.
+/// Returns whether a device waits for a server.
 fn has_no_server(id: DeviceId) -> bool {
-    let state = control().and_then(|control| control.info(id)).map(|info| info.state);
+    let state = Control::open().and_then(|control| control.info(id)).map(|info| info.state);
     matches!(state, Ok(DeviceState::Quiesced | DeviceState::FailIo))
 }
 

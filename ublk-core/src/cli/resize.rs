@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use super::add;
 use super::backing_files::is_same;
-use super::driver::control;
 use super::failure::{Failure, Outcome};
 use super::size;
 use super::state_file::StateFile;
+use crate::control::Control;
 use crate::units::DeviceId;
 
 #[derive(Debug, clap::Args)]
@@ -25,7 +25,8 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Outcome {
     let id = DeviceId(args.id);
-    let control = control()?;
+    let control = Control::open()?;
+    let instance = control.instance(id);
     let current = control.params(id)?.params.size;
     let stored = add::Args::parse(&StateFile::load(id)?.command_line())?;
     let backing = match stored.target().file() {
@@ -33,6 +34,8 @@ pub(super) fn run(args: &Args) -> Outcome {
         None => None,
     };
     let bytes = stored.target().new_size(args.size, current, backing.as_deref())?;
+    // By now, the number may be another device's.
+    control.require_instance("UPDATE_SIZE", id, instance)?;
     control.update_size(id, bytes)?;
     Ok(())
 }

@@ -8,7 +8,6 @@ use std::io::Write as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::driver::control;
 use super::failure::{Failure, Outcome};
 use super::output::print;
 use super::stats::{Report, query};
@@ -39,7 +38,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let control = control()?;
+    let control = Control::open()?;
     let id = DeviceId(args.id);
     let mut before = (Instant::now(), report(&control, id)?);
     let Some(interval) = args.watch else {

@@ -47,7 +47,7 @@ impl StateFile {
         let files: Vec<_> = files.iter().map(|file| line.directory.join(file)).collect();
         let identify =
             |path: &PathBuf| BackingFile::find(path).map_err(|e| Failure::Error(Error::file("identify", path, &e)));
-        let recorded = files.iter().map(identify).collect::<Result<_, _>>()?;
+        let recorded: Vec<_> = files.iter().map(identify).collect::<Result<_, _>>()?;
         // They may have been replaced since they were opened.
         backing_files::check_open(&files, std::process::id() as i32)?;
         Ok(StateFile {
@@ -55,7 +55,7 @@ impl StateFile {
             instance: device.instance().map(Instance::from).unwrap_or_default(),
             directory: line.directory.clone(),
             arguments,
-            files: recorded,
+            files: recorded.into_iter().flatten().collect(),
             data: data.to_string(),
             reason: reason.to_owned(),
         })
@@ -108,7 +108,7 @@ impl StateFile {
         }
     }
 
-    /// Whether this is the file of a device. An instance that cannot be determined is not recorded either.
+    /// Returns whether this is the file of a device. An instance that cannot be determined is not recorded either.
     fn is_of(&self, instance: Option<Instance>) -> bool {
         self.instance == instance.unwrap_or_default()
     }
@@ -167,7 +167,8 @@ impl CommandLine {
         self
     }
 
-    /// Whether files are recorded or any are accepted. Otherwise, only the driver may know which file the disk was stored in.
+    /// Returns whether files are recorded or any are accepted. Otherwise, only the driver may know which file the disk was
+    /// stored in.
     pub(super) fn decides_about_files(&self) -> bool {
         self.accepts_replaced || !self.files.is_empty()
     }
@@ -193,7 +194,7 @@ mod tests {
             instance: Instance::default(),
             directory: "/".into(),
             arguments: vec!["add".into()],
-            files: vec![BackingFile::find(Path::new("/")).unwrap()],
+            files: BackingFile::find(Path::new("/")).unwrap().into_iter().collect(),
             data: String::new(),
             reason: String::new(),
         };

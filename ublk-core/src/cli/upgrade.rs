@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use super::driver::control;
 use super::failure::{Failure, Outcome};
 use super::host::Host;
 use super::recover::with_remedy;
 use super::state_file::StateFile;
 use super::{add, background};
+use crate::control::Control;
 use crate::control::DRAIN_TIMEOUT;
 use crate::uapi::DeviceState;
 use crate::units::DeviceId;
@@ -36,7 +36,9 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, host: &Host) -> Outcome {
     let id = DeviceId(args.id);
-    let control = control()?;
+    let control = Control::open()?;
+    // What is checked is about this device, whose number may be another one's later.
+    let instance = control.instance(id);
     let mut host = host.clone();
     // Everything that can be checked is checked while the old server is running.
     if let Some(program) = &args.program {
@@ -48,7 +50,7 @@ pub(super) fn run(args: &Args, host: &Host) -> Outcome {
     let line = StateFile::load(id)?.command_line();
     add::Args::parse(&line)?.check_successor(&line, &control, &info)?;
     let old = fs::read_link(format!("/proc/{}/exe", info.pid)).ok();
-    control.quiesce_until(id, DRAIN_TIMEOUT)?;
+    control.quiesce_instance(id, instance, DRAIN_TIMEOUT)?;
     let recover = ["recover".into(), "-n".into(), id.to_string().into()];
     let outcome = background::start(&recover, &host, background::Devices::Existing);
     // Perhaps only the paths could not be printed.

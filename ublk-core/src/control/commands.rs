@@ -114,9 +114,9 @@ pub(super) const TRY_STOP_DEV: Command = Command::new("TRY_STOP_DEV", uapi::UBLK
     .slow(NOT_FINISHED)
     .refusals(&[(Errno::EBUSY, "the disk is open or mounted"), (Errno::EOPNOTSUPP, "needs Linux 7.0 or newer")]);
 
-pub(super) const DEL_DEV: Command = Command::new("DEL_DEV", uapi::UBLK_U_CMD_DEL_DEV)
-    .waits()
-    .slow("requests are not finished, or a process still has the ublkc node open or mapped");
+pub(super) const DEL_DEV: Command = Command::new("DEL_DEV", uapi::UBLK_U_CMD_DEL_DEV).waits().slow(
+    "requests are not finished, a process still has the ublkc node open or mapped, or another DEL_DEV waits for that",
+);
 
 pub(super) const DEL_DEV_ASYNC: Command = Command::new("DEL_DEV_ASYNC", uapi::UBLK_U_CMD_DEL_DEV_ASYNC)
     .waits()

@@ -6,18 +6,22 @@
 //! what it waits for.
 //!
 //! The commands, with their numbers, time limits and the meaning of their failures, are in `commands.rs`.
-//! `call.rs` sends them.
+//! `call.rs` sends them. `removal.rs` combines them to remove a device for certain.
 
 mod call;
 mod commands;
+mod removal;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::call::Call;
 use self::commands::Command;
+pub use self::removal::Removal;
 use crate::data::shared::SharedMemory;
-use crate::driver::{CharDevice, Driver, deadline};
+use crate::driver::kernel::KernelDriver;
+use crate::driver::{Driver, deadline};
 use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result};
 use crate::identity::BackingIdentity;
@@ -36,11 +40,6 @@ pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 const QUIESCE_SLICE: Duration = Duration::from_millis(500);
 /// Interval in which a device's state is polled while it is about to change.
 pub(crate) const STATE_POLL: Duration = Duration::from_millis(10);
-
-/// Time that [`Control::remove`] waits for a deleted device's id to become free.
-const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
-/// Time between the moments in which the driver forgets a device and gives its id away: it frees memory meanwhile.
-const RELEASE_DELAY: Duration = Duration::from_millis(5);
 
 /// Length of a mask of CPUs: room for 8192, the most that Linux is built for.
 const AFFINITY_BYTES: usize = 1024;
@@ -96,15 +95,6 @@ pub struct DeviceInfo {
     pub backing: Option<BackingIdentity>,
 }
 
-/// Outcome of [`Control::remove`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Removal {
-    /// The device is gone and its id free.
-    Complete,
-    /// The disk is gone, but a process still has one of its nodes open; the id becomes free when that is closed.
-    HeldOpen,
-}
-
 /// Parameters as the driver holds them.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -122,14 +112,38 @@ pub struct Control {
 }
 
 impl Control {
+    /// Opens `/dev/ublk-control`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DriverMissing`] if the node does not exist, [`Error::File`] if it may not be opened, [`Error::Ring`] if
+    /// io_uring is not available.
+    pub fn open() -> Result<Self> {
+        Ok(Self::new(Arc::new(KernelDriver::open()?)))
+    }
+
     /// Creates the control plane of a driver.
-    pub fn new(driver: Arc<dyn Driver>) -> Self {
+    pub(crate) fn new(driver: Arc<dyn Driver>) -> Self {
         Control { driver }
     }
 
     /// Returns the driver.
-    pub fn driver(&self) -> &Arc<dyn Driver> {
+    pub(crate) fn driver(&self) -> &Arc<dyn Driver> {
         &self.driver
+    }
+
+    /// Returns the ids of the devices of all users, in ascending order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] if `/sys/class/ublk-char` cannot be read.
+    pub fn device_ids(&self) -> Result<Vec<DeviceId>> {
+        self.driver.device_ids().map_err(|e| Error::file("list", "/sys/class/ublk-char", &e))
+    }
+
+    /// Returns the path of a device's disk, whether it exists or not.
+    pub fn block_path(&self, id: DeviceId) -> PathBuf {
+        self.driver.block_path(id)
     }
 
     /// GET_FEATURES: returns the features that the driver offers. Since Linux 6.5.
@@ -200,139 +214,39 @@ impl Control {
         self.stop_within(id, DRAIN_TIMEOUT)
     }
 
-    /// As [`stop`](Control::stop), with a time limit. After a time-out the device continues to stop: its disk is removed once
-    /// the requests have ended.
+    /// Like [`stop`](Control::stop), with a time limit. After a time-out the device continues to stop: its disk is removed once
+    /// the requests have ended. If another command had locked the device all the time, nothing was done.
     pub fn stop_within(&self, id: DeviceId, timeout: Duration) -> Result<()> {
         self.stop_unless(id, timeout, &|| false)
     }
 
-    /// As [`stop_within`](Control::stop_within), until `give_up`, which is polled meanwhile, returns true.
+    /// Like [`stop_within`](Control::stop_within), until `give_up`, which is polled meanwhile, returns true.
     pub(crate) fn stop_unless(&self, id: DeviceId, timeout: Duration, give_up: &dyn Fn() -> bool) -> Result<()> {
         self.call(&commands::STOP_DEV, Some(id)).within(timeout).unless(give_up).run()
     }
 
     /// DEL_DEV: stops the device if necessary, removes `/dev/ublkcN` and waits, at most `timeout`, until its id is free: until
-    /// its server has closed `/dev/ublkcN` and all processes have closed `/dev/ublkbN`. A time-out ends only the wait; the
-    /// device is deleted all the same.
+    /// its server has closed `/dev/ublkcN` and all processes have closed `/dev/ublkbN`. After a time-out, the device is
+    /// deleted and its id still taken, or the command was not carried out: it waits for other DEL_DEVs of Linux's driver, for
+    /// example.
     pub fn delete(&self, id: DeviceId, timeout: Duration) -> Result<()> {
         self.call(&commands::DEL_DEV, Some(id)).within(timeout).run()
     }
 
-    /// A number that a later device with the same id does not have; `None` if there is no such device, or if it cannot be
-    /// determined.
+    /// Returns a number that a later device with the same id does not have; `None` if there is no such device, or if it cannot
+    /// be determined.
     pub fn instance(&self, id: DeviceId) -> Option<u64> {
         self.driver.instance(id).ok().flatten()
     }
 
-    /// Whether the device with this id is still the one that [`instance`](Control::instance) was asked about. Where that
-    /// is not known, it counts as the same.
+    /// Returns whether the device with this id is still the one that [`instance`](Control::instance) was asked about. Where
+    /// that is not known, it counts as the same.
     ///
     /// The answer may be wrong a moment later: commands name a device by its id, and only a process that has the char
     /// device open keeps the id from being another device's. Any other process has to ask just before it sends a command,
     /// and what remains is the time between the two, in which the device would have to be deleted *and* another one made.
     pub fn is_instance(&self, id: DeviceId, instance: Option<u64>) -> bool {
         instance.is_none() || self.driver.instance(id).map_or(true, |now| now == instance)
-    }
-
-    /// Stops and deletes a device of any server.
-    ///
-    /// # Errors
-    ///
-    /// `ENODEV` if there is no such device, [`Error::Timeout`] if requests in flight are not finished.
-    pub fn remove(&self, id: DeviceId) -> Result<Removal> {
-        self.remove_instance(id, self.instance(id))
-    }
-
-    /// As [`remove`](Control::remove), for the device of which [`instance`](Control::instance) has returned `instance`: a
-    /// later one with its id is left alone. If the device is deleted already, this waits for its id.
-    ///
-    /// # Errors
-    ///
-    /// As [`remove`](Control::remove); `ENODEV` also if the id is another device's.
-    pub fn remove_instance(&self, id: DeviceId, instance: Option<u64>) -> Result<Removal> {
-        if self.is_deleted(id, instance) && self.is_taken(id) {
-            return Ok(self.wait_for_release(id, instance));
-        }
-        self.require_instance("STOP_DEV", id, instance)?;
-        self.stop(id)?;
-        // Its server, which sees the stop, may have been quicker.
-        self.delete_closed(id, instance)
-    }
-
-    /// Deletes a stopped device whose char device this process has open: that keeps the id from becoming another device's
-    /// before the driver has the command.
-    pub(crate) fn delete_open(
-        &self,
-        id: DeviceId,
-        instance: Option<u64>,
-        file: Arc<dyn CharDevice>,
-    ) -> Result<Removal> {
-        let deleted = self.delete_async(id);
-        drop(file);
-        match deleted {
-            Ok(()) | Err(Error::Control { errno: Errno::ENODEV, .. }) => Ok(self.wait_for_release(id, instance)),
-            // Before Linux 6.9, and for a device of a user's. DEL_DEV would wait for the file.
-            Err(Error::Control { errno: Errno::EOPNOTSUPP | Errno::EINVAL, .. }) => self.delete_closed(id, instance),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Deletes a stopped device, unless its id is another one's by now, and waits until the id is free.
-    pub(crate) fn delete_closed(&self, id: DeviceId, instance: Option<u64>) -> Result<Removal> {
-        if self.has_followed(id, instance) {
-            return Ok(Removal::Complete);
-        }
-        // DEL_DEV could reach the next device of the id.
-        if self.is_deleted(id, instance) {
-            return Ok(self.wait_for_release(id, instance));
-        }
-        let give_up = || self.has_followed(id, instance);
-        match self.call(&commands::DEL_DEV, Some(id)).within(RELEASE_TIMEOUT).unless(&give_up).run() {
-            // Its server may have been faster, since it notices the stop.
-            Err(Error::Control { errno: Errno::ENODEV, .. }) => Ok(self.wait_for_release(id, instance)),
-            Ok(()) => Ok(Removal::Complete),
-            Err(Error::Control { errno: Errno::ECANCELED, .. }) if give_up() => Ok(Removal::Complete),
-            Err(Error::Timeout { .. }) => Ok(Removal::HeldOpen),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Waits until the id of a deleted device is free, or another one's.
-    ///
-    /// Linux's and this project's driver keep the id until all processes have closed the nodes, and for a moment after that.
-    fn wait_for_release(&self, id: DeviceId, instance: Option<u64>) -> Removal {
-        let deadline = Instant::now() + RELEASE_TIMEOUT;
-        loop {
-            if self.has_followed(id, instance) {
-                return Removal::Complete;
-            }
-            if !self.is_taken(id) {
-                std::thread::sleep(RELEASE_DELAY);
-                return Removal::Complete;
-            }
-            if Instant::now() >= deadline {
-                return Removal::HeldOpen;
-            }
-            std::thread::sleep(STATE_POLL);
-        }
-    }
-
-    /// Whether the id is another device's by now.
-    fn has_followed(&self, id: DeviceId, instance: Option<u64>) -> bool {
-        instance.is_some() && self.instance(id).is_some_and(|now| Some(now) != instance)
-    }
-
-    /// Whether a device is deleted. Its id may still be taken.
-    fn is_deleted(&self, id: DeviceId, instance: Option<u64>) -> bool {
-        instance.is_some() && matches!(self.driver.instance(id), Ok(None))
-    }
-
-    /// Whether the driver has a device with this id, which may be deleted already. GET_DEV_INFO2 does not find such a device,
-    /// because its node is gone. So this sends a command without a path, which changes nothing: the driver looks for the
-    /// device before it checks anything else.
-    fn is_taken(&self, id: DeviceId) -> bool {
-        let call = self.call(&commands::GET_QUEUE_AFFINITY, Some(id)).payload(vec![0; AFFINITY_BYTES]);
-        !call.send().is_err_and(|error| error.errno() == Errno::ENODEV)
     }
 
     /// Checks that an id is still that of a device; see [`is_instance`](Control::is_instance).
@@ -359,7 +273,7 @@ impl Control {
         self.try_stop_unless(id, &|| false)
     }
 
-    /// As [`try_stop`](Control::try_stop), until `give_up`, which is polled meanwhile, returns true.
+    /// Like [`try_stop`](Control::try_stop), until `give_up`, which is polled meanwhile, returns true.
     pub(crate) fn try_stop_unless(&self, id: DeviceId, give_up: &dyn Fn() -> bool) -> Result<()> {
         self.call(&commands::TRY_STOP_DEV, Some(id)).unless(give_up).run()
     }
@@ -373,7 +287,7 @@ impl Control {
         self.quiesce_unless(id, patience, &|| false)
     }
 
-    /// As [`quiesce`](Control::quiesce), until `give_up`, which is polled meanwhile, returns true.
+    /// Like [`quiesce`](Control::quiesce), until `give_up`, which is polled meanwhile, returns true.
     pub(crate) fn quiesce_unless(&self, id: DeviceId, patience: Duration, give_up: &dyn Fn() -> bool) -> Result<()> {
         let millis = patience.as_millis().clamp(1, u32::MAX.into()) as u64;
         let call = self.call(&commands::QUIESCE_DEV, Some(id)).data(millis);
@@ -387,7 +301,17 @@ impl Control {
     /// [`Error::Unsupported`] if the driver is too old, `EINVAL` if the device was not created for it, [`Error::Timeout`] if
     /// the server does not finish its requests.
     pub fn quiesce_until(&self, id: DeviceId, timeout: Duration) -> Result<DeviceState> {
-        let instance = self.instance(id);
+        self.quiesce_instance(id, self.instance(id), timeout)
+    }
+
+    /// Like [`quiesce_until`](Control::quiesce_until), for the device of which [`instance`](Control::instance) has returned
+    /// `instance`: a later one with its id is left alone.
+    pub(crate) fn quiesce_instance(
+        &self,
+        id: DeviceId,
+        instance: Option<u64>,
+        timeout: Duration,
+    ) -> Result<DeviceState> {
         let info = self.info(id)?;
         self.require_quiesce(&info)?;
         let deadline = deadline(timeout);
@@ -465,7 +389,7 @@ impl Control {
         self.register_memory_unless(id, memory, &|| false)
     }
 
-    /// As [`register_memory`](Control::register_memory), until `give_up`, which is polled meanwhile, returns true.
+    /// Like [`register_memory`](Control::register_memory), until `give_up`, which is polled meanwhile, returns true.
     pub(crate) fn register_memory_unless(
         &self,
         id: DeviceId,
@@ -489,7 +413,7 @@ impl Control {
         self.unregister_memory_unless(id, index, &|| false)
     }
 
-    /// As [`unregister_memory`](Control::unregister_memory), until `give_up`, which is polled meanwhile, returns true.
+    /// Like [`unregister_memory`](Control::unregister_memory), until `give_up`, which is polled meanwhile, returns true.
     pub(crate) fn unregister_memory_unless(&self, id: DeviceId, index: u16, give_up: &dyn Fn() -> bool) -> Result<()> {
         self.call(&commands::UNREG_BUF, Some(id)).data(index.into()).unless(give_up).run()
     }
@@ -503,7 +427,7 @@ impl Control {
         self.update_size_unless(id, bytes, &|| false)
     }
 
-    /// As [`update_size`](Control::update_size), until `give_up`, which is polled meanwhile, returns true.
+    /// Like [`update_size`](Control::update_size), until `give_up`, which is polled meanwhile, returns true.
     pub(crate) fn update_size_unless(&self, id: DeviceId, bytes: u64, give_up: &dyn Fn() -> bool) -> Result<()> {
         let block = Params::decode(&self.raw_params(id, give_up)?).logical_block_size;
         if bytes == 0 || !bytes.is_multiple_of(u64::from(block)) {
@@ -534,8 +458,8 @@ impl Control {
     }
 }
 
-/// What happens after a server has not left in time. The driver has taken the server's tags away by then and cannot return
-/// them: the request to leave stays in force.
+/// Describes what happens after a server has not left in time. The driver has taken the server's tags away by then and cannot
+/// return them: the request to leave stays in force.
 fn pending_hint(id: DeviceId, pid: i32) -> String {
     let why = if process::is_stopped(pid) {
         format!("process {pid} is stopped (SIGSTOP?)")

@@ -13,7 +13,7 @@ use std::str::FromStr;
 use crate::error::{Error, Parameter, Result};
 use crate::uapi::Features;
 
-/// How a device's data moves.
+/// Way in which a device's data moves.
 ///
 /// | movement | copied by | idle memory | handlers see bytes | Linux |
 /// |---|---|---|---|---|
@@ -40,7 +40,7 @@ pub enum DataMovement {
 }
 
 impl DataMovement {
-    /// All of them, oldest first.
+    /// All ways, oldest first.
     pub const ALL: [DataMovement; 5] = [
         DataMovement::Copy,
         DataMovement::GetData,
@@ -72,12 +72,12 @@ impl DataMovement {
         }
     }
 
-    /// Whether the driver copies between pages and buffers.
+    /// Returns whether the driver copies between pages and buffers.
     pub(crate) fn is_copied_by_driver(self) -> bool {
         matches!(self, DataMovement::Copy | DataMovement::GetData)
     }
 
-    /// Whether files can read and write a request's pages.
+    /// Returns whether files can read and write a request's pages.
     pub(crate) fn is_zero_copy(self) -> bool {
         matches!(self, DataMovement::Register | DataMovement::AutoRegister)
     }

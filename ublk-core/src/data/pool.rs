@@ -24,7 +24,7 @@ impl BufferPool {
         len.div_ceil(PAGE_SIZE).max(1).next_power_of_two().ilog2() as usize
     }
 
-    /// A buffer of at least `len` bytes, with whatever its last user left in it.
+    /// Returns a buffer of at least `len` bytes, with the contents that its last user left.
     ///
     /// # Errors
     ///
@@ -44,8 +44,8 @@ impl BufferPool {
     pub(crate) fn put(&mut self, mut buffer: Arc<IoBuffer>) {
         let len = buffer.len();
         let class = Self::class(len);
-        // Not by its count: whatever a holder did before it let go happens before this, and there is no weak holder, who
-        // could come back.
+        // Not by its count: all accesses of a holder happen before its drop, and so before this; and there is no weak holder,
+        // which could come back.
         if Arc::get_mut(&mut buffer).is_some()
             && PAGE_SIZE << class == len
             && self.kept + len <= KEPT

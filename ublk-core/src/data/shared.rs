@@ -15,7 +15,7 @@ use crate::errno::Errno;
 use crate::memory::Region;
 use crate::uapi;
 
-/// How long a request may wait for the registration of its memory to be known here.
+/// Time that a request waits for the registration of its memory to become known here.
 const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A file's memory, mapped by this process and by clients: a memfd, or a file on tmpfs or hugetlbfs.
@@ -40,7 +40,7 @@ impl SharedMemory {
     ///
     /// # Errors
     ///
-    /// What `mmap` says; `EINVAL` for a length that is not whole pages.
+    /// Errors of `mmap`; `EINVAL` for a length that is not whole pages.
     pub fn map(file: &File, len: u64, read_only: bool) -> io::Result<Self> {
         if len == 0 || !len.is_multiple_of(crate::memory::PAGE_SIZE as u64) || len > 1 << 32 {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -53,12 +53,12 @@ impl SharedMemory {
         Ok(memory)
     }
 
-    /// Its length in bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether it has no bytes; never.
+    /// Returns whether it has no bytes; never.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -76,7 +76,7 @@ impl SharedMemory {
     }
 }
 
-/// Where a request's data is in shared memory.
+/// Range of a request's data in shared memory.
 #[derive(Clone, Debug)]
 pub(crate) struct SharedRange {
     region: Arc<Region>,

@@ -21,18 +21,18 @@ use crate::errno::Errno;
 use crate::error::{Error, Result};
 use crate::uapi::{DeviceState, Features};
 
-/// How long queues may take to close before the driver is asked again for what keeps them open.
+/// Time that queues get to close before STOP_DEV is sent again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// How long queues may take to close after they were given up.
+/// Time limit for the end of queues that were given up.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a device whose requests are finished may take to stop, however little time there is.
+/// Time that a device whose requests are finished gets to stop, even if the time limit is shorter.
 const GRACE: Duration = Duration::from_millis(500);
-/// How long the driver may take to remove a disk once its queues were given up.
+/// Time limit for the removal of a disk by the driver once its queues were given up.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the driver may take to notice that the server has left.
+/// Time limit for the driver to notice that the server has left.
 const NOTICE_TIMEOUT: Duration = Duration::from_secs(40);
 
-/// What became of a device that its server has ended with.
+/// Outcome for a device whose server has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
     /// It is gone.
@@ -49,7 +49,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] if requests are not finished or the device is not let go in time; calling
+    /// [`Error::Timeout`] if requests are not finished, or if the driver does not delete the device in time; calling
     /// again tries again. [`Error::Queue`] if a queue failed earlier; the device is gone then.
     pub fn stop(&self) -> Result<()> {
         self.stop_within(DRAIN_TIMEOUT)
@@ -80,7 +80,7 @@ impl Device {
         let mut pause = ASK_AGAIN;
         while !patience.wait_all_closed(pause) && !patience.is_over() {
             pause *= 2;
-            // A tag that was lent again behind the first STOP_DEV is taken away by another.
+            // A tag that was fetched again after the first STOP_DEV is canceled by another one.
             self.stop_disk(&patience, &hold)?;
         }
         self.give_up_queues(&patience, Successor::None, &hold)?;
@@ -122,22 +122,24 @@ impl Device {
         }
     }
 
-    /// Whether commands with the number reach this device, and no other server's. The answer may be wrong a moment later,
-    /// unless this process has the char device open.
+    /// Returns whether commands with the number reach this device, and no other server's. The answer may be wrong a moment
+    /// later, unless this process has the char device open.
     pub(crate) fn is_own(&self) -> bool {
         !self.has_next_server() && self.control.is_instance(self.id(), self.serving.instance)
     }
 
-    /// Whether the driver shows another server for a device of this number.
+    /// Returns whether the driver shows another server for a device of this number.
     fn has_next_server(&self) -> bool {
         // The server of a device without recovery does not change.
         (self.recovery().is_some() || self.serving.instance.is_none())
             && self.control.info(self.id()).is_ok_and(|info| self.is_followed(&info))
     }
 
-    /// Whether a device of this number has another server by now.
+    /// Returns whether a device of this number has another server by now. The driver reports no pid for one in another pid
+    /// namespace, and this server's own until it has noticed that its queues are closed.
     fn is_followed(&self, info: &DeviceInfo) -> bool {
-        let is_anothers = info.pid > 0 && info.pid as u32 != self.owner;
+        let is_visible = info.pid > 0;
+        let is_anothers = info.pid != self.owner as i32 && (is_visible || self.events.open_queues() == 0);
         info.state == DeviceState::Live && (is_anothers || self.serving.is_followed())
     }
 
@@ -311,7 +313,7 @@ impl Device {
 
     /// Finishes the requests in flight and leaves the device to another server: it stays, and requests that
     /// still come wait, or fail if it was made with [`Recovery::FailIo`](crate::Recovery::FailIo). Needs
-    /// [`DeviceOptions::recovery`](super::DeviceOptions::recovery) and Linux 6.16.
+    /// [`DeviceOptions::recovery`](crate::DeviceOptions::recovery) and Linux 6.16.
     ///
     /// # Errors
     ///
@@ -321,7 +323,7 @@ impl Device {
         self.require_owner("QUIESCE_DEV")?;
         self.control.require_quiesce(&self.info)?;
         let id = self.id();
-        // Whatever becomes of the command: it may be carried out.
+        // Even if the command fails: it may be carried out later.
         let was_leaving = self.leaving.swap(true, Ordering::Relaxed);
         let open = self.opened();
         if open.is_some() || self.is_own() {
@@ -367,7 +369,7 @@ impl Hold {
     }
 }
 
-/// How long a stop still waits for handlers.
+/// Time for which a stop still waits for handlers.
 #[derive(Debug)]
 struct Patience<'d> {
     device: &'d Device,
@@ -402,5 +404,29 @@ fn gone_is_fine(result: Result<()>) -> Result<()> {
     match result {
         Err(Error::Control { errno: Errno::ENODEV, .. }) => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::control::DRAIN_TIMEOUT;
+    use crate::driver::fake::FakeDriver;
+    use crate::test_support::{null_disk, server};
+    use crate::uapi::DeviceState;
+    use crate::{DeviceOptions, Recovery};
+
+    #[test]
+    fn a_server_in_another_pid_namespace_has_followed() {
+        let driver = FakeDriver::new();
+        let device = server(&driver).start(null_disk(), &DeviceOptions::new().recovery(Recovery::Queue)).unwrap();
+        let mut info = device.control.info(device.id()).unwrap();
+        assert!(info.state == DeviceState::Live && !device.is_followed(&info));
+        device.control.quiesce_until(device.id(), DRAIN_TIMEOUT).unwrap();
+        assert!(device.events.wait_all_closed(DRAIN_TIMEOUT));
+        assert!(!device.is_followed(&info), "the driver has not noticed");
+        info.pid = -1;
+        assert!(device.is_followed(&info), "the driver does not report its pid");
+        info.state = DeviceState::Quiesced;
+        assert!(!device.is_followed(&info));
     }
 }

@@ -2,7 +2,7 @@
 
 //! Whether a target can serve a disk that was made for another one.
 //!
-//! The block layer was given the disk's shape at START_DEV, and a recovery cannot change it: it goes on to send the
+//! The block layer was given the disk's shape at START_DEV, and a recovery cannot change it: it continues to send the
 //! requests that the first target could serve, and none besides. So the new target has to serve every request which
 //! that shape allows, and must not rely on one that it does not cause.
 //!
@@ -16,10 +16,12 @@
 //! * limits which are narrower in the disk than in the target, or which only the disk has.
 
 use crate::data::{Access, DataMovement};
-use crate::device::DEFAULT_DMA_ALIGNMENT;
 use crate::error::{Error, Parameter, Result};
 use crate::identity::BackingIdentity;
 use crate::params::{Integrity, Operations, Params};
+
+/// Alignment of clients' memory that the driver requires by default.
+const DEFAULT_DMA_ALIGNMENT: u32 = 4;
 
 /// The DMA alignment that a target needs: its own, or that of the files which get the clients' memory.
 pub(super) fn dma_alignment(target: &Params, access: Access, data: DataMovement) -> Option<u32> {
@@ -52,7 +54,7 @@ pub(super) fn check(target: &Params, access: Access, disk: &Params, data: DataMo
     }
     // Masks are powers of two minus one, and 0 is no limit: the greater one is the stricter.
     at_most(Parameter::VirtBoundaryMask, target.virt_boundary_mask, disk.virt_boundary_mask)?;
-    // A target that says nothing takes memory from anywhere.
+    // A target without a value accepts any memory.
     let needed = dma_alignment(target, access, data).unwrap_or(1);
     at_most(Parameter::DmaAlignment, needed, disk.dma_alignment.unwrap_or(DEFAULT_DMA_ALIGNMENT))?;
     check_segments(target, disk)?;
@@ -76,7 +78,8 @@ pub(super) fn check_backing(target: Option<BackingIdentity>, disk: Option<Backin
         (Some(target), Some(disk)) if !target.is(disk) => Err(Error::mismatch(
             Parameter::BackingFile,
             "another one",
-            "not what the disk is stored in: another file has taken its name, or its file system was mounted again \
+            "not what the disk is stored in: another file has taken its name, its file system was mounted \
+             again, or a block device was deactivated or unplugged \
              (`Server::recover_replaced` accepts it)",
         )),
         _ => Ok(()),
@@ -105,7 +108,7 @@ fn at_least<T: Copy + PartialOrd + ToString + std::fmt::Display>(
     if target < disk { Err(refusal(parameter, target, format!("has {disk}"))) } else { Ok(()) }
 }
 
-/// As [`at_least`] where 0 is no limit.
+/// Like [`at_least`] where 0 is no limit.
 fn at_least_or_none(parameter: Parameter, target: u64, disk: u64) -> Result<()> {
     if target != 0 && (disk == 0 || target < disk) {
         return Err(refusal(parameter, target, format!("has {disk} (0 is no limit)")));
@@ -312,7 +315,7 @@ mod tests {
         cached.operations |= Operations::FLUSH | Operations::FUA;
         let error = fits(&cached, &disk).unwrap_err().to_string();
         assert!(error.contains("no write cache"), "{error}");
-        // Nothing is written, so that nothing is to be flushed.
+        // Nothing is written, so there is nothing to flush.
         disk.operations = Operations::empty();
         disk.read_only = true;
         fits(&cached, &disk).unwrap();

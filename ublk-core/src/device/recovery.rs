@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::serving::Serving;
-use super::{Device, NODE_TIMEOUT, Server, fitting, may_open_later, open_error};
+use super::starting::{NODE_TIMEOUT, may_open_later, open_error};
+use super::{Device, Ending, Server, fitting};
 use crate::control::{DeviceInfo, STATE_POLL};
 use crate::data::{Access, DataMovement};
 use crate::driver::CharDevice;
@@ -22,7 +23,7 @@ use crate::target::Target;
 use crate::uapi::{DeviceState, Features};
 use crate::units::DeviceId;
 
-/// How long the driver may take to notice that a server is dead: Linux 6.12 up to 30 s, 6.1 some 5 s, newer
+/// Time limit for the driver to notice that a server is dead: Linux 6.12 up to 30 s, 6.1 some 5 s, newer
 /// ones a moment.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(45);
 /// Time for which another process may have the char device of a device without a server open.
@@ -49,7 +50,9 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// `EBUSY` if it is in use: it continues to be served. Otherwise as [`stop`](Device::stop).
+    /// `EBUSY` if it is in use: it continues to be served. `EBUSY` also if another process has asked this server to leave a
+    /// recoverable device before the driver knew whether it is in use: it waits for its next server, or has it. Otherwise as
+    /// [`stop`](Device::stop).
     pub fn try_stop(&self) -> Result<()> {
         self.require_owner("TRY_STOP_DEV")?;
         if self.is_stopped() {
@@ -59,12 +62,28 @@ impl Device {
         if open.is_some() || self.is_own() {
             match self.control.try_stop_unless(self.id(), &|| self.is_given_up()) {
                 // It is served no more, in use or not.
-                Err(Error::Control { errno: Errno::ECANCELED, .. }) if self.events.open_queues() == 0 => {}
+                Err(Error::Control { errno: Errno::ECANCELED, .. }) if self.events.open_queues() == 0 => {
+                    drop(open);
+                    return self.conclude_unused();
+                }
                 other => other?,
             }
         }
         drop(open);
         self.stop()
+    }
+
+    /// Ends a device whose queues have closed before it was known whether its disk is in use.
+    fn conclude_unused(&self) -> Result<()> {
+        match self.conclude()? {
+            Ending::Deleted => Ok(()),
+            Ending::Left => Err(Error::Control {
+                command: "TRY_STOP_DEV",
+                device: Some(self.id()),
+                errno: Errno::EBUSY,
+                hint: "another process has asked its server to leave: the device waits for its next server".into(),
+            }),
+        }
     }
 }
 
@@ -96,8 +115,9 @@ impl Server {
         self.recover_from(id, target, false)
     }
 
-    /// As [`recover`](Server::recover), but also serves a file that has replaced the one that the disk was stored in, or
-    /// that is not recognized because its file system was mounted again. The driver keeps the identity of the file that the
+    /// Like [`recover`](Server::recover), but also serves a file that has replaced the one that the disk was stored in, or
+    /// that is not recognized because its file system was mounted again, or because the block device was deactivated or
+    /// unplugged meanwhile. The driver keeps the identity of the file that the
     /// device was created for: later recoveries compare with that.
     ///
     /// # Errors
@@ -122,7 +142,7 @@ impl Server {
         // Not earlier: this process may have the server that was quicker.
         let mut device = self.device(info, params, plan, events, Serving::begin(instance));
         device.hold(file);
-        // Whatever happens here, the device is not to be deleted by it.
+        // Even after a failure here, the device must not be deleted.
         device.deleted = Mutex::new(true);
         device.started = AtomicBool::new(true);
         let recovered = device
@@ -235,8 +255,10 @@ impl Server {
         loop {
             match self.control.start_recovery(info.id) {
                 Ok(()) => return Ok(()),
-                // Another process, such as udev, has the char device open.
-                Err(Error::Control { errno: Errno::EBUSY, .. }) if Instant::now() < deadline => {}
+                // Another process has the char device open: udev, or the device's next server.
+                Err(Error::Control { errno: Errno::EBUSY, .. }) if Instant::now() < deadline => {
+                    self.wait_until_unserved(info.id)?;
+                }
                 // Up to Linux 6.12, a second one without a server between them is refused so: the first
                 // attempt at a recovery failed, and all is as prepared as it can be.
                 Err(Error::Control { errno: Errno::EINVAL, .. }) => {

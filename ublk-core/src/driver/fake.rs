@@ -3,13 +3,12 @@
 //! A stand-in for the driver, in this process and without privileges.
 //!
 //! It keeps the rules that a server can break (who may fetch and commit which tag, and when), answers
-//! control commands from the same states, and plays the block layer's part: [`FakeDisk`] sends
-//! requests and waits for their end. What it does not have is everything around that: no nodes, no
-//! page cache, no partition scan.
+//! control commands from the same states, and acts as the block layer: [`FakeDisk`] sends
+//! requests and waits for their end. It has no device nodes, no page cache and no partition scan.
 //!
 //! Invariant of the `unsafe` blocks: the address that a server passes with FETCH_REQ or
-//! COMMIT_AND_FETCH_REQ points to a buffer of the device's `max_io_buf_bytes`, which the server leaves
-//! alone until the command completes. That is the driver's own contract.
+//! COMMIT_AND_FETCH_REQ points to a buffer of the device's `max_io_buf_bytes`, which the server does not access
+//! until the command completes. That is the driver's own contract.
 
 mod char_device;
 mod control;
@@ -34,10 +33,10 @@ use crate::memory::{Descriptor, Region};
 use crate::uapi::{self, Features, ublk_params, ublksrv_ctrl_dev_info};
 use crate::units::DeviceId;
 
-/// How long a disk's client waits for a request to end.
+/// Time limit of a client's request.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The driver.
+/// A stand-in for the ublk driver. Clones share its devices.
 #[derive(Clone, Debug, Default)]
 pub struct FakeDriver {
     shared: Arc<Shared>,
@@ -47,9 +46,9 @@ pub struct FakeDriver {
 struct Shared {
     state: Mutex<FakeState>,
     changed: Condvar,
-    /// A client sends more: rings do not look yet.
+    /// Whether a client is still sending: rings do not look for requests yet.
     holding: AtomicBool,
-    /// What cleared memory is filled with. Not under the lock, which another thread may hold while a handler forks.
+    /// Byte that cleared memory is filled with. Not under the lock, which another thread may hold while a handler forks.
     unwritten_byte: AtomicU8,
 }
 
@@ -58,24 +57,26 @@ struct FakeState {
     devices: BTreeMap<u32, FakeDevice>,
     /// Rules that a server broke.
     violations: Vec<String>,
-    /// Answers that clients have not looked at, by their request's ticket.
+    /// Results that clients have not taken, by the ticket of their request.
     answers: HashMap<u64, Result<Vec<u8>, Errno>>,
     tickets: u64,
-    /// Rings may call themselves quiet: no client is at work.
+    /// Whether rings may report that they are quiet: no client is sending.
     quiet: bool,
     files: Files,
-    /// What the driver says it can do; everything unless a test wants less.
+    /// Features that the driver offers; all unless a test limits them.
     offered: Option<Features>,
     /// Whether callers lack CAP_SYS_ADMIN.
     unprivileged: bool,
     char_openings: usize,
-    /// How long the last close of a char device takes.
+    /// Delay with which the driver notices the last close of a char device.
     close_delay: Duration,
-    /// Errnos to answer the next commands of a name with.
+    /// Errnos for the next commands of a name.
     refusals: HashMap<&'static str, VecDeque<Errno>>,
     /// Commands that are not answered.
     ignored: HashSet<&'static str>,
-    /// What happens after the next command of a name.
+    /// Commands that exceed their time limit at once.
+    expired: HashSet<&'static str>,
+    /// Functions to call after the next command of a name.
     hooks: HashMap<&'static str, Hook>,
 }
 
@@ -87,25 +88,25 @@ impl std::fmt::Debug for Hook {
     }
 }
 
-/// How files behave.
+/// Behaviour of files.
 #[derive(Debug, Default)]
 struct Files {
-    /// How long they take for an operation.
+    /// Duration of an operation.
     delay: Duration,
-    /// What they refuse reads and writes with.
+    /// Errno with which they refuse reads and writes.
     refusal: Option<Errno>,
-    /// They take operations, and carry them out later.
+    /// Whether they accept operations without carrying them out.
     holding: bool,
     held: Vec<HeldOperation>,
 }
 
-/// An operation that a file has taken.
+/// An operation that a file has accepted and not carried out.
 #[derive(Debug)]
 struct HeldOperation {
     ring: Arc<Completions>,
     user_data: u64,
     operation: Operation,
-    /// What a ring keeps open while it has operations in flight.
+    /// Files that a ring keeps open while it has operations in flight.
     files: RingFiles,
 }
 
@@ -114,16 +115,16 @@ struct FakeDevice {
     info: ublksrv_ctrl_dev_info,
     /// See [`Driver::instance`].
     instance: u64,
-    /// DEL_DEV was sent: only its number is left, until the char device is closed.
+    /// Whether DEL_DEV was sent: only its number is left, until the char device is closed.
     deleted: bool,
     params: Option<ublk_params>,
     queues: Vec<FakeQueue>,
     char_open: bool,
-    /// QUIESCE_DEV was sent: tags go back to the server, until the next one comes.
+    /// Whether QUIESCE_DEV was sent: tags go back to the server, until the next one recovers the device.
     canceling: bool,
-    /// How much memory clients have shared, counted in registrations.
+    /// Number of registrations of memory that clients share.
     shared_memory: i32,
-    /// Requests that the dead server held and the next one gets.
+    /// Requests that the last server held and the next one gets.
     held: Vec<(Descriptor, FakeRequest)>,
 }
 
@@ -131,23 +132,23 @@ struct FakeDevice {
 struct FakeQueue {
     descriptors: Arc<Region>,
     tags: Vec<FakeTag>,
-    /// Where FETCH_IO_CMDS delivers tags: the ring, and the command's `user_data`.
+    /// Ring to which FETCH_IO_CMDS delivers tags, and the command's `user_data`.
     delivery: Option<(Arc<Completions>, u64)>,
 }
 
-/// Who fetched a tag, and where the answer goes.
+/// Fetch of a tag, and where its completion goes.
 #[derive(Clone, Debug)]
 struct Command {
     ring: Arc<Completions>,
     user_data: u64,
     address: u64,
-    /// Where pages are to be registered.
+    /// Index at which to register pages.
     register: Option<u16>,
-    /// The thread that may commit; any for a batch.
+    /// Thread that may commit; `None` for a batch, which any thread may commit.
     daemon: Option<ThreadId>,
 }
 
-/// A request on its way through the server.
+/// A request that is sent to the server.
 #[derive(Clone, Debug)]
 struct FakeRequest {
     daemon: Option<ThreadId>,
@@ -155,7 +156,7 @@ struct FakeRequest {
     len: usize,
     /// Its pages.
     pages: Vec<u8>,
-    /// Its data is in memory that the client shares.
+    /// Whether its data is in memory that the client shares.
     shared: bool,
     ticket: u64,
 }
@@ -164,7 +165,7 @@ struct FakeRequest {
 enum FakeTag {
     Idle,
     Armed(Command),
-    /// The server was asked where a write's data shall go.
+    /// The server was asked for the destination of a write's data.
     Asked(FakeRequest),
     /// The server has the request.
     Served(FakeRequest),
@@ -175,7 +176,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until `check` gives something.
+    /// Waits until `check` returns a value.
     fn wait_for<T>(
         &self,
         timeout: Duration,
@@ -206,45 +207,50 @@ impl Shared {
 }
 
 impl FakeDriver {
-    /// A driver without devices.
+    /// Creates a driver without devices.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The disk of a device, as a client of the block layer sees it.
+    /// Returns the disk of a device, as a client of the block layer sees it.
     pub fn disk(&self, id: DeviceId) -> FakeDisk {
         FakeDisk::new(self.shared.clone(), id.0)
     }
 
-    /// Answers the next command of this name with an errno: a control command's name in the UAPI, or
-    /// `FETCH_REQ` or `PREP_IO_CMDS`, `COMMIT_AND_FETCH_REQ` for any commit, or `fdatasync` for that of any file.
-    /// `io_uring_setup` is for the next ring, and `io_uring_enter` for a submission without a wait, which fails after it has carried out what was queued.
+    /// Fails the next command of this name with an errno. The name is that of a control command in the UAPI, `FETCH_REQ`,
+    /// `PREP_IO_CMDS`, `COMMIT_AND_FETCH_REQ` for any commit, `fdatasync` for that of any file, `io_uring_setup` for the next
+    /// ring, or `io_uring_enter` for a submission without a wait, which fails after it has carried out what was queued.
     pub fn refuse_next(&self, command: &'static str, errno: Errno) {
         self.shared.state().refusals.entry(command).or_default().push_back(errno);
     }
 
-    /// Leaves the next control command of this name without an answer, until its sender gives up or its time is over, which
-    /// takes a minute here.
+    /// Leaves the next control command of this name without an answer, until its sender gives up or its time limit, here a
+    /// minute, is exceeded.
     pub fn ignore_next(&self, command: &'static str) {
         self.shared.state().ignored.insert(command);
     }
 
-    /// Calls `act` after the next control command of this name, before its sender goes on: what other processes do then.
+    /// Has the next control command of this name exceed its time limit, at once, without being carried out.
+    pub fn expire_next(&self, command: &'static str) {
+        self.shared.state().expired.insert(command);
+    }
+
+    /// Calls `act` after the next control command of this name, before its sender continues, in place of other processes.
     pub fn after_next(&self, command: &'static str, act: impl FnOnce() + Send + 'static) {
         self.shared.state().hooks.insert(command, Hook(Box::new(act)));
     }
 
-    /// How often a char device was to be opened.
+    /// Returns the number of attempts to open a char device.
     pub fn char_openings(&self) -> usize {
         self.shared.state().char_openings
     }
 
-    /// Has the driver notice only after this time that a char device was closed: drivers release devices in the background.
+    /// Delays the moment in which the driver notices that a char device was closed: drivers release devices in the background.
     pub fn delay_closes(&self, delay: Duration) {
         self.shared.state().close_delay = delay;
     }
 
-    /// Makes the driver an older one, which has only these features.
+    /// Limits the features that the driver offers, like an older driver.
     pub fn offer(&self, features: Features) {
         self.shared.state().offered = Some(features | ALWAYS_ON);
     }
@@ -254,18 +260,18 @@ impl FakeDriver {
         self.shared.state().unprivileged = true;
     }
 
-    /// Makes files slow.
+    /// Sets the duration of operations on files.
     pub fn delay_files(&self, delay: Duration) {
         self.shared.state().files.delay = delay;
     }
 
-    /// Has files refuse all reads and writes, as a FUSE server may with any errno.
+    /// Sets the errno with which files refuse all reads and writes, as FUSE servers may with any errno.
     pub fn refuse_files(&self, errno: Option<Errno>) {
         self.shared.state().files.refusal = errno;
     }
 
-    /// Has files take operations without answering, as one on a network does whose server is away. With `false` they
-    /// carry out what they have, and go on.
+    /// Has files accept operations without completing them, like a file on a network whose server is down. With `false`, they
+    /// carry out what they have accepted, and work as usual again.
     pub fn hold_files(&self, holding: bool) {
         let mut state = self.shared.state();
         state.files.holding = holding;
@@ -274,7 +280,7 @@ impl FakeDriver {
         self.carry_out(held);
     }
 
-    /// Has the file carry out the operation that it has taken last, and hold the others.
+    /// Carries out the operation that a file has accepted last. The others stay held.
     pub fn release_last_file(&self) {
         let last = self.shared.state().files.held.pop();
         self.carry_out(last.into_iter().collect());
@@ -288,7 +294,7 @@ impl FakeDriver {
         }
     }
 
-    /// How many operations files have taken and not carried out.
+    /// Returns the number of operations that files have accepted and not carried out.
     pub fn held_files(&self) -> usize {
         self.shared.state().files.held.len()
     }
@@ -299,19 +305,44 @@ impl FakeDriver {
         self.shared.unwritten_byte.store(byte, Ordering::Relaxed);
     }
 
-    /// Lets servers give memory back while rings are idle. Until then no client may send anything: it would
-    /// not be the thread of the ring, as the driver is.
+    /// Allows servers to give memory back while rings are idle. No client may be sending at such a moment: its thread copies
+    /// the data, which the kernel's driver does on the thread of the ring.
     pub fn let_memory_go(&self, quiet: bool) {
         self.shared.state().quiet = quiet;
     }
 
-    /// The rules that servers have broken so far.
+    /// Returns the ids of all devices, in ascending order.
+    pub fn devices(&self) -> Vec<DeviceId> {
+        let state = self.shared.state();
+        state.devices.iter().filter(|(_, device)| !device.deleted).map(|(id, _)| DeviceId(*id)).collect()
+    }
+
+    /// Opens a device's char device, as another program would. It stays open until the result is dropped.
+    ///
+    /// # Errors
+    ///
+    /// `ENXIO` without such a device, `EBUSY` if it is open already.
+    pub fn open_char_device(&self, id: DeviceId) -> Result<impl std::fmt::Debug + use<>, Errno> {
+        self.open(id)
+    }
+
+    fn open(&self, id: DeviceId) -> Result<FakeChar, Errno> {
+        let mut state = self.shared.state();
+        state.char_openings += 1;
+        let device = state.devices.get_mut(&id.0).filter(|device| !device.deleted).ok_or(Errno::ENXIO)?;
+        if std::mem::replace(&mut device.char_open, true) {
+            return Err(Errno::EBUSY);
+        }
+        Ok(FakeChar::new(self.shared.clone(), id.0))
+    }
+
+    /// Returns the rules that servers have broken so far.
     pub fn violations(&self) -> Vec<String> {
         self.shared.state().violations.clone()
     }
 }
 
-// SAFETY: what it copies is what addresses and lengths of submissions name, while they are under way.
+// SAFETY: it accesses only memory that submissions name, until they complete.
 unsafe impl Driver for FakeDriver {
     unsafe fn control(
         &self,
@@ -329,13 +360,7 @@ unsafe impl Driver for FakeDriver {
     }
 
     fn open_char(&self, id: DeviceId) -> io::Result<Arc<dyn CharDevice>> {
-        let mut state = self.shared.state();
-        state.char_openings += 1;
-        let device = state.devices.get_mut(&id.0).filter(|device| !device.deleted).ok_or(Errno::ENXIO)?;
-        if std::mem::replace(&mut device.char_open, true) {
-            return Err(Errno::EBUSY.into());
-        }
-        Ok(Arc::new(FakeChar::new(self.shared.clone(), id.0)))
+        Ok(Arc::new(self.open(id)?))
     }
 
     fn new_ring(&self) -> io::Result<Box<dyn Ring>> {
@@ -354,8 +379,7 @@ unsafe impl Driver for FakeDriver {
     }
 
     fn device_ids(&self) -> io::Result<Vec<DeviceId>> {
-        let state = self.shared.state();
-        Ok(state.devices.iter().filter(|(_, device)| !device.deleted).map(|(id, _)| DeviceId(*id)).collect())
+        Ok(self.devices())
     }
 
     fn instance(&self, id: DeviceId) -> io::Result<Option<u64>> {
@@ -364,22 +388,22 @@ unsafe impl Driver for FakeDriver {
     }
 }
 
-/// Counts the devices of all drivers of this process.
+/// Number of devices that all drivers of this process have created.
 static INSTANCES: AtomicU64 = AtomicU64::new(1);
 
-/// What every device has.
+/// Features of every device.
 const ALWAYS_ON: Features = Features::CMD_IOCTL_ENCODE.union(Features::URING_CMD_COMP_IN_TASK);
-/// What keeps the driver from copying.
+/// Features with which the driver does not copy data.
 const NOT_COPIED: Features = Features::USER_COPY.union(Features::SUPPORT_ZERO_COPY).union(Features::AUTO_BUF_REG);
 
 impl FakeState {
-    /// What a file's sync is to fail with.
+    /// Takes the errno with which an operation on a file is to fail.
     fn refusal_of(&mut self, operation: Operation) -> Option<Errno> {
         let syncs = matches!(operation, Operation::SyncData { .. });
         self.refusals.get_mut("fdatasync").filter(|_| syncs).and_then(VecDeque::pop_front)
     }
 
-    /// What the driver offers.
+    /// Returns the features that the driver offers.
     fn features(&self) -> Features {
         self.offered.unwrap_or(Features::all())
     }

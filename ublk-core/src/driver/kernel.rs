@@ -7,9 +7,11 @@
 //! 1. A control command's payload lives in a box that is dropped only after the command has completed,
 //!    or leaked if that cannot be known.
 //!
-//! `ring` is the ring of a queue's thread, `detached` sends commands from a process of their own.
+//! `ring` is the ring of a queue's thread, `entries` builds what it submits, `helper` sends commands from a process of their
+//! own.
 
-mod detached;
+mod entries;
+mod helper;
 mod ring;
 mod tag_buffers;
 
@@ -28,16 +30,16 @@ use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{AccessFlags, faccessat};
 
 use self::ring::KernelRing;
-use super::{CharDevice, ControlCommand, ControlFailure, Driver, MappedDescriptors, RequestPlace, Ring};
+use super::{CharDevice, ControlCommand, ControlFailure, Driver, RequestPlace, Ring};
 use crate::errno::Errno;
 use crate::error::{Error, Result, errno_of};
 use crate::memory::DescriptorMap;
 use crate::uapi::{self, ublksrv_ctrl_cmd};
 use crate::units::{DeviceId, QueueId};
 
-/// How often a waiting control command asks whether to give up.
+/// Interval in which a waiting control command checks whether to give up.
 const CONTROL_SLICE: Duration = Duration::from_millis(100);
-/// How long a cancelled control command may take to end before its memory is left to the kernel.
+/// Time limit for the end of a cancelled control command, after which its memory is left to the kernel.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
 
 /// `user_data` of a control command and of its cancellation.
@@ -45,11 +47,11 @@ const COMMAND: u64 = 1;
 const CANCEL: u64 = 2;
 
 /// The driver of the running kernel.
-pub struct KernelDriver {
+pub(crate) struct KernelDriver {
     control: File,
     dev: PathBuf,
     rings: Mutex<IdleRings>,
-    helpers: detached::Helpers,
+    helpers: helper::Helpers,
 }
 
 type ControlRing = IoUring<Entry128, cqueue::Entry>;
@@ -64,7 +66,7 @@ struct IdleRings {
 }
 
 impl IdleRings {
-    /// Leaves what a parent process has made alone: dropping it would unmap whatever is now at its addresses.
+    /// Leaks the rings that a parent process has made: dropping them would unmap what is at their addresses now.
     fn forget_parents(&mut self) {
         let process = std::process::id();
         if self.owner != process {
@@ -90,8 +92,8 @@ impl Drop for IdleRings {
     }
 }
 
-/// This process has, or had, a char device open: commands that may block go through a helper, whichever [`KernelDriver`]
-/// they are sent by.
+/// Whether this process has, or had, a char device open. If so, commands that may block go through a helper, for every
+/// [`KernelDriver`] of the process.
 static SERVING: AtomicBool = AtomicBool::new(false);
 
 impl std::fmt::Debug for KernelDriver {
@@ -105,9 +107,9 @@ impl KernelDriver {
     ///
     /// # Errors
     ///
-    /// [`Error::DriverMissing`] if the node is not there, [`Error::File`] if it may not be opened,
-    /// [`Error::Ring`] if io_uring is not to be had.
-    pub fn open() -> Result<Self> {
+    /// [`Error::DriverMissing`] if the node does not exist, [`Error::File`] if it may not be opened,
+    /// [`Error::Ring`] if io_uring is not available.
+    pub(crate) fn open() -> Result<Self> {
         Self::open_in(Path::new("/dev"))
     }
 
@@ -129,9 +131,9 @@ impl KernelDriver {
                     },
                 },
             })?;
-        // One ring up front, so that a system without io_uring is found out here.
+        // One ring up front, so that a missing io_uring is an error here.
         let ring = control_ring()?;
-        let helpers = detached::Helpers::default();
+        let helpers = helper::Helpers::default();
         helpers.reserve();
         let mut rings = IdleRings::default();
         rings.put(ring);
@@ -147,19 +149,20 @@ impl KernelDriver {
         idle.map_or_else(|| control_ring().map_err(|e| io::Error::from(e.errno())), Ok)
     }
 
-    /// Whether a command must not be this process's own, which could not die while it waits for requests of its own.
+    /// Returns whether a command must be sent from a helper process: this one could not exit while the command waits for
+    /// requests that this process serves.
     fn needs_helper(command: &ControlCommand) -> bool {
         command.may_block && SERVING.load(Ordering::Relaxed)
     }
 }
 
-/// A ring that forked children do not inherit.
+/// Creates a ring that forked children do not inherit.
 fn control_ring() -> Result<ControlRing> {
     IoUring::<Entry128, cqueue::Entry>::builder().dontfork().build(4).map_err(|source| ring_error(&source))
 }
 
-/// An io_uring set-up error with the reason that people meet in practice.
-fn ring_error(source: &io::Error) -> Error {
+/// Converts an error of `io_uring_setup`, with a hint at its usual cause.
+pub(crate) fn ring_error(source: &io::Error) -> Error {
     let errno = errno_of(source);
     let hint = match errno {
         Errno::ENOSYS => "this kernel or sandbox has no io_uring".to_owned(),
@@ -176,7 +179,7 @@ fn ring_error(source: &io::Error) -> Error {
     Error::Ring { errno, hint }
 }
 
-// SAFETY: (1), and those of `ring` and `detached`.
+// SAFETY: (1), and those of `ring` and `helper`.
 unsafe impl Driver for KernelDriver {
     unsafe fn control(
         &self,
@@ -185,7 +188,7 @@ unsafe impl Driver for KernelDriver {
         give_up: &dyn Fn() -> bool,
     ) -> Result<(i32, Vec<u8>), ControlFailure> {
         if Self::needs_helper(&command) {
-            return detached::control(self.control.as_fd(), &self.helpers, &command, timeout, give_up);
+            return helper::control(self.control.as_fd(), &self.helpers, &command, timeout, give_up);
         }
         let bytes = control_bytes(&command, &command.payload);
         let payload = command.payload.into_boxed_slice();
@@ -212,7 +215,7 @@ unsafe impl Driver for KernelDriver {
             }
         };
         let Some(result) = cancel(&mut ring) else {
-            // The kernel may still write to the payload when the command ends some day.
+            // The kernel may still write to the payload when the command ends.
             log::warn!(
                 "{} does not end; leaking its buffer of {} bytes, which the kernel may still use",
                 command.name,
@@ -222,7 +225,7 @@ unsafe impl Driver for KernelDriver {
             return Err(failure);
         };
         self.rings().put(ring);
-        // It may have been done before it was cancelled: a device would be left that nothing knows of.
+        // The command may have been carried out before it was cancelled: a new device would be left that no program knows of.
         Ok((after_cancelling(result, failure)?, payload.into_vec()))
     }
 
@@ -244,7 +247,7 @@ unsafe impl Driver for KernelDriver {
     fn block_node_exists(&self, id: DeviceId) -> bool {
         let path = self.block_path(id);
         let exists = std::fs::metadata(&path).is_ok_and(|m| m.file_type().is_block_device());
-        // A user's own is root's until udev has changed that.
+        // The node of an unprivileged device belongs to root until udev has changed that.
         exists && faccessat(AT_FDCWD, &path, AccessFlags::R_OK, AtFlags::AT_EACCESS).is_ok()
     }
 
@@ -264,7 +267,7 @@ unsafe impl Driver for KernelDriver {
         Ok(ids)
     }
 
-    /// The inode of its directory in sysfs, which the kernel counts up.
+    /// Returns the inode number of the device's directory in sysfs, which the kernel counts up.
     fn instance(&self, id: DeviceId) -> io::Result<Option<u64>> {
         match std::fs::metadata(format!("/sys/class/ublk-char/ublkc{id}/")) {
             Ok(metadata) => Ok(Some(metadata.ino())),
@@ -274,7 +277,7 @@ unsafe impl Driver for KernelDriver {
     }
 }
 
-/// The command as it stands in a submission, with its payload at the given place.
+/// Encodes a command for a submission queue entry, with its payload at the given place.
 fn control_bytes(command: &ControlCommand, payload: &[u8]) -> [u8; 80] {
     let header = ublksrv_ctrl_cmd {
         dev_id: command.dev_id,
@@ -296,7 +299,7 @@ fn control_bytes(command: &ControlCommand, payload: &[u8]) -> [u8; 80] {
     bytes
 }
 
-/// Waits for the control command's completion, at most `slice`.
+/// Waits for the control command's completion, at most `slice`. Returns `None` if there is none yet.
 fn wait_for_command(ring: &mut ControlRing, slice: Duration) -> io::Result<Option<i32>> {
     let slice = types::Timespec::from(slice);
     let arguments = types::SubmitArgs::new().timespec(&slice);
@@ -308,7 +311,7 @@ fn wait_for_command(ring: &mut ControlRing, slice: Duration) -> io::Result<Optio
     Ok(ring.completion().find(|c| c.user_data() == COMMAND).map(|c| c.result()))
 }
 
-/// The outcome of a command that has ended after it was asked to: its own, unless it was cancelled.
+/// Returns the outcome of a command that has ended after a request to cancel it: `failure` if it was cancelled, else its own.
 fn after_cancelling(result: i32, failure: ControlFailure) -> Result<i32, ControlFailure> {
     match ControlFailure::check(result) {
         Err(ControlFailure::Refused(Errno::ECANCELED | Errno::EINTR)) => Err(failure),
@@ -316,7 +319,7 @@ fn after_cancelling(result: i32, failure: ControlFailure) -> Result<i32, Control
     }
 }
 
-/// Asks the kernel to end a control command. Its result, if it has ended.
+/// Cancels a control command. Returns its result, or `None` if it does not end in time.
 fn cancel(ring: &mut ControlRing) -> Option<i32> {
     let entry: Entry128 = opcode::AsyncCancel::new(COMMAND).build().user_data(CANCEL).into();
     // SAFETY: a cancellation refers to no memory.
@@ -335,8 +338,8 @@ struct KernelCharDevice(File);
 
 // SAFETY: the file is the char device that was opened by its name, and open as long as this.
 unsafe impl CharDevice for KernelCharDevice {
-    fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<MappedDescriptors> {
-        DescriptorMap::of_char_device(self.0.as_fd(), queue, depth).map(MappedDescriptors)
+    fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<DescriptorMap> {
+        DescriptorMap::of_char_device(self.0.as_fd(), queue, depth)
     }
 
     fn raw_fd(&self) -> RawFd {
@@ -352,7 +355,8 @@ unsafe impl CharDevice for KernelCharDevice {
     }
 }
 
-/// Where in the char device a request's memory is (uapi 3.8). `EINVAL` for an offset that would name another request.
+/// Returns the position of a request's memory in the char device (uapi 3.8). `EINVAL` for an offset that would name another
+/// request.
 fn position(place: RequestPlace) -> io::Result<u64> {
     if place.offset > uapi::UBLK_IO_BUF_BITS_MASK {
         return Err(Errno::EINVAL.into());
@@ -363,14 +367,14 @@ fn position(place: RequestPlace) -> io::Result<u64> {
     Ok((uapi::UBLKSRV_IO_BUF_OFFSET + within) | part)
 }
 
-/// Whether a file that was taken out of a ring's table is released although other commands of the ring
+/// Returns whether a file that was taken out of a ring's table is released although other commands of the ring
 /// are pending. Before Linux 6.13 it is not: a stopped device would stay open for as long as another
 /// one of its thread lives.
 fn fixed_files_are_released() -> bool {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").is_ok_and(|release| at_least(&release, (6, 13)))
 }
 
-/// Compares a kernel's release, `6.12.57+deb13-amd64` say, with a version.
+/// Returns whether a kernel's release, for example `6.12.57+deb13-amd64`, is a version or later.
 fn at_least(release: &str, version: (u32, u32)) -> bool {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= version

@@ -2,53 +2,16 @@
 
 //! The interface to the ublk driver.
 //!
-//! The control plane, the life cycle of devices and the engine use a [`Driver`] and the [`Ring`]s that it creates. [`kernel`] is
-//! the real one, on io_uring; `fake` is an in-process stand-in that enforces the driver's rules, so that the rest is tested
+//! The control plane, the life cycle of devices and the engine use a [`Driver`] and the [`Ring`]s that it creates. [`kernel`]
+//! is the real one, on io_uring; `fake` is an in-process stand-in that enforces the driver's rules, so that the rest is tested
 //! in milliseconds and without privileges.
 //!
-//! The engine's memory is safe only if implementations keep their promises, so the traits are `unsafe` to implement:
-//!
-//! ```compile_fail,E0200
-//! #[derive(Debug)]
-//! struct Mine;
-//!
-//! impl ublk_core::driver::Waker for Mine {
-//!     fn wake(&self) {}
-//! }
-//! impl ublk_core::driver::CharDevice for Mine {
-//!     fn map_descriptors(
-//!         &self,
-//!         _: ublk_core::QueueId,
-//!         _: u16,
-//!     ) -> std::io::Result<ublk_core::driver::MappedDescriptors> {
-//!         unimplemented!()
-//!     }
-//!     fn raw_fd(&self) -> i32 {
-//!         0
-//!     }
-//!     fn copy_from_request(&self, _: ublk_core::driver::RequestPlace, _: &mut [u8]) -> std::io::Result<()> {
-//!         Ok(())
-//!     }
-//!     fn copy_to_request(&self, _: ublk_core::driver::RequestPlace, _: &[u8]) -> std::io::Result<()> {
-//!         Ok(())
-//!     }
-//! }
-//! ```
-//!
-//! And addresses reach the kernel only by `unsafe` calls:
-//!
-//! ```compile_fail,E0133
-//! use ublk_core::driver::{Memory, Operation, Ring, Submission};
-//!
-//! fn overwrite(ring: &mut dyn Ring, fd: i32, address: u64) {
-//!     let operation = Operation::Read { fd, memory: Memory::At(address), len: 8, offset: 0 };
-//!     ring.push(Submission { user_data: 1, operation, prompt: false }).unwrap();
-//! }
-//! ```
+//! The engine's memory is safe only if implementations keep their promises, so the traits are `unsafe` to implement, and
+//! calls that pass addresses to the kernel are `unsafe`.
 
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
-pub mod kernel;
+pub(crate) mod kernel;
 
 use std::fmt::Debug;
 use std::io;
@@ -61,7 +24,7 @@ use crate::errno::Errno;
 use crate::memory::DescriptorMap;
 use crate::units::{DeviceId, QueueId, Tag};
 
-/// When a time that begins now is over. One that no clock reaches is a long one.
+/// Returns the end of a time that begins now. A time beyond the range of the clock is shortened to 136 years.
 pub(crate) fn deadline(timeout: Duration) -> Instant {
     const FOR_EVER: Duration = Duration::from_secs(1 << 32);
     let now = Instant::now();
@@ -70,7 +33,7 @@ pub(crate) fn deadline(timeout: Duration) -> Instant {
 
 /// A control command on its way to the driver.
 #[derive(Debug)]
-pub struct ControlCommand {
+pub(crate) struct ControlCommand {
     /// Name in the UAPI, for messages.
     pub name: &'static str,
     /// ioctl-encoded number, `UBLK_U_CMD_*`.
@@ -90,7 +53,7 @@ pub struct ControlCommand {
 
 /// Why a control command did not succeed.
 #[derive(Debug)]
-pub enum ControlFailure {
+pub(crate) enum ControlFailure {
     /// The driver's errno.
     Refused(Errno),
     /// The time limit was exceeded; the command was cancelled, and its memory is left to the kernel.
@@ -113,8 +76,8 @@ impl ControlFailure {
 /// # Safety
 ///
 /// The engine's `unsafe` code trusts an implementation: its rings write only to memory that submissions name, and not
-/// after they have completed; its char devices' descriptors are what they are said to be.
-pub unsafe trait Driver: Send + Sync + Debug {
+/// after they have completed; the descriptors of its char devices refer to these devices.
+pub(crate) unsafe trait Driver: Send + Sync + Debug {
     /// Sends a control command and waits for its result, at most `timeout`, or until `give_up`, which is polled meanwhile,
     /// returns true.
     ///
@@ -145,27 +108,26 @@ pub unsafe trait Driver: Send + Sync + Debug {
     /// Returns the ids of all devices, in ascending order.
     fn device_ids(&self) -> io::Result<Vec<DeviceId>>;
 
-    /// A number that distinguishes a device from earlier and later ones with the same id; `None` if there is no such
+    /// Returns a number that distinguishes a device from earlier and later ones with the same id; `None` if there is no such
     /// device.
     ///
     /// # Errors
     ///
-    /// If that cannot be found out: without sysfs, or by default. Then a device counts as the one that it was.
+    /// If it cannot be determined: without sysfs, or by default. Callers then treat the device as the same one.
     fn instance(&self, _id: DeviceId) -> io::Result<Option<u64>> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }
 
-/// An open `/dev/ublkcN`. Dropping the last handle closes it, which the driver takes as the server's
-/// end.
+/// An open `/dev/ublkcN`. Dropping the last handle closes it, by which the driver notices the server's exit.
 ///
 /// # Safety
 ///
 /// As for [`Driver`].
-pub unsafe trait CharDevice: Send + Sync + Debug {
+pub(crate) unsafe trait CharDevice: Send + Sync + Debug {
     /// Maps the descriptors of a queue.
     #[doc(hidden)]
-    fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<MappedDescriptors>;
+    fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<DescriptorMap>;
 
     /// Returns the descriptor for the kernel's ring; stand-ins use it as a number of their own.
     fn raw_fd(&self) -> RawFd;
@@ -186,7 +148,7 @@ pub unsafe trait CharDevice: Send + Sync + Debug {
 
 /// A position in a request's memory, for [`CharDevice::copy_from_request`] and its counterpart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RequestPlace {
+pub(crate) struct RequestPlace {
     /// Queue.
     pub queue: QueueId,
     /// Tag.
@@ -197,19 +159,15 @@ pub struct RequestPlace {
     pub integrity: bool,
 }
 
-/// A queue's mapped descriptors, opaque outside this crate.
-#[derive(Debug)]
-pub struct MappedDescriptors(pub(crate) DescriptorMap);
-
 /// A char device's index in a ring's table of files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileSlot(pub u32);
+pub(crate) struct FileSlot(pub u32);
 
 /// One entry for a ring's submission queue.
 ///
 /// `user_data` comes back with the completion. Addresses must stay valid until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Submission {
+pub(crate) struct Submission {
     /// Echoed in the completion.
     pub user_data: u64,
     /// What to do.
@@ -219,9 +177,9 @@ pub struct Submission {
     pub prompt: bool,
 }
 
-/// Where the bytes of a transfer are.
+/// Memory of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Memory {
+pub(crate) enum Memory {
     /// In this process.
     At(u64),
     /// In a request's own pages, which are registered in the ring's table of buffers.
@@ -234,7 +192,7 @@ pub enum Memory {
 }
 
 impl Memory {
-    /// The memory `bytes` further on.
+    /// Returns the memory that begins `bytes` later.
     pub(crate) fn skip(self, bytes: u64) -> Self {
         match self {
             Memory::At(address) => Memory::At(address + bytes),
@@ -245,7 +203,7 @@ impl Memory {
 
 /// An array of `struct ublk_elem_header` with what follows each, for the commands of `BATCH_IO`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Elements {
+pub(crate) struct Elements {
     /// First element.
     pub address: u64,
     /// How many.
@@ -256,9 +214,9 @@ pub struct Elements {
     pub flags: u16,
 }
 
-/// What a submission asks for.
+/// Operation of a submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
+pub(crate) enum Operation {
     /// `FETCH_REQ`: fetch a tag for the first time.
     Fetch {
         /// The char device.
@@ -310,7 +268,7 @@ pub enum Operation {
         /// Index in the table.
         index: u16,
     },
-    /// `UNREGISTER_IO_BUF`: take them out again. A request ends only after that.
+    /// `UNREGISTER_IO_BUF`: remove a request's pages from the table. A request ends only after that.
     Unregister {
         /// The char device.
         file: FileSlot,
@@ -391,7 +349,7 @@ pub enum Operation {
 
 /// One completed submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Completion {
+pub(crate) struct Completion {
     /// From the submission.
     pub user_data: u64,
     /// Result or negative errno.
@@ -404,14 +362,14 @@ pub struct Completion {
 
 #[cfg(any(test, feature = "fake"))]
 impl Completion {
-    /// The only completion of a submission.
+    /// Creates the only completion of a submission.
     pub(crate) fn last(user_data: u64, result: i32) -> Self {
         Completion { user_data, result, tags: None, more: false }
     }
 }
 
 /// Ends a ring's [wait](Ring::wait), from any thread.
-pub trait Waker: Send + Sync + Debug {
+pub(crate) trait Waker: Send + Sync + Debug {
     /// Ends the ring's current or next wait.
     fn wake(&self);
 }
@@ -421,11 +379,11 @@ pub trait Waker: Send + Sync + Debug {
 /// # Safety
 ///
 /// As for [`Driver`].
-pub unsafe trait Ring: Debug {
+pub(crate) unsafe trait Ring: Debug {
     /// Adds a char device to the ring's table of files.
     fn add_file(&mut self, file: &Arc<dyn CharDevice>) -> io::Result<FileSlot>;
 
-    /// Removes it again, so that the ring does not keep it open.
+    /// Removes a char device from the table, so that the ring does not keep it open.
     fn remove_file(&mut self, slot: FileSlot) -> io::Result<()>;
 
     /// Queues a submission; submits what is queued if there is no room.
@@ -469,7 +427,7 @@ pub unsafe trait Ring: Debug {
     /// Reserves `count` consecutive entries of the ring's table of buffers.
     fn reserve_buffers(&mut self, count: u16) -> io::Result<u16>;
 
-    /// Releases such entries.
+    /// Releases reserved entries.
     fn release_buffers(&mut self, first: u16, count: u16);
 
     /// Moves the tags that a completion delivered to the end of `into` and frees their buffer. `bytes` is the completion's

@@ -4,7 +4,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -82,7 +81,7 @@ impl QueueCore {
         let ThreadParts { index, ring, inbox, zeros } = *thread;
         let depth = info.depth;
         let descriptors = context.file.map_descriptors(info.queue, depth);
-        let descriptors = descriptors.map_err(|e| ("mapping the descriptors".to_owned(), e))?.0;
+        let descriptors = descriptors.map_err(|e| ("mapping the descriptors".to_owned(), e))?;
         let buffers = if context.data == DataMovement::Copy {
             Buffers::with_buffers(depth, info.max_io_bytes as usize)
                 .map_err(|e| (format!("{depth} buffers of {} bytes", info.max_io_bytes), e))?
@@ -150,7 +149,7 @@ impl QueueCore {
     }
 
     /// Queues the first fetch of each tag.
-    pub(super) fn fetch_all(&self, tags: Range<u16>) {
+    pub(super) fn fetch_all(&self, tags: impl Iterator<Item = u16>) {
         for tag in tags.map(Tag) {
             self.tags.borrow_mut().fetch(tag);
             self.queue_fetch(Kind::Fetch, tag, self.io.buffers.address(tag), Answer::new(0));

@@ -2,6 +2,7 @@
 
 //! Messages to a ring thread: queues to open or abandon, and requests that come back from other threads.
 
+use std::iter::StepBy;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
@@ -26,7 +27,7 @@ use crate::units::{DeviceId, QueueId, Tag};
 pub(crate) struct QueueSetup {
     pub(crate) info: QueueInfo,
     /// The tags that the thread serves.
-    pub(crate) tags: Range<u16>,
+    pub(crate) tags: StepBy<Range<u16>>,
     pub(crate) data: DataMovement,
     /// Commits in batches.
     pub(crate) batch: bool,
@@ -153,21 +154,28 @@ impl Inbox {
         std::mem::take(&mut state.messages)
     }
 
-    /// Returns a request to the thread. If the thread has ended, its queues were abandoned before, and the request is
-    /// dropped with the files that it was to be forwarded to.
-    pub(crate) fn returned(&self, queue: u32, tag: Tag, buffer: Option<Arc<IoBuffer>>, reason: Return) {
+    /// Returns a request to the thread; see [`Inbox::return_all`].
+    pub(super) fn returned(&self, queue: u32, tag: Tag, buffer: Option<Arc<IoBuffer>>, reason: Return) {
+        self.return_all(std::iter::once(Returned { queue, tag, buffer, reason }));
+    }
+
+    /// Returns requests to the thread. If the thread has ended, its queues were abandoned before, and the requests are
+    /// dropped with the files that they were to be forwarded to.
+    pub(super) fn return_all(&self, requests: impl Iterator<Item = Returned>) {
         let mut state = self.state();
         if state.closed {
             drop(state);
-            log::debug!("late answer to a request whose thread has ended: tag {tag}");
+            requests.for_each(|request| {
+                log::debug!("late answer to a request whose thread has ended: tag {}", request.tag);
+            });
             return;
         }
-        state.returned.push(Returned { queue, tag, buffer, reason });
+        let was_empty = state.returned.is_empty();
+        state.returned.extend(requests);
         self.filled.store(true, Ordering::Release);
-        let first = state.returned.len() == 1;
         drop(state);
         // The thread takes all of them at once: if there was one before, it is awake or being woken.
-        if first && let Some(waker) = self.waker.get() {
+        if was_empty && let Some(waker) = self.waker.get() {
             waker.wake();
         }
     }

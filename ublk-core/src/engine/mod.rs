@@ -12,6 +12,7 @@
 //! * [`batch`] — commits combined into one command, without I/O.
 //! * [`schedule`] — when finished requests are submitted, and when a thread sleeps.
 //! * [`accounting`] — statistics of requests.
+//! * [`cork`] — requests that a thread sends back together.
 //! * [`syncs`] — which sync of a file counts.
 //! * [`transfer`] — the steps of a request that the engine carries out on a file, without I/O.
 //! * [`buffers`] — the memory of a queue's requests.
@@ -27,6 +28,7 @@ mod batch;
 mod buffers;
 mod cookie;
 mod core;
+mod cork;
 mod events;
 mod forward;
 mod guard;
@@ -41,6 +43,8 @@ mod tags;
 mod transfer;
 
 pub(crate) use self::core::QueueCore;
+pub(crate) use cork::send;
+pub use cork::{corked, uncork_if_slow};
 pub(crate) use events::QueueEvents;
 pub(crate) use guard::{drop_guarded, guarded};
 pub(crate) use inbox::{Inbox, QueueSetup, Return, Successor};

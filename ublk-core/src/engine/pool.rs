@@ -9,7 +9,7 @@
 use std::fmt::Debug;
 use std::io;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::events::QueueEvents;
 use super::inbox::{Inbox, Message, QueueSetup, Successor};
@@ -43,12 +43,56 @@ pub(crate) struct ThreadPool {
     driver: Arc<dyn Driver>,
     spawn: Arc<dyn Spawn>,
     limit: usize,
-    threads: Mutex<Vec<Arc<Inbox>>>,
+    threads: Mutex<Threads>,
+}
+
+/// The inboxes of a pool's threads.
+///
+/// A forked child has copies of its parent's inboxes, but not the threads that read them. It starts its own.
+#[derive(Debug, Default)]
+struct Threads {
+    owner: u32,
+    inboxes: Vec<Arc<Inbox>>,
+}
+
+impl Threads {
+    /// Leaves the inboxes of a parent process alone: another thread may have locked them at the fork, and dropping what is in
+    /// them would run user code.
+    fn forget_parents(&mut self) {
+        let process = std::process::id();
+        if self.owner != process {
+            std::mem::forget(std::mem::take(&mut self.inboxes));
+            self.owner = process;
+        }
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.forget_parents();
+    }
 }
 
 impl ThreadPool {
     pub(crate) fn new(driver: Arc<dyn Driver>, spawn: Arc<dyn Spawn>, limit: usize) -> Self {
         ThreadPool { driver, spawn, limit: limit.max(1), threads: Mutex::default() }
+    }
+
+    /// Creates another pool with a different limit.
+    pub(crate) fn with_limit(&self, limit: usize) -> Self {
+        Self::new(self.driver.clone(), self.spawn.clone(), limit)
+    }
+
+    /// Creates another pool whose threads are started by `spawn`.
+    pub(crate) fn with_spawn(&self, spawn: Arc<dyn Spawn>) -> Self {
+        Self::new(self.driver.clone(), spawn, self.limit)
+    }
+
+    /// Returns the threads of this process.
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.forget_parents();
+        threads
     }
 
     /// Opens a queue on a thread of the pool. The receiver gets the outcome.
@@ -57,7 +101,8 @@ impl ThreadPool {
     pub(crate) fn open(&self, setup: QueueSetup) -> io::Result<Receiver<Result<()>>> {
         let (reply, opened) = channel();
         let mut message = Message::Open { setup: Box::new(setup), reply };
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = self.threads();
+        let threads = &mut threads.inboxes;
         threads.retain(|inbox| !inbox.is_closed());
         if threads.len() >= self.limit {
             // Cached: other threads change the load meanwhile, and a sort needs a consistent order.
@@ -92,7 +137,7 @@ impl ThreadPool {
 
     /// Makes all threads abandon the queues that report to `events`: those of one server of a device, and not of the next one.
     pub(crate) fn abandon(&self, events: &Arc<QueueEvents>, successor: Successor) {
-        for inbox in self.threads.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for inbox in &self.threads().inboxes {
             // A thread that has ended has no queues.
             let _ = inbox.post(Message::Abandon { events: events.clone(), successor });
         }

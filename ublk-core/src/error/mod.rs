@@ -64,8 +64,8 @@ pub enum Error {
 
     /// `/dev/ublk-control` does not exist.
     #[error(
-        "{} does not exist: the ublk driver is not loaded (try `modprobe ublk_drv`; it is part of Linux 6.0 or newer with \
-         CONFIG_BLK_DEV_UBLK)",
+        "{} does not exist: the ublk driver is not loaded (try `modprobe ublk_drv`; Linux 6.5 or newer has it if built \
+         with CONFIG_BLK_DEV_UBLK)",
         path.display()
     )]
     DriverMissing {
@@ -161,7 +161,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The errno that says the same: what a C program or a Python `OSError` would report.
+    /// Returns the corresponding errno, which a C program or a Python `OSError` would report.
     pub fn errno(&self) -> Errno {
         match self {
             Error::InvalidValue { .. } | Error::Conflict { .. } | Error::Mismatch { .. } => Errno::EINVAL,
@@ -178,8 +178,8 @@ impl Error {
         }
     }
 
-    /// Whether the device cannot do what it was asked to, or there is none: nothing has begun. After any other failure of a
-    /// command it may yet be carried out.
+    /// Returns whether the device cannot do what it was asked to, or there is none: nothing has begun. After any other failure
+    /// of a command it may yet be carried out.
     pub fn is_refusal(&self) -> bool {
         match self {
             Error::Unsupported { .. } => true,
@@ -190,7 +190,7 @@ impl Error {
         }
     }
 
-    /// Whether the caller's values are wrong: nothing has begun, and the same call will fail again.
+    /// Returns whether the caller's values are wrong: nothing has begun, and the same call will fail again.
     pub fn is_invalid_input(&self) -> bool {
         matches!(
             self,

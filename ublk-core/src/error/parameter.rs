@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-/// What an invalid value was given for, in an [`Error`](super::Error).
+/// Parameter that an invalid value was given for, in an [`Error`](super::Error).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Parameter {
@@ -46,7 +46,7 @@ pub enum Parameter {
     Zones,
     /// Size of a zone.
     ZoneSize,
-    /// Number of zones that can be written anywhere.
+    /// Number of conventional zones, which have no write pointer.
     ConventionalZones,
     /// Most open zones.
     MaxOpenZones,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The files that extents lie in, each duplicated once however many extents there are.
+//! The files that extents are stored in, each duplicated once for all of its extents.
 //!
 //! A file is known by its open file description: two opens of one file stay two, because the kernel reports lost writes
 //! once to each, and because on some file systems different files have the same number.
@@ -10,23 +10,26 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{SFlag, fstat};
-use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, fstatfs};
+use nix::unistd::getpid;
 
 use crate::errno::Errno;
+use crate::file_system::has_unique_inodes;
+use crate::process::read_text;
 
-/// What distinguishes files on most file systems: device, inode, and how it was opened.
+/// Length up to which the list of all locks comes in one piece, so that none is skipped: a read ends where a page is full.
+const WHOLE_LIST: usize = 2048;
+
+/// Numbers that distinguish files on most file systems: device, inode, and how it was opened.
 type Identity = (u64, u64, i32);
 
-/// `V9FS_MAGIC` of `linux/magic.h`.
-const V9FS_MAGIC: FsType = FsType(0x0102_1997);
-
-/// A file that extents lie in.
+/// A file that extents are stored in.
 #[derive(Clone, Debug)]
 pub struct SharedFile {
     /// A descriptor of our own.
@@ -37,12 +40,12 @@ pub struct SharedFile {
     pub writable: bool,
 }
 
-/// A descriptor of our own for a file, so that its owner may close his: one for all that are open in the same way.
+/// A duplicate of a file's descriptor, so that the owner may close the original: one for all that are open in the same way.
 ///
 /// # Errors
 ///
 /// `ESPIPE` for what is neither a regular file nor a block device, `EINVAL` for `O_APPEND`, by which writes go to the
-/// file's end, and `O_PATH`; what the kernel says to a bad descriptor.
+/// file's end, and `O_PATH`; the errors of the kernel for a bad descriptor.
 pub fn shared(file: impl AsFd) -> Result<SharedFile, Errno> {
     let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
     if flags.intersects(OFlag::O_APPEND | OFlag::O_PATH) {
@@ -85,8 +88,7 @@ fn own(file: impl AsFd, flags: OFlag, is_same: Comparison) -> Result<Arc<OwnedFd
     let identity = (stat.st_dev, stat.st_ino, flags.bits());
     let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
     let files = files.get_or_insert_default();
-    // The numbers of inodes are those of the file system's server, which may give several files the same one.
-    let numbers_are_unique = || Ok(!matches!(fstatfs(&file)?.filesystem_type(), FUSE_SUPER_MAGIC | V9FS_MAGIC));
+    let numbers_are_unique = || has_unique_inodes(&file);
     for known in files.by_identity.get(&identity).into_iter().flatten().filter_map(Weak::upgrade) {
         // Where descriptions cannot be compared, a descriptor for each extent would be too many.
         if is_same(file.as_fd(), known.as_fd()).map_or_else(numbers_are_unique, Ok::<bool, Errno>)? {
@@ -103,7 +105,7 @@ fn own(file: impl AsFd, flags: OFlag, is_same: Comparison) -> Result<Arc<OwnedFd
     Ok(own)
 }
 
-/// Whether two descriptors are copies of each other. `None` if the kernel does not say (`CONFIG_KCMP`, seccomp).
+/// Returns whether two descriptors are copies of each other. `None` if the kernel does not report it (`CONFIG_KCMP`, seccomp).
 fn is_same_description(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> Option<bool> {
     const KCMP_FILE: libc::c_long = 0;
     let pid = libc::c_long::from(std::process::id() as i32);
@@ -113,29 +115,107 @@ fn is_same_description(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> Option<boo
     (order >= 0).then_some(order == 0)
 }
 
-/// Whether this process has a POSIX lock on a file, by whichever open of it. False if that is unknown, without /proc.
+/// Returns whether this process has a POSIX lock on a file, by any open file description. True if that is unknown, without
+/// /proc.
 fn has_posix_lock(file: impl AsFd) -> bool {
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_fd().as_raw_fd())).unwrap_or_default();
-    if info.lines().any(|line| line.strip_prefix("lock:").is_some_and(|lock| is_posix_lock(lock, None))) {
+    let file = file.as_fd();
+    if let Some(answer) = is_first_lock_own(file) {
+        return answer;
+    }
+    let (Ok(info), Ok(stat)) = (read_text(info_of(file.as_raw_fd())), fstat(file)) else { return true };
+    if shows_posix_lock(&info, None) {
         return true;
     }
-    // Those by another open of the file are in the list of all locks. Its processes have the numbers of that /proc.
-    let (Ok(process), Ok(stat)) = (std::fs::read_link("/proc/self"), fstat(&file)) else { return false };
-    let owner = (process.to_string_lossy(), stat.st_ino.to_string());
-    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
-    locks.lines().any(|lock| is_posix_lock(lock, Some((&owner.0, &owner.1))))
+    // Locks show the number that the kernel itself uses, which may be another one than that of `fstat`. Since Linux 5.14.
+    let number = info
+        .lines()
+        .find_map(|line| line.strip_prefix("ino:"))
+        .map_or(stat.st_ino.to_string(), |ino| ino.trim().into());
+    is_listed(&number).or_else(|| is_locked_by_any(&number)).unwrap_or(true)
 }
 
-/// Whether a line like `1: POSIX  ADVISORY  WRITE 1234 08:02:5678 0 EOF` is of a POSIX lock, of this process and inode.
-fn is_posix_lock(line: &str, owner: Option<(&str, &str)>) -> bool {
+/// Returns whether the kernel itself keeps the locks of a file, so that a question about them waits for no server. `None` if
+/// that is unknown. There are more such file systems. Asked of /proc, because `fstatfs` may wait for a server.
+fn has_local_locks(file: BorrowedFd<'_>) -> Option<bool> {
+    let info = read_text(info_of(file.as_raw_fd())).ok()?;
+    let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
+    let mounts = read_text("/proc/self/mountinfo").ok()?;
+    let line = mounts.lines().find(|line| line.split(' ').next() == Some(mount))?;
+    let kind = line.split_once(" - ")?.1.split(' ').next()?;
+    Some(matches!(kind, "btrfs" | "devtmpfs" | "ext4" | "overlay" | "tmpfs" | "xfs"))
+}
+
+/// Returns whether the first lock on a file is one of this process; false without any lock, the usual case, which takes one
+/// system call. `None` if it is another's, or if the file system would have to ask a server.
+fn is_first_lock_own(file: BorrowedFd<'_>) -> Option<bool> {
+    if !has_local_locks(file)? {
+        return None;
+    }
+    // Asked for as a lock of an open file, which those of processes conflict with, also those of this one.
+    let mut lock =
+        libc::flock { l_type: libc::F_WRLCK as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 };
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)).ok()?;
+    if i32::from(lock.l_type) == libc::F_UNLCK {
+        return Some(false);
+    }
+    (lock.l_pid == getpid().as_raw()).then_some(true)
+}
+
+fn info_of(descriptor: impl std::fmt::Display) -> String {
+    format!("/proc/self/fdinfo/{descriptor}")
+}
+
+/// Returns whether the list of all locks has one of this process on an inode. `None` if that is unknown: each read of the list
+/// goes on at the n-th lock, and skips some if other processes have released earlier ones meanwhile.
+fn is_listed(inode: &str) -> Option<bool> {
+    // Its processes have the numbers of that /proc.
+    let process = std::fs::read_link("/proc/self").ok()?;
+    let mut list = File::open("/proc/locks").ok()?;
+    let (mut text, mut buffer, mut reads) = (Vec::new(), vec![0; 1 << 16], 0);
+    loop {
+        match list.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(len) => text.extend_from_slice(&buffer[..len]),
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            Err(_) => return None,
+        }
+        reads += 1;
+    }
+    let text = String::from_utf8_lossy(&text);
+    let found = text.lines().any(|lock| is_posix_lock(lock, Some(&process.to_string_lossy()), Some(inode)));
+    (found || reads <= 1 && text.len() <= WHOLE_LIST).then_some(found)
+}
+
+/// Returns whether any descriptor of this process shows a lock on an inode: the one by which it was locked is still open,
+/// because a close would have dropped the lock. This takes longer than to look at the list of all locks, and misses none.
+fn is_locked_by_any(inode: &str) -> Option<bool> {
+    for descriptor in std::fs::read_dir("/proc/self/fdinfo").ok()? {
+        match read_text(descriptor.ok()?.path()) {
+            Ok(info) if shows_posix_lock(&info, Some(inode)) => return Some(true),
+            Ok(_) => {}
+            // Another thread has closed it.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(_) => return None,
+        }
+    }
+    Some(false)
+}
+
+/// Returns whether a descriptor's information shows a POSIX lock by it, on this inode.
+fn shows_posix_lock(info: &str, inode: Option<&str>) -> bool {
+    info.lines().any(|line| line.strip_prefix("lock:").is_some_and(|lock| is_posix_lock(lock, None, inode)))
+}
+
+/// Returns whether a line like `1: POSIX  ADVISORY  WRITE 1234 08:02:5678 0 EOF` is of a POSIX lock, of this process and inode.
+fn is_posix_lock(line: &str, process: Option<&str>, inode: Option<&str>) -> bool {
     let mut words = line.split_whitespace().skip(1);
-    words.next() == Some("POSIX")
-        && owner.is_none_or(|(process, inode)| {
-            words.nth(2) == Some(process) && words.next().and_then(|file| file.rsplit(':').next()) == Some(inode)
-        })
+    let (kind, owner, file) = (words.next(), words.nth(2), words.next());
+    kind == Some("POSIX")
+        && (process.is_none() || owner == process)
+        && (inode.is_none() || file.and_then(|file| file.rsplit(':').next()) == inode)
 }
 
-/// A file that is all zeros, for ranges of a disk that lie nowhere.
+/// A file of zeros, for ranges of a disk that are stored in no file.
 ///
 /// # Errors
 ///
@@ -230,10 +310,67 @@ mod tests {
         assert!(!has_posix_lock(locked.as_file()));
     }
 
+    /// A database has many locks. Each read of the list of all locks continues at the n-th one.
+    #[test]
+    fn a_lock_is_found_while_other_processes_unlock() {
+        use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+        use nix::unistd::{ForkResult, Pid, fork};
+        let (locked, busy) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempfile().unwrap());
+        let other = locked.reopen().unwrap();
+        let lock = |file: &File, kind: i32, start: i64| {
+            // SAFETY: plain numbers, for which zeros are valid.
+            let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+            (lock.l_type, lock.l_whence, lock.l_start, lock.l_len) = (kind as _, libc::SEEK_SET as _, start, 1);
+            fcntl(file, FcntlArg::F_SETLK(&lock))
+        };
+        // The kernel has a list for each CPU, in which the newest lock is the first.
+        let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let mut one = CpuSet::new();
+        one.set((0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap()).unwrap()).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &one).unwrap();
+        lock(locked.as_file(), libc::F_WRLCK, 0).unwrap();
+        // SAFETY: the child makes system calls only, until it is killed.
+        let child = match unsafe { fork() }.unwrap() {
+            ForkResult::Child => loop {
+                for kind in [libc::F_WRLCK, libc::F_UNLCK] {
+                    for at in 0..200 {
+                        let _ = lock(&busy, kind, 2 * at);
+                    }
+                }
+            },
+            ForkResult::Parent { child } => child,
+        };
+        let (began, mut passes, mut missed) = (std::time::Instant::now(), 0, 0);
+        while began.elapsed() < std::time::Duration::from_secs(2) {
+            passes += 1;
+            missed += usize::from(!has_posix_lock(&other));
+        }
+        nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL).unwrap();
+        nix::sys::wait::waitpid(child, None).unwrap();
+        assert_eq!(missed, 0, "of {passes}");
+    }
+
+    #[test]
+    fn a_file_without_a_lock_needs_no_search() {
+        let (locked, free) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        if has_local_locks(free.as_fd()) != Some(true) {
+            return;
+        }
+        assert_eq!(is_first_lock_own(free.as_fd()), Some(false));
+        // SAFETY: plain numbers, for which zeros are valid.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        (lock.l_type, lock.l_whence, lock.l_start) = (libc::F_WRLCK as _, libc::SEEK_SET as _, 1 << 40);
+        fcntl(&locked, FcntlArg::F_SETLK(&lock)).unwrap();
+        assert_eq!(is_first_lock_own(locked.as_fd()), Some(true));
+        lock.l_type = libc::F_UNLCK as _;
+        fcntl(&locked, FcntlArg::F_SETLK(&lock)).unwrap();
+        assert_eq!(is_first_lock_own(locked.as_fd()), Some(false));
+    }
+
     #[test]
     fn locks_are_known_by_kind_process_and_inode() {
-        let own = Some(("1234", "5678"));
-        assert!(is_posix_lock("1: POSIX  ADVISORY  WRITE 1234 08:02:5678 0 EOF", own));
+        let is_own = |line| is_posix_lock(line, Some("1234"), Some("5678"));
+        assert!(is_own("1: POSIX  ADVISORY  WRITE 1234 08:02:5678 0 EOF"));
         for other in [
             "1: OFDLCK ADVISORY  WRITE -1 08:02:5678 0 EOF",
             "1: FLOCK  ADVISORY  WRITE 1234 08:02:5678 0 EOF",
@@ -242,7 +379,7 @@ mod tests {
             "1: -> POSIX  ADVISORY  WRITE 1234 08:02:5678 0 EOF",
             "",
         ] {
-            assert!(!is_posix_lock(other, own), "{other}");
+            assert!(!is_own(other), "{other}");
         }
     }
 

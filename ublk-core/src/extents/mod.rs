@@ -140,7 +140,7 @@ impl MapState {
         place
     }
 
-    /// Whether something in a range was invalidated since a moment.
+    /// Returns whether something in a range was invalidated since a moment.
     fn is_stale(&self, since: Moment, now: Moment, start: u64, end: u64) -> bool {
         let new = (now.0 - since.0) as usize;
         new > self.invalidated.len() || self.invalidated.iter().rev().take(new).any(|(s, e)| *s < end && start < *e)
@@ -212,7 +212,7 @@ impl ExtentMap {
         let map = state.map(direction);
         let (_, extent) = map.range(..=start).next_back()?;
         if end <= extent.end() {
-            // Nearly always, and then nothing is to be collected.
+            // The usual case: there is nothing to collect.
             let piece = extent.piece(start, len);
             let place = state.take_off(start, end);
             drop(state);
@@ -225,7 +225,7 @@ impl ExtentMap {
     }
 
     /// Admits a request to extents that were found out just now, which cover it; `None` if something in its range was
-    /// invalidated since `asked`: they are to be found out again.
+    /// invalidated since `asked`: they have to be looked up again.
     pub fn admit(&self, extents: Vec<Extent>, asked: Moment) -> Option<(Pieces, Flight)> {
         let mut extents = extents.into_iter();
         let first = extents.next()?;
@@ -281,13 +281,13 @@ impl ExtentMap {
         landed
     }
 
-    /// How many extents are kept.
+    /// Returns how many extents are kept.
     pub fn len(&self) -> usize {
         let state = self.state();
         state.reads.len() + state.writes.len()
     }
 
-    /// Whether no extent is kept.
+    /// Returns whether no extent is kept.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -370,7 +370,7 @@ mod tests {
         assert!(map.admit(vec![extent(&a, 55, 10, 0)], asked).is_none());
         // Elsewhere on the disk nothing has changed.
         assert!(map.admit(vec![extent(&a, 60, 10, 0)], asked).is_some());
-        // Too long ago to tell.
+        // Too long ago to be known.
         (0..=REMEMBERED).for_each(|_| map.invalidate(1000, 1));
         assert!(map.admit(vec![extent(&a, 60, 10, 0)], asked).is_none());
     }

@@ -6,7 +6,7 @@ use super::{PAGE_SIZE, Params};
 use crate::error::{Error, Parameter, Result};
 use crate::uapi::{ublk_param_integrity, ublk_param_segment};
 
-/// How many pieces a request's memory may have, and how large they may be. 0 is no limit.
+/// Limits on the number and size of the pieces of a request's memory. 0 is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SegmentLimits {
@@ -61,7 +61,7 @@ impl SegmentLimits {
     }
 }
 
-/// Whether it is a power of two minus one, at least `least`.
+/// Returns whether it is a power of two minus one, at least `least`.
 fn is_mask(mask: u64, least: u64) -> bool {
     mask >= least && mask.checked_add(1).is_some_and(u64::is_power_of_two)
 }
@@ -85,7 +85,7 @@ impl ZonedLimits {
     }
 }
 
-/// What guards a block's data.
+/// Kind of checksum of a block's data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Checksum {
     /// Nothing: opaque metadata.
@@ -201,11 +201,7 @@ impl Integrity {
             return Err(Error::invalid(
                 Parameter::PiOffset,
                 self.pi_offset,
-                format!(
-                    "with {} bytes it ends behind the metadata's {}",
-                    self.checksum.tuple_size(),
-                    self.metadata_size
-                ),
+                format!("with {} bytes it exceeds the metadata's {}", self.checksum.tuple_size(), self.metadata_size),
             ));
         }
         if !self.interval.is_power_of_two() || !(512..=block).contains(&self.interval) {

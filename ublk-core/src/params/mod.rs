@@ -17,7 +17,7 @@ pub use self::limits::{Checksum, Integrity, SegmentLimits, ZonedLimits};
 use crate::error::{Error, Parameter, Result};
 
 bitflags! {
-    /// What a target can do besides reading. What is missing here is not advertised, and the kernel
+    /// Operations that a target supports besides reads. What is missing here is not advertised, and the kernel
     /// then never sends it:
     ///
     /// * without `WRITE` the disk is read-only;
@@ -82,7 +82,7 @@ pub struct Params {
     /// No request crosses a multiple of this many bytes: a multiple of the logical block size, or 0 for no
     /// such limit. On a zoned disk the size of a zone, a power of two.
     pub chunk_size: u32,
-    /// Within a request, memory may only break at multiples of this mask plus one: 0 for anywhere, a power of
+    /// Within a request, memory may only break at multiples of this mask plus one: 0 for any position, a power of
     /// two minus one, at least 511.
     pub virt_boundary_mask: u64,
     /// What the addresses of clients' memory have to be a multiple of, in bytes: a power of two from 2 to the

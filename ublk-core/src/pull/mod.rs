@@ -4,7 +4,8 @@
 //!
 //! [`pull`](crate::pull()) creates a target and a [`PullQueue`] per hardware queue. Any thread may take requests out of a
 //! queue, read or fill their data and end them, in any order. No knowledge of io_uring is needed; the data is copied in
-//! parallel if the driver has `USER_COPY` (6.5). With the feature `tokio`, tasks await requests (`AsyncPullQueue`).
+//! parallel if the driver has `USER_COPY` (6.5). A thread that ends several requests in a row sends their ends together
+//! ([`corked`]). With the feature `tokio`, tasks await requests (`AsyncPullQueue`).
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -45,6 +46,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 #[cfg(feature = "tokio")]
 pub use self::tokio::AsyncPullQueue;
 use crate::data::Access;
+pub use crate::engine::{corked, uncork_if_slow};
 use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result};
 use crate::params::Params;
@@ -66,7 +68,7 @@ pub fn pull(params: Params, queues: u32) -> Result<(Arc<dyn Target>, Vec<PullQue
     pull_with("pull", params, Access::Copies, queues)
 }
 
-/// As [`pull`](crate::pull()), with a name and with another use of the data.
+/// Like [`pull`](crate::pull()), with a name and with another use of the data.
 ///
 /// # Errors
 ///
@@ -156,8 +158,8 @@ impl PullQueue {
         self.0.take(max, None).map(|batch| batch.unwrap_or_default())
     }
 
-    /// As [`next_batch`](PullQueue::next_batch), but returns an empty batch after `timeout`. With a time-out of zero it does not
-    /// wait.
+    /// Like [`next_batch`](PullQueue::next_batch), but returns an empty batch after `timeout`. With a time-out of zero it does
+    /// not wait.
     pub fn next_batch_timeout(&self, max: usize, timeout: Duration) -> Option<Vec<DetachedRequest>> {
         self.0.take(max, Some(timeout)).map(|batch| batch.unwrap_or_default())
     }
@@ -178,6 +180,11 @@ impl AsRawFd for PullQueue {
 
 impl Drop for PullQueue {
     fn drop(&mut self) {
+        if self.0.owner != std::process::id() {
+            // The requests and the event are the parent's. Another thread of it may have had the lock at the fork.
+            std::mem::forget(self.0.clone());
+            return;
+        }
         let mut state = self.0.state();
         state.unwanted = true;
         let left = std::mem::take(&mut state.requests);
@@ -199,6 +206,8 @@ struct Shared {
     event: EventFd,
     /// The descriptor was asked for. Until then the event is left alone, which saves two system calls per wake-up.
     watched: AtomicBool,
+    /// The process of the queue. A forked child's copy of it is not used.
+    owner: u32,
 }
 
 #[derive(Debug, Default)]
@@ -224,7 +233,13 @@ impl Shared {
     fn new() -> Result<Self> {
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| Error::Ring { errno: errno.into(), hint: "cannot create an eventfd".into() })?;
-        Ok(Shared { state: Mutex::default(), changed: Condvar::new(), event, watched: AtomicBool::new(false) })
+        Ok(Shared {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            event,
+            watched: AtomicBool::new(false),
+            owner: std::process::id(),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, PullState> {
@@ -265,7 +280,7 @@ impl Shared {
         }
     }
 
-    /// Wakes all consumers, with the lock held. The result is to be checked without it: a logger may wait for a consumer.
+    /// Wakes all consumers, with the lock held. Check the result without the lock: a logger may wait for a consumer.
     fn signal(&self) -> Result<(), Errno> {
         self.changed.notify_all();
         self.signal_event()
@@ -394,12 +409,13 @@ mod tests {
 
     use super::*;
     use crate::driver::fake::FakeDriver;
-    use crate::{Device, DeviceOptions, Server, StdSpawn};
+    use crate::test_support::{server, until};
+    use crate::{Device, DeviceOptions};
 
-    fn start(driver: &FakeDriver, depth: u32) -> (Device, PullQueue) {
+    /// A device with one queue, which the caller serves.
+    pub(super) fn start(driver: &FakeDriver, depth: u32) -> (Device, PullQueue) {
         let (target, mut queues) = pull(Params::new(1 << 20, 512), 1).unwrap();
-        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
-        let device = server.start(target, &DeviceOptions::new().queues(1).depth(depth)).unwrap();
+        let device = server(driver).start(target, &DeviceOptions::new().queues(1).depth(depth)).unwrap();
         (device, queues.remove(0))
     }
 
@@ -418,9 +434,7 @@ mod tests {
                 std::thread::spawn(move || disk.write(n * 512, &[1; 512]))
             })
             .collect();
-        while queue.0.state().requests.len() != 2 {
-            std::thread::yield_now();
-        }
+        until("both requests", || queue.0.state().requests.len() == 2);
         assert!(is_readable(&queue, PollTimeout::ZERO));
         let first = queue.next_batch(1).unwrap();
         assert!(is_readable(&queue, PollTimeout::ZERO));
@@ -436,6 +450,32 @@ mod tests {
         device.stop().unwrap();
         assert!(is_readable(&queue, PollTimeout::ZERO));
         assert!(queue.next_batch(1).is_none());
+    }
+
+    #[test]
+    fn a_forked_child_that_drops_a_queue_leaves_it_to_its_parent() {
+        use nix::sys::wait::{WaitStatus, waitpid};
+        use nix::unistd::{ForkResult, fork};
+        let driver = FakeDriver::new();
+        let (device, queue) = start(&driver, 4);
+        let disk = driver.disk(device.id());
+        let client = std::thread::spawn(move || disk.read(0, 512).map(drop));
+        assert!(is_readable(&queue, PollTimeout::from(60_000u16)));
+        let requests = queue.next_batch(1).unwrap();
+        assert!(!is_readable(&queue, PollTimeout::ZERO));
+        // SAFETY: the child drops its copy of the queue, which neither allocates nor takes a lock, and exits.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Child => {
+                drop(queue);
+                // SAFETY: as above.
+                unsafe { libc::_exit(0) }
+            }
+            ForkResult::Parent { child } => assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0))),
+        }
+        assert!(!is_readable(&queue, PollTimeout::ZERO));
+        requests.into_iter().for_each(DetachedRequest::complete);
+        client.join().unwrap().unwrap();
+        device.stop().unwrap();
     }
 
     #[test]

@@ -78,27 +78,26 @@ impl AsyncPullQueue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
 
     use tokio::time::timeout;
 
     use super::AsyncPullQueue;
     use crate::driver::fake::FakeDriver;
-    use crate::{DeviceOptions, Errno, Op, Params, Server, StdSpawn, pull};
+    use crate::pull::tests::start;
+    use crate::{Device, Errno, Op};
 
     const LONG: Duration = Duration::from_secs(60);
 
-    fn server(driver: &FakeDriver) -> Server {
-        Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1)
+    fn start_async(driver: &FakeDriver) -> (Device, AsyncPullQueue) {
+        let (device, queue) = start(driver, 64);
+        (device, AsyncPullQueue::new(queue).unwrap())
     }
 
     #[tokio::test]
     async fn tasks_get_requests_until_the_device_ends() {
         let driver = FakeDriver::new();
-        let (target, mut queues) = pull(Params::new(1 << 20, 512), 1).unwrap();
-        let queue = AsyncPullQueue::new(queues.remove(0)).unwrap();
-        let device = server(&driver).start(target, &DeviceOptions::new().queues(1)).unwrap();
+        let (device, queue) = start_async(&driver);
         let disk = driver.disk(device.id());
         let client = std::thread::spawn(move || {
             let done: Vec<_> = (0..100u64).map(|n| disk.write(n * 512, &[n as u8; 512])).collect();
@@ -121,9 +120,7 @@ mod tests {
     #[tokio::test]
     async fn a_dropped_wait_loses_no_request() {
         let driver = FakeDriver::new();
-        let (target, mut queues) = pull(Params::new(1 << 20, 512), 1).unwrap();
-        let queue = AsyncPullQueue::new(queues.remove(0)).unwrap();
-        let device = server(&driver).start(target, &DeviceOptions::new().queues(1)).unwrap();
+        let (device, queue) = start_async(&driver);
         assert!(timeout(Duration::ZERO, queue.next_batch(1)).await.is_err());
         let disk = driver.disk(device.id());
         let client = std::thread::spawn(move || disk.write(0, &[1; 512]));

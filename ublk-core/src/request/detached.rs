@@ -11,7 +11,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use super::{Answer, FileRange, FileRequest, KeepAlive, Pieces, Request, RequestContext, Route};
-use crate::engine::{Inbox, Return};
+use crate::engine::{Inbox, Return, send};
 use crate::errno::Errno;
 use crate::memory::IoBuffer;
 use crate::units::Tag;
@@ -31,11 +31,11 @@ impl Mailbox {
     }
 
     pub(super) fn commit(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, answer: Answer) {
-        self.inbox.returned(self.queue, tag, buffer, Return::Ended(answer));
+        send(&self.inbox, self.queue, tag, buffer, Return::Ended(answer));
     }
 
     pub(super) fn forward(&self, tag: Tag, buffer: Option<Arc<IoBuffer>>, request: FileRequest) {
-        self.inbox.returned(self.queue, tag, buffer, Return::Forward(Box::new(request)));
+        send(&self.inbox, self.queue, tag, buffer, Return::Forward(Box::new(request)));
     }
 }
 

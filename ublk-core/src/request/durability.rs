@@ -15,7 +15,7 @@ use super::OpenFile;
 use crate::engine::SyncOrder;
 use crate::errno::Errno;
 
-/// Makes a file's data durable by one `fdatasync`, which is not repeated whatever its errno.
+/// Makes a file's data durable by one `fdatasync`, which is not repeated, even after `EINTR` or `EAGAIN`.
 ///
 /// The kernel reports lost writes once to each open file description, with the errno that the file system chose. If that
 /// is `EINTR`, [`File::sync_data`] repeats the sync, which then succeeds without what was lost. `EINTR` could also
@@ -36,10 +36,10 @@ pub fn fdatasync(file: impl AsFd) -> Result<(), Errno> {
     outcome
 }
 
-/// Whether syncs of a disk's files can be trusted.
+/// State of a disk's syncs: whether they can be trusted.
 ///
 /// When a sync fails, writes are lost: the kernel reports the error once to each open file description and counts the
-/// pages as clean from then on, so that a later sync succeeds without them. Nothing says which writes they were, so
+/// pages as clean from then on, so that a later sync succeeds without them. It does not report which writes they were, so
 /// that no sync of the disk succeeds again until it has a new server. Until then its clients see every flush fail,
 /// as with a disk that has failed.
 #[derive(Debug)]
@@ -84,7 +84,7 @@ impl WriteBack {
     }
 }
 
-/// How a request that is forwarded to a file becomes durable.
+/// Way in which a request that is forwarded to a file becomes durable.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Durability {
     /// Each change is durable when it is acknowledged, not only those with FUA: the disk has no write cache, and no
@@ -121,8 +121,8 @@ impl Sync {
     }
 }
 
-/// Whether a file leaves nothing in the page cache: a block device that is open for direct I/O. Its writes report their own
-/// errors, and a flush after one that failed covers the same writes.
+/// Returns whether a file leaves nothing in the page cache: a block device that is open for direct I/O. Its writes report their
+/// own errors, and a flush after one that failed covers the same writes.
 pub(crate) fn is_uncached(file: impl AsFd) -> bool {
     let flags = fcntl(&file, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_retain);
     flags.contains(OFlag::O_DIRECT) && is_block_device(file.as_fd())

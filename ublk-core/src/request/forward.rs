@@ -28,7 +28,7 @@ impl Request<'_> {
         self.send(pieces, None, durability);
     }
 
-    /// How the request becomes durable in files that the caller has opened.
+    /// Returns how the request becomes durable in files that the caller has opened.
     fn durability(&self, pieces: &Pieces) -> Durability {
         let syncs = self.op == Op::Flush || self.force_unit_access() && self.op.changes();
         if !syncs || pieces.iter().all(|piece| is_uncached(&piece.file.file)) {
@@ -37,7 +37,7 @@ impl Request<'_> {
         Durability { at_once: false, sync: Some(self.route.context().sync.clone()) }
     }
 
-    /// As [`forward`](Request::forward), with a choice how the request becomes durable.
+    /// Like [`forward`](Request::forward), with a choice how the request becomes durable.
     pub(crate) fn forward_durably(mut self, file: FileRange, durability: &Durability) {
         let piece = FilePiece { file, len: self.len() };
         let syncs = self.op == Op::Flush || self.op.changes() && (durability.at_once || self.force_unit_access());
@@ -45,7 +45,7 @@ impl Request<'_> {
         self.send(piece.into(), None, if syncs { durability.clone() } else { Durability::default() });
     }
 
-    /// As [`forward`](Request::forward), for a read or write whose bytes are stored in several pieces, one after the other.
+    /// Like [`forward`](Request::forward), for a read or write whose bytes are stored in several pieces, one after the other.
     /// `keep_alive` is dropped when the last of them has been read or written.
     ///
     /// Nothing but this device may sync the files by the same open file descriptions, as with

@@ -48,7 +48,7 @@ use crate::params::Integrity;
 use crate::uapi;
 use crate::units::{DeviceId, QueueId, Sectors, Tag};
 
-/// What the requests of a queue have in common.
+/// Context that the requests of a queue share.
 #[derive(Debug)]
 pub(crate) struct RequestContext {
     pub(crate) device: DeviceId,
@@ -62,7 +62,7 @@ pub(crate) struct RequestContext {
     pub(crate) file: Arc<dyn CharDevice>,
 }
 
-/// How a request ended.
+/// Outcome of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Answer {
     /// Bytes done, 0 for operations without data, or a negative errno.
@@ -95,7 +95,7 @@ pub(crate) struct FileRequest {
     pub(crate) durability: Durability,
 }
 
-/// How a request gets back to the driver.
+/// Way by which a request returns to the driver.
 #[derive(Debug)]
 enum Route<'q> {
     /// Directly, on the thread of its queue.

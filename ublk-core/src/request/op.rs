@@ -38,7 +38,7 @@ pub enum Op {
 }
 
 impl Op {
-    /// All of them, each at the place of its number.
+    /// All operations, each at the index of its number.
     pub(crate) const ALL: [Op; 12] = [
         Op::Read,
         Op::Write,
@@ -72,7 +72,7 @@ impl Op {
         }
     }
 
-    /// Its name in lists: `read`, `write-zeroes`.
+    /// Returns the name of the operation in lists: `read`, `write-zeroes`.
     pub fn name(self) -> &'static str {
         match self {
             Op::Read => "read",
@@ -90,17 +90,17 @@ impl Op {
         }
     }
 
-    /// Whether requests of this kind carry data.
+    /// Returns whether requests of this kind carry data.
     pub fn has_data(self) -> bool {
         matches!(self, Op::Read | Op::Write | Op::ZoneAppend | Op::ReportZones)
     }
 
-    /// Whether it changes the disk's data in a way that files have.
+    /// Returns whether it changes the disk's data in a way that files have.
     pub(crate) fn changes(self) -> bool {
         matches!(self, Op::Write | Op::Discard | Op::WriteZeroes)
     }
 
-    /// Whether the server provides the data.
+    /// Returns whether the server provides the data.
     pub fn fills(self) -> bool {
         matches!(self, Op::Read | Op::ReportZones)
     }

@@ -108,7 +108,7 @@ impl Pieces {
         self.first.as_ref().expect("pieces without a length are refused")
     }
 
-    /// Whether the next piece is in another file.
+    /// Returns whether the next piece is in another file.
     pub(crate) fn file_changes(&self) -> bool {
         self.rest.last().is_some_and(|next| next.raw_fd() != self.first().raw_fd())
     }
@@ -129,7 +129,7 @@ impl Pieces {
         self.rest.iter().try_fold(add(0, self.first.as_ref()?)?, add)
     }
 
-    /// All of them, in order.
+    /// Returns all pieces, in order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &FilePiece> {
         self.first.iter().chain(self.rest.iter().rev())
     }

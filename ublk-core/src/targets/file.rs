@@ -26,7 +26,7 @@ use crate::params::{Integrity, Operations, Params};
 use crate::request::{Durability, FileRange, FileSync, Requests, WriteBack};
 use crate::target::{QueueHandler, QueueInfo, Target};
 
-/// How long udev, which inspects block devices under a shared lock, may take.
+/// Time that udev gets to release its shared lock on a block device that it inspects.
 const UDEV_TIMEOUT: Duration = Duration::from_secs(5);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
@@ -76,7 +76,7 @@ impl FileOptions {
     }
 }
 
-/// What a file is opened for.
+/// Purpose that a file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Purpose {
     Serving,
@@ -258,7 +258,7 @@ impl File {
         Ok(self)
     }
 
-    /// Whether I/O bypasses the page cache.
+    /// Returns whether I/O bypasses the page cache.
     pub fn is_direct(&self) -> bool {
         self.direct
     }
@@ -351,7 +351,11 @@ impl Target for File {
     }
 
     fn backing(&self) -> Option<BackingIdentity> {
-        self.file.metadata().ok().as_ref().map(BackingIdentity::of)
+        let disk = BackingIdentity::of(&self.file);
+        match (disk, self.metadata.as_ref().and_then(|metadata| metadata.backing())) {
+            (Some(disk), Some(metadata)) => Some(disk.and(metadata)),
+            (disk, metadata) => disk.or(metadata),
+        }
     }
 
     fn open_queue(self: Arc<Self>, _: &QueueInfo) -> Result<Box<dyn QueueHandler>> {
@@ -377,7 +381,7 @@ struct FileQueue {
 }
 
 impl File {
-    /// Whether each change has to be durable when it completes: without a write cache there are no flushes.
+    /// Returns whether each change has to be durable when it completes: without a write cache there are no flushes.
     fn is_durable_at_once(&self) -> bool {
         !self.params.operations.contains(Operations::FLUSH)
     }

@@ -27,8 +27,8 @@ pub(super) fn size_of(file: &fs::File, path: &Path) -> Result<u64> {
     io::Seek::seek(&mut &*file, io::SeekFrom::End(0)).map_err(|e| Error::file("find the size of", path, &e))
 }
 
-/// Whether a sync covers all writes to a file, through any open file description. Servers of FUSE file systems, such as sshfs,
-/// may cache writes and their errors per open file.
+/// Returns whether a sync covers all writes to a file, through any open file description. Servers of FUSE file systems, such as
+/// sshfs, may cache writes and their errors per open file.
 pub(super) fn syncs_cover_the_file(file: &fs::File) -> bool {
     fstatfs(file).is_ok_and(|found| found.filesystem_type() != FUSE_SUPER_MAGIC)
 }
@@ -72,7 +72,7 @@ pub(super) fn memory_alignment(file: &fs::File) -> u32 {
     if known { alignment.min(PAGE_SIZE as u32) } else { USUAL }
 }
 
-/// Whether holes can be punched.
+/// Returns whether holes can be punched.
 pub(super) fn can_discard(file: &fs::File, is_block: bool, size: u64, rdev: u64) -> bool {
     if is_block {
         let (major, minor) = (nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
@@ -83,7 +83,7 @@ pub(super) fn can_discard(file: &fs::File, is_block: bool, size: u64, rdev: u64)
     punch_hole(file, end, PAGE_SIZE as u64).is_ok()
 }
 
-/// Whether holes can be punched in a block device with the sysfs directory `device`. The block layer implements them by
+/// Returns whether holes can be punched in a block device with the sysfs directory `device`. The block layer implements them by
 /// write-zeroes, and refuses them if the device only supports discard.
 fn block_device_can_discard(device: &Path) -> bool {
     // A partition's directory has no queue; that of its disk has.

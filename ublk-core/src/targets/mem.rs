@@ -85,7 +85,7 @@ impl Mem {
         }
     }
 
-    /// Whether a request is within the disk. A device can be resized to more than its target's size.
+    /// Returns whether a request is within the disk. A device can be resized to more than its target's size.
     fn has(&self, request: &Request<'_>) -> bool {
         request.offset().checked_add(request.len()).is_some_and(|end| end <= self.params.size)
     }

@@ -16,6 +16,7 @@ use super::range_locks::RangeLocks;
 use super::sparse::Sparse;
 use crate::errno::Errno;
 use crate::error::errno_of;
+use crate::identity::BackingIdentity;
 use crate::params::{Checksum, Integrity};
 use crate::request::{Request, WriteBack};
 
@@ -106,6 +107,14 @@ impl Metadata {
     /// Uses a file as the storage.
     pub(super) fn in_file(integrity: Integrity, file: File) -> Self {
         Metadata { integrity, storage: Storage::File(file), locks: RangeLocks::default() }
+    }
+
+    /// Returns the identity of the file. `None` if the metadata is in memory.
+    pub(super) fn backing(&self) -> Option<BackingIdentity> {
+        match &self.storage {
+            Storage::Memory(_) => None,
+            Storage::File(file) => BackingIdentity::of(file),
+        }
     }
 
     /// Locks that keep the metadata of a range consistent with its data.

@@ -14,7 +14,7 @@ use bitflags::bitflags;
 use crate::error::{Error, Result};
 
 bitflags! {
-    /// What a driver can do, or a device was made with: `UBLK_F_*`.
+    /// Features of a driver or a device: `UBLK_F_*`.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct Features: u64 {
         /// Manual registration of request buffers for zero copy.
@@ -41,7 +41,7 @@ bitflags! {
         const UPDATE_SIZE = UBLK_F_UPDATE_SIZE;
         /// Request buffers are registered by the driver.
         const AUTO_BUF_REG = UBLK_F_AUTO_BUF_REG;
-        /// The server can be sent away while the device is in use.
+        /// The server can be quiesced while the device is in use.
         const QUIESCE = UBLK_F_QUIESCE;
         /// Each tag may have a thread of its own.
         const PER_IO_DAEMON = UBLK_F_PER_IO_DAEMON;

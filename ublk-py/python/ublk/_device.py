@@ -233,7 +233,7 @@ class Device:
 
     @property
     def running(self) -> bool:
-        """Whether the device is being served; False once it has begun to end."""
+        """Whether the device is being served; False once it has begun to end, and in a forked child."""
         return not self._native.ending
 
     def requests(self) -> Requests:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import errno
 import functools
 import inspect
@@ -15,6 +14,10 @@ import sys
 import threading
 import time
 import traceback
+import weakref
+from collections import deque
+from contextvars import copy_context
+from sys import getrefcount
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,9 @@ _AT_ONCE = 64
 
 # In the order of `Request._call`.
 _OPERATIONS = (Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD, Op.WRITE_ZEROES)
+
+# Whether a task that was cancelled and uncancelled before it waits is cancelled when it does.
+_UNCANCELLED_MUST_CANCEL = sys.version_info < (3, 13)
 
 # How often this process was forked off by another one that had imported this module.
 _forks = 0
@@ -55,18 +61,41 @@ def _stack(coroutine: Any, thread: int) -> str:
     return "".join(lines)
 
 
+# Servers that have a reader in a loop.
+_servers: weakref.WeakSet[LoopServer] = weakref.WeakSet()
+
+
 def _in_forked_child() -> None:
-    """Let a handler that returns notice that it is in a child process."""
+    """Let a handler that returns notice that it is in a child process, and end the child if it returns to the loop."""
     global _forks
     _forks += 1
+    servers = list(_servers)
+    _servers.clear()
+    for loop in {server._loop for server in servers if server._thread == threading.get_ident()}:
+        # A loop that is closed serves nothing.
+        with contextlib.suppress(RuntimeError):
+            assert loop is not None
+            loop.call_soon(_end_forked_child, _CONTINUED)
+            # Before callbacks that are due, which may continue other handlers. Loops of other kinds run those first.
+            due = getattr(loop, "_ready", None)
+            if isinstance(due, deque):
+                due.rotate(1)
 
 
 _lifecycle.register_fork_hook(_in_forked_child)
 
 
-def _end_forked_child() -> None:
-    """End a forked child that has returned from a handler: the request and the loop belong to its parent."""
-    print_error("ublk: a child process returned from the handler that forked it; exiting with status 1")
+# Ways of a forked child to the requests of its parent.
+_RETURNED = "returned from the handler that forked it"
+_CONTINUED = "continued the event loop that serves its parent's device"
+
+
+def _end_forked_child(way: str = _RETURNED) -> None:
+    """End a forked child that has left a handler: the requests and the loop belong to its parent.
+
+    So does what the loop waits with: a child that removes its readers removes those of its parent, too.
+    """
+    print_error(f"ublk: a child process {way}; exiting with status 1")
     os._exit(1)
 
 
@@ -76,15 +105,6 @@ def _may_start_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
         return False
     kind = type(loop)
     return getattr(kind, "create_task", None) is asyncio.BaseEventLoop.create_task or kind.__module__ == "uvloop"
-
-
-def _is_as_new(task: asyncio.Task[None] | None, context: contextvars.Context | None) -> bool:
-    """Return whether handlers have left a task as it was, so that it can serve another request."""
-    try:
-        return task is not None and not task.cancelling() and contextvars.copy_context() == context
-    except Exception:
-        # Values of context variables are compared, which may be objects of any kind.
-        return False
 
 
 def _is_of_a_signal(exception: BaseException) -> bool:
@@ -169,6 +189,8 @@ class LoopServer:
         """Begin to serve on the running loop."""
         self._loop = asyncio.get_running_loop()
         self._may_start_eagerly = _may_start_eagerly(self._loop)
+        self._thread = threading.get_ident()
+        _servers.add(self)
         self._ended = asyncio.Event()
         # A loop has one reader for each descriptor.
         self._descriptor = os.dup(self._queue.fileno())
@@ -206,7 +228,12 @@ class LoopServer:
         assert self._ended is not None
         try:
             await self._ended.wait()
-        except BaseException:
+        except BaseException as exception:
+            if self._forks != _forks:
+                if isinstance(exception, GeneratorExit):
+                    # The child has dropped its copy of the loop, and goes its own way.
+                    raise
+                _end_forked_child(_CONTINUED)
             # A loop that ends cancels all tasks.
             self._queue.close()
             self._fail_unbegun()
@@ -220,6 +247,7 @@ class LoopServer:
             self._loop.remove_reader(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
+        _servers.discard(self)
 
     def waiting(self) -> list[tuple[int, float, str]]:
         """Return the requests that tasks serve: a number, the age of the request in seconds, and the stack."""
@@ -289,10 +317,13 @@ class LoopServer:
 
     def _ready(self) -> None:
         assert self._loop is not None
+        if self._forks != _forks:
+            _end_forked_child(_CONTINUED)
         try:
             self._serve_new()
-        except Exception:
-            # A signal handler has raised, which the loop logs. Nothing else might call this for what is left.
+        except BaseException:
+            # A signal handler has raised, which the loop logs, or passes on to a program that may run it again. Nothing
+            # else might call this for what is left.
             self._loop.call_soon(self._ready)
             raise
 
@@ -302,13 +333,24 @@ class LoopServer:
         if not self._taken:
             # Runs that wait refer to the old list.
             self._taken = []
+        self._thread = threading.get_ident()
+        # Before they are in the list, which the watchdog reads.
+        self._taken_at = time.monotonic()
         # A signal handler may raise at any place: from here on, requests are in this list or in a run.
         if not self._queue.take_into(_AT_ONCE, self._taken):
             self._forget_descriptor()
             assert self._ended is not None
             self._ended.set()
-        self._thread = threading.get_ident()
-        self._taken_at = began = time.monotonic()
+        if len(self._taken) > 1:
+            # One wake-up of the queue's thread for all that do not wait.
+            self._queue.corked(self._begin_taken)
+        else:
+            self._begin_taken()
+
+    def _begin_taken(self) -> None:
+        """Begin to serve the requests that were taken."""
+        assert self._loop is not None
+        began = self._taken_at
         eager = self._may_start_eagerly and self._loop.get_task_factory() is None
         if eager:
             # Creating a task takes most of the time of a request that does not wait. So one task serves requests in
@@ -345,16 +387,25 @@ class LoopServer:
                 run.task = self._task(run.coroutine, eager)
         except BaseException as exception:
             # The loop's task factory failed, or a signal handler raised.
-            del self._runs[number]
-            run.coroutine.close()
-            if run.request is None and run.left:
-                run.request = run.left.pop()
-            self._fail(run.request, exception)
-            return
+            run.task = self._task_of(run.coroutine)
+            if run.task is None:
+                del self._runs[number]
+                if inspect.getcoroutinestate(run.coroutine) == inspect.CORO_CREATED and run.left:
+                    # Nothing has begun it, and nothing will.
+                    run.request = run.left.pop()
+                run.coroutine.close()
+                self._fail(run.request, exception)
+                return
+            # The task was made, and serves the request.
+            self._fail(None, exception)
         if run.task.done():
             del self._runs[number]
         else:
             run.task.add_done_callback(functools.partial(self._done, number))
+
+    def _task_of(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+        """Return the task that runs a coroutine, if there is one that has not ended."""
+        return next((task for task in asyncio.all_tasks(self._loop) if task.get_coro() is coroutine), None)
 
     def _done(self, number: int, _task: asyncio.Task[None]) -> None:
         self._runs.pop(number, None)
@@ -368,38 +419,75 @@ class LoopServer:
 
     async def _serve(self, run: _Run) -> None:
         """Serve the requests of a list until it is empty, or a handler has changed the task."""
-        methods, forks, left = self._methods, self._forks, run.left
-        task = context = None
-        if len(left) > 1:
-            task, context = asyncio.current_task(), contextvars.copy_context()
-        first = True
-        while True:
-            request = None
-            # Everything is inside: a signal handler may raise at any place.
-            try:
-                run.request = None
-                if not left or not (first or _is_as_new(task, context)):
-                    return
-                first = False
-                run.request = request = left.pop()
-                ended = False
-                while not ended:
-                    # Unless the request has failed because it waited for its turn for too long.
-                    returned = request._call(methods)
-                    # A class may have plain methods, too.
-                    if returned is not None and (type(returned) is CoroutineType or inspect.isawaitable(returned)):
-                        returned = await returned
+        forks = self._forks
+        try:
+            if forks != _forks:
+                _end_forked_child(_CONTINUED)
+            methods, left = self._methods, run.left
+            task: Any = None
+            if len(left) > 1:
+                task, context = asyncio.current_task(), copy_context()
+                cancelling = task.cancelling
+                references, weak_references = getrefcount(task), weakref.getweakrefcount(task)
+            first = True
+            while True:
+                request = None
+                # Everything is inside: a signal handler may raise at any place.
+                try:
+                    run.request = None
+                    if not left:
+                        return
+                    if not first:
+                        try:
+                            if (
+                                task is None
+                                # Through a reference that was kept, the task could be cancelled later.
+                                or getrefcount(task) != references
+                                or weakref.getweakrefcount(task) != weak_references
+                                or task._callbacks
+                                or cancelling()
+                                or (_UNCANCELLED_MUST_CANCEL and task._must_cancel)
+                                or copy_context() != context
+                            ):
+                                return
+                        except Exception:
+                            # Values of context variables are compared, which may be objects of any kind.
+                            return
+                    first = False
+                    run.request = request = left.pop()
+                    ended = False
+                    while not ended:
+                        # Unless the request has failed because it waited for its turn for too long.
+                        returned = request._call(methods)
+                        # A class may have plain methods, too.
+                        if returned is not None and (type(returned) is CoroutineType or inspect.isawaitable(returned)):
+                            returned = await returned
+                        if forks != _forks:
+                            _end_forked_child()
+                        # Repeated if the returned extent was invalidated meanwhile.
+                        ended = request._finish(returned)
+                except BaseException as exception:
                     if forks != _forks:
+                        if isinstance(exception, GeneratorExit):
+                            # The child has dropped its copy of the coroutine. The request is its parent's.
+                            return
                         _end_forked_child()
-                    # Repeated if the returned extent was invalidated meanwhile.
-                    ended = request._finish(returned)
-            except asyncio.CancelledError:
-                if request is not None and not request.done:
-                    request.fail(errno.ECANCELED)
-                raise
-            except BaseException as exception:
-                if request is None or not request._raise(exception):
-                    self._fail(request, exception)
+                    if isinstance(exception, asyncio.CancelledError | GeneratorExit):
+                        # The task was cancelled, or the coroutine closed.
+                        if request is not None and not request.done:
+                            request.fail(errno.ECANCELED)
+                        if isinstance(exception, GeneratorExit):
+                            return
+                        raise
+                    if request is None or not request._raise(exception):
+                        self._fail(request, exception)
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException as exception:
+            # A signal handler has raised between two requests, or while one failed.
+            if run.request is not None and not run.request.done:
+                run.request.fail()
+            self._fail(None, exception)
 
     def _fail(self, request: Request | None, exception: BaseException) -> None:
         """Fail a request for an exception that is no errno, and pass that on."""

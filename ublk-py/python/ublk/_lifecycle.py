@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ublk import _file_sync, _interval, _log, _signals, _threads, _ublk, _watchdog
 from ublk._log import end_soon, in_time, log
@@ -119,14 +119,22 @@ def _stop_running() -> None:
     if hang:
         # Finalization would free what a thread that is still in a handler uses. The removal comes before anything is
         # written, which a signal may end.
-        removal = leave_removal(list(running))
-        _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", removal)
-        _try(in_time, functools.partial(_try, _flush, "stderr"))
-        _try(functools.partial(in_time, always=True), functools.partial(_try, _flush, "stdout"))
-        os._exit(1)
+        exit_stuck(leave_removal(list(running)))
     deadline = time.monotonic() + _JOIN_SECONDS
     for thread in _threads.running():
         thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def exit_stuck(removal: str = "") -> NoReturn:
+    """End the process although a handler is stuck. Also called when the gate is closed.
+
+    The program's output is written if that takes no longer than a second.
+    """
+    end_soon()
+    _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", removal)
+    for name in ("stderr", "stdout"):
+        _try(functools.partial(in_time, to=name), functools.partial(_try, _flush, name))
+    os._exit(1)
 
 
 def _try(function: Callable[..., object], *arguments: object) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import select
 import sys
 import threading
 import time
@@ -54,23 +55,36 @@ def end_soon() -> None:
     _ending = True
 
 
-def in_time(write: Callable[[], object], *, always: bool = False) -> None:
-    """Call a function that writes on another thread, and wait for that for a second at most.
+def in_time(write: Callable[[], object], *, to: str = "stderr") -> None:
+    """Call a function that writes to a standard file, on another thread, and wait for that for a second at most.
 
-    It is not called while an earlier one still writes, unless ``always``.
+    It is not called while an earlier one still writes to stderr, unless it writes to stdout.
     """
     global _late
-    if not always and _late is not None and _late.is_alive():
+    if to == "stderr" and _late is not None and _late.is_alive():
         return
     thread = threading.Thread(target=write, name="ublk-log", daemon=True)
     try:
         thread.start()
     except RuntimeError:
-        # No thread can be created any more.
-        write()
+        # No thread can be created any more, as at the end of a program on Python 3.12.0 to 3.12.2. A write to a full
+        # pipe would never end.
+        if not _is_full(to):
+            write()
         return
-    _late = thread
+    if to == "stderr":
+        _late = thread
     thread.join(_PATIENCE)
+
+
+def _is_full(name: str) -> bool:
+    """Return whether a standard file has no room. A pipe with room takes a page at least."""
+    try:
+        poll = select.poll()
+        poll.register(getattr(sys, f"__{name}__") or {"stdout": 1, "stderr": 2}[name], select.POLLOUT)
+        return not poll.poll(0)
+    except (OSError, ValueError):
+        return False
 
 
 def _log(level: int, message: str, *arguments: object, error: BaseException | None) -> None:

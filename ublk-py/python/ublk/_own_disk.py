@@ -50,7 +50,7 @@ def _mounts_of(disk: str) -> set[str]:
 
 def _mount_of(descriptor: str) -> str:
     """Return the ID of the mount that an open file is on."""
-    text = (_PROCESS / "fdinfo" / descriptor).read_text()
+    text = (_PROCESS / "fdinfo" / descriptor).read_text(errors="replace")
     numbers = [line.split()[1] for line in text.splitlines() if line.startswith("mnt_id:")]
     return numbers[0] if numbers else ""
 
@@ -72,7 +72,7 @@ def blocked_threads() -> dict[int, str]:
     for entry in _entries(_PROCESS / "task"):
         try:
             # The name may contain any characters, including parentheses.
-            state = (_PROCESS / "task" / entry / "stat").read_text().rpartition(")")[2].split()[0]
+            state = (_PROCESS / "task" / entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
         except (OSError, IndexError):
             continue
         if state == "D":

@@ -23,7 +23,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 # Reentrant: signal handlers and finalizers may run while it is held.
 _lock = threading.RLock()
 _devices: set[object] = set()
-_replaced: dict[int, Any] = {}
+# Whether the main thread has started one of them.
+_handling = False
+# Signals that were handled since then. The program may have set other handlers meanwhile.
+_replaced: set[int] = set()
 
 # How long after the first signal another one is a second wish, as for the `ublk` command.
 AGAIN_SECONDS = 0.5
@@ -142,16 +145,16 @@ def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
 
 def device_started(device: object) -> None:
     """Handle the signals whose default action is to kill, if the main thread starts the device."""
-    global _first
+    global _first, _handling
     with _lock:
         if not _devices:
-            _first = None
+            _first, _handling = None, False
+            # An exception of a signal handler may have interrupted the end of the last device.
+            _replaced.intersection_update([number for number in _SIGNALS if signal.getsignal(number) is _terminate])
         _devices.add(device)
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in _SIGNALS:
-            if number not in _replaced and signal.getsignal(number) == signal.SIG_DFL:
-                _replaced[number] = signal.signal(number, _terminate)
+        if threading.current_thread() is threading.main_thread():
+            _handling = True
+            _adjust()
 
 
 def device_stopped(device: object) -> None:
@@ -171,10 +174,40 @@ def device_stopped(device: object) -> None:
 def _put_back() -> None:
     """Restore the signal handlers from before the first device, unless one has started meanwhile."""
     with _lock:
-        while _replaced and not _devices:
-            number, previous = _replaced.popitem()
-            if signal.getsignal(number) is _terminate:
-                signal.signal(number, previous)
+        if not _devices:
+            _adjust()
+
+
+def _adjust() -> None:
+    while True:
+        handled = _handling and bool(_devices)
+        for number in _SIGNALS:
+            if handled:
+                _handle(number)
+            else:
+                _restore(number)
+        # A signal handler may have started or stopped a device meanwhile.
+        if handled == (_handling and bool(_devices)):
+            return
+
+
+def _handle(number: int) -> None:
+    if number not in _replaced and signal.getsignal(number) == signal.SIG_DFL:
+        try:
+            _replaced.add(number)
+            signal.signal(number, _terminate)
+        except BaseException:
+            # A handler of another signal has raised, before or after the call had its effect.
+            if signal.getsignal(number) is not _terminate:
+                _replaced.discard(number)
+            raise
+
+
+def _restore(number: int) -> None:
+    if signal.getsignal(number) is _terminate:
+        signal.signal(number, signal.SIG_DFL)
+    # Last: a device that a signal handler starts before this leaves the signal to `_adjust`.
+    _replaced.discard(number)
 
 
 def in_forked_child() -> None:

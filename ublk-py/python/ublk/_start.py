@@ -196,9 +196,10 @@ def recover(
     to fit them. If its server has just died, this waits until the driver notices. Requests that have waited are served
     then. The other parameters are those of `BlockDevice.start`.
 
-    If the device was created for a `File`, or a `Zoned` in a directory, then that file or directory has to be the same,
-    also if another one has taken its name meanwhile. With ``accept_replaced``, another one may replace the disk's data:
-    unmount the disk before. It is also needed if the file system was mounted again and the file is not recognized.
+    If the device was created for a `File`, or a `Zoned` in a directory, then that file or directory has to be the
+    same, also if another one has taken its name meanwhile. With ``accept_replaced``, another one may replace the
+    disk's data: unmount the disk before. It is also needed if the file is not recognized because its file system was
+    mounted again, or the block device because it was deactivated or unplugged meanwhile.
 
     Raises `UblkError` with ``EBUSY`` if the device still has a server, and with ``EINVAL`` if it is not recoverable;
     `ValueError` if the block device does not fit, is a disk in memory, or is stored in another file.

@@ -103,7 +103,7 @@ fn stop_or_leave(device: &Device) -> crate::Result<Ending> {
     Ok(Ending::Left)
 }
 
-/// Whether a device was stopped, or is gone.
+/// Returns whether a device was stopped, or is gone.
 fn has_no_disk(device: &Device) -> bool {
     match device.control().info(device.id()) {
         Ok(info) => info.state == DeviceState::Dead,
@@ -113,18 +113,15 @@ fn has_no_disk(device: &Device) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::{Duration, Instant};
 
     use super::super::tests::recoverable;
     use super::*;
     use crate::Errno;
-    use crate::device::Server;
     use crate::driver::Driver;
     use crate::driver::fake::FakeDriver;
-    use crate::engine::StdSpawn;
     use crate::options::DeviceOptions;
-    use crate::targets::Null;
+    use crate::test_support::{null_disk, server};
 
     #[test]
     fn an_unused_recoverable_disk_is_deleted() {
@@ -162,11 +159,10 @@ mod tests {
         let first = recoverable(&driver);
         let id = first.id();
         first.control().quiesce_until(id, Duration::from_secs(10)).unwrap();
-        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
-        let second = server.recover(id, Arc::new(Null::new(1 << 20, 512).unwrap())).unwrap();
+        let second = server(&driver).recover(id, null_disk()).unwrap();
         assert_eq!(stop_or_leave(&first).unwrap(), Ending::Left);
         drop(first);
-        assert!(!second.is_ending());
+        assert_eq!(second.control().info(id).unwrap().state, DeviceState::Live);
         assert_eq!(driver.device_ids().unwrap(), [id]);
     }
 
@@ -175,8 +171,7 @@ mod tests {
         let driver = FakeDriver::new();
         let kept = Served::new(recoverable(&driver));
         assert!(kept.remedy().contains("`ublk recover -n 0`"), "{}", kept.remedy());
-        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
-        let device = server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
+        let device = server(&driver).start(null_disk(), &DeviceOptions::default()).unwrap();
         assert_eq!(Served::new(device).remedy(), "is dead: remove it with `ublk del -n 1`");
     }
 

@@ -126,17 +126,15 @@ mod tests {
     use super::*;
     use crate::driver::Driver;
     use crate::driver::fake::FakeDriver;
-    use crate::engine::StdSpawn;
-    use crate::targets::Null;
+    use crate::test_support::{null_disk, server, until};
     use crate::uapi::DeviceState;
-    use crate::{DeviceOptions, Server};
+    use crate::{DetachedRequest, DeviceId, DeviceOptions};
 
     #[test]
     fn a_server_that_fails_deletes_no_recoverable_disk() {
         let driver = FakeDriver::new();
         let served = |device| Arc::new(Served::new(device));
-        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
-        let plain = server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &DeviceOptions::default()).unwrap();
+        let plain = server(&driver).start(null_disk(), &DeviceOptions::default()).unwrap();
         let kept = recoverable(&driver);
         let id = kept.id();
         give_up(vec![served(plain), served(kept)], Failure::Reported).unwrap_err();
@@ -163,16 +161,15 @@ mod tests {
     }
 
     /// A device with a request that its handler does not complete.
-    fn stuck(driver: &FakeDriver) -> (Device, std::sync::mpsc::Receiver<crate::DetachedRequest>) {
+    fn stuck(driver: &FakeDriver) -> (Device, std::sync::mpsc::Receiver<DetachedRequest>) {
         let (keep, kept) = channel();
-        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
-        let device = server.start(Arc::new(Keeping(keep)), &DeviceOptions::default()).unwrap();
+        let device = server(driver).start(Arc::new(Keeping(keep)), &DeviceOptions::default()).unwrap();
         let _ = driver.disk(device.id()).send(0, 0, 512, &[]).unwrap();
         (device, kept)
     }
 
     #[derive(Debug)]
-    struct Keeping(std::sync::mpsc::Sender<crate::DetachedRequest>);
+    struct Keeping(std::sync::mpsc::Sender<DetachedRequest>);
 
     impl crate::Target for Keeping {
         fn kind(&self) -> &str {
@@ -188,7 +185,7 @@ mod tests {
         }
     }
 
-    struct KeepingQueue(std::sync::mpsc::Sender<crate::DetachedRequest>);
+    struct KeepingQueue(std::sync::mpsc::Sender<DetachedRequest>);
 
     impl crate::QueueHandler for KeepingQueue {
         fn handle(&mut self, requests: crate::Requests<'_>) {
@@ -206,12 +203,9 @@ mod tests {
         let kept: Vec<_> = kept.iter().map(|kept| kept.recv().unwrap()).collect();
         let (signals, server) = serving(devices);
         send(&signals, Signal::SIGTERM);
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while ids.iter().any(|id| control.info(*id).unwrap().state != DeviceState::Dead) {
-            assert!(Instant::now() < deadline, "one device delays another");
-            std::thread::yield_now();
-        }
-        kept.into_iter().for_each(crate::DetachedRequest::complete);
+        let is_dead = |id: &DeviceId| control.info(*id).unwrap().state == DeviceState::Dead;
+        until("the stop of all devices, of which none may delay another", || ids.iter().all(is_dead));
+        kept.into_iter().for_each(DetachedRequest::complete);
         server.join().unwrap().unwrap();
         assert_eq!(driver.device_ids().unwrap(), []);
     }
@@ -248,11 +242,7 @@ mod tests {
         let (signals, server) = serving(vec![device, other]);
         std::thread::sleep(Duration::from_millis(100));
         send(&signals, Signal::SIGTERM);
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while driver.device_ids().unwrap().contains(&id) {
-            assert!(Instant::now() < deadline, "one device delays another");
-            std::thread::yield_now();
-        }
+        until("the end of the other device", || !driver.device_ids().unwrap().contains(&id));
         kept.complete();
         let _ = server.join().unwrap();
     }

@@ -14,7 +14,6 @@ mod signals;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -28,8 +27,6 @@ use super::state_file::{CommandLine, StateFile};
 use super::target;
 use crate::data::shared::SharedMemory;
 use crate::device::{Device, Server};
-use crate::driver::kernel::KernelDriver;
-use crate::engine::StdSpawn;
 use crate::error::{Error, Result};
 use crate::options::DeviceOptions;
 use crate::placement::Cpus;
@@ -110,9 +107,7 @@ fn start(options: &Options<'_>, line: &CommandLine, existing: Option<DeviceId>) 
     if let Some(fallback) = fallback {
         log::warn!("{fallback}");
     }
-    let server = Server::with_driver(Arc::new(KernelDriver::open()?), Arc::new(StdSpawn), threads)
-        .with_cpus(cpus)?
-        .with_coalescing(options.coalescing)?;
+    let server = Server::new()?.with_threads(threads).with_cpus(cpus)?.with_coalescing(options.coalescing)?;
     let mut devices = Vec::new();
     match existing {
         None => {
@@ -127,7 +122,7 @@ fn start(options: &Options<'_>, line: &CommandLine, existing: Option<DeviceId>) 
             let target = options.target.reopen(&disk)?;
             // After the files were opened, because they may be replaced until then.
             backing_files::check(&options.target.files(), line.files())?;
-            // The state file says more, and it is about the files that were accepted last.
+            // The state file is more precise, and it records the files that were accepted last.
             let recovered = if line.decides_about_files() {
                 server.recover_replaced(id, target)
             } else {
@@ -184,13 +179,12 @@ fn give_up(devices: Vec<Device>, existing: bool) {
 mod tests {
     use super::*;
     use crate::driver::fake::FakeDriver;
-    use crate::targets::Null;
+    use crate::test_support::{null_disk, server};
     use crate::{DeviceOptions, Recovery};
 
     /// A recoverable device of a stand-in driver.
     pub(super) fn recoverable(driver: &FakeDriver) -> Device {
-        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let options = DeviceOptions { recovery: Some(Recovery::Queue), ..DeviceOptions::default() };
-        server.start(Arc::new(Null::new(1 << 20, 512).unwrap()), &options).unwrap()
+        server(driver).start(null_disk(), &options).unwrap()
     }
 }

@@ -23,7 +23,7 @@ pub(in crate::cli) struct Signals(SignalFd);
 
 impl Signals {
     /// Blocks the signals in this thread and in those created from now on.
-    pub(super) fn block() -> Result<Self, Failure> {
+    pub(in crate::cli) fn block() -> Result<Self, Failure> {
         let set: SigSet = ENDING.into_iter().collect();
         set.thread_block()
             .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK))
@@ -32,7 +32,7 @@ impl Signals {
     }
 
     /// Takes the next signal, if one has arrived.
-    pub(super) fn next(&self) -> Option<Signal> {
+    pub(in crate::cli) fn next(&self) -> Option<Signal> {
         let info = self.0.read_signal().ok().flatten()?;
         Signal::try_from(info.ssi_signo as i32).ok()
     }
@@ -50,7 +50,7 @@ impl AsFd for Signals {
 pub(super) enum Action {
     /// End all devices after their requests.
     Stop,
-    /// End the process soon, whatever its devices are doing.
+    /// End the process soon, even if its devices are busy.
     StopNow,
     Ignore,
 }
@@ -84,7 +84,7 @@ impl Shutdown {
         self.second.map(|second| STOP_NOW_TIMEOUT.saturating_sub(second.elapsed()))
     }
 
-    /// Whether the time for the devices to end is over.
+    /// Returns whether the time for the devices to end is over.
     pub(super) fn is_overdue(&self) -> bool {
         self.remaining().is_some_and(|remaining| remaining.is_zero())
     }

@@ -107,8 +107,8 @@ mod tests {
     use super::super::tests::parse;
     use super::*;
     use crate::driver::fake::FakeDriver;
-    use crate::engine::StdSpawn;
-    use crate::{Device, DeviceOptions, Recovery, Server};
+    use crate::test_support::server;
+    use crate::{Device, DeviceOptions, Recovery};
 
     fn args(file: &Path, more: &[&str]) -> Args {
         parse(&[&["-t", "file", "-f", file.to_str().unwrap()], more].concat()).unwrap()
@@ -122,9 +122,8 @@ mod tests {
     }
 
     fn start(driver: &FakeDriver, args: &Args) -> Device {
-        let server = Server::with_driver(Arc::new(driver.clone()), Arc::new(StdSpawn), 1);
         let options = DeviceOptions { recovery: Some(Recovery::Queue), ..DeviceOptions::default() };
-        server.start(args.create().unwrap(), &options).unwrap()
+        server(driver).start(args.create().unwrap(), &options).unwrap()
     }
 
     #[test]

@@ -109,7 +109,7 @@ pub(super) trait Options: Debug + Send + Sync {
     /// target fits any disk.
     fn inspect(&self, disk: &DiskArgs, existing: &Params) -> Result<Option<(Params, Access)>>;
 
-    /// Whether the disk's data is in the server's memory, and lost when the server exits.
+    /// Returns whether the disk's data is in the server's memory, and lost when the server exits.
     fn is_volatile(&self, disk: &DiskArgs) -> bool;
 
     /// The sizes that the disk can be changed to. `backing` is a path of the file that the server has open.

@@ -100,7 +100,7 @@ impl Args {
         self.options.files(&self.disk)
     }
 
-    /// Whether the disk's data is lost when the server exits.
+    /// Returns whether the disk's data is lost when the server exits.
     pub(super) fn is_volatile(&self) -> bool {
         self.options.is_volatile(&self.disk)
     }

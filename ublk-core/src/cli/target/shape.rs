@@ -133,7 +133,7 @@ impl Args {
         Ok(params)
     }
 
-    /// Whether the command line asks for integrity metadata.
+    /// Returns whether the command line asks for integrity metadata.
     pub(super) fn has_integrity(&self) -> bool {
         self.integrity.is_some()
     }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::processes::OpenFile;
 use super::{exclusive, mounts, processes};
+use crate::process::read_text;
 
 /// How a disk is used, with a description of its users.
 #[derive(Debug)]
@@ -38,7 +39,7 @@ pub(super) struct VisibleUsage {
     pub(super) unknown: Option<String>,
 }
 
-/// Whether a disk is not in use, as far as that can be determined: if anything is unknown, it counts as in use.
+/// Returns whether a disk is not in use, as far as that can be determined: if anything is unknown, it counts as in use.
 pub(in crate::cli) fn is_surely_unused(disk: &Path) -> bool {
     let visible = visible_usage(Path::new("/proc"), disk);
     processes::sees_all_processes()
@@ -73,7 +74,7 @@ pub(super) fn visible_usage(proc: &Path, disk: &Path) -> io::Result<VisibleUsage
     Ok(VisibleUsage { usage, unknown })
 }
 
-/// Whether a path that the kernel shows is one of a disk. It may be that of another node, for example in the /dev of a
+/// Returns whether a path that the kernel shows is one of a disk. It may be that of another node, for example in the /dev of a
 /// container. `None` if that is unknown, because the path does not exist here.
 fn is_path_of(path: &Path, nodes: &[PathBuf], numbers: &[u64]) -> Option<bool> {
     if nodes.iter().any(|node| node == path) {
@@ -110,7 +111,7 @@ fn number_of(sys: &Path, node: &Path) -> Option<u64> {
 
 /// Finds swap on a disk, and what could not be looked at.
 fn swaps(proc: &Path, nodes: &[PathBuf], numbers: &[u64]) -> io::Result<(Vec<String>, Option<String>)> {
-    let table = match fs::read_to_string(proc.join("swaps")) {
+    let table = match read_text(proc.join("swaps")) {
         // A kernel without swap, or a /proc that does not show it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Some("swap".into()))),
         read => read?,

@@ -25,7 +25,7 @@ pub(super) const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the forked process may take to end after it has answered or was killed.
 const EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Whether a block device is opened exclusively.
+/// Returns whether a block device is opened exclusively.
 ///
 /// # Errors
 ///

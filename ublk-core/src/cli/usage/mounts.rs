@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::processes::{self, file_system, statx};
+use crate::process::read_text;
 
 /// How often to look at the processes again if some exit while their mounts are read.
 const MAX_PASSES: u32 = 5;
@@ -50,7 +51,7 @@ pub(super) fn find(
                 None
             });
             let Some(view) = view.filter(|view| view.1.is_none() || !read.contains(view)) else { continue };
-            match fs::read_to_string(process.join("mountinfo")) {
+            match read_text(process.join("mountinfo")) {
                 Ok(table) => {
                     add(&table);
                     read.insert(view);

@@ -2,6 +2,7 @@
 
 //! Open files of processes, as /proc shows them.
 
+use crate::process::read_text;
 use std::collections::HashSet;
 use std::fs;
 use std::io;
@@ -13,7 +14,7 @@ const UDEV: [&str; 3] = ["systemd-udevd", "(udev-worker)", "udevd"];
 /// How often to look for new processes. Each pass takes only as long as those that were created during the last one.
 const MAX_PASSES: u32 = 20;
 
-/// Whether /proc shows all processes of the machine, with their files and mounts: this process is root in the first pid
+/// Returns whether /proc shows all processes of the machine, with their files and mounts: this process is root in the first pid
 /// namespace, and may look at the processes of other users.
 pub(in crate::cli) fn sees_all_processes() -> bool {
     /// `PROC_PID_INIT_INO` of `linux/nsfs.h`.
@@ -21,10 +22,10 @@ pub(in crate::cli) fn sees_all_processes() -> bool {
     let namespace = fs::read_link("/proc/self/ns/pid");
     nix::unistd::geteuid().is_root()
         && namespace.is_ok_and(|namespace| namespace.as_os_str() == FIRST)
-        && fs::read_to_string("/proc/thread-self/status").is_ok_and(|status| can_look_at_others(&status))
+        && read_text("/proc/thread-self/status").is_ok_and(|status| can_look_at_others(&status))
 }
 
-/// Whether a process's status has `CAP_SYS_PTRACE`. A service with a bounding set, or a container, has not.
+/// Returns whether a process's status has `CAP_SYS_PTRACE`. A service with a bounding set, or a container, has not.
 fn can_look_at_others(status: &str) -> bool {
     const CAP_SYS_PTRACE: u32 = 19;
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
@@ -62,7 +63,7 @@ pub(super) struct Processes {
 pub(super) fn find(proc: &Path, numbers: &[u64]) -> io::Result<Processes> {
     let mut found = Processes::default();
     let is_complete = each_process(proc, |process| {
-        let command = || fs::read_to_string(process.join("comm")).unwrap_or_default().trim_end().to_owned();
+        let command = || read_text(process.join("comm")).unwrap_or_default().trim_end().to_owned();
         let name = process.file_name().unwrap_or_default().display().to_string();
         let (mut is_user, mut is_opener) = (false, false);
         let looked = each_file(process, |file| {
@@ -90,7 +91,7 @@ pub(super) fn find(proc: &Path, numbers: &[u64]) -> io::Result<Processes> {
     Ok(found)
 }
 
-/// Whether any process has a file open for which `matches` returns true, as far as this process may look.
+/// Returns whether any process has a file open for which `matches` returns true, as far as this process may look.
 pub(in crate::cli) fn has_opener(matches: impl Fn(&OpenFile) -> bool) -> io::Result<bool> {
     let mut found = false;
     each_process(Path::new("/proc"), |process| {
@@ -103,7 +104,7 @@ pub(in crate::cli) fn has_opener(matches: impl Fn(&OpenFile) -> bool) -> io::Res
     Ok(found)
 }
 
-/// Whether a process has a file open for which `matches` returns true, as far as this process may look.
+/// Returns whether a process has a file open for which `matches` returns true, as far as this process may look.
 pub(in crate::cli) fn has_open(pid: i32, matches: impl Fn(&OpenFile) -> bool) -> bool {
     let mut found = false;
     let _ = each_file(&Path::new("/proc").join(pid.to_string()), |file| {
@@ -166,13 +167,13 @@ fn each_file(process: &Path, mut look: impl FnMut(&OpenFile) -> bool) -> io::Res
     looked
 }
 
-/// Whether an error of a thread's file in /proc means that this process may not look at it. That of a thread that has just
-/// ended is the same.
+/// Returns whether an error of a thread's file in /proc means that this process may not look at it. That of a thread that has
+/// just ended is the same.
 pub(super) fn is_refused(error: &io::Error, thread: &Path) -> bool {
     error.kind() == io::ErrorKind::PermissionDenied && thread.exists()
 }
 
-/// Whether two threads have the same table of open files. False as well if that is unknown.
+/// Returns whether two threads have the same table of open files. False as well if that is unknown.
 fn have_same_files(one: i32, other: i32) -> bool {
     const KCMP_FILES: libc::c_long = 2;
     let [one, other] = [one, other].map(libc::c_long::from);

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::uapi::{DeviceState, Features};
 use crate::units::DeviceId;
 
-/// How long udev may take to inspect a disk after its last use.
+/// Time that udev gets to inspect a disk after its last use.
 const UDEV_TIMEOUT: Duration = Duration::from_secs(5);
 const UDEV_RETRY: Duration = Duration::from_millis(20);
 
@@ -52,7 +52,7 @@ pub(in crate::cli) fn stop_unused(
     if info.state == DeviceState::Dead {
         return Ok(StopOutcome::NotUsed);
     }
-    let path = control.driver().block_path(id);
+    let path = control.block_path(id);
     if !info.features.contains(Features::SAFE_STOP_DEV) {
         return Ok(usage_of(&path, observer)?.map_or(StopOutcome::NotUsed, StopOutcome::InUse));
     }
@@ -96,7 +96,8 @@ fn usage_of(disk: &Path, observer: Observer) -> Result<Option<Usage>> {
             hint: what,
         });
     }
-    // Most users inside the kernel claim a disk, and some of them show nowhere: a file system's log on another disk, LIO, zram.
+    // Most users inside the kernel claim a disk, and some of them are not listed in any file: a file system's log on another
+    // disk, LIO, zram.
     let claimed = exclusive::is_claimed(disk, exclusive::OPEN_TIMEOUT).map_err(failed)?;
     Ok(claimed.then(|| Usage::Claimed("mounted or claimed".into())))
 }
@@ -105,7 +106,7 @@ fn usage_of(disk: &Path, observer: Observer) -> Result<Option<Usage>> {
 mod tests {
     use super::*;
 
-    /// Users inside the kernel may show nowhere, and would be found only by opening the disk.
+    /// Users inside the kernel may not be listed in any file, and would be found only by opening the disk.
     #[test]
     fn a_server_does_not_know_the_use_of_a_disk_that_cannot_be_opened() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The char device: descriptors and data, and what its end does.
+//! The char device: descriptors, data, and the effects of its close.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{FakeTag, Shared};
-use crate::driver::{CharDevice, MappedDescriptors, RequestPlace};
+use crate::driver::{CharDevice, RequestPlace};
 use crate::errno::Errno;
 use crate::memory::DescriptorMap;
 use crate::uapi::{self, Features};
@@ -26,13 +26,13 @@ impl FakeChar {
     }
 }
 
-// SAFETY: it maps only what it has made, and its descriptor is a number of its own.
+// SAFETY: it maps only its own memory, and its descriptor is a number that only the stand-in uses.
 unsafe impl CharDevice for FakeChar {
-    fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<MappedDescriptors> {
+    fn map_descriptors(&self, queue: QueueId, depth: u16) -> io::Result<DescriptorMap> {
         let state = self.shared.state();
         let device = state.devices.get(&self.id).ok_or(Errno::ENODEV)?;
         let queue = device.queues.get(usize::from(queue.0)).ok_or(Errno::EINVAL)?;
-        Ok(MappedDescriptors(DescriptorMap::shared(queue.descriptors.clone(), depth)))
+        Ok(DescriptorMap::shared(queue.descriptors.clone(), depth))
     }
 
     fn raw_fd(&self) -> RawFd {
@@ -75,7 +75,7 @@ impl Drop for FakeChar {
 }
 
 impl Shared {
-    /// The server is gone: without recovery, the disk goes too, and what it had fails.
+    /// Handles the exit of the server: without recovery, the disk is removed, and requests that the server had fail.
     fn closed(&self, id: u32) {
         let mut state = self.state();
         if let Some(device) = state.devices.get_mut(&id) {

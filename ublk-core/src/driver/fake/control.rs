@@ -27,6 +27,9 @@ impl FakeDriver {
         if self.shared.state().ignored.remove(command.name) {
             return self.shared.wait_for(timeout.max(Duration::from_secs(60)), give_up, |_| None);
         }
+        if self.shared.state().expired.remove(command.name) {
+            return Err(ControlFailure::Timeout);
+        }
         if command.op == uapi::UBLK_U_CMD_GET_FEATURES {
             let features = self.shared.state().features();
             command.payload.copy_from_slice(&features.bits().to_ne_bytes());
@@ -276,7 +279,7 @@ impl FakeDevice {
         })
     }
 
-    /// Whether no tag is missing.
+    /// Returns whether all tags have been fetched.
     fn is_fetched(&self) -> bool {
         self.queues.iter().flat_map(|q| &q.tags).all(|t| !matches!(t, FakeTag::Idle))
     }

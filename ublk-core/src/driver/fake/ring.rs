@@ -14,7 +14,7 @@ use crate::errno::Errno;
 use crate::memory::IoBuffer;
 use crate::units::{QueueId, Tag};
 
-/// What a ring's thread waits for.
+/// Completions of a ring, and other events that its thread waits for.
 #[derive(Debug, Default)]
 pub(super) struct Completions {
     state: Mutex<CompletionState>,
@@ -95,7 +95,7 @@ impl FakeRing {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The device behind a place in the ring's table of files.
+    /// Returns the device at a place in the ring's table of files.
     fn device(&self, file: FileSlot) -> u32 {
         self.files()[file.0 as usize].as_ref().map_or(-1, |f| f.raw_fd()) as u32
     }
@@ -240,7 +240,7 @@ struct FakeElement {
 }
 
 impl FakeRing {
-    /// Carries out what is queued; whether some of it has completed that is news.
+    /// Carries out queued operations. Returns whether one that is not prompt has completed.
     fn submit_all(&mut self) -> bool {
         let mut news = false;
         for Submission { user_data, operation, prompt } in std::mem::take(&mut self.queued) {
@@ -334,7 +334,7 @@ unsafe impl Ring for FakeRing {
         self.completions.state().timer.take_if(|end| *end <= Instant::now()).is_some()
     }
 
-    /// The clients' threads play the driver, but they copy at once what they find.
+    /// Clients' threads act as the driver, but they copy at once.
     fn is_quiet(&mut self) -> bool {
         self.queued.is_empty() && self.completions.state().list.is_empty() && self.shared.state().quiet
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What happens to a tag: it is fetched, gets a request, is committed, and taken back.
+//! Life cycle of a tag: it is fetched, gets a request, is committed, and canceled.
 
 use std::collections::VecDeque;
 
@@ -11,7 +11,7 @@ use crate::uapi::{self, Features};
 use crate::units::{QueueId, Tag};
 
 impl FakeState {
-    /// The pages of a request that the server owns.
+    /// Returns the pages of a request that the server owns.
     pub(super) fn pages(&mut self, id: u32, queue: QueueId, tag: Tag) -> Result<&mut Vec<u8>, Errno> {
         let device = self.devices.get_mut(&id).ok_or(Errno::ENODEV)?;
         let queue = device.queues.get_mut(usize::from(queue.0)).ok_or(Errno::EINVAL)?;
@@ -21,7 +21,7 @@ impl FakeState {
         }
     }
 
-    /// NEED_GET_DATA: the data goes to the address.
+    /// Carries out NEED_GET_DATA: copies the write's data to the address.
     pub(super) fn get_data(&mut self, id: u32, queue: QueueId, tag: Tag, address: u64) -> Result<(), Errno> {
         let device = self.devices.get_mut(&id).ok_or(Errno::ENODEV)?;
         let queue = device.queues.get_mut(usize::from(queue.0)).ok_or(Errno::EINVAL)?;
@@ -37,7 +37,7 @@ impl FakeState {
         Ok(())
     }
 
-    /// FETCH_REQ and COMMIT_AND_FETCH_REQ; an error completes the command at once.
+    /// Carries out FETCH_REQ or COMMIT_AND_FETCH_REQ. An error completes the command at once.
     pub(super) fn io_command(
         &mut self,
         id: u32,
@@ -96,7 +96,7 @@ impl FakeState {
 }
 
 impl FakeDevice {
-    /// Gives a request to the server by a tag that waits for one, if there is one.
+    /// Delivers a request by an armed tag. Returns `None` if there is none.
     pub(super) fn deliver(
         &mut self,
         id: u32,

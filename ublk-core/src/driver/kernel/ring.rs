@@ -9,8 +9,7 @@
 //!    them.
 //! 2. A ring is used by the thread that made it, as `IORING_SETUP_SINGLE_ISSUER` demands: [`Ring`] is
 //!    not `Send`.
-//! 3. An [`Entry`] is the kernel's submission queue entry: 64 bytes of plain numbers.
-//! 4. The memory of [`WAKE_UPS`] is never freed and never read: only kernels write to it, for all rings of the process.
+//! 3. The memory of [`WAKE_UPS`] is never freed and never read: only kernels write to it, for all rings of the process.
 
 use std::cell::UnsafeCell;
 use std::collections::{HashMap, VecDeque};
@@ -24,23 +23,23 @@ use io_uring::{IoUring, cqueue, opcode, types};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::super::{CharDevice, Completion, Elements, FileSlot, Memory, Operation, Ring, Submission, Waker};
+use super::super::{CharDevice, Completion, FileSlot, Operation, Ring, Submission, Waker};
+use super::entries::{self, PLAIN};
 use super::tag_buffers::TagBuffers;
 use super::{fixed_files_are_released, ring_error};
 use crate::errno::Errno;
 use crate::error::errno_of;
-use crate::uapi::{self, ublk_batch_io, ublksrv_io_cmd};
-use crate::units::{QueueId, Tag};
+use crate::units::Tag;
 
-/// Entries of a ring thread's submission queue; more than that are submitted in portions.
+/// Size of a ring thread's submission queue; more entries are submitted in portions.
 const SUBMISSION_ENTRIES: u32 = 256;
-/// Entries of its completion queue; what does not fit waits in the kernel and costs an extra call.
+/// Size of its completion queue; completions that do not fit wait in the kernel and cost another system call.
 const COMPLETION_ENTRIES: u32 = 4096;
 /// Places for char devices in a ring's file table, unless the limit of open files is lower.
 ///
-/// Each device has one while it is in the ring: the kernel closes the files of a ring that goes only when all operations
-/// of the ring have ended. So the driver does not take a server for gone, and lets the next one in, while a file
-/// still works on what a killed server gave it.
+/// Each device has one while it is in the ring: the kernel closes the files of a ring that is released only when all
+/// operations of the ring have ended. So the driver does not consider a killed server gone, and admit the next one, while
+/// operations on files that the killed one submitted are in progress.
 const FILE_SLOTS: u32 = 8192;
 /// Places in a ring's table of buffers: the most that io_uring allows.
 const BUFFER_SLOTS: u16 = 16384;
@@ -48,25 +47,17 @@ const BUFFER_SLOTS: u16 = 16384;
 /// `user_data` of the read of wake-ups and of the timer; no other submission may use them.
 const WAKE: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
-/// Marks a [`FileSlot`] that is a descriptor's number.
-const PLAIN: u32 = 1 << 31;
+/// Pause before a read of wake-ups that has failed is repeated.
+const WAKE_PAUSE: Duration = Duration::from_millis(2);
 
-/// Where reads of the wakers' events put how often there was a wake-up, which is of no interest. The kernel may write to it
-/// until a ring is gone, which is some time after it was closed.
+/// Destination of reads of the wakers' events. Their value, the number of wake-ups, is not used. The kernel may write to it
+/// until a ring is released, which is some time after it was closed.
 struct WakeUps(UnsafeCell<u64>);
 
-// SAFETY: (4): there is no access by this program.
+// SAFETY: (3): there is no access by this program.
 unsafe impl Sync for WakeUps {}
 
 static WAKE_UPS: WakeUps = WakeUps(UnsafeCell::new(0));
-
-/// `IORING_URING_CMD_MULTISHOT` (Linux 6.18) and `IOSQE_BUFFER_SELECT`, and where the entry has them and the group
-/// of buffers, from `linux/io_uring.h`.
-const MULTISHOT: u32 = 1 << 1;
-const BUFFER_SELECT: u8 = 1 << 5;
-const FLAGS_AT: usize = 1;
-const COMMAND_FLAGS_AT: usize = 28;
-const GROUP_AT: usize = 40;
 
 #[derive(Debug)]
 struct EventWaker(EventFd);
@@ -85,22 +76,22 @@ pub(super) struct KernelRing {
     waker: Arc<EventWaker>,
     /// Whether the ring reads the waker's event.
     wake_armed: bool,
-    /// The driver touches buffers only inside this thread's own calls.
+    /// Whether the driver accesses buffers only inside this thread's own calls.
     defers_task_work: bool,
     /// Free places in the table of files.
     free_slots: Vec<u32>,
-    /// Where commands name char devices by descriptors, because a file that a command was sent to by its place in the table
-    /// is [not released](fixed_files_are_released): the places of the devices' files, by descriptor.
+    /// Places of the devices' files by descriptor. `None` if commands name files by their places in the table; they name
+    /// descriptors where the kernel [does not release](fixed_files_are_released) files that were named by place.
     by_descriptor: Option<HashMap<RawFd, Vec<u32>>>,
     /// Runs of free places in the table of buffers, by their beginning; `None` before the table is made.
     free_buffers: Option<Vec<(u16, u16)>>,
-    /// Where the driver puts the tags of batches; made with the first.
+    /// Buffers in which the driver delivers batches of tags; registered with the first batch.
     tag_buffers: Option<TagBuffers>,
     /// Entries that found no room in the submission queue.
     backlog: VecDeque<Entry>,
-    /// Prompt submissions since completions were last taken: a wait is for something else as well.
+    /// Number of prompt submissions since completions were last taken, which a wait has to exceed.
     prompt: usize,
-    /// The kernel reads it when the timer is submitted.
+    /// Time of the timer, which the kernel reads when the timer is submitted.
     timer: Box<types::Timespec>,
     timer_ended: bool,
 }
@@ -150,13 +141,25 @@ impl KernelRing {
         Ok(())
     }
 
-    /// Puts an entry into the submission queue; false if that is full.
+    /// Queues the read of wake-ups, unless the ring has it.
+    fn arm_wake(&mut self) -> io::Result<()> {
+        if !self.wake_armed {
+            let fd = types::Fd(self.waker.0.as_fd().as_raw_fd());
+            // Not a poll: the event would have to be read afterwards by another system call.
+            let entry = opcode::Read::new(fd, WAKE_UPS.0.get().cast(), 8).build().user_data(WAKE);
+            self.push_entry(entry)?;
+            self.wake_armed = true;
+        }
+        Ok(())
+    }
+
+    /// Puts an entry into the submission queue. Returns false if that is full.
     fn queue(&mut self, entry: &Entry) -> bool {
-        // SAFETY: (1): whatever the entry refers to outlives its completion.
+        // SAFETY: (1): the memory that the entry refers to outlives its completion.
         unsafe { self.uring.submission().push(entry) }.is_ok()
     }
 
-    /// Submits once and waits for `want` completions; how many entries the kernel took.
+    /// Submits once and waits for `want` completions. Returns how many entries the kernel took.
     fn enter(&mut self, want: usize) -> io::Result<usize> {
         match self.uring.submit_and_wait(want) {
             // Completions have to be taken first; the ring thread does that next.
@@ -164,70 +167,9 @@ impl KernelRing {
             other => other,
         }
     }
-
-    fn entry(&mut self, operation: Operation) -> io::Result<Entry> {
-        Ok(match operation {
-            Operation::Fetch { file, queue, tag, address, register } => {
-                io_command(file, uapi::UBLK_U_IO_FETCH_REQ, io_argument(queue, tag, 0, address), register)
-            }
-            Operation::Commit { file, queue, tag, result, address, register } => {
-                let argument = io_argument(queue, tag, result, address);
-                io_command(file, uapi::UBLK_U_IO_COMMIT_AND_FETCH_REQ, argument, register)
-            }
-            Operation::GetData { file, queue, tag, address } => {
-                io_command(file, uapi::UBLK_U_IO_NEED_GET_DATA, io_argument(queue, tag, 0, address), None)
-            }
-            Operation::Register { file, queue, tag, index } => {
-                let argument = io_argument(queue, tag, 0, u64::from(index));
-                io_command(file, uapi::UBLK_U_IO_REGISTER_IO_BUF, argument, None)
-            }
-            Operation::Unregister { file, queue, tag, index } => {
-                let argument = io_argument(queue, tag, 0, u64::from(index));
-                io_command(file, uapi::UBLK_U_IO_UNREGISTER_IO_BUF, argument, None)
-            }
-            Operation::Prepare { file, queue, elements } => {
-                batch_command(file, uapi::UBLK_U_IO_PREP_IO_CMDS, queue, elements)
-            }
-            Operation::CommitBatch { file, queue, elements } => {
-                batch_command(file, uapi::UBLK_U_IO_COMMIT_IO_CMDS, queue, elements)
-            }
-            Operation::FetchBatch { file, queue } => {
-                if self.tag_buffers.is_none() {
-                    self.tag_buffers = Some(TagBuffers::register(&self.uring.submitter())?);
-                }
-                let tags = Elements { address: 0, count: 0, stride: size_of::<u16>() as u8, flags: 0 };
-                multishot(batch_command(file, uapi::UBLK_U_IO_FETCH_IO_CMDS, queue, tags))
-            }
-            Operation::Read { fd, memory, len, offset } => match memory {
-                Memory::At(address) => opcode::Read::new(types::Fd(fd), address as *mut u8, len).offset(offset).build(),
-                Memory::Registered { index, offset: at } => {
-                    opcode::ReadFixed::new(types::Fd(fd), at as *mut u8, len, index).offset(offset).build()
-                }
-            },
-            Operation::Write { fd, memory, len, offset, durable } => {
-                let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                match memory {
-                    Memory::At(address) => opcode::Write::new(types::Fd(fd), address as *const u8, len)
-                        .offset(offset)
-                        .rw_flags(flags)
-                        .build(),
-                    Memory::Registered { index, offset: at } => {
-                        opcode::WriteFixed::new(types::Fd(fd), at as *const u8, len, index)
-                            .offset(offset)
-                            .rw_flags(flags)
-                            .build()
-                    }
-                }
-            }
-            Operation::SyncData { fd } => opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build(),
-            Operation::Allocate { fd, mode, offset, len } => {
-                opcode::Fallocate::new(types::Fd(fd), len).offset(offset).mode(mode).build()
-            }
-        })
-    }
 }
 
-/// Makes the table of files; how many places it has.
+/// Registers the table of files. Returns the number of its places.
 fn make_file_table(uring: &IoUring<Entry, cqueue::Entry>) -> io::Result<u32> {
     // The kernel makes none that is longer than the limit of open files.
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -274,7 +216,11 @@ unsafe impl Ring for KernelRing {
     }
 
     unsafe fn push(&mut self, submission: Submission) -> io::Result<()> {
-        let entry = self.entry(submission.operation)?;
+        let batches = matches!(submission.operation, Operation::FetchBatch { .. });
+        if batches && self.tag_buffers.is_none() {
+            self.tag_buffers = Some(TagBuffers::register(&self.uring.submitter())?);
+        }
+        let entry = entries::entry(submission.operation);
         debug_assert!(submission.user_data < TIMER);
         self.prompt += usize::from(submission.prompt);
         self.push_entry(entry.user_data(submission.user_data))
@@ -303,17 +249,11 @@ unsafe impl Ring for KernelRing {
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        if !self.wake_armed {
-            let fd = types::Fd(self.waker.0.as_fd().as_raw_fd());
-            // Not a poll: the event would have to be read afterwards by another system call.
-            let entry = opcode::Read::new(fd, WAKE_UPS.0.get().cast(), 8).build().user_data(WAKE);
-            self.push_entry(entry)?;
-            self.wake_armed = true;
-        }
+        self.arm_wake()?;
         if !self.backlog.is_empty() {
             self.submit()?;
         }
-        // What the kernel does not take now it takes when completions were taken: no sleep before that.
+        // The kernel takes the rest once completions have been taken: do not sleep before that.
         let want = if self.backlog.is_empty() { self.prompt + 1 } else { 0 };
         self.enter(want).map(drop)
     }
@@ -342,7 +282,7 @@ unsafe impl Ring for KernelRing {
     }
 
     fn is_quiet(&mut self) -> bool {
-        // What is queued and not submitted names memory that the driver has still to look at.
+        // Entries that are not submitted yet name memory that the driver will access.
         self.defers_task_work
             && self.backlog.is_empty()
             && self.uring.submission().is_empty()
@@ -385,13 +325,18 @@ unsafe impl Ring for KernelRing {
 
     fn take_completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
         self.prompt = 0;
+        let mut repeats_wake = false;
         for entry in self.uring.completion() {
             match entry.user_data() {
                 WAKE => {
                     self.wake_armed = false;
-                    // Without this, a read that fails at once would be repeated for ever.
-                    if entry.result() < 0 {
-                        return Err(io::Error::from_raw_os_error(-entry.result()));
+                    if let Err(errno) = Errno::check(entry.result()) {
+                        // Any other failure would be repeated forever.
+                        if !is_transient(errno) {
+                            return Err(errno.into());
+                        }
+                        log::debug!("reading a ring's wake-ups again: {errno}");
+                        repeats_wake = true;
                     }
                 }
                 TIMER => self.timer_ended = true,
@@ -403,6 +348,10 @@ unsafe impl Ring for KernelRing {
                 }),
             }
         }
+        if repeats_wake {
+            // The next wait submits the read again, which may fail at once.
+            std::thread::sleep(WAKE_PAUSE);
+        }
         Ok(())
     }
 
@@ -411,60 +360,9 @@ unsafe impl Ring for KernelRing {
     }
 }
 
-/// A `struct ublksrv_io_cmd`.
-fn io_argument(queue: QueueId, tag: Tag, result: i32, address: u64) -> [u8; 16] {
-    let mut bytes = [0; size_of::<ublksrv_io_cmd>()];
-    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
-    put(std::mem::offset_of!(ublksrv_io_cmd, q_id), &queue.0.to_ne_bytes());
-    put(std::mem::offset_of!(ublksrv_io_cmd, tag), &tag.0.to_ne_bytes());
-    put(std::mem::offset_of!(ublksrv_io_cmd, result), &result.to_ne_bytes());
-    put(std::mem::offset_of!(ublksrv_io_cmd, anon_1), &address.to_ne_bytes());
-    bytes
-}
-
-/// A `struct ublk_batch_io`.
-fn batch_argument(queue: QueueId, elements: Elements) -> [u8; 16] {
-    let mut bytes = [0; size_of::<ublk_batch_io>()];
-    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
-    put(std::mem::offset_of!(ublk_batch_io, q_id), &queue.0.to_ne_bytes());
-    put(std::mem::offset_of!(ublk_batch_io, flags), &elements.flags.to_ne_bytes());
-    put(std::mem::offset_of!(ublk_batch_io, nr_elem), &elements.count.to_ne_bytes());
-    put(std::mem::offset_of!(ublk_batch_io, elem_bytes), &[elements.stride]);
-    bytes
-}
-
-/// Builds a command for a char device. `register` goes where the driver looks for a `struct
-/// ublk_auto_buf_reg`: the place in the table, and that a failure to register is to be reported with the
-/// request.
-fn io_command(file: FileSlot, op: u32, argument: [u8; 16], register: Option<u16>) -> Entry {
-    let register = register.map(|index| u64::from(index) | u64::from(uapi::UBLK_AUTO_BUF_REG_FALLBACK) << 16);
-    if file.0 & PLAIN == 0 {
-        opcode::UringCmd16::new(types::Fixed(file.0), op).cmd(argument).addr(register).build()
-    } else {
-        opcode::UringCmd16::new(types::Fd((file.0 & !PLAIN) as RawFd), op).cmd(argument).addr(register).build()
-    }
-}
-
-fn batch_command(file: FileSlot, op: u32, queue: QueueId, elements: Elements) -> Entry {
-    let argument = batch_argument(queue, elements);
-    if file.0 & PLAIN == 0 {
-        opcode::UringCmd16::new(types::Fixed(file.0), op).cmd(argument).addr(Some(elements.address)).build()
-    } else {
-        let fd = types::Fd((file.0 & !PLAIN) as RawFd);
-        opcode::UringCmd16::new(fd, op).cmd(argument).addr(Some(elements.address)).build()
-    }
-}
-
-/// The same command, completing again and again into the buffers of [`TagBuffers`]; the io-uring crate has
-/// no way to say so.
-fn multishot(entry: Entry) -> Entry {
-    // SAFETY: (3), and the sizes agree, or this would not compile.
-    let mut bytes: [u8; 64] = unsafe { std::mem::transmute(entry) };
-    bytes[FLAGS_AT] |= BUFFER_SELECT;
-    bytes[COMMAND_FLAGS_AT..COMMAND_FLAGS_AT + 4].copy_from_slice(&MULTISHOT.to_ne_bytes());
-    bytes[GROUP_AT..GROUP_AT + 2].copy_from_slice(&TagBuffers::GROUP.to_ne_bytes());
-    // SAFETY: as above.
-    unsafe { std::mem::transmute(bytes) }
+/// Returns whether a read that has failed may succeed later.
+fn is_transient(errno: Errno) -> bool {
+    matches!(errno, Errno::EINTR | Errno::EAGAIN | Errno::ECANCELED | Errno::ENOMEM)
 }
 
 #[cfg(test)]
@@ -508,6 +406,38 @@ mod tests {
             other.join().unwrap();
             assert_eq!(completions, []);
         }
+    }
+
+    /// All devices of the thread end with its ring.
+    #[test]
+    fn a_wake_up_that_cannot_be_read_now_is_read_later() {
+        const CANCEL: u64 = 1;
+        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
+        let mut completions = Vec::new();
+        ring.arm_wake().unwrap();
+        ring.push_entry(opcode::AsyncCancel::new(WAKE).build().user_data(CANCEL)).unwrap();
+        let mut wait_for_the_read = || {
+            ring.arm_wake().unwrap();
+            while ring.wake_armed {
+                ring.wait().unwrap();
+                ring.take_completions(&mut completions).unwrap();
+            }
+            ring.waker()
+        };
+        wait_for_the_read().wake();
+        wait_for_the_read();
+        assert!(completions.iter().all(|completion| completion.user_data == CANCEL), "{completions:?}");
+    }
+
+    #[test]
+    fn a_wake_up_that_can_never_be_read_is_a_failure() {
+        let Ok(mut ring) = KernelRing::new() else { panic!("io_uring is needed to test the ring") };
+        let (_reader, writer) = std::io::pipe().unwrap();
+        // SAFETY: replaces the event's descriptor, which the ring still owns, by one that cannot be read.
+        let replaced = unsafe { libc::dup2(writer.as_raw_fd(), ring.waker.0.as_fd().as_raw_fd()) };
+        assert!(replaced >= 0);
+        ring.wait().unwrap();
+        assert_eq!(ring.take_completions(&mut Vec::new()).unwrap_err().raw_os_error(), Some(libc::EBADF));
     }
 
     #[test]
@@ -580,19 +510,5 @@ mod tests {
         ring.release_buffers(halves[1], 8192);
         ring.release_buffers(halves[0], 8192);
         assert_eq!(ring.reserve_buffers(BUFFER_SLOTS).unwrap(), 0);
-    }
-
-    #[test]
-    fn a_multishot_command_is_laid_out_as_the_kernel_reads_it() {
-        let elements = Elements { address: 0, count: 0, stride: 2, flags: 0 };
-        let entry = multishot(batch_command(FileSlot(5), uapi::UBLK_U_IO_FETCH_IO_CMDS, QueueId(0x0102), elements));
-        // SAFETY: (3).
-        let bytes: [u8; 64] = unsafe { std::mem::transmute(entry) };
-        // A fixed file, and a buffer of the group.
-        assert_eq!(bytes[1], 1 | BUFFER_SELECT);
-        assert_eq!(bytes[4..8], 5u32.to_ne_bytes());
-        assert_eq!(bytes[8..12], uapi::UBLK_U_IO_FETCH_IO_CMDS.to_ne_bytes());
-        assert_eq!(bytes[28..32], MULTISHOT.to_ne_bytes());
-        assert_eq!(bytes[48..56], [2, 1, 0, 0, 0, 0, 2, 0]);
     }
 }

@@ -19,7 +19,7 @@ use io_uring::types::BufRingEntry;
 use crate::memory::Region;
 use crate::units::Tag;
 
-/// Buffers in the group, a power of two. When all are in use the driver keeps the tags and says so.
+/// Number of buffers in the group, a power of two. When all are in use, the driver keeps the tags and ends the command.
 const COUNT: u16 = 256;
 /// Bytes of a buffer: the driver puts at most 128 tags into one.
 const BYTES: usize = 128 * size_of::<u16>();
@@ -52,7 +52,7 @@ impl TagBuffers {
     fn provide(&mut self, buffer: u16) {
         let base = self.entries.address().cast::<BufRingEntry>();
         let address = self.buffers.address() as u64 + u64::from(buffer) * BYTES as u64;
-        // SAFETY: (1): the masked index lies in the array; (2): the kernel does not look at the entry before
+        // SAFETY: (1): the masked index is inside the array; (2): the kernel does not look at the entry before
         // the tail passes it. The tail shares the first entry's last two bytes, which the setters leave alone.
         unsafe {
             let entry = &mut *base.add(usize::from(self.tail & (COUNT - 1)));
@@ -61,7 +61,7 @@ impl TagBuffers {
             entry.set_bid(buffer);
         }
         self.tail = self.tail.wrapping_add(1);
-        // SAFETY: (1): the tail lies in the first entry, aligned; the kernel reads it with acquire ordering.
+        // SAFETY: (1): the tail is in the first entry, aligned; the kernel reads it with acquire ordering.
         let tail = unsafe { AtomicU16::from_ptr(BufRingEntry::tail(base).cast_mut()) };
         tail.store(self.tail, Ordering::Release);
     }

@@ -30,7 +30,7 @@ pub struct ZonedOptions {
     pub size: u64,
     /// Zone size in bytes, a power of two.
     pub zone_size: u32,
-    /// Number of conventional zones at the start of the disk, which can be written anywhere.
+    /// Number of conventional zones at the start of the disk, which can be written at any position.
     pub conventional: u32,
     /// Maximum number of open zones; 0 for no limit.
     pub max_open: u32,
@@ -217,7 +217,7 @@ impl Disk {
         request.finish(result);
     }
 
-    /// Whether a request's change has to be durable when it completes. Without a write cache there are no flushes.
+    /// Returns whether a request's change has to be durable when it completes. Without a write cache there are no flushes.
     fn durably(&self, request: &Request<'_>) -> bool {
         request.force_unit_access() || !self.params.operations.contains(Operations::FLUSH)
     }

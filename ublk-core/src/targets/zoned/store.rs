@@ -46,11 +46,11 @@ pub(super) struct Files {
 }
 
 impl Store {
-    /// Returns the identity of the directory.
+    /// Returns the identity of the directory. Files in it that were replaced are not noticed.
     pub(super) fn backing(&self) -> Option<BackingIdentity> {
         match self {
             Store::Memory(_) => None,
-            Store::Files(files) => files.directory.metadata().ok().as_ref().map(BackingIdentity::of),
+            Store::Files(files) => BackingIdentity::of(&files.directory),
         }
     }
 }
@@ -180,7 +180,7 @@ impl Store {
         Ok(())
     }
 
-    /// Whether a zone has these bytes.
+    /// Returns whether a zone has these bytes.
     pub(super) fn holds(&self, offset: u64, bytes: &[u8]) -> io::Result<bool> {
         let mut found = vec![0; bytes.len()];
         self.read(offset, &mut found)?;

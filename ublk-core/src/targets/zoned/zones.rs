@@ -58,7 +58,7 @@ pub(super) struct Zone {
     may_repeat: bool,
 }
 
-/// Where a write begins.
+/// Beginning of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Start {
     /// In a conventional zone.
