@@ -5,7 +5,7 @@
 use std::ffi::OsString;
 
 use pyo3::prelude::*;
-use ublk_core::cli::{ExtraArgument, ExtraCommand, Host};
+use ublk_core::cli::{BenchDisk, ExtraArgument, ExtraCommand, Host};
 
 use crate::{interpreter, logging};
 
@@ -37,15 +37,17 @@ impl From<Command> for ExtraCommand {
 }
 
 /// Runs the command and returns its exit status. `relaunch` starts this program again, for servers in the background;
-/// `extra` describes commands that the caller handles.
+/// `extra` describes commands that the caller handles, and `bench` has the disks for `ublk bench`, by name.
 #[pyfunction]
 pub(crate) fn main(
     py: Python<'_>,
     arguments: Vec<OsString>,
     relaunch: Vec<OsString>,
     extra: Vec<Command>,
+    bench: Vec<(String, Vec<OsString>)>,
 ) -> PyResult<u8> {
     logging::follow(py)?;
     let extra = extra.into_iter().map(ExtraCommand::from).collect();
-    Ok(interpreter::detached(py, || ublk_core::cli::run(arguments, &Host { relaunch, extra })).0)
+    let bench = bench.into_iter().map(|(name, serve)| BenchDisk { name, serve }).collect();
+    Ok(interpreter::detached(py, || ublk_core::cli::run(arguments, &Host { relaunch, extra, bench })).0)
 }

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
-from ublk import _cli, _signals
+from ublk import _cli, _signals, testing
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,23 @@ def test_nonsense_is_no_size(text):
 
 def test_servers_run_no_module_of_the_working_directory(tmp_path, monkeypatch):
     programs = []
-    monkeypatch.setattr(_cli._ublk, "main", lambda _arguments, program, _extra: programs.append(program) or 0)
+    monkeypatch.setattr(_cli._ublk, "main", lambda _arguments, program, *_: programs.append(program) or 0)
     assert _cli.main(["list"]) == 0
     (tmp_path / "asyncio.py").write_text("print('not this one', flush=True)")
     done = subprocess.run([*programs[0], "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, "not this one" in done.stdout) == (0, False), done.stderr
+
+
+def test_bench_has_a_disk_in_python(monkeypatch):
+    disks = []
+    monkeypatch.setattr(_cli._ublk, "main", lambda *arguments: disks.extend(arguments[3]) or 0)
+    assert _cli.main(["bench"]) == 0
+    ((name, argv),) = disks
+    assert name == "python-null"
+    assert argv[-2] == "run"
+    with testing.open(_cli._make(argv[-1], None, [])) as file:
+        file.pwrite(4096, b"x" * 4096)
+        assert len(file.pread(4096, 4096)) == 4096
 
 
 @pytest.fixture

@@ -12,6 +12,18 @@ pub struct Host {
     pub relaunch: Vec<OsString>,
     /// Commands that the program handles itself. They appear in the help text, the man pages and the completions.
     pub extra: Vec<ExtraCommand>,
+    /// Disks of the program that `ublk bench` measures.
+    pub bench: Vec<BenchDisk>,
+}
+
+/// A disk of the [`Host`] that `ublk bench` measures.
+#[derive(Clone, Debug, Default)]
+pub struct BenchDisk {
+    /// The disk's name in the results.
+    pub name: String,
+    /// A program with its arguments that creates a device, prints the path of its disk and a newline, serves it until
+    /// SIGTERM, and then removes it.
+    pub serve: Vec<OsString>,
 }
 
 /// Description of a command that the [`Host`] handles.

@@ -2,7 +2,7 @@
 
 //! The `ublk` command.
 //!
-//! It is a library function, so that the Python package contains the same command. `add`, `completions`, `del`,
+//! It is a library function, so that the Python package contains the same command. `add`, `bench`, `completions`, `del`,
 //! `features`, `list`, `man`, `owner`, `quiesce`, `recover`, `resize`, `stat` and `upgrade` are the commands. They use:
 //!
 //! * `target`: the kinds of disk of `ublk add`, with their options and constructors.
@@ -16,6 +16,7 @@
 mod add;
 mod background;
 mod backing_files;
+mod bench;
 mod completions;
 mod del;
 mod failure;
@@ -47,7 +48,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-pub use self::host::{ExtraArgument, ExtraCommand, Host};
+pub use self::host::{BenchDisk, ExtraArgument, ExtraCommand, Host};
 pub use self::stats::StatsService;
 
 /// Create and manage block devices served by user-space processes (Linux ublk).
@@ -94,6 +95,14 @@ enum Command {
     List(list::Args),
     /// Show I/O statistics of a device
     Stat(stat::Args),
+    /// Measure the speed of disks on this machine
+    ///
+    /// Without a DISK, disks of this project are created, measured and removed, and with them what else the machine has to
+    /// compare: null_blk, brd, a loop device, kublk and rublk. No module is loaded, and no setting changed.
+    ///
+    /// Disks that existed before are only read, also while they are in use, unless --write is given. Each job runs for a
+    /// warm-up and some windows; the figures are the medians of the windows.
+    Bench(bench::Args),
     /// Show the features that the driver supports
     Features(features::Args),
     /// Print a completion script for a shell
@@ -144,6 +153,7 @@ pub fn run(arguments: Vec<OsString>, host: &Host) -> u8 {
         Command::Resize(args) => resize::run(&args),
         Command::List(args) => list::run(&args),
         Command::Stat(args) => stat::run(&args),
+        Command::Bench(args) => bench::run(&args, host),
         Command::Features(args) => features::run(&args),
         Command::Completions(args) => completions::run(&args, &command_line(host)),
         Command::Man(args) => man::run(&args, command_line(host)),

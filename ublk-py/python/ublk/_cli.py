@@ -21,7 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ublk import _signals, _ublk
+from ublk import _bench, _signals, _ublk
 from ublk._block_device import BlockDevice
 from ublk._errors import UblkError
 from ublk._log import print_error
@@ -55,7 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] == "run":
         return _run(arguments[1:])
     # The command line of servers and helpers: without -P they would import modules from the working directory first.
-    return _ublk.main(list(arguments), [sys.executable, "-P", "-m", "ublk"], [_description()])
+    program = [sys.executable, "-P", "-m", "ublk"]
+    bench = [("python-null", [*program, "run", f"{_bench.__name__}:{_bench.Null.__name__}"])]
+    return _ublk.main(list(arguments), program, [_description()], bench)
 
 
 def parse_size(text: str) -> int:

@@ -313,4 +313,5 @@ def main(
     arguments: Sequence[str],
     relaunch: Sequence[str],
     extra: Sequence[Mapping[str, object]],
+    bench: Sequence[tuple[str, Sequence[str]]],
 ) -> int: ...
