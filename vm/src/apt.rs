@@ -238,7 +238,7 @@ impl<'a> Apt<'a> {
         run_quietly(self.command("apt-get").args(["-qq", "-o", "APT::Update::Error-Mode=any", "update"]))
             .context("cannot fetch the package index")?;
         let names = output(self.command("apt-cache").args(["pkgnames", "linux-"]))?;
-        let images: Vec<&str> = names.lines().filter(|name| crate::kernel::release_of(name).is_some()).collect();
+        let images: Vec<&str> = names.lines().filter(|name| release_of(name).is_some()).collect();
         write("kernels", self.show(&images)?)?;
         write("names", names)?;
         write(STAMP, String::new())
@@ -344,6 +344,12 @@ pub(crate) fn newest(packages: impl IntoIterator<Item = Package>) -> Option<Pack
     packages.into_iter().max_by(|a, b| version::compare(&a.version, &b.version))
 }
 
+/// The kernel release that an image package holds, if it is one that this program boots.
+pub(crate) fn release_of(package: &str) -> Option<&str> {
+    let release = package.strip_prefix("linux-image-")?;
+    (release.ends_with("-cloud-amd64") && release.starts_with(|c: char| c.is_ascii_digit())).then_some(release)
+}
+
 /// Reads the paragraphs that `apt-cache show` prints.
 fn parse(text: &str) -> Vec<Package> {
     let mut packages: Vec<Package> = text
@@ -371,6 +377,19 @@ fn parse(text: &str) -> Vec<Package> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_signed_cloud_images_are_kernels() {
+        assert!(release_of("linux-image-7.3.4+deb13-cloud-amd64").is_some());
+        for name in [
+            "linux-image-cloud-amd64",
+            "linux-image-7.3.4+deb13-amd64",
+            "linux-image-7.3.4+deb13-cloud-amd64-dbg",
+            "linux-image-6.1.0-56-cloud-amd64-unsigned",
+        ] {
+            assert_eq!(release_of(name), None, "{name}");
+        }
+    }
 
     #[test]
     fn mirrors_come_from_debians_own_lines() {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::apt::Apt;
 use crate::cache::{Cache, Fingerprint, prune, publish, touch};
+use crate::catalog;
 use crate::kernel::Kernel;
 use crate::process::run;
 use crate::report::note;
@@ -80,7 +81,7 @@ fn bundled(cache: &Cache, apt: &Apt<'_>, repository: &Path, kernel: &Kernel) -> 
         touch(&module);
         return Ok(module);
     }
-    let tree = kernel.build_tree(cache, apt)?;
+    let tree = catalog::build_tree(kernel, cache, apt)?;
     note(format_args!("building kmod/ for Linux {}", kernel.release));
     let temporary = cache.temporary("driver")?;
     let work = temporary.path().join("kmod");

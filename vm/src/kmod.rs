@@ -12,10 +12,10 @@ use anyhow::{Context, Result};
 use crate::apt::Apt;
 use crate::build_tree::BuildTree;
 use crate::cache::{Cache, publish};
+use crate::catalog;
 use crate::cli::Kmod;
 use crate::debug_kernel::SOURCE;
 use crate::driver;
-use crate::kernel::Kernel;
 use crate::process::{answer, run_quietly};
 use crate::report::note;
 use crate::repository;
@@ -33,13 +33,13 @@ pub(crate) fn check(cache: &Cache, options: &Kmod) -> Result<u8> {
     let repository = &repository::find()?;
     let source = driver::source(repository)?;
     let apt = Apt::open(cache)?;
-    let kernels = if options.kernels.is_empty() { Kernel::buildable(&apt)? } else { options.kernels.clone() };
+    let kernels = if options.kernels.is_empty() { catalog::buildable(&apt)? } else { options.kernels.clone() };
     let mut failed = Vec::new();
     let mut newest = None;
     for kernel in &kernels {
         let tree = {
             let _lock = cache.lock("driver")?;
-            Kernel::build_tree_of(cache, &apt, kernel)?
+            catalog::build_tree_of(cache, &apt, kernel)?
         };
         if !build(cache, &source, &tree, kernel, &[])? {
             failed.push(format!("Linux {kernel}"));

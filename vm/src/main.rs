@@ -8,6 +8,7 @@ mod accel;
 mod apt;
 mod build_tree;
 mod cache;
+mod catalog;
 mod cli;
 mod console;
 mod counter;

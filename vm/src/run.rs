@@ -22,7 +22,7 @@ use crate::kernel::Kernel;
 use crate::process::{kill_group, run_quietly};
 use crate::qemu::{Accelerator, Clock, Machine};
 use crate::report::note;
-use crate::{accel, console, host, initramfs, payload, repository, rootfs, terminal};
+use crate::{accel, catalog, console, host, initramfs, payload, repository, rootfs, terminal};
 
 /// The guest's kernel failed, or the machine ended without a status.
 const GUEST_FAILED: u8 = 123;
@@ -80,7 +80,7 @@ pub(crate) fn run(cache: &Cache, options: &Run) -> Result<u8> {
     if !options.cpus.is_multiple_of(options.nodes) {
         bail!("{} CPUs cannot be divided evenly among {} NUMA nodes", options.cpus, options.nodes);
     }
-    let kernel = Kernel::obtain(cache, &apt, &options.kernel)?;
+    let kernel = catalog::obtain(cache, &apt, &options.kernel)?;
     let driver = options.driver.prepare(cache, &apt, repository, &kernel)?;
     let root = rootfs::obtain(cache)?;
     let payload = payload::obtain(cache, repository, driver, extra, !options.no_build)?;
