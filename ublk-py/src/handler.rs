@@ -13,7 +13,7 @@ use ublk_core::{Access, Errno, Op, Params, QueueHandler, QueueInfo, Request, Req
 use crate::buffer::CachedBuffer;
 use crate::error::to_python;
 use crate::extents::{DiskExtents, Mapped, Mapper};
-use crate::held::Held;
+use crate::held::{Held, Kept};
 use crate::interpreter;
 use crate::methods::{Methods, report, to_handlers_errno};
 use crate::request::PyRequest;
@@ -216,7 +216,7 @@ impl MethodsQueue {
             return self.thread.during(|| self.methods.flush(py, &Held::default(), request.detach()));
         }
         let buffer = &mut self.buffers[usize::from(request.tag().0)];
-        self.thread.during(|| self.methods.serve(py, buffer, &Held::default(), request));
+        self.thread.during(|| self.methods.serve(py, buffer, &Kept, request));
     }
 }
 

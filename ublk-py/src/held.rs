@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Requests that a method is handling, which a stop can [revoke](crate::holders).
+//! Requests that a method is handling, some of which a stop can [revoke](crate::holders).
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -10,7 +10,24 @@ use ublk_core::{DetachedRequest, Errno};
 use crate::flushes::Flush;
 use crate::holders::{Holders, Revoke};
 
-/// Holder of a request while its method runs, and of its flush.
+/// Holder of a request while its method runs.
+pub(crate) trait Hold<R> {
+    /// Calls a method. Returns the request, or `None` if it was revoked meanwhile, and what the method returns.
+    fn during<T>(&self, request: R, method: impl FnOnce() -> T) -> (Option<R>, T);
+}
+
+/// Holder of requests that stay on their queue's thread, where a stop cannot revoke them.
+#[derive(Debug)]
+pub(crate) struct Kept;
+
+impl<R> Hold<R> for Kept {
+    fn during<T>(&self, request: R, method: impl FnOnce() -> T) -> (Option<R>, T) {
+        let returned = method();
+        (Some(request), returned)
+    }
+}
+
+/// Holder of a request that a stop can revoke while its method runs, and of its flush.
 #[derive(Debug)]
 pub(crate) struct Held<R>(Mutex<Option<(R, Option<Flush>)>>);
 
@@ -20,16 +37,15 @@ impl<R> Default for Held<R> {
     }
 }
 
-impl<R> Held<R> {
-    pub(crate) fn put(&self, request: R) {
+impl<R> Hold<R> for Held<R> {
+    fn during<T>(&self, request: R, method: impl FnOnce() -> T) -> (Option<R>, T) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((request, None));
+        let returned = method();
+        (self.take_both().map(|(request, _)| request), returned)
     }
+}
 
-    /// Returns the request; `None` if it was revoked.
-    pub(crate) fn take(&self) -> Option<R> {
-        self.take_both().map(|(request, _)| request)
-    }
-
+impl<R> Held<R> {
     fn take_both(&self) -> Option<(R, Option<Flush>)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }

@@ -5,6 +5,7 @@
 
 mod any_request;
 mod buffer;
+mod call;
 mod cli;
 mod descriptor;
 mod device;

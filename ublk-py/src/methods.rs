@@ -8,9 +8,10 @@ use ublk_core::{DetachedRequest, Errno, Op};
 
 use crate::any_request::AnyRequest;
 use crate::buffer::CachedBuffer;
+use crate::call::call_at;
 use crate::error::to_errno;
 use crate::extents::{ATTEMPTS, Extents, Returned, forward_returned, is_extent};
-use crate::held::Held;
+use crate::held::{Held, Hold};
 use crate::holders::Holders;
 use crate::operations::op_name;
 
@@ -101,7 +102,7 @@ impl Methods {
         &self,
         py: Python<'_>,
         buffer: &mut CachedBuffer,
-        held: &Held<R>,
+        held: &impl Hold<R>,
         mut request: R,
     ) {
         for _ in 0..ATTEMPTS {
@@ -136,7 +137,7 @@ impl Methods {
         &self,
         py: Python<'_>,
         buffer: &mut CachedBuffer,
-        held: &Held<R>,
+        held: &impl Hold<R>,
         request: R,
     ) -> Option<R> {
         let op = request.get().op();
@@ -159,13 +160,12 @@ impl Methods {
                 with_data(py, method, buffer, held, request)
             }
             (_, Some(method)) => {
-                held.put(request);
-                let returned = match op {
+                let (request, returned) = held.during(request, || match op {
                     Op::Discard | Op::WriteZeroes => method.bind(py).call1((offset, len)),
                     Op::ZoneResetAll => method.bind(py).call0(),
                     _ => method.bind(py).call1((offset,)),
-                };
-                (held.take(), returned.map(Some))
+                });
+                (request, returned.map(Some))
             }
         };
         let Some(request) = request else {
@@ -237,7 +237,7 @@ fn with_data<'py, 'q, R: AnyRequest<'q>>(
     py: Python<'py>,
     method: &Py<PyAny>,
     buffer: &mut CachedBuffer,
-    held: &Held<R>,
+    held: &impl Hold<R>,
     mut request: R,
 ) -> (Option<R>, PyResult<Option<Bound<'py, PyAny>>>) {
     // Bytes that a handler leaves unwritten must not be another request's data.
@@ -247,12 +247,10 @@ fn with_data<'py, 'q, R: AnyRequest<'q>>(
         Ok(lease) => lease,
         Err(error) => return (Some(request), Err(error)),
     };
-    held.put(request);
-    let returned = method.bind(py).call1((offset, lease.view(py)));
+    let (mut request, returned) = held.during(request, || call_at(method.bind(py), offset, lease.view(py)));
     // A traceback holds the handler's frame and so the view; that does not keep the memory from being
     // reused, because `end` releases the view.
     let is_free = buffer.end(py, lease);
-    let mut request = held.take();
     if !is_free && let Some(request) = &mut request {
         // A view is still in use: it keeps the memory, and the tag gets fresh memory.
         request.get_mut().replace_buffer();

@@ -165,7 +165,7 @@ impl Worker {
             for request in batch {
                 thread.during(|| match request.op() {
                     Op::Flush => self.methods.flush(py, &held, request),
-                    _ => self.methods.serve(py, &mut buffer, &held, request),
+                    _ => self.methods.serve(py, &mut buffer, &*held, request),
                 });
             }
         }

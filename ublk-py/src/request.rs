@@ -12,6 +12,7 @@ use ublk_core::pull::uncork_if_slow;
 use ublk_core::{DetachedRequest, Errno, Op};
 
 use crate::buffer::Lease;
+use crate::call::call_at;
 use crate::extents::{ATTEMPTS, DiskExtents, Returned, forward_returned, is_extent};
 use crate::flushes::Flush;
 use crate::holders::{Holders, Revoke};
@@ -278,7 +279,10 @@ impl PyRequest {
         }
         uncork_if_slow();
         let returned = match this.op {
-            Op::Read | Op::Write => method.call1((this.offset, this.buffer(py)?)),
+            Op::Read | Op::Write => {
+                let buffer = this.buffer(py)?;
+                call_at(&method, this.offset, &buffer)
+            }
             Op::Flush => method.call0(),
             _ => method.call1((this.offset, this.length)),
         };
