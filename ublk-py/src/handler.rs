@@ -3,6 +3,7 @@
 //! Python objects as targets: the interpreter is entered once for all requests of a wake-up.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -139,9 +140,9 @@ struct MethodsQueue {
 }
 
 impl Serve for MethodsQueue {
-    fn serve(&mut self, py: Python<'_>, requests: Requests<'_>) {
-        for request in requests {
-            self.serve_one(py, request);
+    fn serve(&mut self, py: Python<'_>, mut requests: Requests<'_>) {
+        while let Some(request) = requests.next() {
+            self.serve_one(py, request, Some(requests.taken_at()));
         }
     }
 }
@@ -170,7 +171,7 @@ impl QueueHandler for MappedQueue {
                 if self.sender.is_some() {
                     left.push(request);
                 } else if let Some(request) = loaded(request) {
-                    queue.serve_one(py, request);
+                    queue.serve_one(py, request, None);
                 }
             }
         });
@@ -210,13 +211,18 @@ impl MethodsQueue {
         None
     }
 
-    fn serve_one(&mut self, py: Python<'_>, request: Request<'_>) {
+    /// Calls a method for a request, which was taken at this time if that is known.
+    fn serve_one(&mut self, py: Python<'_>, request: Request<'_>, taken: Option<Duration>) {
         if request.op() == Op::Flush {
             // It may have to wait for other flushes.
             return self.thread.during(|| self.methods.flush(py, &Held::default(), request.detach()));
         }
         let buffer = &mut self.buffers[usize::from(request.tag().0)];
-        self.thread.during(|| self.methods.serve(py, buffer, &Kept, request));
+        let serve = || self.methods.serve(py, buffer, &Kept, request);
+        match taken {
+            Some(taken) => self.thread.during_at(taken, serve),
+            None => self.thread.during(serve),
+        }
     }
 }
 

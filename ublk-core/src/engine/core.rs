@@ -6,6 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::accounting::Accounting;
 use super::batch::{After, CommitBatch, Element, Tail};
@@ -308,6 +309,11 @@ impl QueueCore {
         if self.pace.next() {
             self.submit_done();
         }
+    }
+
+    /// When the handler took the last request: at most one tick too early.
+    pub(crate) fn taken_at(&self) -> Duration {
+        Duration::from_nanos(self.pace.taken_at())
     }
 
     /// Submits finished requests, including those of other queues of the thread.

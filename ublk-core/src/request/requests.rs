@@ -2,6 +2,8 @@
 
 //! The requests of one wake-up.
 
+use std::time::Duration;
+
 use super::Request;
 use crate::engine::QueueCore;
 use crate::units::Tag;
@@ -34,6 +36,12 @@ impl<'q> Requests<'q> {
             core.submit_done();
         }
         Remaining { core, requests: requests.into_iter() }
+    }
+
+    /// Returns when the handler took the last request, as a time of `CLOCK_MONOTONIC`, without reading a clock. It is at most
+    /// one tick of the kernel too early, which is a few milliseconds; zero before the first request.
+    pub fn taken_at(&self) -> Duration {
+        self.core.taken_at()
     }
 
     fn adopt_next(&mut self) -> Option<Request<'q>> {

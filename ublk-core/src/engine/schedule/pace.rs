@@ -89,6 +89,11 @@ impl Pace {
         self.is_slow()
     }
 
+    /// When the handler took the last request: at most one tick too early.
+    pub(in crate::engine) fn taken_at(&self) -> u64 {
+        self.submitted.get()
+    }
+
     /// The handler has returned, and its thread submits next anyway. `now` is the time, if the caller has read the clock.
     pub(in crate::engine) fn end(&self, now: Option<u64>) {
         if !self.begun.replace(false) {
@@ -161,6 +166,18 @@ mod tests {
         begin(&pace, ms(102));
         for _ in 0..1000 {
             assert!(!step(&pace, ms(102)));
+        }
+    }
+
+    #[test]
+    fn a_request_is_taken_at_most_a_tick_after_the_known_time() {
+        let pace = Pace::with_resolution(TICK);
+        begin(&pace, ms(102));
+        assert_eq!(pace.taken_at(), ms(102));
+        for now in 103..150 {
+            step(&pace, ms(now));
+            let late = ms(now) - pace.taken_at();
+            assert!(late <= TICK, "{late} ns");
         }
     }
 
