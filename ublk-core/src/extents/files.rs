@@ -12,6 +12,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -134,21 +135,29 @@ fn has_posix_lock(file: impl AsFd) -> bool {
     is_listed(&number).or_else(|| is_locked_by_any(&number)).unwrap_or(true)
 }
 
-/// Returns whether the kernel itself keeps the locks of a file, so that a question about them waits for no server. `None` if
-/// that is unknown. There are more such file systems. Asked of /proc, because `fstatfs` may wait for a server.
-fn has_local_locks(file: BorrowedFd<'_>) -> Option<bool> {
-    let info = read_text(info_of(file.as_raw_fd())).ok()?;
-    let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
-    let mounts = read_text("/proc/self/mountinfo").ok()?;
-    let line = mounts.lines().find(|line| line.split(' ').next() == Some(mount))?;
-    let kind = line.split_once(" - ")?.1.split(' ').next()?;
-    Some(matches!(kind, "btrfs" | "devtmpfs" | "ext4" | "overlay" | "tmpfs" | "xfs"))
+/// Returns whether it is known that the kernel itself keeps the locks of a file, so that a question about them waits for no
+/// server. That is so for other file systems, too. Neither does this function wait for a server, as `fstatfs` may, nor read
+/// the list of all mounts.
+fn has_local_locks(file: BorrowedFd<'_>) -> bool {
+    let Ok(stat) = fstat(file) else { return false };
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    // A block device's locks are never those of the file system that has its node. Only files in memory have seals.
+    kind == SFlag::S_IFBLK || fcntl(file, FcntlArg::F_GET_SEALS).is_ok() || is_on_local_disk(stat.st_dev)
+}
+
+/// Returns whether a device number is that of an ext4 or XFS file system. These have a directory in sysfs for each one that
+/// is mounted, with the name of its block device.
+fn is_on_local_disk(number: u64) -> bool {
+    let (major, minor) = (libc::major(number), libc::minor(number));
+    let Ok(device) = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")) else { return false };
+    let Some(name) = device.file_name() else { return false };
+    ["ext4", "xfs"].iter().any(|kind| Path::new("/sys/fs").join(kind).join(name).is_dir())
 }
 
 /// Returns whether the first lock on a file is one of this process; false without any lock, the usual case, which takes one
 /// system call. `None` if it is another's, or if the file system would have to ask a server.
 fn is_first_lock_own(file: BorrowedFd<'_>) -> Option<bool> {
-    if !has_local_locks(file)? {
+    if !has_local_locks(file) {
         return None;
     }
     // Asked for as a lock of an open file, which those of processes conflict with, also those of this one.
@@ -351,9 +360,16 @@ mod tests {
     }
 
     #[test]
+    fn files_in_memory_have_local_locks_and_those_of_proc_may_not() {
+        let memory = memfd_create(c"ublk-test", MFdFlags::MFD_CLOEXEC).unwrap();
+        assert!(has_local_locks(memory.as_fd()));
+        assert!(!has_local_locks(File::open("/proc/self/status").unwrap().as_fd()));
+    }
+
+    #[test]
     fn a_file_without_a_lock_needs_no_search() {
         let (locked, free) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-        if has_local_locks(free.as_fd()) != Some(true) {
+        if !has_local_locks(free.as_fd()) {
             return;
         }
         assert_eq!(is_first_lock_own(free.as_fd()), Some(false));
