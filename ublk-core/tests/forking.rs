@@ -14,9 +14,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use ublk_core::fake::FakeDriver;
-use ublk_core::{Device, DeviceOptions, Ending, Errno, Recovery};
+use ublk_core::{DataMovement, Device, DeviceOptions, Ending, Errno, Params, Recovery, pull};
 
-use support::{completing, finish, options, server};
+use support::{SIZE, completing, finish, options, server};
 
 /// More than a child takes that waits for nothing.
 const SOON: Duration = Duration::from_secs(20);
@@ -151,4 +151,71 @@ fn a_forked_child_waits_for_no_lock_of_its_parent() {
         assert!(passed);
     });
     finish(&driver, device);
+}
+
+/// With user copy, a child would copy through its parent's descriptor, into the memory of the parent's client.
+#[test]
+fn a_forked_child_leaves_requests_to_its_parent() {
+    for data in [DataMovement::Copy, DataMovement::UserCopy] {
+        let driver = FakeDriver::new();
+        let (target, mut queues) = pull(Params::new(SIZE, 512), 1).unwrap();
+        let queue = queues.remove(0);
+        let device = server(&driver, 1).start(target, &options(1, 2).data(data)).unwrap();
+        let disk = driver.disk(device.id());
+        let client = std::thread::spawn(move || disk.read(0, 512));
+        let request = queue.next_batch(1).unwrap().remove(0);
+        assert!(in_child(|| {
+            // SAFETY: the child's copy of the request, of which its parent's stays where it is.
+            let mut copy = unsafe { std::ptr::read(&raw const request) };
+            let copied = copy.write_data(0, &[1; 512]);
+            copy.complete();
+            queue.next_batch(1).is_none() && (copied.is_ok() == (data == DataMovement::Copy))
+        }));
+        let mut request = request;
+        request.write_data(0, &[7; 512]).unwrap();
+        request.complete();
+        assert_eq!(client.join().unwrap().unwrap(), [7; 512]);
+        finish(&driver, device);
+    }
+}
+
+#[test]
+fn a_forked_child_ends_requests_while_its_parent_does() {
+    let driver = FakeDriver::new();
+    let (target, mut queues) = pull(Params::new(SIZE, 512), 1).unwrap();
+    let queue = queues.remove(0);
+    let device = server(&driver, 1).start(target, &options(1, 2)).unwrap();
+    let disk = driver.disk(device.id());
+    let held = std::thread::spawn(move || disk.read(0, 512));
+    let request = queue.next_batch(1).unwrap().remove(0);
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // So that the inbox is locked at some of the forks.
+        scope.spawn(|| {
+            while let Some(requests) = queue.next_batch(2) {
+                requests.into_iter().for_each(|request| request.complete());
+            }
+        });
+        let disk = driver.disk(device.id());
+        let ended = &ended;
+        scope.spawn(move || {
+            while !ended.load(Ordering::Relaxed) {
+                disk.read(512, 512).unwrap();
+            }
+        });
+        let passed = (0..200).all(|_| {
+            in_child(|| {
+                // SAFETY: the child's copy, as above.
+                unsafe { std::ptr::read(&raw const request) }.complete();
+                true
+            })
+        });
+        ended.store(true, Ordering::Relaxed);
+        request.complete();
+        held.join().unwrap().unwrap();
+        device.stop().unwrap();
+        assert!(passed);
+    });
+    drop(device);
+    assert_eq!(driver.devices(), []);
 }

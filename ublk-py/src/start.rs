@@ -31,11 +31,11 @@ use crate::watch::Watch;
 
 /// Returns the process's server on the kernel's driver, which is created with the first device.
 fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
-    static SERVER: Mutex<Option<(u32, Server)>> = Mutex::new(None);
+    static SERVER: Mutex<Option<(usize, Server)>> = Mutex::new(None);
     let mut server = SERVER.lock().unwrap_or_else(PoisonError::into_inner);
-    let pid = std::process::id();
+    let generation = interpreter::generation();
     match server.take() {
-        Some((owner, made)) if owner == pid => {
+        Some((owner, made)) if owner == generation => {
             *server = Some((owner, made.clone()));
             return Ok(made);
         }
@@ -45,7 +45,7 @@ fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let made = Server::new()?.with_threads(threads).with_spawn(Arc::new(spawn));
-    *server = Some((pid, made.clone()));
+    *server = Some((generation, made.clone()));
     Ok(made)
 }
 

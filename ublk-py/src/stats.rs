@@ -7,12 +7,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use ublk_core::cli::StatsService;
 use ublk_core::{Device, DeviceId};
 
-/// The service, and the process that created it.
-static SERVICE: Mutex<Option<(u32, StatsService)>> = Mutex::new(None);
+use crate::interpreter;
 
-fn lock() -> MutexGuard<'static, Option<(u32, StatsService)>> {
+/// The service, and the generation of the process that created it.
+static SERVICE: Mutex<Option<(usize, StatsService)>> = Mutex::new(None);
+
+fn lock() -> MutexGuard<'static, Option<(usize, StatsService)>> {
     let mut service = SERVICE.lock().unwrap_or_else(PoisonError::into_inner);
-    if service.as_ref().is_some_and(|(owner, _)| *owner != std::process::id()) {
+    if service.as_ref().is_some_and(|(generation, _)| *generation != interpreter::generation()) {
         // The copy in a forked child: the socket and the thread are the parent's.
         std::mem::forget(service.take());
     }
@@ -24,7 +26,7 @@ pub(crate) fn publish(device: &Device) {
     let mut service = lock();
     if service.is_none() {
         match StatsService::start() {
-            Ok(made) => *service = Some((std::process::id(), made)),
+            Ok(made) => *service = Some((interpreter::generation(), made)),
             Err(error) => return log::debug!("`ublk stat` is not available: {error}"),
         }
     }

@@ -139,7 +139,7 @@ impl Device {
     /// namespace, and this server's own until it has noticed that its queues are closed.
     fn is_followed(&self, info: &DeviceInfo) -> bool {
         let is_visible = info.pid > 0;
-        let is_anothers = info.pid != self.owner as i32 && (is_visible || self.events.open_queues() == 0);
+        let is_anothers = info.pid != std::process::id() as i32 && (is_visible || self.events.open_queues() == 0);
         info.state == DeviceState::Live && (is_anothers || self.serving.is_followed())
     }
 

@@ -37,6 +37,7 @@ use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::placement::Cpus;
 use crate::plan::Plan;
+use crate::process::Maker;
 use crate::request::FileSync;
 use crate::stats::{DeviceCounters, DeviceStats, StatsHandle};
 use crate::units::DeviceId;
@@ -72,7 +73,7 @@ pub struct Device {
     deleted: Mutex<bool>,
     /// The process that serves the device. A forked child has a copy of this structure, but neither the
     /// threads nor the right to end its parent's device.
-    owner: u32,
+    maker: Maker,
 }
 
 impl Device {
@@ -180,7 +181,7 @@ impl Device {
     /// Returns whether this is a forked child's copy of its parent's device. Other threads of the parent may have had its locks
     /// at the fork, and nothing unlocks these.
     fn is_copy(&self) -> bool {
-        self.owner != std::process::id()
+        !self.maker.is_here()
     }
 
     /// Refuses what a forked child must not do to its parent's device.

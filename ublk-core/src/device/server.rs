@@ -20,6 +20,7 @@ use crate::options::DeviceOptions;
 use crate::params::Params;
 use crate::placement::Cpus;
 use crate::plan::{Demands, Plan};
+use crate::process::Maker;
 use crate::request::FileSync;
 use crate::stats::DeviceCounters;
 use crate::target::Target;
@@ -198,7 +199,7 @@ impl Server {
             file: Mutex::default(),
             serving,
             deleted: Mutex::new(false),
-            owner: std::process::id(),
+            maker: Maker::here(),
         }
     }
 

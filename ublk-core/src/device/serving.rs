@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::process::Maker;
+
 /// The latest server of each device of this process, by the device's [instance](crate::driver::Driver::instance).
 static LATEST: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
 static SERVERS: AtomicU64 = AtomicU64::new(0);
@@ -20,7 +22,7 @@ pub(super) struct Serving {
     /// `None` if the driver's instance is not known.
     pub(super) instance: Option<u64>,
     number: u64,
-    owner: u32,
+    maker: Maker,
 }
 
 impl Serving {
@@ -30,7 +32,7 @@ impl Serving {
         if let Some(instance) = instance {
             latest().insert(instance, number);
         }
-        Serving { instance, number, owner: std::process::id() }
+        Serving { instance, number, maker: Maker::here() }
     }
 
     /// Whether this process has had another server of the device since.
@@ -42,7 +44,7 @@ impl Serving {
 impl Drop for Serving {
     fn drop(&mut self) {
         // A forked child may find the lock held for ever.
-        if self.owner == std::process::id()
+        if self.maker.is_here()
             && let Some(instance) = self.instance
             && !self.is_followed()
         {

@@ -34,6 +34,7 @@ use super::{CharDevice, ControlCommand, ControlFailure, Driver, RequestPlace, Ri
 use crate::errno::Errno;
 use crate::error::{Error, Result, errno_of};
 use crate::memory::DescriptorMap;
+use crate::process::Maker;
 use crate::uapi::{self, ublksrv_ctrl_cmd};
 use crate::units::{DeviceId, QueueId};
 
@@ -61,17 +62,16 @@ type ControlRing = IoUring<Entry128, cqueue::Entry>;
 /// A forked child has neither the rings' memory ([`control_ring`] keeps it from that) nor a right to them. It makes its own.
 #[derive(Default)]
 struct IdleRings {
-    owner: u32,
+    maker: Maker,
     rings: Vec<ControlRing>,
 }
 
 impl IdleRings {
     /// Leaks the rings that a parent process has made: dropping them would unmap what is at their addresses now.
     fn forget_parents(&mut self) {
-        let process = std::process::id();
-        if self.owner != process {
+        if !self.maker.is_here() {
             std::mem::forget(std::mem::take(&mut self.rings));
-            self.owner = process;
+            self.maker = Maker::here();
         }
     }
 

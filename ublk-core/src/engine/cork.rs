@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::inbox::{Inbox, Return, Returned};
 use super::schedule::Pace;
 use crate::memory::IoBuffer;
+use crate::process::Maker;
 use crate::units::Tag;
 
 thread_local! {
@@ -57,7 +58,7 @@ pub(crate) fn send(inbox: &Arc<Inbox>, queue: u32, tag: Tag, buffer: Option<Arc<
 
 /// Ends a call of [`corked`], also if that panics.
 struct Uncork {
-    process: u32,
+    maker: Maker,
 }
 
 impl Drop for Uncork {
@@ -67,7 +68,7 @@ impl Drop for Uncork {
             if cork.depth.get() != 0 {
                 return;
             }
-            if self.process == std::process::id() {
+            if self.maker.is_here() {
                 cork.send();
                 if let Some(pace) = cork.pace.borrow().as_ref() {
                     pace.end(None);
@@ -88,7 +89,7 @@ impl Drop for Uncork {
 /// one sends. A child that is forked off inside sends nothing of it.
 pub fn corked<R>(work: impl FnOnce() -> R) -> R {
     CORK.with(|cork| cork.depth.set(cork.depth.get() + 1));
-    let _uncork = Uncork { process: std::process::id() };
+    let _uncork = Uncork { maker: Maker::here() };
     work()
 }
 

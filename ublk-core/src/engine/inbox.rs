@@ -17,6 +17,7 @@ use crate::driver::{CharDevice, Waker};
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::placement::CpuSet;
+use crate::process::Maker;
 use crate::request::{Answer, FileRequest, FileSync};
 use crate::stats::QueueStats;
 use crate::target::{QueueInfo, Target};
@@ -87,6 +88,8 @@ pub(crate) enum Return {
 /// The inbox of one ring thread.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
+    /// The process of the thread.
+    maker: Maker,
     state: Mutex<InboxState>,
     /// Set after anything is put in, before the thread is woken, so that the thread can check without locking.
     filled: AtomicBool,
@@ -160,8 +163,12 @@ impl Inbox {
     }
 
     /// Returns requests to the thread. If the thread has ended, its queues were abandoned before, and the requests are
-    /// dropped with the files that they were to be forwarded to.
+    /// dropped with the files that they were to be forwarded to. In a forked child they are copies of the parent's, and left
+    /// alone with its lock and its eventfd.
     pub(super) fn return_all(&self, requests: impl Iterator<Item = Returned>) {
+        if !self.maker.is_here() {
+            return requests.for_each(std::mem::forget);
+        }
         let mut state = self.state();
         if state.closed {
             drop(state);

@@ -16,6 +16,7 @@ use super::inbox::{Inbox, Message, QueueSetup, Successor};
 use super::ring_thread;
 use crate::driver::Driver;
 use crate::error::{Error, Result};
+use crate::process::Maker;
 
 /// Starts the threads that serve queues. A language binding implements this so that its runtime knows the threads.
 pub trait Spawn: Send + Sync + Debug {
@@ -51,7 +52,7 @@ pub(crate) struct ThreadPool {
 /// A forked child has copies of its parent's inboxes, but not the threads that read them. It starts its own.
 #[derive(Debug, Default)]
 struct Threads {
-    owner: u32,
+    maker: Maker,
     inboxes: Vec<Arc<Inbox>>,
 }
 
@@ -59,10 +60,9 @@ impl Threads {
     /// Leaves the inboxes of a parent process alone: another thread may have locked them at the fork, and dropping what is in
     /// them would run user code.
     fn forget_parents(&mut self) {
-        let process = std::process::id();
-        if self.owner != process {
+        if !self.maker.is_here() {
             std::mem::forget(std::mem::take(&mut self.inboxes));
-            self.owner = process;
+            self.maker = Maker::here();
         }
     }
 }

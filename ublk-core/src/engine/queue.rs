@@ -19,6 +19,7 @@ use crate::errno::Errno;
 use crate::error::{Error, Result};
 use crate::memory::IoBuffer;
 use crate::placement::CpuSet;
+use crate::process::Maker;
 use crate::request::{Answer, RequestContext, Requests};
 use crate::target::{QueueHandler, QueueInfo};
 use crate::uapi;
@@ -82,6 +83,7 @@ impl Queue {
         let opened = opened.unwrap_or_else(|panic| Err(refused("the target panicked", &panic)));
         let handler = Handler { inner: Some(opened.map_err(not_fetched)?), info };
         let context = RequestContext {
+            maker: Maker::here(),
             device: info.device,
             queue: info.queue,
             data: setup.data,

@@ -50,6 +50,7 @@ pub use crate::engine::{corked, uncork_if_slow};
 use crate::errno::Errno;
 use crate::error::{Error, Parameter, Result};
 use crate::params::Params;
+use crate::process::Maker;
 use crate::request::{DetachedRequest, Request, Requests};
 use crate::target::{QueueHandler, QueueInfo, Target};
 use crate::uapi::UBLK_MAX_NR_QUEUES as MAX_QUEUES;
@@ -180,7 +181,7 @@ impl AsRawFd for PullQueue {
 
 impl Drop for PullQueue {
     fn drop(&mut self) {
-        if self.0.owner != std::process::id() {
+        if !self.0.maker.is_here() {
             // The requests and the event are the parent's. Another thread of it may have had the lock at the fork.
             std::mem::forget(self.0.clone());
             return;
@@ -207,7 +208,7 @@ struct Shared {
     /// The descriptor was asked for. Until then the event is left alone, which saves two system calls per wake-up.
     watched: AtomicBool,
     /// The process of the queue. A forked child's copy of it is not used.
-    owner: u32,
+    maker: Maker,
 }
 
 #[derive(Debug, Default)]
@@ -238,7 +239,7 @@ impl Shared {
             changed: Condvar::new(),
             event,
             watched: AtomicBool::new(false),
-            owner: std::process::id(),
+            maker: Maker::here(),
         })
     }
 
@@ -248,6 +249,9 @@ impl Shared {
 
     /// Returns `None` at the end, `Some(None)` after the time-out.
     fn take(&self, max: usize, timeout: Option<Duration>) -> Option<Option<Vec<DetachedRequest>>> {
+        if !self.maker.is_here() {
+            return None;
+        }
         // A time that no clock reaches is none.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut state = self.state();

@@ -110,6 +110,7 @@ impl Request<'_> {
 
     /// Copies data from the client's memory.
     fn copy_out(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
+        self.check_process()?;
         match &self.shared {
             Some(shared) => shared.read(at as usize, into),
             None => self.route.context().file.copy_from_request(self.place(at, false), into),
@@ -118,6 +119,7 @@ impl Request<'_> {
 
     /// Copies data to the client's memory.
     pub(super) fn copy_in(&self, at: u64, from: &[u8]) -> io::Result<()> {
+        self.check_process()?;
         match &self.shared {
             Some(shared) => shared.write(at as usize, from),
             None => self.route.context().file.copy_to_request(self.place(at, false), from),
@@ -132,7 +134,8 @@ impl Request<'_> {
     pub fn read_integrity(&self, at: u64, into: &mut [u8]) -> Result<(), Errno> {
         self.check_integrity_range(at, into.len())?;
         let place = self.place(at, true);
-        self.route.context().file.copy_from_request(place, into).map_err(|e| self.copy_failed(&e))
+        let copied = self.check_process().and_then(|()| self.route.context().file.copy_from_request(place, into));
+        copied.map_err(|e| self.copy_failed(&e))
     }
 
     /// Fills a read's integrity metadata, from its byte `at` on. Since Linux 7.0.
@@ -143,11 +146,17 @@ impl Request<'_> {
     pub fn write_integrity(&mut self, at: u64, from: &[u8]) -> Result<(), Errno> {
         self.check_integrity_range(at, from.len())?;
         let place = self.place(at, true);
-        self.route.context().file.copy_to_request(place, from).map_err(|e| self.copy_failed(&e))
+        let copied = self.check_process().and_then(|()| self.route.context().file.copy_to_request(place, from));
+        copied.map_err(|e| self.copy_failed(&e))
     }
 
     fn place(&self, offset: u64, integrity: bool) -> RequestPlace {
         RequestPlace { queue: self.queue(), tag: self.tag, offset, integrity }
+    }
+
+    /// Fails in a forked child, whose copy of the request has the descriptors and the shared memory of its parent's.
+    fn check_process(&self) -> io::Result<()> {
+        if self.route.context().maker.is_here() { Ok(()) } else { Err(Errno::ENODEV.into()) }
     }
 
     fn check_range(&self, at: u64, len: usize) -> Result<(), Errno> {

@@ -45,12 +45,15 @@ use crate::engine::QueueCore;
 use crate::errno::Errno;
 use crate::memory::{Descriptor, IoBuffer};
 use crate::params::Integrity;
+use crate::process::Maker;
 use crate::uapi;
 use crate::units::{DeviceId, QueueId, Sectors, Tag};
 
 /// Context that the requests of a queue share.
 #[derive(Debug)]
 pub(crate) struct RequestContext {
+    /// The process that serves them.
+    pub(crate) maker: Maker,
     pub(crate) device: DeviceId,
     pub(crate) queue: QueueId,
     pub(crate) data: DataMovement,
