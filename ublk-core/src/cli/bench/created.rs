@@ -39,13 +39,29 @@ pub(super) struct Created {
 #[derive(Debug)]
 enum Removal {
     /// Its server removes it when it gets a signal. If it does not, a program does.
-    Server {
-        server: Program,
-        otherwise: Vec<OsString>,
-        /// The device, and what distinguishes it from later ones of its number.
-        device: Option<(DeviceId, Option<u64>)>,
-    },
-    Program(Vec<OsString>),
+    Server { server: Program, otherwise: Vec<OsString>, device: Option<UblkDevice> },
+    /// A program removes it.
+    Program { argv: Vec<OsString>, device: Option<UblkDevice> },
+}
+
+/// A ublk device, and what distinguishes it from later ones of its number.
+#[derive(Clone, Copy, Debug)]
+struct UblkDevice {
+    id: DeviceId,
+    instance: Option<u64>,
+}
+
+impl UblkDevice {
+    /// Returns the device with this disk; `None` for other disks.
+    fn of(disk: &Path) -> Option<Self> {
+        let id = DeviceId(disk.to_str()?.strip_prefix("/dev/ublkb")?.parse().ok()?);
+        Some(UblkDevice { id, instance: Control::open().ok().and_then(|control| control.instance(id)) })
+    }
+
+    /// Returns whether another device has the number by now.
+    fn has_followed(self) -> bool {
+        Control::open().is_ok_and(|control| !control.is_instance(self.id, self.instance))
+    }
 }
 
 impl Created {
@@ -72,7 +88,7 @@ impl Created {
             Ok(Ok(path)) => {
                 let number = path.strip_prefix("/dev/ublkb").unwrap_or_default();
                 *otherwise = [remove, &[number.into()]].concat();
-                *device = number.parse().ok().map(|id| (DeviceId(id), instance_of(DeviceId(id))));
+                *device = UblkDevice::of(path.as_ref());
                 created.path = path.into();
                 Ok(created)
             }
@@ -90,7 +106,8 @@ impl Created {
 
     /// Takes over a disk that a program has created and another one removes.
     pub(super) fn by_program(path: PathBuf, remove: Vec<OsString>) -> Self {
-        Created { path, removal: Some(Removal::Program(remove)) }
+        let device = UblkDevice::of(&path);
+        Created { path, removal: Some(Removal::Program { argv: remove, device }) }
     }
 
     /// Creates a loop device for a file.
@@ -117,9 +134,9 @@ impl Created {
     fn remove_once(&mut self) -> Result<(), String> {
         let removed = match self.removal.take() {
             None => Ok(()),
-            Some(Removal::Program(argv)) => helper::run(&argv).map(|_| ()),
+            Some(Removal::Program { argv, device }) => run_unless_followed(&argv, device),
             Some(Removal::Server { mut server, otherwise, device }) => {
-                let force = || force(&otherwise, device);
+                let force = || run_unless_followed(&otherwise, device);
                 server.terminate();
                 let outcome = match server.wait(SERVER_TIMEOUT) {
                     Some(status) if status.success() => Ok(()),
@@ -142,14 +159,12 @@ impl Created {
     }
 }
 
-/// Removes a device by a program, unless its number is not known yet, or another device's by now.
-fn force(program: &[OsString], device: Option<(DeviceId, Option<u64>)>) -> Result<(), String> {
-    let has_followed = |(id, instance)| Control::open().is_ok_and(|control| !control.is_instance(id, instance));
-    if program.is_empty() || device.is_some_and(has_followed) { Ok(()) } else { helper::run(program).map(|_| ()) }
-}
-
-fn instance_of(id: DeviceId) -> Option<u64> {
-    Control::open().ok()?.instance(id)
+/// Removes a disk by a program, unless that is not known yet, or another device has the number by now.
+fn run_unless_followed(program: &[OsString], device: Option<UblkDevice>) -> Result<(), String> {
+    if program.is_empty() || device.is_some_and(UblkDevice::has_followed) {
+        return Ok(());
+    }
+    helper::run(program).map(|_| ())
 }
 
 impl Drop for Created {
