@@ -289,7 +289,7 @@ def test_an_older_driver_is_named_as_the_reason(native: Face) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
-        (["-t", "null", "--integrity", "ip"], 1, "only -t mem and -t file"),
+        (["-t", "null", "--integrity", "ip"], 1, "only supported by -t mem and -t file"),
         (["-t", "mem", "--integrity", "ip", "--metadata-size", "4"], 1, "offset of the protection information"),
         (["-t", "mem", "--integrity", "ip", "--integrity-interval", "4K"], 1, "integrity interval = 4096"),
         (["-t", "mem", "--metadata-size", "8"], 2, "--integrity"),

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """fio as a judge of data and as a source of load."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from . import sysfs
@@ -41,7 +45,13 @@ class Running:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            # A process group of its own.
+            start_new_session=True,
         )
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def wait_until_busy(self, requests: int = 200) -> None:
         """Waits until so many requests have been finished."""
@@ -65,22 +75,35 @@ class Running:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.process.terminate()
+            self.signal(signal.SIGTERM)
             try:
                 self.process.wait(patience(20))
             except subprocess.TimeoutExpired:
-                self.process.kill()
+                self.signal(signal.SIGKILL)
                 self.process.wait(patience(20))
 
 
 class Steady(Running):
-    """fio on a file of a mounted file system: writes for about so many seconds, and then reads all of it back."""
+    """fio on a file of a mounted file system: writes for about so many seconds, reads all of it back, and starts again.
+
+    It ends with the first failure, or after the run in which the test begins to wait for it.
+    """
 
     def __init__(self, path: str, directory: os.PathLike, *, blocks: int, seconds: int) -> None:
         argv = ["fio", "--name=job", f"--directory={directory}", "--ioengine=io_uring", "--direct=1", "--iodepth=8"]
         argv += ["--rw=randwrite", "--bs=4k", f"--size={blocks * 4}k", f"--rate_iops={blocks // seconds}"]
         argv += ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"]
-        super().__init__(path, argv)
+        self._directory = tempfile.TemporaryDirectory()
+        self._last = Path(self._directory.name, "last")
+        super().__init__(path, ["sh", "-c", 'until [ -e "$0" ]; do "$@" || exit; done', str(self._last), *argv])
+
+    def wait(self, seconds: float = 30.0) -> int:
+        self._last.touch()
+        return super().wait(seconds)
+
+    def __exit__(self, *details: object) -> None:
+        super().__exit__(*details)
+        self._directory.cleanup()
 
 
 class Load(Running):
