@@ -3,6 +3,7 @@
 """Programs that serve devices on the stand-in driver, for tests of how they end."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,8 +13,13 @@ import pytest
 SERVER = """
 import atexit, logging, os, signal, sys, threading, time
 
-# Runs after the handlers of ublk.
-atexit.register(lambda: print("devices at the end:", driver.devices(), flush=True))
+# Runs after the handlers of ublk. Not in forked children: the driver is their parent's, one of whose threads may have held
+# its lock at the fork.
+def show_devices(own=os.getpid()):
+    if os.getpid() == own:
+        print("devices at the end:", driver.devices(), flush=True)
+
+atexit.register(show_devices)
 # Takes what a signal's handler still raises.
 atexit.register(lambda: None)
 atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
@@ -64,7 +70,10 @@ class Program:
         command = [sys.executable, "-X", "faulthandler", "-c", SERVER + code]
         environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+        # With a process group of its own, by which `end` kills it.
+        self.process = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=environment, process_group=0
+        )
 
     def wait_for(self, text):
         for line in self.process.stdout:
@@ -79,8 +88,16 @@ class Program:
         """Wait for the end, and give the status with what was printed."""
         try:
             out, err = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as expired:
+            # Its group: children that it has forked may hang, too.
+            os.killpg(self.process.pid, signal.SIGKILL)
+            # Bytes, although the pipes are opened as text.
+            out, err = ((part or b"").decode(errors="replace") for part in (expired.stdout, expired.stderr))
+            pytest.fail(f"the program has not ended within {seconds} s; its output:\n{out}\nits errors:\n{err}")
         finally:
             self.process.kill()
+            self.process.stdout.close()
+            self.process.stderr.close()
             self.process.wait()
         return self.process.returncode, out, err
 

@@ -88,6 +88,15 @@ device.stop()
     assert "child: 0" in out, err
 
 
+def test_a_program_that_does_not_end_is_reported_once():
+    # Its child has the pipes, too.
+    program = Program("print('begun', flush=True)\nos.fork()\ntime.sleep(1000)")
+    program.wait_for("begun")
+    with pytest.raises(pytest.fail.Exception, match="has not ended within 1 s"):
+        program.end(1)
+    assert program.process.returncode == -signal.SIGKILL
+
+
 def test_a_kept_request_does_not_keep_the_device_at_exit():
     program = Program("from ublk import _lifecycle; _lifecycle.STOP_SECONDS = 1.0\n" + KEEPING)
     status, out, err = program.end(30)

@@ -18,11 +18,13 @@ use crate::units::{QueueId, Tag};
 pub(super) struct FakeChar {
     shared: Arc<Shared>,
     id: u32,
+    /// The process that has opened it.
+    owner: u32,
 }
 
 impl FakeChar {
     pub(super) fn new(shared: Arc<Shared>, id: u32) -> Self {
-        FakeChar { shared, id }
+        FakeChar { shared, id, owner: std::process::id() }
     }
 }
 
@@ -62,6 +64,11 @@ unsafe impl CharDevice for FakeChar {
 
 impl Drop for FakeChar {
     fn drop(&mut self) {
+        // Its parent keeps the file open after a forked child closes its copy. Another thread of the parent may have held
+        // the lock at the fork.
+        if self.owner != std::process::id() {
+            return;
+        }
         let (shared, id) = (self.shared.clone(), self.id);
         let delay = shared.state().close_delay;
         if delay.is_zero() {
