@@ -38,6 +38,8 @@ static SEALED: AtomicBool = AtomicBool::new(false);
 static OUTSIDE: AtomicUsize = AtomicUsize::new(0);
 /// Time that threads get to return from calls.
 const RETURN_PATIENCE: Duration = Duration::from_secs(2);
+/// Time that a process with a stuck handler gets to report that and to write its output.
+const EXIT_SECONDS: f64 = 10.0;
 /// Number of threads with a permit.
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
 /// Number of forks between the first process and this one.
@@ -211,15 +213,38 @@ pub(crate) fn close_gate(py: Python<'_>, seconds: f64) -> PyResult<()> {
         // In this order: a thread that returns is counted as inside before it is not counted as outside any more.
         wait(patience.min(RETURN_PATIENCE), &|| OUTSIDE.load(Ordering::SeqCst) == 0 && !inside());
         SEALED.store(true, Ordering::SeqCst);
-        wait(patience, &|| !inside())
+        let empty = wait(patience, &|| !inside());
+        if !empty {
+            // Before this thread needs the interpreter again.
+            exit_within(EXIT_SECONDS);
+        }
+        empty
     });
     if !empty {
-        // It does not return. If a signal handler interrupts it, the process ends all the same.
+        // It does not return. If a signal handler interrupts it, or the program has replaced something that it needs, the
+        // process ends all the same.
         let _ = py.import("ublk._lifecycle").and_then(|module| module.getattr("exit_stuck")?.call0());
-        // SAFETY: ends the process without accessing memory.
-        unsafe { nix::libc::_exit(1) };
+        exit_now();
     }
     Ok(())
+}
+
+/// Ends the process with status 1 after `seconds`, if it has not ended by then, whatever its other threads do.
+#[pyfunction]
+pub(crate) fn exit_within(seconds: f64) {
+    let limit = Duration::from_secs_f64(seconds);
+    let end = move || {
+        std::thread::sleep(limit);
+        exit_now();
+    };
+    // Without threads, this process depends on what the program has left intact.
+    let _ = std::thread::Builder::new().name("ublk-exit".into()).spawn(end);
+}
+
+/// Ends the process with status 1, without exit handlers and finalization.
+fn exit_now() -> ! {
+    // SAFETY: ends the process without accessing memory.
+    unsafe { nix::libc::_exit(1) }
 }
 
 /// Returns the number of forks between the first process and this one.
@@ -230,12 +255,18 @@ pub(crate) fn generation() -> usize {
 /// Ends the process if it is a child that was forked since `generation` and has returned from the handler: the request and
 /// the ring of the thread belong to its parent.
 pub(crate) fn end_forked_child(generation: usize) {
-    if generation == self::generation() {
-        return;
+    if generation != self::generation() {
+        exit_forked_child("returned from the handler that forked it");
     }
-    stdio::complain("a child process returned from the handler that forked it; exiting with status 1");
-    // SAFETY: ends the process without accessing memory. Exit handlers are the parent's.
-    unsafe { nix::libc::_exit(1) };
+}
+
+/// Ends a forked child that has left a handler in some way. Exit handlers are its parent's.
+///
+/// Written in Rust, so that no signal handler can interrupt it, and no lock matters that a thread of the parent has held.
+#[pyfunction]
+pub(crate) fn exit_forked_child(way: &str) {
+    stdio::complain(&format!("a child process {way}; exiting with status 1"));
+    exit_now();
 }
 
 /// Forgets the parent's permits in a forked child.

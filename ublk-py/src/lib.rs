@@ -49,7 +49,7 @@ mod module {
     #[pymodule_export]
     use super::fake::FakeDriver;
     #[pymodule_export]
-    use super::interpreter::{after_fork, close_gate};
+    use super::interpreter::{after_fork, close_gate, exit_forked_child, exit_within};
     #[pymodule_export]
     use super::pending::call_in_main_thread;
     #[pymodule_export]

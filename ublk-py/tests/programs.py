@@ -13,8 +13,7 @@ import pytest
 SERVER = """
 import atexit, logging, os, signal, sys, threading, time
 
-# Runs after the handlers of ublk. Not in forked children: the driver is their parent's, one of whose threads may have held
-# its lock at the fork.
+# Runs after the handlers of ublk. Not in forked children: a thread of their parent may have held the driver's lock.
 def show_devices(own=os.getpid()):
     if os.getpid() == own:
         print("devices at the end:", driver.devices(), flush=True)
@@ -71,9 +70,7 @@ class Program:
         environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
         pipe = subprocess.PIPE
         # With a process group of its own, by which `end` kills it.
-        self.process = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, env=environment, process_group=0
-        )
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, process_group=0)
 
     def wait_for(self, text):
         for line in self.process.stdout:

@@ -19,10 +19,9 @@ from collections import deque
 from contextvars import copy_context
 from sys import getrefcount
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ublk import _lifecycle
-from ublk._log import print_error
+from ublk import _lifecycle, _ublk
 from ublk._requests import Op
 from ublk._signals import Terminated
 
@@ -90,13 +89,12 @@ _RETURNED = "returned from the handler that forked it"
 _CONTINUED = "continued the event loop that serves its parent's device"
 
 
-def _end_forked_child(way: str = _RETURNED) -> None:
+def _end_forked_child(way: str = _RETURNED) -> NoReturn:
     """End a forked child that has left a handler: the requests and the loop belong to its parent.
 
     So does what the loop waits with: a child that removes its readers removes those of its parent, too.
     """
-    print_error(f"ublk: a child process {way}; exiting with status 1")
-    os._exit(1)
+    _ublk.exit_forked_child(way)
 
 
 def _may_start_eagerly(loop: asyncio.AbstractEventLoop) -> bool:

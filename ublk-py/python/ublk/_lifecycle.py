@@ -38,6 +38,8 @@ STOP_SECONDS = 30.0
 _JOIN_SECONDS = 5.0
 # For threads that are in the interpreter when it is about to be finalized.
 _LEAVE_SECONDS = 5.0
+# For what the program writes when a handler is stuck, three times a second at most unless something blocks it.
+_EXIT_SECONDS = 10.0
 # How often `stop_all` is repeated after an exception of a signal handler.
 _ATTEMPTS = 100
 
@@ -123,6 +125,9 @@ def _stop_running() -> None:
     deadline = time.monotonic() + _JOIN_SECONDS
     for thread in _threads.running():
         thread.join(max(0.0, deadline - time.monotonic()))
+    if not _log.wait_for_late(deadline - time.monotonic()):
+        # It has locks that `logging.shutdown` and finalization would wait for.
+        exit_stuck()
 
 
 def exit_stuck(removal: str = "") -> NoReturn:
@@ -130,6 +135,8 @@ def exit_stuck(removal: str = "") -> NoReturn:
 
     The program's output is written if that takes no longer than a second.
     """
+    # What the program has replaced, and functions that do not give the interpreter up, may block this thread for ever.
+    _ublk.exit_within(_EXIT_SECONDS)
     end_soon()
     _try(log, logging.CRITICAL, "a handler is stuck; exiting immediately%s", removal)
     for name in ("stderr", "stdout"):

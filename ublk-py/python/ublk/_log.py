@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,14 +39,44 @@ def log(level: int, message: str, *arguments: object, error: BaseException | Non
     main thread, which signal handlers raise. After `end_soon` the main thread waits a second at most.
     """
     if _ending and threading.current_thread() is threading.main_thread():
-        in_time(functools.partial(_log, level, message, *arguments, error=error))
+        _log_in_time(level, message, *arguments, error=error)
     else:
         _log(level, message, *arguments, error=error)
 
 
 def log_in_time(level: int, message: str, *arguments: object) -> None:
     """Log a message, and wait for that for a second at most."""
-    in_time(functools.partial(_log, level, message, *arguments, error=None))
+    _log_in_time(level, message, *arguments, error=None)
+
+
+def _log_in_time(level: int, message: str, *arguments: object, error: BaseException | None) -> None:
+    # A thread that waits for room has locks that the end of the interpreter needs.
+    if not _handlers_are_full():
+        in_time(functools.partial(_log, level, message, *arguments, error=error))
+
+
+def _handlers_are_full() -> bool:
+    """Return whether all log handlers write to files that get no room within a second."""
+    deadline = time.monotonic() + _PATIENCE
+    handlers: list[object] = []
+    source: logging.Logger | None = logger
+    try:
+        while source is not None:
+            handlers += source.handlers
+            source = source.parent if source.propagate else None
+        return all(_is_full(getattr(handler, "stream", None), deadline) for handler in handlers or [logging.lastResort])
+    except Exception:
+        # A handler may be any object of the program's.
+        return False
+
+
+def wait_for_late(seconds: float) -> bool:
+    """Wait for a message that took longer than it may; return whether it has been written."""
+    late = _late
+    if late is None:
+        return True
+    late.join(max(0.0, seconds))
+    return not late.is_alive()
 
 
 def end_soon() -> None:
@@ -69,7 +99,7 @@ def in_time(write: Callable[[], object], *, to: str = "stderr") -> None:
     except RuntimeError:
         # No thread can be created any more, as at the end of a program on Python 3.12.0 to 3.12.2. A write to a full
         # pipe would never end.
-        if not _is_full(to):
+        if not _is_full(getattr(sys, to, None) or getattr(sys, f"__{to}__", None), time.monotonic()):
             write()
         return
     if to == "stderr":
@@ -77,13 +107,14 @@ def in_time(write: Callable[[], object], *, to: str = "stderr") -> None:
     thread.join(_PATIENCE)
 
 
-def _is_full(name: str) -> bool:
-    """Return whether a standard file has no room. A pipe with room takes a page at least."""
+def _is_full(file: Any, deadline: float) -> bool:
+    """Return whether a file has no room until some time. A pipe with room takes a page at least."""
     try:
         poll = select.poll()
-        poll.register(getattr(sys, f"__{name}__") or {"stdout": 1, "stderr": 2}[name], select.POLLOUT)
-        return not poll.poll(0)
-    except (OSError, ValueError):
+        poll.register(file, select.POLLOUT)
+        return not poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+    except Exception:
+        # No file of the system, or any object of the program's.
         return False
 
 
@@ -104,10 +135,14 @@ def _print() -> None:
 
 
 def print_error(text: str) -> None:
-    """Print a text to stderr, if there is one: `print` would take stdout instead."""
+    """Print a text to stderr, if there is one, and if it has room within a second.
+
+    `print` would take stdout instead of a missing one.
+    """
     with contextlib.suppress(Exception):
         # The program may also have deleted it.
-        if (stderr := getattr(sys, "stderr", None)) is not None:
+        stderr = getattr(sys, "stderr", None)
+        if stderr is not None and not _is_full(stderr, time.monotonic() + _PATIENCE):
             print(text, file=stderr, flush=True)
 
 
