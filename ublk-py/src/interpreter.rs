@@ -269,6 +269,28 @@ pub(crate) fn exit_forked_child(way: &str) {
     exit_now();
 }
 
+/// Number of attempts to carry out a fork hook.
+const HOOK_ATTEMPTS: usize = 100;
+
+/// Calls a function until it returns: the handler of a signal may raise an exception at any place of it. Raises the first
+/// exception at the end.
+///
+/// For fork hooks, without which a child could take itself for its parent. Written in Rust, so that no signal handler can
+/// interrupt it between two attempts.
+#[pyfunction]
+pub(crate) fn run_fork_hook(hook: &Bound<'_, PyAny>) -> PyResult<()> {
+    let mut first = None;
+    for _ in 0..HOOK_ATTEMPTS {
+        match hook.call0() {
+            Ok(_) => break,
+            Err(error) => {
+                first.get_or_insert(error);
+            }
+        }
+    }
+    first.map_or(Ok(()), Err)
+}
+
 /// Forgets the parent's permits in a forked child.
 #[pyfunction]
 pub(crate) fn after_fork() {

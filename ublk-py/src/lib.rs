@@ -49,7 +49,7 @@ mod module {
     #[pymodule_export]
     use super::fake::FakeDriver;
     #[pymodule_export]
-    use super::interpreter::{after_fork, close_gate, exit_forked_child, exit_within};
+    use super::interpreter::{after_fork, close_gate, exit_forked_child, exit_within, run_fork_hook};
     #[pymodule_export]
     use super::pending::call_in_main_thread;
     #[pymodule_export]

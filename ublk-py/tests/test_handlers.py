@@ -518,6 +518,41 @@ def test_a_forked_child_may_drop_the_loop_of_its_parents_device():
     assert ended.stdout.split() == ["done", "0"], ended.stderr
 
 
+INTERRUPTED_FORK = """
+import asyncio, ctypes, functools, os, signal, threading
+import ublk
+from ublk._driver import using
+from ublk._ublk import FakeDriver
+
+# A signal whose handler raises, while fork hooks run. Not sent by Python code, which the handler would interrupt.
+signal.signal(signal.SIGUSR1, signal.default_int_handler)
+os.register_at_fork(after_in_child=functools.partial(getattr(ctypes.CDLL(None), "raise"), signal.SIGUSR1))
+
+class Disk(ublk.BlockDevice):
+    async def read(self, offset, buf):
+        children.append(os.fork())
+        if children[-1]:
+            threading.Timer(40, os.kill, [children[-1], signal.SIGKILL]).start()
+
+async def main():
+    with using(driver):
+        async with await Disk(size=1 << 20).start_async() as device:
+            await asyncio.to_thread(driver.read, device.id, 0, 512)
+            status = await asyncio.to_thread(os.waitpid, children[0], 0)
+            print("child:", os.waitstatus_to_exitcode(status[1]), flush=True)
+            os._exit(0)
+
+children, driver = [], FakeDriver()
+asyncio.run(main())
+"""
+
+
+def test_a_signal_during_a_fork_does_not_let_the_child_serve():
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED_FORK], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "child: 1\n", ended.stderr
+    assert "a child process" in ended.stderr
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_cannot_take_requests_of_its_parent(driver):
     class Pulls(ublk.BlockDevice):

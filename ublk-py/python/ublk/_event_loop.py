@@ -68,9 +68,7 @@ def _in_forked_child() -> None:
     """Let a handler that returns notice that it is in a child process, and end the child if it returns to the loop."""
     global _forks
     _forks += 1
-    servers = list(_servers)
-    _servers.clear()
-    for loop in {server._loop for server in servers if server._thread == threading.get_ident()}:
+    for loop in {server._loop for server in list(_servers) if server._thread == threading.get_ident()}:
         # A loop that is closed serves nothing.
         with contextlib.suppress(RuntimeError):
             assert loop is not None
@@ -79,6 +77,8 @@ def _in_forked_child() -> None:
             due = getattr(loop, "_ready", None)
             if isinstance(due, deque):
                 due.rotate(1)
+    # Last: an exception of a signal handler repeats the rest.
+    _servers.clear()
 
 
 _lifecycle.register_fork_hook(_in_forked_child)

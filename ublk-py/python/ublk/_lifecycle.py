@@ -223,6 +223,12 @@ def _in_forked_child() -> None:
 atexit.register(_ublk.close_gate, _LEAVE_SECONDS)
 atexit.register(stop_all)
 
+
+def register_fork_hook(hook: Callable[[], None]) -> None:
+    """Run a function in forked children, again if a signal handler interrupts it by an exception."""
+    os.register_at_fork(after_in_child=functools.partial(_ublk.run_fork_hook, hook))
+
+
 # One hook each, so that an exception of one does not skip the others.
 for _hook in (
     _signals.in_forked_child,
@@ -233,12 +239,7 @@ for _hook in (
     _in_forked_child,
     _file_sync.in_forked_child,
 ):
-    os.register_at_fork(after_in_child=_hook)
-
-
-def register_fork_hook(hook: Callable[[], None]) -> None:
-    """Run a function in forked children, for modules that import this one."""
-    os.register_at_fork(after_in_child=hook)
+    register_fork_hook(_hook)
 
 
 def register_isolated(end: Callable[[], None], in_forked_child: Callable[[], None]) -> None:
