@@ -3,6 +3,7 @@
 """The end of programs whose standard files or log handlers block."""
 
 import signal
+import sys
 import time
 
 import pytest
@@ -86,6 +87,7 @@ def test_a_full_stderr_does_not_change_a_normal_end(buffered):
     assert "devices at the end: []" in out
 
 
+@pytest.mark.skipif((3, 12) <= sys.version_info < (3, 12, 3), reason="no thread can be started at the end of a program")
 def test_a_log_handler_that_blocks_does_not_keep_a_program_from_its_end():
     # Its lock is one that `logging.shutdown` waits for.
     program = Program(
