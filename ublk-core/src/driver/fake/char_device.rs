@@ -11,6 +11,7 @@ use super::{FakeTag, Shared};
 use crate::driver::{CharDevice, RequestPlace};
 use crate::errno::Errno;
 use crate::memory::DescriptorMap;
+use crate::process::Maker;
 use crate::uapi::{self, Features};
 use crate::units::{QueueId, Tag};
 
@@ -19,12 +20,12 @@ pub(super) struct FakeChar {
     shared: Arc<Shared>,
     id: u32,
     /// The process that has opened it.
-    owner: u32,
+    maker: Maker,
 }
 
 impl FakeChar {
     pub(super) fn new(shared: Arc<Shared>, id: u32) -> Self {
-        FakeChar { shared, id, owner: std::process::id() }
+        FakeChar { shared, id, maker: Maker::here() }
     }
 }
 
@@ -66,7 +67,7 @@ impl Drop for FakeChar {
     fn drop(&mut self) {
         // Its parent keeps the file open after a forked child closes its copy. Another thread of the parent may have held
         // the lock at the fork.
-        if self.owner != std::process::id() {
+        if !self.maker.is_here() {
             return;
         }
         let (shared, id) = (self.shared.clone(), self.id);
