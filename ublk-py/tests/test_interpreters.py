@@ -32,5 +32,8 @@ except ImportError as error:
 
 def test_devices_do_not_end_with_another_interpreter():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout == "ublk works in the main interpreter only\nb'rrrr'\n", done.stderr
+    refusal, content = done.stdout.splitlines()
+    # Since Python 3.12 the interpreter refuses the module itself.
+    assert "main interpreter only" in refusal or "does not support loading in subinterpreters" in refusal, done.stderr
+    assert content == "b'rrrr'"
     assert done.returncode == 0
