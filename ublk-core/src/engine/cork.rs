@@ -15,11 +15,15 @@ use crate::process::Maker;
 use crate::units::Tag;
 
 thread_local! {
-    static CORK: Cork = const { Cork { depth: Cell::new(0), held: RefCell::new(Vec::new()), pace: RefCell::new(None) } };
+    static CORK: Cork = const {
+        Cork { maker: Cell::new(None), depth: Cell::new(0), held: RefCell::new(Vec::new()), pace: RefCell::new(None) }
+    };
 }
 
 /// What a thread holds back.
 struct Cork {
+    /// The process of the outermost call of [`corked`].
+    maker: Cell<Option<Maker>>,
     /// Calls of [`corked`] that have not returned.
     depth: Cell<usize>,
     held: RefCell<Vec<(Arc<Inbox>, Returned)>>,
@@ -28,6 +32,26 @@ struct Cork {
 }
 
 impl Cork {
+    /// Returns whether what this thread ends is held back. In a forked child, calls of its parent do not count.
+    fn is_in(&self) -> bool {
+        self.depth.get() != 0 && self.maker.get().is_some_and(Maker::is_here)
+    }
+
+    fn enter(&self) -> Uncork {
+        if !self.is_in() {
+            self.forget();
+            self.maker.set(Some(Maker::here()));
+        }
+        self.depth.set(self.depth.get() + 1);
+        Uncork { maker: Maker::here() }
+    }
+
+    /// Leaves what a forked child has of its parent's alone: threads of that may have held locks.
+    fn forget(&self) {
+        std::mem::forget(self.held.take());
+        self.depth.set(0);
+    }
+
     /// Sends all that is held.
     fn send(&self) {
         // Sending drops requests of queues that were abandoned, and with them values of the user, which may send, too.
@@ -48,7 +72,7 @@ impl Cork {
 /// Returns a request to the thread of its queue: now, or with others if this thread is [`corked`].
 pub(crate) fn send(inbox: &Arc<Inbox>, queue: u32, tag: Tag, buffer: Option<Arc<IoBuffer>>, reason: Return) {
     // The thread may be ending.
-    if CORK.try_with(|cork| cork.depth.get() != 0).unwrap_or(false) {
+    if CORK.try_with(Cork::is_in).unwrap_or(false) {
         let returned = Returned { queue, tag, buffer, reason };
         CORK.with(|cork| cork.held.borrow_mut().push((inbox.clone(), returned)));
     } else {
@@ -64,18 +88,20 @@ struct Uncork {
 impl Drop for Uncork {
     fn drop(&mut self) {
         let _ = CORK.try_with(|cork| {
+            if !self.maker.is_here() {
+                // In a forked child, the end of its parent's call.
+                if !cork.is_in() {
+                    cork.forget();
+                }
+                return;
+            }
             cork.depth.set(cork.depth.get() - 1);
             if cork.depth.get() != 0 {
                 return;
             }
-            if self.maker.is_here() {
-                cork.send();
-                if let Some(pace) = cork.pace.borrow().as_ref() {
-                    pace.end(None);
-                }
-            } else {
-                // In a forked child, all of it is the parent's, whose threads may have held locks.
-                std::mem::forget(cork.held.take());
+            cork.send();
+            if let Some(pace) = cork.pace.borrow().as_ref() {
+                pace.end(None);
             }
         });
     }
@@ -86,10 +112,9 @@ impl Drop for Uncork {
 ///
 /// For a loop that ends several requests without waiting. Until `work` returns, nothing ends for the clients, so it must not
 /// wait for any of them; [`uncork_if_slow`] helps where some requests may take long. Calls may be nested: the outermost
-/// one sends. A child that is forked off inside sends nothing of it.
+/// one sends. A child that is forked off inside sends nothing of it, and may call this for its own requests.
 pub fn corked<R>(work: impl FnOnce() -> R) -> R {
-    CORK.with(|cork| cork.depth.set(cork.depth.get() + 1));
-    let _uncork = Uncork { maker: Maker::here() };
+    let _uncork = CORK.with(Cork::enter);
     work()
 }
 
@@ -97,7 +122,7 @@ pub fn corked<R>(work: impl FnOnce() -> R) -> R {
 /// milliseconds. To be called inside of [`corked`], each time before a request is begun.
 pub fn uncork_if_slow() {
     CORK.with(|cork| {
-        if cork.depth.get() != 0 && cork.is_slow() {
+        if cork.is_in() && cork.is_slow() {
             cork.send();
         }
     });
@@ -235,5 +260,32 @@ mod tests {
         };
         assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
         assert_eq!(taken(&inbox), [0]);
+    }
+
+    /// It may stay in the call, and serve a device of its own there.
+    #[test]
+    fn a_child_that_was_forked_inside_sends_its_own_requests() {
+        use nix::sys::wait::{WaitStatus, waitpid};
+        use nix::unistd::{ForkResult, fork};
+
+        let (parents, _) = inbox();
+        let child = corked(|| {
+            end(&parents, 0);
+            // SAFETY: the child uses memory that no other thread uses, allocates, which the C library makes work, and exits.
+            match unsafe { fork() }.unwrap() {
+                ForkResult::Child => {
+                    let (own, _) = inbox();
+                    end(&own, 1);
+                    let at_once = taken(&own) == [1];
+                    corked(|| end(&own, 2));
+                    let passed = at_once && taken(&own) == [2] && !parents.is_filled();
+                    // SAFETY: plain system call.
+                    unsafe { libc::_exit(i32::from(!passed)) }
+                }
+                ForkResult::Parent { child } => child,
+            }
+        });
+        assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
+        assert_eq!(taken(&parents), [0]);
     }
 }
