@@ -39,7 +39,7 @@ impl<'q> Requests<'q> {
     }
 
     /// Returns when the handler took the last request, as a time of `CLOCK_MONOTONIC`, without reading a clock. It is at most
-    /// one tick of the kernel too early, which is a few milliseconds; zero before the first request.
+    /// one tick of the kernel too early, which is a few milliseconds. Not meaningful before the first request of a wake-up.
     pub fn taken_at(&self) -> Duration {
         self.core.taken_at()
     }

@@ -38,7 +38,7 @@ STOP_SECONDS = 30.0
 _JOIN_SECONDS = 5.0
 # For threads that are in the interpreter when it is about to be finalized.
 _LEAVE_SECONDS = 5.0
-# For what the program writes when a handler is stuck, three times a second at most unless something blocks it.
+# Limit for the last output of a program with a stuck handler: three writes of a second each, unless they block.
 _EXIT_SECONDS = 10.0
 # How often `stop_all` is repeated after an exception of a signal handler.
 _ATTEMPTS = 100
