@@ -37,6 +37,7 @@ mod errno;
 mod error;
 pub mod extents;
 mod file_system;
+mod fork;
 #[cfg(any(feature = "fake", all(doc, not(doctest))))]
 #[doc = include_str!("guide.md")]
 pub mod guide {}
@@ -71,6 +72,7 @@ pub use driver::fake;
 pub use engine::{Spawn, StdSpawn};
 pub use errno::Errno;
 pub use error::{Error, Parameter, Result};
+pub use fork::PerProcess;
 pub use identity::BackingIdentity;
 pub use memory::IoBuffer;
 pub use options::{DeviceOptions, Recovery};

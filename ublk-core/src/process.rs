@@ -1,52 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Processes: which one has made an object, the state of others in /proc, and signals that cannot reach the wrong one.
+//! Other processes: their state in /proc, and signals that cannot reach the wrong one.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::Once;
-use std::sync::atomic::{AtomicU32, Ordering};
-
-/// Number of forks between the program's first process and this one.
-static FORKS: AtomicU32 = AtomicU32::new(0);
-
-/// The process that has made an object. Forked children have copies of it, in which locks may be held by threads that only the
-/// parent has, and which refer to the parent's requests, descriptors and devices.
-///
-/// Not a process ID: a child in a PID namespace of its own may have the same one, as may a later descendant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Maker(u32);
-
-impl Maker {
-    /// Returns the calling process.
-    pub(crate) fn here() -> Self {
-        static COUNTING: Once = Once::new();
-        COUNTING.call_once(|| {
-            // SAFETY: the function only changes an atomic number. The C library forgets it if this library is unloaded. It
-            // fails only for lack of memory.
-            let failed = unsafe { libc::pthread_atfork(None, None, Some(count_fork)) };
-            assert_eq!(failed, 0, "no memory for a fork handler");
-        });
-        Maker(FORKS.load(Ordering::Relaxed))
-    }
-
-    /// Returns whether the calling process is this one, and no forked child.
-    pub(crate) fn is_here(self) -> bool {
-        self.0 == FORKS.load(Ordering::Relaxed)
-    }
-}
-
-impl Default for Maker {
-    fn default() -> Self {
-        Self::here()
-    }
-}
-
-/// Runs in each forked child.
-unsafe extern "C" fn count_fork() {
-    FORKS.fetch_add(1, Ordering::Relaxed);
-}
 
 /// Reads a text of /proc. Names of processes and files in it may be any bytes; those that are no UTF-8 are replaced.
 pub(crate) fn read_text(path: impl AsRef<Path>) -> io::Result<String> {

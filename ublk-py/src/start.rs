@@ -2,7 +2,7 @@
 
 //! Creates and recovers devices.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
@@ -11,8 +11,8 @@ use pyo3::types::PyList;
 use ublk_core::fake;
 use ublk_core::pull::{channels, pull_with};
 use ublk_core::{
-    Access, DeviceId, DeviceOptions, Error, MAX_COALESCING, Operations, Parameter, Params, Recovery, Server, Target,
-    ZonedLimits,
+    Access, DeviceId, DeviceOptions, Error, MAX_COALESCING, Operations, Parameter, Params, PerProcess, Recovery,
+    Server, Target, ZonedLimits,
 };
 
 use crate::device::NativeDevice;
@@ -31,21 +31,14 @@ use crate::watch::Watch;
 
 /// Returns the process's server on the kernel's driver, which is created with the first device.
 fn kernel_server(spawn: PythonSpawn) -> ublk_core::Result<Server> {
-    static SERVER: Mutex<Option<(usize, Server)>> = Mutex::new(None);
-    let mut server = SERVER.lock().unwrap_or_else(PoisonError::into_inner);
-    let generation = interpreter::generation();
-    match server.take() {
-        Some((owner, made)) if owner == generation => {
-            *server = Some((owner, made.clone()));
-            return Ok(made);
-        }
-        // The copy in a forked child: the threads are the parent's, and the rings are not mapped here.
-        Some(inherited) => std::mem::forget(inherited),
-        None => {}
+    static SERVER: PerProcess<Option<Server>> = PerProcess::new();
+    let mut server = SERVER.lock();
+    if let Some(made) = &*server {
+        return Ok(made.clone());
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let made = Server::new()?.with_threads(threads).with_spawn(Arc::new(spawn));
-    *server = Some((generation, made.clone()));
+    *server = Some(made.clone());
     Ok(made)
 }
 

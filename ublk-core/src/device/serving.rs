@@ -4,17 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::process::Maker;
+use crate::fork::{Maker, PerProcess};
 
 /// The latest server of each device of this process, by the device's [instance](crate::driver::Driver::instance).
-static LATEST: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
+static LATEST: PerProcess<BTreeMap<u64, u64>> = PerProcess::new();
 static SERVERS: AtomicU64 = AtomicU64::new(0);
-
-fn latest() -> MutexGuard<'static, BTreeMap<u64, u64>> {
-    LATEST.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// One server of a device.
 #[derive(Debug)]
@@ -30,25 +25,25 @@ impl Serving {
     pub(super) fn begin(instance: Option<u64>) -> Self {
         let number = SERVERS.fetch_add(1, Ordering::Relaxed);
         if let Some(instance) = instance {
-            latest().insert(instance, number);
+            LATEST.lock().insert(instance, number);
         }
         Serving { instance, number, maker: Maker::here() }
     }
 
     /// Whether this process has had another server of the device since.
     pub(super) fn is_followed(&self) -> bool {
-        self.instance.is_some_and(|instance| latest().get(&instance) != Some(&self.number))
+        self.instance.is_some_and(|instance| LATEST.lock().get(&instance) != Some(&self.number))
     }
 }
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        // A forked child may find the lock held for ever.
+        // The copy in a forked child is no server.
         if self.maker.is_here()
             && let Some(instance) = self.instance
             && !self.is_followed()
         {
-            latest().remove(&instance);
+            LATEST.lock().remove(&instance);
         }
     }
 }
@@ -67,6 +62,6 @@ mod tests {
         drop(second);
         assert!(first.is_followed(), "also when that one is gone");
         drop(first);
-        assert!(!latest().contains_key(&u64::MAX));
+        assert!(!LATEST.lock().contains_key(&u64::MAX));
     }
 }

@@ -20,8 +20,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry128;
@@ -33,8 +33,8 @@ use self::ring::KernelRing;
 use super::{CharDevice, ControlCommand, ControlFailure, Driver, RequestPlace, Ring};
 use crate::errno::Errno;
 use crate::error::{Error, Result, errno_of};
+use crate::fork::PerProcess;
 use crate::memory::DescriptorMap;
-use crate::process::Maker;
 use crate::uapi::{self, ublksrv_ctrl_cmd};
 use crate::units::{DeviceId, QueueId};
 
@@ -51,46 +51,14 @@ const CANCEL: u64 = 2;
 pub(crate) struct KernelDriver {
     control: File,
     dev: PathBuf,
-    rings: Mutex<IdleRings>,
+    /// Control rings that are not in use. Each command takes one for itself, so that a long STOP_DEV holds up no other.
+    ///
+    /// A forked child has neither the rings' memory ([`control_ring`] keeps it from that) nor a right to them.
+    idle_rings: PerProcess<Vec<ControlRing>>,
     helpers: helper::Helpers,
 }
 
 type ControlRing = IoUring<Entry128, cqueue::Entry>;
-
-/// Control rings that are not in use. Each command takes one for itself, so that a long STOP_DEV holds up no other.
-///
-/// A forked child has neither the rings' memory ([`control_ring`] keeps it from that) nor a right to them. It makes its own.
-#[derive(Default)]
-struct IdleRings {
-    maker: Maker,
-    rings: Vec<ControlRing>,
-}
-
-impl IdleRings {
-    /// Leaks the rings that a parent process has made: dropping them would unmap what is at their addresses now.
-    fn forget_parents(&mut self) {
-        if !self.maker.is_here() {
-            std::mem::forget(std::mem::take(&mut self.rings));
-            self.maker = Maker::here();
-        }
-    }
-
-    fn take(&mut self) -> Option<ControlRing> {
-        self.forget_parents();
-        self.rings.pop()
-    }
-
-    fn put(&mut self, ring: ControlRing) {
-        self.forget_parents();
-        self.rings.push(ring);
-    }
-}
-
-impl Drop for IdleRings {
-    fn drop(&mut self) {
-        self.forget_parents();
-    }
-}
 
 /// Whether this process has, or had, a char device open. If so, commands that may block go through a helper, for every
 /// [`KernelDriver`] of the process.
@@ -135,17 +103,13 @@ impl KernelDriver {
         let ring = control_ring()?;
         let helpers = helper::Helpers::default();
         helpers.reserve();
-        let mut rings = IdleRings::default();
-        rings.put(ring);
-        Ok(KernelDriver { control, dev: dev.to_owned(), rings: Mutex::new(rings), helpers })
-    }
-
-    fn rings(&self) -> MutexGuard<'_, IdleRings> {
-        self.rings.lock().unwrap_or_else(PoisonError::into_inner)
+        let idle_rings = PerProcess::<Vec<ControlRing>>::new();
+        idle_rings.lock().push(ring);
+        Ok(KernelDriver { control, dev: dev.to_owned(), idle_rings, helpers })
     }
 
     fn take_ring(&self) -> io::Result<ControlRing> {
-        let idle = self.rings().take();
+        let idle = self.idle_rings.lock().pop();
         idle.map_or_else(|| control_ring().map_err(|e| io::Error::from(e.errno())), Ok)
     }
 
@@ -205,7 +169,7 @@ unsafe impl Driver for KernelDriver {
             let now = Instant::now();
             match wait_for_command(&mut ring, deadline.saturating_duration_since(now).min(CONTROL_SLICE)) {
                 Ok(Some(result)) => {
-                    self.rings().put(ring);
+                    self.idle_rings.lock().push(ring);
                     return Ok((ControlFailure::check(result)?, payload.into_vec()));
                 }
                 Ok(None) if give_up() => break ControlFailure::GaveUp,
@@ -224,7 +188,7 @@ unsafe impl Driver for KernelDriver {
             std::mem::forget(payload);
             return Err(failure);
         };
-        self.rings().put(ring);
+        self.idle_rings.lock().push(ring);
         // The command may have been carried out before it was cancelled: a new device would be left that no program knows of.
         Ok((after_cancelling(result, failure)?, payload.into_vec()))
     }

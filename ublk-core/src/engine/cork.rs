@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use super::inbox::{Inbox, Return, Returned};
 use super::schedule::Pace;
+use crate::fork::Maker;
 use crate::memory::IoBuffer;
-use crate::process::Maker;
 use crate::units::Tag;
 
 thread_local! {

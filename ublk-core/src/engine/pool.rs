@@ -8,15 +8,15 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::events::QueueEvents;
 use super::inbox::{Inbox, Message, QueueSetup, Successor};
 use super::ring_thread;
 use crate::driver::Driver;
 use crate::error::{Error, Result};
-use crate::process::Maker;
+use crate::fork::PerProcess;
 
 /// Starts the threads that serve queues. A language binding implements this so that its runtime knows the threads.
 pub trait Spawn: Send + Sync + Debug {
@@ -44,38 +44,13 @@ pub(crate) struct ThreadPool {
     driver: Arc<dyn Driver>,
     spawn: Arc<dyn Spawn>,
     limit: usize,
-    threads: Mutex<Threads>,
-}
-
-/// The inboxes of a pool's threads.
-///
-/// A forked child has copies of its parent's inboxes, but not the threads that read them. It starts its own.
-#[derive(Debug, Default)]
-struct Threads {
-    maker: Maker,
-    inboxes: Vec<Arc<Inbox>>,
-}
-
-impl Threads {
-    /// Leaves the inboxes of a parent process alone: another thread may have locked them at the fork, and dropping what is in
-    /// them would run user code.
-    fn forget_parents(&mut self) {
-        if !self.maker.is_here() {
-            std::mem::forget(std::mem::take(&mut self.inboxes));
-            self.maker = Maker::here();
-        }
-    }
-}
-
-impl Drop for Threads {
-    fn drop(&mut self) {
-        self.forget_parents();
-    }
+    /// Inboxes of the threads of this process. A forked child has none of its parent's threads and starts its own.
+    threads: PerProcess<Vec<Arc<Inbox>>>,
 }
 
 impl ThreadPool {
     pub(crate) fn new(driver: Arc<dyn Driver>, spawn: Arc<dyn Spawn>, limit: usize) -> Self {
-        ThreadPool { driver, spawn, limit: limit.max(1), threads: Mutex::default() }
+        ThreadPool { driver, spawn, limit: limit.max(1), threads: PerProcess::new() }
     }
 
     /// Creates another pool with a different limit.
@@ -88,21 +63,13 @@ impl ThreadPool {
         Self::new(self.driver.clone(), spawn, self.limit)
     }
 
-    /// Returns the threads of this process.
-    fn threads(&self) -> MutexGuard<'_, Threads> {
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-        threads.forget_parents();
-        threads
-    }
-
     /// Opens a queue on a thread of the pool. The receiver gets the outcome.
     ///
     /// After an error, the queue counts as closed for its device, at once or as soon as its thread notices.
     pub(crate) fn open(&self, setup: QueueSetup) -> io::Result<Receiver<Result<()>>> {
         let (reply, opened) = channel();
         let mut message = Message::Open { setup: Box::new(setup), reply };
-        let mut threads = self.threads();
-        let threads = &mut threads.inboxes;
+        let mut threads = self.threads.lock();
         threads.retain(|inbox| !inbox.is_closed());
         if threads.len() >= self.limit {
             // Cached: other threads change the load meanwhile, and a sort needs a consistent order.
@@ -137,7 +104,7 @@ impl ThreadPool {
 
     /// Makes all threads abandon the queues that report to `events`: those of one server of a device, and not of the next one.
     pub(crate) fn abandon(&self, events: &Arc<QueueEvents>, successor: Successor) {
-        for inbox in &self.threads().inboxes {
+        for inbox in self.threads.lock().iter() {
             // A thread that has ended has no queues.
             let _ = inbox.post(Message::Abandon { events: events.clone(), successor });
         }

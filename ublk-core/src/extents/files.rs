@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -22,6 +22,7 @@ use nix::unistd::getpid;
 
 use crate::errno::Errno;
 use crate::file_system::has_unique_inodes;
+use crate::fork::PerProcess;
 use crate::process::read_text;
 
 /// Length up to which the list of all locks comes in one piece, so that none is skipped: a read ends where a page is full.
@@ -80,15 +81,14 @@ impl Files {
 type Comparison = fn(BorrowedFd<'_>, BorrowedFd<'_>) -> Option<bool>;
 
 fn own(file: impl AsFd, flags: OFlag, is_same: Comparison) -> Result<Arc<OwnedFd>, Errno> {
-    static FILES: Mutex<Option<Files>> = Mutex::new(None);
+    static FILES: PerProcess<Files> = PerProcess::new();
     let stat = fstat(&file)?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     if kind != SFlag::S_IFREG && kind != SFlag::S_IFBLK {
         return Err(Errno::ESPIPE);
     }
     let identity = (stat.st_dev, stat.st_ino, flags.bits());
-    let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
-    let files = files.get_or_insert_default();
+    let mut files = FILES.lock();
     let numbers_are_unique = || has_unique_inodes(&file);
     for known in files.by_identity.get(&identity).into_iter().flatten().filter_map(Weak::upgrade) {
         // Where descriptions cannot be compared, a descriptor for each extent would be too many.
@@ -341,6 +341,8 @@ mod tests {
         // SAFETY: the child makes system calls only, until it is killed.
         let child = match unsafe { fork() }.unwrap() {
             ForkResult::Child => loop {
+                // The test may end without killing it.
+                let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
                 for kind in [libc::F_WRLCK, libc::F_UNLCK] {
                     for at in 0..200 {
                         let _ = lock(&busy, kind, 2 * at);

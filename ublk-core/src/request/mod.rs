@@ -43,9 +43,9 @@ use crate::data::{Access, DataMovement};
 use crate::driver::CharDevice;
 use crate::engine::QueueCore;
 use crate::errno::Errno;
+use crate::fork::Maker;
 use crate::memory::{Descriptor, IoBuffer};
 use crate::params::Integrity;
-use crate::process::Maker;
 use crate::uapi;
 use crate::units::{DeviceId, QueueId, Sectors, Tag};
 

@@ -10,8 +10,8 @@ use std::sync::atomic::Ordering;
 use super::{FakeTag, Shared};
 use crate::driver::{CharDevice, RequestPlace};
 use crate::errno::Errno;
+use crate::fork::Maker;
 use crate::memory::DescriptorMap;
-use crate::process::Maker;
 use crate::uapi::{self, Features};
 use crate::units::{QueueId, Tag};
 

@@ -25,7 +25,6 @@ mod reports;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry128;
@@ -36,6 +35,7 @@ use nix::unistd::{ForkResult, Pid, fork, pipe2};
 
 use self::reports::{Gate, Report, Reports};
 use super::super::{ControlCommand, ControlFailure};
+use crate::fork::PerProcess;
 use crate::memory::SharedBytes;
 
 /// Time to wait for the reserved pipe while another command uses it.
@@ -52,10 +52,10 @@ type Pipe = (OwnedFd, OwnedFd);
 #[derive(Debug, Default)]
 pub(super) struct Helpers {
     /// Pipe for a process that has no free descriptors, which could not even remove a device otherwise.
-    pipe: Mutex<Option<Pipe>>,
+    pipe: PerProcess<Option<Pipe>>,
     /// Helpers that have not exited yet. If this process is init or a subreaper, they are its children and remain zombies
     /// until it has waited for them.
-    left: Mutex<Vec<Pid>>,
+    left: PerProcess<Vec<Pid>>,
 }
 
 impl Helpers {
@@ -67,7 +67,7 @@ impl Helpers {
                 Ok(pipe) => return Ok(pipe),
                 Err(errno) => errno,
             };
-            if let Some(pipe) = self.reserved().take() {
+            if let Some(pipe) = self.pipe.lock().take() {
                 return Ok(pipe);
             }
             if Instant::now() >= deadline {
@@ -79,20 +79,16 @@ impl Helpers {
 
     /// Reserves a pipe, if there is none. Called at the beginning, and when a pipe was closed.
     pub(super) fn reserve(&self) {
-        let mut slot = self.reserved();
+        let mut slot = self.pipe.lock();
         if slot.is_none() {
             *slot = pipe2(OFlag::O_CLOEXEC).ok();
         }
     }
 
-    fn reserved(&self) -> MutexGuard<'_, Option<Pipe>> {
-        self.pipe.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Waits for a helper, and for earlier ones, as far as they are children of this process and have exited. A helper that
     /// `is_over` is about to exit, and is waited for up to [`EXIT`]: it may be stopped or traced.
     fn collect(&self, helper: Option<Pid>, is_over: bool) {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = self.left.lock();
         left.retain(|pid| waitpid(*pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive));
         let Some(helper) = helper else { return };
         let deadline = Instant::now() + if is_over { EXIT } else { Duration::ZERO };
@@ -279,11 +275,11 @@ mod tests {
         let began = Instant::now();
         helpers.collect(Some(helper), true);
         assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
-        assert_eq!(*helpers.left.lock().unwrap(), [helper]);
+        assert_eq!(*helpers.left.lock(), [helper]);
         child.kill().unwrap();
         child.wait().unwrap();
         helpers.collect(None, false);
-        assert_eq!(*helpers.left.lock().unwrap(), []);
+        assert_eq!(*helpers.left.lock(), []);
     }
 
     fn nothing() -> ControlCommand {
@@ -302,10 +298,10 @@ mod tests {
     fn a_reserved_pipe_is_there_once_and_can_be_had_again() {
         let helpers = Helpers::default();
         helpers.reserve();
-        let taken = helpers.reserved().take();
-        assert!(taken.is_some() && helpers.reserved().is_none());
+        let taken = helpers.pipe.lock().take();
+        assert!(taken.is_some() && helpers.pipe.lock().is_none());
         helpers.reserve();
-        assert!(helpers.reserved().is_some());
+        assert!(helpers.pipe.lock().is_some());
     }
 
     #[test]
