@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from support import sysfs
+from support.backends import image
 from support.blockio import Disk
 from support.command import Result, run
 from support.face import NATIVE, Face, device_id
+from support.features import has
 from support.server import Child
 from support.waiting import until
 
@@ -128,6 +130,28 @@ def test_a_disk_that_disappears_fails_its_job(native: Face) -> None:
         NATIVE.run("del", "--force", "-n", str(device_id(path)), timeout=60)
         assert child.wait(60) == 1, child.log
         assert f"{path} randread-4k-qd8: read of 4096 bytes at offset" in child.log, child.log
+
+
+@pytest.mark.skipif(not has("QUIESCE"), reason="QUIESCE_DEV came with Linux 6.16")
+def test_a_job_during_which_the_server_changes_has_no_figures_of_a_server(native: Face, scratch: Path) -> None:
+    path = native.add("-t", "file", "-f", image(scratch), "--recovery")
+    results = scratch / "bench.json"
+    words = ("--job", "randread-4k-qd4", "--seconds", "0.2", "--windows", "10000", "--json", str(results))
+    with Child([*native.argv, "bench", path, *words]) as child:
+        # The warm-up and windows before the change and after it.
+        until(lambda: sysfs.requests(path) > 1000, "requests are served", 60)
+        native.run("upgrade", "-n", str(device_id(path)))
+        served = sysfs.requests(path) + 1000
+        until(lambda: sysfs.requests(path) > served, "requests are served by the new server", 60)
+        child.signal(signal.SIGINT)
+        assert child.wait(60) == 1, child.log
+        assert "another process serves the disk now" in child.log
+    ((job,),) = (disk["jobs"] for disk in json.loads(results.read_text())["disks"])
+    assert job["windows"]
+    for window in job["windows"]:
+        assert "client_us" in window
+        assert "server_us" not in window
+    native.run("del", "-n", str(device_id(path)))
 
 
 def test_marked_windows_have_exactly_as_many_requests(native: Face, native_disk) -> None:

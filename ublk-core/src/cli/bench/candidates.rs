@@ -127,7 +127,7 @@ impl<'f> Candidate<'f> {
         };
         // Other programs may look at a new disk, for example for file systems.
         let mut disk = self.open(&created.path, Access { write: true, unused: false })?;
-        disk.server = created.server().or(disk.server);
+        disk.own_server = created.server();
         Ok(Ready { disk, created: Some(created) })
     }
 

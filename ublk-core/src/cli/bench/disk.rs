@@ -36,8 +36,8 @@ pub(super) struct Disk {
     pub(super) size: u64,
     /// Size of its logical blocks in bytes, a multiple of which each request must have.
     block_size: Option<u32>,
-    /// The process that serves it.
-    pub(super) server: Option<i32>,
+    /// The process that serves it, if this command has started it.
+    pub(super) own_server: Option<i32>,
 }
 
 impl Disk {
@@ -61,12 +61,17 @@ impl Disk {
         };
         let size = file.seek(SeekFrom::End(0)).map_err(|e| failed(&e))?;
         let block_size = logical_block_size(metadata.rdev());
-        Ok(Disk { name: name.to_owned(), path: path.to_owned(), file, size, block_size, server: server_of(path) })
+        Ok(Disk { name: name.to_owned(), path: path.to_owned(), file, size, block_size, own_server: None })
+    }
+
+    /// Returns the process that serves the disk now, if that is known. Upgrades and recoveries change it.
+    pub(super) fn server(&self) -> Option<i32> {
+        self.own_server.or_else(|| server_of(&self.path))
     }
 
     /// Returns the CPUs that the disk's server may use.
     pub(super) fn server_cpus(&self) -> Option<String> {
-        let status = read_text(format!("/proc/{}/status", self.server?)).ok()?;
+        let status = read_text(format!("/proc/{}/status", self.server()?)).ok()?;
         let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
         Some(list.trim().to_owned())
     }
@@ -119,7 +124,7 @@ mod tests {
     fn requests_smaller_than_a_block_are_refused() {
         let file = tempfile::tempfile().unwrap();
         let disk =
-            Disk { name: "d".into(), path: "/d".into(), file, size: 1 << 20, block_size: Some(4096), server: None };
+            Disk { name: "d".into(), path: "/d".into(), file, size: 1 << 20, block_size: Some(4096), own_server: None };
         disk.check("randread-4k-qd1".parse().unwrap()).unwrap();
         let error = disk.check("randread-512-qd1".parse().unwrap()).unwrap_err();
         assert_eq!(error, "requests of 512 bytes are not multiples of the block size, 4096");

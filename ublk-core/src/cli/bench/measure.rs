@@ -91,10 +91,18 @@ impl Method {
                 (windows, outcome.err())
             }
             (amount, _) => {
-                let processes = Processes::new(disk.server, self.counters);
+                let server = disk.server();
+                let processes = Processes::new(server, self.counters);
                 let mut meter = Clocked::new(amount, self.windows, job.depth, &processes);
                 let outcome = client.run(&mut meter);
-                let intervals = meter.into_intervals();
+                let mut intervals = meter.into_intervals();
+                if disk.server() != server {
+                    log::warn!(
+                        "{}: another process serves the disk now; {job} has no figures of its server",
+                        disk.name
+                    );
+                    intervals.iter_mut().for_each(|interval| interval.work.forget_server(self.counters));
+                }
                 let windows = intervals.iter().map(|interval| Window::measured(interval, job.size)).collect();
                 (windows, outcome.err())
             }

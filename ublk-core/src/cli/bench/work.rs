@@ -22,6 +22,14 @@ pub(super) struct Work {
 }
 
 impl Work {
+    /// Removes what was measured of one server, if another one has served requests, too. Counters of the whole system remain.
+    pub(super) fn forget_server(&mut self, counters: Option<Scope>) {
+        self.server = None;
+        if counters != Some(Scope::System) {
+            (self.instructions, self.cycles) = (None, None);
+        }
+    }
+
     /// Returns what was added since an earlier reading.
     pub(super) fn since(&self, earlier: &Self) -> Self {
         let counted = |now: Option<u64>, then: Option<u64>| now.zip(then).map(|(now, then)| now.saturating_sub(then));
@@ -86,6 +94,19 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(observer.work().server, None, "a server that has exited has no CPU time");
+    }
+
+    #[test]
+    fn counters_of_the_system_do_not_depend_on_the_server() {
+        let work =
+            Work { client: Duration::ZERO, server: Some(Duration::ZERO), instructions: Some(1), cycles: Some(1) };
+        let without = |counters| {
+            let mut work = work;
+            work.forget_server(counters);
+            (work.server, work.instructions, work.cycles)
+        };
+        assert_eq!(without(Some(Scope::System)), (None, Some(1), Some(1)));
+        assert_eq!(without(Some(Scope::Processes)), (None, None, None));
     }
 
     #[test]
