@@ -89,7 +89,10 @@ def test_a_ram_disk_gets_its_bytes(native: Face) -> None:
     native.run("del", "-n", str(device_id(path)))
 
 
-@pytest.mark.parametrize("data", ["copy", "user-copy", "auto-zero-copy"])
+@pytest.mark.parametrize(
+    "data",
+    [pytest.param("copy", marks=pytest.mark.long), pytest.param("user-copy", marks=pytest.mark.long), "auto-zero-copy"],
+)
 def test_several_threads_share_a_queue(data: str, native: Face, scratch: Path) -> None:
     words = ["-t", "file", "-f", image(scratch, SIZE), "--data", data, "--threads-per-queue", "3", "--threads", "3"]
     if not (has("PER_IO_DAEMON") and has(NEEDS[data][0])):

@@ -75,8 +75,8 @@ SIZE = {"ext4": 64 << 20, "xfs": 300 << 20, "btrfs": 128 << 20}
         pytest.param("mem", "ext4", marks=pytest.mark.short),
         ("file", "ext4"),
         pytest.param("python", "ext4", marks=pytest.mark.short),
-        ("mem", "xfs"),
-        ("mem", "btrfs"),
+        pytest.param("mem", "xfs", marks=pytest.mark.long),
+        pytest.param("mem", "btrfs", marks=pytest.mark.long),
     ],
 )
 def test_a_file_system_keeps_its_files(kind: str, system: str, tmp_path: Path, scratch: Path) -> None:

@@ -63,7 +63,9 @@ def test_foreground_ends_in_good_order_by(number: signal.Signals, native) -> Non
 
 @pytest.mark.io_errors
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-@pytest.mark.parametrize("kind", ["null", "mem", "file"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("null", marks=pytest.mark.long), pytest.param("mem", marks=pytest.mark.long), "file"]
+)
 def test_a_signal_in_the_middle_of_io_removes_the_device(kind: str, number: int, native, scratch: Path) -> None:
     more = {"null": [], "mem": ["--size", "64M"], "file": ["-f", image(scratch, 64 << 20)]}[kind]
     path = native.add("-t", kind, "-q", "2", *more)
@@ -95,7 +97,7 @@ def test_sigkill_in_the_middle_of_io_hangs_nobody(kind: str, native, scratch: Pa
 
 @pytest.mark.io_errors
 @pytest.mark.parametrize("end", ["del", "SIGKILL"])
-@pytest.mark.parametrize("io", ["direct", "buffered"])
+@pytest.mark.parametrize("io", ["direct", pytest.param("buffered", marks=pytest.mark.long)])
 def test_what_a_busy_disk_has_acknowledged_is_in_its_file(end: str, io: str, native, scratch: Path) -> None:
     file = image(scratch, 16 << 20)
     path = native.add("-t", "file", "-f", file, "-q", "2", "--io", io)

@@ -62,7 +62,13 @@ except LookupError as error:
     assert result.out == "on purpose False\n", str(result)
 
 
-@pytest.mark.parametrize("end", ["pass", "sys.exit(5)", "raise LookupError('on purpose')"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "pass",
+        *(pytest.param(end, marks=pytest.mark.long) for end in ("sys.exit(5)", "raise LookupError('on purpose')")),
+    ],
+)
 def test_the_interpreter_s_exit_removes_the_device(end: str) -> None:
     result = program(f"from disks import Ram\ndev = Ram().start()\nprint(dev.path)\n{end}\n", check=False)
     assert result.out == "/dev/ublkb0\n"
@@ -101,7 +107,11 @@ def test_a_handler_that_kills_its_process_hangs_nobody(native: Face) -> None:
 
 
 @pytest.mark.io_errors
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGHUP, signal.SIGINT))],
+    ids=lambda n: n.name,
+)
 def test_a_signal_in_the_middle_of_io_removes_the_device(number: signal.Signals) -> None:
     with Server("Ram", size=64 << 20, queues=2) as server, fio.Load(server.path, numjobs=2) as load:
         load.wait_until_busy()

@@ -30,7 +30,9 @@ def test_a_kept_view_raises_after_the_request() -> None:
         assert server.ask("disk.touch()") == ["ValueError"] * 8
 
 
-@pytest.mark.parametrize("how", ["numpy", "slice", "cast"])
+@pytest.mark.parametrize(
+    "how", ["numpy", pytest.param("slice", marks=pytest.mark.long), pytest.param("cast", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_what_was_kept_never_sees_another_request(how: str, operation: str) -> None:
     # One tag only: its memory would be used again by the very next request.

@@ -47,7 +47,10 @@ def test_an_exception_with_an_errno_reaches_who_asked(operation: str) -> None:
         assert LOGGED not in server.log, "an errno is an answer, not an accident"
 
 
-@pytest.mark.parametrize("operation", ["read", "write", "flush", "discard", "write_zeroes"])
+@pytest.mark.parametrize(
+    "operation",
+    ["read", "flush", *(pytest.param(name, marks=pytest.mark.long) for name in ("write", "discard", "write_zeroes"))],
+)
 def test_any_other_exception_is_eio_and_logged_with_its_traceback(operation: str) -> None:
     with Server("Failing") as server, Disk(server.path, direct=True) as disk:
         server.ask(f"disk.fail({operation!r}, \"RuntimeError('what went wrong')\")")

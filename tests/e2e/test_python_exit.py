@@ -117,7 +117,11 @@ def is_gone(path: str) -> bool:
 
 @pytest.mark.parametrize(
     ("pull", "options", "status"),
-    [(False, "", 1), (False, "workers=2", 1), (True, "", 128 + signal.SIGTERM)],
+    [
+        pytest.param(False, "", 1, marks=pytest.mark.long),
+        (False, "workers=2", 1),
+        pytest.param(True, "", 128 + signal.SIGTERM, marks=pytest.mark.long),
+    ],
     ids=["methods", "workers", "kept"],
 )
 def test_sigterm_removes_a_disk_whose_handler_is_stuck(pull: bool, options: str, status: int) -> None:
