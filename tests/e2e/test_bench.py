@@ -136,7 +136,7 @@ def test_a_disk_that_disappears_fails_its_job(native: Face) -> None:
 def test_a_job_during_which_the_server_changes_has_no_figures_of_a_server(native: Face, scratch: Path) -> None:
     path = native.add("-t", "file", "-f", image(scratch), "--recovery")
     results = scratch / "bench.json"
-    words = ("--job", "randread-4k-qd4", "--seconds", "0.2", "--windows", "10000", "--json", str(results))
+    words = ("--job", "randread-4k-qd4", "--seconds", "0.5", "--windows", "1000", "--json", str(results))
     with Child([*native.argv, "bench", path, *words]) as child:
         # The warm-up and windows before the change and after it.
         until(lambda: sysfs.requests(path) > 1000, "requests are served", 60)
